@@ -1,0 +1,281 @@
+"""What a bundle is: the record of everything in it, bound by hashes.
+
+A bundle is a folder with `manifest.json` at its top. Every other file that a bundle uses is a `FileEntry` of the manifest,
+addressed relative to the bundle. The manifest seals itself with the hash of its own content, so an edit by hand is noticed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sana_export import __version__
+from sana_export.contract import GraphSpec, TensorSpec
+from sana_export.errors import ArtifactError
+
+FORMAT = 1
+FILE_NAME = "manifest.json"
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: its path inside the bundle (posix), sha256 in hex and size in bytes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """One exported graph: its resolved tensors, the ONNX file and the external data files it reads."""
+
+    spec: GraphSpec
+    onnx: FileEntry
+    data: tuple[FileEntry, ...]
+    opset: int
+    parameters: int
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        return (self.onnx, *self.data)
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """One serialized engine. `key` hashes all that changes it; `ranges` holds min, opt and max of every dynamic axis."""
+
+    graph: str
+    backend: str
+    key: str
+    file: FileEntry
+    onnx_sha256: str
+    backend_version: str
+    compute_capabilities: tuple[str, ...]
+    operating_system: str
+    profile: str
+    ranges: Mapping[str, tuple[int, int, int]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    build_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the weights came from. `sha256` hashes the names and contents of the checkpoint's weight and config files."""
+
+    source: str
+    revision: str | None
+    sha256: str
+    variant: str | None
+    synthetic: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the bundle was exported: `precision` is fp32, fp16 or bf16; `clamp`: self-attention output clipped to +-65504."""
+
+    precision: str
+    clamp: bool
+    pag_layers: tuple[int, ...] = ()
+
+    @property
+    def dtype(self) -> str:
+        return PRECISIONS[self.precision]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the runtime has to know of the checkpoint beyond its graphs' shapes."""
+
+    sample_size: int
+    latent_channels: int
+    vae_scale_factor: int
+    timestep_scale: float
+    text_channels: int
+    embedding_rows: int
+    scheduler: Mapping[str, Any]
+    instruction: str
+    max_sequence_length: int
+    default_steps: int
+    default_guidance_scale: float
+
+    @property
+    def native_size(self) -> int:
+        """Height and width in pixels that the checkpoint was trained for."""
+        return self.sample_size * self.vae_scale_factor
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole record. `parity` is the last report of `verify`, as its JSON says it."""
+
+    checkpoint: Checkpoint
+    options: Options
+    model: ModelInfo
+    graphs: Mapping[str, GraphEntry]
+    files: tuple[FileEntry, ...]
+    engines: tuple[EngineEntry, ...] = ()
+    parity: Mapping[str, Any] | None = None
+    tool_version: str = __version__
+    format: int = FORMAT
+
+    def with_engine(self, engine: EngineEntry) -> Manifest:
+        """A copy that holds `engine` in place of any engine with its graph, backend and key."""
+        same = (engine.graph, engine.backend, engine.key)
+        kept = tuple(entry for entry in self.engines if (entry.graph, entry.backend, entry.key) != same)
+        return replace(self, engines=(*kept, engine))
+
+    def save(self, bundle: Path) -> None:
+        """Write `manifest.json` under a temporary name, then rename it."""
+        document = dataclasses.asdict(self)
+        document["sha256"] = _seal(document)
+        path = bundle / FILE_NAME
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, bundle: Path) -> Manifest:
+        """Read and check `manifest.json`. Raises ArtifactError where it is missing, foreign, of another format or edited."""
+        path = bundle / FILE_NAME
+        rebuild = f"sana-export export MODEL -o {bundle}"
+        if not path.is_file():
+            raise ArtifactError(
+                f"{bundle} is not a bundle", found="no manifest.json", wanted="a folder made by export", fix=rebuild
+            )
+        try:
+            document = json.loads(path.read_text("utf-8"))
+            found_format, sealed = document["format"], document.pop("sha256")
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{path} is damaged", found=repr(error), wanted="a manifest", fix=rebuild) from error
+        if found_format != FORMAT:
+            raise ArtifactError(
+                f"{path} was written by another version of sana-export",
+                found=f"format {found_format}, written by {document.get('tool_version')}",
+                wanted=f"format {FORMAT}, written by {__version__}",
+                fix=rebuild,
+            )
+        if _seal(document) != sealed:
+            raise ArtifactError(
+                f"{path} was edited after it was written",
+                found=f"content hash {_seal(document)[:16]}",
+                wanted=f"content hash {str(sealed)[:16]}",
+                fix=rebuild,
+            )
+        return _parse(document)
+
+
+def file_entry(bundle: Path, path: Path) -> FileEntry:
+    """The entry of the file at `path`, which lies inside `bundle`."""
+    return FileEntry(path.relative_to(bundle).as_posix(), hash_file(path), path.stat().st_size)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(bundle: Path, entries: Iterable[FileEntry], *, fix: str) -> list[Path]:
+    """The paths of `entries`, once each is inside the bundle, present, of its size and of its hash.
+
+    Raises ArtifactError naming the first file that is not, with `fix` as the line that mends it.
+    """
+    paths = []
+    for entry in entries:
+        path = resolve_inside(bundle, entry.path, fix=fix)
+        if not path.is_file():
+            raise ArtifactError(
+                f"{entry.path} is missing from {bundle}", found="no such file", wanted=entry.path, fix=fix
+            )
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise ArtifactError(
+                f"{entry.path} is damaged", found=f"{size} bytes", wanted=f"{entry.bytes} bytes", fix=fix
+            )
+        digest = hash_file(path)
+        if digest != entry.sha256:
+            raise ArtifactError(
+                f"{entry.path} is damaged or was replaced",
+                found=f"sha256 {digest[:16]}...",
+                wanted=f"sha256 {entry.sha256[:16]}...",
+                fix=fix,
+            )
+        paths.append(path)
+    return paths
+
+
+def resolve_inside(bundle: Path, relative: str, *, fix: str) -> Path:
+    """`bundle / relative`; raises ArtifactError where that leaves the bundle (`..`, an absolute path, a link)."""
+    path = bundle / PurePosixPath(relative)
+    if not path.resolve().is_relative_to(bundle.resolve()):
+        raise ArtifactError(
+            f"the bundle {bundle} names a file outside itself", found=relative, wanted="a path inside it", fix=fix
+        )
+    return path
+
+
+def operating_system() -> str:
+    """The platform that engines are bound to, for example "linux-x86_64"."""
+    return f"{platform.system().lower()}-{platform.machine().lower()}"
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk that holds `folder` or its nearest existing parent."""
+    while not folder.exists():
+        folder = folder.parent
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def _seal(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parse(document: Mapping[str, Any]) -> Manifest:
+    def tensor(entry: Mapping[str, Any]) -> TensorSpec:
+        return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
+
+    def spec(entry: Mapping[str, Any]) -> GraphSpec:
+        return GraphSpec(entry["name"], tuple(map(tensor, entry["inputs"])), tuple(map(tensor, entry["outputs"])))
+
+    def file(entry: Mapping[str, Any]) -> FileEntry:
+        return FileEntry(**entry)
+
+    def graph(entry: Mapping[str, Any]) -> GraphEntry:
+        return GraphEntry(
+            spec(entry["spec"]),
+            file(entry["onnx"]),
+            tuple(map(file, entry["data"])),
+            entry["opset"],
+            entry["parameters"],
+        )
+
+    def engine(entry: Mapping[str, Any]) -> EngineEntry:
+        ranges = {axis: tuple(values) for axis, values in entry["ranges"].items()}
+        capabilities = tuple(entry["compute_capabilities"])
+        return EngineEntry(
+            **{**entry, "file": file(entry["file"]), "ranges": ranges, "compute_capabilities": capabilities}
+        )
+
+    options = document["options"]
+    return Manifest(
+        checkpoint=Checkpoint(**document["checkpoint"]),
+        options=Options(**{**options, "pag_layers": tuple(options["pag_layers"])}),
+        model=ModelInfo(**document["model"]),
+        graphs={name: graph(entry) for name, entry in document["graphs"].items()},
+        files=tuple(map(file, document["files"])),
+        engines=tuple(map(engine, document["engines"])),
+        parity=document["parity"],
+        tool_version=document["tool_version"],
+        format=document["format"],
+    )
