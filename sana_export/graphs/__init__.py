@@ -1,0 +1,1 @@
+"""Deployment graphs: the checkpoint's models restated for inference, one torch module a graph."""

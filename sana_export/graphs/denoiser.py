@@ -1,0 +1,245 @@
+"""Sana's linear diffusion transformer for one step: every guidance branch in one run.
+
+Source of the function: diffusers `SanaTransformer2DModel` and `SanaLinearAttnProcessor2_0`; for perturbed attention
+`PAGCFGSanaLinearAttnProcessor2_0` (arXiv 2403.17377), with the query-key norm that it leaves out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from sana_export.errors import ArtifactError
+from sana_export.graphs.context import QK_NORM_EPS
+from sana_export.graphs.numerics import FP16_MAX, Conv, Linear, Numerics, linear_attention, parameter, rms_norm, silu
+from sana_export.graphs.text_encoder import MASKED
+
+TIME_CHANNELS = 256
+
+
+class Denoiser(nn.Module):
+    """latents [B, C, h, w], timestep [1], context, context_mask [K, B, L], perturbed [K] -> noise_pred [K, B, C, h, w].
+
+    All float32 but `context` (see graphs/context.py). context_mask is 1 for tokens to attend to and 0 for padding. Where
+    perturbed[k] is 1, branch k takes identity attention in the layers of `pag_layers`. `clamp` clips self-attention outputs to
+    +-65504, as the fp16 checkpoints were trained. The residual stream is stored multiplied by `numerics.scale`.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        numerics: Numerics,
+        *,
+        clamp: bool,
+        pag_layers: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        check_config(config, pag_layers)
+        self.numerics = numerics
+        self.position = PositionTable(config, numerics) if config.get("interpolation_scale") is not None else None
+        scale = numerics.scale
+        patch = weights["patch_embed.proj.weight"].flatten(1)
+        self.patch_embed = Linear(patch, weights["patch_embed.proj.bias"], numerics, scale)
+        self.time_embed = TimeEmbedding(weights, numerics)
+        self.blocks = nn.ModuleList(
+            Block(config, _block_weights(weights, index), numerics, clamp=clamp, perturbable=index in pag_layers)
+            for index in range(config["num_layers"])
+        )
+        self.scale_shift_table = parameter(weights["scale_shift_table"], numerics.dtype)
+        self.eps = 1e-6 * scale**2
+        self.proj_out = Linear(weights["proj_out.weight"], weights["proj_out.bias"], numerics)
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, context: Tensor, context_mask: Tensor, perturbed: Tensor
+    ) -> Tensor:
+        batch, channels, height, width = latents.shape
+        branches, dtype = perturbed.shape[0], self.numerics.dtype
+        modulation, embedded = self.time_embed(timestep)
+        x = self.patch_embed(latents.to(dtype).flatten(2).transpose(1, 2))
+        if self.position is not None:
+            x = x + self.position(height, width)
+        mask = ((1.0 - context_mask) * MASKED).to(dtype).reshape(branches * batch, 1, 1, -1)
+        # [K] to [K * B, 1, 1]: the branch is the outer axis.
+        identity = (perturbed > 0.5).reshape(-1, 1).expand(-1, batch).reshape(-1, 1, 1)
+        size = (height, width)
+        for index, (block, keys_values) in enumerate(zip(self.blocks, context.flatten(2, 3).unbind(0), strict=True)):
+            table = (block.scale_shift_table + modulation).unbind(0)
+            if index == 0 and not block.perturbable:
+                # Until the first cross-attention all branches are alike.
+                x = expand_branches(block.self_attention(x, table, identity), branches)
+            else:
+                x = block.self_attention(x if index else expand_branches(x, branches), table, identity)
+            x = block.cross_attention(x, keys_values, mask)
+            x = block.feed_forward(x, table, size)
+        shift, factor = (self.scale_shift_table + embedded).unbind(0)
+        x = self.proj_out(modulated_norm(x, shift, factor, self.eps))
+        return x.float().transpose(1, 2).reshape(branches, batch, channels, height, width)
+
+
+class Block(nn.Module):
+    """One transformer block over x [K * B, N, C]."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        numerics: Numerics,
+        *,
+        clamp: bool,
+        perturbable: bool,
+    ) -> None:
+        super().__init__()
+        scale = numerics.scale
+        self.numerics, self.perturbable = numerics, perturbable
+        self.limit = FP16_MAX * scale if clamp else None
+        self.heads = config["num_attention_heads"]
+        self.cross_heads = config["num_cross_attention_heads"]
+        self.eps = config["norm_eps"] * scale**2
+        self.scale_shift_table = parameter(weights["scale_shift_table"], numerics.dtype)
+        self.qkv = parameter(torch.cat([weights[f"attn1.to_{name}.weight"] for name in "qkv"]), numerics.dtype)
+        self.out = Linear(weights["attn1.to_out.0.weight"], weights["attn1.to_out.0.bias"], numerics, scale)
+        self.qk_norm = config.get("qk_norm") is not None
+        if self.qk_norm:
+            self.query_norm = parameter(weights["attn1.norm_q.weight"].unsqueeze(-1), torch.float32)
+            self.key_norm = parameter(weights["attn1.norm_k.weight"].unsqueeze(-1), torch.float32)
+            self.cross_query_norm = parameter(weights["attn2.norm_q.weight"], torch.float32)
+        self.cross_query = Linear(weights["attn2.to_q.weight"], None, numerics, 1.0 / scale)
+        self.cross_query.bias = parameter(weights["attn2.to_q.bias"], numerics.dtype)
+        self.cross_out = Linear(weights["attn2.to_out.0.weight"], weights["attn2.to_out.0.bias"], numerics, scale)
+        hidden = weights["ff.conv_point.weight"].shape[1]
+        self.inverted = Conv(weights["ff.conv_inverted.weight"], weights["ff.conv_inverted.bias"], numerics)
+        # The gated half of the depthwise convolution carries the scale through to the stream.
+        half = torch.cat([torch.full((hidden,), scale), torch.ones(hidden)])
+        self.depthwise = Conv(
+            weights["ff.conv_depth.weight"].float() * half.reshape(-1, 1, 1, 1),
+            weights["ff.conv_depth.bias"].float() * half,
+            numerics,
+            groups=2 * hidden,
+        )
+        self.point = Conv(weights["ff.conv_point.weight"], None, numerics)
+
+    def self_attention(self, x: Tensor, table: tuple[Tensor, ...], identity: Tensor) -> Tensor:
+        shift, factor, gate = table[:3]
+        channels = x.shape[-1]
+        y = modulated_norm(x, shift, factor, self.eps).transpose(1, 2)
+        query, key, value = (self.qkv @ y).split(channels, dim=1)
+        if self.qk_norm:
+            query = rms_norm(query, self.query_norm, QK_NORM_EPS, axis=1)
+            key = rms_norm(key, self.key_norm, QK_NORM_EPS, axis=1)
+        heads = (query.shape[0], self.heads, channels // self.heads, -1)
+        attention = linear_attention(
+            query.reshape(heads), key.reshape(heads), value.reshape(heads), self.numerics
+        ).flatten(1, 2)
+        if self.perturbable:
+            attention = torch.where(identity, value, attention)
+        out = self.out(attention.transpose(1, 2))
+        if self.limit is not None:
+            out = out.clamp(-self.limit, self.limit)
+        return x + gate * out
+
+    def cross_attention(self, x: Tensor, keys_values: Tensor, mask: Tensor) -> Tensor:
+        """keys_values [2, K * B, heads, L, dim], mask [K * B, 1, 1, L]."""
+        query = self.cross_query(x)
+        if self.qk_norm:
+            query = rms_norm(query, self.cross_query_norm, QK_NORM_EPS)
+        query = query.unflatten(-1, (self.cross_heads, -1)).transpose(1, 2)
+        key, value = keys_values.unbind(0)
+        weights = (query @ key.transpose(-1, -2) + mask).softmax(-1)
+        return x + self.cross_out((weights @ value).transpose(1, 2).flatten(2))
+
+    def feed_forward(self, x: Tensor, table: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor:
+        shift, factor, gate = table[3:]
+        y = modulated_norm(x, shift, factor, self.eps).transpose(1, 2).unflatten(-1, size)
+        y, gated = self.depthwise(silu(self.inverted(y))).chunk(2, dim=1)
+        y = self.point(y * silu(gated))
+        return x + gate * y.flatten(2).transpose(1, 2)
+
+
+class TimeEmbedding(nn.Module):
+    """timestep float32 [1] -> modulation [6, C] and embedding [1, C]. Source: diffusers `AdaLayerNormSingle`."""
+
+    def __init__(self, weights: Mapping[str, Tensor], numerics: Numerics) -> None:
+        super().__init__()
+        half = TIME_CHANNELS // 2
+        self.frequencies = parameter(
+            torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half), torch.float32
+        )
+        embedder = "time_embed.emb.timestep_embedder.linear_"
+        self.linear_1 = Linear(weights[f"{embedder}1.weight"], weights[f"{embedder}1.bias"], numerics)
+        self.linear_2 = Linear(weights[f"{embedder}2.weight"], weights[f"{embedder}2.bias"], numerics)
+        self.linear = Linear(weights["time_embed.linear.weight"], weights["time_embed.linear.bias"], numerics)
+
+    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        angles = timestep.unsqueeze(-1) * self.frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        embedded = self.linear_2(silu(self.linear_1(waves)))
+        return self.linear(silu(embedded)).reshape(6, -1), embedded
+
+
+class PositionTable(nn.Module):
+    """Sinusoidal positions [h * w, C] in units of the native grid, for any size. Source: diffusers `get_2d_sincos_pos_embed`."""
+
+    def __init__(self, config: Mapping[str, Any], numerics: Numerics) -> None:
+        super().__init__()
+        quarter = config["num_attention_heads"] * config["attention_head_dim"] // 4
+        exponent = torch.arange(quarter, dtype=torch.float64) / quarter
+        self.frequencies = parameter(1.0 / 10000**exponent, torch.float32)
+        self.native = config["sample_size"] / config["interpolation_scale"]
+        self.numerics = numerics
+
+    def forward(self, height: int, width: int) -> Tensor:
+        columns = self.axis(width).unsqueeze(0).expand(height, -1, -1)
+        rows = self.axis(height).unsqueeze(1).expand(-1, width, -1)
+        return torch.cat([columns, rows], dim=-1).flatten(0, 1)
+
+    def axis(self, count: int) -> Tensor:
+        """[count, C / 2]: sine and cosine of one coordinate."""
+        coordinate = torch.arange(count, dtype=torch.float32, device=self.frequencies.device) * self.native / count
+        angles = coordinate.unsqueeze(-1) * self.frequencies
+        table = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return (table * self.numerics.scale).to(self.numerics.dtype)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * (1 + factor) + shift over the last axis of [B, N, C]; shift and factor are [C]."""
+    return layer_norm(x, x.shape[-1:], 1.0 + factor, shift, eps)
+
+
+def expand_branches(x: Tensor, branches: int) -> Tensor:
+    """[B, N, C] repeated to [K * B, N, C]."""
+    return x.unsqueeze(0).expand(branches, -1, -1, -1).flatten(0, 1)
+
+
+def check_config(config: Mapping[str, Any], pag_layers: tuple[int, ...]) -> None:
+    """Raise ArtifactError where the transformer is not one that this graph restates."""
+    wanted = {
+        "patch_size": 1,
+        "attention_bias": False,
+        "norm_elementwise_affine": False,
+        "out_channels": config["in_channels"],
+        "guidance_embeds": False,
+    }
+    for key, value in wanted.items():
+        if config.get(key, value) not in (value, None):
+            raise ArtifactError(f"the transformer's config.json has an unsupported {key}", found=config[key], wanted=value)
+    if config.get("qk_norm") not in (None, "rms_norm_across_heads"):
+        raise ArtifactError(
+            "the transformer's config.json has an unsupported qk_norm",
+            found=config["qk_norm"],
+            wanted="rms_norm_across_heads or none",
+        )
+    if beyond := [layer for layer in pag_layers if not 0 <= layer < config["num_layers"]]:
+        raise ArtifactError(
+            "no such transformer block for PAG", found=beyond, wanted=f"0 to {config['num_layers'] - 1}"
+        )
+
+
+def _block_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+    prefix = f"transformer_blocks.{index}."
+    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}

@@ -1,0 +1,28 @@
+"""The solver's step: guidance and update of the latents, both linear in what they are given."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Sampler(nn.Module):
+    """One step of any solver whose update is linear, driven by a row of coefficients (contract.COEFFICIENTS).
+
+    Inputs are float32: noise_pred [K, B, C, h, w], latents, previous_x0 and noise [B, C, h, w], coefficients [6], weights [K].
+    Guidance is the sum of the branches' predictions times `weights`. Returns next_latents and x0, both [B, C, h, w].
+    """
+
+    def forward(
+        self,
+        noise_pred: Tensor,
+        latents: Tensor,
+        previous_x0: Tensor,
+        noise: Tensor,
+        coefficients: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        x0_latents, x0_noise_pred, keep, update, momentum, fresh = coefficients.unbind(0)
+        guided = (noise_pred * weights.reshape(-1, 1, 1, 1, 1)).sum(0)
+        x0 = x0_latents * latents + x0_noise_pred * guided
+        next_latents = keep * latents + update * x0 + momentum * previous_x0 + fresh * noise
+        return next_latents, x0

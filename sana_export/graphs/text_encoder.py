@@ -1,0 +1,220 @@
+"""Gemma-2 as Sana uses it: causal, read once, with the instruction's keys and values computed ahead.
+
+Source of the function: transformers `modeling_gemma2.py` with attn_implementation "eager" (the only one that applies the
+attention soft-capping of the paper, arXiv 2408.00118).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from sana_export.errors import ArtifactError
+from sana_export.graphs.numerics import NUMERICS, Linear, Numerics, parameter, rms_norm
+
+#: Weight of a masked position before the softmax; exp(-10000) is exactly 0 in every precision.
+MASKED = -10000.0
+#: The longest instruction and prompt together; attention windows at least this wide never bind.
+MAX_TOKENS = 2048
+
+
+class TextEncoder(nn.Module):
+    """Prompt tokens after a common prefix to the last hidden state.
+
+    inputs_embeds: float32 [B, S, C], rows of the embedding table as stored. prefix: float32 [layers, 2, kv_heads, P, head_dim],
+    the keys (after rotation) and values of the P >= 1 tokens before, the same for the whole batch. Returns float32 [B, S, C].
+    Rows are padded on the right; attention is causal, so padding needs no mask.
+    """
+
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
+        super().__init__()
+        check_config(config)
+        self.numerics = numerics
+        self.embedding_scale = float(config["hidden_size"]) ** 0.5
+        self.rotary = Rotary(config)
+        self.layers = nn.ModuleList(
+            Layer(config, _layer_weights(weights, index), numerics) for index in range(config["num_hidden_layers"])
+        )
+        self.norm = Norm(weights["norm.weight"], config["rms_norm_eps"], numerics, scaled_input=True)
+
+    def forward(self, inputs_embeds: Tensor, prefix: Tensor) -> Tensor:
+        tokens, past = inputs_embeds.shape[1], prefix.shape[3]
+        rotation = self.rotary(past + torch.arange(tokens, device=inputs_embeds.device), self.numerics.dtype)
+        mask = causal_mask(tokens, past, self.numerics.dtype)
+        x = (inputs_embeds * (self.embedding_scale * self.numerics.scale)).to(self.numerics.dtype)
+        for layer, (past_key, past_value) in zip(self.layers, prefix.to(self.numerics.dtype).unbind(0), strict=True):
+            x, _ = layer(x, past_key, past_value, rotation, mask)
+        return self.norm(x).float()
+
+
+class Layer(nn.Module):
+    """One decoder layer; the residual stream is stored multiplied by `numerics.scale`."""
+
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
+        super().__init__()
+        eps = config["rms_norm_eps"]
+        self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.head_dim = config["head_dim"]
+        self.softcap = config.get("attn_logit_softcapping")
+        self.input_norm = Norm(weights["input_layernorm.weight"], eps, numerics, scaled_input=True)
+        self.qkv = Linear(
+            torch.cat([weights[f"self_attn.{name}_proj.weight"] for name in "qkv"]), None, numerics
+        )
+        self.out = Linear(weights["self_attn.o_proj.weight"], None, numerics, scale=numerics.scale)
+        self.attention_norm = Norm(
+            weights["post_attention_layernorm.weight"], eps, numerics, scaled_input=True, scaled_output=True
+        )
+        self.mlp_norm = Norm(weights["pre_feedforward_layernorm.weight"], eps, numerics, scaled_input=True)
+        self.gate = Linear(weights["mlp.gate_proj.weight"], None, numerics)
+        self.up = Linear(weights["mlp.up_proj.weight"], None, numerics, scale=numerics.scale)
+        self.down = Linear(weights["mlp.down_proj.weight"], None, numerics)
+        self.feedforward_norm = Norm(
+            weights["post_feedforward_layernorm.weight"], eps, numerics, scaled_input=True, scaled_output=True
+        )
+
+    def forward(
+        self, x: Tensor, past_key: Tensor, past_value: Tensor, rotation: Rotation, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, S, C], past_key and past_value [kv_heads, P, D]; returns x and this layer's own [2, B, kv_heads, S, D]."""
+        attention, own = self.attention(self.input_norm(x), past_key, past_value, rotation, mask)
+        x = x + self.attention_norm(self.out(attention))
+        y = self.mlp_norm(x)
+        product = gelu(self.gate(y), approximate="tanh") * self.up(y)
+        return x + self.feedforward_norm(self.down(product)), own
+
+    def attention(
+        self, y: Tensor, past_key: Tensor, past_value: Tensor, rotation: Rotation, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        batch, tokens, _ = y.shape
+        split = self.qkv(y).reshape(batch, tokens, -1, self.head_dim).transpose(1, 2)
+        query, key, value = split.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        query_table, key_table = rotation
+        query, key = rotate(query, query_table), rotate(key, key_table)
+        all_keys = torch.cat([past_key.expand(batch, -1, -1, -1), key], dim=2)
+        all_values = torch.cat([past_value.expand(batch, -1, -1, -1), value], dim=2)
+        # The query heads that share a key head lie next to each other: fold them into the rows of one product.
+        groups = self.heads // self.kv_heads
+        query = query.reshape(batch, self.kv_heads, groups * tokens, self.head_dim)
+        logits = query @ all_keys.transpose(-1, -2)
+        if self.softcap is not None:
+            logits = torch.tanh(logits) * self.softcap
+        logits = logits.reshape(batch, self.kv_heads, groups, tokens, -1) + mask
+        weights = logits.softmax(-1).reshape(batch, self.kv_heads, groups * tokens, -1)
+        out = (weights @ all_values).reshape(batch, self.heads, tokens, self.head_dim)
+        return out.transpose(1, 2).reshape(batch, tokens, -1), torch.stack([key, value])
+
+
+class Norm(nn.Module):
+    """Gemma's RMSNorm, x / rms(x) * (1 + weight), for an input and an output that may be stored multiplied by the scale."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        eps: float,
+        numerics: Numerics,
+        *,
+        scaled_input: bool = False,
+        scaled_output: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight = parameter((1.0 + weight.float()) * (numerics.scale if scaled_output else 1.0), torch.float32)
+        self.eps = eps * (numerics.scale**2 if scaled_input else 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+#: (cos, sin) for queries and for keys, each [S, D].
+Rotation = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Rotary(nn.Module):
+    """Rotary position tables. The logits' constant factor (query scale over soft cap) rides in the queries' table."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        dim = config["head_dim"]
+        self.frequencies = parameter(
+            1.0 / (rope_theta(config) ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)), torch.float32
+        )
+        self.query_scale = config["query_pre_attn_scalar"] ** -0.5 / (config.get("attn_logit_softcapping") or 1.0)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        angles = positions.float().unsqueeze(-1) * self.frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        scale = self.query_scale
+        return ((cos * scale).to(dtype), (sin * scale).to(dtype)), (cos.to(dtype), sin.to(dtype))
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of x [B, heads, S, D] by (cos, sin) [S, D] (arXiv 2104.09864)."""
+    cos, sin = table
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def causal_mask(tokens: int, past: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask [S, P + S]: 0 where key j <= P + i, `MASKED` elsewhere."""
+    row = torch.arange(tokens).unsqueeze(-1) + past
+    column = torch.arange(past + tokens).unsqueeze(0)
+    return (column > row).to(dtype) * MASKED
+
+
+@torch.no_grad()
+def encode_instruction(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], inputs_embeds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of a whole sequence that starts at position 0, and its first row (BOS) of the last hidden state.
+
+    inputs_embeds: float32 [S, C], rows of the embedding table. Returns float32 [layers, 2, kv_heads, S, D] and [C]. Computed in
+    float32, one layer in memory at a time.
+    """
+    numerics = NUMERICS["float32"]
+    tokens = inputs_embeds.shape[0]
+    rotation = Rotary(config)(torch.arange(tokens), torch.float32)
+    mask = causal_mask(tokens, 0, torch.float32)
+    nothing = torch.zeros(config["num_key_value_heads"], 0, config["head_dim"])
+    x = inputs_embeds.unsqueeze(0) * float(config["hidden_size"]) ** 0.5
+    prefix = []
+    for index in range(config["num_hidden_layers"]):
+        x, own = Layer(config, _layer_weights(weights, index), numerics)(x, nothing, nothing, rotation, mask)
+        prefix.append(own[:, 0])
+    last = Norm(weights["norm.weight"], config["rms_norm_eps"], numerics)(x)
+    return torch.stack(prefix), last[0, 0]
+
+
+def rope_theta(config: Mapping[str, Any]) -> float:
+    """The rotary base, from the key of transformers 4 or of transformers 5."""
+    parameters = config.get("rope_parameters") or {}
+    return float(config.get("rope_theta") or parameters["rope_theta"])
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raise ArtifactError where the text encoder is not the Gemma-2 that this graph restates."""
+    wanted = {
+        "model_type": ("gemma2",),
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attention_bias": (False,),
+        "use_bidirectional_attention": (False, None),
+    }
+    for key, values in wanted.items():
+        found = config.get(key, values[0])
+        if found not in values:
+            raise ArtifactError(
+                f"the text encoder's config.json has an unsupported {key}", found=found, wanted=values[0]
+            )
+    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    if rope_type != "default" or config.get("rope_scaling"):
+        raise ArtifactError("the text encoder's rotary embedding is scaled", found=rope_type, wanted="default")
+    if (window := config.get("sliding_window") or MAX_TOKENS) < MAX_TOKENS:
+        raise ArtifactError("the text encoder's attention window is too narrow", found=window, wanted=f">= {MAX_TOKENS}")
+
+
+def _layer_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+    prefix = f"layers.{index}."
+    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}

@@ -1,0 +1,227 @@
+"""The DC-AE decoder (arXiv 2410.10733): latents to image.
+
+Source of the function: diffusers `AutoencoderDC` with ResBlock and EfficientViTBlock stages. Every stream, convolution and
+attention output is stored multiplied by `numerics.scale`; the RMSNorms that read them divide it out through their epsilon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle
+
+from sana_export.errors import ArtifactError
+from sana_export.graphs.numerics import Conv, Linear, Numerics, linear_attention, parameter, rms_norm, silu
+
+NORM_EPS = 1e-5
+
+
+class VaeDecoder(nn.Module):
+    """latents float32 [B, C, h, w], as the sampler leaves them, to image float32 [B, 3, 32 h, 32 w], about [-1, 1]."""
+
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
+        super().__init__()
+        check_config(config)
+        self.numerics = numerics
+        weights = {name.removeprefix("decoder."): weights[name] for name in weights if name.startswith("decoder.")}
+        self.factor = numerics.scale / config["scaling_factor"]
+        self.conv_in = _conv(weights, "conv_in", numerics)
+        self.repeats = config["decoder_block_out_channels"][-1] // config["latent_channels"]
+        self.stages = nn.ModuleList(
+            build_stage(config, weights, stage, numerics)
+            for stage in reversed(range(len(config["decoder_block_out_channels"])))
+        )
+        self.norm_out = ChannelNorm(weights, "norm_out", numerics, scaled_output=False)
+        self.conv_out = Conv(weights["conv_out.weight"], weights["conv_out.bias"], numerics)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = (latents * self.factor).to(self.numerics.dtype)
+        x = self.conv_in(x) + x.repeat_interleave(self.repeats, dim=1, output_size=x.shape[1] * self.repeats)
+        for stage in self.stages:
+            x = stage(x)
+        return self.conv_out(self.norm_out(x).relu()).float()
+
+
+def build_stage(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], stage: int, numerics: Numerics
+) -> nn.Sequential:
+    """Stage `stage` of the decoder (0 is the one at full resolution): its upsampling, then its blocks."""
+    blocks: list[nn.Module] = []
+    channels = config["decoder_block_out_channels"]
+    kinds = config["decoder_block_types"]
+    kind = kinds if isinstance(kinds, str) else kinds[stage]
+    name = f"up_blocks.{stage}."
+    if stage < len(channels) - 1:
+        blocks.append(Upsample(weights, f"{name}0.conv", channels[stage + 1], channels[stage], numerics))
+    for _ in range(config["decoder_layers_per_block"][stage]):
+        blocks.append(BLOCKS[kind](config, weights, f"{name}{len(blocks)}.", numerics))
+    return nn.Sequential(*blocks)
+
+
+class Upsample(nn.Module):
+    """Twice the size: nearest neighbour and convolution, plus a shortcut that moves channels to pixels."""
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], name: str, channels: int, out_channels: int, numerics: Numerics
+    ) -> None:
+        super().__init__()
+        self.conv = _conv(weights, name, numerics)
+        self.repeats = out_channels * 4 // channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x.repeat_interleave(self.repeats, dim=1, output_size=x.shape[1] * self.repeats)
+        return self.conv(nearest(x)) + pixel_shuffle(shortcut, 2)
+
+
+def nearest(x: Tensor) -> Tensor:
+    """[B, C, H, W] with every pixel doubled both ways, without ONNX's Resize (TensorRT has none for bfloat16)."""
+    batch, channels, height, width = x.shape
+    doubled = x.reshape(batch, channels, height, 1, width, 1).expand(-1, -1, -1, 2, -1, 2)
+    return doubled.reshape(batch, channels, 2 * height, 2 * width)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions, a norm over channels and the residual."""
+
+    def __init__(
+        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics
+    ) -> None:
+        super().__init__()
+        self.scale = numerics.scale
+        self.conv1 = _conv(weights, f"{name}conv1", numerics)
+        self.conv2 = _conv(weights, f"{name}conv2", numerics)
+        self.norm = ChannelNorm(weights, f"{name}norm", numerics)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv2(silu(self.conv1(x), self.scale)))
+
+
+class EfficientViTBlock(nn.Module):
+    """Multi-scale linear attention, then a gated convolution, each with its residual."""
+
+    def __init__(
+        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics
+    ) -> None:
+        super().__init__()
+        self.attention = MultiscaleAttention(config, weights, f"{name}attn.", numerics)
+        self.feed_forward = GatedConv(weights, f"{name}conv_out.", numerics)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.feed_forward(x)
+
+
+class MultiscaleAttention(nn.Module):
+    """ReLU linear attention over pixels, on q, k, v and on depthwise-aggregated copies of them.
+
+    diffusers turns to the same formula in another order of products at up to `attention_head_dim` pixels; this is that function
+    too, up to rounding.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics
+    ) -> None:
+        super().__init__()
+        self.numerics, self.dim = numerics, config["attention_head_dim"]
+        self.qkv = parameter(torch.cat([weights[f"{name}to_{kind}.weight"] for kind in "qkv"]), numerics.dtype)
+        inner = self.qkv.shape[0]
+        count = sum(key.startswith(f"{name}to_qkv_multiscale.") for key in weights) // 2
+        self.aggregations = nn.ModuleList(
+            nn.Sequential(
+                _conv(weights, f"{name}to_qkv_multiscale.{index}.proj_in", numerics, groups=inner),
+                _conv(weights, f"{name}to_qkv_multiscale.{index}.proj_out", numerics, groups=inner // self.dim),
+            )
+            for index in range(count)
+        )
+        self.out = Linear(weights[f"{name}to_out.weight"], None, numerics)
+        self.norm = ChannelNorm(weights, f"{name}norm_out", numerics)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        qkv = (self.qkv @ x.flatten(2)).unflatten(-1, (height, width))
+        scales = torch.cat([qkv, *(aggregate(qkv) for aggregate in self.aggregations)], dim=1)
+        query, key, value = scales.reshape(batch, -1, 3, self.dim, height * width).unbind(2)
+        attention = linear_attention(query, key, value, self.numerics).flatten(1, 2)
+        out = (self.out.weight @ attention).unflatten(-1, (height, width))
+        return self.norm(out)
+
+
+class GatedConv(nn.Module):
+    """Inverted bottleneck with a gate and a norm over channels (diffusers `GLUMBConv`)."""
+
+    def __init__(self, weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
+        super().__init__()
+        self.numerics = numerics
+        hidden = weights[f"{name}conv_point.weight"].shape[1]
+        self.inverted = _conv(weights, f"{name}conv_inverted", numerics)
+        self.depthwise = _conv(weights, f"{name}conv_depth", numerics, groups=2 * hidden)
+        self.point = Conv(weights[f"{name}conv_point.weight"], None, numerics)
+        self.norm = ChannelNorm(weights, f"{name}norm", numerics, scaled_input=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.numerics.scale
+        y, gate = self.depthwise(silu(self.inverted(x), scale)).chunk(2, dim=1)
+        if not self.numerics.narrow_range:
+            return self.norm(self.point(y * silu(gate)))
+        # A product of two large tensors has no safe constant scale. The norm makes every pixel's scale free: divide by its
+        # largest magnitude, and correct the norm's epsilon for it (the product carries scale squared).
+        product = y.float() * silu(gate, scale).float()
+        largest = product.abs().amax(1, keepdim=True).clamp_min(1e-12)
+        out = self.point((product / largest).to(self.numerics.dtype))
+        return self.norm(out, eps=NORM_EPS * scale**4 / largest.square())
+
+
+class ChannelNorm(nn.Module):
+    """RMSNorm over channels of [B, C, H, W] with weight and bias; input and output stored multiplied by the scale."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        name: str,
+        numerics: Numerics,
+        *,
+        scaled_input: bool = True,
+        scaled_output: bool = True,
+    ) -> None:
+        super().__init__()
+        factor = numerics.scale if scaled_output else 1.0
+        self.weight = parameter(weights[f"{name}.weight"].float().reshape(-1, 1, 1) * factor, torch.float32)
+        self.bias = parameter(weights[f"{name}.bias"].float().reshape(-1, 1, 1) * factor, torch.float32)
+        self.eps = NORM_EPS * (numerics.scale**2 if scaled_input else 1.0)
+
+    def forward(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps if eps is None else eps, axis=1, bias=self.bias)
+
+
+BLOCKS: dict[str, type[nn.Module]] = {"ResBlock": ResBlock, "EfficientViTBlock": EfficientViTBlock}
+
+
+def _conv(weights: Mapping[str, Tensor], name: str, numerics: Numerics, *, groups: int = 1) -> Conv:
+    """The convolution `name` over a tensor stored multiplied by the scale: only its bias has to follow."""
+    return Conv(
+        weights[f"{name}.weight"], weights.get(f"{name}.bias"), numerics, groups=groups, bias_scale=numerics.scale
+    )
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raise ArtifactError where the autoencoder's decoder is not one that this graph restates."""
+
+    def every(key: str) -> set[str]:
+        value = config[key]
+        return {value} if isinstance(value, str) else set(value)
+
+    found_and_wanted = {
+        "decoder_block_types": (every("decoder_block_types") - set(BLOCKS), set()),
+        "decoder_norm_types": (every("decoder_norm_types"), {"rms_norm"}),
+        "decoder_act_fns": (every("decoder_act_fns"), {"silu"}),
+        "upsample_block_type": (config["upsample_block_type"], "interpolate"),
+        "decoder_in_shortcut": (config.get("decoder_in_shortcut", True), True),
+        "decoder_conv_act_fn": (config.get("decoder_conv_act_fn", "relu"), "relu"),
+        "decoder_layers_per_block": (min(config["decoder_layers_per_block"]) > 0, True),
+    }
+    for key, (found, wanted) in found_and_wanted.items():
+        if found != wanted:
+            raise ArtifactError(f"the VAE's config.json has an unsupported {key}", found=config.get(key), wanted=wanted)
