@@ -122,6 +122,7 @@ class Manifest:
     model: ModelInfo
     graphs: Mapping[str, GraphEntry]
     files: tuple[FileEntry, ...]
+    export_key: str
     engines: tuple[EngineEntry, ...] = ()
     parity: Mapping[str, Any] | None = None
     tool_version: str = __version__
@@ -193,14 +194,10 @@ def check_files(bundle: Path, entries: Iterable[FileEntry], *, fix: str) -> list
     for entry in entries:
         path = resolve_inside(bundle, entry.path, fix=fix)
         if not path.is_file():
-            raise ArtifactError(
-                f"{entry.path} is missing from {bundle}", found="no such file", wanted=entry.path, fix=fix
-            )
+            raise ArtifactError(f"{entry.path} is missing from {bundle}", found="no such file", wanted=entry.path, fix=fix)
         size = path.stat().st_size
         if size != entry.bytes:
-            raise ArtifactError(
-                f"{entry.path} is damaged", found=f"{size} bytes", wanted=f"{entry.bytes} bytes", fix=fix
-            )
+            raise ArtifactError(f"{entry.path} is damaged", found=f"{size} bytes", wanted=f"{entry.bytes} bytes", fix=fix)
         digest = hash_file(path)
         if digest != entry.sha256:
             raise ArtifactError(
@@ -217,9 +214,7 @@ def resolve_inside(bundle: Path, relative: str, *, fix: str) -> Path:
     """`bundle / relative`; raises ArtifactError where that leaves the bundle (`..`, an absolute path, a link)."""
     path = bundle / PurePosixPath(relative)
     if not path.resolve().is_relative_to(bundle.resolve()):
-        raise ArtifactError(
-            f"the bundle {bundle} names a file outside itself", found=relative, wanted="a path inside it", fix=fix
-        )
+        raise ArtifactError(f"the bundle {bundle} names a file outside itself", found=relative, wanted="a path inside it", fix=fix)
     return path
 
 
@@ -241,39 +236,37 @@ def _seal(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def parse_graph(entry: Mapping[str, Any]) -> GraphEntry:
+    """The entry that `dataclasses.asdict` turned into `entry`."""
+
+    def tensors(entries: Iterable[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(tensor["name"], tensor["dtype"], tuple(tensor["shape"])) for tensor in entries)
+
+    spec = entry["spec"]
+    return GraphEntry(
+        GraphSpec(spec["name"], tensors(spec["inputs"]), tensors(spec["outputs"])),
+        FileEntry(**entry["onnx"]),
+        tuple(FileEntry(**file) for file in entry["data"]),
+        entry["opset"],
+        entry["parameters"],
+    )
+
+
 def _parse(document: Mapping[str, Any]) -> Manifest:
-    def tensor(entry: Mapping[str, Any]) -> TensorSpec:
-        return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
-
-    def spec(entry: Mapping[str, Any]) -> GraphSpec:
-        return GraphSpec(entry["name"], tuple(map(tensor, entry["inputs"])), tuple(map(tensor, entry["outputs"])))
-
-    def file(entry: Mapping[str, Any]) -> FileEntry:
-        return FileEntry(**entry)
-
-    def graph(entry: Mapping[str, Any]) -> GraphEntry:
-        return GraphEntry(
-            spec(entry["spec"]),
-            file(entry["onnx"]),
-            tuple(map(file, entry["data"])),
-            entry["opset"],
-            entry["parameters"],
-        )
-
     def engine(entry: Mapping[str, Any]) -> EngineEntry:
         ranges = {axis: tuple(values) for axis, values in entry["ranges"].items()}
         capabilities = tuple(entry["compute_capabilities"])
-        return EngineEntry(
-            **{**entry, "file": file(entry["file"]), "ranges": ranges, "compute_capabilities": capabilities}
-        )
+        file = FileEntry(**entry["file"])
+        return EngineEntry(**{**entry, "file": file, "ranges": ranges, "compute_capabilities": capabilities})
 
     options = document["options"]
     return Manifest(
         checkpoint=Checkpoint(**document["checkpoint"]),
         options=Options(**{**options, "pag_layers": tuple(options["pag_layers"])}),
         model=ModelInfo(**document["model"]),
-        graphs={name: graph(entry) for name, entry in document["graphs"].items()},
-        files=tuple(map(file, document["files"])),
+        graphs={name: parse_graph(entry) for name, entry in document["graphs"].items()},
+        files=tuple(FileEntry(**file) for file in document["files"]),
+        export_key=document["export_key"],
         engines=tuple(map(engine, document["engines"])),
         parity=document["parity"],
         tool_version=document["tool_version"],

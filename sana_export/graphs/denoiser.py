@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,7 @@ class Denoiser(nn.Module):
         self.eps = 1e-6 * scale**2
         self.proj_out = Linear(weights["proj_out.weight"], weights["proj_out.bias"], numerics)
 
-    def forward(
-        self, latents: Tensor, timestep: Tensor, context: Tensor, context_mask: Tensor, perturbed: Tensor
-    ) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, context: Tensor, context_mask: Tensor, perturbed: Tensor) -> Tensor:
         batch, channels, height, width = latents.shape
         branches, dtype = perturbed.shape[0], self.numerics.dtype
         modulation, embedded = self.time_embed(timestep)
@@ -68,7 +66,8 @@ class Denoiser(nn.Module):
         # [K] to [K * B, 1, 1]: the branch is the outer axis.
         identity = (perturbed > 0.5).reshape(-1, 1).expand(-1, batch).reshape(-1, 1, 1)
         size = (height, width)
-        for index, (block, keys_values) in enumerate(zip(self.blocks, context.flatten(2, 3).unbind(0), strict=True)):
+        for index, (module, keys_values) in enumerate(zip(self.blocks, context.flatten(2, 3).unbind(0), strict=True)):
+            block = cast(Block, module)
             table = (block.scale_shift_table + modulation).unbind(0)
             if index == 0 and not block.perturbable:
                 # Until the first cross-attention all branches are alike.
@@ -133,9 +132,7 @@ class Block(nn.Module):
             query = rms_norm(query, self.query_norm, QK_NORM_EPS, axis=1)
             key = rms_norm(key, self.key_norm, QK_NORM_EPS, axis=1)
         heads = (query.shape[0], self.heads, channels // self.heads, -1)
-        attention = linear_attention(
-            query.reshape(heads), key.reshape(heads), value.reshape(heads), self.numerics
-        ).flatten(1, 2)
+        attention = linear_attention(query.reshape(heads), key.reshape(heads), value.reshape(heads), self.numerics).flatten(1, 2)
         if self.perturbable:
             attention = torch.where(identity, value, attention)
         out = self.out(attention.transpose(1, 2))
@@ -167,9 +164,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, weights: Mapping[str, Tensor], numerics: Numerics) -> None:
         super().__init__()
         half = TIME_CHANNELS // 2
-        self.frequencies = parameter(
-            torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half), torch.float32
-        )
+        self.frequencies = parameter(torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half), torch.float32)
         embedder = "time_embed.emb.timestep_embedder.linear_"
         self.linear_1 = Linear(weights[f"{embedder}1.weight"], weights[f"{embedder}1.bias"], numerics)
         self.linear_2 = Linear(weights[f"{embedder}2.weight"], weights[f"{embedder}2.bias"], numerics)
@@ -235,9 +230,7 @@ def check_config(config: Mapping[str, Any], pag_layers: tuple[int, ...]) -> None
             wanted="rms_norm_across_heads or none",
         )
     if beyond := [layer for layer in pag_layers if not 0 <= layer < config["num_layers"]]:
-        raise ArtifactError(
-            "no such transformer block for PAG", found=beyond, wanted=f"0 to {config['num_layers'] - 1}"
-        )
+        raise ArtifactError("no such transformer block for PAG", found=beyond, wanted=f"0 to {config['num_layers'] - 1}")
 
 
 def _block_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:

@@ -69,9 +69,7 @@ class Conv(nn.Module):
         return nn.functional.conv2d(x, self.weight, self.bias, padding=padding, groups=self.groups)
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float | Tensor, *, axis: int = -1, bias: Tensor | None = None
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float | Tensor, *, axis: int = -1, bias: Tensor | None = None) -> Tensor:
     """x / rms(x) * weight + bias over `axis`, computed in float32 and returned in x's dtype (arXiv 1910.07467)."""
     wide = x.float()
     normal = wide * torch.rsqrt(wide.square().mean(axis, keepdim=True) + eps) * weight

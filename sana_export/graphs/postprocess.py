@@ -14,9 +14,7 @@ class Postprocess(nn.Module):
     `VaeImageProcessor.postprocess`.
     """
 
-    def forward(
-        self, image: Tensor, row_index: Tensor, row_weight: Tensor, column_index: Tensor, column_weight: Tensor
-    ) -> Tensor:
+    def forward(self, image: Tensor, row_index: Tensor, row_weight: Tensor, column_index: Tensor, column_weight: Tensor) -> Tensor:
         first, second = row_weight.unsqueeze(-1).unbind(0)
         rows = image.index_select(2, row_index[0]) * first + image.index_select(2, row_index[1]) * second
         left, right = column_weight.unbind(0)

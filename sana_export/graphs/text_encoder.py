@@ -61,13 +61,9 @@ class Layer(nn.Module):
         self.head_dim = config["head_dim"]
         self.softcap = config.get("attn_logit_softcapping")
         self.input_norm = Norm(weights["input_layernorm.weight"], eps, numerics, scaled_input=True)
-        self.qkv = Linear(
-            torch.cat([weights[f"self_attn.{name}_proj.weight"] for name in "qkv"]), None, numerics
-        )
+        self.qkv = Linear(torch.cat([weights[f"self_attn.{name}_proj.weight"] for name in "qkv"]), None, numerics)
         self.out = Linear(weights["self_attn.o_proj.weight"], None, numerics, scale=numerics.scale)
-        self.attention_norm = Norm(
-            weights["post_attention_layernorm.weight"], eps, numerics, scaled_input=True, scaled_output=True
-        )
+        self.attention_norm = Norm(weights["post_attention_layernorm.weight"], eps, numerics, scaled_input=True, scaled_output=True)
         self.mlp_norm = Norm(weights["pre_feedforward_layernorm.weight"], eps, numerics, scaled_input=True)
         self.gate = Linear(weights["mlp.gate_proj.weight"], None, numerics)
         self.up = Linear(weights["mlp.up_proj.weight"], None, numerics, scale=numerics.scale)
@@ -76,9 +72,7 @@ class Layer(nn.Module):
             weights["post_feedforward_layernorm.weight"], eps, numerics, scaled_input=True, scaled_output=True
         )
 
-    def forward(
-        self, x: Tensor, past_key: Tensor, past_value: Tensor, rotation: Rotation, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, past_key: Tensor, past_value: Tensor, rotation: Rotation, mask: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, S, C], past_key and past_value [kv_heads, P, D]; returns x and this layer's own [2, B, kv_heads, S, D]."""
         attention, own = self.attention(self.input_norm(x), past_key, past_value, rotation, mask)
         x = x + self.attention_norm(self.out(attention))
@@ -86,9 +80,7 @@ class Layer(nn.Module):
         product = gelu(self.gate(y), approximate="tanh") * self.up(y)
         return x + self.feedforward_norm(self.down(product)), own
 
-    def attention(
-        self, y: Tensor, past_key: Tensor, past_value: Tensor, rotation: Rotation, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def attention(self, y: Tensor, past_key: Tensor, past_value: Tensor, rotation: Rotation, mask: Tensor) -> tuple[Tensor, Tensor]:
         batch, tokens, _ = y.shape
         split = self.qkv(y).reshape(batch, tokens, -1, self.head_dim).transpose(1, 2)
         query, key, value = split.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
@@ -166,9 +158,7 @@ def causal_mask(tokens: int, past: int, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def encode_instruction(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], inputs_embeds: Tensor
-) -> tuple[Tensor, Tensor]:
+def encode_instruction(config: Mapping[str, Any], weights: Mapping[str, Tensor], inputs_embeds: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of a whole sequence that starts at position 0, and its first row (BOS) of the last hidden state.
 
     inputs_embeds: float32 [S, C], rows of the embedding table. Returns float32 [layers, 2, kv_heads, S, D] and [C]. Computed in
@@ -205,9 +195,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     for key, values in wanted.items():
         found = config.get(key, values[0])
         if found not in values:
-            raise ArtifactError(
-                f"the text encoder's config.json has an unsupported {key}", found=found, wanted=values[0]
-            )
+            raise ArtifactError(f"the text encoder's config.json has an unsupported {key}", found=found, wanted=values[0])
     rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if rope_type != "default" or config.get("rope_scaling"):
         raise ArtifactError("the text encoder's rotary embedding is scaled", found=rope_type, wanted="default")

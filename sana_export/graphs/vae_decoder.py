@@ -31,8 +31,7 @@ class VaeDecoder(nn.Module):
         self.conv_in = _conv(weights, "conv_in", numerics)
         self.repeats = config["decoder_block_out_channels"][-1] // config["latent_channels"]
         self.stages = nn.ModuleList(
-            build_stage(config, weights, stage, numerics)
-            for stage in reversed(range(len(config["decoder_block_out_channels"])))
+            build_stage(config, weights, stage, numerics) for stage in reversed(range(len(config["decoder_block_out_channels"])))
         )
         self.norm_out = ChannelNorm(weights, "norm_out", numerics, scaled_output=False)
         self.conv_out = Conv(weights["conv_out.weight"], weights["conv_out.bias"], numerics)
@@ -45,9 +44,7 @@ class VaeDecoder(nn.Module):
         return self.conv_out(self.norm_out(x).relu()).float()
 
 
-def build_stage(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], stage: int, numerics: Numerics
-) -> nn.Sequential:
+def build_stage(config: Mapping[str, Any], weights: Mapping[str, Tensor], stage: int, numerics: Numerics) -> nn.Sequential:
     """Stage `stage` of the decoder (0 is the one at full resolution): its upsampling, then its blocks."""
     blocks: list[nn.Module] = []
     channels = config["decoder_block_out_channels"]
@@ -64,9 +61,7 @@ def build_stage(
 class Upsample(nn.Module):
     """Twice the size: nearest neighbour and convolution, plus a shortcut that moves channels to pixels."""
 
-    def __init__(
-        self, weights: Mapping[str, Tensor], name: str, channels: int, out_channels: int, numerics: Numerics
-    ) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], name: str, channels: int, out_channels: int, numerics: Numerics) -> None:
         super().__init__()
         self.conv = _conv(weights, name, numerics)
         self.repeats = out_channels * 4 // channels
@@ -86,9 +81,7 @@ def nearest(x: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """Two convolutions, a norm over channels and the residual."""
 
-    def __init__(
-        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
         super().__init__()
         self.scale = numerics.scale
         self.conv1 = _conv(weights, f"{name}conv1", numerics)
@@ -102,9 +95,7 @@ class ResBlock(nn.Module):
 class EfficientViTBlock(nn.Module):
     """Multi-scale linear attention, then a gated convolution, each with its residual."""
 
-    def __init__(
-        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
         super().__init__()
         self.attention = MultiscaleAttention(config, weights, f"{name}attn.", numerics)
         self.feed_forward = GatedConv(weights, f"{name}conv_out.", numerics)
@@ -121,9 +112,7 @@ class MultiscaleAttention(nn.Module):
     too, up to rounding.
     """
 
-    def __init__(
-        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
         super().__init__()
         self.numerics, self.dim = numerics, config["attention_head_dim"]
         self.qkv = parameter(torch.cat([weights[f"{name}to_{kind}.weight"] for kind in "qkv"]), numerics.dtype)
@@ -201,9 +190,7 @@ BLOCKS: dict[str, type[nn.Module]] = {"ResBlock": ResBlock, "EfficientViTBlock":
 
 def _conv(weights: Mapping[str, Tensor], name: str, numerics: Numerics, *, groups: int = 1) -> Conv:
     """The convolution `name` over a tensor stored multiplied by the scale: only its bias has to follow."""
-    return Conv(
-        weights[f"{name}.weight"], weights.get(f"{name}.bias"), numerics, groups=groups, bias_scale=numerics.scale
-    )
+    return Conv(weights[f"{name}.weight"], weights.get(f"{name}.bias"), numerics, groups=groups, bias_scale=numerics.scale)
 
 
 def check_config(config: Mapping[str, Any]) -> None:

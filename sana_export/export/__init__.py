@@ -1,0 +1,1 @@
+"""Export: deployment graphs to ONNX, and the proof that they equal their reference."""

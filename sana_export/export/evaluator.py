@@ -1,0 +1,184 @@
+"""Half precision made visible on a CPU.
+
+ONNX Runtime's CPU provider computes most float16 nodes in float32 and drops the casts between neighbours, so an overflow that a GPU
+would hit never shows. Here a graph is rewritten to compute in float32 and to round every intermediate tensor to the dtype that the
+graph declares for it: what a GPU stores, with products accumulated wider. Without the rounding, the same rewriting measures how
+large every intermediate tensor gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnx import NodeProto, TensorProto, helper
+
+Array = npt.NDArray[Any]
+
+HALF: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+LARGEST = {"float16": 65504.0, "bfloat16": float(np.finfo(np.float32).max)}
+#: Operators that only move values: what they put out was rounded before.
+MOVES = {
+    *("Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "Pad"),
+    *("Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The largest magnitude that one intermediate tensor reached, and the dtype that the graph stores it in."""
+
+    graph: str
+    tensor: str
+    operator: str
+    dtype: str
+    largest: float
+
+    @property
+    def headroom(self) -> float:
+        """How many times larger the tensor could get before it overflows; below 1 it does."""
+        return LARGEST[self.dtype] / self.largest if self.largest else float("inf")
+
+
+class StorageEvaluator:
+    """Runs one ONNX file on the CPU with every half-precision intermediate rounded to its declared dtype.
+
+    Feeds and results are numpy; bfloat16 and float16 tensors go in and come out as float32 of the same values where the graph
+    declares bfloat16, and as float16 where it declares that. A graph without half precision runs as it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        model = _load(path)
+        if not _half_values(model):
+            self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            self._dtypes: Mapping[str, int] = {}
+            return
+        self._dtypes = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
+        self._session = _session(_widen(model, store=True), path.parent)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        names = [output.name for output in self._session.get_outputs()]
+        results = self._session.run(names, _wide(self._session, feeds))
+        return {
+            name: value.astype(np.float16) if self._dtypes.get(name) == TensorProto.FLOAT16 else value
+            for name, value in zip(names, results, strict=True)
+        }
+
+
+class RangeMeter:
+    """Runs one ONNX file without rounding and keeps the largest magnitude of every half-precision intermediate tensor."""
+
+    def __init__(self, path: Path) -> None:
+        model = _load(path)
+        self._graph = model.graph.name
+        self._outputs = [output.name for output in model.graph.output]
+        self._values = _half_values(model)
+        self._operators = {name: node.op_type for node in model.graph.node for name in node.output}
+        measured = [name for name in self._values if name in self._operators]
+        widened = _widen(model, store=False)
+        for name in measured:
+            widened.graph.node.append(helper.make_node("Abs", [name], [f"{name}//abs"]))
+            widened.graph.node.append(helper.make_node("ReduceMax", [f"{name}//abs"], [f"{name}//max"], keepdims=0))
+            widened.graph.output.append(helper.make_tensor_value_info(f"{name}//max", TensorProto.FLOAT, []))
+        self._largest = dict.fromkeys(measured, 0.0)
+        self._session = _session(widened, path.parent)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The graph's outputs, computed wide; the magnitudes are added to what `ranges` reports."""
+        names = [*self._outputs, *(f"{name}//max" for name in self._largest)]
+        results = dict(zip(names, self._session.run(names, _wide(self._session, feeds)), strict=True))
+        for name, largest in self._largest.items():
+            self._largest[name] = max(largest, float(results[f"{name}//max"]))
+        return {name: results[name] for name in self._outputs}
+
+    def ranges(self) -> list[Range]:
+        """One entry a tensor, the least headroom first."""
+        found = (
+            Range(self._graph, name, self._operators[name], HALF[self._values[name]], largest)
+            for name, largest in self._largest.items()
+        )
+        return sorted(found, key=lambda entry: entry.headroom)
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    """The model with a dtype known for every value; its weights stay on disk."""
+    model = onnx.load(path, load_external_data=False)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def _half_values(model: onnx.ModelProto) -> dict[str, int]:
+    """Name to dtype of every half-precision tensor that is an input, an output or between nodes."""
+    graph = model.graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    typed = {value.name: value.type.tensor_type.elem_type for value in values}
+    return {name: dtype for name, dtype in typed.items() if dtype in HALF}
+
+
+def _widen(model: onnx.ModelProto, *, store: bool) -> onnx.ModelProto:
+    """The model computing in float32; with `store` every half-precision value is rounded to its dtype after it is made."""
+    half = _half_values(model)
+    graph = onnx.GraphProto()
+    graph.CopyFrom(model.graph)
+    del graph.node[:], graph.value_info[:]
+    nodes: list[NodeProto] = []
+    for tensor in graph.initializer:
+        if tensor.data_type in HALF:
+            nodes.append(_cast(f"{tensor.name}//stored", tensor.name, TensorProto.FLOAT))
+            tensor.name = f"{tensor.name}//stored"
+    for value in (*graph.input, *graph.output):
+        if value.name in half:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for original in model.graph.node:
+        node = NodeProto()
+        node.CopyFrom(original)
+        _widen_attributes(node)
+        rounded = [name for name in node.output if store and name in half and node.op_type not in MOVES]
+        node.output[:] = [f"{name}//wide" if name in rounded else name for name in node.output]
+        nodes.append(node)
+        for name in rounded:
+            nodes.append(_cast(f"{name}//wide", f"{name}//stored", half[name]))
+            nodes.append(_cast(f"{name}//stored", name, TensorProto.FLOAT))
+    graph.node.extend(nodes)
+    widened = onnx.ModelProto()
+    widened.CopyFrom(model)
+    widened.graph.CopyFrom(graph)
+    return widened
+
+
+def _widen_attributes(node: NodeProto) -> None:
+    """Half-precision constants and cast targets become float32."""
+    for attribute in node.attribute:
+        if node.op_type == "Cast" and attribute.name == "to" and attribute.i in HALF:
+            attribute.i = TensorProto.FLOAT
+        if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type in HALF:
+            wide = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
+            attribute.t.CopyFrom(onnx.numpy_helper.from_array(wide, attribute.t.name))
+
+
+def _cast(source: str, target: str, dtype: int) -> NodeProto:
+    return helper.make_node("Cast", [source], [target], to=dtype)
+
+
+def _session(model: onnx.ModelProto, folder: Path) -> onnxruntime.InferenceSession:
+    """A session that keeps every cast: ONNX Runtime's optimisations would drop them."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _wide(session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    return dict(_matched(session, feeds))
+
+
+def _matched(session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+    for value in session.get_inputs():
+        array = feeds[value.name]
+        yield value.name, array.astype(np.float32) if value.type == "tensor(float)" else array

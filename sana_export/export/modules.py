@@ -1,0 +1,118 @@
+"""Checkpoint to torch modules: how each deployment graph is built, and inputs to trace and check it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sana_export.contract import GraphSpec, TensorSpec, resolve
+from sana_export.graphs.checkpoint import SanaCheckpoint
+from sana_export.graphs.context import Context
+from sana_export.graphs.denoiser import Denoiser
+from sana_export.graphs.numerics import NUMERICS
+from sana_export.graphs.postprocess import Postprocess
+from sana_export.graphs.sampler import Sampler
+from sana_export.graphs.text_encoder import TextEncoder
+from sana_export.graphs.vae_decoder import VaeDecoder
+from sana_export.manifest import Options
+
+
+def _component_graph(component: str, graph: type[nn.Module]) -> Callable[[SanaCheckpoint, Options], nn.Module]:
+    def build(checkpoint: SanaCheckpoint, options: Options) -> nn.Module:
+        return graph(checkpoint.config(component), checkpoint.weights(component), NUMERICS[options.dtype])
+
+    return build
+
+
+def _denoiser(checkpoint: SanaCheckpoint, options: Options) -> nn.Module:
+    return Denoiser(
+        checkpoint.config("transformer"),
+        checkpoint.weights("transformer"),
+        NUMERICS[options.dtype],
+        clamp=options.clamp,
+        pag_layers=options.pag_layers,
+    )
+
+
+BUILDERS: dict[str, Callable[[SanaCheckpoint, Options], nn.Module]] = {
+    "text_encoder": _component_graph("text_encoder", TextEncoder),
+    "context": _component_graph("transformer", Context),
+    "denoiser": _denoiser,
+    "sampler": lambda checkpoint, options: Sampler(),
+    "vae_decoder": _component_graph("vae", VaeDecoder),
+    "postprocess": lambda checkpoint, options: Postprocess(),
+}
+
+
+def build_graph(name: str, checkpoint: SanaCheckpoint, options: Options) -> nn.Module:
+    """The deployment graph `name` with the checkpoint's weights, ready to run."""
+    return BUILDERS[name](checkpoint, options).eval()
+
+
+def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> GraphSpec:
+    """The graph's tensors with this checkpoint's dimensions."""
+    transformer, text = checkpoint.config("transformer"), checkpoint.config("text_encoder")
+    dimensions = {
+        "latent_channels": transformer["in_channels"],
+        "layers": transformer["num_layers"],
+        "cross_attention_heads": transformer["num_cross_attention_heads"],
+        "cross_attention_head_dim": transformer["cross_attention_head_dim"],
+        "text_channels": text["hidden_size"],
+        "text_layers": text["num_hidden_layers"],
+        "text_kv_heads": text["num_key_value_heads"],
+        "text_head_dim": text["head_dim"],
+    }
+    return resolve(name, dimensions, options.dtype)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Values of the dynamic axes for one set of inputs; `spatial_ratio` is image pixels per latent pixel."""
+
+    batch: int
+    branches: int
+    tokens: int
+    prefix_tokens: int
+    text_tokens: int
+    latent_height: int
+    latent_width: int
+    output_height: int
+    output_width: int
+    spatial_ratio: int = 32
+
+    def of(self, axis: str) -> int:
+        if axis.startswith("image_"):
+            return self.spatial_ratio * int(getattr(self, axis.replace("image", "latent")))
+        return int(getattr(self, axis))
+
+
+#: No two alike and none below 2, so that the tracer takes no size for a constant or for another's.
+TRACE_SIZES = Sizes(2, 3, 5, 9, 7, 4, 6, 100, 170)
+#: Others, to check with: what a traced constant or a swapped axis would fail on.
+CHECK_SIZES = Sizes(3, 2, 8, 1, 11, 5, 3, 64, 131)
+
+
+def random_inputs(spec: GraphSpec, sizes: Sizes, seed: int) -> dict[str, Tensor]:
+    """Fresh seeded inputs for a graph, each in the range that the runtime feeds."""
+    generator = torch.Generator().manual_seed(seed)
+    return {tensor.name: _random_input(tensor, sizes, generator) for tensor in spec.inputs}
+
+
+def _random_input(tensor: TensorSpec, sizes: Sizes, generator: torch.Generator) -> Tensor:
+    shape = [axis if isinstance(axis, int) else sizes.of(axis) for axis in tensor.shape]
+    uniform = torch.rand(shape, generator=generator)
+    special: dict[str, Callable[[], Tensor]] = {
+        "timestep": lambda: uniform * 999.0,
+        "perturbed": lambda: torch.arange(shape[0]).remainder(2).float(),
+        "context_mask": lambda: (torch.arange(shape[-1]) <= uniform[..., :1] * shape[-1]).float(),
+        "row_index": lambda: (uniform * sizes.of("image_height")).long(),
+        "column_index": lambda: (uniform * sizes.of("image_width")).long(),
+        "row_weight": lambda: uniform / uniform.sum(0, keepdim=True),
+        "column_weight": lambda: uniform / uniform.sum(0, keepdim=True),
+    }
+    if tensor.name in special:
+        return special[tensor.name]()
+    return torch.randn(shape, generator=generator).to(getattr(torch, tensor.dtype))

@@ -1,0 +1,84 @@
+"""How close is close: the measures of parity and the limits that a graph or an image has to meet."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+#: A graph against its reference, by precision: the least cosine similarity of an output.
+COSINE_LIMITS = {"fp32": 0.999999, "fp16": 0.9999, "bf16": 0.998}
+#: The image against the float32 reference, by precision: the least PSNR in dB (fp32 images have the stricter limit below).
+IMAGE_PSNR_LIMITS = {"fp32": 60.0, "fp16": 40.0, "bf16": 25.0}
+#: A float32 image: the least share of identical values, and the largest difference in levels of 255.
+IDENTICAL_LIMIT = 0.999
+LEVEL_LIMIT = 1
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One comparison. `limit` is the text of what was asked, `passed` whether it was met."""
+
+    name: str
+    max_abs: float
+    cosine: float
+    psnr_db: float
+    limit: str
+    passed: bool
+    identical: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: _finite(value) for key, value in asdict(self).items() if value is not None}
+
+
+def compare_tensors(name: str, found: Array, wanted: Array, precision: str) -> Parity:
+    """A graph's output against its reference, both of one shape."""
+    limit = COSINE_LIMITS[precision]
+    measured = cosine(found, wanted)
+    passed = bool(np.isfinite(found).all()) and measured >= limit
+    return Parity(name, max_abs(found, wanted), measured, psnr(found, wanted), f"cosine >= {limit}", passed)
+
+
+def compare_images(name: str, found: Array, wanted: Array, precision: str) -> Parity:
+    """uint8 images [B, H, W, 3] against the reference's."""
+    difference = np.abs(found.astype(np.int16) - wanted.astype(np.int16))
+    identical, largest = float((difference == 0).mean()), int(difference.max(initial=0))
+    ratio = psnr(found, wanted, peak=255.0)
+    if precision == "fp32":
+        limit = f"identical >= {IDENTICAL_LIMIT:.1%}, none off by more than {LEVEL_LIMIT} level"
+        passed = identical >= IDENTICAL_LIMIT and largest <= LEVEL_LIMIT
+    else:
+        limit = f"psnr_db >= {IMAGE_PSNR_LIMITS[precision]:g}"
+        passed = ratio >= IMAGE_PSNR_LIMITS[precision]
+    return Parity(name, float(largest), cosine(found, wanted), ratio, limit, passed, identical)
+
+
+def max_abs(found: Array, wanted: Array) -> float:
+    return float(np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max(initial=0.0))
+
+
+def cosine(found: Array, wanted: Array) -> float:
+    """Cosine similarity of two tensors as vectors; 1 for two tensors of zeros."""
+    a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+    norm = math.sqrt(float(a @ a)) * math.sqrt(float(b @ b))
+    return float(a @ b) / norm if norm else float(np.array_equal(a, b))
+
+
+def psnr(found: Array, wanted: Array, peak: float | None = None) -> float:
+    """Peak signal-to-noise ratio in dB; the peak is the reference's range unless given. Infinite for equal tensors."""
+    a, b = found.astype(np.float64), wanted.astype(np.float64)
+    peak = float(b.max(initial=0.0) - b.min(initial=0.0)) if peak is None else peak
+    error = float(np.mean((a - b) ** 2))
+    if error == 0.0:
+        return math.inf
+    return 10.0 * math.log10(peak**2 / error) if peak and math.isfinite(error) else -math.inf
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: it is written as the string that Python prints."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

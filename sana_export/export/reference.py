@@ -1,0 +1,53 @@
+"""The reference that graphs of the clamped fp16 family are compared with: diffusers with its trained clamp in any dtype.
+
+In the checkpoints trained in fp16 the output of self-attention reaches ten times what fp16 can hold, and training clipped it
+to +-65504. diffusers clips only while it runs in fp16 (`SanaLinearAttnProcessor2_0` and the two PAG processors in
+models/attention_processor.py), so the same weights in float32 or bfloat16 compute another function and draw broken images
+(https://github.com/huggingface/diffusers/issues/10336). The clip belongs to the function; these wrappers put it there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: The largest finite float16, the bound that the fp16 family was trained with.
+ATTENTION_LIMIT = 65504.0
+
+
+class ClampedLinearAttnProcessor:
+    """Calls `processor` (any of diffusers' self-attention processors for Sana) and clips its result to +-`ATTENTION_LIMIT`.
+
+    In float16, where the processor clips already, it changes nothing.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Any,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+    ) -> Any:
+        """hidden_states [B, N, C] -> [B, N, C] in the same dtype."""
+        output = self.processor(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return output.clip(-ATTENTION_LIMIT, ATTENTION_LIMIT)
+
+
+def _clamped(processor: Any) -> ClampedLinearAttnProcessor:
+    return processor if isinstance(processor, ClampedLinearAttnProcessor) else ClampedLinearAttnProcessor(processor)
+
+
+def clamp_attention(transformer: Any) -> None:
+    """Clip the output of every self-attention (`attn1`) of a `SanaTransformer2DModel`, in place. Twice is the same as once."""
+    for block in transformer.transformer_blocks:
+        block.attn1.set_processor(_clamped(block.attn1.processor))
+
+
+def clamp_pag_processors(pipeline: Any) -> None:
+    """Clip the processors that a `SanaPAGPipeline` installs in its PAG layers during a call, in place.
+
+    The other layers keep the transformer's own processors: call `clamp_attention(pipeline.transformer)` for them as well.
+    """
+    pipeline._pag_attn_processors = tuple(map(_clamped, pipeline._pag_attn_processors))

@@ -1,0 +1,173 @@
+"""Which shapes an engine serves: min, opt and max of every dynamic axis of `contract.DYNAMIC_AXES`.
+
+A TensorRT profile bounds every axis on its own, so it covers the box around its sizes, not only the sizes: the bins
+of a 1024 px checkpoint reach from 512x2048 to 2048x512, and their engine also accepts 2048x2048. An execution context
+that reserves memory for the profile's largest shape therefore reserves four times what any bin needs; one that asks
+for the memory of the actual shapes (`update_device_memory_size_for_shapes`) does not.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sana_export.errors import UsageError
+from sana_export.manifest import ModelInfo
+from sana_export.resolutions import BINS, Size
+
+#: min, opt, max; `opt` is the shape that TensorRT tunes for.
+Range = tuple[int, int, int]
+
+#: Guidance branches: none, CFG or PAG, both.
+MAX_BRANCHES = 3
+#: Smallest image side in pixels of the profile "default".
+SMALLEST_SIDE = 128
+#: Prompt tokens of the typical request.
+TYPICAL_TOKENS = 32
+#: How far the delivered image may be scaled up from the bin that was sampled.
+LARGEST_UPSCALE = 2
+
+
+def _bins(model: ModelInfo) -> tuple[Size, ...]:
+    bins = BINS.get(model.sample_size)
+    return tuple(bins.values()) if bins else _native(model)
+
+
+def _native(model: ModelInfo) -> tuple[Size, ...]:
+    return ((model.native_size, model.native_size),)
+
+
+def _any(model: ModelInfo) -> tuple[Size, ...]:
+    """The corners of the box from the smallest side to the longest side of any bin."""
+    smallest = min(SMALLEST_SIDE, model.native_size)
+    largest = max(max(size) for size in _bins(model))
+    return ((smallest, smallest), (largest, largest))
+
+
+#: Rules for the sizes of a profile that depend on the checkpoint.
+COVERAGE: dict[str, Callable[[ModelInfo], tuple[Size, ...]]] = {"bins": _bins, "native": _native, "any": _any}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One row: `sizes` is a rule of `COVERAGE` or the (height, width) pairs themselves, in pixels of the sampled image."""
+
+    name: str
+    batch: Range
+    branches: Range
+    sizes: str | tuple[Size, ...]
+    meaning: str = ""
+
+    def covered(self, model: ModelInfo) -> tuple[Size, ...]:
+        """The image sizes that this profile is made for, as (height, width) in pixels."""
+        return COVERAGE[self.sizes](model) if isinstance(self.sizes, str) else self.sizes
+
+    def ranges(self, model: ModelInfo, *, instruction_tokens: int, branches: int = MAX_BRANCHES) -> dict[str, Range]:
+        """min, opt and max of every axis of `contract.DYNAMIC_AXES`.
+
+        `instruction_tokens`: tokens of the stored prefix. `branches`: the most that the bundle's graphs are sampled
+        with (2 without PAG layers). `tokens` reaches as far as a prompt that shares nothing with the prefix but its
+        first token.
+        """
+        heights, widths = zip(*self.covered(model), strict=True)
+        height, width = _axis(heights, model.native_size), _axis(widths, model.native_size)
+        factor, text = model.vae_scale_factor, model.max_sequence_length
+        typical = min(TYPICAL_TOKENS, text)
+        return {
+            "batch": self.batch,
+            "branches": _capped(self.branches, branches),
+            "tokens": (1, typical, instruction_tokens + text),
+            "prefix_tokens": (1, instruction_tokens, instruction_tokens),
+            "text_tokens": (1, typical, text),
+            "latent_height": _divided(height, factor),
+            "latent_width": _divided(width, factor),
+            "image_height": height,
+            "image_width": width,
+            "output_height": (factor, height[1], LARGEST_UPSCALE * height[2]),
+            "output_width": (factor, width[1], LARGEST_UPSCALE * width[2]),
+        }
+
+
+PROFILES: dict[str, Profile] = {
+    profile.name: profile
+    for profile in (
+        Profile("default", (1, 1, 4), (1, 2, 3), "any", "128 px to the longest bin side, 1 to 4 images"),
+        Profile("laptop", (1, 1, 1), (1, 2, 3), "bins", "one image at a time, every bin of the checkpoint"),
+        Profile("datacenter", (1, 4, 8), (1, 2, 3), "bins", "1 to 8 images at a time, every bin of the checkpoint"),
+        Profile("static", (1, 1, 1), (2, 2, 2), "native", "one image of the native size, two guidance branches"),
+    )
+}
+
+
+def profile_named(name: str) -> Profile:
+    """The row `name`; UsageError lists the rows where there is none."""
+    if name not in PROFILES:
+        near = difflib.get_close_matches(name, PROFILES, n=1)
+        raise UsageError(
+            f"there is no profile named {name!r}",
+            wanted="; ".join(f"{profile.name}: {profile.meaning}" for profile in PROFILES.values()),
+            fix=f"--profile {near[0] if near else 'default'}",
+        )
+    return PROFILES[name]
+
+
+def custom_profile(model: ModelInfo, *, height: int | None = None, width: int | None = None, batch: int = 1) -> Profile:
+    """Exactly one image size in pixels (the native side where it is not given) and 1 to `batch` images."""
+    height = model.native_size if height is None else height
+    width = model.native_size if width is None else width
+    factor = model.vae_scale_factor
+    if min(height, width) < factor or height % factor or width % factor:
+        raise UsageError(
+            "the image size does not fit the decoder",
+            found=f"{height}x{width} (height x width)",
+            wanted=f"height and width that divide by {factor}",
+            fix=f"--height {_nearest(height, factor)} --width {_nearest(width, factor)}",
+        )
+    if batch < 1:
+        raise UsageError("a batch holds at least one image", found=f"--batch {batch}", wanted="1 or more", fix="--batch 1")
+    return Profile(f"{height}x{width}-b{batch}", (1, batch, batch), (1, 2, MAX_BRANCHES), ((height, width),))
+
+
+def outside(ranges: Mapping[str, Range], request: Mapping[str, int]) -> dict[str, Range]:
+    """The axes of `request` that lie outside `ranges`, with what is possible; axes that `ranges` lacks are not looked at."""
+    return {
+        axis: ranges[axis] for axis, value in request.items() if axis in ranges and not ranges[axis][0] <= value <= ranges[axis][2]
+    }
+
+
+def explain_outside(ranges: Mapping[str, Range], request: Mapping[str, int]) -> str | None:
+    """What of `request` (axis to length) the engine cannot do and what it can, or None where all of it fits."""
+    wrong = outside(ranges, request)
+    if not wrong:
+        return None
+    parts = [f"{axis} {request[axis]} (possible: {describe_range(values)})" for axis, values in wrong.items()]
+    return "outside what the engine was built for: " + ", ".join(parts)
+
+
+def describe_range(values: Range) -> str:
+    """ "512 to 2048", or "only 1024" where there is no choice."""
+    lowest, _, highest = values
+    return f"only {lowest}" if lowest == highest else f"{lowest} to {highest}"
+
+
+def build_line(bundle: object, backend: str, *, height: int, width: int, batch: int = 1) -> str:
+    """The command that builds engines for one image size in pixels and up to `batch` images."""
+    return f"sana-export build {bundle} --backend {backend} --height {height} --width {width} --batch {batch}"
+
+
+def _axis(lengths: tuple[int, ...], native: int) -> Range:
+    lowest, highest = min(lengths), max(lengths)
+    return lowest, min(max(native, lowest), highest), highest
+
+
+def _capped(values: Range, highest: int) -> Range:
+    return min(values[0], highest), min(values[1], highest), min(values[2], highest)
+
+
+def _divided(values: Range, factor: int) -> Range:
+    return values[0] // factor, values[1] // factor, values[2] // factor
+
+
+def _nearest(length: int, factor: int) -> int:
+    return max(factor, round(length / factor) * factor)

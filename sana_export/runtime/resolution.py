@@ -1,0 +1,115 @@
+"""Image sizes: the bin that a request is sampled in, and the tables that bring the image back to the size asked for.
+
+Restates `classify_height_width_bin` and `resize_and_crop_tensor` of diffusers' `PixArtImageProcessor` (image_processor.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sana_export.errors import UsageError
+from sana_export.resolutions import BINS, Size
+
+#: Pixels a latent pixel, in height and in width.
+LATENT_PIXELS = 32
+
+_NO_BINNING = "use_resolution_binning=False (--no-resolution-binning)"
+
+Axis = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True, eq=False)
+class ResizePlan:
+    """A bilinear resize and centre crop as two rows and two columns of the image for each pixel, with their weights:
+
+        out[y, x] = sum over a, b of
+            row_weight[a, y] * column_weight[b, x] * image[row_index[a, y], column_index[b, x]]
+
+    The rows' arrays are int64 and float32 [2, H_out], the columns' int64 and float32 [2, W_out]. Where no resize is
+    needed the weights are exactly 1 and 0. These are the inputs of the `postprocess` graph (contract.py).
+    """
+
+    row_index: npt.NDArray[np.int64]
+    row_weight: npt.NDArray[np.float32]
+    column_index: npt.NDArray[np.int64]
+    column_weight: npt.NDArray[np.float32]
+
+
+def choose_bin(height: int, width: int, sample_size: int) -> Size:
+    """The (height, width) that Sana was trained on whose aspect ratio is the nearest to the request's.
+
+    `sample_size` is that of the checkpoint's transformer config. The first of two equally near bins wins, as in diffusers.
+    Raises UsageError for a sample size without a table of bins and for sizes below one pixel.
+    """
+    _check_positive(height, width)
+    bins = BINS.get(sample_size)
+    if bins is None:
+        raise UsageError(
+            "resolution binning is not possible with this checkpoint",
+            found=f"sample_size {sample_size}",
+            wanted="a sample_size with a table of bins: " + ", ".join(map(str, BINS)),
+            fix=f"ask for the exact size with {_NO_BINNING}",
+        )
+    ratio = height / width
+    return bins[min(bins, key=lambda candidate: abs(candidate - ratio))]
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises UsageError, naming the nearest sizes that work, unless height and width divide by `LATENT_PIXELS`."""
+    _check_positive(height, width)
+    if height % LATENT_PIXELS == 0 and width % LATENT_PIXELS == 0:
+        return
+    near = [f"{h}x{w}" for h in _nearest(height) for w in _nearest(width)]
+    raise UsageError(
+        f"height and width must divide by {LATENT_PIXELS} without resolution binning",
+        found=f"{height}x{width} (height x width)",
+        wanted="for example " + " or ".join(near),
+        fix="take one of these sizes, or turn resolution binning on",
+    )
+
+
+def make_resize_plan(height: int, width: int, output_height: int, output_width: int) -> ResizePlan:
+    """The plan that scales an image of `height` x `width` until it covers the output, and then cuts out its centre.
+
+    diffusers rounds the scaled size down, which by float64 rounding can make it one pixel smaller than the output
+    (256x944 from the bin 512x1856: int(1856 * (944 / 1856)) is 943) and then leaves an image one pixel wide or high.
+    Here the scaled size is at least the output's.
+    """
+    _check_positive(height, width)
+    _check_positive(output_height, output_width)
+    ratio = max(output_height / height, output_width / width)
+    row_index, row_weight = _axis(height, max(int(height * ratio), output_height), output_height)
+    column_index, column_weight = _axis(width, max(int(width * ratio), output_width), output_width)
+    return ResizePlan(row_index, row_weight, column_index, column_weight)
+
+
+def _axis(size: int, resized: int, output: int) -> Axis:
+    """Indices [2, output] and weights [2, output] that take `size` pixels to the central `output` of `resized` ones.
+
+    As torch's `interpolate` (bilinear, align_corners False): pixel i lies at (i + 0.5) * size / resized - 0.5, but not
+    before the first pixel; the pixel after the last one is the last one. The roundings are torch's: size / resized to
+    float32, then a fused multiply-add.
+    """
+    pixels = np.arange(output, dtype=np.float32) + np.float32((resized - output) // 2)
+    scale = np.float32(size) / np.float32(resized)
+    position = np.maximum((scale.astype(np.float64) * (pixels + np.float32(0.5)) - 0.5).astype(np.float32), 0)
+    before = np.minimum(position.astype(np.int64), size - 1)
+    weight = np.clip(position - before.astype(np.float32), 0, 1)
+    index = np.stack([before, np.minimum(before + 1, size - 1)])
+    return index, np.stack([1 - weight, weight])
+
+
+def _check_positive(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise UsageError(
+            "height and width must be positive", found=f"{height}x{width} (height x width)", wanted="1x1 or more"
+        )
+
+
+def _nearest(size: int) -> list[int]:
+    """The multiples of `LATENT_PIXELS` next to `size`: one if it is a multiple, else the one below (if any) and above."""
+    below = size // LATENT_PIXELS * LATENT_PIXELS
+    return [below] if below == size else [around for around in (below, below + LATENT_PIXELS) if around]

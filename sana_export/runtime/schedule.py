@@ -1,0 +1,246 @@
+"""Sampling schedules as tables: every solver that Sana uses is linear in its inputs, so a step is a row of six numbers.
+
+A step computes, with the row's columns named as in `contract.COEFFICIENTS`,
+
+    x0           = x0_latents * latents + x0_noise_pred * noise_pred
+    next_latents = latents * latents + x0 * x0 + previous_x0 * previous_x0 + noise * noise
+
+where `previous_x0` is the x0 of the step before (zeros at the first step, whose column is 0) and `noise` is fresh standard
+normal noise (any finite value where its column is 0). After the last step latents and x0 are equal.
+
+The rows restate `step` of diffusers' scheduler of the same name. Sigmas, their logarithms and exponentials are rounded to
+float32 where diffusers computes them in float32; the rest is computed in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sana_export.contract import COEFFICIENTS
+from sana_export.errors import UsageError
+
+Float32 = npt.NDArray[np.float32]
+
+#: SANA-Sprint's timesteps, the defaults of diffusers' SanaSprintPipeline: the first one, and the second one of two steps.
+SPRINT_MAX_TIMESTEP = 1.57080
+SPRINT_INTERMEDIATE_TIMESTEP = 1.3
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """One sampling run of N steps.
+
+    timesteps: float32 [N], what the denoiser is fed at each step, before any `timestep_scale`.
+    coefficients: float32 [N, 6], the rows for the sampler graph; columns `contract.COEFFICIENTS`.
+    initial_noise_scale: what standard normal noise (or latents given by the caller) is multiplied by before the first step.
+    needs_noise: whether the steps draw fresh noise. diffusers then draws it at every step, after the initial noise and from
+        the same generator.
+    """
+
+    timesteps: Float32
+    coefficients: Float32
+    initial_noise_scale: float
+    needs_noise: bool
+
+
+@dataclass(frozen=True)
+class _Option:
+    """What a key of scheduler_config.json may be; `default` is what diffusers takes for a missing key."""
+
+    default: object
+    supported: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class _Solver:
+    options: Mapping[str, _Option]
+    build: Callable[[Mapping[str, Any], int], Schedule]
+
+
+def make_schedule(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+    """The schedule of `num_inference_steps` steps for the content of a checkpoint's scheduler_config.json.
+
+    Raises UsageError for fewer than 1 step, a scheduler class outside `SCHEDULERS`, and a setting that the table cannot
+    express.
+    """
+    name = config.get("_class_name")
+    solver = _SOLVERS.get(str(name))
+    if solver is None:
+        raise UsageError(
+            "this checkpoint's scheduler is not supported",
+            found=f"_class_name {name!r}",
+            wanted=" or ".join(SCHEDULERS),
+        )
+    for key, option in solver.options.items():
+        _check_option(name, config, key, option)
+    if num_inference_steps < 1:
+        raise UsageError("sampling needs at least one step", found=num_inference_steps, wanted="1 or more")
+    return solver.build(config, int(num_inference_steps))
+
+
+def _check_option(name: object, config: Mapping[str, Any], key: str, option: _Option) -> None:
+    value = config.get(key, option.default)
+    if value not in option.supported:
+        raise UsageError(
+            f"this setting of the checkpoint's {name} is not supported",
+            found=f"{key} = {value!r}" + ("" if key in config else " (the key is missing, this is diffusers' default)"),
+            wanted=f"{key} = " + " or ".join(map(repr, option.supported)),
+        )
+
+
+def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise UsageError(f"the checkpoint's scheduler config has a bad {key}", found=repr(value), wanted="a positive number")
+    return value
+
+
+def _table(num_inference_steps: int, **columns: npt.ArrayLike) -> Float32:
+    """The coefficients [N, 6] from columns of N values or one value; a column that is not named is 0."""
+    table = np.zeros((num_inference_steps, len(COEFFICIENTS)))
+    for name, values in columns.items():
+        table[:, COEFFICIENTS.index(name)] = values
+    return table.astype(np.float32)
+
+
+def _rounded(function: Callable[[Any], Any], x: Float32) -> Float32:
+    """`function` of `x`, rounded to float32 from float64: as torch's float32 result to its last place, on any processor."""
+    return np.asarray(function(x.astype(np.float64))).astype(np.float32)
+
+
+def _dpm_solver(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+    """DPM-Solver++ of order 1 or 2 (midpoint) over flow sigmas, ending at sigma 0: diffusers' DPMSolverMultistepScheduler.
+
+    `lower_order_final` and `euler_at_final` have no effect here: a last step to sigma 0 is always of order 1.
+
+    diffusers looks for its starting point by value and takes the second of two equal first timesteps, then runs out of
+    sigmas at the last step (IndexError). This happens from 501 steps at shift 3 and from 201 at shift 6; here such a
+    schedule starts at its first sigma like any other.
+    """
+    train_steps, shift = _positive(config, "num_train_timesteps", 1000), _positive(config, "flow_shift", 1.0)
+    linear = 1.0 - np.linspace(1, 1 / train_steps, num_inference_steps + 1)
+    shifted = np.flip(shift * linear / (1 + (shift - 1) * linear))[:-1]
+    sigmas = np.append(shifted, 0).astype(np.float32)
+    alphas = np.float32(1) - sigmas
+    with np.errstate(divide="ignore"):  # the logarithm of the last sigma, 0
+        log_snr = _rounded(np.log, alphas) - _rounded(np.log, sigmas)
+    h = np.diff(log_snr)
+    decay = alphas[1:] * (_rounded(np.exp, -h) - np.float32(1))
+    gain = np.zeros(num_inference_steps)
+    if config.get("solver_order", 2) == 2:  # all steps but the first and the last
+        gain[1:-1] = 0.5 * decay[1:-1] * (h[1:-1] / h[:-2])
+    coefficients = _table(
+        num_inference_steps,
+        x0_latents=1,
+        x0_noise_pred=-sigmas[:-1],
+        latents=sigmas[1:] / sigmas[:-1],
+        x0=-(decay + gain),
+        previous_x0=gain,
+    )
+    return Schedule((shifted * train_steps).astype(np.int64).astype(np.float32), coefficients, 1.0, False)
+
+
+def _flow_euler(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+    """Euler steps of the flow, or with `stochastic_sampling` fresh noise on x0: diffusers' FlowMatchEulerDiscreteScheduler.
+
+    As there, the shift is applied twice to the smallest sigma: once to find the range, once to the sigmas spread over it.
+    """
+    train_steps, shift = _positive(config, "num_train_timesteps", 1000), _positive(config, "shift", 1.0)
+    ends = np.array([train_steps, 1], dtype=np.float32) / np.float32(train_steps)
+    ends = np.float32(shift) * ends / (1 + np.float32(shift - 1) * ends)
+    linear = np.linspace(float(ends[0]) * train_steps, float(ends[1]) * train_steps, num_inference_steps) / train_steps
+    sigmas = np.append(shift * linear / (1 + (shift - 1) * linear), 0).astype(np.float32)
+    now, after = sigmas[:-1].astype(np.float64), sigmas[1:].astype(np.float64)
+    if config.get("stochastic_sampling", False):
+        columns = {"x0": 1 - after, "noise": after}
+    else:
+        columns = {"latents": after / now, "x0": 1 - after / now}
+    coefficients = _table(num_inference_steps, x0_latents=1, x0_noise_pred=-now, **columns)
+    return Schedule(
+        sigmas[:-1] * np.float32(train_steps), coefficients, 1.0, bool(coefficients[:, COEFFICIENTS.index("noise")].any())
+    )
+
+
+def _sprint_timesteps(num_inference_steps: int) -> Float32:
+    """The angles t [N + 1] of SanaSprintPipeline, from `SPRINT_MAX_TIMESTEP` down to 0."""
+    if num_inference_steps == 2:
+        return np.array([SPRINT_MAX_TIMESTEP, SPRINT_INTERMEDIATE_TIMESTEP, 0], dtype=np.float32)
+    return np.linspace(SPRINT_MAX_TIMESTEP, 0, num_inference_steps + 1).astype(np.float32)
+
+
+def _sprint(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+    """SANA-Sprint: diffusers' SCMScheduler (trigflow) together with what SanaSprintPipeline does around it.
+
+    With sd = sigma_data, angle t, s = sin t / (cos t + sin t) and n = sqrt(s^2 + (1 - s)^2), the pipeline feeds the denoiser
+    z = n * x / sd and s, makes v = sd * ((1 - 2s) * z + (1 - 2s + 2s^2) * noise_pred) / n of what comes out, and the
+    scheduler computes pred_x0 = cos t * x - sin t * v and the next x = cos t' * pred_x0 + sin t' * sd * noise. What is
+    decoded is pred_x0 / sd of the last step. All of it is linear, and sd cancels in these variables of the table:
+
+        latents = z (the first: n * standard normal noise), x0 = pred_x0 / sd, timesteps = s
+
+    diffusers takes only 2 steps unless the intermediate timestep is given as None; here every other number of steps
+    means that. The timesteps equal diffusers' for 1 and 2 steps, and to float32 rounding (2.5e-7) for more.
+    """
+    train_steps = _positive(config, "num_train_timesteps", 1000)
+    if num_inference_steps > train_steps:
+        raise UsageError(
+            "SCMScheduler has no more steps than it was trained with",
+            found=f"{num_inference_steps} steps",
+            wanted=f"1 to {train_steps}",
+        )
+    angles = _sprint_timesteps(num_inference_steps)
+    sine, cosine = _rounded(np.sin, angles), _rounded(np.cos, angles)
+    timesteps = sine / (cosine + sine)
+    sin, cos, s = (values.astype(np.float64) for values in (sine, cosine, timesteps))
+    n = np.sqrt(s**2 + (1 - s) ** 2)
+    coefficients = _table(
+        num_inference_steps,
+        x0_latents=((cos - sin * (1 - 2 * s)) / n)[:-1],
+        x0_noise_pred=(-sin * (1 - 2 * s + 2 * s**2) / n)[:-1],
+        x0=(n * cos)[1:],
+        noise=(n * sin)[1:],
+    )
+    return Schedule(timesteps[:-1], coefficients, float(n[0]), num_inference_steps > 1)
+
+
+_OFF = _Option(False, (False, None))
+
+_SOLVERS: dict[str, _Solver] = {
+    "DPMSolverMultistepScheduler": _Solver(
+        {
+            "algorithm_type": _Option("dpmsolver++", ("dpmsolver++",)),
+            "solver_type": _Option("midpoint", ("midpoint",)),
+            "solver_order": _Option(2, (1, 2)),
+            "prediction_type": _Option("epsilon", ("flow_prediction",)),
+            "use_flow_sigmas": _Option(False, (True,)),
+            "final_sigmas_type": _Option("zero", ("zero",)),
+            "thresholding": _OFF,
+            "use_karras_sigmas": _OFF,
+            "use_exponential_sigmas": _OFF,
+            "use_beta_sigmas": _OFF,
+            "use_lu_lambdas": _OFF,
+            "use_dynamic_shifting": _OFF,
+        },
+        _dpm_solver,
+    ),
+    "FlowMatchEulerDiscreteScheduler": _Solver(
+        {
+            "shift_terminal": _Option(None, (None,)),
+            "invert_sigmas": _OFF,
+            "use_karras_sigmas": _OFF,
+            "use_exponential_sigmas": _OFF,
+            "use_beta_sigmas": _OFF,
+            "use_dynamic_shifting": _OFF,
+        },
+        _flow_euler,
+    ),
+    "SCMScheduler": _Solver({"prediction_type": _Option("trigflow", ("trigflow",))}, _sprint),
+}
+
+#: The names of the diffusers schedulers that `make_schedule` knows.
+SCHEDULERS = tuple(_SOLVERS)
