@@ -8,7 +8,11 @@ models/attention_processor.py), so the same weights in float32 or bfloat16 compu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sana_export.graphs.checkpoint import SanaCheckpoint
+    from sana_export.manifest import Options
 
 #: The largest finite float16, the bound that the fp16 family was trained with.
 ATTENTION_LIMIT = 65504.0
@@ -51,3 +55,30 @@ def clamp_pag_processors(pipeline: Any) -> None:
     The other layers keep the transformer's own processors: call `clamp_attention(pipeline.transformer)` for them as well.
     """
     pipeline._pag_attn_processors = tuple(map(_clamped, pipeline._pag_attn_processors))
+
+
+def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, dtypes: Any = None) -> Any:
+    """diffusers' pipeline of the checkpoint: SanaPipeline, or SanaPAGPipeline over the layers of `options`.
+
+    In float32 unless `dtypes` (what `from_pretrained` takes as torch_dtype) says otherwise, clamped where the options are. The
+    attention of Gemma-2 is "eager", the only implementation that applies its soft-capping.
+    """
+    import torch
+    from diffusers import SanaPAGPipeline, SanaPipeline
+
+    # Names match by regular expression: without the anchors "blocks.1" would also be "blocks.10".
+    layers = {"pag_applied_layers": [rf"^transformer_blocks\.{layer}\.attn1$" for layer in options.pag_layers]} if pag else {}
+    pipeline = (SanaPAGPipeline if pag else SanaPipeline).from_pretrained(
+        checkpoint.folder,
+        torch_dtype=torch.float32 if dtypes is None else dtypes,
+        variant=checkpoint.weights_variant,
+        local_files_only=True,
+        **layers,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.text_encoder.set_attn_implementation("eager")
+    if options.clamp:
+        clamp_attention(pipeline.transformer)
+        if pag:
+            clamp_pag_processors(pipeline)
+    return pipeline

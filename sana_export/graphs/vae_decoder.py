@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle
+from torch.nn.functional import conv2d, pixel_shuffle
 
 from sana_export.errors import ArtifactError
 from sana_export.graphs.numerics import Conv, Linear, Numerics, linear_attention, parameter, rms_norm, silu
@@ -28,8 +28,7 @@ class VaeDecoder(nn.Module):
         self.numerics = numerics
         weights = {name.removeprefix("decoder."): weights[name] for name in weights if name.startswith("decoder.")}
         self.factor = numerics.scale / config["scaling_factor"]
-        self.conv_in = _conv(weights, "conv_in", numerics)
-        self.repeats = config["decoder_block_out_channels"][-1] // config["latent_channels"]
+        self.conv_in = Conv(_with_shortcut(weights["conv_in.weight"]), weights["conv_in.bias"], numerics, bias_scale=numerics.scale)
         self.stages = nn.ModuleList(
             build_stage(config, weights, stage, numerics) for stage in reversed(range(len(config["decoder_block_out_channels"])))
         )
@@ -37,11 +36,18 @@ class VaeDecoder(nn.Module):
         self.conv_out = Conv(weights["conv_out.weight"], weights["conv_out.bias"], numerics)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = (latents * self.factor).to(self.numerics.dtype)
-        x = self.conv_in(x) + x.repeat_interleave(self.repeats, dim=1, output_size=x.shape[1] * self.repeats)
+        x = self.conv_in((latents * self.factor).to(self.numerics.dtype))
         for stage in self.stages:
             x = stage(x)
         return self.conv_out(self.norm_out(x).relu()).float()
+
+
+def _with_shortcut(kernel: Tensor) -> Tensor:
+    """A 3x3 kernel [C', C, 3, 3] that adds the input, its channels repeated in place, to the convolution."""
+    kernel = kernel.float().clone()
+    out = torch.arange(kernel.shape[0])
+    kernel[out, out * kernel.shape[1] // kernel.shape[0], 1, 1] += 1.0
+    return kernel
 
 
 def build_stage(config: Mapping[str, Any], weights: Mapping[str, Tensor], stage: int, numerics: Numerics) -> nn.Sequential:
@@ -59,23 +65,43 @@ def build_stage(config: Mapping[str, Any], weights: Mapping[str, Tensor], stage:
 
 
 class Upsample(nn.Module):
-    """Twice the size: nearest neighbour and convolution, plus a shortcut that moves channels to pixels."""
+    """Twice the size, [B, C, H, W] -> [B, C', 2 H, 2 W], as one convolution at the low resolution.
+
+    diffusers doubles the pixels, convolves 3x3 at the high resolution and adds a shortcut that moves channels to pixels
+    (`DCUpBlock2d`). Of the nine taps on doubled pixels only 2x2 different pixels are read, so each of the four output parities
+    is a 2x2 convolution with sums of taps: 4/9 of the work, and nothing is computed on repeated pixels. The shortcut is a 1 in
+    the tap of the pixel itself.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], name: str, channels: int, out_channels: int, numerics: Numerics) -> None:
         super().__init__()
-        self.conv = _conv(weights, name, numerics)
-        self.repeats = out_channels * 4 // channels
+        kernel = weights[f"{name}.weight"].float()
+        repeats = out_channels * 4 // channels
+        # One kernel a parity [C', 2, 2, C, 2, 2]: (output channel, row parity, column parity, input channel, tap, tap).
+        folded = torch.stack([torch.stack([_fold(kernel, row, column) for column in (0, 1)], dim=1) for row in (0, 1)], dim=1)
+        for position in range(4 * out_channels):
+            out, row, column = position // 4, position // 2 % 2, position % 2
+            folded[out, row, column, position // repeats, 1 - row, 1 - column] += 1.0
+        # `pixel_shuffle` then lays the odd rows and columns first, one pixel off the border: see forward.
+        folded = folded.flip(1, 2).reshape(4 * out_channels, channels, 2, 2)
+        self.weight = parameter(folded, numerics.dtype)
+        self.bias = parameter((weights[f"{name}.bias"].float() * numerics.scale).repeat_interleave(4), numerics.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x.repeat_interleave(self.repeats, dim=1, output_size=x.shape[1] * self.repeats)
-        return self.conv(nearest(x)) + pixel_shuffle(shortcut, 2)
+        # With one pixel of padding, window (i, j) ends at pixel (i, j). An even output row 2i reads pixels i-1 and i (window i),
+        # an odd one, 2i + 1, pixels i and i + 1 (window i + 1): with the odd parity first, rows come out in order from row -1.
+        windows = conv2d(x, self.weight, self.bias, padding=1)
+        return pixel_shuffle(windows, 2)[:, :, 1:-1, 1:-1]
 
 
-def nearest(x: Tensor) -> Tensor:
-    """[B, C, H, W] with every pixel doubled both ways, without ONNX's Resize (TensorRT has none for bfloat16)."""
-    batch, channels, height, width = x.shape
-    doubled = x.reshape(batch, channels, height, 1, width, 1).expand(-1, -1, -1, 2, -1, 2)
-    return doubled.reshape(batch, channels, 2 * height, 2 * width)
+def _fold(kernel: Tensor, row: int, column: int) -> Tensor:
+    """The 2x2 kernel [C', C, 2, 2] that a 3x3 `kernel` over doubled pixels is at one output parity."""
+    rows = torch.stack([kernel[:, :, taps].sum(2) for taps in _TAPS[row]], dim=2)
+    return torch.stack([rows[..., taps].sum(-1) for taps in _TAPS[column]], dim=-1)
+
+
+#: Parity: the taps of three that fall on the first and on the second low-resolution pixel.
+_TAPS = (([0], [1, 2]), ([0, 1], [2]))
 
 
 class ResBlock(nn.Module):

@@ -1,0 +1,52 @@
+# Every target sets up what it needs; everything runs through the virtual environment in $(VENV).
+
+PYTHON ?= python3
+VENV   ?= .venv
+RECIPE ?= engines/tiny.toml
+# The recipe of `make bench`: its bundle is made where it is missing, then timed.
+BENCH_RECIPE ?= engines/mid.toml
+# More for pip, for example --extra-index-url https://download.pytorch.org/whl/cpu for PyTorch without CUDA.
+PIP_FLAGS ?=
+# More for pytest, for example -k generate.
+TEST_FLAGS ?=
+GPU_REPORT ?= benchmarks/out/gpu-check.json
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup engines bench test lint gpu-check clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@echo
+	@echo "variables: PYTHON, VENV, RECIPE, BENCH_RECIPE, PIP_FLAGS, TEST_FLAGS, GPU_REPORT"
+
+setup: $(STAMP) ## make the virtual environment with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[cpu,export,tensorrt-rtx,dev]"
+	@touch $@
+
+engines: $(STAMP) ## checkpoint to bundle, engines, proof, image and latency (RECIPE=engines/tiny.toml)
+	$(BIN)/sana-export engines $(RECIPE)
+
+bench: $(STAMP) ## latency beside eager diffusers, on a bundle of 100 million parameters
+	$(BIN)/sana-export engines $(BENCH_RECIPE)
+
+test: $(STAMP) ## every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(TEST_FLAGS)
+
+lint: $(STAMP) ## style, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+gpu-check: $(STAMP) ## every check that needs a GPU, with one JSON report (GPU_REPORT=...)
+	$(BIN)/python -m pytest -m gpu -p tests.cli.json_report --json-report=$(GPU_REPORT) $(TEST_FLAGS)
+
+clean: ## remove what was built, but not the virtual environment
+	rm -rf engines/out benchmarks/out build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""How long each backend takes beside eager diffusers: workloads, interleaved measuring, reports."""

@@ -1,0 +1,132 @@
+"""What a benchmark samples: one TOML file, read into a frozen `Workload`.
+
+The files that come with the package lie in `workloads/` beside this module; any other is named by its path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+from sana_export.bench.machine import usable_cores
+from sana_export.errors import UsageError
+
+FOLDER = Path(__file__).with_name("workloads")
+DEVICES = ("cpu", "cuda")
+#: Sana's latents are 1/32 of the image on each side.
+SIDE_FACTOR = 32
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One request, repeated: every round samples each prompt once, with `images_per_prompt` images in one call.
+
+    Sizes are pixels and are sampled as they are (no resolution binning). `warmup` rounds are not counted, `repeats` rounds are.
+    `device`: where eager diffusers runs, and with that its dtypes. `threads` None: every core that this process may use.
+    """
+
+    name: str
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    prompts: tuple[str, ...]
+    pag_scale: float = 0.0
+    images_per_prompt: int = 1
+    seed: int = 0
+    warmup: int = 1
+    repeats: int = 5
+    threads: int | None = None
+    device: str = "cpu"
+
+    def resolved_threads(self) -> int:
+        """The number of CPU threads that every backend gets."""
+        return self.threads or usable_cores()
+
+
+#: Annotation of a field: what the TOML may hold for it, and how the message calls that.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a string"),
+    "int": ((int,), "a whole number"),
+    "int | None": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "tuple[str, ...]": ((list,), "a list of strings"),
+}
+#: Field: the least value that makes sense.
+_LEAST = {
+    "num_inference_steps": 1,
+    "guidance_scale": 0,
+    "pag_scale": 0,
+    "images_per_prompt": 1,
+    "seed": 0,
+    "warmup": 1,
+    "repeats": 1,
+    "threads": 1,
+}
+
+
+def built_in_workloads() -> dict[str, Path]:
+    """Name to file of the workloads that come with the package."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
+
+
+def load_workload(name: str | Path) -> Workload:
+    """The built-in workload `name`, or the one in the TOML file at the path `name`. UsageError where it cannot be used."""
+    known = built_in_workloads()
+    path = known.get(str(name), Path(name))
+    if not path.is_file():
+        near = difflib.get_close_matches(str(name), known, n=3)
+        raise UsageError(
+            f"there is no workload {str(name)!r}",
+            found="no built-in of that name and no such file",
+            wanted=", ".join(near or known),
+            fix=f"--workload {next(iter(near or known), 'FILE.toml')}",
+        )
+    try:
+        content = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as a workload", found=str(error), wanted="a TOML file") from error
+    return parse_workload(content, path)
+
+
+def parse_workload(content: dict[str, Any], path: Path) -> Workload:
+    """The workload that a TOML document at `path` says; its name is the file's unless it gives one."""
+    fields = {field.name: field for field in dataclasses.fields(Workload)}
+    content = {"name": path.stem, **content}
+    for key in content:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=3, cutoff=0.5)
+            raise UsageError(f"{path} has an unknown key", found=key, wanted=", ".join(near or fields))
+    if missing := [name for name, field in fields.items() if field.default is MISSING and name not in content]:
+        raise UsageError(f"{path} is not a whole workload", found=f"no {', '.join(missing)}", wanted=", ".join(fields))
+    workload = Workload(**{key: _value(path, key, value, str(fields[key].type)) for key, value in content.items()})
+    _check(workload, path)
+    return workload
+
+
+def _value(path: Path, key: str, value: Any, annotation: str) -> Any:
+    types, wanted = _TYPES[annotation]
+    fits = isinstance(value, types) and not isinstance(value, bool)
+    if isinstance(value, list):
+        fits = fits and bool(value) and all(isinstance(item, str) for item in value)
+        value = tuple(value)
+    if not fits:
+        raise UsageError(f"{key} in {path} is of the wrong kind", found=repr(value), wanted=wanted)
+    return value
+
+
+def _check(workload: Workload, path: Path) -> None:
+    for key, least in _LEAST.items():
+        value = getattr(workload, key)
+        if value is not None and value < least:
+            raise UsageError(f"{key} in {path} is too small", found=value, wanted=f"{least} or more")
+    for key in ("height", "width"):
+        side = getattr(workload, key)
+        if side < SIDE_FACTOR or side % SIDE_FACTOR:
+            raise UsageError(f"{key} in {path} does not fit", found=side, wanted=f"a multiple of {SIDE_FACTOR}")
+    if workload.device not in DEVICES:
+        raise UsageError(f"device in {path} is unknown", found=workload.device, wanted=" or ".join(DEVICES))

@@ -1,0 +1,107 @@
+"""`sana-export build`: the engines of a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sana_export.cli.bundle_text import bundle_document, bundle_summary
+from sana_export.cli.console import VERBOSE, Console
+from sana_export.cli.verb import Answer, Verb, add_bundle, add_names, add_size, positive
+from sana_export.errors import UsageError
+from sana_export.manifest import Manifest
+from sana_export.profiles import PROFILES, Profile, custom_profile, profile_named
+from sana_export.trt.flavour import FLAVOURS, load, target_for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle(parser)
+    parser.add_argument("--backend", choices=tuple(FLAVOURS), required=True, help="what the engines are for")
+    profiles = "; ".join(f"{profile.name}: {profile.meaning}" for profile in PROFILES.values())
+    parser.add_argument("--profile", metavar="NAME", help=f"which shapes the engines serve (default: default). {profiles}")
+    add_size(parser, "the one image size that the engines serve, instead of a profile")
+    parser.add_argument("--batch", type=positive, metavar="N", help="up to N images at a time, with --height and --width")
+    add_names(parser, "--compute-capability", "CC", "GPUs to build for, for example 8.9 12.0 (default: portable, or the GPU here)")
+    add_names(parser, "--graphs", "GRAPH", "build only these graphs (default: all)")
+
+
+def run(options: argparse.Namespace, console: Console) -> Answer:
+    bundle = Path(options.bundle)
+    manifest = build_engines(
+        bundle,
+        console,
+        backend=options.backend,
+        profile=choose_profile(Manifest.load(bundle), options.profile, options.height, options.width, options.batch),
+        compute_capabilities=tuple(options.compute_capability),
+        graphs=options.graphs,
+    )
+    return Answer(bundle_document(bundle, manifest), bundle_summary(bundle, manifest))
+
+
+def choose_profile(manifest: Manifest, name: str | None, height: int | None, width: int | None, batch: int | None) -> Profile:
+    """The row `name`, or the profile of exactly one size; UsageError where both are asked for."""
+    exact = height is not None or width is not None or batch is not None
+    if name is not None and exact:
+        raise UsageError(
+            "--profile and --height, --width, --batch exclude each other",
+            found=f"--profile {name} with a size or a batch",
+            wanted="one of the two",
+        )
+    if exact:
+        return custom_profile(manifest.model, height=height, width=width, batch=batch or 1)
+    return profile_named(name or "default")
+
+
+def build_engines(
+    bundle: Path,
+    console: Console,
+    *,
+    backend: str,
+    profile: Profile,
+    compute_capabilities: tuple[str, ...],
+    graphs: list[str] | tuple[str, ...] = (),
+) -> Manifest:
+    """Build the engines that are missing or stale, with progress on the console."""
+    from sana_export.manifest import EngineEntry
+    from sana_export.trt.bundle import build_bundle, read_instruction_tokens
+    from sana_export.trt.plan import PlannedEngine, plan
+    from sana_export.trt.progress import Progress
+
+    target = target_for(backend, load(backend), compute_capabilities)
+    tokens = read_instruction_tokens(bundle)
+    names = tuple(graphs) or None
+    planned = plan(bundle, Manifest.load(bundle), target, profile, instruction_tokens=tokens, graphs=names)
+    total, done = sum(not engine.exists for engine in planned), 0
+
+    def on_engine(engine: PlannedEngine, entry: EngineEntry | None) -> None:
+        nonlocal done
+        if entry is None:
+            console.step(f"{engine.recipe.graph} ({engine.reason})", done, total)
+        else:
+            done += 1
+
+    def on_progress(progress: Progress) -> None:
+        if console.live:
+            console.step(progress.graph, done, total, progress.fraction)
+
+    return build_bundle(
+        bundle,
+        backend=backend,
+        profile=profile,
+        compute_capabilities=compute_capabilities,
+        graphs=names,
+        instruction_tokens=tokens,
+        on_engine=on_engine,
+        on_progress=on_progress,
+    )
+
+
+VERB = Verb(
+    name="build",
+    summary="the TensorRT or TensorRT-RTX engines of a bundle",
+    description="Builds the engines of a bundle that are missing or stale. TensorRT-RTX engines are built without a GPU.",
+    example="sana-export build bundle --backend tensorrt-rtx --profile laptop --compute-capability 8.9",
+    add_arguments=add_arguments,
+    run=run,
+    level=VERBOSE,
+)

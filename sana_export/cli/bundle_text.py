@@ -1,0 +1,93 @@
+"""What a bundle holds, as text and as a JSON document."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from sana_export.cli.text import plural, seconds, size, table
+from sana_export.contract import GRAPHS
+from sana_export.manifest import EngineEntry, Manifest
+
+
+def bundle_document(bundle: Path, manifest: Manifest) -> dict[str, Any]:
+    """The manifest's content, without the tensors' tables, and sizes in bytes."""
+    return {
+        "bundle": str(bundle),
+        "checkpoint": dataclasses.asdict(manifest.checkpoint),
+        "options": dataclasses.asdict(manifest.options),
+        "native_size": manifest.model.native_size,
+        "graphs": {
+            name: {
+                "bytes": sum(file.bytes for file in graph.files),
+                "parameters": graph.parameters,
+                "opset": graph.opset,
+                "onnx_sha256": graph.onnx.sha256,
+            }
+            for name, graph in manifest.graphs.items()
+        },
+        "engines": [dataclasses.asdict(engine) for engine in manifest.engines],
+        "bytes": total_bytes(manifest),
+        "export_key": manifest.export_key,
+        "tool_version": manifest.tool_version,
+    }
+
+
+def total_bytes(manifest: Manifest) -> int:
+    """Bytes of all files that the manifest names; a file that several graphs name counts once."""
+    files = [*manifest.files, *(file for graph in manifest.graphs.values() for file in graph.files)]
+    files += [engine.file for engine in manifest.engines]
+    return sum({file.path: file.bytes for file in files}.values())
+
+
+def bundle_summary(bundle: Path, manifest: Manifest) -> str:
+    """Where the bundle is, what it was made from, its graphs and its engines."""
+    parts = [f"{bundle}: {size(total_bytes(manifest))}", bundle_origin(manifest), graphs_table(manifest)]
+    if manifest.engines:
+        parts.append(engines_table(manifest.engines))
+    return "\n".join(parts)
+
+
+def bundle_origin(manifest: Manifest) -> str:
+    """One line: which checkpoint, with which options."""
+    checkpoint, options = manifest.checkpoint, manifest.options
+    facts = [checkpoint.source + (f" at {checkpoint.revision}" if checkpoint.revision else "")]
+    facts += ["synthetic: random weights"] if checkpoint.synthetic else []
+    facts += [options.precision, f"{manifest.model.native_size} px"]
+    facts += ["self-attention clamped"] if options.clamp else []
+    if options.pag_layers:
+        facts.append("PAG in " + ", ".join(f"transformer_blocks.{layer}" for layer in options.pag_layers))
+    return ", ".join(facts)
+
+
+def graphs_table(manifest: Manifest) -> str:
+    order = [*(name for name in GRAPHS if name in manifest.graphs), *(name for name in manifest.graphs if name not in GRAPHS)]
+    rows = []
+    for name in order:
+        graph = manifest.graphs[name]
+        rows.append((name, f"{graph.parameters / 1e6:.2f} M", size(sum(file.bytes for file in graph.files))))
+    return table(rows, ("graph", "parameters", "size"), "  ")
+
+
+def engines_table(engines: tuple[EngineEntry, ...]) -> str:
+    """One row for the engines of one backend, target and profile, in the manifest's order."""
+    groups: dict[tuple[str, str, str, str], list[EngineEntry]] = {}
+    for engine in engines:
+        key = (engine.backend, engine.backend_version, target(engine), engine.profile)
+        groups.setdefault(key, []).append(engine)
+    rows = [
+        (
+            *key,
+            plural(len(group), "engine"),
+            size(sum(engine.file.bytes for engine in group)),
+            seconds(sum(engine.build_seconds for engine in group)),
+        )
+        for key, group in groups.items()
+    ]
+    return table(rows, ("backend", "version", "target", "profile", "engines", "size", "built in"), "  ")
+
+
+def target(engine: EngineEntry) -> str:
+    """The compute capabilities that an engine was built for."""
+    return ", ".join(engine.compute_capabilities) or "portable"

@@ -1,0 +1,58 @@
+"""stdout holds a verb's answer and nothing else, whatever libraries print: to `sys.stdout` or to file descriptor 1."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
+
+
+class Stdout:
+    """Where the answer goes: as one JSON document, or as text for people."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self._stream: TextIO = sys.stdout
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Send what anything else writes to stdout meanwhile to stderr."""
+        stream = self._stream
+        try:
+            descriptor = stream.fileno()
+        except (AttributeError, io.UnsupportedOperation):  # a caller's own stream in place of stdout
+            with redirect_stdout(sys.stderr):
+                yield
+            return
+        stream.flush()
+        with open(os.dup(descriptor), "w", encoding=stream.encoding, errors=stream.errors) as kept:  # noqa: PTH123
+            self._stream = kept
+            os.dup2(2, descriptor)
+            try:
+                with redirect_stdout(sys.stderr):
+                    yield
+            finally:
+                os.dup2(kept.fileno(), descriptor)
+                self._stream = stream
+
+    def write(self, document: Mapping[str, Any], text: str) -> None:
+        """Write the answer. A reader that has gone (`| head`) is no error: it has read what it wanted."""
+        content = json.dumps(document, indent=1, default=str) if self.as_json else text
+        if not content:
+            return
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        try:
+            self._stream.write(content.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+            self._stream.flush()
+        except BrokenPipeError:
+            # The interpreter flushes stdout once more when it ends, which has to succeed.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def write_json(self, document: Mapping[str, Any]) -> None:
+        """Write `document` if JSON was asked for."""
+        if self.as_json:
+            self.write(document, "")

@@ -1,0 +1,135 @@
+"""ONNX Runtime: on its CUDA provider where onnxruntime-gpu is installed and a GPU answers, else on the CPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sana_export.errors import ArtifactError, DependencyError
+from sana_export.manifest import Manifest, check_files
+from sana_export.runtime.backends import Array
+from sana_export.runtime.external_data import check_external_data
+from sana_export.runtime.rebuild import export_line
+
+log = logging.getLogger(__name__)
+
+#: Provider: the device that its tensors live on. The first one that is available is used.
+DEVICES = {"CUDAExecutionProvider": "cuda", "CPUExecutionProvider": "cpu"}
+#: Precisions that a device has no kernels for.
+MISSING_PRECISIONS = {"cpu": ("bf16",), "cuda": ()}
+
+_ERRORS_ONLY = 3
+#: What ONNX Runtime, CUDA, cuBLAS and cuDNN say when memory runs out, in lower case.
+_OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "out of memory", "_alloc_failed")
+
+
+class OnnxRuntimeSession:
+    """One ONNX file in an InferenceSession. Tensors are OrtValues; on the CPU arrays are fed and read without a copy."""
+
+    def __init__(self, session: Any, graph: str, device: str) -> None:
+        self._session, self._graph, self._device = session, graph, device
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        binding = self._session.io_binding()
+        # The arrays behind the inputs have to live until the run is over.
+        values = {name: _to_device(value, self._device) for name, value in feeds.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, self._device)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's errors have no common base; all but one kind are raised again
+            _raise_out_of_memory(error, f"running {self._graph}", self._device)
+            raise
+        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
+
+
+class OnnxRuntimeBackend:
+    """Loads the ONNX graphs of a bundle. Raises DependencyError without onnxruntime, ArtifactError where it lacks the precision."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise DependencyError(
+                "the backend onnxruntime is not installed",
+                found=error,
+                wanted="onnxruntime, or onnxruntime-gpu with an NVIDIA GPU",
+                fix='pip install "sana-export[cpu]"',
+            ) from error
+        self.bundle, self.manifest = bundle, manifest
+        self._fix = export_line(bundle, manifest)
+        self._onnxruntime = onnxruntime
+        self._use(next(name for name in DEVICES if name in onnxruntime.get_available_providers()))
+
+    def load(self, graph: str) -> OnnxRuntimeSession:
+        entry = self.manifest.graphs[graph]
+        path, *data = check_files(self.bundle, entry.files, fix=self._fix)
+        check_external_data(path, data, fix=self._fix)
+        options = self._onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        providers = list(dict.fromkeys([self._provider, "CPUExecutionProvider"]))
+        try:
+            session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            _raise_out_of_memory(error, f"loading {graph}", self.device)
+            raise ArtifactError(
+                f"onnxruntime {self._onnxruntime.__version__} cannot load {path}",
+                found=_first_line(error),
+                wanted=f"a graph that its {self._provider} can run",
+                fix=self._fix,
+            ) from error
+        if (active := session.get_providers()[0]) != self._provider:
+            log.warning("onnxruntime's %s did not start: %s runs on %s", self._provider, graph, active)
+            self._use(active)
+        return OnnxRuntimeSession(session, graph, self.device)
+
+    def to_device(self, array: Array) -> Any:
+        return _to_device(array, self.device)
+
+    def to_host(self, value: Any) -> Array:
+        return value if isinstance(value, np.ndarray) else value.numpy()
+
+    def _use(self, provider: str) -> None:
+        self._provider, self.device = provider, DEVICES[provider]
+        precision, missing = self.manifest.options.precision, MISSING_PRECISIONS[self.device]
+        if precision in missing:
+            raise ArtifactError(
+                f"{self.bundle} cannot run on onnxruntime's {provider}",
+                found=f"a bundle in {precision}",
+                wanted=" or ".join(name for name in ("fp32", "fp16", "bf16") if name not in missing),
+                fix=export_line(self.bundle, self.manifest, precision="fp32"),
+            )
+
+
+def _to_device(value: Any, device: str) -> Any:
+    """An OrtValue on `device`: of an array (which it keeps alive), or `value` itself."""
+    if not isinstance(value, np.ndarray):
+        return value
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), device, 0)
+
+
+def _raise_out_of_memory(error: Exception, doing: str, device: str) -> None:
+    """Raise DependencyError if that is what `error` means."""
+    if not isinstance(error, MemoryError) and not any(text in str(error).lower() for text in _OUT_OF_MEMORY):
+        return None
+    raise DependencyError(
+        f"out of memory while {doing} with onnxruntime on the {device}",
+        found=_first_line(error),
+        wanted="more free memory",
+        fix="ask for fewer images at once or a smaller size, or free memory",
+    ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,236 @@
+"""What is asked for, and what follows from it for one checkpoint: sizes, seeds, guidance branches, the schedule.
+
+Parameter names, defaults and meanings are those of diffusers' SanaPipeline and SanaPAGPipeline.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sana_export.errors import UsageError
+from sana_export.manifest import Manifest
+from sana_export.runtime.noise import TorchGenerator
+from sana_export.runtime.rebuild import export_line
+from sana_export.runtime.resolution import ResizePlan, check_size, choose_bin, make_resize_plan
+from sana_export.runtime.schedule import Schedule, make_schedule
+
+Float32 = npt.NDArray[np.float32]
+
+OUTPUT_TYPES = ("pil", "np", "latent")
+#: diffusers scales PAG by how far the timestep is from here.
+_FIRST_TIMESTEP = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What the caller asks for. None means the default of the bundle's checkpoint.
+
+    prompt, negative_prompt: one text or several; one negative prompt serves all prompts. The negative one is not used without
+        guidance.
+    guidance_scale: above 1 turns classifier-free guidance on. pag_scale: above 0 turns perturbed attention guidance on, in
+        the layers that the bundle was exported with; pag_adaptive_scale lessens it at later steps.
+    height, width: pixels. With use_resolution_binning the image is sampled at the nearest size that the checkpoint was
+        trained on, then resized and cropped; without, they must divide by 32.
+    seed: one for all images, as one `torch.Generator("cpu").manual_seed(seed)`, or one for each image. None draws one.
+    latents: float32 [images, channels, height / 32, width / 32] of the sampled size, instead of noise.
+    complex_human_instruction: encode prompts after the checkpoint's instruction.
+    max_sequence_length: tokens of a prompt that reach the denoiser; a longer prompt is truncated with a warning.
+    output_type: "pil" (Pillow images), "np" (float32 [images, height, width, 3] in [0, 1], not rounded) or "latent".
+    """
+
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] = ""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    pag_scale: float = 0.0
+    pag_adaptive_scale: float = 0.0
+    height: int | None = None
+    width: int | None = None
+    num_images_per_prompt: int = 1
+    seed: int | Sequence[int] | None = None
+    latents: npt.ArrayLike | None = None
+    output_type: str = "pil"
+    use_resolution_binning: bool = True
+    complex_human_instruction: bool = True
+    max_sequence_length: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A checked request. B images, K guidance branches, N steps.
+
+    texts: the K branches' prompts with whether the instruction goes before them, one for each of the request's prompts.
+    latents_shape: [B, C, h, w]. latents: what to start from, or None for noise. seeds: one, or one for each image.
+    perturbed: float32 [K], 1 where the branch takes perturbed attention. weights: float32 [N, K], a row for each step.
+    """
+
+    texts: tuple[tuple[tuple[str, ...], bool], ...]
+    images_per_prompt: int
+    max_sequence_length: int
+    latents_shape: tuple[int, int, int, int]
+    latents: Float32 | None
+    seeds: tuple[int, ...]
+    schedule: Schedule
+    perturbed: Float32
+    weights: Float32
+    resize: ResizePlan
+    output_height: int
+    output_width: int
+    output_type: str
+
+
+def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
+    """The plan of `request` for the checkpoint of `manifest`. Raises UsageError, listing what is possible."""
+    model = manifest.model
+    prompts = _prompts(request.prompt)
+    negatives = _negative_prompts(request.negative_prompt, len(prompts))
+    images_per_prompt = _integer("num_images_per_prompt", request.num_images_per_prompt)
+    steps = _integer("num_inference_steps", _default(request.num_inference_steps, model.default_steps))
+    schedule = make_schedule(model.scheduler, steps)
+    branches, weights = _guidance(request, schedule, bundle, manifest)
+    output_height = _integer("height", _default(request.height, model.native_size))
+    output_width = _integer("width", _default(request.width, model.native_size))
+    if request.use_resolution_binning:
+        height, width = choose_bin(output_height, output_width, model.sample_size)
+    else:
+        check_size(output_height, output_width)
+        height, width = output_height, output_width
+    batch, factor = len(prompts) * images_per_prompt, model.vae_scale_factor
+    shape = (batch, model.latent_channels, height // factor, width // factor)
+    texts = {"uncond": (negatives, False)}
+    return Plan(
+        texts=tuple(texts.get(branch, (prompts, bool(request.complex_human_instruction))) for branch in branches),
+        images_per_prompt=images_per_prompt,
+        max_sequence_length=_integer("max_sequence_length", _default(request.max_sequence_length, model.max_sequence_length)),
+        latents_shape=shape,
+        latents=None if request.latents is None else checked_latents(request.latents, shape),
+        seeds=_seeds(request.seed, batch),
+        schedule=schedule,
+        perturbed=np.array([branch == "perturbed" for branch in branches], dtype=np.float32),
+        weights=weights,
+        resize=make_resize_plan(height, width, output_height, output_width),
+        output_height=output_height,
+        output_width=output_width,
+        output_type=_choice("output_type", request.output_type, OUTPUT_TYPES),
+    )
+
+
+def checked_latents(latents: npt.ArrayLike, shape: tuple[int, ...]) -> Float32:
+    """A float32 copy of latents that a caller gives. Raises UsageError for another shape or values that are not finite."""
+    try:
+        array = np.array(latents, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise UsageError("latents are no array of numbers", found=error, wanted=f"float32 {shape}") from error
+    if array.shape != shape:
+        raise UsageError(
+            "latents have the wrong shape for this request",
+            found=array.shape,
+            wanted=f"{shape} (images, channels, height / 32, width / 32 of the sampled size)",
+        )
+    if count := int(np.count_nonzero(~np.isfinite(array))):
+        raise UsageError("latents must be finite", found=f"{count} of {array.size} values are NaN or infinite", wanted="numbers")
+    return array
+
+
+def _guidance(request: Request, schedule: Schedule, bundle: Path, manifest: Manifest) -> tuple[list[str], Float32]:
+    """The guidance branches, and the weight [N, K] of each one's prediction at each step.
+
+    Guidance is uncond + g * (cond - uncond) + p * (cond - perturbed), which is linear in the predictions; g = 1 without
+    classifier-free guidance. Source: diffusers `SanaPipeline.__call__` and `PAGMixin._apply_perturbed_attention_guidance`.
+    """
+    scale = _number("guidance_scale", _default(request.guidance_scale, manifest.model.default_guidance_scale))
+    pag_scale = _number("pag_scale", request.pag_scale, minimum=0.0)
+    adaptive = _number("pag_adaptive_scale", request.pag_adaptive_scale, minimum=0.0)
+    if pag_scale > 0 and not manifest.options.pag_layers:
+        raise UsageError(
+            "this bundle has no layers for perturbed attention guidance",
+            found=f"pag_scale {pag_scale:g}",
+            wanted="pag_scale 0, or a bundle that was exported with --pag-layers",
+            fix=export_line(bundle, manifest, pag_layers=(8,)),
+        )
+    guided = scale > 1
+    branches = ["uncond"] * guided + ["cond"] + ["perturbed"] * (pag_scale > 0)
+    # A PAG scale of 0 leaves the adaptive term out too: there is no perturbed branch then.
+    p = np.maximum(pag_scale - adaptive * (_FIRST_TIMESTEP - schedule.timesteps.astype(np.float64)), 0) * (pag_scale > 0)
+    g = scale if guided else 1.0
+    weights = {"uncond": np.full_like(p, 1 - g), "cond": g + p, "perturbed": -p}
+    return branches, np.stack([weights[branch] for branch in branches], axis=1).astype(np.float32)
+
+
+def _prompts(prompt: Any) -> tuple[str, ...]:
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt) if isinstance(prompt, Sequence) else ()
+    if not prompts or not all(isinstance(text, str) for text in prompts):
+        raise UsageError("the prompt is not a text", found=repr(prompt), wanted="a str, or a list of one or more str")
+    return prompts
+
+
+def _negative_prompts(negative_prompt: Any, count: int) -> tuple[str, ...]:
+    if negative_prompt is None:
+        return ("",) * count
+    negatives = _prompts(negative_prompt)
+    if isinstance(negative_prompt, str):
+        return negatives * count
+    if len(negatives) != count:
+        raise UsageError(
+            "the number of negative prompts does not match the number of prompts",
+            found=f"{len(negatives)} negative prompts for {count} prompts",
+            wanted=f"one str for all, or a list of {count}",
+        )
+    return negatives
+
+
+def _seeds(seed: Any, batch: int) -> tuple[int, ...]:
+    if seed is None:
+        return (secrets.randbelow(2**32),)
+    many = isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str)
+    seeds = tuple(_integer("seed", value, minimum=None) for value in (seed if many else [seed]))
+    if len(seeds) not in (1, batch):
+        raise UsageError(
+            "the number of seeds does not match the number of images",
+            found=f"{len(seeds)} seeds for {batch} images",
+            wanted="1 seed" if batch == 1 else f"1 seed, or {batch}",
+        )
+    for value in seeds:
+        TorchGenerator(value)  # checks the range
+    return seeds
+
+
+def _integer(name: str, value: Any, minimum: int | None = 1) -> int:
+    wanted = "an integer" if minimum is None else f"an integer, {minimum} or more"
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise UsageError(f"{name} is not an integer", found=repr(value), wanted=wanted) from error
+    if isinstance(value, bool) or (minimum is not None and number < minimum):
+        raise UsageError(f"{name} is out of range", found=repr(value), wanted=wanted)
+    return number
+
+
+def _number(name: str, value: Any, minimum: float | None = None) -> float:
+    wanted = "a finite number" + ("" if minimum is None else f", {minimum:g} or more")
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name} is not a number", found=repr(value), wanted=wanted) from error
+    if not math.isfinite(number) or (minimum is not None and number < minimum):
+        raise UsageError(f"{name} is out of range", found=repr(value), wanted=wanted)
+    return number
+
+
+def _choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise UsageError(f"there is no {name} {value!r}", wanted=", ".join(choices))
+    return str(value)
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value

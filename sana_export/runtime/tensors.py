@@ -1,0 +1,104 @@
+"""Reads .safetensors files as read-only memory maps, without the safetensors package.
+
+The format: 8 bytes with the length of the header (little-endian), the header in JSON (name -> dtype, shape and the range of
+bytes after the header), then the values. Source: https://github.com/huggingface/safetensors, section "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sana_export.errors import ArtifactError
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+
+#: How values lie in the file. numpy has no bfloat16: its bits are read as integers and decoded when they are asked for.
+_STORED: dict[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """One tensor of a file: `dtype` as safetensors names it and the mapped values as they are stored."""
+
+    dtype: str
+    stored: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def read(self) -> Array:
+        """All values: floating point ones as float32, integers as they are stored. Decoded values are a copy."""
+        return self._decode(self.stored)
+
+    def rows(self, indices: npt.ArrayLike) -> Float32:
+        """The rows [n, ...] at `indices` [n] as float32; only these are read from the disk and decoded."""
+        return np.asarray(self._decode(self.stored[np.asarray(indices, dtype=np.int64)]), dtype=np.float32)
+
+    def _decode(self, values: Array) -> Array:
+        if self.dtype == "BF16":  # the upper half of a float32
+            return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return values.astype(np.float32, copy=False) if self.dtype.startswith("F") else values
+
+
+class TensorFile(Mapping[str, StoredTensor]):
+    """The tensors of the .safetensors file at `path`, by name.
+
+    Raises ArtifactError, with `fix` as the line that mends it, where the file is damaged or truncated, and when a tensor is
+    asked for that it does not hold.
+    """
+
+    def __init__(self, path: Path, *, fix: str | None = None) -> None:
+        self.path, self._fix = path, fix
+        try:
+            data = np.memmap(path, dtype=np.uint8, mode="r")
+            self._tensors = _parse(data)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._damaged(f"{type(error).__name__}: {error}") from error
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
+            raise self._damaged(f"no tensor {name!r}, but {', '.join(self._tensors) or 'none at all'}")
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def _damaged(self, found: str) -> ArtifactError:
+        return ArtifactError(f"{self.path} is damaged", found=found, wanted="a whole safetensors file", fix=self._fix)
+
+
+def _parse(data: npt.NDArray[np.uint8]) -> dict[str, StoredTensor]:
+    """The tensors of a mapped file; ValueError, KeyError or TypeError where it is not one."""
+    length = int.from_bytes(data[:_LENGTH_BYTES].tobytes(), "little")
+    start = _LENGTH_BYTES + length
+    if not _LENGTH_BYTES < start <= data.size:
+        raise ValueError(f"a header of {length} bytes in a file of {data.size}")
+    header: dict[str, Any] = json.loads(data[_LENGTH_BYTES:start].tobytes())
+    values = data[start:]
+    return {name: _tensor(name, entry, values) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _tensor(name: str, entry: Mapping[str, Any], values: npt.NDArray[np.uint8]) -> StoredTensor:
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in _STORED:
+        raise ValueError(f"{name} is stored as {dtype}, which is none of {', '.join(_STORED)}")
+    stored = np.dtype(_STORED[dtype])
+    if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError(f"{name} has the shape {shape} at {begin} to {end}")
+    if not begin <= end <= values.size or end - begin != math.prod(shape) * stored.itemsize:
+        raise ValueError(f"{name} {shape} should lie at {begin} to {end} of {values.size} bytes of values")
+    return StoredTensor(dtype, values[begin:end].view(stored).reshape(shape))

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX as one: load the module, plan and build engines ahead of time."""

@@ -1,0 +1,169 @@
+"""The engines of a whole bundle: plan, build what is missing, record each engine as soon as it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import platform
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from sana_export.errors import ArtifactError
+from sana_export.manifest import EngineEntry, FileEntry, Manifest, check_files
+from sana_export.profiles import Profile
+from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions, Built
+from sana_export.trt.disk import disk_errors, locked, require_free
+from sana_export.trt.flavour import Target, flavour_of, load, target_for
+from sana_export.trt.plan import PlannedEngine, plan
+from sana_export.trt.progress import OnProgress
+from sana_export.trt.worker import Job, build_in_child
+
+LOG = logging.getLogger(__name__)
+
+INSTRUCTION_FILE = "instruction.safetensors"
+#: Bytes of an engine beyond its weights: kernels and tables. Measured: 0.3 to 12 MB.
+ENGINE_OVERHEAD = 64 << 20
+
+
+def build_bundle(
+    bundle: Path,
+    *,
+    backend: str,
+    profile: Profile,
+    compute_capabilities: tuple[str, ...] = (),
+    graphs: Iterable[str] | None = None,
+    options: BuildOptions = DEFAULT_OPTIONS,
+    instruction_tokens: int | None = None,
+    on_progress: OnProgress | None = None,
+    on_engine: Callable[[PlannedEngine, EngineEntry | None], None] = lambda planned, entry: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Manifest:
+    """Build every engine that `plan` finds missing, damaged or stale, and return the manifest that records them.
+
+    Each engine is recorded as soon as it is whole, so an interrupted build goes on with the next one. `on_engine` is
+    called with each planned engine: before its build with None, after it with its entry. `instruction_tokens` is read
+    from the bundle where it is not given. Several processes may build into one bundle. Raises DependencyError,
+    UsageError, ArtifactError as `target_for`, `plan` and `build_engine` do; Ctrl-C leaves no partial file.
+    """
+    manifest = Manifest.load(bundle)
+    target = target_for(backend, load(backend), compute_capabilities)
+    tokens = instruction_tokens or read_instruction_tokens(bundle)
+    chosen = None if graphs is None else tuple(graphs)
+
+    def current(names: tuple[str, ...] | None) -> list[PlannedEngine]:
+        return plan(bundle, manifest, target, profile, instruction_tokens=tokens, options=options, graphs=names)
+
+    for planned in current(chosen):
+        if planned.exists:
+            continue
+        name = planned.recipe.graph
+        with locked(_lock_path(bundle, planned.recipe.key), functools.partial(_log_wait, name)):
+            # Whoever held the lock may have built it: look again.
+            manifest = Manifest.load(bundle)
+            planned = current((name,))[0]
+            if planned.exists:
+                continue
+            on_engine(planned, None)
+            built = _build(bundle, manifest, planned, target, options, on_progress, cancelled)
+            manifest, entry = _record(bundle, planned, built)
+            on_engine(planned, entry)
+    return Manifest.load(bundle)
+
+
+def read_instruction_tokens(bundle: Path) -> int:
+    """Tokens of the stored instruction: the length of its tensor `prefix` [layers, 2, heads, tokens, dim]."""
+    path = bundle / INSTRUCTION_FILE
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, path.stat().st_size)))
+        return int(header["prefix"]["shape"][3])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} does not hold the stored instruction",
+            found=repr(error),
+            wanted="a safetensors file with the tensor prefix",
+            fix=f"sana-export export MODEL -o {bundle}",
+        ) from error
+
+
+def _build(
+    bundle: Path,
+    manifest: Manifest,
+    planned: PlannedEngine,
+    target: Target,
+    options: BuildOptions,
+    on_progress: OnProgress | None,
+    cancelled: Callable[[], bool],
+) -> Built:
+    recipe, flavour = planned.recipe, flavour_of(target.backend)
+    graph = manifest.graphs[recipe.graph]
+    onnx, *_ = check_files(bundle, graph.files, fix=f"sana-export export MODEL -o {bundle}")
+    destination = bundle / recipe.path
+    size = sum(file.bytes for file in graph.files) + ENGINE_OVERHEAD
+    require_free(bundle, size, f"the engine of {recipe.graph}")
+    cache = bundle / "engines" / target.backend / f"timing-{platform.node() or 'here'}.cache"
+    job = Job(
+        module=flavour.module,
+        onnx=str(onnx),
+        destination=str(destination),
+        spec=graph.spec,
+        ranges=recipe.ranges,
+        compute_capabilities=recipe.compute_capabilities if flavour.ahead_of_time else (),
+        options=options,
+        timing_cache=str(cache) if flavour.timing_cache else None,
+    )
+    try:
+        built = build_in_child(job, on_progress=on_progress, cancelled=cancelled)
+    finally:
+        _remove_if_empty(destination.parent)
+    LOG.info("%s: %d bytes in %.1f s (%s)", recipe.graph, built.bytes, built.seconds, planned.reason)
+    return built
+
+
+def _record(bundle: Path, planned: PlannedEngine, built: Built) -> tuple[Manifest, EngineEntry]:
+    recipe = planned.recipe
+    entry = EngineEntry(
+        **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)},
+        key=recipe.key,
+        file=FileEntry(recipe.path, built.sha256, built.bytes),
+        profile=planned.profile,
+        build_seconds=round(built.seconds, 3),
+    )
+    with locked(manifest_lock(bundle)), disk_errors(bundle / "manifest.json"):
+        manifest = Manifest.load(bundle)
+        kept = tuple(other for other in manifest.engines if other not in planned.superseded)
+        manifest = dataclasses.replace(manifest, engines=kept).with_engine(entry)
+        manifest.save(bundle)
+    for other in planned.superseded:
+        _discard(bundle / other.file.path)
+    return manifest, entry
+
+
+def manifest_lock(bundle: Path) -> Path:
+    """The lock file to hold from loading a manifest to saving its successor."""
+    return bundle / ".locks" / "manifest"
+
+
+def _lock_path(bundle: Path, key: str) -> Path:
+    return bundle / ".locks" / key
+
+
+def _log_wait(graph: str) -> None:
+    LOG.warning("another process builds the engine of %s: waiting for it", graph)
+
+
+def _discard(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # it may be mapped by a running process
+        LOG.warning("%s is no longer used and could not be deleted: %s", path, error)
+    _remove_if_empty(path.parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # rmdir refuses a folder that holds something
+        folder.rmdir()

@@ -1,0 +1,80 @@
+"""The tiny checkpoint, its bundle and both ways to run them, made once a session."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sana_export
+
+#: The block that perturbed attention guidance acts on in the tiny bundle.
+PAG_LAYER = "transformer_blocks.1"
+KEPT_SECONDS = 24 * 3600
+
+
+@pytest.fixture(scope="session")
+def build_cache(request: pytest.FixtureRequest) -> Path:
+    """A folder for what tests build, kept between runs until something that an export depends on changes."""
+    package = Path(sana_export.__file__).parent
+    digest = hashlib.sha256(version("torch").encode())
+    for part in ("*.py", "graphs/*.py", "export/*.py", "synth/*.py"):
+        for source in sorted(package.glob(part)):
+            digest.update(source.read_bytes())
+    folder = request.config.cache.mkdir("built") / digest.hexdigest()[:16]
+    for old in folder.parent.iterdir():
+        if old != folder and old.stat().st_mtime < time.time() - KEPT_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(build_cache: Path) -> Iterator[Any]:
+    """The alias `tiny`, opened. Its folder is a diffusers checkpoint."""
+    from sana_export.graphs.checkpoint import open_checkpoint
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SANA_EXPORT_CACHE", str(build_cache))
+        yield open_checkpoint("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Any, build_cache: Path) -> Path:
+    """The float32 bundle of `tiny` with one PAG layer. Tests that change a bundle copy it first."""
+    from sana_export.export.bundle import export_bundle
+
+    bundle = build_cache / "tiny-fp32"
+    if not bundle.exists():
+        own = build_cache / f"tiny-fp32-{os.getpid()}"
+        export_bundle(tiny_checkpoint, own, precision="fp32", pag_layers=[PAG_LAYER])
+        try:
+            own.rename(bundle)
+        except OSError:  # another test run was faster
+            shutil.rmtree(own)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_runtime(tiny_bundle: Path) -> Any:
+    """The fp32 bundle of `tiny` in ONNX Runtime."""
+    from sana_export.runtime import SanaRuntime
+
+    return SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime")
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_checkpoint: Any) -> Any:
+    """The reference: diffusers' SanaPipeline on `tiny` in float32."""
+    from diffusers import SanaPipeline
+
+    pipeline = SanaPipeline.from_pretrained(tiny_checkpoint.folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

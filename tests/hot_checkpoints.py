@@ -1,0 +1,149 @@
+"""Turns the `tiny` recipe into checkpoints whose activations reach the ranges of the published ones, past what fp16 holds.
+
+Each is a sane function when it is computed in float32 (the first one with its trained clamp), and all its weights are finite
+in fp16. What they reach is measured, never assumed: `measure_ranges`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sana_export.export.reference import ATTENTION_LIMIT
+from sana_export.synth.checkpoint import build_pipeline, write_pipeline
+from sana_export.synth.recipes import RECIPES
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Range:
+    """What one module wrote over all calls: its largest magnitude (NaN if there was one) and the share of values past fp16."""
+
+    max_abs: float
+    overflow_share: float
+
+
+def measure_ranges(model: torch.nn.Module, pattern: str, call: Any) -> dict[str, Range]:
+    """Run `call()` and return the range of the outputs of the modules of `model` whose name `pattern` matches, by name."""
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            value = (output[0] if isinstance(output, tuple) else output).detach().float()
+            share = (value.abs() > ATTENTION_LIMIT).float().mean()
+            seen.setdefault(name, []).append(torch.stack([value.abs().max(), share]))
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if re.search(pattern, name)]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ranges = {}
+    for name, rows in seen.items():
+        largest, share = torch.stack(rows).T
+        ranges[name] = Range(largest.max().item(), share.mean().item())
+    return ranges
+
+
+def _write(pipeline: Any, folder: Path, kind: str, dtype: str) -> Path:
+    marker = {"synthetic": True, "recipe": f"tiny ({kind})", "seed": SEED}
+    return write_pipeline(pipeline, folder, marker, dtype=dtype)
+
+
+#: Channels of the stream that carry the large attention outputs. They are the same in all blocks, because the blocks share
+#: the rows of `time_embed.linear` that add to their gates.
+HOT_CHANNELS = (5, 37, 70, 101)
+
+
+@torch.no_grad()
+def make_hot_attention(folder: Path) -> Path:
+    """A checkpoint of the clamped family, stored in fp16: self-attention writes up to ten times 65504 into a few channels.
+
+    Their gates are about 1e-4, so the clamped values add a few units to the stream; unclamped ones would swamp it.
+    """
+    pipeline = build_pipeline(RECIPES["tiny"], SEED)
+    transformer = pipeline.transformer
+    channels = torch.tensor(HOT_CHANNELS)
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    generator = torch.Generator().manual_seed(SEED)
+    for block in transformer.transformer_blocks:
+        block.attn1.to_v.weight *= 8
+        block.attn1.to_out[0].weight /= 8
+        block.attn1.to_out[0].weight[channels] *= 2.4e5
+        sign = torch.randint(0, 2, (len(channels),), generator=generator) * 2 - 1
+        block.scale_shift_table[2, channels] = sign * 1e-4 * (0.5 + torch.rand(len(channels), generator=generator))
+    gate_rows = 2 * width + channels
+    transformer.time_embed.linear.weight[gate_rows] *= 1e-4
+    transformer.time_embed.linear.bias[gate_rows] *= 1e-4
+    return _write(pipeline, folder, "hot attention", "float16")
+
+
+@torch.no_grad()
+def make_hot_text_encoder(folder: Path) -> Path:
+    """A Gemma-2 with a residual stream up to 3e5, the most of it in two channels, and post-norm inputs past 65504.
+
+    Every sublayer reads the stream through a norm, so the scale itself does not change the function; the hot channels do.
+    """
+    pipeline = build_pipeline(RECIPES["tiny"], SEED)
+    encoder = pipeline.text_encoder
+    stream, hot, channels = 6e3, 10.0, [11, 50]
+    scale = torch.full((encoder.config.hidden_size,), stream)
+    scale[channels] *= hot
+    encoder.embed_tokens.weight *= scale
+    for layer in encoder.layers:
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            norm.weight.copy_((1 + norm.weight) * scale - 1)
+        # What the post-norms undo.
+        layer.self_attn.o_proj.weight *= 6e4
+        layer.mlp.up_proj.weight *= 30
+        layer.mlp.down_proj.weight *= 3e3
+    return _write(pipeline, folder, "hot text encoder", "float32")
+
+
+@torch.no_grad()
+def make_hot_vae(folder: Path) -> Path:
+    """A DC-AE decoder whose stream and convolutions pass 65504 in every stage, up to about 5e5.
+
+    Gates and half of the channels inside the residual blocks stay far below that, so that silu is not merely relu.
+    """
+    pipeline = build_pipeline(RECIPES["tiny"], SEED)
+    decoder = pipeline.vae.decoder
+    stream, quiet = 1e4, 256
+    decoder.conv_in.weight *= stream
+    decoder.conv_in.bias *= stream
+    for module in decoder.modules():
+        kind = type(module).__name__
+        if kind == "DCUpBlock2d":
+            module.conv.bias *= stream
+        if kind == "ResBlock":
+            _heat_norm(module.norm, stream)
+            module.conv1.weight[::2] /= quiet
+            module.conv2.weight[:, ::2] *= quiet
+        if kind == "GLUMBConv":
+            _heat_norm(module.norm, stream)
+            hidden = module.conv_depth.out_channels // 2
+            module.conv_inverted.weight[hidden:] /= quiet
+            module.conv_depth.weight[hidden:] *= quiet / stream
+        if kind == "SanaMultiscaleLinearAttention":
+            _heat_norm(module.norm_out, stream)
+    return _write(pipeline, folder, "hot vae", "float32")
+
+
+def _heat_norm(norm: Any, scale: float) -> None:
+    norm.weight *= scale
+    norm.bias *= scale
+
+
+HOT_CHECKPOINTS = {
+    "attention": make_hot_attention,
+    "text_encoder": make_hot_text_encoder,
+    "vae": make_hot_vae,
+}

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from tokenizers import Tokenizer, models, processors
+
+from sana_export.errors import ArtifactError, UsageError
+from sana_export.manifest import Manifest
+from sana_export.runtime.prompt import MAX_TOKENS, Instruction, PromptEncoder, PromptTokens
+from sana_export.runtime.tensors import StoredTensor
+
+Float32 = npt.NDArray[np.float32]
+
+BOS = "<bos>"
+CHANNELS = 8
+INSTRUCTION = "ab cd"
+#: What stands at the end of the instruction may merge with what comes after it. Four ways, and what the prompts then share
+#: with the instruction's tokens <bos> a b _ c d: up to its last token, all but the last, less, next to nothing.
+MERGES: dict[str, list[tuple[str, str]]] = {
+    "none": [],
+    "last": [("d", "x")],
+    "two": [("d", "x"), ("c", "dx")],
+    "all": [("d", "x"), ("c", "dx"), (" ", "cdx"), ("b", " cdx"), ("a", "b cdx")],
+}
+
+
+def make_tokenizer(merges: list[tuple[str, str]], *, bos: bool = True) -> Tokenizer:
+    tokens = [BOS, *map(chr, range(32, 127)), *(left + right for left, right in merges)]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges, unk_token=BOS))
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    return tokenizer
+
+
+class ToyEncoder:
+    """A causal text encoder: a token's keys are its embedding, its output a nonlinear function of all tokens up to it."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, ...]] = []
+
+    @staticmethod
+    def outputs(embeds: Float32, first: int) -> Float32:
+        """Rows `first` on of the text encoder's output for the embeddings [S, C] of a whole text."""
+        position = np.arange(1, len(embeds) + 1, dtype=np.float32)[:, None]
+        return np.tanh(np.cumsum(embeds * np.cos(position), axis=0))[first:].astype(np.float32)
+
+    def run(self, inputs_embeds: Float32, prefix: Float32) -> Float32:
+        shared = prefix.shape[3]
+        self.batches.append((*inputs_embeds.shape[:2], shared))
+        past = prefix[0, 0, 0]
+        return np.stack([self.outputs(np.concatenate([past, own]), shared) for own in inputs_embeds])
+
+
+def make_encoder(merges: str = "none", instruction: str = INSTRUCTION, **changes: Any) -> PromptEncoder:
+    tokenizer = make_tokenizer(MERGES[merges])
+    table = np.random.default_rng(3).normal(size=(tokenizer.get_vocab_size(), CHANNELS)).astype(np.float32)
+    ids = tuple(tokenizer.encode(instruction).ids)
+    prefix = np.broadcast_to(table[list(ids[:-1])], (1, 2, 1, len(ids) - 1, CHANNELS)).copy()
+    parts = {"token_ids": ids, "prefix": prefix, "bos_row": ToyEncoder.outputs(table[:1], 0)[0], **changes}
+    return PromptEncoder(
+        parts.pop("tokenizer", tokenizer),
+        Instruction(instruction, parts["token_ids"], parts["prefix"], parts["bos_row"]),
+        StoredTensor("F32", parts.get("table", table)),
+        fix="the line that mends it",
+    )
+
+
+def reference(encoder: PromptEncoder, text: str, instruct: bool, length: int) -> tuple[Float32, Float32]:
+    """diffusers' way: pad to the full length, encode everything, keep row 0 and the last `length` - 1. Rows [L, C], mask [L]."""
+    text = text.lower().strip()
+    full = length
+    if instruct:
+        text = encoder.instruction.text + text
+        full = len(encoder.tokenizer.encode(encoder.instruction.text).ids) + length - 2
+    ids = encoder.tokenizer.encode(text).ids[:full]
+    mask = np.array([1.0] * len(ids) + [0.0] * (full - len(ids)), dtype=np.float32)
+    rows = ToyEncoder.outputs(encoder.embeddings.read()[ids + [0] * (full - len(ids))], 0)
+    select = [0, *range(-length + 1, 0)]
+    return rows[select], mask[select]
+
+
+def assert_equals_reference(encoder: PromptEncoder, branches: list[list[tuple[str, bool]]], length: int) -> ToyEncoder:
+    toy = ToyEncoder()
+    tokens = [
+        [encoder.tokenize(text, max_sequence_length=length, instruct=instruct) for text, instruct in branch] for branch in branches
+    ]
+    result = encoder.encode(tokens, toy.run)
+    longest = 0
+    for index, branch in enumerate(branches):
+        for number, (text, instruct) in enumerate(branch):
+            rows, mask = reference(encoder, text, instruct, length)
+            kept = int(mask.sum())
+            longest = max(longest, kept)
+            assert mask[:kept].all(), "the reference keeps rows without gaps"
+            np.testing.assert_array_equal(result.context_mask[index, number].sum(), kept, err_msg=repr(text))
+            np.testing.assert_allclose(result.prompt_embeds[index, number, :kept], rows[:kept], atol=1e-6)
+            assert result.context_mask[index, number, :kept].all()
+            assert not result.prompt_embeds[index, number, kept:].any()
+    assert result.prompt_embeds.shape == (len(branches), len(branches[0]), longest, CHANNELS)
+    assert result.prompt_embeds.dtype == result.context_mask.dtype == np.float32
+    return toy
+
+
+@pytest.mark.parametrize("merges", MERGES)
+@pytest.mark.parametrize("length", [1, 2, 3, 12, 40])
+def test_every_boundary_gives_the_rows_of_the_reference(merges: str, length: int) -> None:
+    generator = random.Random(length)
+    encoder = make_encoder(merges)
+    texts = ["", "x", "xy", "X marks", "abc", "  Padded x ", *("".join(generator.choices("abcdx ", k=k)) for k in range(1, 30, 3))]
+    assert_equals_reference(encoder, [[(text, True) for text in texts], [(text, False) for text in texts]], length)
+
+
+@pytest.mark.parametrize(("merges", "shared"), [("none", 5), ("last", 5), ("two", 4), ("all", 1)])
+def test_no_more_of_the_prefix_is_used_than_the_prompt_shares(merges: str, shared: int) -> None:
+    encoder = make_encoder(merges)
+    assert len(encoder.instruction.token_ids) == 6
+    tokens = encoder.tokenize("xyz", max_sequence_length=10, instruct=True)
+    assert tokens.shared == shared
+    assert encoder.tokenize("yz", max_sequence_length=10, instruct=True).shared == 5
+
+
+def test_one_run_for_each_prefix_and_none_for_equal_or_empty_prompts() -> None:
+    encoder = make_encoder("two")
+    positive = [(text, True) for text in ("y", "yy", "xyzyz", "y")]
+    toy = assert_equals_reference(encoder, [[("", False)] * 4, positive, positive], 20)
+    # "y" and "yy" after five tokens, "xyzyz" after four; the empty negative prompt is BOS alone.
+    assert sorted(toy.batches) == [(1, 5, 4), (2, 3, 5)]
+
+
+def test_without_the_instruction_only_bos_is_shared() -> None:
+    encoder = make_encoder()
+    toy = assert_equals_reference(encoder, [[("ab cd", False), ("", False)], [("ab", False), ("z", False)]], 20)
+    assert toy.batches == [(3, 5, 1)]
+
+
+def test_a_prompt_over_the_limit_is_cut_and_the_end_of_it_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = make_encoder()
+    text = "Y" * 10 + " the end of a long prompt"
+    with caplog.at_level(logging.WARNING):
+        tokens = encoder.tokenize(text, max_sequence_length=12, instruct=True)
+    # 12 rows: BOS, the last token of the instruction and 10 tokens of the prompt.
+    assert tokens.ids == tuple(encoder.tokenizer.encode(INSTRUCTION + "y" * 10).ids)
+    assert tokens.kept_rows == 12
+    (record,) = caplog.records
+    assert "last 25 tokens" in record.getMessage()
+    assert "n g   p r o m p t'" in record.getMessage()
+    caplog.clear()
+    encoder.tokenize("y" * 10, max_sequence_length=12, instruct=True)
+    assert not caplog.records
+
+
+def test_padding_and_truncation_kept_in_the_tokenizer_file_have_no_effect() -> None:
+    encoder = make_encoder()
+    tokenizer = make_tokenizer([])
+    tokenizer.enable_padding(length=40)
+    tokenizer.enable_truncation(4)
+    other = make_encoder(tokenizer=tokenizer)
+    for text in ("y", "y" * 50):
+        assert other.tokenize(text, max_sequence_length=60, instruct=True) == encoder.tokenize(
+            text, max_sequence_length=60, instruct=True
+        )
+
+
+def test_a_limit_past_the_attention_window_is_refused() -> None:
+    encoder = make_encoder()
+    most = MAX_TOKENS - 5 + 1
+    assert encoder.tokenize("y", max_sequence_length=most, instruct=True).kept_rows == 3
+    with pytest.raises(UsageError, match=f"1 to {most}"):
+        encoder.tokenize("y", max_sequence_length=most + 1, instruct=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": make_tokenizer([], bos=False)}, "does not start a text with the instruction's first token"),
+        (
+            {"tokenizer": make_tokenizer([("c", "d")]), "table": np.zeros((200, CHANNELS), np.float32)},
+            "does not belong to its stored instruction",
+        ),
+        ({"token_ids": (0, 66, 67)}, "does not fit its stored keys and values"),
+        ({"prefix": np.zeros((1, 2, 1, 0, CHANNELS), np.float32), "token_ids": (0,)}, "does not fit its stored keys"),
+        ({"bos_row": np.zeros(3, np.float32)}, "does not fit its embedding table"),
+        ({"table": np.zeros((50, CHANNELS), np.float32)}, "more tokens than its embedding table"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message) as caught:
+        make_encoder(**changes)
+    assert caught.value.fix == "the line that mends it"
+
+
+def test_a_damaged_tokenizer_is_an_artifact_error(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (copy / "tokenizer" / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is damaged"):
+        PromptEncoder.load(copy, Manifest.load(copy))
+
+
+WORDS = ["a red fox", "ink drawing", "4K!", "<eos>", "Ünïcode", "é", " ", "  ", "\n", "."]
+ALPHABET = [*WORDS, "熊猫", "吃竹子", "🐼", "👩‍🚀", "▁", "سلام"]
+
+
+def test_embeddings_equal_those_of_diffusers(tiny_runtime: Any, tiny_pipeline: Any) -> None:
+    """Random texts with the real tokenizer and text encoder, all in one batch, against `SanaPipeline.encode_prompt`."""
+    generator = random.Random(11)
+    prompts = ["".join(generator.choices(ALPHABET, k=generator.randrange(9))) for _ in range(12)]
+    negatives = ["".join(generator.choices(ALPHABET, k=generator.randrange(4))) for _ in prompts]
+    limit = 24
+    instruction = tiny_runtime.manifest.model.instruction.split("\n")
+    embeds, mask, negative_embeds, negative_mask = tiny_pipeline.encode_prompt(
+        prompts, negative_prompt=negatives, max_sequence_length=limit, complex_human_instruction=instruction
+    )
+    text: PromptEncoder = tiny_runtime.text
+    tokens: list[list[PromptTokens]] = [
+        [text.tokenize(prompt, max_sequence_length=limit, instruct=instruct) for prompt in texts]
+        for texts, instruct in ((negatives, False), (prompts, True))
+    ]
+    result = text.encode(tokens, tiny_runtime._run_text_encoder)
+    for branch, (wanted, wanted_mask) in enumerate(((negative_embeds, negative_mask), (embeds, mask))):
+        length = result.context_mask.shape[-1]
+        np.testing.assert_array_equal(result.context_mask[branch], wanted_mask[:, :length].numpy())
+        assert not wanted_mask[:, length:].any()
+        difference = result.prompt_embeds[branch] - wanted[:, :length].detach().numpy()
+        assert np.abs(difference * result.context_mask[branch][..., None]).max() < 2e-5
+    assert np.abs(result.prompt_embeds).max() > 1

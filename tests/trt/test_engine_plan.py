@@ -1,0 +1,203 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sana_export.errors import UsageError
+from sana_export.manifest import EngineEntry, FileEntry, GraphEntry, Manifest, hash_file
+from sana_export.profiles import PROFILES, Profile
+from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions
+from sana_export.trt.flavour import Target
+from sana_export.trt.plan import PlannedEngine, Recipe, dynamic_axes, onnx_sha256, plan, recipe_for, stale_fields
+from tests.trt.small_bundles import INSTRUCTION_TOKENS, model_info, write_bundle
+
+TARGET = Target("tensorrt-rtx", "1.7", ("8.9",), "any")
+RANGES = PROFILES["default"].ranges(model_info(), instruction_tokens=INSTRUCTION_TOKENS)
+
+
+@pytest.fixture
+def graph(bundle: Path) -> GraphEntry:
+    return Manifest.load(bundle).graphs["vae_decoder"]
+
+
+def key(graph: GraphEntry, target: Target = TARGET, options: BuildOptions = DEFAULT_OPTIONS, **ranges: Any) -> str:
+    return recipe_for(graph, target, {**RANGES, **ranges}, options).key
+
+
+def changed(file: FileEntry, **changes: Any) -> FileEntry:
+    return dataclasses.replace(file, **changes)
+
+
+def test_the_key_changes_with_all_that_changes_the_engine(graph: GraphEntry) -> None:
+    other_data = (changed(graph.data[0], sha256="1" * 64),)
+    keys = [
+        key(graph),
+        key(dataclasses.replace(graph, onnx=changed(graph.onnx, sha256="2" * 64))),
+        key(dataclasses.replace(graph, data=other_data)),
+        key(dataclasses.replace(graph, spec=dataclasses.replace(graph.spec, name="vae_decoder_tail"))),
+        key(graph, dataclasses.replace(TARGET, backend="tensorrt")),
+        key(graph, dataclasses.replace(TARGET, version="1.8")),
+        key(graph, dataclasses.replace(TARGET, compute_capabilities=())),
+        key(graph, dataclasses.replace(TARGET, compute_capabilities=("8.9", "12.0"))),
+        key(graph, dataclasses.replace(TARGET, operating_system="linux-x86_64")),
+        key(graph, options=BuildOptions(tf32=True)),
+        key(graph, batch=(1, 1, 3)),
+        key(graph, batch=(1, 2, 4)),
+        key(graph, latent_width=(2, 16, 32)),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert all(len(digest) == 64 for digest in keys)
+
+
+def test_the_key_stays_with_all_that_does_not(graph: GraphEntry) -> None:
+    first = key(graph)
+
+    assert key(dataclasses.replace(graph, parameters=99, opset=21)) == first
+    moved = dataclasses.replace(graph, onnx=changed(graph.onnx, path="elsewhere/model.onnx", bytes=1))
+    assert key(moved) == first
+    # The decoder has no text and no branches.
+    assert key(graph, text_tokens=(1, 2, 3), branches=(1, 1, 1), tokens=(1, 1, 1), output_height=(1, 1, 1)) == first
+    assert recipe_for(graph, TARGET, RANGES, BuildOptions()).ranges == {
+        axis: RANGES[axis] for axis in ("batch", "latent_height", "latent_width")
+    }
+
+
+def test_axes_are_those_of_the_inputs_in_the_contracts_order(bundle: Path) -> None:
+    graphs = Manifest.load(bundle).graphs
+    assert dynamic_axes(graphs["sampler"].spec) == ("batch", "branches", "latent_height", "latent_width")
+
+
+def test_a_graph_without_external_data_is_known_by_its_file_alone(graph: GraphEntry) -> None:
+    assert onnx_sha256(dataclasses.replace(graph, data=())) == graph.onnx.sha256
+    assert onnx_sha256(graph) not in (graph.onnx.sha256, graph.data[0].sha256)
+
+
+def record(bundle: Path, planned: PlannedEngine, **changes: Any) -> EngineEntry:
+    """Put a file in the place of the planned engine and its entry, with `changes`, into the manifest."""
+    recipe = planned.recipe
+    path = bundle / recipe.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"engine of " + recipe.graph.encode())
+    entry = EngineEntry(
+        **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)},
+        key=recipe.key,
+        file=FileEntry(recipe.path, hash_file(path), path.stat().st_size),
+        profile=planned.profile,
+    )
+    if changes:
+        entry = dataclasses.replace(entry, key="f" * 64, **changes)
+    Manifest.load(bundle).with_engine(entry).save(bundle)
+    return entry
+
+
+def planned(bundle: Path, target: Target = TARGET, profile: Profile = PROFILES["default"], **options: Any) -> dict:
+    engines = plan(bundle, Manifest.load(bundle), target, profile, instruction_tokens=INSTRUCTION_TOKENS, **options)
+    return {engine.recipe.graph: engine for engine in engines}
+
+
+def test_an_empty_bundle_misses_every_engine_in_the_contracts_order(bundle: Path) -> None:
+    engines = planned(bundle)
+
+    assert list(engines) == ["sampler", "vae_decoder"]
+    assert {engine.reason for engine in engines.values()} == {"missing"}
+    path = engines["sampler"].recipe.path
+    assert path == f"engines/tensorrt-rtx/{engines['sampler'].recipe.key[:12]}/sampler.engine"
+
+
+def test_a_recorded_engine_exists(bundle: Path) -> None:
+    record(bundle, planned(bundle)["sampler"])
+    engines = planned(bundle)
+
+    assert (engines["sampler"].reason, engines["vae_decoder"].reason) == ("exists", "missing")
+    assert engines["sampler"].exists
+    assert not engines["vae_decoder"].exists
+
+
+def test_a_file_without_an_entry_is_not_trusted(bundle: Path) -> None:
+    path = bundle / planned(bundle)["sampler"].recipe.path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"engine of a build that was killed")
+
+    assert planned(bundle)["sampler"].reason == "missing"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "is missing"), (b"short", "is damaged"), (b"engine of SAMPLER", "is damaged or was replaced")],
+)
+def test_a_damaged_engine_is_named(content: bytes | None, reason: str, bundle: Path) -> None:
+    entry = record(bundle, planned(bundle)["sampler"])
+    path = bundle / entry.file.path
+    path.unlink() if content is None else path.write_bytes(content)
+
+    assert planned(bundle)["sampler"].reason.startswith(f"damaged: {entry.file.path} {reason}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"backend_version": "1.6"}, "stale: backend_version was 1.6, is 1.7"),
+        ({"operating_system": "windows-amd64"}, "stale: operating_system was windows-amd64, is any"),
+        ({"options": {"tf32": True}}, "stale: tf32 was True, is False"),
+        ({"options": {}}, "stale: tf32 was not set, is False"),
+    ],
+)
+def test_a_stale_engine_names_the_field(changes: dict[str, Any], reason: str, bundle: Path) -> None:
+    entry = record(bundle, planned(bundle)["sampler"], **changes)
+    engine = planned(bundle)["sampler"]
+
+    assert engine.reason == reason
+    assert engine.superseded == (entry,)
+
+
+def test_other_ranges_under_the_same_profile_are_stale(bundle: Path) -> None:
+    before = planned(bundle)["sampler"]
+    record(bundle, before, ranges={**before.recipe.ranges, "batch": (1, 1, 2)})
+
+    assert planned(bundle)["sampler"].reason == "stale: batch was min 1 opt 1 max 2, is min 1 opt 1 max 4"
+
+
+def test_another_export_of_the_graph_is_stale(bundle: Path) -> None:
+    entry = record(bundle, planned(bundle)["vae_decoder"])
+    write_bundle(bundle, seed=1)
+    engine = planned(bundle)["vae_decoder"]
+
+    assert engine.reason.startswith(f"stale: onnx_sha256 was {entry.onnx_sha256[:12]}..., is ")
+    assert engine.superseded == (entry,)
+    assert planned(bundle)["sampler"].reason == "missing"
+
+
+def test_engines_for_other_targets_and_profiles_live_side_by_side(bundle: Path) -> None:
+    record(bundle, planned(bundle)["sampler"])
+    portable = dataclasses.replace(TARGET, compute_capabilities=())
+
+    assert planned(bundle, portable)["sampler"].reason == "missing"
+    assert planned(bundle, dataclasses.replace(TARGET, backend="tensorrt"))["sampler"].reason == "missing"
+    assert planned(bundle, profile=PROFILES["laptop"])["sampler"].reason == "missing"
+    record(bundle, planned(bundle, portable)["sampler"])
+    assert planned(bundle)["sampler"].exists
+    assert planned(bundle, portable)["sampler"].exists
+
+
+def test_a_bundle_without_pag_layers_is_built_for_two_branches(bundle: Path) -> None:
+    assert planned(bundle)["sampler"].recipe.ranges["branches"] == (1, 2, 3)
+    manifest = Manifest.load(bundle)
+    dataclasses.replace(manifest, options=dataclasses.replace(manifest.options, pag_layers=())).save(bundle)
+
+    assert planned(bundle)["sampler"].recipe.ranges["branches"] == (1, 2, 2)
+
+
+def test_graphs_are_chosen_by_name_and_an_unknown_one_lists_those_held(bundle: Path) -> None:
+    assert list(planned(bundle, graphs=["vae_decoder"])) == ["vae_decoder"]
+    with pytest.raises(UsageError, match="no graph named denoiser") as caught:
+        planned(bundle, graphs=["sampler", "denoiser"])
+    assert "sampler, vae_decoder" in str(caught.value)
+
+
+def test_the_reason_survives_the_manifest_file(bundle: Path) -> None:
+    """Ranges and capabilities come back from JSON as they went in, so an engine is not stale for having been stored."""
+    entry = record(bundle, planned(bundle)["sampler"])
+
+    assert Manifest.load(bundle).engines == (entry,)
+    assert stale_fields(Manifest.load(bundle).engines[0], planned(bundle)["sampler"].recipe) == []
