@@ -32,11 +32,6 @@ class Console:
         self._drawn = 0.0
         self._lock = threading.RLock()
 
-    @property
-    def shows_steps(self) -> bool:
-        """Whether `step` writes anything."""
-        return self.live or self.level <= VERBOSE
-
     def line(self, text: str) -> None:
         """Write `text` as lines of their own."""
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from sana_export.cli.console import Console
 from sana_export.cli.images import check_output, write_images
 from sana_export.cli.text import seconds, table
 from sana_export.cli.verb import Answer, Verb, add_bundle, add_size, positive
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from sana_export.runtime import SanaRuntime
@@ -72,13 +75,13 @@ def sample(
 ) -> Answer:
     """Draw `prompts` with `settings` (the parameters of `SanaRuntime.__call__`) and write the images."""
     steps = settings.get("num_inference_steps") or runtime.manifest.model.default_steps
+    log.info("sampling %d steps on %s", steps, runtime.backend.name)
 
     def on_step(_runtime: object, index: int, _timestep: float, _tensors: object) -> None:
         console.step("denoise", index + 1, steps)
 
-    console.step("denoise", 0, steps)
     # A callback costs a copy of the latents, so there is one only where somebody looks.
-    watch = on_step if console.shows_steps else None
+    watch = on_step if console.live else None
     result = runtime(prompts, output_type=output_type, callback_on_step_end=watch, **settings)
     paths = write_images(result.images, output)
     repeats = len(paths) // len(prompts)

@@ -76,6 +76,10 @@ def compare(
     from sana_export.graphs.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model, revision=revision, weights_variant=weights_variant)
+    if not console.live:
+        from diffusers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     report = verify_bundle(bundle, checkpoint, on_progress=console.step, **settings)
     return Answer(report.as_json(), report.as_text(), 0 if report.passed else ParityError.exit_code)
 

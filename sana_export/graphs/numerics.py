@@ -69,10 +69,19 @@ class Conv(nn.Module):
         return nn.functional.conv2d(x, self.weight, self.bias, padding=padding, groups=self.groups)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float | Tensor, *, axis: int = -1, bias: Tensor | None = None) -> Tensor:
-    """x / rms(x) * weight + bias over `axis`, computed in float32 and returned in x's dtype (arXiv 1910.07467)."""
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float | Tensor, *, axis: int = -1, bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """x / rms(x) * weight + bias over `axis`, computed in float32 and returned in x's dtype (arXiv 1910.07467).
+
+    x is stored multiplied by `scale`: then `weight` has to hold the norm's weight divided by `scale`. The mean square is put right
+    rather than epsilon, because the ONNX optimiser drops the addition of a constant below 1e-8.
+    """
     wide = x.float()
-    normal = wide * torch.rsqrt(wide.square().mean(axis, keepdim=True) + eps) * weight
+    square = wide.square().mean(axis, keepdim=True)
+    if scale != 1.0:
+        square = square * scale**-2
+    normal = wide * torch.rsqrt(square + eps) * weight
     if bias is not None:
         normal = normal + bias
     return normal.to(x.dtype)
@@ -87,10 +96,10 @@ def silu(x: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, numerics: Numerics) -> Tensor:
-    """ReLU linear attention: out_i = (sum_j v_j (k_j . q_i)) / (sum_j k_j . q_i + 1e-15), k and q after ReLU.
+    """ReLU linear attention: out_i = (sum_j v_j (k_j . q_i)) / (sum_j k_j . q_i), 0 where that is 0 / 0; k and q after ReLU.
 
     All are [..., dim, tokens], channels first; so is the result. Source: diffusers `SanaLinearAttnProcessor2_0` and
-    `SanaMultiscaleLinearAttention`.
+    `SanaMultiscaleLinearAttention`, which add 1e-15 to the denominator; here it is its floor (`rms_norm` says why).
     """
     query, key = query.relu(), key.relu()
     if numerics.narrow_range:
@@ -99,7 +108,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, numerics: Numeri
     query, key, value = query.float(), key.float(), value.float()
     numerator = (value @ key.transpose(-1, -2)) @ query
     denominator = key.sum(-1, keepdim=True).transpose(-1, -2) @ query
-    return (numerator / (denominator + 1e-15)).to(dtype)
+    return (numerator / denominator.clamp_min(1e-15)).to(dtype)
 
 
 def _normalised_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -113,7 +122,7 @@ def _normalised_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> T
     dtype = value.dtype
     total = key.float().sum(-1, keepdim=True)
     weights = query.float() * total
-    weights = (weights / (weights.sum(-2, keepdim=True) + 1e-15)).to(dtype)
+    weights = (weights / weights.sum(-2, keepdim=True).clamp_min(1e-15)).to(dtype)
     shares = (key.float() * (spread / total.clamp_min(1e-30))).to(dtype)
     averages = (value * (1.0 / spread)) @ shares.transpose(-1, -2)
     return averages @ weights

@@ -113,11 +113,12 @@ class Norm(nn.Module):
         scaled_output: bool = False,
     ) -> None:
         super().__init__()
-        self.weight = parameter((1.0 + weight.float()) * (numerics.scale if scaled_output else 1.0), torch.float32)
-        self.eps = eps * (numerics.scale**2 if scaled_input else 1.0)
+        self.eps, self.scale = eps, numerics.scale if scaled_input else 1.0
+        factor = (numerics.scale if scaled_output else 1.0) / self.scale
+        self.weight = parameter((1.0 + weight.float()) * factor, torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, scale=self.scale)
 
 
 #: (cos, sin) for queries and for keys, each [S, D].

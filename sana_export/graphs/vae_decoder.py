@@ -202,13 +202,13 @@ class ChannelNorm(nn.Module):
         scaled_output: bool = True,
     ) -> None:
         super().__init__()
+        self.scale = numerics.scale if scaled_input else 1.0
         factor = numerics.scale if scaled_output else 1.0
-        self.weight = parameter(weights[f"{name}.weight"].float().reshape(-1, 1, 1) * factor, torch.float32)
+        self.weight = parameter(weights[f"{name}.weight"].float().reshape(-1, 1, 1) * (factor / self.scale), torch.float32)
         self.bias = parameter(weights[f"{name}.bias"].float().reshape(-1, 1, 1) * factor, torch.float32)
-        self.eps = NORM_EPS * (numerics.scale**2 if scaled_input else 1.0)
 
-    def forward(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
-        return rms_norm(x, self.weight, self.eps if eps is None else eps, axis=1, bias=self.bias)
+    def forward(self, x: Tensor, eps: float | Tensor = NORM_EPS) -> Tensor:
+        return rms_norm(x, self.weight, eps, axis=1, bias=self.bias, scale=self.scale)
 
 
 BLOCKS: dict[str, type[nn.Module]] = {"ResBlock": ResBlock, "EfficientViTBlock": EfficientViTBlock}

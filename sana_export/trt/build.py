@@ -95,7 +95,7 @@ def build_engine(
     network = builder.create_network(network_flags(module))
     parser = _parse(module, network, logger, onnx)
     _check_tensors(module, network, spec, onnx)
-    config = _configure(module, builder, spec, ranges, options, compute_capabilities)
+    config = configure(module, builder, spec, ranges, options, compute_capabilities)
     if timing_cache is not None:
         _load_timing_cache(config, timing_cache)
     monitor = progress_monitor(module, spec.name, on_progress, cancelled)
@@ -249,7 +249,7 @@ def _tensor_text(tensor: TensorSpec) -> str:
     return f"{tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
 
 
-def _configure(
+def configure(
     module: Any,
     builder: Any,
     spec: GraphSpec,
@@ -257,6 +257,7 @@ def _configure(
     options: BuildOptions,
     compute_capabilities: tuple[str, ...],
 ) -> Any:
+    """The builder's configuration: target GPUs, precision rules and one optimization profile for `ranges`."""
     config = builder.create_builder_config()
     set_compute_capabilities(module, config, compute_capabilities)
     if not options.tf32:

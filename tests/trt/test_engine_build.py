@@ -16,7 +16,8 @@ from onnx import TensorProto, helper
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.profiles import Range
-from sana_export.trt.build import Built, Cancelled, build_engine, input_shapes, partial_path
+from sana_export.trt.build import BuildOptions, Built, Cancelled, build_engine, configure, input_shapes, partial_path
+from sana_export.trt.logger import logger_for
 from sana_export.trt.progress import Progress
 from tests.trt.small_bundles import sampler, vae_decoder, write_onnx
 
@@ -75,6 +76,21 @@ def test_the_engine_holds_the_external_weights(tmp_path: Path) -> None:
     shifted = np.frombuffer((tmp_path / "out.engine").read_bytes()[1 : 1 + (built.bytes - 1) // 2 * 2], np.uint16)
     held = np.bincount(engine, minlength=1 << 16) + np.bincount(shifted, minlength=1 << 16)
     assert (held >= np.bincount(weights.view(np.uint16), minlength=1 << 16)).all()
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_configuration_is_what_was_asked_for(tf32: bool) -> None:
+    spec = GraphSpec("g", (TensorSpec("x", "float32", ("batch", 4)),), ())
+    builder = tensorrt_rtx.Builder(logger_for(tensorrt_rtx))
+
+    config = configure(tensorrt_rtx, builder, spec, RANGES, BuildOptions(tf32), ("8.9", "12.0"))
+
+    assert config.get_flag(tensorrt_rtx.BuilderFlag.TF32) is tf32
+    assert config.num_optimization_profiles == 1
+    assert [config.get_compute_capability(index).name for index in range(config.num_compute_capabilities)] == [
+        "SM89",
+        "SM120",
+    ]
 
 
 def test_shapes_of_the_profile_come_from_the_contract() -> None:

@@ -94,13 +94,14 @@ def test_a_stale_engine_is_built_again_and_its_file_goes(bundle: Path) -> None:
     def note(planned: PlannedEngine, entry: EngineEntry | None) -> None:
         reasons.append(f"{planned.recipe.graph} {planned.reason}")
 
-    new = {entry.graph: entry for entry in build(bundle, on_engine=note).engines}
+    engines = build(bundle, on_engine=note).engines
+    new = {entry.graph: entry for entry in engines}
 
     assert {reason.split(" was ")[0] for reason in reasons} == {
         "sampler stale: onnx_sha256",
         "vae_decoder stale: onnx_sha256",
     }
-    assert len(new) == 2
+    assert len(engines) == len(new) == 2
     for graph, entry in new.items():
         assert entry.key != old[graph].key
         assert not (bundle / old[graph].file.path).parent.exists()
@@ -210,7 +211,7 @@ def test_sigint_while_the_compiler_is_busy(whole_group: bool, tmp_path: Path) ->
     os.killpg(process.pid, signal.SIGINT) if whole_group else process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
 
-    assert time.monotonic() - sent < 2
+    assert time.monotonic() - sent < 5  # the compiler alone would need about ten seconds more
     assert (process.returncode, errors) == (130, "")
     assert not compiler.is_running()
     assert tree(tmp_path) == before

@@ -1,0 +1,87 @@
+"""Backends for tests, named as "fake_backends:function": without a model, and each wrong in its own way."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from sana_export.bench.candidates import Candidate, Job, Sample
+from sana_export.bench.ours import RuntimeCandidate
+from sana_export.runtime.pipeline import SanaRuntime
+
+#: The file that `notes_turns` writes its calls to.
+LOG = "FAKE_BACKENDS_LOG"
+
+
+class Fake:
+    """Draws grey; `before` is run at the start of each call."""
+
+    precision = "fp32"
+
+    def __init__(self, name: str, before: Callable[[int], None] = lambda calls: None, size: int = 8) -> None:
+        self.description, self.before, self.size, self.calls = f"fake {name}", before, size, 0
+
+    def generate(self, prompt: str, seed: int) -> Sample:
+        self.before(self.calls)
+        self.calls += 1
+        return Sample(
+            [Image.new("RGB", (self.size, self.size), (seed, 0, 0))], {"denoise_step": [1.0, 2.0, 9.0], "denoise_loop": [12.0]}
+        )
+
+    def peak_device_bytes(self) -> int | None:
+        return None
+
+
+def _note(name: str) -> Callable[[int], None]:
+    def before(calls: int) -> None:
+        with Path(os.environ[LOG]).open("a") as log:
+            log.write(f"{name}{calls} ")
+
+    return before
+
+
+def notes_turns(job: Job) -> Candidate:
+    return Fake("one", _note("a"))
+
+
+def notes_turns_too(job: Job) -> Candidate:
+    return Fake("two", _note("b"))
+
+
+def cannot_load(job: Job) -> Candidate:
+    raise FileNotFoundError("no weights for the fake")
+
+
+def raises_later(job: Job) -> Candidate:
+    def before(calls: int) -> None:
+        if calls == 1:
+            raise ValueError("the second call is too much")
+
+    return Fake("raises", before)
+
+
+def is_killed_later(job: Job) -> Candidate:
+    def before(calls: int) -> None:
+        if calls == 1:
+            print("about to die", flush=True)  # what a library prints must not be taken for an answer
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return Fake("killed", before)
+
+
+def exits(job: Job) -> Candidate:
+    raise SystemExit("the library gave up")
+
+
+class OtherSeed(RuntimeCandidate):
+    def generate(self, prompt: str, seed: int) -> Sample:
+        return super().generate(prompt, seed + 1)
+
+
+def other_seed(job: Job) -> Candidate:
+    """The real runtime, with another seed than it was asked for."""
+    return OtherSeed(job, SanaRuntime.from_pretrained(job.bundle, backend="onnxruntime"))

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from sana_export.bench.machine import describe_machine, describe_versions, memory_bytes, peak_rss_bytes
+from sana_export.bench.ours import limit_onnxruntime
+
+CHILD = """
+from sana_export.bench.machine import peak_rss_bytes
+before = peak_rss_bytes()
+held = b"x" * (200 << 20)
+during = peak_rss_bytes()
+del held
+print(before, during, peak_rss_bytes())
+"""
+
+
+def test_peak_memory_is_the_process_s_own() -> None:
+    """A child of a large parent starts small; what it held for a moment stays counted."""
+    held = np.ones(400 << 20, dtype=np.uint8)
+    assert peak_rss_bytes() >= held.nbytes
+    output = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True).stdout
+    before, during, after = map(int, output.split())
+    assert before < 200 << 20
+    assert during - before == pytest.approx(200 << 20, rel=0.05)
+    assert after == during
+
+
+def test_the_machine_and_versions_are_told() -> None:
+    machine, versions = describe_machine(), describe_versions()
+    assert set(machine) == {"cpu", "cores", "memory", "gpu", "os", "python"}
+    assert machine["cores"] >= 1
+    assert machine["memory"] == memory_bytes() > peak_rss_bytes()
+    assert versions["onnxruntime"] == onnxruntime.__version__
+    assert "sana_export" in versions
+
+
+def test_onnxruntime_gets_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "SessionOptions", onnxruntime.SessionOptions)  # put back afterwards
+    default: Any = onnxruntime.SessionOptions()
+    limit_onnxruntime(3)
+    assert (default.intra_op_num_threads, onnxruntime.SessionOptions().intra_op_num_threads) == (0, 3)

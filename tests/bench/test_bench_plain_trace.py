@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sana_export.bench.run import run_bench
+from sana_export.bench.workload import Workload
+
+
+def test_the_trace_draws_the_same_image(tiny_bundle: Path, tiny_checkpoint: Any) -> None:
+    """Two prompts of unlike length through one trace."""
+    work = Workload("trace", 64, 96, 2, 4.5, ("a cute 🐼", "一只可爱的熊猫在吃竹子, ink drawing style"), repeats=1)
+    found = run_bench(tiny_bundle, tiny_checkpoint, backends=("eager", "trace"), workload=work)
+    assert found.failed == {}
+    assert found.backends["trace"].agreement is not None
+    assert found.agrees
+    assert set(found.backends["trace"].stages) == set(found.backends["eager"].stages)
+
+
+def test_pag_cannot_be_traced(tiny_bundle: Path, tiny_checkpoint: Any) -> None:
+    work = Workload("trace", 64, 64, 1, 4.5, ("x",), pag_scale=2.0, repeats=1)
+    found = run_bench(tiny_bundle, tiny_checkpoint, backends=("trace",), workload=work)
+    assert "the plain trace cannot run this workload" in found.failed["trace"]

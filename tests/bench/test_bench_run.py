@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sana_export.bench import run
+from sana_export.bench.candidates import Job, check_names
+from sana_export.bench.report import BenchReport
+from sana_export.bench.run import run_bench
+from sana_export.bench.stages import STAGES
+from sana_export.bench.worker import Worker
+from sana_export.bench.workload import Workload
+from sana_export.errors import DependencyError, UsageError
+from sana_export.export.parity import psnr
+
+WORK = Workload("test", 96, 128, 2, 4.5, ("a cute 🐼",), seed=5, repeats=3)
+FAILING = ("fake_backends:cannot_load", "fake_backends:raises_later", "fake_backends:is_killed_later", "fake_backends:exits")
+
+
+@pytest.fixture(scope="module")
+def report(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> BenchReport:
+    """Eager, ours, ours with another seed, and four that fail."""
+    names = ("onnxruntime", "eager", "fake_backends:other_seed", *FAILING)
+    output = tmp_path_factory.mktemp("bench") / "report"
+    found = run_bench(tiny_bundle, tiny_checkpoint, backends=names, workload=WORK, output=output)
+    assert json.loads((output / "bench.json").read_text("utf-8")) == found.as_json()
+    assert (output / "bench.md").read_text("utf-8") == found.as_text()
+    return found
+
+
+def test_every_stage_is_timed(report: BenchReport) -> None:
+    eager, ours = report.backends["eager"], report.backends["onnxruntime"]
+    assert list(report.backends)[0] == "eager"
+    assert set(ours.stages) == set(STAGES)
+    assert set(STAGES) - set(eager.stages) == {"context"}
+    for result in (eager, ours):
+        assert {stage: found.ms.n for stage, found in result.stages.items()} == {
+            stage: WORK.repeats * (WORK.num_inference_steps if stage == "denoise_step" else 1) for stage in result.stages
+        }
+        parts = sum(result.stages[stage].ms.p10 for stage in result.stages if stage not in ("denoise_step", "end_to_end"))
+        assert parts <= result.stages["end_to_end"].ms.p90
+        assert result.peak_rss_bytes is not None
+        assert result.peak_rss_bytes > 50 << 20
+    assert eager.description == "diffusers SanaPipeline, eager, float32 on the cpu"
+    assert ours.description == "SanaRuntime, fp32, onnxruntime on the cpu"
+
+
+def test_ratios_fit_the_medians(report: BenchReport) -> None:
+    eager, ours = report.backends["eager"], report.backends["onnxruntime"]
+    assert all(found.ratio is None for found in eager.stages.values())
+    for stage, found in ours.stages.items():
+        if stage == "context":
+            assert found.ratio is None
+            continue
+        assert found.ratio is not None
+        assert found.ratio.n == WORK.repeats
+        theirs = eager.stages[stage].ms
+        assert theirs.p10 / found.ms.p90 * 0.5 <= found.ratio.median <= theirs.p90 / found.ms.p10 * 2
+    assert ours.speedup == ours.stages["end_to_end"].ratio.median  # type: ignore[union-attr]
+
+
+def test_only_the_baseline_s_images_agree(report: BenchReport, tiny_pipeline: Any, tiny_runtime: Any) -> None:
+    ours, other = report.backends["onnxruntime"].agreement, report.backends["fake_backends:other_seed"].agreement
+    assert ours is not None
+    assert other is not None
+    assert ours.agrees
+    assert not other.agrees
+    assert not report.agrees
+    assert report.backends["fake_backends:other_seed"].speedup is None
+    # The figure is that of the real images.
+    settings = {"num_inference_steps": 2, "height": 96, "width": 128, "use_resolution_binning": False}
+    generator = torch.Generator().manual_seed(WORK.seed)
+    wanted = np.stack(tiny_pipeline(WORK.prompts[0], generator=generator, **settings).images)
+    found = np.stack(tiny_runtime(WORK.prompts[0], seed=WORK.seed + 1, **settings).images)
+    assert other.psnr_db == pytest.approx(psnr(found, wanted, peak=255.0), abs=0.2)
+    assert 3 < other.psnr_db < 30
+
+
+def test_failures_are_reported_and_the_rest_goes_on(report: BenchReport) -> None:
+    reasons = [report.failed.pop(name) for name in FAILING]
+    assert reasons[0] == "FileNotFoundError: no weights for the fake"
+    assert reasons[1] == "ValueError: the second call is too much"
+    assert reasons[2] == "its process ended: killed by SIGKILL; about to die"
+    assert reasons[3] == "its process ended: exit code 1; the library gave up"
+    assert set(report.failed) == set(FAILING)
+    assert all(not report.backends[name].stages for name in FAILING)
+
+
+def test_pag_agrees_with_the_pag_pipeline(tiny_bundle: Path, tiny_checkpoint: Any) -> None:
+    work = Workload("pag", 64, 96, 2, 4.5, ("a cute 🐼",), pag_scale=2.0, repeats=1)
+    found = run_bench(tiny_bundle, tiny_checkpoint, workload=work)
+    assert "SanaPAGPipeline" in found.backends["eager"].description
+    assert found.failed == {}
+    assert found.backends["onnxruntime"].agreement is not None
+    assert found.agrees
+
+
+def test_backends_take_turns(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_BACKENDS_LOG", str(tmp_path / "turns"))
+    work = Workload("turns", 64, 64, 1, 1.0, ("x", "y"), warmup=1, repeats=2)
+    steps: list[tuple[str, int, int]] = []
+    found = run_bench(
+        tiny_bundle,
+        tiny_checkpoint,
+        backends=("fake_backends:notes_turns", "fake_backends:notes_turns_too"),
+        workload=work,
+        on_progress=lambda *step: steps.append(step),
+    )
+    assert (tmp_path / "turns").read_text().split() == [f"{name}{index}" for index in range(6) for name in "ab"]
+    result = found.backends["fake_backends:notes_turns"]
+    assert result.agreement is None
+    assert result.stages["denoise_step"].ratio is None
+    assert (result.stages["end_to_end"].ms.n, result.stages["denoise_step"].ms.n) == (4, 12)
+    assert (result.stages["denoise_step"].ms.median, result.stages["denoise_loop"].ms.median) == (2.0, 12.0)
+    assert [done for _, done, _ in steps] == list(range(6))
+    assert {total for *_, total in steps} == {5}
+
+
+def test_no_process_is_left_when_the_run_is_interrupted(
+    tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_BACKENDS_LOG", str(tmp_path / "turns"))
+    started: list[Worker] = []
+
+    class Watched(Worker):
+        def __init__(self, job: Job) -> None:
+            super().__init__(job)
+            started.append(self)
+
+    def interrupt(doing: str, done: int, total: int) -> None:
+        if doing.startswith("round 2"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "Worker", Watched)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(tiny_bundle, tiny_checkpoint, backends=("fake_backends:notes_turns",), workload=WORK, on_progress=interrupt)
+    assert [worker._process.poll() is not None for worker in started] == [True]
+
+
+def test_unknown_names_and_folders_are_refused_before_anything_starts(
+    tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "Worker", None)
+    with pytest.raises(UsageError) as error:
+        run_bench(tiny_bundle, tiny_checkpoint, backends=("eager", "onnxruntme"))
+    assert error.value.fix == "--backend onnxruntime"
+    with pytest.raises(UsageError, match="no workload 'cqu'"):
+        run_bench(tiny_bundle, tiny_checkpoint, workload="cqu")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DependencyError):
+        run_bench(tiny_bundle, tiny_checkpoint, output=tmp_path / "file" / "report")
+
+
+def test_the_baseline_goes_first_and_names_count_once() -> None:
+    assert check_names(["onnxruntime", "trace", "eager", "onnxruntime"]) == ("eager", "onnxruntime", "trace")
+    with pytest.raises(UsageError):
+        check_names([])
