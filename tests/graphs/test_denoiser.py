@@ -1,0 +1,140 @@
+"""The denoiser and its context against diffusers' SanaTransformer2DModel, in float32, over several configs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.models.attention_processor import PAGCFGSanaLinearAttnProcessor2_0
+
+from sana_export.errors import ArtifactError
+from sana_export.export.reference import clamp_attention
+from sana_export.graphs.context import Context
+from sana_export.graphs.denoiser import Denoiser
+from sana_export.graphs.numerics import FP16_MAX, NUMERICS
+from sana_export.synth.checkpoint import build_pipeline
+from sana_export.synth.recipes import RECIPES
+
+CONFIGS = {
+    "plain": {},
+    "qk_norm": {"qk_norm": "rms_norm_across_heads"},
+    "2K positions": {"interpolation_scale": 1.0, "sample_size": 8},
+    "4K positions and qk_norm": {"interpolation_scale": 2.0, "sample_size": 8, "qk_norm": "rms_norm_across_heads"},
+    "other heads": {
+        "num_attention_heads": 6,
+        "num_cross_attention_heads": 3,
+        "cross_attention_head_dim": 64,
+        "cross_attention_dim": 192,
+    },
+}
+
+
+def make_transformer(config: dict) -> torch.nn.Module:
+    recipe = RECIPES["tiny"]
+    return build_pipeline(replace(recipe, transformer={**recipe.transformer, **config})).transformer
+
+
+def draw_inputs(transformer, *, branches=3, batch=2, tokens=11, height=5, width=7) -> dict[str, torch.Tensor]:
+    """Fresh inputs, prompts of unequal length in one batch."""
+    lengths = torch.randint(1, tokens + 1, (branches, batch, 1))
+    return {
+        "latents": torch.randn(batch, 32, height, width),
+        "timestep": torch.randint(1, 1000, (1,)).float(),
+        "prompt_embeds": torch.randn(branches, batch, tokens, transformer.config.caption_channels),
+        "context_mask": (torch.arange(tokens) < lengths).float(),
+    }
+
+
+@torch.no_grad()
+def run_reference(transformer, inputs) -> torch.Tensor:
+    branches, batch = inputs["context_mask"].shape[:2]
+    out = transformer(
+        inputs["latents"].repeat(branches, 1, 1, 1),
+        encoder_hidden_states=inputs["prompt_embeds"].flatten(0, 1),
+        encoder_attention_mask=inputs["context_mask"].flatten(0, 1),
+        timestep=inputs["timestep"].expand(branches * batch),
+    ).sample
+    return out.unflatten(0, (branches, batch))
+
+
+@torch.no_grad()
+def run_graphs(transformer, inputs, *, perturbed=None, clamp=False, pag_layers=()) -> torch.Tensor:
+    config, weights, numerics = dict(transformer.config), transformer.state_dict(), NUMERICS["float32"]
+    context = Context(config, weights, numerics)(inputs["prompt_embeds"])
+    denoiser = Denoiser(config, weights, numerics, clamp=clamp, pag_layers=pag_layers)
+    branches = inputs["context_mask"].shape[0]
+    perturbed = torch.zeros(branches) if perturbed is None else perturbed
+    return denoiser(inputs["latents"], inputs["timestep"], context, inputs["context_mask"], perturbed)
+
+
+def assert_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert found.shape == wanted.shape
+    cosine = torch.nn.functional.cosine_similarity(found.double().flatten(), wanted.double().flatten(), dim=0)
+    assert cosine >= 0.999999
+    assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (5, 7), (3, 12)])
+def test_equals_diffusers(config, height, width):
+    transformer = make_transformer(config)
+    inputs = draw_inputs(transformer, height=height, width=width)
+    assert_equal(run_graphs(transformer, inputs), run_reference(transformer, inputs))
+
+
+def test_padding_can_be_left_out():
+    transformer = make_transformer({})
+    inputs = draw_inputs(transformer, branches=1, batch=1, tokens=9)
+    inputs["context_mask"] = (torch.arange(9) < 4).float().reshape(1, 1, 9)
+    short = {**inputs, "prompt_embeds": inputs["prompt_embeds"][:, :, :4], "context_mask": torch.ones(1, 1, 4)}
+    assert_equal(run_graphs(transformer, short), run_reference(transformer, inputs))
+
+
+@pytest.mark.parametrize("layers", [(0,), (1,), (0, 2)])
+def test_perturbed_attention_equals_diffusers(layers):
+    transformer = make_transformer({})
+    inputs = draw_inputs(transformer)
+    perturbed = torch.tensor([0.0, 0.0, 1.0])
+    found = run_graphs(transformer, inputs, perturbed=perturbed, pag_layers=layers)
+    plain = run_graphs(transformer, inputs, pag_layers=layers)
+    for layer in layers:
+        transformer.transformer_blocks[layer].attn1.set_processor(PAGCFGSanaLinearAttnProcessor2_0())
+    assert_equal(found, run_reference(transformer, inputs))
+    assert torch.equal(found[:2], plain[:2])
+    assert (found[2] - plain[2]).abs().max() > 1e-2
+
+
+def test_perturbed_attention_keeps_the_query_key_norm_of_the_other_branches():
+    """diffusers' PAG processors leave the norm out; the graph does not."""
+    transformer = make_transformer({"qk_norm": "rms_norm_across_heads"})
+    inputs = draw_inputs(transformer)
+    found = run_graphs(transformer, inputs, perturbed=torch.tensor([0.0, 0.0, 1.0]), pag_layers=(1,))
+    assert_equal(found[:2], run_reference(transformer, inputs)[:2])
+
+
+def test_clamp_equals_the_clamped_reference():
+    transformer = make_transformer({})
+    with torch.no_grad():
+        for block in transformer.transformer_blocks:
+            block.attn1.to_out[0].weight *= 3e5
+            block.scale_shift_table[2] *= 1e-5
+        transformer.time_embed.linear.weight[2 * 128 : 3 * 128] *= 1e-5
+        transformer.time_embed.linear.bias[2 * 128 : 3 * 128] *= 1e-5
+    inputs = draw_inputs(transformer)
+    unclamped = run_reference(transformer, inputs)
+    outputs = []
+    transformer.transformer_blocks[0].attn1.to_out[0].register_forward_hook(lambda module, args, out: outputs.append(out))
+    clamp_attention(transformer)
+    wanted = run_reference(transformer, inputs)
+    assert outputs[0].abs().max() > 2 * FP16_MAX
+    assert (wanted - unclamped).abs().max() > 1e-2
+    assert_equal(run_graphs(transformer, inputs, clamp=True), wanted)
+
+
+@pytest.mark.parametrize(("key", "value"), [("patch_size", 2), ("guidance_embeds", True), ("qk_norm", "layer_norm")])
+def test_other_transformers_are_refused(key, value):
+    transformer = make_transformer({})
+    config = {**transformer.config, key: value}
+    with pytest.raises(ArtifactError, match=key):
+        Denoiser(config, transformer.state_dict(), NUMERICS["float32"], clamp=False)
