@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -221,14 +220,6 @@ def resolve_inside(bundle: Path, relative: str, *, fix: str) -> Path:
 def operating_system() -> str:
     """The platform that engines are bound to, for example "linux-x86_64"."""
     return f"{platform.system().lower()}-{platform.machine().lower()}"
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes free on the disk that holds `folder` or its nearest existing parent."""
-    while not folder.exists():
-        folder = folder.parent
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
 
 
 def _seal(document: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from sana_export.bench.workload import Workload, load_workload
 from sana_export.export.parity import IMAGE_PSNR_LIMITS, Array, psnr
 from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.manifest import Manifest
-from sana_export.trt.disk import disk_errors
+from sana_export.disk import disk_errors
 
 log = logging.getLogger(__name__)
 

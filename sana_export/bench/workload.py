@@ -113,10 +113,9 @@ def _value(path: Path, key: str, value: Any, annotation: str) -> Any:
     fits = isinstance(value, types) and not isinstance(value, bool)
     if isinstance(value, list):
         fits = fits and bool(value) and all(isinstance(item, str) for item in value)
-        value = tuple(value)
     if not fits:
         raise UsageError(f"{key} in {path} is of the wrong kind", found=repr(value), wanted=wanted)
-    return value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check(workload: Workload, path: Path) -> None:

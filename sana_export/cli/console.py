@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,15 +65,25 @@ class Console:
         """Take the line of progress off the terminal."""
         with self._lock:
             if self._shown:
-                self.stream.write("\r" + " " * len(self._shown) + "\r")
+                self.stream.write("\r\x1b[K")
                 self.stream.flush()
                 self._shown = ""
 
     def _draw(self, text: str) -> None:
         self.clear()
-        self._shown = text[: shutil.get_terminal_size().columns - 1]
+        self._shown = shortened(text, shutil.get_terminal_size().columns - 1)
         self.stream.write(self._shown)
         self.stream.flush()
+
+
+def shortened(text: str, columns: int) -> str:
+    """As much of `text` as fits into `columns` of a terminal, where East Asian characters and emoji take two."""
+    used = 0
+    for index, character in enumerate(text):
+        used += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if used > columns:
+            return text[:index]
+    return text
 
 
 def bar(fraction: float, width: int = 20) -> str:

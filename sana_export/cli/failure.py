@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +48,9 @@ def _environment(error: BaseException) -> SanaExportError | None:
     for kind, explain in _ENVIRONMENT.items():
         if isinstance(error, kind):
             return explain(error)
+    # Libraries written in Rust give a system error as the text of an exception of their own.
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return _system(OSError(int(number[1]), os.strerror(int(number[1]))))
     return None
 
 

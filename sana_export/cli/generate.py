@@ -82,6 +82,8 @@ def sample(
 
     # A callback costs a copy of the latents, so there is one only where somebody looks.
     watch = on_step if console.live else None
+    if console.live:
+        console.step("denoise", 0, steps)
     result = runtime(prompts, output_type=output_type, callback_on_step_end=watch, **settings)
     paths = write_images(result.images, output)
     repeats = len(paths) // len(prompts)

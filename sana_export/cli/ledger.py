@@ -13,8 +13,8 @@ from typing import Any
 import sana_export
 from sana_export.bench.machine import describe_machine, describe_versions
 from sana_export.cli.verb import Answer
+from sana_export.disk import disk_errors
 from sana_export.manifest import hash_file
-from sana_export.trt.disk import disk_errors
 
 
 class Ledger:

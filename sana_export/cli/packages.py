@@ -75,7 +75,7 @@ def installed_version(name: str) -> str | None:
 
 def install_line(*extras: str) -> str:
     """The line that installs sana_export with `extras`."""
-    names = ",".join(sorted(filter(None, extras)))
+    names = ",".join(sorted(set(filter(None, extras))))
     return f'pip install "{DISTRIBUTION}[{names}]"' if names else f"pip install {DISTRIBUTION}"
 
 

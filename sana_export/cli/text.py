@@ -17,9 +17,9 @@ def size(count: int | float) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration: "0.35 s", "12.3 s", "2 min 05 s"."""
-    if value < 1:
-        return f"{value:.2f} s"
+    """A duration: "35 ms", "12.3 s", "2 min 05 s"."""
+    if value < 0.9995:
+        return f"{value * 1000:.0f} ms"
     if value < 99.95:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from sana_export import __version__
 from sana_export.contract import GRAPHS
+from sana_export.disk import disk_errors
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.modules import build_graph, graph_spec
 from sana_export.export.onnx import OPSET, check_onnx, check_values, export_onnx, external_files, parameter_count
@@ -34,10 +35,10 @@ from sana_export.manifest import (
     Manifest,
     ModelInfo,
     Options,
+    check_files,
     file_entry,
     parse_graph,
 )
-from sana_export.trt.disk import disk_errors
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def export_bundle(
         entries = {}
         for done, name in enumerate(names, start=1):
             on_progress(name, done, len(names) + 1)
-            entries[name] = journal.graphs.get(name) or export_graph(name, checkpoint, options, partial)
+            entries[name] = journal.finished(name) or export_graph(name, checkpoint, options, partial)
             journal.add(name, entries[name])
         manifest = Manifest(
             checkpoint=Checkpoint(
@@ -178,6 +179,16 @@ class Journal:
             self.graphs = {name: parse_graph(entry) for name, entry in document["graphs"].items()}
             log.info("going on after %s", ", ".join(self.graphs))
 
+    def finished(self, name: str) -> GraphEntry | None:
+        """The entry of a graph that is done and whole."""
+        entry = self.graphs.get(name)
+        try:
+            check_files(self.path.parent, entry.files if entry else (), fix="")
+        except ArtifactError as error:
+            log.warning("exporting %s again: %s", name, error.message)
+            return None
+        return entry
+
     def add(self, name: str, entry: GraphEntry) -> None:
         self.graphs[name] = entry
         document = {"key": self.key, "graphs": {name: dataclasses.asdict(graph) for name, graph in self.graphs.items()}}
@@ -194,7 +205,11 @@ def export_graph(name: str, checkpoint: SanaCheckpoint, options: Options, bundle
     export_onnx(module, spec, path)
     model = check_onnx(path, spec)
     check_values(path, module, spec, options.precision)
-    data = tuple(file_entry(bundle, path.parent / location) for location in external_files(model))
+    locations = external_files(model)
+    for file in path.parent.iterdir():
+        if file != path and file.name not in locations:
+            file.unlink()  # a graph without weights leaves an empty one
+    data = tuple(file_entry(bundle, path.parent / location) for location in locations)
     return GraphEntry(spec, file_entry(bundle, path), data, model.opset_import[0].version, parameter_count(model))
 
 

@@ -37,11 +37,17 @@ class Parity:
 
 
 def compare_tensors(name: str, found: Array, wanted: Array, precision: str) -> Parity:
-    """A graph's output against its reference, both of one shape."""
+    """A graph's output against its reference, both of one shape.
+
+    Cosine does not see a wrong factor, so the relative error |found - wanted| / |wanted| has a limit too: the one that two
+    vectors of equal length have at the cosine's limit.
+    """
     limit = COSINE_LIMITS[precision]
-    measured = cosine(found, wanted)
-    passed = bool(np.isfinite(found).all()) and measured >= limit
-    return Parity(name, max_abs(found, wanted), measured, psnr(found, wanted), f"cosine >= {limit}", passed)
+    relative_limit = math.sqrt(2.0 * (1.0 - limit))
+    measured, relative = cosine(found, wanted), relative_error(found, wanted)
+    passed = bool(np.isfinite(found).all()) and measured >= limit and relative <= relative_limit
+    text = f"cosine >= {limit}, relative error <= {relative_limit:.2g}"
+    return Parity(name, max_abs(found, wanted), measured, psnr(found, wanted), text, passed)
 
 
 def compare_images(name: str, found: Array, wanted: Array, precision: str) -> Parity:
@@ -60,6 +66,12 @@ def compare_images(name: str, found: Array, wanted: Array, precision: str) -> Pa
 
 def max_abs(found: Array, wanted: Array) -> float:
     return float(np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max(initial=0.0))
+
+
+def relative_error(found: Array, wanted: Array) -> float:
+    """|found - wanted| / |wanted| in the Euclidean norm; 0 for two tensors of zeros."""
+    error, norm = np.linalg.norm(found.astype(np.float64) - wanted), np.linalg.norm(wanted.astype(np.float64))
+    return float(error / norm) if norm else float(error)
 
 
 def cosine(found: Array, wanted: Array) -> float:

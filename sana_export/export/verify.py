@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sana_export.disk import locked, manifest_lock
 from sana_export.errors import UsageError
 from sana_export.export.evaluator import Range, RangeMeter, StorageEvaluator
 from sana_export.export.modules import CHECK_SIZES, random_inputs
@@ -197,7 +198,8 @@ def verify_bundle(
         tuple(replace(row, passed=True, limit="none: the picture counts") for row in latents),
         tuple(images),
     )
-    replace(Manifest.load(bundle), parity=report.as_json()).save(bundle)
+    with locked(manifest_lock(bundle)):
+        replace(Manifest.load(bundle), parity=report.as_json()).save(bundle)
     return report
 
 

@@ -88,11 +88,10 @@ def rms_norm(
 
 
 def silu(x: Tensor, scale: float = 1.0) -> Tensor:
-    """`scale` * SiLU(x / `scale`): SiLU of a tensor that is stored multiplied by `scale`.
-
-    x / scale may overflow to infinity; the sigmoid of that is exactly 0 or 1, so the product stays right.
-    """
-    return x * torch.sigmoid(x if scale == 1.0 else x * (1.0 / scale))
+    """`scale` * SiLU(x / `scale`): SiLU of a tensor that is stored multiplied by `scale`."""
+    if scale == 1.0:
+        return x * torch.sigmoid(x)
+    return x * torch.sigmoid(x.float() * (1.0 / scale)).to(x.dtype)
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, numerics: Numerics) -> Tensor:

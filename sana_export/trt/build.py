@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sana_export.contract import GraphSpec, TensorSpec
+from sana_export.disk import disk_errors
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError
 from sana_export.profiles import Range
-from sana_export.trt.disk import disk_errors
 from sana_export.trt.flavour import network_flags, set_compute_capabilities
 from sana_export.trt.logger import logger_for, readable
 from sana_export.trt.progress import OnProgress, progress_monitor
@@ -303,7 +303,7 @@ def _serialize(module: Any, builder: Any, network: Any, config: Any, file: Engin
 #: What the compiler's words mean for the user: a pattern, the error it is, and the way out.
 _BUILD_ERRORS: tuple[tuple[str, type[SanaExportError], str], ...] = (
     ("out ?of ?memory", DependencyError, "use a profile with smaller sizes or batches, for example --profile laptop"),
-    (r"\(SM\d+\)", ArtifactError, "leave this GPU out of --compute-capability, or export with another --dtype"),
+    (r"\bSM\d+\b", ArtifactError, "leave that GPU out of --compute-capability, or export with --dtype fp16"),
     ("", ArtifactError, "export the bundle again: sana-export export MODEL -o BUNDLE"),
 )
 

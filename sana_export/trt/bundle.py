@@ -11,11 +11,11 @@ import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from sana_export.disk import disk_errors, locked, manifest_lock, require_free
 from sana_export.errors import ArtifactError
 from sana_export.manifest import EngineEntry, FileEntry, Manifest, check_files
 from sana_export.profiles import Profile
 from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions, Built
-from sana_export.trt.disk import disk_errors, locked, require_free
 from sana_export.trt.flavour import Target, flavour_of, load, target_for
 from sana_export.trt.plan import PlannedEngine, plan
 from sana_export.trt.progress import OnProgress
@@ -141,11 +141,6 @@ def _record(bundle: Path, planned: PlannedEngine, built: Built) -> tuple[Manifes
     for other in planned.superseded:
         _discard(bundle / other.file.path)
     return manifest, entry
-
-
-def manifest_lock(bundle: Path) -> Path:
-    """The lock file to hold from loading a manifest to saving its successor."""
-    return bundle / ".locks" / "manifest"
 
 
 def _lock_path(bundle: Path, key: str) -> Path:

@@ -35,7 +35,7 @@ def report(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path_factory: pytest.Tem
 
 def test_every_stage_is_timed(report: BenchReport) -> None:
     eager, ours = report.backends["eager"], report.backends["onnxruntime"]
-    assert list(report.backends)[0] == "eager"
+    assert next(iter(report.backends)) == "eager"
     assert set(ours.stages) == set(STAGES)
     assert set(STAGES) - set(eager.stages) == {"context"}
     for result in (eager, ours):

@@ -15,7 +15,8 @@ def test_summary_interpolates_between_neighbours() -> None:
     # p10 of five values lies 0.4 of the way from the first to the second.
     summary = summarize([50.0, 10.0, 20.0, 40.0, 30.0])
     assert summary is not None
-    assert (summary.n, summary.median, summary.p10, summary.p90) == (5, 30.0, pytest.approx(14.0), pytest.approx(46.0))
+    assert (summary.n, summary.median) == (5, 30.0)
+    assert [summary.p10, summary.p90] == pytest.approx([14.0, 46.0])
     assert summarize([]) is None
     one = summarize([7.0])
     assert one is not None
@@ -28,7 +29,7 @@ def test_summary_equals_the_standard_library() -> None:
     summary = summarize(values)
     assert summary is not None
     assert summary.median == pytest.approx(statistics.median(values))
-    assert (summary.p10, summary.p90) == (pytest.approx(deciles[0]), pytest.approx(deciles[-1]))
+    assert [summary.p10, summary.p90] == pytest.approx([deciles[0], deciles[-1]])
 
 
 def call(number: int, prompt: int, *times: float, stage: str = "end_to_end") -> Call:
@@ -63,7 +64,7 @@ def test_stage_results_keep_the_first_call_apart() -> None:
     found = results["end_to_end"]
     assert (found.first_ms, found.ms.n, found.ms.median) == (900.0, 2, 11.0)
     assert found.ratio is not None
-    assert (found.ratio.n, found.ratio.median) == (2, pytest.approx(2.5))
+    assert [found.ratio.n, found.ratio.median] == pytest.approx([2, 2.5])
     assert stage_results(first, calls, None)["end_to_end"].ratio is None
 
 

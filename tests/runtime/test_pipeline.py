@@ -102,6 +102,25 @@ def test_the_defaults_are_those_of_diffusers(tiny_runtime: SanaRuntime, tiny_pip
     np.testing.assert_array_equal(plan.weights, np.full((20, 2), [-3.5, 4.5], dtype=np.float32))
 
 
+@pytest.mark.parametrize(
+    ("guidance_scale", "pag_scale", "weights", "perturbed"),
+    [
+        (1.0, 0.0, [1], [0]),
+        (0.0, 0.0, [1], [0]),
+        (1.5, 0.0, [-0.5, 1.5], [0, 0]),
+        (1.0, 2.0, [3, -2], [0, 1]),
+        (4.0, 2.0, [-3, 6, -2], [0, 0, 1]),
+    ],
+)
+def test_no_more_branches_run_than_guidance_needs(
+    tiny_runtime: SanaRuntime, guidance_scale: float, pag_scale: float, weights: list[float], perturbed: list[float]
+) -> None:
+    plan = tiny_runtime.plan(Request("fox", guidance_scale=guidance_scale, pag_scale=pag_scale, num_inference_steps=2))
+    np.testing.assert_array_equal(plan.weights, np.array([weights, weights], dtype=np.float32))
+    np.testing.assert_array_equal(plan.perturbed, np.array(perturbed, dtype=np.float32))
+    assert len(plan.texts) == len(weights)
+
+
 @pytest.mark.parametrize(("height", "width"), [(200, 300), (333, 150)])
 def test_binning_resizes_and_crops(tiny_runtime: SanaRuntime, tiny_pipeline: Any, height: int, width: int) -> None:
     options: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": 1}
@@ -169,7 +188,7 @@ def test_callbacks_see_and_replace_latents(tiny_runtime: SanaRuntime, tiny_pipel
 
     def watcher(seen: list[Any], as_latents: Callable[[Any], Any]) -> Callable[..., dict[str, Any]]:
         def callback(_: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            seen.append((index, float(timestep), np.array(values["latents"])))
+            seen.append((index, float(timestep), np.asarray(values["latents"]).copy()))
             return {"latents": as_latents(replacement)} if index == 1 else {}
 
         return callback

@@ -41,15 +41,19 @@ def model_info(sample_size: int = 16) -> ModelInfo:
     )
 
 
-def write_onnx(
-    path: Path, spec: GraphSpec, nodes: Iterable[Any], weights: dict[str, np.ndarray], *, external: bool = False
-) -> None:
-    """An ONNX file of `spec` made of `nodes`; with `external`, every weight lies in `<name>.data` beside it."""
+def write_onnx(path: Path, spec: GraphSpec, nodes: Iterable[Any], weights: dict[str, Any], *, external: bool = False) -> None:
+    """An ONNX file of `spec` made of `nodes` and `weights` (arrays or tensors of onnx).
+
+    With `external`, every weight lies in `<name>.data` beside it.
+    """
 
     def values(tensors: tuple[TensorSpec, ...]) -> list[Any]:
         return [helper.make_tensor_value_info(tensor.name, TYPES[tensor.dtype], list(tensor.shape)) for tensor in tensors]
 
-    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()]
+    initializers = [
+        value if isinstance(value, onnx.TensorProto) else numpy_helper.from_array(np.asarray(value), name)
+        for name, value in weights.items()
+    ]
     graph = helper.make_graph(list(nodes), spec.name, values(spec.inputs), values(spec.outputs), initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model)

@@ -13,11 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
+from sana_export import disk
 from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.manifest import EngineEntry, Manifest, check_files
 from sana_export.profiles import PROFILES, custom_profile
 from sana_export.trt import bundle as bundle_module
-from sana_export.trt import disk, flavour, worker
+from sana_export.trt import flavour, worker
 from sana_export.trt.build import Cancelled, partial_path
 from sana_export.trt.bundle import build_bundle, read_instruction_tokens
 from sana_export.trt.flavour import load, target_for

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sana_export import disk
+from sana_export.disk import disk_errors, locked, require_free
 from sana_export.errors import DependencyError
-from sana_export.trt import disk
-from sana_export.trt.disk import disk_errors, locked, require_free
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_lock_keeps_threads_apart_and_tells_who_waits(tmp_path: Path) -> None:
 
 def test_a_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from sana_export.trt.disk import locked\n"
+        "import sys, time; from pathlib import Path; from sana_export.disk import locked\n"
         "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], stdout=subprocess.PIPE)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sana_export.errors import DependencyError
-from sana_export.manifest import free_bytes
 
 LOG = logging.getLogger(__name__)
 
@@ -69,6 +68,19 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[N
         yield
     finally:
         os.close(descriptor)
+
+
+def manifest_lock(bundle: Path) -> Path:
+    """The lock file to hold from loading a manifest to saving its successor."""
+    return bundle / ".locks" / "manifest"
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk that holds `folder` or its nearest existing parent."""
+    while not folder.exists():
+        folder = folder.parent
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:

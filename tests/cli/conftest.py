@@ -1,0 +1,29 @@
+"""The command line in this process, and a bundle to damage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import Cli, Ran
+
+from sana_export.cli.main import main
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs `sana-export ARGUMENTS...` in this process."""
+
+    def run(*arguments: object) -> Ran:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the fp32 bundle of `tiny` that a test may damage."""
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")

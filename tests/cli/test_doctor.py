@@ -1,0 +1,172 @@
+"""`doctor` tells what is here and what mends what is not; `packages` reads it all from metadata."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib import metadata
+from typing import Any
+
+import pytest
+from command_line import Cli
+
+from sana_export.cli import doctor, machine, packages
+from sana_export.cli.doctor import judge
+from sana_export.cli.machine import Builder, Gpu, Machine, find_gpus
+from sana_export.cli.packages import Package, exclusive_conflict, missing_package, require
+from sana_export.errors import DependencyError
+
+NO_GPU = Machine("3.11", "python", "Linux", "linux-x86_64", "a processor", 2, 10**9, ())
+RTX = Builder("tensorrt-rtx", "1.7.1", ("8.9", "12.0"), None, None)
+NO_TENSORRT = Builder("tensorrt", None, (), "no module tensorrt", 'pip install "tensorrt>=10.12"')
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The versions that the metadata seems to hold; the test fills it."""
+    versions: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(packages.metadata, "version", version)
+    return versions
+
+
+def abilities(gpus: tuple[Gpu, ...], *builders: Builder, found: list[Package] | None = None) -> dict[str, doctor.Ability]:
+    here = Machine(**{**vars(NO_GPU), "gpus": gpus})
+    return {ability.name: ability for ability in judge(here, found or [], builders)}
+
+
+def test_document_and_text(cli: Cli) -> None:
+    document = cli("doctor", "--json").json
+    assert {"sana_export", "machine", "packages", "backends", "abilities", "warnings"} <= set(document)
+    found = {package["name"]: package for package in document["packages"]}
+    assert found["numpy"]["version"] == metadata.version("numpy")
+    assert found["torch"]["extra"] == "export"
+    assert "pytest" not in found
+    text = cli("doctor").out
+    for line in ("export", "sample on the CPU", "build TensorRT-RTX engines", "run TensorRT engines"):
+        assert line in text
+
+
+def test_the_builder_that_is_here_loads(cli: Cli) -> None:
+    module = pytest.importorskip("tensorrt_rtx")
+    (backend,) = [row for row in cli("doctor", "--json").json["backends"] if row["backend"] == "tensorrt-rtx"]
+    assert backend["version"] == module.__version__
+    assert "8.9" in backend["compute_capabilities"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "builder", "builds", "runs", "word"),
+    [
+        ((), RTX, True, False, "no NVIDIA GPU"),
+        ((Gpu("a", "8.9"),), RTX, True, True, None),
+        ((Gpu("a", "9.0"),), RTX, True, False, "9.0 is not in NVIDIA's list"),
+        ((Gpu("a", "9.0"), Gpu("b", "12.0")), RTX, True, True, None),
+        ((Gpu("a", "9.0"),), NO_TENSORRT, False, False, "no module tensorrt"),
+        ((), Builder("tensorrt", "11.0", (), None, None), False, False, "no NVIDIA GPU"),
+        ((Gpu("a", "9.0"),), Builder("tensorrt", "11.0", (), None, None), True, True, None),
+    ],
+)
+def test_engines(
+    gpus: tuple[Gpu, ...], builder: Builder, builds: bool, runs: bool, word: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "RUNNABLE", ("tensorrt-rtx", "tensorrt"))
+    title = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}[builder.backend]
+    found = abilities(gpus, builder)
+    assert found[f"build {title} engines"].possible is builds
+    run = found[f"run {title} engines"]
+    assert run.possible is runs
+    assert (run.reason is None) if word is None else (word in str(run.reason))
+
+
+def test_missing_and_old_packages_are_named_with_the_line_that_installs_them() -> None:
+    found = [Package("torch", "export", "2.9", "2.5.1+cu121"), Package("onnx", "export", "1.18", None)]
+    ability = abilities((), found=found)["export"]
+    assert not ability.possible
+    assert ability.reason == "lacks torch (older than 2.9), onnx (missing)"
+    assert ability.fix == 'pip install "sana-export[export]"'
+
+
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [("2.9", None), ("2.10.1+cpu", None), ("3", None), ("2.8.9", "older than 2.9"), ("2.9rc1", None), (None, "missing")],
+)
+def test_versions_compare_as_numbers(version: str | None, problem: str | None) -> None:
+    assert Package("torch", "export", "2.9", version).problem == problem
+
+
+def test_both_onnxruntimes_are_warned_about(installed: dict[str, str], cli: Cli) -> None:
+    installed["onnxruntime"] = "1.32.0"
+    assert exclusive_conflict() is None
+    (gpu,) = [package for package in packages.packages() if package.name == "onnxruntime-gpu"]
+    assert gpu.install == 'pip uninstall -y onnxruntime && pip install "sana-export[cuda]"'
+    installed["onnxruntime-gpu"] = "1.32.0"
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in str(exclusive_conflict())
+    assert cli("doctor").out.startswith("warning: onnxruntime and onnxruntime-gpu are installed together")
+    assert len(cli("doctor", "--json").json["warnings"]) == 1
+
+
+@pytest.mark.parametrize("verb", ["export", "verify", "bench", "engines"])
+def test_a_verb_that_lacks_packages_says_which(verb: str, installed: dict[str, str], tmp_path: Any, cli: Cli) -> None:
+    installed |= {"numpy": "2.0", "pillow": "11.0", "tokenizers": "0.22", "diffusers": "0.40", "transformers": "5.0"}
+    (tmp_path / "recipe.toml").write_text('model = "tiny"\noutput = "x"\n')
+    arguments = {
+        "export": ("tiny", "-o", tmp_path / "bundle"),
+        "verify": (tmp_path, "--reference", "tiny"),
+        "bench": (tmp_path, "--reference", "tiny"),
+        "engines": (tmp_path / "recipe.toml",),
+    }[verb]
+    ran = cli(verb, *arguments)
+    assert ran.code == 3
+    assert "torch missing" in ran.err
+    assert "torch>=2.9" in ran.err
+    assert "diffusers" not in ran.err
+    assert 'fix:    pip install "sana-export[export]"' in ran.err
+
+
+def test_require_is_content_with_what_is_here() -> None:
+    require("", "export")
+
+
+def test_missing_modules() -> None:
+    error = missing_package(ModuleNotFoundError("", name="tensorrt_rtx.nothing"))
+    assert isinstance(error, DependencyError)
+    assert error.fix == 'pip install "sana-export[tensorrt-rtx]"'
+    assert missing_package(ModuleNotFoundError("", name="antigravity2")) is None
+
+
+def test_gpus_as_nvidia_smi_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = "NVIDIA GeForce RTX 4090, 8.9, 24564, 560.35.03\nGraphics, odd name, 12.0, [N/A], 570.00\n"
+    done = subprocess.CompletedProcess((), 0, listed, "")
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: done)
+    assert find_gpus.__wrapped__() == (
+        Gpu("NVIDIA GeForce RTX 4090", "8.9", 24564 << 20, "560.35.03"),
+        Gpu("Graphics, odd name", "12.0", None, "570.00"),
+    )
+
+
+@pytest.mark.parametrize(("capability", "gpus"), [(None, ()), ("9.0", (Gpu("an NVIDIA GPU", "9.0"),))])
+def test_the_driver_is_asked_where_nvidia_smi_is_missing(
+    capability: str | None, gpus: tuple[Gpu, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(machine.subprocess, "run", missing)
+    monkeypatch.setattr(machine, "gpu_compute_capability", lambda: capability)
+    assert find_gpus.__wrapped__() == gpus
+
+
+def test_variants_list_every_row(cli: Cli) -> None:
+    from sana_export.variants import VARIANTS
+
+    rows = {row["alias"]: row for row in cli("variants", "--json").json["variants"]}
+    assert set(rows) == set(VARIANTS)
+    assert rows["sana-1600m-4kpx-bf16"]["flow_shift"] == 6.0
+    text = cli("variants").out
+    for variant in VARIANTS.values():
+        assert variant.alias in text
+        assert variant.source in text

@@ -1,0 +1,105 @@
+"""`generate` writes what the runtime draws, under the promised names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import Cli
+from PIL import Image
+
+SMALL = ("--height", 64, "--width", 96, "--no-resolution-binning", "--steps", 2)
+SETTINGS = {"height": 64, "width": 96, "use_resolution_binning": False, "num_inference_steps": 2}
+
+
+def pixels(path: Path) -> Any:
+    return np.asarray(Image.open(path))
+
+
+def test_one_image_is_the_runtimes(tiny_bundle: Path, tiny_runtime: Any, tmp_path: Path, cli: Cli) -> None:
+    output = tmp_path / "new" / "panda.png"
+    options = ("--seed", 7, "--guidance-scale", 3.5, "--pag-scale", 1.5, "--negative-prompt", "blurry")
+    ran = cli("generate", tiny_bundle, "a 🐼", "-o", output, *SMALL, *options, "--json")
+    assert ran.code == 0
+    wanted = tiny_runtime("a 🐼", **SETTINGS, seed=7, guidance_scale=3.5, pag_scale=1.5, negative_prompt="blurry").images[0]
+    assert np.array_equal(pixels(output), np.asarray(wanted))
+    other = tiny_runtime("a 🐼", **SETTINGS, seed=7).images[0]
+    assert not np.array_equal(pixels(output), np.asarray(other))
+    assert ran.json["images"] == [{"path": str(output), "prompt": "a 🐼"}]
+    assert (ran.json["seeds"], ran.json["height"], ran.json["width"], ran.json["steps"]) == ([7], 64, 96, 2)
+    assert ran.json["backend"] == "onnxruntime"
+    assert len(ran.json["seconds"]["denoise"]) == 2
+    assert [path.name for path in output.parent.iterdir()] == ["panda.png"]
+
+
+def test_several_images_are_numbered_prompt_by_prompt(tiny_bundle: Path, tiny_runtime: Any, tmp_path: Path, cli: Cli) -> None:
+    prompts = ["a cat", "a dog"]
+    output = tmp_path / "x.png"
+    ran = cli("generate", tiny_bundle, *prompts, "-o", output, *SMALL, "--seed", 1, "--images-per-prompt", 2, "--json")
+    wanted = tiny_runtime(prompts, **SETTINGS, seed=1, num_images_per_prompt=2).images
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.png", "x-1.png", "x-2.png", "x-3.png"]
+    for index, image in enumerate(wanted):
+        assert np.array_equal(pixels(tmp_path / f"x-{index}.png"), np.asarray(image))
+    assert [image["prompt"] for image in ran.json["images"]] == ["a cat", "a cat", "a dog", "a dog"]
+
+
+def test_the_seed_that_was_drawn_gives_the_image_again(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    first = cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "a.png", *SMALL, "--json").json
+    cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "b.png", *SMALL, "--seed", first["seeds"][0])
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
+def test_npy_holds_floats_that_round_to_the_picture(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    for name in ("x.npy", "x.png"):
+        assert cli("generate", tiny_bundle, "a cat", "-o", tmp_path / name, *SMALL, "--seed", 3).code == 0
+    values = np.load(tmp_path / "x.npy")
+    assert (values.dtype, values.shape) == (np.float32, (64, 96, 3))
+    assert np.abs(values * 255 - pixels(tmp_path / "x.png")).max() <= 0.501
+
+
+@pytest.mark.parametrize(("suffix", "format"), [(".jpg", "JPEG"), (".webp", "WEBP"), (".PNG", "PNG")])
+def test_the_suffix_chooses_the_format(suffix: str, format: str, tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    output = tmp_path / f"x{suffix}"
+    assert cli("generate", tiny_bundle, "a cat", "-o", output, *SMALL).code == 0
+    with Image.open(output) as image:
+        assert (image.format, image.size) == (format, (96, 64))
+
+
+@pytest.mark.parametrize("name", ["x", "x.tif", "x.txt", "."])
+def test_an_output_that_is_no_image_is_usage(name: str, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("generate", tmp_path / "no bundle", "a cat", "-o", tmp_path / name)
+    assert ran.code == 2
+    assert ".png" in ran.err
+
+
+def test_the_output_is_checked_before_anything_is_computed(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    ran = cli("generate", tmp_path / "no bundle", "a cat", "-o", tmp_path / "file" / "x.png")
+    assert ran.code == 3
+    assert "cannot be written" in ran.err
+    assert cli("generate", tmp_path / "no bundle", "a cat", "-o", "/proc/nowhere/x.png").code == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "word"), [(("--height", 100, "--width", 96), "96x96 or 128x96"), (("--height", 0, "--width", 96), "--help")]
+)
+def test_sizes_that_do_not_fit(size: tuple[object, ...], word: str, tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "x.png", *size, "--no-resolution-binning")
+    assert ran.code == 2
+    assert word in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_backend_lists_the_known_ones(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "x.png", "--backend", "openvino")
+    assert ran.code == 2
+    assert "onnxruntime" in ran.err
+
+
+def test_an_over_long_prompt_is_truncated_with_a_warning(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    ran = cli("generate", tiny_bundle, "word salad " * 200, "-o", tmp_path / "x.png", *SMALL)
+    assert ran.code == 0
+    assert "warning: " in ran.err
+    assert "300" in ran.err

@@ -1,0 +1,106 @@
+"""`inspect`: what is there, and for every engine each reason why it does not run here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Cli
+from engine_entries import ADA, ENGINE, HOPPER, THERE
+
+from sana_export.cli import fitness
+from sana_export.cli import inspect as verb
+from sana_export.cli.fitness import NOT_YET, RTX_CAPABILITIES, why_not
+from sana_export.contract import GRAPHS
+from sana_export.manifest import Manifest, file_entry
+
+
+@pytest.fixture(autouse=True)
+def runnable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitness, "RUNNABLE", ("onnxruntime", "tensorrt", "tensorrt-rtx"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "here", "reasons"),
+    [
+        ({}, {}, []),
+        ({"compute_capabilities": ("8.9", "12.0")}, {}, []),
+        ({}, {"gpus": ()}, ["no NVIDIA GPU and driver here"]),
+        ({}, {"gpus": (HOPPER, ADA)}, []),
+        ({}, {"gpus": (HOPPER,)}, [f"compute_capabilities: built for portable ({', '.join(RTX_CAPABILITIES)}), here is 9.0"]),
+        ({"compute_capabilities": ("12.0",)}, {}, ["compute_capabilities: built for 12.0, here is 8.9"]),
+        ({"backend_version": "1.6"}, {}, ["backend_version: built with TensorRT-RTX 1.6, here is 1.7.1"]),
+        ({}, {"versions": {}}, ['TensorRT-RTX is not installed (pip install "tensorrt-rtx>=1.2")']),
+        (
+            {
+                "backend": "tensorrt",
+                "backend_version": "11.0",
+                "operating_system": "windows-amd64",
+                "compute_capabilities": ("8.9",),
+            },
+            {},
+            ["operating_system: built on windows-amd64, here is linux-x86_64"],
+        ),
+        (
+            {"backend_version": "1.6", "compute_capabilities": ("12.0",)},
+            {"gpus": (HOPPER,)},
+            [
+                "backend_version: built with TensorRT-RTX 1.6, here is 1.7.1",
+                "compute_capabilities: built for 12.0, here is 9.0",
+            ],
+        ),
+        ({"backend": "openvino"}, {}, ["backend openvino is not known to this version of sana-export"]),
+    ],
+)
+def test_reasons(engine: dict[str, Any], here: dict[str, Any], reasons: list[str]) -> None:
+    assert why_not(dataclasses.replace(ENGINE, **engine), dataclasses.replace(THERE, **here)) == reasons
+
+
+def test_an_engine_that_this_version_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitness, "RUNNABLE", ("onnxruntime",))
+    assert why_not(ENGINE, THERE) == [NOT_YET]
+
+
+def with_engine(bundle: Path, content: bytes = b"engine") -> None:
+    path = bundle / ENGINE.file.path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    Manifest.load(bundle).with_engine(dataclasses.replace(ENGINE, file=file_entry(bundle, path))).save(bundle)
+
+
+def test_document(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_engine(bundle_copy)
+    monkeypatch.setattr(verb, "here", lambda: THERE)
+    ran = cli("inspect", bundle_copy, "--json")
+    manifest = Manifest.load(bundle_copy)
+    assert ran.code == 0
+    assert ran.json["checkpoint"]["sha256"] == manifest.checkpoint.sha256
+    assert ran.json["options"] == {"precision": "fp32", "clamp": False, "pag_layers": [1]}
+    assert set(ran.json["graphs"]) == set(GRAPHS)
+    files = [path for path in bundle_copy.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    assert ran.json["bytes"] == sum(path.stat().st_size for path in files)
+    assert ran.json["runs_here"] == {"onnx": True, "engines": True}
+    (engine,) = ran.json["engines"]
+    assert (engine["graph"], engine["runs_here"], engine["reasons"]) == ("sampler", True, [])
+
+
+def test_text_says_what_does_not_run_and_why(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_engine(bundle_copy)
+    monkeypatch.setattr(verb, "here", lambda: dataclasses.replace(THERE, gpus=(HOPPER,)))
+    ran = cli("inspect", bundle_copy)
+    assert ran.code == 0
+    assert "here is 9.0 (1 of 1 engines)" in ran.out
+    assert "synthetic" in ran.out
+    assert "profile default: batch 1 to 4, latent_height 4 to 64, latent_width 4 to 64" in ran.out
+
+
+def test_a_damaged_engine(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_engine(bundle_copy)
+    (bundle_copy / ENGINE.file.path).write_bytes(b"another engine")
+    monkeypatch.setattr(verb, "here", lambda: THERE)
+    ran = cli("inspect", bundle_copy, "--json")
+    assert ran.code == 4
+    assert ran.json["engines"][0]["damaged"].startswith(f"{ENGINE.file.path} is damaged")
+    assert ran.json["runs_here"] == {"onnx": True, "engines": False}

@@ -1,0 +1,303 @@
+"""One place turns what comes of a verb into output and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from command_line import Cli
+
+from sana_export import __version__
+from sana_export.cli import main as module
+from sana_export.cli.console import Console
+from sana_export.cli.main import VERBS
+from sana_export.cli.verb import Answer, Verb
+from sana_export.errors import ArtifactError, DependencyError, ParityError, UsageError
+
+PROMISED = ("engines", "export", "build", "verify", "generate", "bench", "inspect", "doctor", "variants")
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replaces the work of `variants` by a function without arguments that returns an `Answer` or raises."""
+
+    def replace(work: Callable[[], Any], level: int = logging.WARNING) -> None:
+        def run(options: argparse.Namespace, console: Console) -> Answer:
+            return work()
+
+        fake = Verb("variants", "", "", "", lambda parser: None, run, level)
+        monkeypatch.setitem(module.VERBS, "variants", fake)
+
+    return replace
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    def work() -> Any:
+        raise error
+
+    return work
+
+
+def test_the_verbs_are_those_of_the_promise() -> None:
+    assert tuple(VERBS) == PROMISED
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_every_verb_has_help_with_an_example(name: str, cli: Cli) -> None:
+    ran = cli(name, "--help")
+    assert ran.code == 0
+    assert f"example:\n  sana-export {name}" in ran.out
+    for option in ("--json", "--quiet", "--verbose", "--debug"):
+        assert option in ran.out
+
+
+def test_examples_parse() -> None:
+    import shlex
+
+    for verb in VERBS.values():
+        program, *arguments = shlex.split(verb.example)
+        assert program == "sana-export"
+        assert module.parse(arguments).verb == verb.name
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").out == f"sana-export {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("wrong"), 2),
+        (DependencyError("lacking"), 3),
+        (ArtifactError("damaged"), 4),
+        (ParityError("apart"), 5),
+        (KeyboardInterrupt(), 130),
+        (OSError(errno.ENOSPC, "No space left on device", "/bundle/x"), 3),
+        (PermissionError(errno.EACCES, "Permission denied", "/bundle/x"), 3),
+        (MemoryError(), 3),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), 3),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 3),
+        (ModuleNotFoundError("No module named 'onnx_ir.passes'", name="onnx_ir.passes"), 3),
+        (ModuleNotFoundError("No module named 'sana_export.nothing'", name="sana_export.nothing"), 1),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/bundle/x"), 1),
+        (KeyError("layers"), 1),
+        (RecursionError(), 1),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, verb: Callable[..., None], cli: Cli) -> None:
+    verb(raising(error))
+    ran = cli("variants")
+    assert ran.code == code
+    assert ran.out == ""
+    assert ran.err.startswith("sana-export: ")
+    assert "Traceback" not in ran.err
+    ran = cli("variants", "--json")
+    assert ran.code == ran.json["exit_code"] == code
+    assert ran.json["error"]["type"]
+
+
+def test_an_error_says_found_wanted_and_fix(verb: Callable[..., None], cli: Cli) -> None:
+    verb(raising(ArtifactError("it is stale", found="version 1", wanted="version 2", fix="sana-export build")))
+    assert cli("variants").err == (
+        "sana-export: error: it is stale\n  found:  version 1\n  wanted: version 2\n  fix:    sana-export build\n"
+    )
+    document = cli("variants", "--json").json
+    assert document == {
+        "error": {
+            "type": "ArtifactError",
+            "message": "it is stale",
+            "found": "version 1",
+            "wanted": "version 2",
+            "fix": "sana-export build",
+        },
+        "exit_code": 4,
+    }
+
+
+@pytest.mark.parametrize("with_flag", [True, False])
+def test_the_traceback_of_a_bug_is_shown_only_on_request(
+    with_flag: bool, verb: Callable[..., None], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verb(raising(KeyError("layers")))
+    quiet = cli("variants")
+    assert "KeyError: 'layers'" in quiet.err
+    assert "report" in quiet.err
+    assert "Traceback" not in quiet.err
+    if not with_flag:
+        monkeypatch.setenv("SANA_EXPORT_DEBUG", "1")
+    loud = cli("variants", *(["--debug"] if with_flag else []))
+    assert loud.code == 1
+    assert "Traceback" in loud.err
+
+
+def test_an_unknown_option_names_the_nearest_one(cli: Cli) -> None:
+    ran = cli("generate", "bundle", "a cat", "-o", "x.png", "--hieght", "64")
+    assert ran.code == 2
+    assert "'--hieght'" in ran.err
+    assert "--height" in ran.err
+    assert "sana-export generate --help" in ran.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["exprot"],
+        ["export"],
+        ["export", "tiny"],
+        ["generate", "bundle", "-o", "x.png"],
+        ["generate", "bundle", "a cat", "-o", "x.png", "--steps", "0"],
+        ["generate", "bundle", "a cat", "-o", "x.png", "--height", "6.5"],
+        ["export", "tiny", "-o", "x", "--dtype", "int8"],
+        ["build", "bundle", "--backend", "openvino"],
+        ["variants", "--js"],
+    ],
+)
+def test_usage_errors_exit_with_2(arguments: list[str], cli: Cli) -> None:
+    ran = cli(*arguments)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert ran.err.startswith("sana-export: error: ")
+    assert "--help" in ran.err
+
+
+def test_a_usage_error_of_the_parser_is_json_too(cli: Cli) -> None:
+    ran = cli("export", "--json")
+    assert ran.code == ran.json["exit_code"] == 2
+    assert "MODEL" in ran.json["error"]["message"]
+
+
+def test_stdout_holds_the_answer_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", noisy_program()], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == '{\n "value": 1\n}\n'
+    assert "a library speaks" in done.stderr
+    assert "native code speaks" in done.stderr
+
+
+def noisy_program() -> str:
+    return (
+        "import os, sys\n"
+        "from sana_export.cli import main as module\n"
+        "from sana_export.cli.verb import Answer, Verb\n"
+        "def run(options, console):\n"
+        "    print('a library speaks')\n"
+        "    os.write(1, b'native code speaks\\n')\n"
+        "    return Answer({'value': 1}, 'text')\n"
+        "module.VERBS['variants'] = Verb('variants', '', '', '', lambda parser: None, run)\n"
+        "sys.exit(module.main(['variants', '--json']))\n"
+    )
+
+
+def test_a_reader_that_left_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-m", "sana_export.cli.main", "variants"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(writer)
+    assert process.returncode == 0
+    assert process.stderr == ""
+
+
+def test_text_that_stdout_cannot_encode_is_escaped() -> None:
+    program = noisy_program().replace("'text'", "'panda \\U0001f43c'").replace(", '--json'", "")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        timeout=60,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.stdout == b"panda \\U0001f43c\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "level", "shown"),
+    [
+        ([], logging.WARNING, {"warning", "error"}),
+        ([], logging.INFO, {"info", "warning", "error"}),
+        (["-q"], logging.INFO, {"error"}),
+        (["-v"], logging.WARNING, {"info", "warning", "error"}),
+        (["-vv"], logging.WARNING, {"debug", "info", "warning", "error"}),
+    ],
+)
+def test_verbosity(flags: list[str], level: int, shown: set[str], verb: Callable[..., None], cli: Cli) -> None:
+    def work() -> Answer:
+        log = logging.getLogger("sana_export.somewhere")
+        for name in ("debug", "info", "warning", "error"):
+            getattr(log, name)("this is %s", name)
+        return Answer({}, "")
+
+    verb(work, level)
+    err = cli("variants", *flags).err
+    assert {name for name in ("debug", "info", "warning", "error") if f"this is {name}" in err} == shown
+    assert "warning: this is warning" in err or "warning" not in shown
+
+
+def test_other_packages_are_silent_unless_asked_for(verb: Callable[..., None], cli: Cli) -> None:
+    def work() -> Answer:
+        warnings.warn("deprecated somewhere", stacklevel=1)
+        logging.getLogger("transformers").warning("something about a config")
+        return Answer({}, "")
+
+    verb(work)
+    with warnings.catch_warnings():
+        assert cli("variants").err == ""
+
+
+def test_handlers_do_not_pile_up(verb: Callable[..., None], cli: Cli) -> None:
+    verb(lambda: Answer({}, ""))
+    before = list(logging.getLogger("sana_export").handlers)
+    for _ in range(3):
+        cli("variants")
+    assert logging.getLogger("sana_export").handlers == before
+
+
+def test_signals_are_the_callers_again(verb: Callable[..., None], cli: Cli) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    verb(raising(KeyboardInterrupt()))
+    cli("variants")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+STUBBORN = (
+    "import sys, time\n"
+    "from sana_export.cli import interrupt, main as module\n"
+    "from sana_export.cli.verb import Answer, Verb\n"
+    "interrupt.interruptible.__wrapped__.__defaults__ = (0.5,)\n"
+    "def run(options, console):\n"
+    "    console.line('started')\n"
+    "    for _ in range(100):\n"
+    "        try:\n"
+    "            time.sleep(0.2)\n"
+    "        except BaseException:\n"
+    "            pass\n"
+    "    return Answer({}, 'not interrupted')\n"
+    "module.VERBS['variants'] = Verb('variants', '', '', '', lambda parser: None, run)\n"
+    "sys.exit(module.main(['variants', '--json']))\n"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_is_swallowed_still_ends_the_command(number: signal.Signals) -> None:
+    process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "started\n"
+    started = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - started < 5
+    assert err == "sana-export: interrupted\n"
+    assert json.loads(out) == {"error": {"type": "KeyboardInterrupt", "message": "interrupted"}, "exit_code": 130}

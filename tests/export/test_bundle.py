@@ -1,0 +1,181 @@
+"""A bundle is written whole or not at all, goes on after an interruption, and never takes the place of something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from sana_export.errors import DependencyError, UsageError
+from sana_export.export import bundle as bundle_module
+from sana_export.export.bundle import export_bundle, parse_pag_layer
+from sana_export.graphs.checkpoint import open_checkpoint
+from sana_export.manifest import Manifest
+from sana_export.synth.checkpoint import make_checkpoint
+
+SMALL = ("sampler", "postprocess")
+
+
+def small_export(checkpoint, output, **options):
+    return export_bundle(checkpoint, output, graphs=SMALL, precision="fp32", **options)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def small_bundle(tiny_checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("bundles") / "small"
+    small_export(tiny_checkpoint, output)
+    return output
+
+
+@pytest.fixture
+def exported(monkeypatch):
+    """The names of the graphs that are exported from here on."""
+    names = []
+    export_graph = bundle_module.export_graph
+
+    def spy(name, *rest):
+        names.append(name)
+        return export_graph(name, *rest)
+
+    monkeypatch.setattr(bundle_module, "export_graph", spy)
+    return names
+
+
+def test_the_manifest_says_what_is_there(small_bundle, tiny_checkpoint):
+    manifest = Manifest.load(small_bundle)
+    named = {file.path for file in manifest.files} | {file.path for graph in manifest.graphs.values() for file in graph.files}
+    assert named | {"manifest.json"} == set(snapshot(small_bundle))
+    assert manifest.checkpoint.sha256 == tiny_checkpoint.sha256
+    assert manifest.checkpoint.synthetic
+    assert manifest.model.native_size == 512
+
+
+def test_an_up_to_date_bundle_is_kept(small_bundle, tiny_checkpoint, exported):
+    before = snapshot(small_bundle)
+    small_export(tiny_checkpoint, small_bundle)
+    assert exported == []
+    assert snapshot(small_bundle) == before
+
+
+def test_other_options_replace_it(tiny_checkpoint, tmp_path, exported):
+    small_export(tiny_checkpoint, tmp_path / "b")
+    small_export(tiny_checkpoint, tmp_path / "b", pag_layers=["transformer_blocks.1"])
+    assert exported == [*SMALL, *SMALL]
+    assert Manifest.load(tmp_path / "b").options.pag_layers == (1,)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_an_interrupted_export_leaves_the_old_bundle_and_goes_on(tiny_checkpoint, tmp_path, monkeypatch, exported):
+    output = tmp_path / "b"
+    small_export(tiny_checkpoint, output)
+    before = snapshot(output)
+    exported.clear()
+
+    def interrupt(doing, done, total):
+        if doing == "postprocess":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small_export(tiny_checkpoint, output, pag_layers=["1"], on_progress=interrupt)
+    assert exported == ["sampler"]
+    assert snapshot(output) == before
+    small_export(tiny_checkpoint, output, pag_layers=["1"])
+    assert exported == ["sampler", "postprocess"]
+    assert Manifest.load(output).options.pag_layers == (1,)
+
+
+def test_a_journal_of_other_options_is_not_gone_on_with(tiny_checkpoint, tmp_path, exported):
+    def interrupt(doing, done, total):
+        if doing == "postprocess":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small_export(tiny_checkpoint, tmp_path / "b", pag_layers=["1"], on_progress=interrupt)
+    small_export(tiny_checkpoint, tmp_path / "b", pag_layers=["2"])
+    assert exported == ["sampler", "sampler", "postprocess"]
+
+
+def test_a_damaged_file_of_an_interrupted_export_is_not_gone_on_with(tiny_checkpoint, tmp_path, exported):
+    def interrupt(doing, done, total):
+        if doing == "postprocess":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small_export(tiny_checkpoint, tmp_path / "b", on_progress=interrupt)
+    (tmp_path / "b.partial/onnx/sampler/model.onnx").write_bytes(b"short")
+    small_export(tiny_checkpoint, tmp_path / "b")
+    assert exported == ["sampler", "sampler", "postprocess"]
+
+
+def test_a_full_disk_is_said_and_the_old_bundle_stays(tiny_checkpoint, tmp_path, monkeypatch):
+    output = tmp_path / "b"
+    small_export(tiny_checkpoint, output)
+    before = snapshot(output)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bundle_module, "export_onnx", full)
+    with pytest.raises(DependencyError, match="disk is full"):
+        small_export(tiny_checkpoint, output, pag_layers=["1"])
+    assert snapshot(output) == before
+
+
+def test_a_folder_that_cannot_be_written_is_said(tiny_checkpoint, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(DependencyError, match="cannot be written"):
+        small_export(tiny_checkpoint, tmp_path / "file" / "bundle")
+
+
+def test_something_else_is_left_alone(tiny_checkpoint, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="not a bundle"):
+        small_export(tiny_checkpoint, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_damaged_bundle_is_replaced(tiny_checkpoint, tmp_path):
+    output = tmp_path / "b"
+    small_export(tiny_checkpoint, output)
+    document = json.loads((output / "manifest.json").read_text())
+    document["options"]["clamp"] = True
+    (output / "manifest.json").write_text(json.dumps(document))
+    small_export(tiny_checkpoint, output)
+    assert not Manifest.load(output).options.clamp
+
+
+@pytest.mark.parametrize(
+    ("dtype", "variant", "clamp"), [("float16", None, True), ("float16", "fp16", True), ("bfloat16", None, False)]
+)
+def test_the_clamp_follows_the_stored_dtype(tmp_path, dtype, variant, clamp):
+    make_checkpoint("tiny", tmp_path / "c", dtype=dtype, variant=variant)
+    checkpoint = open_checkpoint(str(tmp_path / "c"), weights_variant=variant)
+    assert bundle_module.choose_options(checkpoint, "fp16", (), None).clamp is clamp
+    assert bundle_module.choose_options(checkpoint, "fp16", (), not clamp).clamp is not clamp
+
+
+@pytest.mark.parametrize("name", ["transformer_blocks.2", "blocks.2", "2"])
+def test_pag_layer_names(name):
+    assert parse_pag_layer(name, 3) == 2
+
+
+@pytest.mark.parametrize("name", ["transformer_blocks.3", "mid", "transformer_blocks.1.", "-1"])
+def test_wrong_pag_layer_names(name):
+    with pytest.raises(UsageError, match=r"transformer_blocks\.2"):
+        parse_pag_layer(name, 3)
+
+
+def test_wrong_options(tiny_checkpoint, tmp_path):
+    with pytest.raises(UsageError, match="precision"):
+        export_bundle(tiny_checkpoint, tmp_path / "b", precision="int8")
+    with pytest.raises(UsageError, match="graph"):
+        export_bundle(tiny_checkpoint, tmp_path / "b", graphs=["unet"])
+    assert dataclasses.is_dataclass(tiny_checkpoint)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,84 @@
+"""The storage evaluator shows what half precision does on a GPU, and the range meter what it would have to hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from sana_export.export.evaluator import RangeMeter, StorageEvaluator
+
+
+class Overflowing(torch.nn.Module):
+    """(x * 1000) / 1000, twice the same values unless 1000 x passes the range."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x.half() * 1000.0) * 0.001).float()
+
+
+class Chain(torch.nn.Module):
+    """Element-wise steps that every implementation of half precision rounds alike."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(16, generator=torch.Generator().manual_seed(3)).to(dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.to(self.weight.dtype) * self.weight
+        y = torch.cat([y + 0.3, y - x.to(y.dtype)], dim=-1).transpose(0, 1)
+        return (y * y).relu().float()
+
+
+def export(module: torch.nn.Module, path: Path, columns: int = 16) -> Path:
+    torch.onnx.export(module, (torch.randn(4, columns),), path, dynamo=True, input_names=["x"], output_names=["y"], verbose=False)
+    return path
+
+
+def test_overflow_shows_where_onnxruntime_hides_it(tmp_path):
+    path = export(Overflowing(), tmp_path / "model.onnx")
+    x = np.full((4, 16), 100.0, dtype=np.float32)
+    hidden = onnxruntime.InferenceSession(path).run(None, {"x": x})[0]
+    assert np.isfinite(hidden).all(), "if ONNX Runtime no longer hides it, the evaluator may not be needed"
+    assert np.isinf(StorageEvaluator(path).run({"x": x})["y"]).all()
+    assert np.isinf(Overflowing()(torch.from_numpy(x)).numpy()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_step_is_rounded_as_torch_rounds_it(tmp_path, dtype):
+    module = Chain(dtype).eval()
+    path = export(module, tmp_path / "model.onnx")
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        wanted = module(x).numpy()
+        wide = Chain(torch.float32)
+        wide.weight.data = module.weight.data.float()
+        unrounded = wide(x).numpy()
+    found = StorageEvaluator(path).run({"x": x.numpy()})["y"]
+    assert np.array_equal(found, wanted)
+    assert not np.array_equal(found, unrounded)
+
+
+def test_half_outputs_come_back_as_declared(tmp_path):
+    class Half(torch.nn.Module):
+        def forward(self, x):
+            return x.half() * 3.0
+
+    path = export(Half(), tmp_path / "model.onnx")
+    x = np.random.default_rng(0).standard_normal((4, 16)).astype(np.float32)
+    found = StorageEvaluator(path).run({"x": x})["y"]
+    assert found.dtype == np.float16
+    assert np.array_equal(found, x.astype(np.float16) * np.float16(3.0))
+
+
+def test_ranges_are_measured_beyond_the_dtype(tmp_path):
+    path = export(Overflowing(), tmp_path / "model.onnx")
+    meter = RangeMeter(path)
+    meter.run({"x": np.full((4, 16), 100.0, dtype=np.float32)})
+    meter.run({"x": np.full((4, 16), -3.0, dtype=np.float32)})
+    worst = meter.ranges()[0]
+    assert worst.largest == pytest.approx(1e5)
+    assert worst.headroom == pytest.approx(0.65504)
+    assert worst.dtype == "float16"

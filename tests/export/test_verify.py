@@ -1,0 +1,60 @@
+"""verify finds what is wrong, and passes what is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+
+from sana_export.errors import UsageError
+from sana_export.export.verify import GRAPH_CHECKS, measure_ranges, verify_bundle
+from sana_export.graphs.checkpoint import open_checkpoint
+from sana_export.manifest import Manifest, file_entry
+from sana_export.synth.checkpoint import make_checkpoint
+
+QUICK = {"prompts": ["a red apple"], "height": 96, "width": 128, "steps": 3}
+
+
+def test_the_float32_bundle_passes_with_and_without_pag(tiny_bundle, tiny_checkpoint, tmp_path):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
+    report = verify_bundle(bundle, tiny_checkpoint, **QUICK)
+    assert report.passed, report.as_text()
+    assert [row.name for row in report.graphs] == list(GRAPH_CHECKS)
+    assert len(report.images) == 2
+    assert min(row.cosine for row in report.graphs) >= 0.999999
+    kept = Manifest.load(bundle).parity
+    assert kept == report.as_json()
+
+
+@pytest.mark.parametrize("graph", ["text_encoder", "context", "denoiser", "vae_decoder"])
+def test_a_changed_weight_is_found(tiny_bundle, tiny_checkpoint, tmp_path, graph):
+    """The manifest is resealed, so only the values tell."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
+    path = bundle / "onnx" / graph / "model.onnx"
+    model = onnx.load(path)
+    largest = max(model.graph.initializer, key=lambda tensor: np.prod(tensor.dims))
+    values = onnx.numpy_helper.to_array(largest) * np.float32(1.01)
+    largest.CopyFrom(onnx.numpy_helper.from_array(values, largest.name))
+    for file in path.parent.iterdir():
+        file.unlink()
+    onnx.save(model, path)
+    manifest = Manifest.load(bundle)
+    entry = dataclasses.replace(manifest.graphs[graph], onnx=file_entry(bundle, path), data=())
+    dataclasses.replace(manifest, graphs={**manifest.graphs, graph: entry}).save(bundle)
+    report = verify_bundle(bundle, tiny_checkpoint, **QUICK)
+    assert not report.passed
+    assert next(row.name for row in report.graphs if not row.passed) == graph
+
+
+def test_another_checkpoint_is_refused(tiny_bundle, tmp_path):
+    other = open_checkpoint(str(make_checkpoint("tiny", tmp_path / "c", seed=5)))
+    with pytest.raises(UsageError, match="was not exported from"):
+        verify_bundle(tiny_bundle, other, **QUICK)
+
+
+def test_ranges_of_a_float32_bundle_are_refused(tiny_bundle):
+    with pytest.raises(UsageError, match="half precision"):
+        measure_ranges(tiny_bundle)
