@@ -5,7 +5,6 @@ VENV   ?= .venv
 RECIPE ?= engines/tiny.toml
 # The recipe of `make bench`: its bundle is made where it is missing, then timed.
 BENCH_RECIPE ?= engines/mid.toml
-# More for pip, for example --extra-index-url https://download.pytorch.org/whl/cpu for PyTorch without CUDA.
 PIP_FLAGS ?=
 # More for pytest, for example -k generate.
 TEST_FLAGS ?=

@@ -57,7 +57,7 @@ FLAVOURS: dict[str, Flavour] = {
             module="tensorrt",
             title="TensorRT",
             install='pip install "tensorrt>=10.12"',
-            install_note="its libraries come from NVIDIA's own index, https://pypi.nvidia.com; to build it needs a GPU",
+            install_note="its libraries come from NVIDIA's own package index; to build it needs a GPU",
             ahead_of_time=False,
             bound_to_system=True,
             timing_cache=True,

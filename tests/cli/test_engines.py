@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import Cli
+from engine_entries import ENGINE, THERE
 from PIL import Image
 
-from sana_export.cli import bench, engines, verify
+from sana_export.cli import bench, engines, fitness, verify
 from sana_export.cli.console import Console
 from sana_export.cli.ledger import Ledger, stage_key
 from sana_export.cli.verb import Answer
@@ -113,15 +115,14 @@ def test_an_output_that_cannot_be_written_is_found_first(recipe: Path, tmp_path:
     assert cli("engines", recipe).code == 3
 
 
-def test_engines_that_do_not_run_here_are_listed_by_reason(
-    recipe: Path, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from test_inspect import ENGINE, THERE
-
-    manifest = Manifest.load(bundle_copy).with_engine(ENGINE)
-    monkeypatch.setattr(engines, "here", lambda: THERE.__class__((), THERE.versions, THERE.operating_system))
-    (reason,) = engines._not_run(manifest)
-    assert "no NVIDIA GPU" in reason
+def test_engines_that_do_not_run_here_are_listed_by_reason(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = dataclasses.replace(ENGINE, graph="context")
+    manifest = Manifest.load(tiny_bundle).with_engine(ENGINE).with_engine(other)
+    monkeypatch.setattr(fitness, "RUNNABLE", ("tensorrt-rtx",))
+    monkeypatch.setattr(engines, "here", lambda: dataclasses.replace(THERE, gpus=()))
+    assert engines._not_run(manifest) == {"no NVIDIA GPU and driver here": "2 engines of tensorrt-rtx"}
+    monkeypatch.setattr(engines, "here", lambda: THERE)
+    assert engines._not_run(manifest) == {}
 
 
 def test_ledger(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 from command_line import Cli
 from PIL import Image
 
+from sana_export.cli.images import write_images
+
 SMALL = ("--height", 64, "--width", 96, "--no-resolution-binning", "--steps", 2)
 SETTINGS = {"height": 64, "width": 96, "use_resolution_binning": False, "num_inference_steps": 2}
 
@@ -103,3 +105,16 @@ def test_an_over_long_prompt_is_truncated_with_a_warning(tiny_bundle: Path, tmp_
     assert ran.code == 0
     assert "warning: " in ran.err
     assert "300" in ran.err
+
+
+def test_a_failed_write_keeps_the_older_image(tmp_path: Path) -> None:
+    class Broken:
+        def save(self, file: Any, **_: object) -> None:
+            file.write(b"half")
+            raise ValueError("no more")
+
+    output = tmp_path / "x.png"
+    output.write_bytes(b"an older image")
+    with pytest.raises(ValueError, match="no more"):
+        write_images([Broken()], output)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x.png", b"an older image")]

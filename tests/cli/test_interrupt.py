@@ -19,11 +19,10 @@ def interrupted(ran: Ran) -> None:
     assert ran.err.endswith("sana-export: interrupted\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_export(number: signal.Signals, tiny_checkpoint: Any, bundle_copy: Path, cli: Cli) -> None:
+def test_export(tiny_checkpoint: Any, bundle_copy: Path, cli: Cli) -> None:
     before = (bundle_copy / FILE_NAME).read_bytes()
     line = command("export", tiny_checkpoint.folder, "-o", bundle_copy, "--dtype", "fp16")
-    ran = run_until("[3/7] context", line, number)
+    ran = run_until("[3/7] context", line, signal.SIGINT)
     interrupted(ran)
     assert ran.out == ""
     assert (bundle_copy / FILE_NAME).read_bytes() == before
@@ -45,10 +44,11 @@ def test_build(bundle_copy: Path, cli: Cli) -> None:
     assert held == {"sampler.engine"}
 
 
-def test_generate(tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_generate(number: signal.Signals, tiny_bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.png"
     output.write_bytes(b"an older image")
-    ran = run_until("sampling", command("generate", tiny_bundle, "a cat", "-o", output, "--steps", 1000, "-v"), signal.SIGINT)
+    ran = run_until("sampling", command("generate", tiny_bundle, "a cat", "-o", output, "--steps", 1000, "-v"), number)
     interrupted(ran)
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
     assert output.read_bytes() == b"an older image"
