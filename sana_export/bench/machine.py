@@ -85,6 +85,16 @@ def gpu_names() -> list[str]:
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
 
 
+def busy_seconds() -> float | None:
+    """Processor seconds that all processes together have used since the machine started; None where the system does not tell."""
+    try:
+        fields = Path("/proc/stat").read_text("utf-8").splitlines()[0].split()
+        user, nice, system, _idle, _wait, interrupt, soft_interrupt = map(int, fields[1:8])
+    except (OSError, ValueError, IndexError):
+        return None
+    return (user + nice + system + interrupt + soft_interrupt) / os.sysconf("SC_CLK_TCK")
+
+
 def peak_rss_bytes() -> int:
     """Largest resident size of this process since it was started; 0 where the system does not tell.
 

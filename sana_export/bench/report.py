@@ -15,6 +15,8 @@ from sana_export.bench.stages import END_TO_END, STAGES, StageResult, Summary
 from sana_export.bench.workload import Workload
 
 SCHEMA_VERSION = 1
+#: Above this share of the cores' time for other processes a run counts as noisy.
+NOISY_LOAD = 0.1
 JSON_NAME, TEXT_NAME = "bench.json", "bench.md"
 
 
@@ -57,7 +59,10 @@ class BackendResult:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All of one run. `bundle` says what was timed: source, precision, clamp, pag_layers, export_key, synthetic."""
+    """All of one run. `bundle` says what was timed: source, precision, clamp, pag_layers, export_key, synthetic.
+
+    `other_load`: the share of the cores' time that other processes used while it ran; None where the system does not tell.
+    """
 
     created: str
     machine: Mapping[str, Any]
@@ -65,12 +70,18 @@ class BenchReport:
     bundle: Mapping[str, Any]
     workload: Workload
     threads: int
+    other_load: float | None
     backends: Mapping[str, BackendResult]
 
     @property
     def agrees(self) -> bool:
         """Whether every backend that could be compared draws the baseline's images."""
         return all(result.agreement is None or result.agreement.agrees for result in self.backends.values())
+
+    @property
+    def noisy(self) -> bool:
+        """Whether other processes used so much of the machine that the times mean little."""
+        return self.other_load is not None and self.other_load > NOISY_LOAD
 
     @property
     def failed(self) -> dict[str, str]:
@@ -86,6 +97,8 @@ class BenchReport:
             "versions": dict(self.versions),
             "bundle": dict(self.bundle),
             "workload": {**dataclasses.asdict(self.workload), "prompts": list(self.workload.prompts), "threads": self.threads},
+            "other_load": self.other_load,
+            "noisy": self.noisy,
             "baseline": BASELINE,
             "agrees": self.agrees,
             "backends": {name: _backend_json(result) for name, result in self.backends.items()},
@@ -131,7 +144,11 @@ class BenchReport:
         return rows
 
     def _notes(self) -> list[str]:
-        return [f"- {name}: {_note(result)}" for name, result in self.backends.items()]
+        notes = [f"- {name}: {_note(result)}" for name, result in self.backends.items()]
+        if self.other_load is not None:
+            verdict = "NOISY, its times mean little" if self.noisy else "quiet"
+            notes.append(f"- other processes used {self.other_load:.0%} of the cores meanwhile: {verdict}")
+        return notes
 
 
 def _row(stage: str, name: str, measured: StageResult) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from sana_export.bench.candidates import BASELINE, Job, check_names, find_row
-from sana_export.bench.machine import describe_machine, describe_versions
+from sana_export.bench.machine import busy_seconds, describe_machine, describe_versions
 from sana_export.bench.report import Agreement, BackendResult, BenchReport
 from sana_export.bench.stages import Call, stage_results
 from sana_export.bench.worker import Worker, WorkerFailed
 from sana_export.bench.workload import Workload, load_workload
+from sana_export.disk import disk_errors
 from sana_export.export.parity import IMAGE_PSNR_LIMITS, Array, psnr
 from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.manifest import Manifest
-from sana_export.disk import disk_errors
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +37,12 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass
 class Runner:
-    """One backend while it is being timed: its process, what it said when it was loaded, its calls, why it failed."""
+    """One backend while it is timed: its process, its answers when it was loaded and to its last call, its calls, why it failed."""
 
     name: str
     worker: Worker | None = None
     loaded: Mapping[str, Any] = field(default_factory=dict)
-    memory: Mapping[str, Any] = field(default_factory=dict)
+    last: Mapping[str, Any] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     failed: str | None = None
 
@@ -69,7 +70,7 @@ def run_bench(
         with disk_errors(output):  # before the minutes, not after them
             output.mkdir(parents=True, exist_ok=True)
     jobs = [_job(name, bundle, checkpoint, manifest, work) for name in names]
-    runners = _measure(jobs, work, on_progress)
+    runners, other_load = _measure(jobs, work, on_progress)
     baseline = next((runner for runner in runners if runner.name == BASELINE and runner.failed is None), None)
     report = BenchReport(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -85,6 +86,7 @@ def run_bench(
         },
         workload=work,
         threads=work.resolved_threads(),
+        other_load=other_load,
         backends={runner.name: _result(runner, baseline, work.warmup) for runner in runners},
     )
     if output is not None:
@@ -107,7 +109,8 @@ def _job(name: str, bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest
     )
 
 
-def _measure(jobs: Sequence[Job], work: Workload, on_progress: OnProgress) -> list[Runner]:
+def _measure(jobs: Sequence[Job], work: Workload, on_progress: OnProgress) -> tuple[list[Runner], float | None]:
+    """The runners with all their calls, and the share of the cores that other processes used during the rounds."""
     rounds = work.warmup + work.repeats
     total = len(jobs) + rounds
     with contextlib.ExitStack() as stack:
@@ -116,12 +119,23 @@ def _measure(jobs: Sequence[Job], work: Workload, on_progress: OnProgress) -> li
         for done, job in enumerate(jobs):
             on_progress(f"loading {job.backend}", done, total)
             runners.append(_start(job, stack))
+        started, elsewhere = time.monotonic(), _elsewhere(runners)
         for number in range(rounds):
             on_progress(f"round {number + 1} of {rounds}", len(jobs) + number, total)
             for index in range(len(work.prompts)):
                 _take_turns(runners, number, index, work, images)
+        available = (time.monotonic() - started) * (os.cpu_count() or 1)
         on_progress("report", total, total)
-    return runners
+        if elsewhere is None or (after := _elsewhere(runners)) is None:
+            return runners, None
+        return runners, min(max((after - elsewhere) / available, 0.0), 1.0)
+
+
+def _elsewhere(runners: Sequence[Runner]) -> float | None:
+    """Processor seconds that all other processes have used since the machine started; None where the system does not tell."""
+    busy = busy_seconds()
+    own = sum((runner.last or runner.loaded).get("cpu_seconds", 0.0) for runner in runners)
+    return None if busy is None else busy - own - time.process_time()
 
 
 def _start(job: Job, stack: contextlib.ExitStack) -> Runner:
@@ -156,7 +170,7 @@ def _take_turns(runners: Sequence[Runner], number: int, index: int, work: Worklo
             _fail(runner, error)
             continue
         found = np.load(images)
-        runner.memory = {key: answer[key] for key in ("peak_rss_bytes", "peak_device_bytes")}
+        runner.last = answer
         runner.calls.append(Call(number, index, answer["times"], None if reference is None else _likeness(found, reference)))
         if runner.name == BASELINE:
             reference = found
@@ -178,7 +192,8 @@ def _result(runner: Runner, baseline: Runner | None, warmup: int) -> BackendResu
         description,
         None,
         runner.loaded["load_seconds"],
-        **runner.memory,
+        runner.last["peak_rss_bytes"],
+        runner.last["peak_device_bytes"],
         stages=stage_results(runner.calls[0], _counted(runner, warmup), None if other is None else _counted(other, warmup)),
         agreement=None if other is None else _agreement(runner, other),
     )

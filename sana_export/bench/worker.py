@@ -17,7 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -63,11 +63,14 @@ class Worker:
         self._ask({"prepare": self.job.as_json()})
 
     def load(self) -> dict[str, Any]:
-        """Load the candidate: description, precision, load_seconds."""
+        """Load the candidate: description, precision, load_seconds, cpu_seconds of the process until now."""
         return self._ask({"load": self.job.as_json()})
 
     def call(self, prompt: str, seed: int, images: Path) -> dict[str, Any]:
-        """One call: times (ms by stage), peak_rss_bytes, peak_device_bytes; `images` gets its images, uint8 [B, H, W, 3] .npy."""
+        """One call: times (ms by stage), peak_rss_bytes, peak_device_bytes, cpu_seconds of the process until now.
+
+        The file `images` gets its images, uint8 [B, H, W, 3] as .npy.
+        """
         return self._ask({"call": {"prompt": prompt, "seed": seed, "images": str(images)}})
 
     def close(self) -> None:
@@ -151,6 +154,7 @@ class Desk:
             "description": self.candidate.description,
             "precision": self.candidate.precision,
             "load_seconds": perf_counter() - started,
+            "cpu_seconds": process_time(),
         }
 
     def call(self, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,7 +165,12 @@ class Desk:
         peak = peak_rss_bytes()  # before the lines below add to it
         np.save(content["images"], np.stack([np.asarray(image) for image in sample.images]))
         times = {**{stage: list(times) for stage, times in sample.times.items()}, END_TO_END: [1e3 * (ended - started)]}
-        return {"times": times, "peak_rss_bytes": peak, "peak_device_bytes": self.candidate.peak_device_bytes()}
+        return {
+            "times": times,
+            "peak_rss_bytes": peak,
+            "peak_device_bytes": self.candidate.peak_device_bytes(),
+            "cpu_seconds": process_time(),
+        }
 
 
 if __name__ == "__main__":

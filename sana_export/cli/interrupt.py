@@ -67,4 +67,4 @@ def _watch(reader: socket.socket, on_giving_up: Callable[[], None], grace_second
     try:
         on_giving_up()
     finally:
-        pass
+        os._exit(EXIT_CODE)

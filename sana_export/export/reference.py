@@ -60,7 +60,7 @@ def clamp_pag_processors(pipeline: Any) -> None:
 def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, dtypes: Any = None) -> Any:
     """diffusers' pipeline of the checkpoint: SanaPipeline, or SanaPAGPipeline over the layers of `options`.
 
-    In float32 unless `dtypes` (what `from_pretrained` takes as torch_dtype) says otherwise, clamped where the options are. The
+    In float32 unless `dtypes` (what `from_pretrained` takes as dtype) says otherwise, clamped where the options are. The
     attention of Gemma-2 is "eager", the only implementation that applies its soft-capping.
     """
     import torch
@@ -70,7 +70,7 @@ def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, d
     layers = {"pag_applied_layers": [rf"^transformer_blocks\.{layer}\.attn1$" for layer in options.pag_layers]} if pag else {}
     pipeline = (SanaPAGPipeline if pag else SanaPipeline).from_pretrained(
         checkpoint.folder,
-        torch_dtype=torch.float32 if dtypes is None else dtypes,
+        dtype=torch.float32 if dtypes is None else dtypes,
         variant=checkpoint.weights_variant,
         local_files_only=True,
         **layers,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,14 +16,13 @@ import torch
 from sana_export.disk import locked, manifest_lock
 from sana_export.errors import UsageError
 from sana_export.export.evaluator import Range, RangeMeter, StorageEvaluator
-from sana_export.export.modules import CHECK_SIZES, random_inputs
+from sana_export.export.graph_checks import GRAPH_CHECKS
 from sana_export.export.parity import Array, Parity, compare_images, compare_tensors
 from sana_export.export.reference import load_reference
 from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.manifest import Manifest, check_files
 from sana_export.runtime import SanaRuntime
-from sana_export.runtime.backends import AUTO, open_backend
-from sana_export.runtime.prompt import PromptEncoder
+from sana_export.runtime.backends import AUTO
 from sana_export.runtime.rebuild import export_line
 from sana_export.runtime.request import Request
 
@@ -31,6 +30,7 @@ PROMPTS = ("a red apple on a table", "一只可爱的熊猫在吃竹子", "A cut
 PAG_SCALE = 2.0
 SIZE = 256
 
+Evaluator = type[StorageEvaluator] | type[RangeMeter]
 #: Called with what is about to be done, the count of steps done and of all steps.
 Progress = Callable[[str, int, int], None]
 
@@ -98,7 +98,7 @@ class EvaluatorBackend:
 
     device = "cpu"
 
-    def __init__(self, bundle: Path, manifest: Manifest, evaluator: type[StorageEvaluator] | type[RangeMeter], name: str) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, evaluator: Evaluator, name: str) -> None:
         self.bundle, self.manifest, self.name = bundle, manifest, name
         self._evaluator = evaluator
         self.sessions: dict[str, Any] = {}
@@ -115,21 +115,16 @@ class EvaluatorBackend:
         return value
 
 
+def evaluator_backend(evaluator: Evaluator, name: str) -> Callable[[Path, Manifest], EvaluatorBackend]:
+    """A loader for `SanaRuntime.from_pretrained`."""
+    return lambda bundle, manifest: EvaluatorBackend(bundle, manifest, evaluator, name)
+
+
 def open_runtime(bundle: Path, backend: str = AUTO) -> SanaRuntime:
     """The bundle in `backend`; for "auto" a half-precision bundle is evaluated with its intermediates stored in half precision."""
-    manifest = Manifest.load(bundle)
-    opened: Any
-    if backend == AUTO and manifest.options.precision != "fp32":
-        opened = EvaluatorBackend(bundle, manifest, StorageEvaluator, f"cpu, {manifest.options.dtype} intermediates")
-    else:
-        opened = open_backend(backend, bundle, manifest)
-    return _runtime(bundle, manifest, opened)
-
-
-def _runtime(bundle: Path, manifest: Manifest, backend: Any) -> SanaRuntime:
-    fix = export_line(bundle, manifest)
-    check_files(bundle, manifest.files, fix=fix)
-    return SanaRuntime(bundle, manifest, PromptEncoder.load(bundle, manifest, fix=fix), backend)
+    if backend == AUTO and (dtype := Manifest.load(bundle).options.dtype) != "float32":
+        return SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(StorageEvaluator, f"cpu, {dtype} intermediates"))
+    return SanaRuntime.from_pretrained(bundle, backend=backend)
 
 
 @torch.no_grad()
@@ -261,8 +256,7 @@ def measure_ranges(
             wanted="fp16 or bf16",
             fix=f"sana-export export {manifest.checkpoint.source} -o {bundle}-fp16 --dtype fp16",
         )
-    backend = EvaluatorBackend(bundle, manifest, RangeMeter, "float32 with ranges")
-    runtime = _runtime(bundle, manifest, backend)
+    runtime = SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(RangeMeter, "float32 with ranges"))
     prompts = tuple(prompts or PROMPTS)
     for done, prompt in enumerate(prompts):
         on_progress(f"sampling {prompt!r}", done, len(prompts))
@@ -279,125 +273,6 @@ def measure_ranges(
         )
         *_, last = runtime.steps(plan, runtime.encode(plan))
         runtime.decode(plan, last.latents)
-    rows = [row for session in backend.sessions.values() for row in session.ranges()]
+    sessions = cast(EvaluatorBackend, runtime.backend).sessions
+    rows = [row for session in sessions.values() for row in session.ranges()]
     return RangeReport(str(bundle), prompts, tuple(sorted(rows, key=lambda row: row.headroom)))
-
-
-def _check_text_encoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """The kept rows of every prompt, with the instruction, and of the empty negative prompt."""
-    plan = runtime.plan(Request(prompt=list(prompts), height=SIZE, width=SIZE, use_resolution_binning=False, guidance_scale=2.0))
-    tokens = [
-        [runtime.text.tokenize(text, max_sequence_length=plan.max_sequence_length, instruct=instruct) for text in texts]
-        for texts, instruct in plan.texts
-    ]
-    encoded = runtime.text.encode(tokens, runtime._run_text_encoder)
-    positive, positive_mask, negative, negative_mask = pipeline.encode_prompt(
-        list(prompts), True, complex_human_instruction=runtime.manifest.model.instruction.split("\n")
-    )
-    wanted = torch.cat([negative[negative_mask.bool()], positive[positive_mask.bool()]])
-    return encoded.prompt_embeds[encoded.context_mask > 0], wanted.numpy()
-
-
-def _check_context(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    transformer = pipeline.transformer
-    inputs = _inputs(runtime, "context", seed)
-    embeds = inputs["prompt_embeds"]
-    captions = transformer.caption_norm(transformer.caption_projection(embeds))
-    layers = []
-    for block in transformer.transformer_blocks:
-        attention = block.attn2
-        key, value = attention.to_k(captions), attention.to_v(captions)
-        key = attention.norm_k(key) if attention.norm_k is not None else key
-        heads = (*key.shape[:-1], attention.heads, -1)
-        factor = (key.shape[-1] // attention.heads) ** -0.5
-        layers.append(torch.stack([tensor.view(heads).transpose(2, 3) for tensor in (key * factor, value)]))
-    return _run(runtime, "context", inputs)["context"], torch.stack(layers).numpy()
-
-
-def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """Every branch without perturbation, prompts of unequal length in one batch; the graph `context` feeds it."""
-    embeds = _inputs(runtime, "context", seed + 1)["prompt_embeds"]
-    inputs = _inputs(runtime, "denoiser", seed + 1)
-    inputs["perturbed"] = torch.zeros_like(inputs["perturbed"])
-    inputs["timestep"] = inputs["timestep"].round()
-    latents, mask = inputs["latents"], inputs["context_mask"]
-    context = runtime._sessions["context"].run({"prompt_embeds": embeds.numpy()})["context"]
-    feeds = {name: value.numpy() for name, value in inputs.items() if name != "context"}
-    found = runtime._sessions["denoiser"].run({**feeds, "context": context})["noise_pred"]
-    branches, batch = mask.shape[:2]
-    wanted = pipeline.transformer(
-        latents.repeat(branches, 1, 1, 1),
-        encoder_hidden_states=embeds.flatten(0, 1),
-        encoder_attention_mask=mask.flatten(0, 1),
-        timestep=inputs["timestep"].expand(branches * batch),
-    ).sample
-    return np.array(runtime.backend.to_host(found)), wanted.unflatten(0, (branches, batch)).numpy()
-
-
-def _check_sampler(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """A whole trajectory of the checkpoint's scheduler under random predictions, with guidance."""
-    generator = torch.Generator().manual_seed(seed)
-    plan = runtime.plan(Request(prompt="", height=SIZE, width=SIZE, use_resolution_binning=False, guidance_scale=4.5, seed=seed))
-    shape = plan.latents_shape
-    start = torch.randn(shape, generator=generator)
-    predictions = torch.randn((len(plan.schedule.timesteps), 2, *shape), generator=generator)
-
-    latents, x0 = start.numpy(), np.zeros(shape, np.float32)
-    for index, prediction in enumerate(predictions):
-        found = _run(
-            runtime,
-            "sampler",
-            {
-                "noise_pred": prediction,
-                "latents": latents,
-                "previous_x0": x0,
-                "noise": np.zeros(shape, np.float32),
-                "coefficients": plan.schedule.coefficients[index],
-                "weights": plan.weights[index],
-            },
-        )
-        latents, x0 = found["next_latents"], found["x0"]
-    scheduler, wanted = pipeline.scheduler, start
-    scheduler.set_timesteps(len(predictions))
-    for timestep, (negative, positive) in zip(scheduler.timesteps, predictions, strict=True):
-        guided = negative + 4.5 * (positive - negative)
-        wanted = scheduler.step(guided, timestep, wanted, return_dict=False)[0]
-    return latents, wanted.numpy()
-
-
-def _check_vae_decoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    inputs = _inputs(runtime, "vae_decoder", seed)
-    wanted = pipeline.vae.decode(inputs["latents"] / pipeline.vae.config.scaling_factor).sample
-    return _run(runtime, "vae_decoder", inputs)["image"], wanted.numpy()
-
-
-def _check_postprocess(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """A resize and crop as after resolution binning."""
-    from sana_export.runtime.resolution import make_resize_plan
-
-    image = torch.randn(2, 3, 96, 160, generator=torch.Generator().manual_seed(seed)).clamp(-1.5, 1.5)
-    tables = vars(make_resize_plan(96, 160, 100, 150))
-    resized = pipeline.image_processor.resize_and_crop_tensor(image, 150, 100)
-    pictures = pipeline.image_processor.postprocess(resized, output_type="pil")
-    return _run(runtime, "postprocess", {"image": image, **tables})["pixels"], np.stack([*map(np.asarray, pictures)])
-
-
-GRAPH_CHECKS: dict[str, Callable[[SanaRuntime, Any, Sequence[str], int], tuple[Array, Array]]] = {
-    "text_encoder": _check_text_encoder,
-    "context": _check_context,
-    "denoiser": _check_denoiser,
-    "sampler": _check_sampler,
-    "vae_decoder": _check_vae_decoder,
-    "postprocess": _check_postprocess,
-}
-
-
-def _inputs(runtime: SanaRuntime, graph: str, seed: int) -> dict[str, torch.Tensor]:
-    sizes = replace(CHECK_SIZES, spatial_ratio=runtime.manifest.model.vae_scale_factor)
-    return random_inputs(runtime.manifest.graphs[graph].spec, sizes, seed)
-
-
-def _run(runtime: SanaRuntime, graph: str, inputs: dict[str, Any]) -> dict[str, Array]:
-    feeds = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    outputs = runtime._sessions[graph].run(feeds)
-    return {name: np.array(runtime.backend.to_host(value)) for name, value in outputs.items()}

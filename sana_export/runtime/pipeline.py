@@ -15,7 +15,7 @@ from PIL import Image
 from sana_export.contract import GRAPHS
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import Manifest, check_files
-from sana_export.runtime.backends import AUTO, Array, Backend, DeviceTensor, open_backend
+from sana_export.runtime.backends import AUTO, Array, Backend, DeviceTensor, Loader, open_backend
 from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.prompt import PromptEncoder
 from sana_export.runtime.rebuild import export_line
@@ -88,8 +88,8 @@ class SanaRuntime:
         self._sessions = {name: backend.load(name) for name in GRAPHS}
 
     @classmethod
-    def from_pretrained(cls, bundle: str | Path, *, backend: str = AUTO) -> SanaRuntime:
-        """Check and load the bundle in the folder `bundle` into `backend` (a name of `backends.BACKENDS`, or "auto").
+    def from_pretrained(cls, bundle: str | Path, *, backend: str | Loader = AUTO) -> SanaRuntime:
+        """Check and load the bundle in the folder `bundle` into `backend`: a name of `backends.BACKENDS`, "auto", or a loader.
 
         Raises ArtifactError where the bundle is damaged, incomplete or unfit for this machine, UsageError for an unknown backend,
         DependencyError where the backend's package is missing.
@@ -104,7 +104,7 @@ class SanaRuntime:
                 wanted=f"the graphs {', '.join(GRAPHS)}",
                 fix=fix,
             )
-        opened = open_backend(backend, bundle, manifest)
+        opened = open_backend(backend, bundle, manifest) if isinstance(backend, str) else backend(bundle, manifest)
         check_files(bundle, manifest.files, fix=fix)
         return cls(bundle, manifest, PromptEncoder.load(bundle, manifest, fix=fix), opened)
 

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 
-from sana_export.bench.machine import describe_machine, describe_versions, memory_bytes, peak_rss_bytes
+from sana_export.bench.machine import busy_seconds, describe_machine, describe_versions, memory_bytes, peak_rss_bytes
 from sana_export.bench.ours import limit_onnxruntime
 
 CHILD = """
@@ -30,6 +31,16 @@ def test_peak_memory_is_the_process_s_own() -> None:
     assert before < 200 << 20
     assert during - before == pytest.approx(200 << 20, rel=0.05)
     assert after == pytest.approx(during, rel=0.01)
+
+
+def test_busy_seconds_count_work() -> None:
+    before, worked = busy_seconds(), time.process_time() + 0.5
+    while time.process_time() < worked:
+        pass
+    after = busy_seconds()
+    assert before is not None
+    assert after is not None
+    assert after - before >= 0.45
 
 
 def test_the_machine_and_versions_are_told() -> None:

@@ -16,7 +16,7 @@ def stage(median: float, ratio: float | None) -> StageResult:
     return StageResult(Summary(3, median, median - 1, median + 1), 2 * median, ratios)
 
 
-def report(psnr_db: float = math.inf) -> BenchReport:
+def report(psnr_db: float = math.inf, other_load: float | None = 0.04) -> BenchReport:
     backends = (
         BackendResult("eager", "the reference", None, 2.0, 3 << 20, None, {"end_to_end": stage(30.0, None)}),
         BackendResult("fast", "ours", None, 1.0, 2 << 20, 5 << 20, {"end_to_end": stage(20.0, 1.5)}, Agreement(psnr_db, 60.0)),
@@ -29,6 +29,7 @@ def report(psnr_db: float = math.inf) -> BenchReport:
         bundle={"source": "tiny", "synthetic": True, "precision": "fp32", "clamp": False, "pag_layers": [1], "export_key": "ab"},
         workload=Workload("smoke", 128, 128, 2, 4.5, ("a 🐼",)),
         threads=2,
+        other_load=other_load,
         backends={result.name: result for result in backends},
     )
 
@@ -36,7 +37,7 @@ def report(psnr_db: float = math.inf) -> BenchReport:
 def test_json_holds_every_backend_and_stage() -> None:
     document = json.loads(json.dumps(report(71.5).as_json(), allow_nan=False))
     assert set(document) == {
-        "schema_version", "created", "machine", "versions", "bundle", "workload", "baseline", "agrees", "backends"
+        "schema_version", "created", "machine", "versions", "bundle", "workload", "other_load", "noisy", "baseline", "agrees", "backends"
     }  # fmt: skip
     assert document["schema_version"] == 1
     assert document["workload"]["prompts"] == ["a 🐼"]
@@ -80,6 +81,14 @@ def test_text_is_a_table_with_the_failures_below() -> None:
     assert "- broken: FAILED: it fell over" in lines
     assert any("peak memory 2 MiB, peak device memory 5 MiB, image 71.5 dB" in line for line in lines)
     assert report().failed == {"broken": "it fell\n  over"}
+
+
+@pytest.mark.parametrize(("other_load", "noisy"), [(None, False), (0.1, False), (0.11, True)])
+def test_a_busy_machine_is_told(other_load: float | None, noisy: bool) -> None:
+    found = report(other_load=other_load)
+    assert (found.as_json()["noisy"], found.as_json()["other_load"]) == (noisy, other_load)
+    assert ("- other processes used 11% of the cores meanwhile: NOISY" in found.as_text()) is noisy
+    assert ("other processes" in found.as_text()) is (other_load is not None)
 
 
 def test_write_leaves_two_whole_files(tmp_path: Path) -> None:

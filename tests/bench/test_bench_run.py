@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,22 @@ def test_backends_take_turns(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: 
     assert result.stages["denoise_step"].ratio is None
     assert (result.stages["end_to_end"].ms.n, result.stages["denoise_step"].ms.n) == (4, 12)
     assert (result.stages["denoise_step"].ms.median, result.stages["denoise_loop"].ms.median) == (2.0, 12.0)
+    assert found.other_load is not None
+    assert 0 <= found.other_load <= 1
     assert [done for _, done, _ in steps] == list(range(6))
     assert {total for *_, total in steps} == {5}
+
+
+def test_the_load_of_others_leaves_out_what_the_run_itself_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    runners = [
+        run.Runner("loaded", loaded={"cpu_seconds": 30.0}),
+        run.Runner("called", loaded={"cpu_seconds": 5.0}, last={"cpu_seconds": 20.0}),
+        run.Runner("never started"),
+    ]
+    monkeypatch.setattr(run, "busy_seconds", lambda: 1000.0)
+    assert run._elsewhere(runners) == pytest.approx(950.0 - time.process_time(), abs=0.5)
+    monkeypatch.setattr(run, "busy_seconds", lambda: None)
+    assert run._elsewhere(runners) is None
 
 
 def test_no_process_is_left_when_the_run_is_interrupted(

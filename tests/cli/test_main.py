@@ -179,7 +179,10 @@ def test_a_usage_error_of_the_parser_is_json_too(cli: Cli) -> None:
 
 
 def test_stdout_holds_the_answer_alone() -> None:
-    done = subprocess.run([sys.executable, "-c", noisy_program()], capture_output=True, text=True, timeout=60, check=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", noisy_program()], capture_output=True, text=True, timeout=60, check=True, env=buffered
+    )
     assert done.stdout == '{\n "value": 1\n}\n'
     assert "a library speaks" in done.stderr
     assert "native code speaks" in done.stderr
@@ -265,10 +268,17 @@ def test_handlers_do_not_pile_up(verb: Callable[..., None], cli: Cli) -> None:
 
 
 def test_signals_are_the_callers_again(verb: Callable[..., None], cli: Cli) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    verb(raising(KeyboardInterrupt()))
-    cli("variants")
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    def own(number: int, frame: object) -> None:
+        """A handler of the caller's."""
+
+    before = {number: signal.signal(number, own) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        verb(raising(KeyboardInterrupt()))
+        cli("variants")
+        assert [signal.getsignal(number) for number in before] == [own, own]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 STUBBORN = (

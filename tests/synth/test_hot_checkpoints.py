@@ -27,7 +27,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def load(folder: Path, *, clamp: bool = False, half: str | None = None, pag: bool = False) -> Any:
     """The checkpoint in float32, with the component `half` cast to fp16."""
     cls, options = (SanaPAGPipeline, {"pag_applied_layers": "transformer_blocks.1"}) if pag else (SanaPipeline, {})
-    pipeline = cls.from_pretrained(folder, torch_dtype=torch.float32, **options)
+    pipeline = cls.from_pretrained(folder, dtype=torch.float32, **options)
     pipeline.set_progress_bar_config(disable=True)
     if clamp:
         clamp_attention(pipeline.transformer)

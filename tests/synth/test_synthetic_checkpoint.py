@@ -176,7 +176,7 @@ def test_prompt_guidance_seed_and_perturbed_attention_all_matter(folder: Path, p
 
 def test_half_precision_computes_the_same_image(folder: Path, pipeline: Any) -> None:
     """The untouched recipe is tame: whatever differs in fp16 is rounding."""
-    half = quiet(SanaPipeline.from_pretrained(folder, torch_dtype=torch.float16))
+    half = quiet(SanaPipeline.from_pretrained(folder, dtype=torch.float16))
     assert psnr(sample(pipeline), sample(half)) > 45
 
 
@@ -234,7 +234,7 @@ def test_weights_are_stored_in_the_dtype_and_under_the_variant(tmp_path: Path, p
     for file in files:
         with safe_open(file, "pt") as stored:
             assert {stored.get_tensor(name).dtype for name in stored.keys()} == {getattr(torch, dtype)}  # noqa: SIM118
-    loaded = SanaPipeline.from_pretrained(made, variant="fp16", torch_dtype=torch.float32)
+    loaded = SanaPipeline.from_pretrained(made, variant="fp16", dtype=torch.float32)
     for component in COMPONENTS:
         full = getattr(pipeline, component).state_dict()
         for name, weight in getattr(loaded, component).state_dict().items():

@@ -1,0 +1,103 @@
+"""The manifest reads back what it wrote and notices every change that it did not make."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from sana_export.contract import GRAPHS, resolve
+from sana_export.errors import ArtifactError
+from sana_export.manifest import EngineEntry, FileEntry, Manifest, check_files
+
+
+@pytest.fixture
+def bundle(tiny_bundle, tmp_path):
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
+def test_it_reads_back_what_it_wrote(bundle):
+    manifest = Manifest.load(bundle)
+    engine = EngineEntry(
+        graph="sampler",
+        backend="tensorrt-rtx",
+        key="k",
+        file=FileEntry("engines/x.engine", "0" * 64, 3),
+        onnx_sha256="1" * 64,
+        backend_version="1.7",
+        compute_capabilities=("8.9",),
+        operating_system="any",
+        profile="default",
+        ranges={"batch": (1, 1, 4)},
+        options={"tf32": False},
+    )
+    changed = manifest.with_engine(engine)
+    changed.save(bundle)
+    assert Manifest.load(bundle) == changed
+    assert changed.with_engine(dataclasses.replace(engine, build_seconds=2.0)).engines != changed.engines
+    assert len(changed.with_engine(dataclasses.replace(engine, build_seconds=2.0)).engines) == 1
+
+
+@pytest.mark.parametrize("change", ["option", "hash", "removed key"])
+def test_an_edit_by_hand_is_noticed(bundle, change):
+    path = bundle / "manifest.json"
+    document = json.loads(path.read_text("utf-8"))
+    if change == "option":
+        document["options"]["clamp"] = not document["options"]["clamp"]
+    elif change == "hash":
+        document["graphs"]["sampler"]["onnx"]["sha256"] = "0" * 64
+    else:
+        del document["parity"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match="edited"):
+        Manifest.load(bundle)
+
+
+def test_another_format_names_both_versions(bundle):
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "format": 99, "tool_version": "7.0"}))
+    with pytest.raises(ArtifactError, match=r"format 99, written by 7\.0"):
+        Manifest.load(bundle)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\udcff".encode("utf-8", "surrogateescape")])
+def test_a_damaged_manifest_is_said(bundle, content):
+    (bundle / "manifest.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ArtifactError, match="damaged"):
+        Manifest.load(bundle)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "one bit"])
+def test_damaged_files_are_named(bundle, damage):
+    entry = Manifest.load(bundle).graphs["denoiser"].data[0]
+    path = bundle / entry.path
+    data = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "shorter":
+        path.write_bytes(data[:-1])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"denoiser/model\.onnx\.data") as caught:
+        check_files(bundle, [entry], fix="the line that mends it")
+    assert caught.value.exit_code == 4
+    assert caught.value.fix == "the line that mends it"
+
+
+@pytest.mark.parametrize("path", ["../outside", "/etc/hostname", "link"])
+def test_files_outside_are_never_read(bundle, path):
+    (bundle.parent / "outside").write_text("x")
+    (bundle / "link").symlink_to(bundle.parent / "outside")
+    with pytest.raises(ArtifactError, match="outside itself"):
+        check_files(bundle, [FileEntry(path, "0" * 64, 1)], fix="")
+
+
+def test_the_contract_leaves_only_dynamic_axes_open(tiny_bundle):
+    manifest = Manifest.load(tiny_bundle)
+    assert set(manifest.graphs) == set(GRAPHS)
+    sizes = dict.fromkeys(("latent_channels", "layers", "cross_attention_heads", "cross_attention_head_dim"), 2)
+    text = dict.fromkeys(("text_channels", "text_layers", "text_kv_heads", "text_head_dim"), 3)
+    assert resolve("context", {**sizes, **text}, "float16").outputs[0].shape == (2, 2, "branches", "batch", 2, "text_tokens", 2)
