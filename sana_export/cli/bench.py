@@ -59,7 +59,7 @@ def measure(
     names = (BASELINE, *(backends or DEFAULT_BACKENDS))
     report = run_bench(bundle, checkpoint, backends=names, workload=workload, output=output, on_progress=console.step)
     exit_code = DependencyError.exit_code if report.failed else 0
-    return Answer(report.as_json(), report.as_text().rstrip(), exit_code if report.agrees else ParityError.exit_code)
+    return Answer(report.as_json(), report.as_text(), exit_code if report.agrees else ParityError.exit_code)
 
 
 VERB = Verb(

@@ -41,7 +41,7 @@ class Stdout:
 
     def write(self, document: Mapping[str, Any], text: str) -> None:
         """Write the answer. A reader that has gone (`| head`) is no error: it has read what it wanted."""
-        content = json.dumps(document, indent=1, default=str) if self.as_json else text
+        content = json.dumps(document, indent=1, default=str) if self.as_json else text.rstrip("\n")
         if not content:
             return
         encoding = getattr(self._stream, "encoding", None) or "utf-8"

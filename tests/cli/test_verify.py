@@ -1,0 +1,110 @@
+"""`verify` and `bench` pass on what was asked for and turn a missed limit into an exit code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Cli
+
+
+@dataclass
+class Report:
+    """Stands for both reports."""
+
+    passed: bool = True
+    agrees: bool = True
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"passed": self.passed}
+
+    def as_text(self) -> str:
+        return "the report\n"
+
+
+@dataclass
+class Calls:
+    """Takes the place of a function and keeps what it was called with."""
+
+    report: Report
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def __call__(self, *arguments: Any, on_progress: Any, **options: Any) -> Report:
+        self.seen.append((arguments, options))
+        return self.report
+
+
+def replaced(monkeypatch: pytest.MonkeyPatch, target: str, **report: Any) -> Calls:
+    calls = Calls(Report(**report))
+    monkeypatch.setattr(target, calls)
+    return calls
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 5)])
+def test_verify(passed: bool, code: int, tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = replaced(monkeypatch, "sana_export.export.verify.verify_bundle", passed=passed)
+    options = ("--prompt", "a cat", "a dog", "--height", 64, "--width", 96, "--steps", 3, "--guidance-scale", 1, "--seed", 4)
+    ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder, "--backend", "onnxruntime", *options, "--json")
+    assert ran.code == code
+    assert ran.json == {"passed": passed}
+    ((bundle, checkpoint), settings) = calls.seen[0]
+    assert bundle == Path("bundle")
+    assert checkpoint.folder == tiny_checkpoint.folder
+    assert settings == {
+        "backend": "onnxruntime",
+        "prompts": ["a cat", "a dog"],
+        "height": 64,
+        "width": 96,
+        "steps": 3,
+        "guidance_scale": 1.0,
+        "seed": 4,
+    }
+
+
+def test_verify_leaves_the_defaults_to_the_check(tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = replaced(monkeypatch, "sana_export.export.verify.verify_bundle")
+    ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder)
+    assert (ran.code, calls.seen[0][1]) == (0, {})
+
+
+def test_ranges_need_no_reference(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = replaced(monkeypatch, "sana_export.export.verify.measure_ranges")
+    ran = cli("verify", "bundle", "--ranges", "--prompt", "a cat", "--steps", 2)
+    assert (ran.code, ran.out) == (0, "the report\n")
+    assert calls.seen == [((Path("bundle"),), {"prompts": ["a cat"], "steps": 2})]
+
+
+def test_ranges_of_a_float32_bundle(tiny_bundle: Path, cli: Cli) -> None:
+    ran = cli("verify", tiny_bundle, "--ranges")
+    assert ran.code == 2
+    assert "--dtype fp16" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("report", "code"),
+    [
+        ({}, 0),
+        ({"agrees": False}, 5),
+        ({"failed": {"tensorrt": "no GPU"}}, 3),
+        ({"agrees": False, "failed": {"tensorrt": "no GPU"}}, 5),
+    ],
+)
+def test_bench(report: dict[str, Any], code: int, tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = replaced(monkeypatch, "sana_export.bench.run.run_bench", **report)
+    backends = ("--backend", "onnxruntime,trace", "--workload", "smoke", "-o", "report")
+    ran = cli("bench", "bundle", "--reference", tiny_checkpoint.folder, *backends)
+    assert (ran.code, ran.out) == (code, "the report\n")
+    assert calls.seen[0][1] == {
+        "backends": ("eager", "onnxruntime", "trace"),
+        "workload": "smoke",
+        "output": Path("report"),
+    }
+
+
+def test_bench_times_onnxruntime_beside_eager_by_default(tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = replaced(monkeypatch, "sana_export.bench.run.run_bench")
+    cli("bench", "bundle", "--reference", tiny_checkpoint.folder)
+    assert calls.seen[0][1] == {"backends": ("eager", "onnxruntime"), "workload": "cpu", "output": None}
