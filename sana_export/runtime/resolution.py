@@ -104,9 +104,7 @@ def _axis(size: int, resized: int, output: int) -> Axis:
 
 def _check_positive(height: int, width: int) -> None:
     if height < 1 or width < 1:
-        raise UsageError(
-            "height and width must be positive", found=f"{height}x{width} (height x width)", wanted="1x1 or more"
-        )
+        raise UsageError("height and width must be positive", found=f"{height}x{width} (height x width)", wanted="1x1 or more")
 
 
 def _nearest(size: int) -> list[int]:
