@@ -8,6 +8,8 @@ BENCH_RECIPE ?= engines/mid.toml
 PIP_FLAGS ?=
 # More for pytest, for example -k generate.
 TEST_FLAGS ?=
+# Test processes at a time, each of one thread.
+TEST_WORKERS ?= 2
 GPU_REPORT ?= benchmarks/out/gpu-check.json
 
 BIN   := $(VENV)/bin
@@ -35,7 +37,7 @@ bench: $(STAMP) ## latency beside eager diffusers, on a bundle of 100 million pa
 	$(BIN)/sana-export engines $(BENCH_RECIPE)
 
 test: $(STAMP) ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(TEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile $(TEST_FLAGS)
 
 lint: $(STAMP) ## style, types, import directions
 	$(BIN)/ruff check .

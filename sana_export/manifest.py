@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -215,11 +214,6 @@ def resolve_inside(bundle: Path, relative: str, *, fix: str) -> Path:
     if not path.resolve().is_relative_to(bundle.resolve()):
         raise ArtifactError(f"the bundle {bundle} names a file outside itself", found=relative, wanted="a path inside it", fix=fix)
     return path
-
-
-def operating_system() -> str:
-    """The platform that engines are bound to, for example "linux-x86_64"."""
-    return f"{platform.system().lower()}-{platform.machine().lower()}"
 
 
 def _seal(document: Mapping[str, Any]) -> str:

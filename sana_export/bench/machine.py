@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -93,21 +92,3 @@ def busy_seconds() -> float | None:
     except (OSError, ValueError, IndexError):
         return None
     return (user + nice + system + interrupt + soft_interrupt) / os.sysconf("SC_CLK_TCK")
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident size of this process since it was started; 0 where the system does not tell.
-
-    Linux keeps in `ru_maxrss` also what the parent had resident at the fork, so the program's own high-water mark is read instead.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text("utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

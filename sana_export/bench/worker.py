@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from sana_export.bench.candidates import Candidate, Job, find_row, resolve
-from sana_export.bench.machine import peak_rss_bytes
 from sana_export.bench.stages import END_TO_END
+from sana_export.environment import peak_rss_bytes
 from sana_export.errors import SanaExportError
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from sana_export.cli.machine import Gpu, find_gpus
 from sana_export.cli.packages import installed_version
-from sana_export.manifest import EngineEntry, operating_system
+from sana_export.environment import operating_system
+from sana_export.manifest import EngineEntry
 from sana_export.runtime.backends import RUNNABLE
 from sana_export.trt.flavour import ANY_SYSTEM, FLAVOURS
 

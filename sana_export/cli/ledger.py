@@ -6,14 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import sana_export
 from sana_export.bench.machine import describe_machine, describe_versions
 from sana_export.cli.verb import Answer
 from sana_export.disk import disk_errors
+from sana_export.environment import source_digest
 from sana_export.manifest import hash_file
 
 
@@ -54,15 +53,5 @@ class Ledger:
 
 def stage_key(export_key: str, settings: Mapping[str, Any]) -> str:
     """Hash of all that a stage's answer rests on: the bundle, its settings, this package, its libraries and the machine."""
-    parts = [export_key, settings, _source_digest(), describe_versions(), describe_machine()]
+    parts = [export_key, settings, source_digest("."), describe_versions(), describe_machine()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@cache
-def _source_digest() -> str:
-    """Hash of this package's own code, so that a stage runs again after a change to it."""
-    digest = hashlib.sha256()
-    package = Path(sana_export.__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from sana_export.bench.machine import cpu_name, memory_bytes, usable_cores
-from sana_export.manifest import operating_system
+from sana_export.environment import operating_system
 from sana_export.trt.device import gpu_compute_capability
 from sana_export.trt.flavour import FLAVOURS
 

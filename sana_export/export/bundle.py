@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from sana_export import __version__
 from sana_export.contract import GRAPHS
 from sana_export.disk import disk_errors
+from sana_export.environment import source_digest
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.modules import build_graph, graph_spec
 from sana_export.export.onnx import OPSET, check_onnx, check_values, export_onnx, external_files, parameter_count
@@ -144,7 +145,8 @@ def choose_graphs(names: Iterable[str]) -> list[str]:
 
 def export_key(checkpoint: SanaCheckpoint, options: Options, names: Iterable[str]) -> str:
     """Hash of all that decides what an export writes."""
-    parts = [__version__, torch.__version__, OPSET, checkpoint.sha256, dataclasses.asdict(options), list(names)]
+    code = source_digest("graphs", "export")
+    parts = [__version__, code, torch.__version__, OPSET, checkpoint.sha256, dataclasses.asdict(options), list(names)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

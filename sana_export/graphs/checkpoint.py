@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sana_export.environment import source_digest
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.manifest import hash_file
 from sana_export.variants import Variant, find_variant, unknown_alias
@@ -198,13 +199,9 @@ def cache_folder() -> Path:
 
 
 def _synthetic_folder(recipe: str) -> Path:
-    from sana_export import synth
     from sana_export.synth.checkpoint import make_checkpoint
 
-    digest = hashlib.sha256()
-    for source in sorted(Path(synth.__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    folder = cache_folder() / "checkpoints" / f"{recipe}-{digest.hexdigest()[:12]}"
+    folder = cache_folder() / "checkpoints" / f"{recipe}-{source_digest('synth')[:12]}"
     if not (folder / "model_index.json").is_file():
         log.info("making the synthetic checkpoint %s in %s", recipe, folder)
         make_checkpoint(recipe, folder)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from sana_export.environment import operating_system
 from sana_export.errors import DependencyError, UsageError
-from sana_export.manifest import operating_system
 from sana_export.trt.device import gpu_compute_capability
 
 #: `EngineEntry.operating_system` of an engine that runs on every system that its backend supports.

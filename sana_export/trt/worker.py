@@ -28,6 +28,7 @@ from typing import IO, Any
 
 from sana_export import errors
 from sana_export.contract import GraphSpec, TensorSpec
+from sana_export.environment import peak_rss_bytes
 from sana_export.profiles import Range
 from sana_export.trt.build import BuildOptions, Built, Cancelled, build_engine, partial_path
 from sana_export.trt.progress import OnProgress, Progress
@@ -160,7 +161,7 @@ def main() -> None:
     logging.basicConfig(level=log_level, handlers=[_Forward(answer)])
     try:
         built = _run(_job(document), answer)
-        answer(built=dataclasses.asdict(built), peak_memory=_peak_memory())
+        answer(built=dataclasses.asdict(built), peak_memory=peak_rss_bytes())
     except errors.SanaExportError as error:
         fields = {"message": error.message, "found": error.found, "wanted": error.wanted, "fix": error.fix}
         answer(error={"type": type(error).__name__, **{k: v if v is None else str(v) for k, v in fields.items()}})
@@ -207,13 +208,3 @@ class _Forward(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.answer(log=(record.name, record.levelno, record.getMessage()))
-
-
-def _peak_memory() -> int:
-    """Largest resident size of this process in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

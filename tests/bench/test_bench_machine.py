@@ -9,11 +9,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from sana_export.bench.machine import busy_seconds, describe_machine, describe_versions, memory_bytes, peak_rss_bytes
+from sana_export.bench.machine import busy_seconds, describe_machine, describe_versions, memory_bytes
 from sana_export.bench.ours import limit_onnxruntime
 
 CHILD = """
-from sana_export.bench.machine import peak_rss_bytes
+from sana_export.environment import peak_rss_bytes
 before = peak_rss_bytes()
 held = b"x" * (200 << 20)
 during = peak_rss_bytes()

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import tensorrt_rtx
 
+from sana_export.environment import operating_system
 from sana_export.errors import DependencyError, UsageError
-from sana_export.manifest import operating_system
 from sana_export.trt import flavour
 from sana_export.trt.flavour import FLAVOURS, Target, flavour_of, load, network_flags, offered_capabilities, target_for
 
