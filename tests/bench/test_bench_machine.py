@@ -11,6 +11,7 @@ import pytest
 
 from sana_export.bench.machine import busy_seconds, describe_machine, describe_versions, memory_bytes
 from sana_export.bench.ours import limit_onnxruntime
+from sana_export.environment import peak_rss_bytes
 
 CHILD = """
 from sana_export.environment import peak_rss_bytes
