@@ -67,13 +67,18 @@ class EngineEntry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the weights came from. `sha256` hashes the names and contents of the checkpoint's weight and config files."""
+    """Where the weights came from. `sha256` hashes the names and contents of the checkpoint's weight and config files.
+
+    `variant` is its row of variants.py, `weights_variant` the files that were asked for (such as fp16), `clamp` how it was trained.
+    """
 
     source: str
     revision: str | None
     sha256: str
     variant: str | None
     synthetic: bool
+    weights_variant: str | None = None
+    clamp: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,10 +160,11 @@ class Manifest:
             found_format, sealed = document["format"], document.pop("sha256")
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path} is damaged", found=repr(error), wanted="a manifest", fix=rebuild) from error
-        if found_format != FORMAT:
+        written_by = str(document.get("tool_version"))
+        if found_format != FORMAT or _series(written_by) != _series(__version__):
             raise ArtifactError(
                 f"{path} was written by another version of sana-export",
-                found=f"format {found_format}, written by {document.get('tool_version')}",
+                found=f"format {found_format}, written by {written_by}",
                 wanted=f"format {FORMAT}, written by {__version__}",
                 fix=rebuild,
             )
@@ -169,7 +175,10 @@ class Manifest:
                 wanted=f"content hash {str(sealed)[:16]}",
                 fix=rebuild,
             )
-        return _parse(document)
+        try:
+            return _parse(document)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} is damaged", found=repr(error), wanted="a manifest", fix=rebuild) from error
 
 
 def file_entry(bundle: Path, path: Path) -> FileEntry:
@@ -214,6 +223,11 @@ def resolve_inside(bundle: Path, relative: str, *, fix: str) -> Path:
     if not path.resolve().is_relative_to(bundle.resolve()):
         raise ArtifactError(f"the bundle {bundle} names a file outside itself", found=relative, wanted="a path inside it", fix=fix)
     return path
+
+
+def _series(version: str) -> list[str]:
+    """The part of a version that stands for one way to write bundles: major and minor."""
+    return version.split(".")[:2]
 
 
 def _seal(document: Mapping[str, Any]) -> str:

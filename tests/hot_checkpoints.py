@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sana_export.export.reference import ATTENTION_LIMIT
+from sana_export.graphs.numerics import FP16_MAX
 from sana_export.synth.checkpoint import build_pipeline, write_pipeline
 from sana_export.synth.recipes import RECIPES
 
@@ -35,7 +35,7 @@ def measure_ranges(model: torch.nn.Module, pattern: str, call: Any) -> dict[str,
     def watch(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             value = (output[0] if isinstance(output, tuple) else output).detach().float()
-            share = (value.abs() > ATTENTION_LIMIT).float().mean()
+            share = (value.abs() > FP16_MAX).float().mean()
             seen.setdefault(name, []).append(torch.stack([value.abs().max(), share]))
 
         return hook

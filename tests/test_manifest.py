@@ -8,6 +8,8 @@ import shutil
 
 import pytest
 
+from sana_export import __version__
+from sana_export import manifest as manifest_module
 from sana_export.contract import GRAPHS, resolve
 from sana_export.errors import ArtifactError
 from sana_export.manifest import EngineEntry, FileEntry, Manifest, check_files
@@ -55,10 +57,28 @@ def test_an_edit_by_hand_is_noticed(bundle, change):
         Manifest.load(bundle)
 
 
-def test_another_format_names_both_versions(bundle):
+@pytest.mark.parametrize("changes", [{"format": 99}, {"tool_version": "7.0.1"}])
+def test_another_version_names_both(bundle, changes):
+    dataclasses.replace(Manifest.load(bundle), **changes).save(bundle)
+    with pytest.raises(ArtifactError, match="another version") as caught:
+        Manifest.load(bundle)
+    assert str(*changes.values()) in caught.value.found
+    assert __version__ in caught.value.wanted
+
+
+def test_a_patch_release_reads_older_bundles(bundle):
+    series = ".".join(__version__.split(".")[:2])
+    dataclasses.replace(Manifest.load(bundle), tool_version=f"{series}.99").save(bundle)
+    Manifest.load(bundle)
+
+
+def test_an_unknown_field_is_damage_not_a_bug(bundle):
     path = bundle / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "format": 99, "tool_version": "7.0"}))
-    with pytest.raises(ArtifactError, match=r"format 99, written by 7\.0"):
+    document = json.loads(path.read_text("utf-8"))
+    del document["sha256"]
+    document["options"]["quantisation"] = "int4"
+    path.write_text(json.dumps({**document, "sha256": manifest_module._seal(document)}))
+    with pytest.raises(ArtifactError, match="damaged"):
         Manifest.load(bundle)
 
 

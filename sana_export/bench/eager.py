@@ -11,6 +11,8 @@ from typing import Any
 from sana_export.bench.candidates import Job, Sample
 from sana_export.bench.stages import StageTimes
 from sana_export.errors import DependencyError
+from sana_export.graphs.checkpoint import SanaCheckpoint
+from sana_export.manifest import Options
 
 #: The transformer's dtype on a GPU by what the weights are stored in; the rest runs in bfloat16 there
 #: (https://huggingface.co/docs/diffusers/api/pipelines/sana).
@@ -30,38 +32,27 @@ def load(job: Job) -> PipelineCandidate:
 
 
 def load_pipeline(job: Job) -> Any:
-    """The pipeline of the job's checkpoint: attention of Gemma-2 eager (only that soft-caps), clamped where the bundle is."""
-    from diffusers import SanaPAGPipeline, SanaPipeline
+    """The reference pipeline of the job's checkpoint on the workload's device."""
+    from sana_export.export.reference import load_reference
 
-    from sana_export.export.reference import clamp_attention, clamp_pag_processors
-
-    pag = job.workload.pag_scale > 0
-    # Names match by regular expression: without the anchors "blocks.1" would also be "blocks.10".
-    layers = {"pag_applied_layers": [rf"^transformer_blocks\.{layer}\.attn1$" for layer in job.pag_layers]} if pag else {}
-    pipeline = (SanaPAGPipeline if pag else SanaPipeline).from_pretrained(
-        job.checkpoint, torch_dtype=_dtypes(job), variant=job.weights_variant, local_files_only=True, **layers
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.text_encoder.set_attn_implementation("eager")
-    if job.clamp:
-        clamp_attention(pipeline.transformer)
-        if pag:
-            clamp_pag_processors(pipeline)
+    options = Options("fp32", job.clamp, tuple(job.pag_layers))
+    pipeline = load_reference(_checkpoint(job), options, pag=job.workload.pag_scale > 0, dtypes=_dtypes(job))
     return pipeline.to(job.workload.device)
+
+
+def _checkpoint(job: Job) -> SanaCheckpoint:
+    return SanaCheckpoint(Path(job.checkpoint), job.checkpoint, weights_variant=job.weights_variant)
 
 
 def _dtypes(job: Job) -> Any:
     """What `from_pretrained` takes for `torch_dtype` on the workload's device."""
     import torch
 
-    from sana_export.graphs.checkpoint import SanaCheckpoint
-
     if job.workload.device == "cpu":
         return torch.float32
     if not torch.cuda.is_available():
         raise DependencyError("PyTorch finds no GPU", found=f"torch {torch.__version__}", wanted="CUDA", fix="--workload cpu")
-    checkpoint = SanaCheckpoint(Path(job.checkpoint), job.checkpoint, weights_variant=job.weights_variant)
-    stored = checkpoint.weights("transformer").dtype()
+    stored = _checkpoint(job).weights("transformer").dtype()
     return {"transformer": getattr(torch, GPU_TRANSFORMER[stored]), "default": torch.bfloat16}
 
 

@@ -32,7 +32,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": usable_cores(),
         "memory": memory_bytes(),
         "gpu": gpu_names(),
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
 

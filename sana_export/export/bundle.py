@@ -75,11 +75,12 @@ def export_bundle(
     partial, old = output.with_name(output.name + ".partial"), output.with_name(output.name + ".old")
     if old.exists() and not output.exists():
         old.rename(output)
-    if (existing := existing_bundle(output)) is not None and existing.export_key == key:
-        log.info("%s is up to date", output)
-        return existing
+    if (existing := existing_bundle(output)) is not None:
+        if existing.export_key == key:
+            log.info("%s is up to date", output)
+            return existing
+        log.info("replacing %s, whose %d engines go with it", output, len(existing.engines))
     with disk_errors(output):
-        partial.mkdir(parents=True, exist_ok=True)
         journal = Journal(partial, key)
         on_progress("tokenizer, instruction and embeddings", 0, len(names) + 1)
         model = write_text_files(checkpoint, partial)
@@ -95,6 +96,8 @@ def export_bundle(
                 checkpoint.sha256,
                 checkpoint.variant.alias if checkpoint.variant else None,
                 checkpoint.synthetic,
+                checkpoint.weights_variant,
+                checkpoint.trained_with_clamp()[0],
             ),
             options=options,
             model=model,
@@ -151,7 +154,10 @@ def export_key(checkpoint: SanaCheckpoint, options: Options, names: Iterable[str
 
 
 def existing_bundle(output: Path) -> Manifest | None:
-    """The manifest at `output`; None for nothing, an empty folder or a damaged bundle. UsageError for anything else."""
+    """The manifest of the whole bundle at `output`; None for nothing, an empty folder or a damaged bundle.
+
+    Raises UsageError for anything else.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / FILE_NAME).is_file():
@@ -161,14 +167,16 @@ def existing_bundle(output: Path) -> Manifest | None:
             wanted="a new name, an empty folder or an older bundle",
         )
     try:
-        return Manifest.load(output)
+        manifest = Manifest.load(output)
+        check_files(output, [*manifest.files, *(file for graph in manifest.graphs.values() for file in graph.files)], fix="")
     except ArtifactError as error:
         log.warning("replacing a bundle that cannot be used: %s", error.message)
         return None
+    return manifest
 
 
 class Journal:
-    """The graphs that an unfinished export has done; void where the key is another."""
+    """The graphs that an unfinished export in the folder `partial` has done. One of another key is thrown away."""
 
     def __init__(self, partial: Path, key: str) -> None:
         self.path, self.key = partial / JOURNAL, key
@@ -176,10 +184,13 @@ class Journal:
         try:
             document = json.loads(self.path.read_text("utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
-            return
+            document = {}
         if document.get("key") == key:
             self.graphs = {name: parse_graph(entry) for name, entry in document["graphs"].items()}
             log.info("going on after %s", ", ".join(self.graphs))
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
 
     def finished(self, name: str) -> GraphEntry | None:
         """The entry of a graph that is done and whole."""

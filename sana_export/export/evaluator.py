@@ -82,9 +82,17 @@ class RangeMeter:
         self._operators = {name: node.op_type for node in model.graph.node for name in node.output}
         measured = [name for name in self._values if name in self._operators]
         widened = _widen(model, store=False)
+        # NaN is what an overflow came to further on: it counts as one. (ReduceMax passes over it.)
+        widened.graph.initializer.append(onnx.numpy_helper.from_array(np.array(np.inf, np.float32), "//infinity"))
         for name in measured:
-            widened.graph.node.append(helper.make_node("Abs", [name], [f"{name}//abs"]))
-            widened.graph.node.append(helper.make_node("ReduceMax", [f"{name}//abs"], [f"{name}//max"], keepdims=0))
+            widened.graph.node.extend(
+                [
+                    helper.make_node("Abs", [name], [f"{name}//abs"]),
+                    helper.make_node("IsNaN", [name], [f"{name}//nan"]),
+                    helper.make_node("Where", [f"{name}//nan", "//infinity", f"{name}//abs"], [f"{name}//size"]),
+                    helper.make_node("ReduceMax", [f"{name}//size"], [f"{name}//max"], keepdims=0),
+                ]
+            )
             widened.graph.output.append(helper.make_tensor_value_info(f"{name}//max", TensorProto.FLOAT, []))
         self._largest = dict.fromkeys(measured, 0.0)
         self._session = _session(widened, path.parent)

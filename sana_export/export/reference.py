@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sana_export.graphs.numerics import FP16_MAX
+
 if TYPE_CHECKING:
     from sana_export.graphs.checkpoint import SanaCheckpoint
     from sana_export.manifest import Options
 
-#: The largest finite float16, the bound that the fp16 family was trained with.
-ATTENTION_LIMIT = 65504.0
-
 
 class ClampedLinearAttnProcessor:
-    """Calls `processor` (any of diffusers' self-attention processors for Sana) and clips its result to +-`ATTENTION_LIMIT`.
+    """Calls `processor` (any of diffusers' self-attention processors for Sana) and clips its result to +-`FP16_MAX`.
 
     In float16, where the processor clips already, it changes nothing.
     """
@@ -36,7 +35,7 @@ class ClampedLinearAttnProcessor:
     ) -> Any:
         """hidden_states [B, N, C] -> [B, N, C] in the same dtype."""
         output = self.processor(attn, hidden_states, encoder_hidden_states, attention_mask)
-        return output.clip(-ATTENTION_LIMIT, ATTENTION_LIMIT)
+        return output.clip(-FP16_MAX, FP16_MAX)
 
 
 def _clamped(processor: Any) -> ClampedLinearAttnProcessor:

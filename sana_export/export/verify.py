@@ -23,6 +23,7 @@ from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.manifest import Manifest, check_files
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import AUTO
+from sana_export.runtime.external_data import check_external_data
 from sana_export.runtime.rebuild import export_line
 from sana_export.runtime.request import Request
 
@@ -80,7 +81,7 @@ class RangeReport:
     rows: tuple[Range, ...]
 
     def as_json(self) -> dict[str, Any]:
-        rows = [{**vars(row), "headroom": min(row.headroom, 1e30)} for row in self.rows]
+        rows = [{**vars(row), "largest": min(row.largest, 1e39), "headroom": min(row.headroom, 1e39)} for row in self.rows]
         return {"bundle": self.bundle, "prompts": list(self.prompts), "ranges": rows}
 
     def as_text(self, count: int = 20) -> str:
@@ -104,7 +105,9 @@ class EvaluatorBackend:
         self.sessions: dict[str, Any] = {}
 
     def load(self, graph: str) -> Any:
-        path, *_ = check_files(self.bundle, self.manifest.graphs[graph].files, fix=export_line(self.bundle, self.manifest))
+        fix = export_line(self.bundle, self.manifest)
+        path, *data = check_files(self.bundle, self.manifest.graphs[graph].files, fix=fix)
+        check_external_data(path, data, fix=fix)
         self.sessions[graph] = self._evaluator(path)
         return self.sessions[graph]
 
@@ -257,6 +260,7 @@ def measure_ranges(
             fix=f"sana-export export {manifest.checkpoint.source} -o {bundle}-fp16 --dtype fp16",
         )
     runtime = SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(RangeMeter, "float32 with ranges"))
+    sessions = cast(EvaluatorBackend, runtime.backend).sessions
     prompts = tuple(prompts or PROMPTS)
     for done, prompt in enumerate(prompts):
         on_progress(f"sampling {prompt!r}", done, len(prompts))
@@ -272,7 +276,7 @@ def measure_ranges(
             )
         )
         *_, last = runtime.steps(plan, runtime.encode(plan))
-        runtime.decode(plan, last.latents)
-    sessions = cast(EvaluatorBackend, runtime.backend).sessions
+        # Not runtime.decode, which refuses latents that overflowed: here that is what is looked for.
+        sessions["vae_decoder"].run({"latents": last.latents})
     rows = [row for session in sessions.values() for row in session.ranges()]
     return RangeReport(str(bundle), prompts, tuple(sorted(rows, key=lambda row: row.headroom)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sana_export.environment import source_digest
-from sana_export.errors import ArtifactError, DependencyError
+from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.manifest import hash_file
 from sana_export.variants import Variant, find_variant, unknown_alias
 
@@ -144,6 +144,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, weights_variant:
     Raises UsageError for an unknown name, ArtifactError for a folder that is not a Sana, DependencyError where the hub cannot be
     reached.
     """
+    requested = weights_variant
     variant = find_variant(model)
     if variant is not None and variant.recipe is not None:
         folder = _synthetic_folder(variant.recipe)
@@ -164,6 +165,13 @@ def open_checkpoint(model: str, *, revision: str | None = None, weights_variant:
         )
     checkpoint = SanaCheckpoint(folder, model, revision, variant, weights_variant, _read_json(index_file))
     _check(checkpoint)
+    if requested and not any(f".{requested}" in path.name for path in checkpoint.weight_files("transformer")):
+        raise UsageError(
+            f"{model} has no weights of the variant {requested!r}",
+            found=", ".join(path.name for path in checkpoint.weight_files("transformer")),
+            wanted=f"files named *.{requested}.safetensors",
+            fix="leave out --variant",
+        )
     return checkpoint
 
 

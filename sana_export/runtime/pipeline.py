@@ -235,10 +235,12 @@ class SanaRuntime:
         Raises ArtifactError where the latents are not finite.
         """
         host = self.backend.to_host(latents)
-        self._check_finite(host)
+        self._check_finite(host, "latents")
         if plan.output_type == "latent":
             return np.array(host)
         image = self._sessions["vae_decoder"].run({"latents": latents})["image"]
+        if self.backend.device == "cpu" or plan.output_type == "np":  # elsewhere it would have to be copied for that
+            self._check_finite(self.backend.to_host(image), "an image")
         if plan.output_type == "np":
             resized = _resize(self.backend.to_host(image), plan.resize)
             return np.ascontiguousarray((resized * 0.5 + 0.5).clip(0, 1).transpose(0, 2, 3, 1))
@@ -261,13 +263,13 @@ class SanaRuntime:
         if "latents" in returned:
             step.latents = self.backend.to_device(checked_latents(returned["latents"], plan.latents_shape))
 
-    def _check_finite(self, latents: Array) -> None:
-        if bad := int(np.count_nonzero(~np.isfinite(latents))):
+    def _check_finite(self, values: Array, what: str) -> None:
+        if bad := int(np.count_nonzero(~np.isfinite(values))):
             raise ArtifactError(
-                f"sampling with {self.bundle} gave latents that are NaN or infinite",
-                found=f"{bad} of {latents.size} values, with {self.manifest.options.precision} graphs on the backend"
+                f"sampling with {self.bundle} gave {what} with NaN or infinite values",
+                found=f"{bad} of {values.size} values, with {self.manifest.options.precision} graphs on the backend"
                 f" {self.backend.name}",
-                wanted="finite latents",
+                wanted="finite values",
                 fix=f"sana-export verify {self.bundle} --reference {self.manifest.checkpoint.source} --ranges"
                 "  (shows which tensor leaves the range of the precision)",
             )

@@ -22,6 +22,10 @@ def export_line(
         words += ["--revision", manifest.checkpoint.revision]
     if precision != DEFAULT_PRECISION:
         words += ["--dtype", precision]
+    if manifest.options.clamp != manifest.checkpoint.clamp:
+        words.append("--clamp" if manifest.options.clamp else "--no-clamp")
+    if manifest.checkpoint.weights_variant is not None and manifest.checkpoint.variant is None:
+        words += ["--variant", manifest.checkpoint.weights_variant]
     if layers:
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
     return shlex.join(words)

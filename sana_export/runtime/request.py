@@ -25,6 +25,8 @@ from sana_export.runtime.schedule import Schedule, make_schedule
 
 Float32 = npt.NDArray[np.float32]
 
+#: Pixels: the longest side of Sana's largest resolution bin, twice. What runs is bounded by memory long before.
+MAX_SIDE = 16384
 OUTPUT_TYPES = ("pil", "np", "latent")
 #: diffusers scales PAG by how far the timestep is from here.
 _FIRST_TIMESTEP = 1000
@@ -97,8 +99,8 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     steps = _integer("num_inference_steps", _default(request.num_inference_steps, model.default_steps))
     schedule = make_schedule(model.scheduler, steps)
     branches, weights = _guidance(request, schedule, bundle, manifest)
-    output_height = _integer("height", _default(request.height, model.native_size))
-    output_width = _integer("width", _default(request.width, model.native_size))
+    output_height = _side("height", _default(request.height, model.native_size))
+    output_width = _side("width", _default(request.width, model.native_size))
     if request.use_resolution_binning:
         height, width = choose_bin(output_height, output_width, model.sample_size)
     else:
@@ -170,6 +172,11 @@ def _prompts(prompt: Any) -> tuple[str, ...]:
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt) if isinstance(prompt, Sequence) else ()
     if not prompts or not all(isinstance(text, str) for text in prompts):
         raise UsageError("the prompt is not a text", found=repr(prompt), wanted="a str, or a list of one or more str")
+    for text in prompts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("the prompt is not Unicode text", found=repr(text), wanted="UTF-8") from error
     return prompts
 
 
@@ -230,6 +237,14 @@ def _choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
         raise UsageError(f"there is no {name} {value!r}", wanted=", ".join(choices))
     return str(value)
+
+
+def _side(name: str, value: Any) -> int:
+    """A side of the image in pixels."""
+    pixels = _integer(name, value)
+    if pixels > MAX_SIDE:
+        raise UsageError(f"{name} is out of range", found=f"{pixels} pixels", wanted=f"at most {MAX_SIDE} pixels")
+    return pixels
 
 
 def _default(value: Any, default: Any) -> Any:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sana_export.disk import disk_errors, locked, manifest_lock, require_free
-from sana_export.errors import ArtifactError
 from sana_export.manifest import EngineEntry, FileEntry, Manifest, check_files
 from sana_export.profiles import Profile
+from sana_export.runtime.tensors import TensorFile
 from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions, Built
 from sana_export.trt.flavour import Target, flavour_of, load, target_for
 from sana_export.trt.plan import PlannedEngine, plan
@@ -75,19 +74,8 @@ def build_bundle(
 
 def read_instruction_tokens(bundle: Path) -> int:
     """Tokens of the stored instruction: the length of its tensor `prefix` [layers, 2, heads, tokens, dim]."""
-    path = bundle / INSTRUCTION_FILE
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-        return int(header["prefix"]["shape"][3])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ArtifactError(
-            f"{path} does not hold the stored instruction",
-            found=repr(error),
-            wanted="a safetensors file with the tensor prefix",
-            fix=f"sana-export export MODEL -o {bundle}",
-        ) from error
+    tensors = TensorFile(bundle / INSTRUCTION_FILE, fix=f"sana-export export MODEL -o {bundle}")
+    return int(tensors["prefix"].shape[3])
 
 
 def _build(

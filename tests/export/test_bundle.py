@@ -64,6 +64,17 @@ def test_an_up_to_date_bundle_is_kept(small_bundle, tiny_checkpoint, exported):
     assert snapshot(small_bundle) == before
 
 
+def test_a_bundle_with_a_damaged_file_is_made_again(tiny_checkpoint, tmp_path, exported):
+    output = tmp_path / "b"
+    small_export(tiny_checkpoint, output)
+    before = snapshot(output)
+    (output / "onnx/sampler/model.onnx").write_bytes(b"x")
+    small_export(tiny_checkpoint, output)
+    assert exported == [*SMALL, *SMALL]
+    assert snapshot(output).keys() == before.keys()
+    assert len(snapshot(output)["onnx/sampler/model.onnx"]) > 1
+
+
 def test_other_options_replace_it(tiny_checkpoint, tmp_path, exported):
     small_export(tiny_checkpoint, tmp_path / "b")
     small_export(tiny_checkpoint, tmp_path / "b", pag_layers=["transformer_blocks.1"])
@@ -100,6 +111,17 @@ def test_a_journal_of_other_options_is_not_gone_on_with(tiny_checkpoint, tmp_pat
         small_export(tiny_checkpoint, tmp_path / "b", pag_layers=["1"], on_progress=interrupt)
     small_export(tiny_checkpoint, tmp_path / "b", pag_layers=["2"])
     assert exported == ["sampler", "sampler", "postprocess"]
+
+
+def test_nothing_of_another_interrupted_export_is_kept(tiny_checkpoint, tmp_path):
+    def interrupt(doing, done, total):
+        if doing == "postprocess":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small_export(tiny_checkpoint, tmp_path / "b", on_progress=interrupt)
+    export_bundle(tiny_checkpoint, tmp_path / "b", graphs=["postprocess"], precision="fp32")
+    assert [path.name for path in (tmp_path / "b" / "onnx").iterdir()] == ["postprocess"]
 
 
 def test_a_damaged_file_of_an_interrupted_export_is_not_gone_on_with(tiny_checkpoint, tmp_path, exported):

@@ -73,6 +73,15 @@ def test_half_outputs_come_back_as_declared(tmp_path):
     assert np.array_equal(found, x.astype(np.float16) * np.float16(3.0))
 
 
+def test_nan_counts_as_an_overflow(tmp_path):
+    path = export(Overflowing(), tmp_path / "model.onnx")
+    meter = RangeMeter(path)
+    x = np.ones((4, 16), dtype=np.float32)
+    x[2, 3] = np.nan
+    meter.run({"x": x})
+    assert meter.ranges()[0].headroom == 0.0
+
+
 def test_ranges_are_measured_beyond_the_dtype(tmp_path):
     path = export(Overflowing(), tmp_path / "model.onnx")
     meter = RangeMeter(path)

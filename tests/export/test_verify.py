@@ -10,7 +10,9 @@ import onnx
 import pytest
 
 from sana_export.errors import UsageError
-from sana_export.export.verify import GRAPH_CHECKS, measure_ranges, verify_bundle
+from sana_export.export.bundle import export_bundle
+from sana_export.export.graph_checks import GRAPH_CHECKS
+from sana_export.export.verify import measure_ranges, verify_bundle
 from sana_export.graphs.checkpoint import open_checkpoint
 from sana_export.manifest import Manifest, file_entry
 from sana_export.synth.checkpoint import make_checkpoint
@@ -58,3 +60,11 @@ def test_another_checkpoint_is_refused(tiny_bundle, tmp_path):
 def test_ranges_of_a_float32_bundle_are_refused(tiny_bundle):
     with pytest.raises(UsageError, match="half precision"):
         measure_ranges(tiny_bundle)
+
+
+def test_a_bfloat16_bundle_passes(tiny_checkpoint, tmp_path):
+    bundle = tmp_path / "b"
+    export_bundle(tiny_checkpoint, bundle, precision="bf16")
+    report = verify_bundle(bundle, tiny_checkpoint, **QUICK)
+    assert report.backend.startswith("cpu, bfloat16")
+    assert report.passed, report.as_text()

@@ -80,6 +80,12 @@ def test_damage_is_named(folder, component, damage):
         open_checkpoint(str(folder))
 
 
+def test_a_variant_that_is_not_there_is_said(folder):
+    with pytest.raises(UsageError, match="nonsense") as caught:
+        open_checkpoint(str(folder), weights_variant="nonsense")
+    assert "diffusion_pytorch_model.safetensors" in caught.value.found
+
+
 def test_a_missing_tokenizer_is_named(folder):
     (folder / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(ArtifactError, match="tokenizer"):

@@ -305,3 +305,27 @@ def test_latents_that_overflow_are_an_artifact_error(tiny_runtime: SanaRuntime) 
     assert "with fp32 graphs" in str(caught.value)
     assert caught.value.fix is not None
     assert caught.value.fix.startswith(f"sana-export verify {tiny_runtime.bundle} --reference tiny --ranges")
+
+
+def test_a_picture_with_nan_is_refused(tiny_runtime, monkeypatch) -> None:
+    """A decoder that overflows, as DC-AE is known to in a plain fp16 cast."""
+
+    class Broken:
+        def run(self, feeds):
+            return {"image": np.full((1, 3, 64, 64), np.nan, dtype=np.float32)}
+
+    monkeypatch.setitem(tiny_runtime._sessions, "vae_decoder", Broken())
+    with pytest.raises(ArtifactError, match="an image with NaN") as caught:
+        tiny_runtime("x", height=64, width=64, use_resolution_binning=False, num_inference_steps=1, seed=0)
+    assert "--ranges" in caught.value.fix
+
+
+@pytest.mark.parametrize("size", [{"height": 10**9}, {"width": 16416}])
+def test_sizes_that_no_memory_holds_are_refused(tiny_runtime, size) -> None:
+    with pytest.raises(UsageError, match="out of range"):
+        tiny_runtime("x", use_resolution_binning=False, **size)
+
+
+def test_a_prompt_that_is_no_unicode_is_refused(tiny_runtime) -> None:
+    with pytest.raises(UsageError, match="Unicode"):
+        tiny_runtime("a \udcff")

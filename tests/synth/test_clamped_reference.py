@@ -13,7 +13,8 @@ from diffusers.models.attention_processor import (
     SanaLinearAttnProcessor2_0,
 )
 
-from sana_export.export.reference import ATTENTION_LIMIT, ClampedLinearAttnProcessor, clamp_attention, clamp_pag_processors
+from sana_export.export.reference import ClampedLinearAttnProcessor, clamp_attention, clamp_pag_processors
+from sana_export.graphs.numerics import FP16_MAX
 from sana_export.synth.checkpoint import build_pipeline
 from sana_export.synth.recipes import RECIPES
 
@@ -40,8 +41,8 @@ def test_every_processor_is_clipped_and_otherwise_unchanged(pipeline: Any, proce
     attention.set_processor(ClampedLinearAttnProcessor(processor()))
     clamped = attention(tokens)
     assert clamped.dtype == dtype
-    assert torch.equal(clamped, plain.clip(-ATTENTION_LIMIT, ATTENTION_LIMIT))
-    over = (plain.float().abs() > ATTENTION_LIMIT).float().mean()
+    assert torch.equal(clamped, plain.clip(-FP16_MAX, FP16_MAX))
+    over = (plain.float().abs() > FP16_MAX).float().mean()
     # Only in fp16 does diffusers clip by itself.
     assert over == 0 if dtype == torch.float16 else 0.01 < over < 0.99
 
@@ -71,6 +72,6 @@ def test_pag_call_uses_clamped_processors_and_puts_ours_back(pipeline: Any) -> N
         pag("a cat", guidance_scale=guidance_scale, pag_scale=2.0, output_type="latent", **options)
     hook.remove()
     assert [kind for kind, _ in used] == list(PROCESSORS[1:])
-    assert all(largest <= ATTENTION_LIMIT for _, largest in used)
+    assert all(largest <= FP16_MAX for _, largest in used)
     kinds = {type(p.processor) for name, p in pag.transformer.attn_processors.items() if ".attn1." in name}
     assert kinds == {SanaLinearAttnProcessor2_0}

@@ -402,5 +402,5 @@ def test_the_instructions_length_is_read_from_the_bundle(tokens: int, tmp_path: 
 def test_a_damaged_instruction_is_named(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "instruction.safetensors").write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"instruction\.safetensors does not hold"):
+    with pytest.raises(ArtifactError, match=r"instruction\.safetensors is damaged"):
         read_instruction_tokens(tmp_path)
