@@ -1,0 +1,28 @@
+"""What needs a GPU. Run by `make gpu-check`; nothing here has been run yet where there is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+pytestmark = pytest.mark.gpu
+
+
+def test_onnxruntime_on_cuda_draws_what_the_cpu_draws(tiny_bundle) -> None:
+    assert "CUDAExecutionProvider" in onnxruntime.get_available_providers(), 'install with: pip install "sana-export[cuda]"'
+    request = {"height": 128, "width": 192, "use_resolution_binning": False, "num_inference_steps": 4, "seed": 3}
+    runtime = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime")
+    assert runtime.backend.device == "cuda"
+    found = runtime("a red apple", output_type="np", **request).images
+
+    def on_the_cpu(bundle, manifest):
+        backend = OnnxRuntimeBackend(bundle, manifest)
+        backend._use("CPUExecutionProvider")
+        return backend
+
+    wanted = SanaRuntime.from_pretrained(tiny_bundle, backend=on_the_cpu)("a red apple", output_type="np", **request).images
+    assert -10.0 * np.log10(np.mean((found - wanted) ** 2)) >= 40.0
