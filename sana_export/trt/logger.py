@@ -24,8 +24,10 @@ LEVELS = {
     "VERBOSE": logging.DEBUG - 5,
 }
 #: Lines that say nothing to a user: without a driver every error is followed by one about the driver, though building needs
-#: none; a cancelled build reports its cancellation as an error; the parser frames each node it dislikes.
-NOISE = re.compile(r"catchCudaError|BuildCanceled|Thread context has not been set|(Begin|End) node ---|unsupported in TensorRT-RTX")
+#: none; a cancelled build reports its cancellation as an error; the parser frames each node it dislikes; it reminds of int64.
+NOISE = re.compile(
+    r"catchCudaError|BuildCanceled|Thread context has not been set|(Begin|End) node ---|unsupported in TensorRT-RTX|has Int64 binding"
+)
 #: What TensorRT appends or prepends for its own developers.
 _SOURCE_NOTES = re.compile(r"( In \w+ at \S+?:\d+)+|\[\w+\.cpp:\d+: \w+\] |^(ERROR: )?\w+\.cpp:\d+:? ")
 _KEPT = 6
