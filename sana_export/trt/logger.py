@@ -24,7 +24,8 @@ LEVELS = {
     "VERBOSE": logging.DEBUG - 5,
 }
 #: Lines that say nothing to a user: without a driver every error is followed by one about the driver, though building needs
-#: none; a cancelled build reports its cancellation as an error; the parser frames each node it dislikes; it reminds of int64.
+#: none; a cancelled build reports its cancellation as an error; the parser frames each node it dislikes; it reminds of int64
+#: inputs, which the contract states.
 NOISE = re.compile(
     r"catchCudaError|BuildCanceled|Thread context has not been set|(Begin|End) node ---|unsupported in TensorRT-RTX|has Int64 binding"
 )
