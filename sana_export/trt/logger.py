@@ -27,7 +27,8 @@ LEVELS = {
 #: none; a cancelled build reports its cancellation as an error; the parser frames each node it dislikes; it reminds of int64
 #: inputs, which the contract states.
 NOISE = re.compile(
-    r"catchCudaError|BuildCanceled|Thread context has not been set|(Begin|End) node ---|unsupported in TensorRT-RTX|has Int64 binding"
+    r"catchCudaError|BuildCanceled|Thread context has not been set|(Begin|End) node ---"
+    r"|unsupported in TensorRT-RTX|has Int64 binding"
 )
 #: What TensorRT appends or prepends for its own developers.
 _SOURCE_NOTES = re.compile(r"( In \w+ at \S+?:\d+)+|\[\w+\.cpp:\d+: \w+\] |^(ERROR: )?\w+\.cpp:\d+:? ")
