@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,11 @@ def test_a_compute_capability_that_cannot_be_built_for(tiny_bundle: Path, cli: C
     assert "8.9" in ran.err
 
 
-def test_tensorrt_says_what_to_install(tiny_bundle: Path, cli: Cli) -> None:
-    try:
-        import tensorrt  # noqa: F401
-    except ImportError:
-        ran = cli("build", tiny_bundle, "--backend", "tensorrt")
-        assert ran.code == 3
-        assert 'pip install "tensorrt>=10.12"' in ran.err
-    else:
-        pytest.skip("TensorRT is installed here")
+def test_tensorrt_says_what_to_install(tiny_bundle: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    ran = cli("build", tiny_bundle, "--backend", "tensorrt")
+    assert ran.code == 3
+    assert 'pip install "tensorrt>=10.12"' in ran.err
 
 
 def test_the_profile_is_named_or_of_one_size(tiny_bundle: Path) -> None:
