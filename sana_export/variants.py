@@ -1,72 +1,115 @@
-"""The checkpoints that sana_export knows by name, and what follows from each.
+"""The checkpoints that sana_export knows by name, and what follows from each (data only).
 
-A row states what cannot be read from the checkpoint's own configs. Source: the model cards of Efficient-Large-Model on the hub.
+A row states what tells a checkpoint from the others; sizes, schedules and configs follow from its architecture and native size.
+Source: the model cards of Efficient-Large-Model on the hub.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from sana_export.architectures import ARCHITECTURES, INTERPOLATION_SCALE, Architecture, Config, identity
 from sana_export.errors import UsageError
 
 NVIDIA_LICENSE = "weights: NVIDIA's terms on the model card; text encoder: Google's Gemma terms"
+SYNTHETIC_LICENSE = "Apache-2.0: seeded random weights made by sana_export"
+#: What diffusers' SanaPipeline and SanaSprintPipeline take where no steps are given.
+STEPS, SPRINT_STEPS = 20, 2
 
 
 @dataclass(frozen=True)
 class Variant:
     """One checkpoint. `clamp`: trained in fp16 under a clip of self-attention outputs to +-65504 (docs/numerics.md).
 
-    `repo` is the hub id of the diffusers folder; `recipe` names a synthetic checkpoint that sana_export makes itself.
+    `repo` is the hub id of the diffusers folder, None for a small synthetic checkpoint that sana_export makes itself.
     """
 
     alias: str
     native_size: int
     clamp: bool
+    architecture: Architecture
     repo: str | None = None
-    recipe: str | None = None
-    weights_variant: str | None = None
-    flow_shift: float = 3.0
-    steps: int = 20
     guidance_scale: float = 4.5
-    license: str = NVIDIA_LICENSE
+
+    @property
+    def recipe(self) -> str | None:
+        """The name of the synthetic recipe that stands behind this alias, None for a published checkpoint."""
+        return None if self.repo else self.alias
 
     @property
     def source(self) -> str:
         return self.repo or f"synthetic: {self.recipe}"
 
+    @property
+    def weights_variant(self) -> str | None:
+        """What the names of the published weight files hold and the dtype of training: "fp16" or "bf16"."""
+        return ("fp16" if self.clamp else "bf16") if self.repo else None
 
-def _published(name: str, native_size: int, *, clamp: bool, weights_variant: str, **other: float | int) -> Variant:
+    @property
+    def transformer(self) -> Config:
+        """transformer/config.json."""
+        return self.architecture.transformer(self.native_size)
+
+    @property
+    def scheduler(self) -> Config:
+        """scheduler/scheduler_config.json, as far as it differs from the class's defaults."""
+        return self.architecture.scheduler(self.native_size)
+
+    @property
+    def flow_shift(self) -> float | None:
+        """The shift of the flow's timesteps; None for SANA-Sprint, whose scheduler has none."""
+        return self.scheduler.get("flow_shift")
+
+    @property
+    def interpolation_scale(self) -> float | None:
+        """Scale of the position table; None where the transformer has no such table."""
+        return INTERPOLATION_SCALE.get(self.native_size)
+
+    @property
+    def steps(self) -> int:
+        return SPRINT_STEPS if self.architecture.guidance_embeds else STEPS
+
+    @property
+    def license(self) -> str:
+        return NVIDIA_LICENSE if self.repo else SYNTHETIC_LICENSE
+
+
+def _published(name: str, native_size: int, architecture: str, *, clamp: bool = False) -> Variant:
     return Variant(
         alias=name.lower().replace(".", "-").replace("_", "-"),
         native_size=native_size,
         clamp=clamp,
+        architecture=ARCHITECTURES[architecture],
         repo=f"Efficient-Large-Model/{name}_diffusers",
-        weights_variant=weights_variant,
-        **other,  # type: ignore[arg-type]
     )
 
 
-SYNTHETIC = "Apache-2.0: seeded random weights made by sana_export"
+def _synthetic(name: str, native_size: int) -> Variant:
+    return Variant(name, native_size, clamp=False, architecture=ARCHITECTURES[name])
+
 
 VARIANTS: dict[str, Variant] = {
     variant.alias: variant
     for variant in (
-        Variant("tiny", 512, clamp=False, recipe="tiny", license=SYNTHETIC),
-        Variant("mid", 512, clamp=False, recipe="mid", license=SYNTHETIC),
-        _published("Sana_600M_512px", 512, clamp=True, weights_variant="fp16"),
-        _published("Sana_600M_1024px", 1024, clamp=True, weights_variant="fp16"),
-        _published("Sana_1600M_512px", 512, clamp=True, weights_variant="fp16"),
-        _published("Sana_1600M_512px_MultiLing", 512, clamp=True, weights_variant="fp16"),
-        _published("Sana_1600M_1024px", 1024, clamp=True, weights_variant="fp16"),
-        _published("Sana_1600M_1024px_MultiLing", 1024, clamp=True, weights_variant="fp16"),
-        _published("Sana_1600M_1024px_BF16", 1024, clamp=False, weights_variant="bf16"),
-        _published("Sana_1600M_2Kpx_BF16", 2048, clamp=False, weights_variant="bf16"),
-        _published("Sana_1600M_4Kpx_BF16", 4096, clamp=False, weights_variant="bf16", flow_shift=6.0),
-        _published("SANA1.5_1.6B_1024px", 1024, clamp=False, weights_variant="bf16"),
-        _published("SANA1.5_4.8B_1024px", 1024, clamp=False, weights_variant="bf16"),
-        _published("Sana_Sprint_0.6B_1024px", 1024, clamp=False, weights_variant="bf16", steps=2),
-        _published("Sana_Sprint_1.6B_1024px", 1024, clamp=False, weights_variant="bf16", steps=2),
+        _synthetic("tiny", 512),
+        _synthetic("tiny-sprint", 1024),
+        _synthetic("mid", 512),
+        _published("Sana_600M_512px", 512, "Sana 600M", clamp=True),
+        _published("Sana_600M_1024px", 1024, "Sana 600M", clamp=True),
+        _published("Sana_1600M_512px", 512, "Sana 1600M", clamp=True),
+        _published("Sana_1600M_512px_MultiLing", 512, "Sana 1600M", clamp=True),
+        _published("Sana_1600M_1024px", 1024, "Sana 1600M", clamp=True),
+        _published("Sana_1600M_1024px_MultiLing", 1024, "Sana 1600M", clamp=True),
+        _published("Sana_1600M_1024px_BF16", 1024, "Sana 1600M"),
+        _published("Sana_1600M_2Kpx_BF16", 2048, "Sana 1600M"),
+        _published("Sana_1600M_4Kpx_BF16", 4096, "Sana 1600M"),
+        _published("SANA1.5_1.6B_1024px", 1024, "SANA-1.5 1.6B"),
+        _published("SANA1.5_4.8B_1024px", 1024, "SANA-1.5 4.8B"),
+        _published("Sana_Sprint_0.6B_1024px", 1024, "Sprint 0.6B"),
+        _published("Sana_Sprint_1.6B_1024px", 1024, "Sprint 1.6B"),
     )
 }
 
@@ -78,6 +121,18 @@ def find_variant(model: str) -> Variant | None:
         if model in names:
             return variant
     return None
+
+
+def recognise(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[Variant, ...]:
+    """The published rows whose configs are those of a local folder or an unlisted fine-tune: none, one or several.
+
+    `transformer` and `scheduler` hold its config.json and scheduler_config.json. Several rows of one config may differ in `clamp`
+    (Sana_1600M_1024px and its BF16 twin): then the configs do not tell the family.
+    """
+    wanted = identity(transformer, scheduler)
+    return tuple(
+        variant for variant in VARIANTS.values() if variant.repo and identity(variant.transformer, variant.scheduler) == wanted
+    )
 
 
 def unknown_alias(model: str) -> UsageError:

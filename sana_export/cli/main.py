@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sana_export import __version__
-from sana_export.cli import bench, build, doctor, engines, export, generate, inspect, variants, verify
+from sana_export.cli import bench, build, doctor, engines, export, generate, inspect, synth, variants, verify
 from sana_export.cli.console import EVERYTHING, SILENT, VERBOSE, Console, logging_to
 from sana_export.cli.failure import describe
 from sana_export.cli.interrupt import EXIT_CODE as INTERRUPTED
@@ -26,7 +26,7 @@ from sana_export.cli.verb import Answer, Verb
 from sana_export.errors import UsageError
 
 VERBS: dict[str, Verb] = {
-    module.VERB.name: module.VERB for module in (engines, export, build, verify, generate, bench, inspect, doctor, variants)
+    module.VERB.name: module.VERB for module in (engines, export, build, verify, generate, bench, inspect, doctor, variants, synth)
 }
 #: Verbosity by the count of -v minus the count of -q.
 LEVELS = {-1: SILENT, 1: VERBOSE, 2: EVERYTHING}

@@ -1,113 +1,84 @@
-"""Makes a synthetic checkpoint: a folder that diffusers and everything after it load as they load a published one."""
+"""Makes a synthetic checkpoint: a folder that diffusers and everything after it load as they load a published one.
+
+A checkpoint of any size is written in bounded memory: the networks stand on torch's meta device, for the names and shapes of
+their parameters, and every parameter is drawn a piece at a time and goes straight to its file.
+"""
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sana_export.disk import require_free
 from sana_export.errors import DependencyError, UsageError
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe
+from sana_export.synth.shards import StoredWeights
 from sana_export.synth.tokenizer import build_gemma_tokenizer
-from sana_export.synth.weights import FILL
+from sana_export.synth.weights import Weights, fill
+from sana_export.variants import find_variant
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Written beside model_index.json; its presence means that the weights are random.
 MARKER = "sana_export.json"
 DTYPES = ("float32", "float16", "bfloat16")
+#: The stem of each network's weight files.
+STEMS = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+#: Bytes of a weight file at most, where the caller does not say.
+SHARD_SIZE = 2 * 10**9
+#: Bytes of everything beside the weights, rounded up.
+_SMALL_FILES = 10**6
+
+#: Gives the values of a parameter by its name, flat and in pieces.
+Values = Callable[[str], "Iterable[Tensor]"]
+#: (what is being written, its number, how many there are, how far it is from 0 to 1)
+OnProgress = Callable[[str, int, int, float], None]
 
 
 def find_recipe(name: str) -> SyntheticRecipe:
-    """The recipe `name`. Raises `UsageError` with the nearest names."""
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES) or list(RECIPES)
-        raise UsageError("no such synthetic checkpoint", found=name, wanted=" or ".join(near))
-    return RECIPES[name]
+    """The recipe of the variant `name` (an alias or a hub id). Raises `UsageError` with the nearest aliases."""
+    variant = find_variant(name)
+    if variant is None:
+        near = difflib.get_close_matches(name.lower(), RECIPES, n=4) or list(RECIPES)
+        raise UsageError("no such variant", found=name, wanted=" or ".join(near), fix="sana-export variants")
+    return RECIPES[variant.alias]
 
 
 def build_pipeline(recipe: SyntheticRecipe, seed: int = 0) -> Any:
-    """The recipe's `SanaPipeline` in float32 in memory. Leaves torch's global random state as it was."""
+    """The recipe's pipeline in float32 in memory. Leaves torch's global random state as it was."""
     import torch
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        pipeline = _assemble(recipe, "cpu")
+        for component in STEMS:
+            fill(getattr(pipeline, component).eval(), component, seed)
+    return pipeline
+
+
+def _assemble(recipe: SyntheticRecipe, device: str) -> Any:
+    """The recipe's pipeline with its networks on `device`, their parameters as their classes leave them."""
+    import diffusers
+    import torch
     from transformers import Gemma2Config, Gemma2Model
 
     tokenizer = build_gemma_tokenizer()
     text_config = Gemma2Config(**{"vocab_size": len(tokenizer), **recipe.text_encoder})
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        models: dict[str, Any] = {
+    scheduler = dict(recipe.scheduler)
+    with torch.device(device):
+        networks = {
             "text_encoder": Gemma2Model(text_config),
-            "transformer": SanaTransformer2DModel(**recipe.transformer),
-            "vae": AutoencoderDC(**recipe.vae),
+            "transformer": diffusers.SanaTransformer2DModel(**recipe.transformer),
+            "vae": diffusers.AutoencoderDC(**recipe.vae),
         }
-        for component, model in models.items():
-            FILL[component](model.eval(), seed)
-    scheduler = DPMSolverMultistepScheduler(**recipe.scheduler)
-    return SanaPipeline(tokenizer=tokenizer, scheduler=scheduler, **models)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing one on stderr for files that are written at once."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
-
-
-def write_pipeline(
-    pipeline: Any,
-    folder: Path,
-    marker: dict[str, Any],
-    *,
-    dtype: str = "float32",
-    variant: str | None = None,
-) -> Path:
-    """Write `pipeline` with its weights in `dtype` as the checkpoint `folder`, whole or not at all; return `folder`.
-
-    `marker` is what `MARKER` will hold. An older synthetic checkpoint of that name is replaced; anything else there is kept
-    and raises `UsageError`. A full disk or a missing permission raises `DependencyError`.
-    """
-    import torch
-    from safetensors import SafetensorError
-
-    if dtype not in DTYPES:
-        raise UsageError("no such dtype for weights", found=dtype, wanted=", ".join(DTYPES))
-    folder = Path(folder)
-    if folder.exists() and not (folder / MARKER).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(
-            "the folder holds something that is not a synthetic checkpoint",
-            found=folder,
-            wanted="a new folder",
-            fix="choose another name or remove it yourself",
-        )
-    for component in ("text_encoder", "transformer", "vae"):
-        # The plain `Module.to`: diffusers' own warns about layers to keep in float32, of which Sana has none.
-        torch.nn.Module.to(getattr(pipeline, component), getattr(torch, dtype))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as scratch:
-            fresh = Path(scratch, "fresh")
-            with _no_progress_bar():
-                pipeline.save_pretrained(fresh, safe_serialization=True, variant=variant)
-            (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-            if folder.exists():
-                folder.rename(Path(scratch, "old"))
-            fresh.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise DependencyError(
-            "the checkpoint could not be written",
-            found=error,
-            wanted=f"a writable disk with room for it at {folder.parent}",
-        ) from error
-    return folder
+    return getattr(diffusers, recipe.pipeline)(
+        tokenizer=tokenizer, scheduler=getattr(diffusers, scheduler.pop("_class_name"))(**scheduler), **networks
+    )
 
 
 def make_checkpoint(
@@ -117,12 +88,111 @@ def make_checkpoint(
     dtype: str = "float32",
     seed: int = 0,
     variant: str | None = None,
+    shard_size: int = SHARD_SIZE,
+    on_progress: OnProgress | None = None,
 ) -> Path:
     """Write the synthetic checkpoint `recipe` to `folder` in diffusers' layout and return `folder`.
 
-    The same recipe, dtype and seed give the same bytes. `dtype` is that of the stored weights ("float32", "float16",
-    "bfloat16"); `variant` ("fp16") goes into their file names. See `write_pipeline` for what happens to an older folder.
+    The same recipe, dtype, seed and shard size give the same bytes. `dtype` is that of the stored weights ("float32", "float16",
+    "bfloat16"); `variant` ("fp16") goes into their file names, of which none is larger than `shard_size` bytes unless one tensor
+    is. Memory stays bounded by a few pieces of `weights.PIECE` values. See `write_pipeline` for what happens to an older folder.
     """
     recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
-    marker = {"synthetic": True, "recipe": recipe.name, "seed": seed}
-    return write_pipeline(build_pipeline(recipe, seed), folder, marker, dtype=dtype, variant=variant)
+    _check_request(folder, dtype)
+    pipeline = _assemble(recipe, "meta")
+    values = {component: Weights(component, shapes_of(getattr(pipeline, component)), seed).pieces for component in STEMS}
+    marker = {"synthetic": True, "variant": recipe.name, "dtype": dtype, "seed": seed}
+    return write_pipeline(
+        pipeline, folder, marker, dtype=dtype, variant=variant, shard_size=shard_size, values=values, on_progress=on_progress
+    )
+
+
+def write_pipeline(
+    pipeline: Any,
+    folder: Path,
+    marker: dict[str, Any],
+    *,
+    dtype: str = "float32",
+    variant: str | None = None,
+    shard_size: int = SHARD_SIZE,
+    values: Mapping[str, Values] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Write `pipeline` with its weights in `dtype` as the checkpoint `folder`, whole or not at all; return `folder`.
+
+    `values` gives the values of each network's parameters (None: those that the pipeline holds). `marker` is what `MARKER` will
+    hold. An older synthetic checkpoint of that name is replaced; anything else there is kept and raises `UsageError`. Too little
+    disk space (told before anything is written), a full disk or a missing permission raises `DependencyError`.
+    """
+    _check_request(folder, dtype)
+    stored = {component: _stored(getattr(pipeline, component), component, dtype, values) for component in STEMS}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        require_free(folder.parent, sum(weights.size for weights in stored.values()) + _SMALL_FILES, f"the checkpoint {folder}")
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as scratch:
+            fresh = Path(scratch, "fresh")
+            _write_configs(pipeline, fresh, dtype)
+            for component, weights in stored.items():
+                weights.write(fresh / component, shard_size, variant, _counter(on_progress, component, weights.size))
+            (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+            if folder.exists():
+                folder.rename(Path(scratch, "old"))
+            fresh.rename(folder)
+    except OSError as error:
+        raise DependencyError(
+            "the checkpoint could not be written",
+            found=error,
+            wanted=f"a writable disk with room for it at {folder.parent}",
+        ) from error
+    return folder
+
+
+def shapes_of(network: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a network stores, in its own order."""
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+
+
+def _check_request(folder: Path, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UsageError("no such dtype for weights", found=dtype, wanted=", ".join(DTYPES))
+    if folder.exists() and not (folder / MARKER).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(
+            "the folder holds something that is not a synthetic checkpoint",
+            found=folder,
+            wanted="a new folder",
+            fix="choose another name or remove it yourself",
+        )
+
+
+def _stored(network: Any, component: str, dtype: str, values: Mapping[str, Values] | None) -> StoredWeights:
+    import torch
+
+    if values is not None:
+        return StoredWeights(STEMS[component], shapes_of(network), values[component], getattr(torch, dtype))
+    held = network.state_dict()
+    return StoredWeights(STEMS[component], shapes_of(network), lambda name: [held[name]], getattr(torch, dtype))
+
+
+def _write_configs(pipeline: Any, folder: Path, dtype: str) -> None:
+    """Everything of the checkpoint but its weights."""
+    pipeline.save_config(folder)
+    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    for component in ("transformer", "vae"):
+        getattr(pipeline, component).save_config(folder / component)
+    config = copy.deepcopy(pipeline.text_encoder.config)
+    config.architectures, config.dtype = [type(pipeline.text_encoder).__name__], dtype
+    config.save_pretrained(folder / "text_encoder")
+
+
+def _counter(on_progress: OnProgress | None, component: str, total: int) -> Callable[[int], None]:
+    """Turns bytes written into the progress of one network."""
+    written = 0
+
+    def count(more: int) -> None:
+        nonlocal written
+        written += more
+        if on_progress is not None:
+            on_progress(f"writing {component}", list(STEMS).index(component), len(STEMS), written / total)
+
+    return count

@@ -1,4 +1,4 @@
-"""Seeded weights that keep activations at unit scale, for any config of the three networks.
+"""Seeded weights that keep activations at unit scale, for any config of the three networks, drawn a piece at a time.
 
 Every parameter is drawn by the first rule whose pattern its name matches, from a generator seeded by its own name: a change
 of one config leaves the weights of everything else as they were. The rules are for networks with random weights: the scale
@@ -11,40 +11,53 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sana_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+#: Values drawn at a time, 16 MiB of them.
+PIECE = 1 << 22
+#: torch draws normal values in blocks of this many, so pieces that are multiples of it join to what one call draws.
+BLOCK = 16
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters whose name holds `pattern` are normal around `mean`, with deviation `std` (over sqrt(fan-in) if `fan_in`)."""
+    """Parameters whose name holds `pattern` are normal around `mean`, with deviation `std` (over sqrt(fan-in) if `fan_in`).
+
+    `branch` marks the output of a transformer block's branch, which is divided by sqrt(layers) as well: the stream ends at the
+    same scale at any depth.
+    """
 
     pattern: str
     std: float
     mean: float = 0.0
     fan_in: bool = False
+    branch: bool = False
 
 
-def _weight(pattern: str, gain: float) -> Rule:
-    return Rule(pattern, gain, fan_in=True)
+def _weight(pattern: str, gain: float, branch: bool = False) -> Rule:
+    return Rule(pattern, gain, fan_in=True, branch=branch)
 
 
 _BIASES = Rule(r"\.bias$", 0.1)
 
-#: Branch outputs are divided by sqrt(layers) (`_scale_branches`), so deep configs keep the stream of shallow ones.
 TRANSFORMER = (
     Rule(r"(^|\.)scale_shift_table$", 0.3),
     Rule(r"caption_norm\.weight$", 0.2, mean=1.0),
     Rule(r"norm_[qk]\.weight$", 0.2, mean=1.0),
     _weight(r"linear_1\.weight$", 1.0),
     _weight(r"linear_2\.weight$", 1.7),
-    _weight(r"attn1\.to_out\.0\.weight$", 2.0),
+    _weight(r"attn1\.to_out\.0\.weight$", 2.0, branch=True),
     _weight(r"attn2\.to_[qk]\.weight$", 1.3),
-    _weight(r"attn2\.to_out\.0\.weight$", 1.0),
-    _weight(r"ff\.conv_(inverted|depth|point)\.weight$", 1.4),
+    _weight(r"attn2\.to_out\.0\.weight$", 1.0, branch=True),
+    _weight(r"ff\.conv_point\.weight$", 1.4, branch=True),
+    _weight(r"ff\.conv_(inverted|depth)\.weight$", 1.4),
     _weight(r"\.weight$", 1.0),
     _BIASES,
 )
@@ -71,71 +84,94 @@ TEXT_ENCODER = (
 )
 
 
-def _generator(*key: object) -> Any:
+RULES = {"transformer": TRANSFORMER, "vae": AUTOENCODER, "text_encoder": TEXT_ENCODER}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The float32 weights of the network `component` ("transformer", "vae", "text_encoder"), whose parameters have `shapes`."""
+
+    component: str
+    shapes: Mapping[str, tuple[int, ...]]
+    seed: int
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The values of the parameter `name`, flat, in pieces of about `PIECE`. Raises UsageError where no rule names it."""
+        finish = _FINISH.get((self.component, name))
+        if finish is None:
+            yield from self._drawn(name)
+        else:
+            yield finish(self, self._whole(name)).flatten()
+
+    def _whole(self, name: str) -> Tensor:
+        import torch
+
+        return torch.cat(list(self._drawn(name))).view(self.shapes[name])
+
+    def _drawn(self, name: str) -> Iterator[Tensor]:
+        import torch
+
+        rule, shape = self._rule(name), self.shapes[name]
+        std = rule.std / math.sqrt(math.prod(shape[1:]) if rule.fan_in else 1)
+        share = self._layers() ** -0.5 if rule.branch else 1.0
+        generator = _generator(self.seed, self.component, name)
+        for count in _piece_sizes(math.prod(shape)):
+            yield torch.randn(count, generator=generator).mul_(std).add_(rule.mean).mul_(share)
+
+    def _rule(self, name: str) -> Rule:
+        rules = RULES[self.component]
+        rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
+        if rule is None:
+            raise UsageError("no rule to draw this parameter", found=name, wanted=[rule.pattern for rule in rules])
+        return rule
+
+    def _layers(self) -> int:
+        return sum(name.endswith("attn1.to_out.0.weight") for name in self.shapes)
+
+
+def _generator(*key: object) -> Generator:
     import torch
 
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def _draw(model: Any, rules: tuple[Rule, ...], *key: object) -> None:
-    """Overwrite every parameter of `model` in place. A parameter that no rule names is an error."""
-    import torch
-
-    for name, parameter in model.named_parameters():
-        rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
-        if rule is None:
-            raise UsageError("no rule to draw this parameter", found=name, wanted=[rule.pattern for rule in rules])
-        fan_in = math.prod(parameter.shape[1:]) if rule.fan_in else 1
-        values = torch.randn(parameter.shape, generator=_generator(*key, name))
-        parameter.data.copy_(values.mul_(rule.std / math.sqrt(fan_in)).add_(rule.mean))
+def _piece_sizes(count: int) -> Iterator[int]:
+    """`count` as a sum of pieces. The last one is never shorter than a block, which torch would draw in another way."""
+    while count >= PIECE + BLOCK:
+        yield PIECE
+        count -= PIECE
+    yield count
 
 
-def _scale_branches(transformer: Any) -> None:
-    """Divide the outputs of all three branches of a block by sqrt(layers): the stream ends at the same scale at any depth."""
-    scale = len(transformer.transformer_blocks) ** -0.5
-    for block in transformer.transformer_blocks:
-        for branch in (block.attn1.to_out[0], block.attn2.to_out[0], block.ff.conv_point):
-            branch.weight.data.mul_(scale)
-
-
-def _tie_output_to_input(transformer: Any, share: float = 1.2) -> None:
+def _tie_output_to_input(weights: Weights, output: Tensor, share: float = 1.2) -> Tensor:
     """Let the velocity hold about `share` of the latents, read back from the stream by the transposed patch embedding.
 
     A flow dx/dt = share * x + f(x, t, prompt) forgets the noise that it starts from, as a trained one does; without it the
     noise stays in the image and a sampling run only adds to it.
     """
-    embedding = transformer.patch_embed.proj.weight.data.flatten(1)
+    embedding = weights._whole("patch_embed.proj.weight").flatten(1)
     pseudo_inverse = embedding.T / embedding.pow(2).sum(0).unsqueeze(1)
-    transformer.proj_out.weight.data.add_(pseudo_inverse, alpha=share)
+    return output.add_(pseudo_inverse, alpha=share)
 
 
-def _centre_pixels(vae: Any) -> None:
+def _centre_pixels(weights: Weights, output: Tensor) -> Tensor:
     """Give each colour of the last convolution weights of mean zero, so that its relu'd input leaves no offset."""
-    weight = vae.decoder.conv_out.weight.data
-    weight.sub_(weight.mean(dim=(1, 2, 3), keepdim=True))
+    return output.sub_(output.mean(dim=(1, 2, 3), keepdim=True))
 
 
-def fill_transformer(transformer: Any, seed: int) -> None:
-    """Draw the weights of a `SanaTransformer2DModel` in place."""
-    _draw(transformer, TRANSFORMER, seed, "transformer")
-    _scale_branches(transformer)
-    _tie_output_to_input(transformer)
-
-
-def fill_vae(vae: Any, seed: int) -> None:
-    """Draw the weights of an `AutoencoderDC` in place."""
-    _draw(vae, AUTOENCODER, seed, "vae")
-    _centre_pixels(vae)
-
-
-def fill_text_encoder(text_encoder: Any, seed: int) -> None:
-    """Draw the weights of a `Gemma2Model` in place."""
-    _draw(text_encoder, TEXT_ENCODER, seed, "text_encoder")
-
-
-FILL: dict[str, Callable[[Any, int], None]] = {
-    "transformer": fill_transformer,
-    "vae": fill_vae,
-    "text_encoder": fill_text_encoder,
+#: What is done to a whole parameter after it is drawn.
+_FINISH: dict[tuple[str, str], Callable[[Weights, Tensor], Tensor]] = {
+    ("transformer", "proj_out.weight"): _tie_output_to_input,
+    ("vae", "decoder.conv_out.weight"): _centre_pixels,
 }
+
+
+def fill(model: Any, component: str, seed: int) -> None:
+    """Overwrite every parameter of a network in memory in place."""
+    import torch
+
+    parameters = dict(model.named_parameters())
+    weights = Weights(component, {name: tuple(value.shape) for name, value in parameters.items()}, seed)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(torch.cat(list(weights.pieces(name))).view(parameter.shape))

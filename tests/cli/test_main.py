@@ -25,7 +25,7 @@ from sana_export.cli.main import VERBS
 from sana_export.cli.verb import Answer, Verb
 from sana_export.errors import ArtifactError, DependencyError, ParityError, UsageError
 
-PROMISED = ("engines", "export", "build", "verify", "generate", "bench", "inspect", "doctor", "variants")
+PROMISED = ("engines", "export", "build", "verify", "generate", "bench", "inspect", "doctor", "variants", "synth")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from sana_export.errors import DependencyError, UsageError
 from sana_export.synth import checkpoint
 from sana_export.synth.checkpoint import MARKER, build_pipeline, make_checkpoint
 from sana_export.synth.recipes import RECIPES
+from sana_export.synth.shards import StoredWeights
 
 TINY = RECIPES["tiny"]
 COMPONENTS = ("text_encoder", "transformer", "vae")
@@ -79,7 +80,12 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_global_state(folder: Pa
 
 def test_folder_is_small_and_marked_as_synthetic(folder: Path, pipeline: Any) -> None:
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 8e6
-    assert json.loads((folder / MARKER).read_text()) == {"synthetic": True, "recipe": "tiny", "seed": 0}
+    assert json.loads((folder / MARKER).read_text()) == {
+        "synthetic": True,
+        "variant": "tiny",
+        "dtype": "float32",
+        "seed": 0,
+    }
     assert pipeline.text_encoder.config.vocab_size == len(pipeline.tokenizer)
     assert pipeline.text_encoder.config._attn_implementation == "eager"
     assert pipeline.scheduler.config.flow_shift == 3.0
@@ -244,20 +250,20 @@ def test_weights_are_stored_in_the_dtype_and_under_the_variant(tmp_path: Path, p
 def test_an_interrupted_make_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = make_checkpoint("tiny", tmp_path / "checkpoints" / "tiny")
     old = digests(target)
-    save = torch.nn.Module.state_dict
+    write = StoredWeights.write
     calls = 0
 
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def interrupted(self: Any, *args: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
-        return save(self, *args, **kwargs)
+        write(self, *args)
 
     for name in ("tiny", "new"):
         calls = 0
         with monkeypatch.context() as patch:
-            patch.setattr(torch.nn.Module, "state_dict", interrupted)
+            patch.setattr(StoredWeights, "write", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 make_checkpoint("tiny", target.with_name(name), seed=5)
         assert [path.name for path in target.parent.iterdir()] == ["tiny"]

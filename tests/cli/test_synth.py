@@ -1,0 +1,99 @@
+"""`sana-export synth`: what it writes, says and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import Cli
+from safetensors import safe_open
+
+from sana_export import disk
+from sana_export.graphs.checkpoint import open_checkpoint
+from sana_export.synth.shards import StoredWeights
+
+
+def stored_dtypes(folder: Path) -> set[str]:
+    found = set()
+    for file in folder.rglob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            found |= {str(stored.get_slice(name).get_dtype()) for name in stored.keys()}  # noqa: SIM118
+    return found
+
+
+def test_it_writes_a_checkpoint_that_opens_as_synthetic(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "tiny"
+    ran = cli("synth", "tiny", "-o", folder, "--dtype", "bf16", "--seed", 3, "--shard-size", "500KB", "--json")
+    assert ran.code == 0, ran.err
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    files = sum(file.is_file() for file in folder.rglob("*"))
+    facts = {"variant": "tiny", "synthetic": True, "dtype": "bf16", "seed": 3, "files": files, "bytes": size}
+    assert ran.json == {"checkpoint": str(folder), **facts}
+    assert stored_dtypes(folder) == {"BF16"}
+    marker = json.loads((folder / "sana_export.json").read_text())
+    assert marker == {"synthetic": True, "variant": "tiny", "dtype": "bfloat16", "seed": 3}
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.synthetic
+    assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
+    assert checkpoint.weights("transformer")["patch_embed.proj.weight"].shape == (128, 32, 1, 1)
+
+
+@pytest.mark.parametrize(("alias", "dtype"), [("tiny", "F32"), ("tiny-sprint", "F32")])
+def test_the_small_ones_are_what_their_aliases_stand_for(cli: Cli, tmp_path: Path, alias: str, dtype: str) -> None:
+    ran = cli("synth", alias, "-o", tmp_path / alias)
+    assert ran.code == 0, ran.err
+    assert "synthetic" in ran.out
+    assert f"sana-export export {tmp_path / alias}" in ran.out
+    assert stored_dtypes(tmp_path / alias) == {dtype}
+    assert "[2/3] writing transformer" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("alias", "gigabytes"),
+    [
+        ("sana-600m-1024px", 7.04),
+        ("sana-1600m-1024px-bf16", 9.06),
+        ("sana1-5-4-8b-1024px", 15.3),
+        ("sana-sprint-1-6b-1024px", 9.07),
+    ],
+)
+def test_too_little_disk_is_told_with_the_bytes_wanted(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alias: str, gigabytes: float
+) -> None:
+    """The sizes are those of half precision, so they tell the default dtype as well."""
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 10**9)
+    monkeypatch.setattr(StoredWeights, "write", lambda *_: pytest.fail("it was begun"))
+    ran = cli("synth", alias, "-o", tmp_path / "out", "--json")
+    assert ran.code == 3
+    error = ran.json["error"]
+    assert error["found"].startswith("1000000000 bytes")
+    assert int(error["wanted"].split()[0]) == pytest.approx(gigabytes * 1e9, rel=2e-3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sana-600m-1024"], "sana-600m-1024px"),
+        (["tiny", "--dtype", "int8"], "fp16"),
+        (["tiny", "--seed", "-1"], "seed"),
+        (["tiny", "--shard-size", "2XB"], "not a size"),
+        (["tiny", "--shard-size", "0"], "not a size"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_requests_are_refused(cli: Cli, tmp_path: Path, arguments: list[str], said: str) -> None:
+    ran = cli("synth", *arguments, "-o", tmp_path / "out")
+    assert ran.code == 2
+    assert said in ran.err
+    assert "fix:" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_something_else_is_kept(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    ran = cli("synth", "tiny", "-o", tmp_path)
+    assert ran.code == 2
+    assert "not a synthetic checkpoint" in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
