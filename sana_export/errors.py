@@ -5,6 +5,9 @@ Every error says what was found, what was wanted and the line that mends it, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class SanaExportError(Exception):
     """Base of all errors raised on purpose. `str()` is the whole message for the user."""
@@ -21,6 +24,11 @@ class SanaExportError(Exception):
         if fix is not None:
             lines.append(f"  fix:    {fix}")
         super().__init__("\n".join(lines))
+
+    def as_json(self) -> dict[str, str | None]:
+        """The error as JSON tells it: its type's name and its texts. `error_from_json` reads it back."""
+        texts = {"message": self.message, "found": self.found, "wanted": self.wanted, "fix": self.fix}
+        return {"type": type(self).__name__, **{name: None if text is None else str(text) for name, text in texts.items()}}
 
 
 class UsageError(SanaExportError):
@@ -45,3 +53,13 @@ class ParityError(SanaExportError):
     """A graph, an engine or an image differs from its reference by more than the stated limit."""
 
     exit_code = 5
+
+
+_BY_NAME = {kind.__name__: kind for kind in (UsageError, DependencyError, ArtifactError, ParityError)}
+
+
+def error_from_json(document: Mapping[str, Any]) -> SanaExportError:
+    """The error whose `as_json` is `document`, as the type of this file that it names."""
+    texts = dict(document)
+    kind = _BY_NAME.get(texts.pop("type"), SanaExportError)
+    return kind(texts.pop("message"), **texts)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sana_export.cli.bundle_text import bundle_document, bundle_summary
 from sana_export.cli.console import VERBOSE, Console
+from sana_export.cli.text import plural, table
 from sana_export.cli.verb import Answer, Verb, add_bundle, add_names, add_size, positive
 from sana_export.errors import UsageError
-from sana_export.manifest import Manifest
+from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import PROFILES, Profile, custom_profile, profile_named
-from sana_export.trt.flavour import FLAVOURS, load, target_for
+from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions
+from sana_export.trt.bundle import build_bundle, plan_bundle
+from sana_export.trt.flavour import FLAVOURS
+from sana_export.trt.plan import KEY_CHARACTERS, PlannedEngine
+from sana_export.trt.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,19 +30,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_size(parser, "the one image size that the engines serve, instead of a profile")
     parser.add_argument("--batch", type=positive, metavar="N", help="up to N images at a time, with --height and --width")
     add_names(parser, "--compute-capability", "CC", "GPUs to build for, for example 8.9 12.0 (default: portable, or the GPU here)")
-    add_names(parser, "--graphs", "GRAPH", "build only these graphs (default: all)")
+    add_names(parser, "--graphs", "GRAPH", "build only these graphs (default: all that the profile needs)")
+    parser.add_argument(
+        "--refittable",
+        action="store_true",
+        help="engines without weights, which they are given when they are loaded: one serves all fine-tunes of a checkpoint. To "
+        "build them needs a GPU",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be built and why, and build nothing")
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
     bundle = Path(options.bundle)
-    manifest = build_engines(
-        bundle,
-        console,
-        backend=options.backend,
-        profile=choose_profile(Manifest.load(bundle), options.profile, options.height, options.width, options.batch),
-        compute_capabilities=tuple(options.compute_capability),
-        graphs=options.graphs,
-    )
+    settings: dict[str, Any] = {
+        "backend": options.backend,
+        "profile": choose_profile(Manifest.load(bundle), options.profile, options.height, options.width, options.batch),
+        "compute_capabilities": tuple(options.compute_capability),
+        "graphs": options.graphs or None,
+        "options": BuildOptions(refittable=options.refittable),
+    }
+    if options.dry_run:
+        planned = plan_bundle(bundle, **settings)
+        return Answer(_plan_document(bundle, planned), _plan_text(bundle, planned))
+    manifest = build_engines(bundle, console, **settings)
     return Answer(bundle_document(bundle, manifest), bundle_summary(bundle, manifest))
 
 
@@ -59,19 +77,18 @@ def build_engines(
     backend: str,
     profile: Profile,
     compute_capabilities: tuple[str, ...],
-    graphs: list[str] | tuple[str, ...] = (),
+    graphs: Sequence[str] | None = None,
+    options: BuildOptions = DEFAULT_OPTIONS,
 ) -> Manifest:
     """Build the engines that are missing or stale, with progress on the console."""
-    from sana_export.manifest import EngineEntry
-    from sana_export.trt.bundle import build_bundle, read_instruction_tokens
-    from sana_export.trt.plan import PlannedEngine, plan
-    from sana_export.trt.progress import Progress
-
-    target = target_for(backend, load(backend), compute_capabilities)
-    tokens = read_instruction_tokens(bundle)
-    names = tuple(graphs) or None
-    planned = plan(bundle, Manifest.load(bundle), target, profile, instruction_tokens=tokens, graphs=names)
-    total, done = sum(not engine.exists for engine in planned), 0
+    settings: dict[str, Any] = {
+        "backend": backend,
+        "profile": profile,
+        "compute_capabilities": compute_capabilities,
+        "graphs": graphs or None,
+        "options": options,
+    }
+    total, done = sum(not engine.exists for engine in plan_bundle(bundle, **settings)), 0
 
     def on_engine(engine: PlannedEngine, entry: EngineEntry | None) -> None:
         nonlocal done
@@ -84,15 +101,33 @@ def build_engines(
         if console.live:
             console.step(progress.graph, done, total, progress.fraction)
 
-    return build_bundle(
-        bundle,
-        backend=backend,
-        profile=profile,
-        compute_capabilities=compute_capabilities,
-        graphs=names,
-        instruction_tokens=tokens,
-        on_engine=on_engine,
-        on_progress=on_progress,
+    return build_bundle(bundle, **settings, on_engine=on_engine, on_progress=on_progress)
+
+
+def _plan_document(bundle: Path, planned: Sequence[PlannedEngine]) -> dict[str, Any]:
+    """The plan as JSON: every engine with all that its key is made of, where it would lie, and its reason."""
+    return {
+        "bundle": str(bundle),
+        "engines": [
+            {
+                **dataclasses.asdict(engine.recipe),
+                "key": engine.recipe.key,
+                "path": engine.recipe.path,
+                "profile": engine.profile,
+                "reason": engine.reason,
+                "exists": engine.exists,
+                "supersedes": [entry.file.path for entry in engine.superseded],
+            }
+            for engine in planned
+        ],
+    }
+
+
+def _plan_text(bundle: Path, planned: Sequence[PlannedEngine]) -> str:
+    rows = [(engine.recipe.graph, engine.recipe.key[:KEY_CHARACTERS], engine.reason) for engine in planned]
+    missing = sum(not engine.exists for engine in planned)
+    return "\n".join(
+        [f"{bundle}: {plural(missing, 'engine')} of {len(planned)} to build", table(rows, ("graph", "key", "reason"), "  ")]
     )
 
 

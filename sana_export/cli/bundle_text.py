@@ -53,6 +53,8 @@ def bundle_origin(manifest: Manifest) -> str:
     """One line: which checkpoint, with which options."""
     checkpoint, options = manifest.checkpoint, manifest.options
     facts = [checkpoint.source + (f" at {checkpoint.revision}" if checkpoint.revision else "")]
+    facts += [f"transformer of {checkpoint.transformer.path}"] if checkpoint.transformer else []
+    facts += [f"LoRA {lora.path} at {lora.scale:g}" for lora in checkpoint.loras]
     facts += ["synthetic: random weights"] if checkpoint.synthetic else []
     facts += [options.precision, f"{manifest.model.native_size} px"]
     facts += ["self-attention clamped"] if options.clamp else []
@@ -72,9 +74,9 @@ def graphs_table(manifest: Manifest) -> str:
 
 def engines_table(engines: tuple[EngineEntry, ...]) -> str:
     """One row for the engines of one backend, target and profile, in the manifest's order."""
-    groups: dict[tuple[str, str, str, str], list[EngineEntry]] = {}
+    groups: dict[tuple[str, ...], list[EngineEntry]] = {}
     for engine in engines:
-        key = (engine.backend, engine.backend_version, target(engine), engine.profile)
+        key = (engine.backend, engine.backend_version, target(engine), served(engine))
         groups.setdefault(key, []).append(engine)
     rows = [
         (
@@ -82,12 +84,23 @@ def engines_table(engines: tuple[EngineEntry, ...]) -> str:
             plural(len(group), "engine"),
             size(sum(engine.file.bytes for engine in group)),
             seconds(sum(engine.build_seconds for engine in group)),
+            peak(max(engine.build_peak_bytes for engine in group)),
         )
         for key, group in groups.items()
     ]
-    return table(rows, ("backend", "version", "target", "profile", "engines", "size", "built in"), "  ")
+    return table(rows, ("backend", "version", "target", "profile", "engines", "size", "built in", "peak memory"), "  ")
 
 
 def target(engine: EngineEntry) -> str:
     """The compute capabilities that an engine was built for."""
     return ", ".join(engine.compute_capabilities) or "portable"
+
+
+def served(engine: EngineEntry) -> str:
+    """The profile that an engine was built for, and whether it holds no weights."""
+    return engine.profile + (", refittable" if engine.refittable else "")
+
+
+def peak(count: int) -> str:
+    """Host memory of a build; a dash where it was not measured."""
+    return size(count) if count else "-"

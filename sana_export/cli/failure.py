@@ -39,9 +39,7 @@ def describe(error: BaseException) -> Failure:
     known = error if isinstance(error, SanaExportError) else _environment(error)
     if known is None:
         return _bug(error)
-    fields = {"message": known.message, "found": known.found, "wanted": known.wanted, "fix": known.fix}
-    document = {"type": type(known).__name__, **{key: None if value is None else str(value) for key, value in fields.items()}}
-    return Failure(str(known), document, known.exit_code)
+    return Failure(str(known), known.as_json(), known.exit_code)
 
 
 def _environment(error: BaseException) -> SanaExportError | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sana_export.cli.bundle_text import bundle_document, bundle_origin, graphs_table, target, total_bytes
+from sana_export.cli.bundle_text import bundle_document, bundle_origin, graphs_table, peak, served, target, total_bytes
 from sana_export.cli.console import Console
 from sana_export.cli.fitness import Here, here, why_not
 from sana_export.cli.text import seconds, size, table
@@ -99,14 +99,15 @@ def _engines_text(engines: Sequence[EngineState]) -> str:
             state.engine.graph,
             f"{state.engine.backend} {state.engine.backend_version}",
             target(state.engine),
-            state.engine.profile,
+            served(state.engine),
             size(state.engine.file.bytes),
             seconds(state.engine.build_seconds),
+            peak(state.engine.build_peak_bytes),
             "yes" if state.runs_here else "no",
         )
         for state in engines
     ]
-    parts = [table(rows, ("engine", "backend", "target", "profile", "size", "built in", "runs here"), "  ")]
+    parts = [table(rows, ("engine", "backend", "target", "profile", "size", "built in", "peak memory", "runs here"), "  ")]
     reasons: dict[str, list[str]] = {}
     for state in engines:
         for reason in [state.damage] if state.damage else state.reasons:

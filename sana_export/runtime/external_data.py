@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from sana_export.errors import ArtifactError
 
@@ -27,6 +28,14 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MOST_VARINT_BYTES = 10
 
 
+class Field(NamedTuple):
+    """One field of a protobuf message: `raw` is all of it, tag and length included; `value` the content where that is bytes."""
+
+    number: int
+    raw: memoryview
+    value: memoryview | None
+
+
 def external_locations(model: bytes) -> set[str]:
     """The locations of all external data in a serialized ModelProto, as they are written. ValueError where it is not one."""
     locations: set[str] = set()
@@ -35,10 +44,12 @@ def external_locations(model: bytes) -> set[str]:
         message, content = pending.pop()
         fields = _MESSAGES[message]
         parts: dict[str, str] = {}
-        for number, value in _fields(content):
-            if message == "Entry" and number in fields:
+        for number, _, value in message_fields(content):
+            if value is None or number not in fields:
+                continue
+            if message == "Entry":
                 parts[fields[number]] = bytes(value).decode("utf-8")
-            elif number in fields:
+            else:
                 pending.append((fields[number], value))
         if parts.get("key") == "location":
             locations.add(parts.get("value", ""))
@@ -65,10 +76,12 @@ def check_external_data(model: Path, recorded: Sequence[Path], *, fix: str | Non
             )
 
 
-def _fields(content: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(field number, content) of every length-delimited field of one protobuf message; ValueError where it is damaged."""
+def message_fields(content: memoryview) -> Iterator[Field]:
+    """Every field of one serialized protobuf message, in order; ValueError where it is damaged."""
     position = 0
     while position < len(content):
+        begin = position
+        value: memoryview | None = None
         tag, position = _varint(content, position)
         kind = tag & 7
         if kind == _VARINT:
@@ -78,12 +91,12 @@ def _fields(content: memoryview) -> Iterator[tuple[int, memoryview]]:
         elif kind == _BYTES:
             length, start = _varint(content, position)
             position = start + length
-            if position <= len(content):
-                yield tag >> 3, content[start:position]
+            value = content[start:position]
         else:
             raise ValueError(f"a field of wire type {kind}")
         if position > len(content):
             raise ValueError("a field that reaches past the end")
+        yield Field(tag >> 3, content[begin:position], value)
 
 
 def _varint(content: memoryview, position: int) -> tuple[int, int]:

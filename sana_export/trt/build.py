@@ -24,6 +24,7 @@ from sana_export.profiles import Range
 from sana_export.trt.flavour import network_flags, set_compute_capabilities
 from sana_export.trt.logger import logger_for, readable
 from sana_export.trt.progress import OnProgress, progress_monitor
+from sana_export.trt.weights import copies_of_shared, external_tensors
 
 LOG = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ DATA_TYPES = {
 }
 
 
+#: A refittable engine holds no weights but those inside the ONNX file: exactly the external ones are marked and stripped.
+REFIT_FLAGS = ("REFIT_INDIVIDUAL", "STRIP_PLAN")
+
+
 class Cancelled(SanaExportError):
     """The caller asked the build to stop; nothing was written."""
 
@@ -51,9 +56,16 @@ class BuildOptions:
 
     `tf32`: fp32 products may run as TensorFloat-32 (10 bits of mantissa). TensorRT allows it unless told otherwise;
     here it is off, since fp32 in a graph of ours stands where fp16 is not enough.
+    `refittable`: the engine is built without the graph's external weights and is given them after it is loaded
+    (`refit.refit_engine`), so that it serves every checkpoint of one structure. TensorRT-RTX 1.4 to 1.7 need a GPU to build one.
     """
 
     tf32: bool = False
+    refittable: bool = False
+
+    def recorded(self) -> dict[str, bool]:
+        """What of this is part of an engine's key: `refittable` only where it is asked for."""
+        return {"tf32": self.tf32, **({"refittable": True} if self.refittable else {})}
 
 
 DEFAULT_OPTIONS = BuildOptions()
@@ -61,11 +73,15 @@ DEFAULT_OPTIONS = BuildOptions()
 
 @dataclass(frozen=True)
 class Built:
-    """A finished engine file: sha256 in hex, size in bytes, seconds from parsing to the last byte."""
+    """A finished engine file: sha256 in hex, size in bytes, seconds from parsing to the last byte.
+
+    `peak_bytes`: host memory of the process that built it alone; 0 where no such process was measured.
+    """
 
     sha256: str
     bytes: int
     seconds: float
+    peak_bytes: int = 0
 
 
 def build_engine(
@@ -93,8 +109,11 @@ def build_engine(
     logger.errors.take()
     builder = _create_builder(module, logger)
     network = builder.create_network(network_flags(module))
-    parser = _parse(module, network, logger, onnx)
+    copies = copies_of_shared(onnx) if options.refittable and onnx.is_file() else {}
+    parser = _parse(module, network, logger, onnx, copies)
     _check_tensors(module, network, spec, onnx)
+    if options.refittable:
+        _mark_weights(network, onnx)
     config = configure(module, builder, spec, ranges, options, compute_capabilities)
     if timing_cache is not None:
         _load_timing_cache(config, timing_cache)
@@ -102,7 +121,7 @@ def build_engine(
     config.progress_monitor = monitor
     with EngineFile(destination, cancelled) as file:
         finished = _serialize(module, builder, network, config, file)
-        del parser  # the weights are its memory: not before the network is compiled
+        del parser, copies  # the weights are their memory: not before the network is compiled
         if monitor.raised is not None:
             raise monitor.raised
         if cancelled():
@@ -198,10 +217,10 @@ def _create_builder(module: Any, logger: Any) -> Any:
         ) from error
 
 
-def _parse(module: Any, network: Any, logger: Any, onnx: Path) -> Any:
-    """Fill `network` from the file; returns the parser, which holds the weights."""
+def _parse(module: Any, network: Any, logger: Any, onnx: Path, copies: Mapping[str, Any]) -> Any:
+    """Fill `network` from the file, its weights of those names from `copies`; returns the parser, which holds the others."""
     parser = module.OnnxParser(network, logger)
-    if parser.parse_from_file(str(onnx)):
+    if _read(parser, onnx, copies):
         return parser
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     found = [_describe(error) for error in errors]
@@ -215,6 +234,25 @@ def _parse(module: Any, network: Any, logger: Any, onnx: Path) -> Any:
         wanted="an ONNX graph that it supports",
         fix="export the bundle again: sana-export export MODEL -o BUNDLE",
     )
+
+
+def _read(parser: Any, onnx: Path, copies: Mapping[str, Any]) -> bool:
+    if not copies:
+        return bool(parser.parse_from_file(str(onnx)))
+    loaded = parser.load_model_proto(onnx.read_bytes(), str(onnx))
+    given = loaded and all(parser.load_initializer(name, data.ctypes.data, data.nbytes) for name, data in copies.items())
+    return bool(given and parser.parse_model_proto())
+
+
+def _mark_weights(network: Any, onnx: Path) -> None:
+    names = [tensor.name for tensor in external_tensors(onnx.read_bytes())]
+    if unmarked := [name for name in names if not network.mark_weights_refittable(name)]:
+        raise ArtifactError(
+            f"{onnx} cannot become a refittable engine",
+            found=f"weights that the compiler does not know by their names: {', '.join(unmarked)}",
+            wanted="every external weight used as it is stored",
+            fix="leave out --refittable",
+        )
 
 
 def _describe(error: Any) -> str:
@@ -262,6 +300,8 @@ def configure(
     set_compute_capabilities(module, config, compute_capabilities)
     if not options.tf32:
         config.clear_flag(module.BuilderFlag.TF32)
+    for flag in REFIT_FLAGS if options.refittable else ():
+        config.set_flag(getattr(module.BuilderFlag, flag))
     if shapes := input_shapes(spec, ranges):
         profile = builder.create_optimization_profile()
         for name, (smallest, typical, largest) in shapes.items():
@@ -303,6 +343,7 @@ def _serialize(module: Any, builder: Any, network: Any, config: Any, file: Engin
 #: What the compiler's words mean for the user: a pattern, the error it is, and the way out.
 _BUILD_ERRORS: tuple[tuple[str, type[SanaExportError], str], ...] = (
     ("out ?of ?memory", DependencyError, "use a profile with smaller sizes or batches, for example --profile laptop"),
+    ("CUDA_SUCCESS", DependencyError, "build it on a machine with an NVIDIA GPU and driver, or leave out --refittable"),
     (r"\bSM\d+\b", ArtifactError, "leave that GPU out of --compute-capability, or export with --dtype fp16"),
     ("", ArtifactError, "export the bundle again: sana-export export MODEL -o BUNDLE"),
 )

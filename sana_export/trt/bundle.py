@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sana_export.disk import disk_errors, locked, manifest_lock, require_free
-from sana_export.manifest import EngineEntry, FileEntry, Manifest, check_files
+from sana_export.manifest import EngineEntry, FileEntry, GraphEntry, Manifest, check_files
 from sana_export.profiles import Profile
 from sana_export.runtime.tensors import TensorFile
 from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions, Built
-from sana_export.trt.flavour import Target, flavour_of, load, target_for
+from sana_export.trt.flavour import flavour_of, load, target_for
 from sana_export.trt.plan import PlannedEngine, plan
 from sana_export.trt.progress import OnProgress
 from sana_export.trt.worker import Job, build_in_child
@@ -47,29 +47,44 @@ def build_bundle(
     from the bundle where it is not given. Several processes may build into one bundle. Raises DependencyError,
     UsageError, ArtifactError as `target_for`, `plan` and `build_engine` do; Ctrl-C leaves no partial file.
     """
-    manifest = Manifest.load(bundle)
-    target = target_for(backend, load(backend), compute_capabilities)
-    tokens = instruction_tokens or read_instruction_tokens(bundle)
-    chosen = None if graphs is None else tuple(graphs)
-
-    def current(names: tuple[str, ...] | None) -> list[PlannedEngine]:
-        return plan(bundle, manifest, target, profile, instruction_tokens=tokens, options=options, graphs=names)
-
-    for planned in current(chosen):
+    current = functools.partial(
+        plan_bundle,
+        bundle,
+        backend=backend,
+        profile=profile,
+        compute_capabilities=compute_capabilities,
+        options=options,
+        instruction_tokens=instruction_tokens or read_instruction_tokens(bundle),
+    )
+    for planned in current(graphs=graphs):
         if planned.exists:
             continue
         name = planned.recipe.graph
         with locked(_lock_path(bundle, planned.recipe.key), functools.partial(_log_wait, name)):
             # Whoever held the lock may have built it: look again.
-            manifest = Manifest.load(bundle)
-            planned = current((name,))[0]
+            planned = current(graphs=(name,))[0]
             if planned.exists:
                 continue
             on_engine(planned, None)
-            built = _build(bundle, manifest, planned, target, options, on_progress, cancelled)
-            manifest, entry = _record(bundle, planned, built)
-            on_engine(planned, entry)
+            built = _build(bundle, Manifest.load(bundle).graphs[name], planned, on_progress, cancelled)
+            on_engine(planned, _record(bundle, planned, built))
     return Manifest.load(bundle)
+
+
+def plan_bundle(
+    bundle: Path,
+    *,
+    backend: str,
+    profile: Profile,
+    compute_capabilities: tuple[str, ...] = (),
+    graphs: Iterable[str] | None = None,
+    options: BuildOptions = DEFAULT_OPTIONS,
+    instruction_tokens: int | None = None,
+) -> list[PlannedEngine]:
+    """What `build_bundle` with the same arguments finds and would build, in its order. Nothing is written."""
+    target = target_for(backend, load(backend), compute_capabilities)
+    tokens = instruction_tokens or read_instruction_tokens(bundle)
+    return plan(bundle, Manifest.load(bundle), target, profile, instruction_tokens=tokens, options=options, graphs=graphs)
 
 
 def read_instruction_tokens(bundle: Path) -> int:
@@ -80,20 +95,18 @@ def read_instruction_tokens(bundle: Path) -> int:
 
 def _build(
     bundle: Path,
-    manifest: Manifest,
+    graph: GraphEntry,
     planned: PlannedEngine,
-    target: Target,
-    options: BuildOptions,
     on_progress: OnProgress | None,
     cancelled: Callable[[], bool],
 ) -> Built:
-    recipe, flavour = planned.recipe, flavour_of(target.backend)
-    graph = manifest.graphs[recipe.graph]
+    recipe, flavour = planned.recipe, flavour_of(planned.recipe.backend)
+    options = BuildOptions(**recipe.options)
     onnx, *_ = check_files(bundle, graph.files, fix=f"sana-export export MODEL -o {bundle}")
     destination = bundle / recipe.path
-    size = sum(file.bytes for file in graph.files) + ENGINE_OVERHEAD
-    require_free(bundle, size, f"the engine of {recipe.graph}")
-    cache = bundle / "engines" / target.backend / f"timing-{platform.node() or 'here'}.cache"
+    held = [graph.onnx] if options.refittable else graph.files
+    require_free(bundle, sum(file.bytes for file in held) + ENGINE_OVERHEAD, f"the engine of {recipe.graph}")
+    cache = bundle / "engines" / recipe.backend / f"timing-{platform.node() or 'here'}.cache"
     job = Job(
         module=flavour.module,
         onnx=str(onnx),
@@ -108,11 +121,18 @@ def _build(
         built = build_in_child(job, on_progress=on_progress, cancelled=cancelled)
     finally:
         _remove_if_empty(destination.parent)
-    LOG.info("%s: %d bytes in %.1f s (%s)", recipe.graph, built.bytes, built.seconds, planned.reason)
+    LOG.info(
+        "%s: %d bytes in %.1f s with a peak of %d bytes (%s)",
+        recipe.graph,
+        built.bytes,
+        built.seconds,
+        built.peak_bytes,
+        planned.reason,
+    )
     return built
 
 
-def _record(bundle: Path, planned: PlannedEngine, built: Built) -> tuple[Manifest, EngineEntry]:
+def _record(bundle: Path, planned: PlannedEngine, built: Built) -> EngineEntry:
     recipe = planned.recipe
     entry = EngineEntry(
         **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)},
@@ -120,6 +140,7 @@ def _record(bundle: Path, planned: PlannedEngine, built: Built) -> tuple[Manifes
         file=FileEntry(recipe.path, built.sha256, built.bytes),
         profile=planned.profile,
         build_seconds=round(built.seconds, 3),
+        build_peak_bytes=built.peak_bytes,
     )
     with locked(manifest_lock(bundle)), disk_errors(bundle / "manifest.json"):
         manifest = Manifest.load(bundle)
@@ -128,7 +149,7 @@ def _record(bundle: Path, planned: PlannedEngine, built: Built) -> tuple[Manifes
         manifest.save(bundle)
     for other in planned.superseded:
         _discard(bundle / other.file.path)
-    return manifest, entry
+    return entry
 
 
 def _lock_path(bundle: Path, key: str) -> Path:

@@ -1,7 +1,8 @@
 """Which engines a bundle needs, which it has, and why one has to be built.
 
 An engine's key hashes what changes it and nothing else, so a bundle that is exported again to the same graphs keeps
-its engines, and an engine of other weights, shapes, compiler or target is never taken for this one.
+its engines, and an engine of other weights, shapes, compiler or target is never taken for this one. A refittable
+engine holds no weights, so those are no part of its key.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ from typing import Any
 
 from sana_export.contract import DYNAMIC_AXES, GRAPHS, GraphSpec
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.manifest import EngineEntry, GraphEntry, Manifest, check_files
+from sana_export.manifest import EngineEntry, GraphEntry, Manifest, ModelInfo, check_files
 from sana_export.profiles import MAX_BRANCHES, Profile, Range
+from sana_export.runtime.tiling import UNTILED_AREA
 from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.flavour import Target
+from sana_export.trt.weights import structure_sha256
+
+#: The graphs that decode images in one piece (False) and in tiles (True).
+DECODERS: dict[bool, set[str]] = {False: {"vae_decoder"}, True: {"vae_decoder_head", "vae_decoder_tail"}}
+#: The largest native side in pixels of checkpoints whose images are decoded in one piece: beyond it activations outgrow laptops.
+LARGEST_UNTILED_NATIVE = 1024
 
 #: Characters of the key that name an engine's folder.
 KEY_CHARACTERS = 12
@@ -77,31 +85,35 @@ def plan(
     options: BuildOptions = DEFAULT_OPTIONS,
     graphs: Iterable[str] | None = None,
 ) -> list[PlannedEngine]:
-    """The engines of `graphs` (all that the bundle holds) for `target` and `profile`, each with its reason.
+    """The engines of `graphs` (all that `profile` needs) for `target` and `profile`, each with its reason.
 
     An engine counts as existing where the manifest records its key and the file has the recorded hash. An entry of
-    the same graph, target and profile with another key is stale, and the fields that differ are its reason. Raises
-    UsageError for a graph that the bundle does not hold.
+    the same graph, target and profile with another key is stale, and the fields that differ are its reason; engines with
+    and without weights live side by side. Raises UsageError for a graph that the bundle does not hold, ArtifactError where
+    the ONNX file of a refittable engine is damaged.
     """
-    branches = MAX_BRANCHES if manifest.options.pag_layers else MAX_BRANCHES - 1
-    ranges = profile.ranges(manifest.model, instruction_tokens=instruction_tokens, branches=branches)
+    ranges = profile.ranges(manifest.model, instruction_tokens=instruction_tokens, branches=_most_branches(manifest))
     return [
-        _planned(bundle, manifest, recipe_for(manifest.graphs[name], target, ranges, options), profile.name)
-        for name in _chosen(manifest, graphs)
+        _planned(bundle, manifest, recipe_for(bundle, manifest.graphs[name], target, ranges, options), profile.name)
+        for name in _chosen(manifest, profile, graphs)
     ]
 
 
-def recipe_for(graph: GraphEntry, target: Target, ranges: Mapping[str, Range], options: BuildOptions) -> Recipe:
-    """What the engine of `graph` is made from; of `ranges` only the axes of the graph's inputs count."""
+def recipe_for(bundle: Path, graph: GraphEntry, target: Target, ranges: Mapping[str, Range], options: BuildOptions) -> Recipe:
+    """What the engine of `graph` is made from; of `ranges` only the axes of the graph's inputs count.
+
+    A graph without external weights has nothing to refit: its engine is the same with `refittable` and without.
+    """
+    options = dataclasses.replace(options, refittable=options.refittable and bool(graph.data))
     return Recipe(
         graph=graph.spec.name,
         backend=target.backend,
-        onnx_sha256=onnx_sha256(graph),
+        onnx_sha256=_structure(bundle, graph) if options.refittable else onnx_sha256(graph),
         backend_version=target.version,
         compute_capabilities=target.compute_capabilities,
         operating_system=target.operating_system,
         ranges={axis: ranges[axis] for axis in dynamic_axes(graph.spec)},
-        options=dataclasses.asdict(options),
+        options=options.recorded(),
     )
 
 
@@ -110,6 +122,11 @@ def onnx_sha256(graph: GraphEntry) -> str:
     if not graph.data:
         return graph.onnx.sha256
     return hashlib.sha256("".join(entry.sha256 for entry in graph.files).encode()).hexdigest()
+
+
+def _structure(bundle: Path, graph: GraphEntry) -> str:
+    (onnx,) = check_files(bundle, [graph.onnx], fix=f"sana-export export MODEL -o {bundle}")
+    return structure_sha256(onnx.read_bytes())
 
 
 def dynamic_axes(spec: GraphSpec) -> tuple[str, ...]:
@@ -128,15 +145,37 @@ def stale_fields(entry: EngineEntry, recipe: Recipe) -> list[str]:
     ]
 
 
-def _chosen(manifest: Manifest, graphs: Iterable[str] | None) -> list[str]:
+def _chosen(manifest: Manifest, profile: Profile, graphs: Iterable[str] | None) -> list[str]:
     held = [name for name in GRAPHS if name in manifest.graphs]
     held += [name for name in manifest.graphs if name not in GRAPHS]
     if graphs is None:
-        return held
+        unused = _unused_decoders(manifest, profile)
+        return [name for name in held if name not in unused]
     wanted = set(graphs)
     if unknown := sorted(wanted - set(held)):
         raise UsageError(f"the bundle holds no graph named {', '.join(unknown)}", wanted=", ".join(held))
     return [name for name in held if name in wanted]
+
+
+def _most_branches(manifest: Manifest) -> int:
+    """The most guidance branches that the bundle is sampled with: one where guidance is embedded, a third with PAG layers."""
+    if manifest.model.guidance_embeds:
+        return 1
+    return MAX_BRANCHES if manifest.options.pag_layers else MAX_BRANCHES - 1
+
+
+def _unused_decoders(manifest: Manifest, profile: Profile) -> set[str]:
+    """The decoders of `DECODERS` that no image of `profile` goes through, as long as the bundle holds the other ones."""
+    tiled = decodes_in_tiles(manifest.model, profile)
+    if not manifest.graphs.keys() >= DECODERS[tiled]:
+        return set()
+    return DECODERS[not tiled]
+
+
+def decodes_in_tiles(model: ModelInfo, profile: Profile) -> bool:
+    """Whether images of `profile` are decoded in tiles: those of checkpoints beyond 1024 px, and sizes too large for one piece."""
+    largest = max(height * width for height, width in profile.covered(model))
+    return model.native_size > LARGEST_UNTILED_NATIVE or largest > UNTILED_AREA
 
 
 def _planned(bundle: Path, manifest: Manifest, recipe: Recipe, profile: str) -> PlannedEngine:
@@ -148,7 +187,8 @@ def _planned(bundle: Path, manifest: Manifest, recipe: Recipe, profile: str) -> 
         except ArtifactError as error:
             return PlannedEngine(recipe, profile, f"damaged: {error.message}")
         return PlannedEngine(recipe, profile, "exists")
-    stale = tuple(entry for entry in same if (entry.profile, entry.compute_capabilities) == (profile, recipe.compute_capabilities))
+    place = (profile, recipe.compute_capabilities, "refittable" in recipe.options)
+    stale = tuple(entry for entry in same if (entry.profile, entry.compute_capabilities, entry.refittable) == place)
     if not stale:
         return PlannedEngine(recipe, profile, "missing")
     return PlannedEngine(recipe, profile, "stale: " + "; ".join(stale_fields(stale[-1], recipe)), stale)

@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from sana_export import errors
-from sana_export.contract import GraphSpec, TensorSpec
+from sana_export.contract import GraphSpec
 from sana_export.environment import peak_rss_bytes
+from sana_export.errors import ArtifactError, DependencyError, SanaExportError, error_from_json
+from sana_export.manifest import parse_spec
 from sana_export.profiles import Range
 from sana_export.trt.build import BuildOptions, Built, Cancelled, build_engine, partial_path
 from sana_export.trt.progress import OnProgress, Progress
@@ -36,7 +37,8 @@ from sana_export.trt.progress import OnProgress, Progress
 LOG = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
-_ERRORS = {name: getattr(errors, name) for name in ("UsageError", "DependencyError", "ArtifactError")}
+#: `Popen.returncode` of a child that was killed (SIGKILL, which Windows does not name).
+_KILLED = -9
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,11 @@ def _follow(
     with contextlib.suppress(BrokenPipeError):  # it died at start: the missing answer below tells
         child.stdin.write(json.dumps([dataclasses.asdict(job), LOG.getEffectiveLevel()]) + "\n")
         child.stdin.flush()
+    peak = 0
     for message in _messages(child.stdout, cancelled, job.spec.name):
+        peak = max(peak, peak_rss_bytes(child.pid))
+        if message is None:
+            continue
         if "progress" in message and on_progress is not None:
             on_progress(Progress(**message["progress"]))
         if "log" in message:
@@ -102,19 +108,25 @@ def _follow(
         if "error" in message:
             raise _error(message["error"])
         if "built" in message:
-            LOG.debug("%s: peak memory of the build %s bytes", job.spec.name, message["peak_memory"])
             return Built(**message["built"])
+    if (code := child.wait()) == _KILLED:
+        raise DependencyError(
+            f"the system ended the build of {job.spec.name}: there is too little memory",
+            found=f"killed (signal {-_KILLED}) with {peak} bytes in memory",
+            wanted="a machine with more memory free",
+            fix="close other programs, or go where there is more memory, and run the same command again: finished engines are kept",
+        )
     noise.seek(0)
-    raise errors.ArtifactError(
+    raise ArtifactError(
         f"the compiler ended without an engine of {job.spec.name}",
-        found=f"exit code {child.wait()}; {noise.read()[-500:].strip() or 'no output'}",
+        found=f"exit code {code}; {noise.read()[-500:].strip() or 'no output'}",
         wanted="an engine",
         fix="run it again with fewer graphs (--graphs) or a smaller profile; a second failure is the compiler's",
     )
 
 
-def _messages(stream: IO[str], cancelled: Callable[[], bool], graph: str) -> Iterator[dict[str, Any]]:
-    """The child's lines as they come; a thread reads them, so that the caller's thread stays open to Ctrl-C."""
+def _messages(stream: IO[str], cancelled: Callable[[], bool], graph: str) -> Iterator[dict[str, Any] | None]:
+    """The child's lines as they come, None while there is none. A thread reads them: the caller's stays open to Ctrl-C."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
@@ -127,19 +139,20 @@ def _messages(stream: IO[str], cancelled: Callable[[], bool], graph: str) -> Ite
     while True:
         if cancelled():
             raise Cancelled(f"the build of {graph} was cancelled")
-        with contextlib.suppress(queue.Empty):
-            if not (line := lines.get(timeout=_POLL_SECONDS)):
-                return
-            yield json.loads(line)
+        try:
+            line = lines.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            yield None
+            continue
+        if not line:
+            return
+        yield json.loads(line)
 
 
 def _error(message: Mapping[str, Any]) -> Exception:
-    if message["type"] in _ERRORS:
-        error: Exception = _ERRORS[message["type"]](
-            message["message"], found=message["found"], wanted=message["wanted"], fix=message["fix"]
-        )
-        return error
-    return RuntimeError(f"the build failed in its own process:\n{message['traceback']}")
+    if "traceback" in message:
+        return RuntimeError(f"the build failed in its own process:\n{message['traceback']}")
+    return error_from_json(message)
 
 
 def main() -> None:
@@ -161,12 +174,11 @@ def main() -> None:
     logging.basicConfig(level=log_level, handlers=[_Forward(answer)])
     try:
         built = _run(_job(document), answer)
-        answer(built=dataclasses.asdict(built), peak_memory=peak_rss_bytes())
-    except errors.SanaExportError as error:
-        fields = {"message": error.message, "found": error.found, "wanted": error.wanted, "fix": error.fix}
-        answer(error={"type": type(error).__name__, **{k: v if v is None else str(v) for k, v in fields.items()}})
-    except Exception as error:  # a bug of ours: the parent raises it with this traceback
-        answer(error={"type": type(error).__name__, "traceback": traceback.format_exc()})
+        answer(built=dataclasses.asdict(dataclasses.replace(built, peak_bytes=peak_rss_bytes())))
+    except SanaExportError as error:
+        answer(error=error.as_json())
+    except Exception:  # a bug of ours: the parent raises it with this traceback
+        answer(error={"traceback": traceback.format_exc()})
 
 
 def _run(job: Job, answer: Callable[..., None]) -> Built:
@@ -184,14 +196,10 @@ def _run(job: Job, answer: Callable[..., None]) -> Built:
 
 
 def _job(document: Mapping[str, Any]) -> Job:
-    def tensors(entries: list[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in entries)
-
-    spec = document["spec"]
     return Job(
         **{
             **document,
-            "spec": GraphSpec(spec["name"], tensors(spec["inputs"]), tensors(spec["outputs"])),
+            "spec": parse_spec(document["spec"]),
             "ranges": {axis: tuple(values) for axis, values in document["ranges"].items()},
             "compute_capabilities": tuple(document["compute_capabilities"]),
             "options": BuildOptions(**document["options"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 from command_line import Cli
 
 from sana_export.cli.build import choose_profile
+from sana_export.cli.text import size
 from sana_export.cli.verb import split_names
 from sana_export.manifest import Manifest
+from sana_export.trt.device import gpu_compute_capability
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -36,12 +39,79 @@ def test_engines_of_one_size_for_two_gpus(bundle_copy: Path, cli: Cli) -> None:
     assert "[1/1] sampler (missing)" in ran.err
     (recorded,) = Manifest.load(bundle_copy).engines
     assert (bundle_copy / recorded.file.path).stat().st_size == engine["file"]["bytes"]
+    assert 50e6 < engine["build_peak_bytes"] == recorded.build_peak_bytes < 2e9
 
     again = cli(*arguments, "--height", 256, "--width", 512, "--batch", 2, "--compute-capability", "8.9,12.0")
     assert again.code == 0
     assert "sampler (" not in again.err
     assert "8.9, 12.0" in again.out
+    assert "peak memory" in again.out
+    assert size(recorded.build_peak_bytes) in again.out
     assert len(Manifest.load(bundle_copy).engines) == 1
+
+
+def contents(bundle: Path) -> dict[str, bytes]:
+    return {path.relative_to(bundle).as_posix(): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_says_what_would_be_built_and_why_and_builds_nothing(bundle_copy: Path, cli: Cli) -> None:
+    arguments = ("build", bundle_copy, "--backend", "tensorrt-rtx", "--graphs", "sampler", "context", "denoiser", "postprocess")
+    assert cli(*arguments[:4], "--graphs", "sampler", "context", "denoiser").code == 0
+    engines = {engine.graph: engine for engine in Manifest.load(bundle_copy).engines}
+    (bundle_copy / engines["context"].file.path).write_bytes(b"another engine")
+    stale = dataclasses.replace(engines["denoiser"], key="0" * 64, backend_version="1.6")
+    manifest = Manifest.load(bundle_copy)
+    others = tuple(engine for engine in manifest.engines if engine.graph != "denoiser")
+    dataclasses.replace(manifest, engines=(*others, stale)).save(bundle_copy)
+    before = contents(bundle_copy)
+
+    ran = cli(*arguments, "--dry-run", "--json")
+
+    assert ran.code == 0, ran.err
+    found = {engine["graph"]: engine for engine in ran.json["engines"]}
+    version = engines["sampler"].backend_version
+    assert {graph: engine["reason"].split(": ")[0] for graph, engine in found.items()} == {
+        "sampler": "exists",
+        "context": "damaged",
+        "denoiser": "stale",
+        "postprocess": "missing",
+    }
+    assert found["denoiser"]["reason"] == f"stale: backend_version was 1.6, is {version}"
+    assert found["denoiser"]["supersedes"] == [stale.file.path]
+    assert [graph for graph, engine in found.items() if engine["exists"]] == ["sampler"]
+    assert (found["sampler"]["key"], found["sampler"]["path"]) == (engines["sampler"].key, engines["sampler"].file.path)
+    assert contents(bundle_copy) == before
+
+    text = cli(*arguments, "--dry-run")
+    assert text.code == 0
+    assert "3 engines of 4 to build" in text.out
+    for engine in found.values():
+        assert any(engine["key"][:12] in line and engine["reason"] in line for line in text.out.splitlines())
+    assert contents(bundle_copy) == before
+
+
+def test_a_dry_run_of_refittable_engines(tiny_bundle: Path, cli: Cli) -> None:
+    arguments = ("build", tiny_bundle, "--backend", "tensorrt-rtx", "--graphs", "sampler", "denoiser", "--dry-run", "--json")
+    with_weights, without = (cli(*arguments, *more).json["engines"] for more in ((), ("--refittable",)))
+    keys = [{engine["graph"]: engine["key"] for engine in engines} for engines in (with_weights, without)]
+
+    assert keys[0]["sampler"] == keys[1]["sampler"]
+    assert keys[0]["denoiser"] != keys[1]["denoiser"]
+    assert {engine["graph"]: engine["options"] for engine in without} == {
+        "sampler": {"tf32": False},
+        "denoiser": {"tf32": False, "refittable": True},
+    }
+
+
+@pytest.mark.skipif(gpu_compute_capability() is not None, reason="there is a GPU")
+def test_a_refittable_engine_cannot_be_built_without_a_gpu(bundle_copy: Path, cli: Cli) -> None:
+    ran = cli(
+        "build", bundle_copy, "--backend", "tensorrt-rtx", "--graphs", "context", "--refittable", "--profile", "static", "--json"
+    )
+    assert ran.code == 3
+    assert ran.json["error"]["type"] == "DependencyError"
+    assert "a machine with an NVIDIA GPU" in ran.json["error"]["fix"]
+    assert Manifest.load(bundle_copy).engines == ()
 
 
 def test_a_compute_capability_that_cannot_be_built_for(tiny_bundle: Path, cli: Cli) -> None:

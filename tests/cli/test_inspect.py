@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,24 @@ def test_a_damaged_engine(bundle_copy: Path, cli: Cli, monkeypatch: pytest.Monke
     assert ran.code == 4
     assert ran.json["engines"][0]["damaged"].startswith(f"{ENGINE.file.path} is damaged")
     assert ran.json["runs_here"] == {"onnx": True, "engines": False}
+
+
+def test_time_memory_and_size_of_a_build_and_whether_it_holds_weights(
+    bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bundle_copy / ENGINE.file.path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"engine")
+    entry = dataclasses.replace(
+        ENGINE,
+        file=file_entry(bundle_copy, path),
+        options={"tf32": False, "refittable": True},
+        build_seconds=12.34,
+        build_peak_bytes=1_455_000_000,
+    )
+    Manifest.load(bundle_copy).with_engine(entry).save(bundle_copy)
+    monkeypatch.setattr(verb, "here", lambda: THERE)
+    (engine,) = cli("inspect", bundle_copy, "--json").json["engines"]
+    assert (engine["build_seconds"], engine["build_peak_bytes"], engine["file"]["bytes"]) == (12.34, 1_455_000_000, 6)
+    text = cli("inspect", bundle_copy).out
+    assert re.search(r"sampler +tensorrt-rtx 1\.7\.1 +portable +default, refittable +6 bytes +12\.3 s +1\.5 GB +yes", text)

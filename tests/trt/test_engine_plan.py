@@ -2,11 +2,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
-from sana_export.errors import UsageError
-from sana_export.manifest import EngineEntry, FileEntry, GraphEntry, Manifest, hash_file
-from sana_export.profiles import PROFILES, Profile
+from sana_export.errors import ArtifactError, UsageError
+from sana_export.manifest import EngineEntry, FileEntry, GraphEntry, Manifest, file_entry, hash_file
+from sana_export.profiles import PROFILES, Profile, custom_profile
 from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.flavour import Target
 from sana_export.trt.plan import PlannedEngine, Recipe, dynamic_axes, onnx_sha256, plan, recipe_for, stale_fields
@@ -22,7 +23,8 @@ def graph(bundle: Path) -> GraphEntry:
 
 
 def key(graph: GraphEntry, target: Target = TARGET, options: BuildOptions = DEFAULT_OPTIONS, **ranges: Any) -> str:
-    return recipe_for(graph, target, {**RANGES, **ranges}, options).key
+    # The manifest says all that the key of an engine with weights needs: no file is read.
+    return recipe_for(Path("nowhere"), graph, target, {**RANGES, **ranges}, options).key
 
 
 def changed(file: FileEntry, **changes: Any) -> FileEntry:
@@ -58,7 +60,7 @@ def test_the_key_stays_with_all_that_does_not(graph: GraphEntry) -> None:
     assert key(moved) == first
     # The decoder has no text and no branches.
     assert key(graph, text_tokens=(1, 2, 3), branches=(1, 1, 1), tokens=(1, 1, 1), output_height=(1, 1, 1)) == first
-    assert recipe_for(graph, TARGET, RANGES, BuildOptions()).ranges == {
+    assert recipe_for(Path("nowhere"), graph, TARGET, RANGES, BuildOptions()).ranges == {
         axis: RANGES[axis] for axis in ("batch", "latent_height", "latent_width")
     }
 
@@ -201,3 +203,99 @@ def test_the_reason_survives_the_manifest_file(bundle: Path) -> None:
 
     assert Manifest.load(bundle).engines == (entry,)
     assert stale_fields(Manifest.load(bundle).engines[0], planned(bundle)["sampler"].recipe) == []
+
+
+def test_the_key_of_an_engine_with_weights_has_no_part_for_those_without(graph: GraphEntry) -> None:
+    recipe = recipe_for(Path("nowhere"), graph, TARGET, RANGES, BuildOptions())
+    assert recipe.options == {"tf32": False}
+    assert recipe.onnx_sha256 == onnx_sha256(graph)
+
+
+REFITTABLE = BuildOptions(refittable=True)
+
+
+def test_a_refittable_engine_serves_other_weights_of_the_same_structure(bundle: Path) -> None:
+    before = planned(bundle, options=REFITTABLE)["vae_decoder"]
+    record(bundle, before)
+    record(bundle, planned(bundle)["vae_decoder"])
+    data = Manifest.load(bundle).graphs["vae_decoder"].data
+    write_bundle(bundle, seed=1)
+
+    assert Manifest.load(bundle).graphs["vae_decoder"].data != data
+    assert planned(bundle, options=REFITTABLE)["vae_decoder"].exists
+    assert planned(bundle)["vae_decoder"].reason.startswith("stale: onnx_sha256 was ")
+
+
+def test_a_refittable_engine_of_another_structure_is_stale(bundle: Path) -> None:
+    entry = record(bundle, planned(bundle, options=REFITTABLE)["vae_decoder"])
+    path = bundle / "onnx" / "vae_decoder" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    model.graph.node[0].name = "another"
+    path.write_bytes(model.SerializeToString())
+    manifest = Manifest.load(bundle)
+    changed_graph = dataclasses.replace(manifest.graphs["vae_decoder"], onnx=file_entry(bundle, path))
+    dataclasses.replace(manifest, graphs={**manifest.graphs, "vae_decoder": changed_graph}).save(bundle)
+    engine = planned(bundle, options=REFITTABLE)["vae_decoder"]
+
+    assert engine.reason.startswith("stale: onnx_sha256 was ")
+    assert engine.superseded == (entry,)
+
+
+def test_engines_with_and_without_weights_live_side_by_side(bundle: Path) -> None:
+    record(bundle, planned(bundle)["vae_decoder"])
+    assert planned(bundle, options=REFITTABLE)["vae_decoder"].reason == "missing"
+    entry = record(bundle, planned(bundle, options=REFITTABLE)["vae_decoder"])
+
+    assert entry.refittable
+    assert entry.options == {"tf32": False, "refittable": True}
+    assert planned(bundle)["vae_decoder"].exists
+    assert planned(bundle, options=REFITTABLE)["vae_decoder"].exists
+
+
+def test_a_graph_without_weights_has_one_engine_for_both(bundle: Path) -> None:
+    assert planned(bundle, options=REFITTABLE)["sampler"] == planned(bundle)["sampler"]
+
+
+def test_the_key_of_a_refittable_engine_is_not_taken_from_a_damaged_file(bundle: Path) -> None:
+    (bundle / "onnx" / "vae_decoder" / "model.onnx").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match="damaged"):
+        planned(bundle, options=REFITTABLE)
+
+
+DECODERS = ("vae_decoder", "vae_decoder_head", "vae_decoder_tail")
+WHOLE, TILED = DECODERS[:1], DECODERS[1:]
+
+
+@pytest.mark.parametrize(
+    ("sample_size", "profile", "held", "wanted"),
+    [
+        (16, "default", DECODERS, WHOLE),
+        (32, "default", DECODERS, WHOLE),
+        (32, "datacenter", DECODERS, WHOLE),
+        (32, (2048, 2048), DECODERS, WHOLE),
+        (32, (4096, 2080), DECODERS, TILED),
+        (64, "laptop", DECODERS, TILED),
+        (64, (1024, 1024), DECODERS, TILED),
+        (128, "static", DECODERS, TILED),
+        (128, "static", WHOLE, WHOLE),
+        (32, "static", TILED, TILED),
+    ],
+)
+def test_only_the_decoders_that_a_profile_uses_are_built(
+    sample_size: int, profile: Any, held: tuple[str, ...], wanted: tuple[str, ...], bundle: Path
+) -> None:
+    manifest = Manifest.load(bundle)
+    model = model_info(sample_size)
+    decoder = manifest.graphs["vae_decoder"]
+    graphs = {name: dataclasses.replace(decoder, spec=dataclasses.replace(decoder.spec, name=name)) for name in held}
+    dataclasses.replace(manifest, model=model, graphs={"sampler": manifest.graphs["sampler"], **graphs}).save(bundle)
+    shapes = PROFILES[profile] if isinstance(profile, str) else custom_profile(model, height=profile[0], width=profile[1])
+
+    assert tuple(planned(bundle, profile=shapes)) == ("sampler", *wanted)
+    assert tuple(planned(bundle, profile=shapes, graphs=held)) == held
+
+
+def test_guidance_that_is_embedded_leaves_one_branch(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, guidance_embeds=True)).save(bundle)
+    assert planned(bundle)["sampler"].recipe.ranges["branches"] == (1, 1, 1)

@@ -1,0 +1,292 @@
+"""Engines without weights: what the compiler makes of them here, and their refit against a stand-in for the module's Refitter."""
+
+import ctypes
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tensorrt_rtx
+from onnx import helper, numpy_helper
+
+from sana_export.contract import GraphSpec, TensorSpec
+from sana_export.errors import ArtifactError, DependencyError
+from sana_export.manifest import GraphEntry, Manifest
+from sana_export.profiles import PROFILES
+from sana_export.trt.build import BuildOptions, build_engine, configure
+from sana_export.trt.bundle import build_bundle, read_instruction_tokens
+from sana_export.trt.device import gpu_compute_capability
+from sana_export.trt.logger import logger_for
+from sana_export.trt.refit import refit_engine
+from tests.trt.building import build, tree
+from tests.trt.small_bundles import write_bundle
+
+REFITTABLE = BuildOptions(refittable=True)
+TYPES = {np.dtype(np.float16): tensorrt_rtx.DataType.HALF, np.dtype(np.float32): tensorrt_rtx.DataType.FLOAT}
+
+
+class Stop(Exception):
+    """Ends a build where a test has seen enough."""
+
+
+class Engine:
+    """The weights of an engine: zeros of the types and sizes that it was built with, until it is refitted."""
+
+    def __init__(self, prototypes: Mapping[str, np.ndarray]) -> None:
+        self.weights = {name: np.zeros_like(value) for name, value in prototypes.items()}
+
+
+class Refitter:
+    """As the module's, over an `Engine`. `refuses` and `forgets` are names that it takes no weights of."""
+
+    refuses: tuple[str, ...] = ()
+    forgets: tuple[str, ...] = ()
+    works = True
+
+    def __init__(self, engine: Engine, logger: Any) -> None:
+        self.engine, self.logger, self.given = engine, logger, {}
+
+    def get_all_weights(self) -> list[str]:
+        return list(self.engine.weights)
+
+    def get_weights_prototype(self, name: str) -> Any:
+        value = self.engine.weights[name]
+        return tensorrt_rtx.Weights(TYPES[value.dtype], 0, value.size)
+
+    def set_named_weights(self, name: str, weights: Any) -> bool:
+        if name in self.refuses:
+            self.logger.log(tensorrt_rtx.ILogger.Severity.ERROR, "these weights are refused")
+            return False
+        assert weights.dtype == TYPES[self.engine.weights[name].dtype]
+        self.given[name] = weights.numpy()
+        return True
+
+    def get_missing_weights(self) -> list[str]:
+        return [name for name in self.engine.weights if name not in self.given or name in self.forgets]
+
+    def refit_cuda_engine(self) -> bool:
+        if not self.works:
+            self.logger.log(tensorrt_rtx.ILogger.Severity.ERROR, "out of device memory")
+            return False
+        for name, values in self.given.items():
+            self.engine.weights[name].flat = values.flat
+        return True
+
+
+def module(**changes: Any) -> Any:
+    """A module with this Refitter, with `changes` of its attributes, and the real one's weights, types and logger."""
+    return type(
+        "Stub",
+        (),
+        {
+            "Refitter": type("Refitter", (Refitter,), changes),
+            "Weights": tensorrt_rtx.Weights,
+            "ILogger": tensorrt_rtx.ILogger,
+        },
+    )
+
+
+def arrays(bundle: Path, graph: GraphEntry) -> dict[str, np.ndarray]:
+    """The graph's external weights as the onnx package loads them."""
+    path = bundle / graph.onnx.path
+    outside = {t.name for t in onnx.load(path, load_external_data=False).graph.initializer if t.external_data}
+    return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if t.name in outside}
+
+
+def test_every_weight_reaches_the_engine(tiny_bundle: Path) -> None:
+    given = 0
+    for graph in Manifest.load(tiny_bundle).graphs.values():
+        wanted = arrays(tiny_bundle, graph)
+        engine = Engine(wanted)
+        refit_engine(module(), engine, graph, tiny_bundle)
+        assert set(engine.weights) == set(wanted)
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(engine.weights[name], value)
+        given += len(wanted)
+    assert given > 50
+
+
+def test_the_weights_are_read_where_they_lie_and_not_copied(bundle: Path) -> None:
+    graph = Manifest.load(bundle).graphs["vae_decoder"]
+    mapped: list[str] = []
+
+    def weights(dtype: Any, pointer: int, count: int) -> Any:
+        for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
+            begin, end = (int(side, 16) for side in line.split()[0].split("-"))
+            if begin <= pointer < end:
+                mapped.append(line.split()[-1])
+        return tensorrt_rtx.Weights(dtype, pointer, count)
+
+    stub = module()
+    stub.Weights = staticmethod(weights)
+    refit_engine(stub, Engine(arrays(bundle, graph)), graph, bundle)
+    assert mapped == [str(bundle / graph.data[0].path)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine_change", "words"),
+    [
+        ({}, {"another": np.zeros(3, np.float16)}, "asks for weights that the bundle does not hold(.|\n)*another"),
+        ({}, {"weight": None}, "the bundle holds weights that it has no place for(.|\n)*weight"),
+        ({}, {"weight": np.zeros(5, np.float16)}, r"another size(.|\n)*weight \(10 bytes, the bundle's has 221184\)"),
+        ({"refuses": ("weight",)}, {}, "refuses weights(.|\n)*weight; these weights are refused"),
+        ({"forgets": ("weight",)}, {}, "weights are missing(.|\n)*weight"),
+        ({"works": False}, {}, "the refit failed(.|\n)*out of device memory"),
+    ],
+)
+def test_a_partial_refit_is_an_error(changes: dict[str, Any], engine_change: dict[str, Any], words: str, bundle: Path) -> None:
+    graph = Manifest.load(bundle).graphs["vae_decoder"]
+    prototypes = {name: value for name, value in {**arrays(bundle, graph), **engine_change}.items() if value is not None}
+    engine = Engine(prototypes)
+
+    with pytest.raises(ArtifactError, match=words) as caught:
+        refit_engine(module(**changes), engine, graph, bundle)
+
+    assert "engine of vae_decoder" in caught.value.message
+    assert "--refittable" in str(caught.value.fix)
+    assert not any(values.any() for values in engine.weights.values())
+
+
+def test_damaged_weights_do_not_reach_the_engine(bundle: Path) -> None:
+    graph = Manifest.load(bundle).graphs["vae_decoder"]
+    engine = Engine(arrays(bundle, graph))
+    path = bundle / graph.data[0].path
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+
+    with pytest.raises(ArtifactError, match="damaged"):
+        refit_engine(module(), engine, graph, bundle)
+    assert not engine.weights["weight"].any()
+
+
+@pytest.mark.parametrize("refittable", [False, True])
+def test_only_a_refittable_build_strips(refittable: bool, bundle: Path) -> None:
+    builder = tensorrt_rtx.Builder(logger_for(tensorrt_rtx))
+    spec = Manifest.load(bundle).graphs["vae_decoder"].spec
+    ranges = {"batch": (1, 1, 1), "latent_height": (4, 4, 4), "latent_width": (4, 4, 4)}
+    config = configure(tensorrt_rtx, builder, spec, ranges, BuildOptions(refittable=refittable), ())
+
+    assert config.get_flag(tensorrt_rtx.BuilderFlag.STRIP_PLAN) is refittable
+    assert config.get_flag(tensorrt_rtx.BuilderFlag.REFIT_INDIVIDUAL) is refittable
+    assert not config.get_flag(tensorrt_rtx.BuilderFlag.REFIT)
+
+
+def test_exactly_the_external_weights_are_marked(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real parser and network: every external weight is known by its name, so that the compiler strips it and no other."""
+
+    marked: dict[str, bool] = {}
+
+    def stop(module: Any, builder: Any, network: Any, config: Any, file: Any) -> bool:
+        initializers = onnx.load(path, load_external_data=False).graph.initializer
+        marked.update({t.name: network.are_weights_marked_refittable(t.name) for t in initializers})
+        raise Stop
+
+    monkeypatch.setattr("sana_export.trt.build._serialize", stop)
+    manifest = Manifest.load(tiny_bundle)
+    ranges = PROFILES["default"].ranges(manifest.model, instruction_tokens=read_instruction_tokens(tiny_bundle))
+    for graph in manifest.graphs.values():
+        path = tiny_bundle / graph.onnx.path
+        marked.clear()
+        with pytest.raises(Stop):
+            build_engine(tensorrt_rtx, path, tmp_path / "x.engine", graph.spec, ranges, options=REFITTABLE)
+        assert {name for name, yes in marked.items() if yes} == set(arrays(tiny_bundle, graph))
+
+
+def test_a_shared_weight_keeps_both_of_its_names(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two initializers at one offset: the compiler would know only the last name."""
+    path = tmp_path / "model.onnx"
+    weight = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float16)
+    path.with_name("w.data").write_bytes(weight.tobytes())
+    names = ("first", "second")
+    tensors = []
+    for name in names:
+        tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT16, dims=[8, 8], data_location=1)
+        for key, value in (("location", "w.data"), ("offset", "0"), ("length", "128")):
+            tensor.external_data.add(key=key, value=value)
+        tensors.append(tensor)
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, ["batch", 8]) for name in "xy")
+    nodes = [helper.make_node("MatMul", ["x", "first"], ["h"]), helper.make_node("MatMul", ["h", "second"], ["y"])]
+    graph = helper.make_graph(nodes, "g", [x], [y], tensors)
+    path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString())
+    spec = GraphSpec("g", (TensorSpec("x", "float16", ("batch", 8)),), (TensorSpec("y", "float16", ("batch", 8)),))
+    values: dict[str, np.ndarray] = {}
+
+    def stop(module: Any, builder: Any, network: Any, config: Any, file: Any) -> bool:
+        for index in range(network.num_layers):
+            layer = network.get_layer(index)
+            if layer.type == tensorrt_rtx.LayerType.CONSTANT and layer.name in names:
+                layer.__class__ = tensorrt_rtx.IConstantLayer
+                values[layer.name] = np.array(layer.weights)
+        assert all(network.are_weights_marked_refittable(name) for name in names)
+        raise Stop
+
+    monkeypatch.setattr("sana_export.trt.build._serialize", stop)
+    with pytest.raises(Stop):
+        build_engine(tensorrt_rtx, path, tmp_path / "x.engine", spec, {"batch": (1, 1, 2)}, options=REFITTABLE)
+    for name in names:
+        np.testing.assert_array_equal(values[name].reshape(8, 8), weight)
+
+
+def test_refittable_engines_of_every_graph(tiny_bundle: Path, tmp_path: Path) -> None:
+    """With a GPU: engines without weights. Without one the compiler refuses those that have any, and the user is told why."""
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    graphs = Manifest.load(bundle).graphs
+    with_weights = [name for name, graph in graphs.items() if graph.data]
+    without = [name for name in graphs if name not in with_weights]
+    assert {"sampler", "postprocess"} <= set(without)
+    assert {"text_encoder", "context", "denoiser", "vae_decoder"} <= set(with_weights)
+    settings: dict[str, Any] = {"backend": "tensorrt-rtx", "profile": PROFILES["static"], "options": REFITTABLE}
+
+    build_bundle(bundle, graphs=without, **settings)
+    assert all(entry.options == {"tf32": False} for entry in Manifest.load(bundle).engines)
+    for name in with_weights:
+        before = tree(bundle)
+        if gpu_compute_capability() is None:
+            with pytest.raises(DependencyError, match=f"cannot compile {name}") as caught:
+                build_bundle(bundle, graphs=[name], **settings)
+            assert "a machine with an NVIDIA GPU" in str(caught.value.fix)
+            assert tree(bundle) == before
+            continue
+        manifest = build_bundle(bundle, graphs=[name], **settings)
+        (entry,) = (entry for entry in manifest.engines if entry.graph == name and entry.refittable)
+        engine = (bundle / entry.file.path).read_bytes()
+        for weight, values in arrays(bundle, graphs[name]).items():
+            assert values.tobytes()[:64] not in engine, weight
+
+
+def test_a_refittable_build_needs_no_room_for_weights(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr("sana_export.trt.bundle.require_free", lambda folder, wanted, what: asked.append(wanted))
+    monkeypatch.setattr("sana_export.trt.bundle.build_in_child", stop)
+    graph = Manifest.load(bundle).graphs["vae_decoder"]
+    for options in (BuildOptions(), REFITTABLE):
+        with pytest.raises(Stop):
+            build(bundle, graphs=["vae_decoder"], options=options)
+    assert asked[0] - asked[1] == sum(file.bytes for file in graph.data)
+
+
+def test_the_real_weights_type_reads_from_a_pointer() -> None:
+    """What `refit` rests on: Weights(type, address, count) sees the memory at that address."""
+    values = np.random.default_rng(1).standard_normal(7).astype(np.float16)
+    weights = tensorrt_rtx.Weights(tensorrt_rtx.DataType.HALF, values.ctypes.data, values.size)
+    assert (weights.size, weights.nbytes) == (7, 14)
+    assert ctypes.string_at(values.ctypes.data, 14) == weights.numpy().tobytes() == values.tobytes()
+
+
+def test_another_export_of_the_same_structure_refits_the_same_engine(bundle: Path) -> None:
+    engine = Engine(arrays(bundle, Manifest.load(bundle).graphs["vae_decoder"]))
+    held = []
+    for seed in range(2):
+        graph = write_bundle(bundle, seed=seed).graphs["vae_decoder"]
+        refit_engine(module(), engine, graph, bundle)
+        np.testing.assert_array_equal(engine.weights["weight"], arrays(bundle, graph)["weight"])
+        held.append(engine.weights["weight"].copy())
+    assert not np.array_equal(*held)

@@ -1,0 +1,144 @@
+"""The external weights of an ONNX file and its structure, read without the onnx package, against the onnx package."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sana_export.errors import ArtifactError
+from sana_export.manifest import Manifest
+from sana_export.trt.weights import copies_of_shared, external_tensors, read_tensors, structure_sha256
+from tests.trt.small_bundles import slow, vae_decoder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A file with two weights in one external file and one inside."""
+    rng = np.random.default_rng(0)
+    weights = {"a": rng.standard_normal((8, 16)), "b": rng.standard_normal((16, 4)), "small": rng.standard_normal((4,))}
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"]),
+        helper.make_node("MatMul", ["h", "b"], ["z"]),
+        helper.make_node("Add", ["z", "small"], ["y"], name="add"),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["n", size]) for name, size in (("x", 8), ("y", 4)))
+    initializers = [numpy_helper.from_array(value.astype(np.float16), name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "g", [x], [y], initializers)
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]),
+        path,
+        save_as_external_data=True,
+        location="weights.data",
+        size_threshold=100,
+    )
+    return path
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> str:
+    """The structure's hash after `change(graph)` of the file."""
+    model = onnx.load(path, load_external_data=False)
+    change(model.graph)
+    path.write_bytes(model.SerializeToString())
+    return structure_sha256(path.read_bytes())
+
+
+def set_external(tensor: Any, **values: object) -> None:
+    for entry in tensor.external_data:
+        entry.value = str(values.get(entry.key, entry.value))
+
+
+def test_places_are_those_that_the_file_names(model: Path) -> None:
+    tensors = onnx.load(model, load_external_data=False).graph.initializer
+    wanted = [(tensor.name, *(entry.value for entry in tensor.external_data if entry.key != "checksum")) for tensor in tensors][:2]
+    found = external_tensors(model.read_bytes())
+
+    assert [(tensor.name, tensor.location, str(tensor.offset), str(tensor.bytes)) for tensor in found] == wanted
+    assert [tensor.name for tensor in found] == ["a", "b"]
+
+
+def test_bytes_are_those_that_onnx_loads(model: Path) -> None:
+    tensors = read_tensors(model, [model.with_name("weights.data")])
+    loaded = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(model).graph.initializer}
+
+    assert set(tensors) == {"a", "b"}
+    for name, values in tensors.items():
+        np.testing.assert_array_equal(values.view(np.float16).reshape(loaded[name].shape), loaded[name])
+
+
+def test_every_graph_of_a_bundle_is_read_as_onnx_reads_it(tiny_bundle: Path) -> None:
+    read = 0
+    for graph in Manifest.load(tiny_bundle).graphs.values():
+        path = tiny_bundle / graph.onnx.path
+        tensors = read_tensors(path, [tiny_bundle / file.path for file in graph.data])
+        loaded = {t.name: t for t in onnx.load(path).graph.initializer}
+        outside = {t.name for t in onnx.load(path, load_external_data=False).graph.initializer if t.external_data}
+        assert set(tensors) == outside
+        for name in outside:
+            assert tensors[name].tobytes() == numpy_helper.to_array(loaded[name]).tobytes()
+        read += len(outside)
+    assert read > 50
+
+
+@pytest.mark.parametrize("make", [vae_decoder, slow])
+def test_other_weights_outside_leave_the_structure_and_inside_they_do_not(make: Any, tmp_path: Path) -> None:
+    hashes = []
+    for seed in range(2):
+        make(tmp_path / "model.onnx", seed)
+        hashes.append(structure_sha256((tmp_path / "model.onnx").read_bytes()))
+    assert (hashes[0] == hashes[1]) is (make is vae_decoder)  # `slow` keeps its weights inside
+
+
+@pytest.mark.parametrize("values", [{"offset": 8192}, {"length": 1}, {"location": "elsewhere.data"}])
+def test_where_weights_lie_is_no_structure(values: dict[str, object], model: Path) -> None:
+    before = structure_sha256(model.read_bytes())
+    assert edit(model, lambda graph: set_external(graph.initializer[1], **values)) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda graph: setattr(graph.initializer[0], "name", "c"),
+        lambda graph: setattr(graph.initializer[0], "data_type", TensorProto.BFLOAT16),
+        lambda graph: graph.initializer[0].dims.__setitem__(0, 16),
+        lambda graph: setattr(graph.initializer[2], "raw_data", bytes(8)),
+        lambda graph: setattr(graph.node[2], "op_type", "Sub"),
+        lambda graph: graph.node[2].input.__setitem__(1, "b"),
+        lambda graph: setattr(graph.input[0].type.tensor_type.shape.dim[0], "dim_param", "m"),
+        lambda graph: graph.initializer.pop(),
+    ],
+)
+def test_all_else_is_structure(change: Any, model: Path) -> None:
+    before = structure_sha256(model.read_bytes())
+    assert edit(model, lambda graph: None) == before
+    assert edit(model, change) != before
+
+
+@pytest.mark.parametrize(("values", "words"), [({"offset": 1 << 20}, "b at 1048576"), ({"location": "other.data"}, "other.data")])
+def test_a_model_that_reads_elsewhere_is_refused(values: dict[str, object], words: str, model: Path) -> None:
+    model.with_name("other.data").write_bytes(bytes(1 << 21))
+    edit(model, lambda graph: set_external(graph.initializer[1], **values))
+    with pytest.raises(ArtifactError, match="does not fit its weights") as caught:
+        read_tensors(model, [model.with_name("weights.data")])
+    assert words in str(caught.value)
+
+
+def test_weights_that_share_their_bytes_are_copied(model: Path) -> None:
+    assert copies_of_shared(model) == {}
+    edit(model, lambda graph: set_external(graph.initializer[1], offset=0, length=128))
+
+    copies = copies_of_shared(model)
+
+    assert set(copies) == {"b"}
+    assert copies["b"].tobytes() == model.with_name("weights.data").read_bytes()[:128]
+
+
+@pytest.mark.parametrize("damage", [b"not an ONNX file", b"\x3a\x7f"])
+def test_what_is_no_model_is_a_value_error(damage: bytes) -> None:
+    for read in (external_tensors, structure_sha256):
+        with pytest.raises(ValueError, match=r"field|number"):
+            read(damage)
