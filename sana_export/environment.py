@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
 import platform
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -25,19 +28,29 @@ def operating_system() -> str:
     return f"{platform.system().lower()}-{platform.machine().lower()}"
 
 
-def peak_rss_bytes() -> int:
-    """Largest resident size of this process since it was started; 0 where the system does not tell.
+def peak_rss_bytes(process: int | None = None) -> int:
+    """Largest resident size of this process, or of `process`, since it was started; 0 where the system does not tell.
 
     Linux keeps in `ru_maxrss` also what the parent had resident at the fork, so the program's own high-water mark is read instead.
     """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text("utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    try:
+        status = Path(f"/proc/{process or 'self'}/status").read_text("utf-8")
+    except OSError:  # another system, or a process that has ended
+        status = ""
+    if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+        return int(found[1]) * 1024
+    if process is not None:
+        return 0
     try:
         import resource
     except ImportError:  # Windows
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system where the C library keeps it (glibc does, between blocks that are in use)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

@@ -7,31 +7,38 @@ last finished graph.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import torch
 from safetensors.torch import save_file
 
 from sana_export import __version__
-from sana_export.contract import GRAPHS
-from sana_export.disk import disk_errors
+from sana_export.contract import GRAPHS, WEIGHTS_OF
+from sana_export.disk import disk_errors, require_free
 from sana_export.environment import source_digest
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.modules import build_graph, graph_spec
-from sana_export.export.onnx import OPSET, check_onnx, check_values, export_onnx, external_files, parameter_count
+from sana_export.export.onnx import OPSET, check_onnx, check_values, export_onnx, external_files, parameter_count, run_module
+from sana_export.export.size import OVERHEAD, graph_bytes, text_bytes
 from sana_export.graphs.checkpoint import SanaCheckpoint
+from sana_export.graphs.numerics import NUMERICS
+from sana_export.graphs.storage import WeightFile, stored_in
 from sana_export.graphs.text_encoder import encode_instruction
+from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
 from sana_export.manifest import (
     FILE_NAME,
     PRECISIONS,
-    Checkpoint,
     GraphEntry,
     Manifest,
     ModelInfo,
@@ -49,8 +56,20 @@ INSTRUCTION = "instruction.safetensors"
 EMBEDDINGS = "embeddings.safetensors"
 MAX_SEQUENCE_LENGTH = 300
 
-#: Called with what is about to be done, the count of steps done and of all steps.
-Progress = Callable[[str, int, int], None]
+
+@dataclass(frozen=True)
+class Progress:
+    """What is about to be done, as step `done` + 1 of `total`, and how many bytes of the bundle are written by now.
+
+    `seconds_left` is an estimate from the bytes written so far in this run; None while there is none.
+    """
+
+    doing: str
+    done: int
+    total: int
+    bytes_done: int
+    bytes_total: int
+    seconds_left: float | None
 
 
 def export_bundle(
@@ -61,7 +80,7 @@ def export_bundle(
     pag_layers: Iterable[str | int] = (),
     clamp: bool | None = None,
     graphs: Iterable[str] = (),
-    on_progress: Progress = lambda doing, done, total: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Manifest:
     """Export `checkpoint` to the bundle `output` and return its manifest.
 
@@ -80,25 +99,23 @@ def export_bundle(
             log.info("%s is up to date", output)
             return existing
         log.info("replacing %s, whose %d engines go with it", output, len(existing.engines))
+    sizes = {"": text_bytes(checkpoint), **{owner: graph_bytes(owner, checkpoint, options) for owner in groups(names)}}
     with disk_errors(output):
         journal = Journal(partial, key)
-        on_progress("tokenizer, instruction and embeddings", 0, len(names) + 1)
-        model = write_text_files(checkpoint, partial)
-        entries = {}
-        for done, name in enumerate(names, start=1):
-            on_progress(name, done, len(names) + 1)
-            entries[name] = journal.finished(name) or export_graph(name, checkpoint, options, partial)
-            journal.add(name, entries[name])
+        finished = {owner: done for owner, group in groups(names).items() if (done := journal.finished(group))}
+        require_free(output.parent, sum(sizes[part] for part in sizes if part not in finished) + OVERHEAD, f"the bundle {output}")
+        meter = _Meter(sizes, on_progress)
+        with meter.step("", "tokenizer, instruction and embeddings"):
+            model = write_text_files(checkpoint, partial)
+        entries: dict[str, GraphEntry] = {}
+        for owner, group in groups(names).items():
+            if owner not in finished:
+                with meter.step(owner, ", ".join(group)):
+                    finished[owner] = export_graphs(owner, group, checkpoint, options, partial)
+                journal.add(finished[owner])
+            entries |= finished[owner]
         manifest = Manifest(
-            checkpoint=Checkpoint(
-                checkpoint.source,
-                checkpoint.revision,
-                checkpoint.sha256,
-                checkpoint.variant.alias if checkpoint.variant else None,
-                checkpoint.synthetic,
-                checkpoint.weights_variant,
-                checkpoint.trained_with_clamp()[0],
-            ),
+            checkpoint=checkpoint.record(),
             options=options,
             model=model,
             graphs=entries,
@@ -112,8 +129,32 @@ def export_bundle(
             output.rename(old)
         partial.rename(output)
         shutil.rmtree(old, ignore_errors=True)
-    on_progress("done", len(names) + 1, len(names) + 1)
+    meter.done()
     return manifest
+
+
+class _Meter:
+    """Tells `on_progress` of every step, with the bytes that the steps before it wrote and the time that the rest will take."""
+
+    def __init__(self, sizes: Mapping[str, int], on_progress: Callable[[Progress], None]) -> None:
+        self._sizes, self._tell, self._done = sizes, on_progress, dict[str, float]()
+
+    @contextlib.contextmanager
+    def step(self, part: str, doing: str) -> Iterator[None]:
+        self._report(doing, list(self._sizes).index(part))
+        started = time.monotonic()
+        yield
+        self._done[part] = time.monotonic() - started
+
+    def done(self) -> None:
+        self._report("done", len(self._sizes))
+
+    def _report(self, doing: str, index: int) -> None:
+        parts = list(self._sizes)
+        written, total = sum(self._sizes[part] for part in parts[:index]), sum(self._sizes.values())
+        timed = sum(self._sizes[part] for part in self._done)
+        left = sum(self._done.values()) / timed * (total - written) if timed else None
+        self._tell(Progress(doing, index, len(parts), written, total, left))
 
 
 def choose_options(checkpoint: SanaCheckpoint, precision: str, pag_layers: Iterable[str | int], clamp: bool | None) -> Options:
@@ -126,8 +167,16 @@ def choose_options(checkpoint: SanaCheckpoint, precision: str, pag_layers: Itera
         log.info("self-attention outputs are %s: %s", "clipped to +-65504" if clamp else "not clipped", reason)
     elif clamp != trained:
         log.warning("--%sclamp overrides what is known of this checkpoint: %s", "" if clamp else "no-", reason)
-    layers = checkpoint.config("transformer")["num_layers"]
-    return Options(precision, clamp, tuple(sorted({parse_pag_layer(str(name), layers) for name in pag_layers})))
+    transformer, names = checkpoint.config("transformer"), [*map(str, pag_layers)]
+    if names and transformer.get("guidance_embeds"):
+        raise UsageError(
+            f"{checkpoint.source} cannot be sampled with PAG: its guidance is distilled into one run a step (SANA-Sprint)",
+            found=f"--pag-layers {' '.join(names)}",
+            wanted="no PAG layers",
+            fix="leave out --pag-layers",
+        )
+    layers = transformer["num_layers"]
+    return Options(precision, clamp, tuple(sorted({parse_pag_layer(name, layers) for name in names})))
 
 
 def parse_pag_layer(name: str, layers: int) -> int:
@@ -192,38 +241,70 @@ class Journal:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-    def finished(self, name: str) -> GraphEntry | None:
-        """The entry of a graph that is done and whole."""
-        entry = self.graphs.get(name)
-        try:
-            check_files(self.path.parent, entry.files if entry else (), fix="")
-        except ArtifactError as error:
-            log.warning("exporting %s again: %s", name, error.message)
+    def finished(self, names: Iterable[str]) -> dict[str, GraphEntry] | None:
+        """The entries of graphs that share a folder, where all of them are done and whole."""
+        entries = {name: self.graphs[name] for name in names if name in self.graphs}
+        if len(entries) < len(list(names)):
             return None
-        return entry
+        try:
+            check_files(self.path.parent, {file for entry in entries.values() for file in entry.files}, fix="")
+        except ArtifactError as error:
+            log.warning("exporting %s again: %s", ", ".join(names), error.message)
+            return None
+        return entries
 
-    def add(self, name: str, entry: GraphEntry) -> None:
-        self.graphs[name] = entry
+    def add(self, entries: Mapping[str, GraphEntry]) -> None:
+        self.graphs |= entries
         document = {"key": self.key, "graphs": {name: dataclasses.asdict(graph) for name, graph in self.graphs.items()}}
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(document), "utf-8")
         temporary.replace(self.path)
 
 
-def export_graph(name: str, checkpoint: SanaCheckpoint, options: Options, bundle: Path) -> GraphEntry:
-    """Export one graph into `bundle`, check it, and return its entry."""
-    module, spec = build_graph(name, checkpoint, options), graph_spec(name, checkpoint, options)
-    path = bundle / "onnx" / name / "model.onnx"
-    shutil.rmtree(path.parent, ignore_errors=True)
-    export_onnx(module, spec, path)
-    model = check_onnx(path, spec)
-    check_values(path, module, spec, options.precision)
-    locations = external_files(model)
-    for file in path.parent.iterdir():
-        if file != path and file.name not in locations:
-            file.unlink()  # a graph without weights leaves an empty one
-    data = tuple(file_entry(bundle, path.parent / location) for location in locations)
-    return GraphEntry(spec, file_entry(bundle, path), data, model.opset_import[0].version, parameter_count(model))
+def groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """The graphs `names` by the graph whose folder and weight file they share (contract.WEIGHTS_OF)."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(WEIGHTS_OF.get(name, name), []).append(name)
+    return found
+
+
+def export_graphs(
+    owner: str, names: Iterable[str], checkpoint: SanaCheckpoint, options: Options, bundle: Path
+) -> dict[str, GraphEntry]:
+    """Export graphs that share the weight file of `owner` into `bundle`, check each, and return their entries."""
+    folder = bundle / "onnx" / owner
+    shutil.rmtree(folder, ignore_errors=True)
+    models: dict[str, onnx.ModelProto] = {}
+    with WeightFile(folder / "model.onnx.data") as weights:
+        for name in names:
+            spec, path = graph_spec(name, checkpoint, options), folder / onnx_name(name)
+            with stored_in(weights):
+                module = build_graph(name, checkpoint, options)
+            export_onnx(module, spec, path, weights)
+            models[name] = check_onnx(path, spec)
+            examples = run_module(module, spec)
+            weights.release()
+            check_values(path, spec, examples, options.precision)
+    data = (file_entry(bundle, weights.path),) if weights.bytes else ()
+    if not data:
+        weights.path.unlink()
+    return {
+        name: GraphEntry(
+            graph_spec(name, checkpoint, options),
+            file_entry(bundle, folder / onnx_name(name)),
+            data if external_files(model) else (),
+            model.opset_import[0].version,
+            parameter_count(model),
+        )
+        for name, model in models.items()
+    }
+
+
+def onnx_name(graph: str) -> str:
+    """The file name of a graph in its folder: model.onnx, or for a part of another graph the name of the part."""
+    owner = WEIGHTS_OF.get(graph)
+    return f"{graph.removeprefix(f'{owner}_')}.onnx" if owner else "model.onnx"
 
 
 def write_text_files(checkpoint: SanaCheckpoint, bundle: Path) -> ModelInfo:
@@ -256,19 +337,23 @@ def write_text_files(checkpoint: SanaCheckpoint, bundle: Path) -> ModelInfo:
         save_file(content, bundle / file)
         (bundle / file).chmod(0o644)  # save_file makes it private
 
-    variant = checkpoint.variant
+    variant, guidance_embeds = checkpoint.kin, bool(transformer.get("guidance_embeds"))
     return ModelInfo(
         sample_size=transformer["sample_size"],
         latent_channels=transformer["in_channels"],
         vae_scale_factor=2 ** (len(vae["encoder_block_out_channels"]) - 1),
-        timestep_scale=transformer.get("timestep_scale", 1.0),
+        # SanaSprintPipeline does not apply it.
+        timestep_scale=1.0 if guidance_embeds else transformer.get("timestep_scale", 1.0),
         text_channels=text["hidden_size"],
         embedding_rows=table.shape[0],
         scheduler=checkpoint.config("scheduler"),
         instruction=instruction,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
-        default_steps=variant.steps if variant else 20,
+        default_steps=2 if guidance_embeds else 20,  # of diffusers' pipelines
         default_guidance_scale=variant.guidance_scale if variant else 4.5,
+        decoder_tile_halo=tile_halo(VaeDecoderTail(vae, checkpoint.weights("vae"), NUMERICS["float32"])),
+        decoder_tile_scale=tile_scale(vae),
+        guidance_embeds=guidance_embeds,
     )
 
 

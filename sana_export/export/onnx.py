@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ from torch import Tensor, nn
 from sana_export.contract import GraphSpec
 from sana_export.errors import ParityError
 from sana_export.export.evaluator import StorageEvaluator
+from sana_export.export.half import WideProducts
 from sana_export.export.modules import CHECK_SIZES, TRACE_SIZES, random_inputs
 from sana_export.export.parity import compare_tensors
+from sana_export.graphs.storage import WeightFile
 
 OPSET = 20
+#: Constants up to this size stay in the ONNX file; larger ones are weights.
+INLINE_BYTES = 1024
 DTYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
@@ -33,10 +38,11 @@ DTYPES = {
 }
 
 
-def export_onnx(module: nn.Module, spec: GraphSpec, path: Path) -> None:
-    """Trace `module` and write `path` with its weights in one external file beside it (`<name>.data`).
+def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightFile) -> None:
+    """Trace `module`, whose parameters live in `weights`, and write `path`, which reads them from that file beside it.
 
-    Dynamic axes carry the contract's names. Nothing of the tracing machine (paths, stack traces) stays in the file.
+    Dynamic axes carry the contract's names. Nothing of the tracing machine (paths, stack traces) stays in the file. Constants that
+    tracing made stay in it where they are small and are added to `weights` where they are not.
     """
     inputs = random_inputs(spec, TRACE_SIZES, seed=0)
     shapes = tuple(
@@ -63,8 +69,28 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path) -> None:
         node.doc_string = None
     for value, tensor in zip(model.graph.outputs, spec.outputs, strict=True):
         value.shape = onnx_ir.Shape(tensor.shape)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    program.save(path, external_data=True)
+    _point_to(weights, model, dict(module.named_parameters(remove_duplicate=False)))
+    onnx_ir.save(model, path)
+
+
+def _point_to(weights: WeightFile, model: onnx_ir.Model, parameters: Mapping[str, Tensor]) -> None:
+    """Replace the values of the model's initializers by their places in `weights`."""
+    for name, value in model.graph.initializers.items():
+        constant = value.const_value
+        assert constant is not None  # a traced graph has no initializer without a value
+        place = weights.place(parameters[name]) if name in parameters else None
+        if place is None and constant.nbytes > INLINE_BYTES:
+            place = weights.append(np.frombuffer(constant.tobytes(), np.uint8))
+        if place is not None:
+            value.const_value = onnx_ir.ExternalTensor(
+                weights.path.name,
+                place.offset,
+                place.length,
+                constant.dtype,
+                shape=constant.shape,  # type: ignore[arg-type]
+                name=name,
+                base_dir=weights.path.parent,
+            )
 
 
 def check_onnx(path: Path, spec: GraphSpec) -> onnx.ModelProto:
@@ -82,25 +108,39 @@ def check_onnx(path: Path, spec: GraphSpec) -> onnx.ModelProto:
     return model
 
 
-def check_values(path: Path, module: nn.Module, spec: GraphSpec, precision: str) -> None:
-    """Compare the file, run with every intermediate stored in its own dtype, with the torch module.
+@dataclass(frozen=True, eq=False)
+class Example:
+    """What a module makes of some inputs, in the order of its contract."""
 
-    Once on fresh random inputs of other sizes than the traced ones, once on zeros, which show an epsilon that got lost. Raises
-    ParityError past the limit of parity.COSINE_LIMITS.
+    kind: str
+    inputs: Mapping[str, Tensor]
+    outputs: tuple[Tensor, ...]
+
+
+def run_module(module: nn.Module, spec: GraphSpec) -> list[Example]:
+    """Run `module` on fresh random inputs of other sizes than the traced ones, and on zeros, which show a lost epsilon."""
+    random = random_inputs(spec, CHECK_SIZES, seed=1)
+    examples = []
+    for kind, inputs in (("random", random), ("zero", {name: torch.zeros_like(value) for name, value in random.items()})):
+        with torch.no_grad(), WideProducts():
+            outputs = module(*inputs.values())
+        examples.append(Example(kind, inputs, outputs if isinstance(outputs, tuple) else (outputs,)))
+    return examples
+
+
+def check_values(path: Path, spec: GraphSpec, examples: Iterable[Example], precision: str) -> None:
+    """Compare the file, run with every intermediate stored in its own dtype, with what the module gave.
+
+    Raises ParityError past the limit of parity.COSINE_LIMITS.
     """
     evaluator = StorageEvaluator(path)
-    random = random_inputs(spec, CHECK_SIZES, seed=1)
-    zeros = {name: torch.zeros_like(value) for name, value in random.items()}
-    for kind, inputs in (("random", random), ("zero", zeros)):
-        with torch.no_grad():
-            outputs = module(*inputs.values())
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        found = evaluator.run({name: to_numpy(value) for name, value in inputs.items()})
-        for tensor, wanted in zip(spec.outputs, outputs, strict=True):
+    for example in examples:
+        found = evaluator.run({name: to_numpy(value) for name, value in example.inputs.items()})
+        for tensor, wanted in zip(spec.outputs, example.outputs, strict=True):
             parity = compare_tensors(f"{spec.name}.{tensor.name}", found[tensor.name], to_numpy(wanted), precision)
             if not parity.passed:
                 raise ParityError(
-                    f"{path} differs on {kind} inputs from the graph that it was exported from",
+                    f"{path} differs on {example.kind} inputs from the graph that it was exported from",
                     found=f"cosine {parity.cosine:.9f}, largest difference {parity.max_abs:.3g} in {parity.name}",
                     wanted=parity.limit,
                 )

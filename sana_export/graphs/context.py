@@ -35,7 +35,7 @@ class Context(nn.Module):
         blocks = [f"transformer_blocks.{index}.attn2." for index in range(self.layers)]
         key_factor = 1.0 if self.qk_norm else factor
         self.projection = Linear(
-            torch.cat([_pair(weights, block, "weight", key_factor) for block in blocks]),
+            torch.cat([_pair(weights, block, "weight", key_factor).to(numerics.dtype) for block in blocks]),
             torch.cat([_pair(weights, block, "bias", key_factor) for block in blocks]),
             numerics,
         )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sana_export.graphs.storage import keep
+
 #: The largest finite float16. Self-attention outputs of the fp16 checkpoints were trained under a clip to it.
 FP16_MAX = 65504.0
 
@@ -37,20 +39,26 @@ NUMERICS = {
 
 
 def parameter(value: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    """`value` as a constant of the graph."""
-    return nn.Parameter(value.detach().to(dtype).contiguous(), requires_grad=False)
+    """`value` as a constant of the graph, kept where storage.py says."""
+    return nn.Parameter(keep(value.detach().to(dtype).contiguous()), requires_grad=False)
 
 
 class Linear(nn.Module):
-    """y = x W^T + b over the last axis, with W and b multiplied by `scale` before they are rounded to the graph's dtype."""
+    """y = x W^T + b over the last axis, with W and b multiplied by `scale` before they are rounded to the graph's dtype.
+
+    W is [out, in] as torch has it and stored as [in, out], which is how a product reads it: no transposition is left to a
+    tracer or a runtime, which would hold a second copy of the weights for it.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, numerics: Numerics, scale: float = 1.0) -> None:
         super().__init__()
-        self.weight = parameter(weight.float() * scale, numerics.dtype)
+        weight = weight if scale == 1.0 else weight.float() * scale
+        self.weight = parameter(weight.to(numerics.dtype).T, numerics.dtype)
         self.bias = None if bias is None else parameter(bias.float() * scale, numerics.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
 
 
 class Conv(nn.Module):

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from sana_export import disk
+from sana_export.contract import GRAPHS
 from sana_export.errors import DependencyError, UsageError
 from sana_export.export import bundle as bundle_module
 from sana_export.export.bundle import export_bundle, parse_pag_layer
+from sana_export.export.size import OVERHEAD, PARTS, graph_bytes, text_bytes
 from sana_export.graphs.checkpoint import open_checkpoint
 from sana_export.manifest import Manifest
 from sana_export.synth.checkpoint import make_checkpoint
@@ -38,13 +41,13 @@ def small_bundle(tiny_checkpoint, tmp_path_factory):
 def exported(monkeypatch):
     """The names of the graphs that are exported from here on."""
     names = []
-    export_graph = bundle_module.export_graph
+    export_graphs = bundle_module.export_graphs
 
-    def spy(name, *rest):
-        names.append(name)
-        return export_graph(name, *rest)
+    def spy(owner, group, *rest):
+        names.extend(group)
+        return export_graphs(owner, group, *rest)
 
-    monkeypatch.setattr(bundle_module, "export_graph", spy)
+    monkeypatch.setattr(bundle_module, "export_graphs", spy)
     return names
 
 
@@ -89,8 +92,8 @@ def test_an_interrupted_export_leaves_the_old_bundle_and_goes_on(tiny_checkpoint
     before = snapshot(output)
     exported.clear()
 
-    def interrupt(doing, done, total):
-        if doing == "postprocess":
+    def interrupt(progress):
+        if progress.doing == "postprocess":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -103,8 +106,8 @@ def test_an_interrupted_export_leaves_the_old_bundle_and_goes_on(tiny_checkpoint
 
 
 def test_a_journal_of_other_options_is_not_gone_on_with(tiny_checkpoint, tmp_path, exported):
-    def interrupt(doing, done, total):
-        if doing == "postprocess":
+    def interrupt(progress):
+        if progress.doing == "postprocess":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -114,8 +117,8 @@ def test_a_journal_of_other_options_is_not_gone_on_with(tiny_checkpoint, tmp_pat
 
 
 def test_nothing_of_another_interrupted_export_is_kept(tiny_checkpoint, tmp_path):
-    def interrupt(doing, done, total):
-        if doing == "postprocess":
+    def interrupt(progress):
+        if progress.doing == "postprocess":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -125,8 +128,8 @@ def test_nothing_of_another_interrupted_export_is_kept(tiny_checkpoint, tmp_path
 
 
 def test_a_damaged_file_of_an_interrupted_export_is_not_gone_on_with(tiny_checkpoint, tmp_path, exported):
-    def interrupt(doing, done, total):
-        if doing == "postprocess":
+    def interrupt(progress):
+        if progress.doing == "postprocess":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -154,6 +157,40 @@ def test_a_folder_that_cannot_be_written_is_said(tiny_checkpoint, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(DependencyError, match="cannot be written"):
         small_export(tiny_checkpoint, tmp_path / "file" / "bundle")
+
+
+def test_too_little_disk_is_said_before_anything_is_written(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 1_000_000)
+    with pytest.raises(DependencyError, match="too little disk space for the bundle") as raised:
+        export_bundle(tiny_checkpoint, tmp_path / "b", precision="fp32")
+    assert "1000000 bytes free" in raised.value.found
+    options = bundle_module.choose_options(tiny_checkpoint, "fp32", (), None)
+    wanted = text_bytes(tiny_checkpoint) + OVERHEAD + sum(graph_bytes(name, tiny_checkpoint, options) for name in GRAPHS)
+    assert raised.value.wanted == f"{wanted} bytes"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_graph_is_as_large_as_was_said(tiny_checkpoint, tmp_path, name, precision):
+    """Exactly its weights, but for the decoder, whose upsampling grows by 16/9."""
+    manifest = export_bundle(tiny_checkpoint, tmp_path / "b", graphs=[name], precision=precision)
+    said = graph_bytes(name, tiny_checkpoint, manifest.options)
+    (data,) = manifest.graphs[name].data
+    tensors = manifest.graphs[name].parameters
+    assert said * 0.9 <= data.bytes <= said * 1.1 + 4096 * 400, tensors
+
+
+def test_progress_tells_bytes_and_time(tiny_checkpoint, tmp_path):
+    told = []
+    export_bundle(tiny_checkpoint, tmp_path / "b", graphs=["context", "sampler"], precision="fp32", on_progress=told.append)
+    assert [progress.doing for progress in told] == ["tokenizer, instruction and embeddings", "context", "sampler", "done"]
+    assert [progress.done for progress in told] == [0, 1, 2, 3]
+    assert told[0].bytes_done == 0
+    assert told[0].seconds_left is None
+    assert told[1].bytes_done == text_bytes(tiny_checkpoint)
+    assert told[1].seconds_left > 0
+    assert told[2].bytes_done == told[2].bytes_total
 
 
 def test_something_else_is_left_alone(tiny_checkpoint, tmp_path):

@@ -1,0 +1,110 @@
+"""Where the parameters of a deployment graph live: in memory, or in the file that a bundle keeps them in.
+
+A published transformer is larger than what a laptop has to spare twice. Under `stored_in` every parameter is appended to a
+`WeightFile` as soon as it is computed and read back through a memory map, so a graph is built, traced and checked with one
+tensor in memory at a time, and its weights are written once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sana_export.environment import return_free_memory
+
+#: Every tensor starts at a page, so that whoever reads the file can map it.
+ALIGNMENT = 4096
+#: After so many bytes written, the memory in which they were computed goes back to the system.
+TRIM_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Bytes of a weight file."""
+
+    offset: int
+    length: int
+
+
+class WeightFile:
+    """Tensors appended to the file `path`, equal ones once, each mapped back read-only for as long as it is used."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.bytes = 0
+        self._file: BinaryIO = path.open("wb")
+        self._known: dict[bytes, Slice] = {}
+        self._places: dict[int, Slice] = {}
+        self._maps: list[Any] = []
+        self._trimmed = 0
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, data: npt.NDArray[np.uint8]) -> Slice:
+        """Write `data` unless the file holds the same bytes already, and return where they lie."""
+        digest = hashlib.sha256(data.data).digest()
+        if digest not in self._known:
+            self._file.seek(-self.bytes % ALIGNMENT, 1)
+            self._known[digest] = Slice(self._file.tell(), data.nbytes)
+            self._file.write(data.data)
+            self._file.flush()
+            self.bytes = self._file.tell()
+            if self.bytes - self._trimmed > TRIM_BYTES:
+                return_free_memory()
+                self._trimmed = self.bytes
+        return self._known[digest]
+
+    def keep(self, value: Tensor) -> Tensor:
+        """`value` as a tensor of the same shape, dtype and numbers whose memory is the file."""
+        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        place = self.append(data)
+        mapped = np.memmap(self.path, np.uint8, "c", place.offset, (place.length,))
+        kept = torch.from_numpy(mapped).view(value.dtype).view(value.shape)
+        self._maps.append(mapped)
+        self._places[kept.data_ptr()] = place
+        return kept
+
+    def place(self, value: Tensor) -> Slice | None:
+        """Where a tensor that `keep` returned lies in the file; None for any other."""
+        return self._places.get(value.data_ptr())
+
+    def release(self) -> None:
+        """Give the memory of pages that were read back to the system; the tensors stay usable."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps:
+                mapped._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+_CURRENT: ContextVar[WeightFile | None] = ContextVar("weight_file", default=None)
+
+
+@contextlib.contextmanager
+def stored_in(file: WeightFile) -> Iterator[None]:
+    """Parameters of graphs that are built inside live in `file`."""
+    token = _CURRENT.set(file)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def keep(value: Tensor) -> Tensor:
+    """`value` where the parameters of the graph that is being built live: in the file of `stored_in`, or in memory."""
+    file = _CURRENT.get()
+    return value if file is None else file.keep(value)
