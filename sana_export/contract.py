@@ -7,12 +7,13 @@ Everything that crosses to the host is float32 or an integer; what stays on the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 PRECISION = "precision"
 
-#: Axes that a request chooses. Latent sizes are in latent pixels (1/32 of the image's), the others in what they name.
+#: Axes that a request chooses. Latent sizes are in latent pixels (1/32 of the image's), the others in what they name; a tile's are
+#: in features, those of a tile_image in pixels.
 DYNAMIC_AXES = (
     "batch",
     "branches",
@@ -21,6 +22,12 @@ DYNAMIC_AXES = (
     "text_tokens",
     "latent_height",
     "latent_width",
+    "feature_height",
+    "feature_width",
+    "tile_height",
+    "tile_width",
+    "tile_image_height",
+    "tile_image_width",
     "image_height",
     "image_width",
     "output_height",
@@ -49,6 +56,7 @@ class GraphSpec:
 
 
 LATENTS: Shape = ("batch", "latent_channels", "latent_height", "latent_width")
+FEATURES: Shape = ("batch", "feature_channels", "feature_height", "feature_width")
 CONTEXT: Shape = (
     "layers",
     2,
@@ -88,6 +96,7 @@ GRAPHS: dict[str, GraphSpec] = {
                 TensorSpec("context", PRECISION, CONTEXT),
                 _f32("context_mask", "branches", "batch", "text_tokens"),
                 _f32("perturbed", "branches"),
+                _f32("guidance", 1),
             ),
             (_f32("noise_pred", "branches", *LATENTS),),
         ),
@@ -109,6 +118,20 @@ GRAPHS: dict[str, GraphSpec] = {
             (_f32("image", "batch", 3, "image_height", "image_width"),),
         ),
         GraphSpec(
+            "vae_decoder_head",
+            (_f32("latents", *LATENTS),),
+            (TensorSpec("features", PRECISION, FEATURES),),
+        ),
+        GraphSpec(
+            "vae_decoder_tail",
+            (
+                TensorSpec("features", PRECISION, FEATURES),
+                TensorSpec("row_index", "int64", ("tile_height",)),
+                TensorSpec("column_index", "int64", ("tile_width",)),
+            ),
+            (_f32("image", "batch", 3, "tile_image_height", "tile_image_width"),),
+        ),
+        GraphSpec(
             "postprocess",
             (
                 _f32("image", "batch", 3, "image_height", "image_width"),
@@ -122,19 +145,35 @@ GRAPHS: dict[str, GraphSpec] = {
     )
 }
 
+#: Graphs whose weights are a part of another's: they lie in its folder and read its weight file.
+WEIGHTS_OF = {"vae_decoder_head": "vae_decoder", "vae_decoder_tail": "vae_decoder"}
+
+#: Tensors that a graph has only where the checkpoint has the feature: a switch of its transformer's config.
+FEATURE_TENSORS = {"guidance": "guidance_embeds"}
+
 #: The columns of a schedule's row, in the order of the sampler's `coefficients` input:
 #: x0 = x0_latents * latents + x0_noise_pred * noise_pred
 #: next_latents = latents * latents + x0 * x0 + previous_x0 * previous_x0 + noise * noise
 COEFFICIENTS = ("x0_latents", "x0_noise_pred", "latents", "x0", "previous_x0", "noise")
 
 
-def resolve(name: str, dimensions: Mapping[str, int], precision: str) -> GraphSpec:
-    """The graph `name` with the checkpoint's `dimensions` and `precision` ("float32", "float16", "bfloat16") filled in."""
+def resolve(name: str, dimensions: Mapping[str, int], precision: str, features: Collection[str] = ()) -> GraphSpec:
+    """The graph `name` with the checkpoint's `dimensions` and `precision` ("float32", "float16", "bfloat16") filled in.
+
+    Tensors of features (`FEATURE_TENSORS`) that are not among `features` are left out.
+    """
     sizes = {"coefficients": len(COEFFICIENTS), **dimensions}
 
-    def fill(tensor: TensorSpec) -> TensorSpec:
-        shape = tuple(axis if isinstance(axis, int) or axis in DYNAMIC_AXES else sizes[axis] for axis in tensor.shape)
-        return replace(tensor, shape=shape, dtype=precision if tensor.dtype == PRECISION else tensor.dtype)
+    def fill(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(
+                tensor.name,
+                precision if tensor.dtype == PRECISION else tensor.dtype,
+                tuple(axis if isinstance(axis, int) or axis in DYNAMIC_AXES else sizes[axis] for axis in tensor.shape),
+            )
+            for tensor in tensors
+            if FEATURE_TENSORS.get(tensor.name) in (None, *features)
+        )
 
     graph = GRAPHS[name]
-    return GraphSpec(name, tuple(map(fill, graph.inputs)), tuple(map(fill, graph.outputs)))
+    return GraphSpec(name, fill(graph.inputs), fill(graph.outputs))

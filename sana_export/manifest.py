@@ -49,7 +49,12 @@ class GraphEntry:
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """One serialized engine. `key` hashes all that changes it; `ranges` holds min, opt and max of every dynamic axis."""
+    """One serialized engine. `key` hashes all that changes it; `ranges` holds min, opt and max of every dynamic axis.
+
+    `onnx_sha256` hashes the graph's ONNX file and its data. A `refittable` engine holds no weights: there it hashes the structure
+    alone, and the weights that the engine needs when it is loaded are those in the `data` files of the graph's entry, whichever
+    checkpoint they are of. `build_seconds` and `build_peak_bytes` (host memory, 0: not measured) are of the process that built it.
+    """
 
     graph: str
     backend: str
@@ -63,13 +68,28 @@ class EngineEntry:
     ranges: Mapping[str, tuple[int, int, int]]
     options: Mapping[str, Any] = field(default_factory=dict)
     build_seconds: float = 0.0
+    build_peak_bytes: int = 0
+
+    @property
+    def refittable(self) -> bool:
+        return bool(self.options.get("refittable"))
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Weights that the user laid over a checkpoint: `path` as it was named, the hash of what of it was read, the factor on it."""
+
+    path: str
+    sha256: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the weights came from. `sha256` hashes the names and contents of the checkpoint's weight and config files.
+    """Where the weights came from. `sha256` hashes the contents of all weight and config files, with those of the overlays.
 
     `variant` is its row of variants.py, `weights_variant` the files that were asked for (such as fp16), `clamp` how it was trained.
+    `transformer` stands in place of the checkpoint's own transformer weights; `loras` are folded into them.
     """
 
     source: str
@@ -79,6 +99,8 @@ class Checkpoint:
     synthetic: bool
     weights_variant: str | None = None
     clamp: bool = False
+    transformer: Overlay | None = None
+    loras: tuple[Overlay, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +118,12 @@ class Options:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the runtime has to know of the checkpoint beyond its graphs' shapes."""
+    """What the runtime has to know of the checkpoint beyond its graphs' shapes.
+
+    `guidance_embeds`: the denoiser takes the guidance scale as an input (SANA-Sprint) in place of guidance branches.
+    `decoder_tile_scale`: image pixels a feature that `vae_decoder_head` gives. `decoder_tile_halo`: how many features beyond its
+    own an image pixel of `vae_decoder_tail` depends on, to each side.
+    """
 
     sample_size: int
     latent_channels: int
@@ -109,6 +136,9 @@ class ModelInfo:
     max_sequence_length: int
     default_steps: int
     default_guidance_scale: float
+    guidance_embeds: bool = False
+    decoder_tile_halo: int = 0
+    decoder_tile_scale: int = 1
 
     @property
     def native_size(self) -> int:
@@ -235,15 +265,19 @@ def _seal(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def parse_graph(entry: Mapping[str, Any]) -> GraphEntry:
-    """The entry that `dataclasses.asdict` turned into `entry`."""
+def parse_spec(entry: Mapping[str, Any]) -> GraphSpec:
+    """The graph that `dataclasses.asdict` turned into `entry`."""
 
     def tensors(entries: Iterable[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(tensor["name"], tensor["dtype"], tuple(tensor["shape"])) for tensor in entries)
 
-    spec = entry["spec"]
+    return GraphSpec(entry["name"], tensors(entry["inputs"]), tensors(entry["outputs"]))
+
+
+def parse_graph(entry: Mapping[str, Any]) -> GraphEntry:
+    """The entry that `dataclasses.asdict` turned into `entry`."""
     return GraphEntry(
-        GraphSpec(spec["name"], tensors(spec["inputs"]), tensors(spec["outputs"])),
+        parse_spec(entry["spec"]),
         FileEntry(**entry["onnx"]),
         tuple(FileEntry(**file) for file in entry["data"]),
         entry["opset"],
@@ -258,9 +292,14 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         file = FileEntry(**entry["file"])
         return EngineEntry(**{**entry, "file": file, "ranges": ranges, "compute_capabilities": capabilities})
 
+    def checkpoint(entry: Mapping[str, Any]) -> Checkpoint:
+        transformer, loras = entry.get("transformer"), entry.get("loras", ())
+        overlay = Overlay(**transformer) if transformer else None
+        return Checkpoint(**{**entry, "transformer": overlay, "loras": tuple(Overlay(**lora) for lora in loras)})
+
     options = document["options"]
     return Manifest(
-        checkpoint=Checkpoint(**document["checkpoint"]),
+        checkpoint=checkpoint(document["checkpoint"]),
         options=Options(**{**options, "pag_layers": tuple(options["pag_layers"])}),
         model=ModelInfo(**document["model"]),
         graphs={name: parse_graph(entry) for name, entry in document["graphs"].items()},

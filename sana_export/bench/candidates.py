@@ -23,7 +23,8 @@ BASELINE = "eager"
 class Job:
     """What a worker is told once, before it loads. Paths are strings, so that a job crosses a pipe as JSON.
 
-    `clamp`, `pag_layers`, `precision`: the bundle's options, which the baseline follows.
+    `clamp`, `pag_layers`, `precision`: the bundle's options, which the baseline follows. `transformer`, `loras`: the file and the
+    adapters, with their scales, that the user laid over the checkpoint.
     """
 
     backend: str
@@ -35,13 +36,16 @@ class Job:
     pag_layers: tuple[int, ...]
     threads: int
     workload: Workload
+    transformer: str | None = None
+    loras: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Job:
         """The job that `dataclasses.asdict` and JSON turned into `document`."""
         workload = document["workload"]
         workload = Workload(**{**workload, "prompts": tuple(workload["prompts"])})
-        return cls(**{**document, "pag_layers": tuple(document["pag_layers"]), "workload": workload})
+        loras = tuple((path, scale) for path, scale in document.get("loras", ()))
+        return cls(**{**document, "pag_layers": tuple(document["pag_layers"]), "workload": workload, "loras": loras})
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -12,7 +12,9 @@ from sana_export.bench.candidates import Job, Sample
 from sana_export.bench.stages import StageTimes
 from sana_export.errors import DependencyError
 from sana_export.graphs.checkpoint import SanaCheckpoint
+from sana_export.graphs.lora import Lora
 from sana_export.manifest import Options
+from sana_export.runtime.request import Request
 
 #: The transformer's dtype on a GPU by what the weights are stored in; the rest runs in bfloat16 there
 #: (https://huggingface.co/docs/diffusers/api/pipelines/sana).
@@ -20,7 +22,7 @@ GPU_TRANSFORMER = {"F32": "float16", "F16": "float16", "BF16": "bfloat16"}
 
 
 def load(job: Job) -> PipelineCandidate:
-    """`SanaPipeline`, or `SanaPAGPipeline` where the workload has a PAG scale, on the workload's device."""
+    """diffusers' pipeline of the checkpoint, with PAG where the workload has a PAG scale, on the workload's device."""
     import torch
 
     torch.set_num_threads(job.threads)
@@ -36,12 +38,19 @@ def load_pipeline(job: Job) -> Any:
     from sana_export.export.reference import load_reference
 
     options = Options("fp32", job.clamp, tuple(job.pag_layers))
-    pipeline = load_reference(_checkpoint(job), options, pag=job.workload.pag_scale > 0, dtypes=_dtypes(job))
+    pipeline = load_reference(open_job(job), options, pag=job.workload.pag_scale > 0, dtypes=_dtypes(job))
     return pipeline.to(job.workload.device)
 
 
-def _checkpoint(job: Job) -> SanaCheckpoint:
-    return SanaCheckpoint(Path(job.checkpoint), job.checkpoint, weights_variant=job.weights_variant)
+def open_job(job: Job) -> SanaCheckpoint:
+    """The job's checkpoint, which the parent has checked."""
+    return SanaCheckpoint(
+        Path(job.checkpoint),
+        job.checkpoint,
+        weights_variant=job.weights_variant,
+        transformer_file=None if job.transformer is None else Path(job.transformer),
+        loras=tuple(Lora(Path(path), scale) for path, scale in job.loras),
+    )
 
 
 def _dtypes(job: Job) -> Any:
@@ -52,7 +61,7 @@ def _dtypes(job: Job) -> Any:
         return torch.float32
     if not torch.cuda.is_available():
         raise DependencyError("PyTorch finds no GPU", found=f"torch {torch.__version__}", wanted="CUDA", fix="--workload cpu")
-    stored = _checkpoint(job).weights("transformer").dtype()
+    stored = open_job(job).weights("transformer").dtype()
     return {"transformer": getattr(torch, GPU_TRANSFORMER[stored]), "default": torch.bfloat16}
 
 
@@ -70,21 +79,22 @@ class PipelineCandidate:
     def generate(self, prompt: str, seed: int) -> Sample:
         import torch
 
+        from sana_export.export.reference import call_reference
+
         work = self.job.workload
-        pag = {"pag_scale": work.pag_scale} if work.pag_scale > 0 else {}
+        request = Request(
+            prompt=prompt,
+            num_inference_steps=work.num_inference_steps,
+            guidance_scale=work.guidance_scale,
+            pag_scale=work.pag_scale,
+            height=work.height,
+            width=work.width,
+            num_images_per_prompt=work.images_per_prompt,
+            use_resolution_binning=False,
+        )
         self.clock.start()
         with torch.inference_mode():
-            images = self.pipeline(
-                prompt,
-                num_inference_steps=work.num_inference_steps,
-                guidance_scale=work.guidance_scale,
-                height=work.height,
-                width=work.width,
-                num_images_per_prompt=work.images_per_prompt,
-                generator=torch.Generator("cpu").manual_seed(seed),
-                use_resolution_binning=False,
-                **pag,
-            ).images
+            images = call_reference(self.pipeline, request, seed)
         self.clock.mark("done")
         return Sample(images, stage_times(self.clock.read()))
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.bench.candidates import Job
-from sana_export.bench.eager import PipelineCandidate, load_pipeline
+from sana_export.bench.eager import PipelineCandidate, load_pipeline, open_job
 from sana_export.bench.ours import limit_onnxruntime
 from sana_export.errors import UsageError
-from sana_export.graphs.checkpoint import SanaCheckpoint, cache_folder
+from sana_export.export.reference import REFERENCES
+from sana_export.graphs.checkpoint import cache_folder
 
 TEXT_TOKENS = 300
 PARTS = ("text_encoder", "transformer", "vae")
@@ -51,8 +52,17 @@ def load(job: Job) -> PipelineCandidate:
     pipeline.text_encoder.forward = lambda ids, attention_mask: (runs["text_encoder"](ids, attention_mask),)
     pipeline.vae.decode = lambda latents, return_dict: (runs["vae"](latents),)
 
-    def transformer(latents: Any, *, encoder_hidden_states: Any, encoder_attention_mask: Any, timestep: Any, **_: Any) -> Any:
-        return (runs["transformer"](latents, encoder_hidden_states, encoder_attention_mask, timestep.float()),)
+    def transformer(
+        latents: Any,
+        *,
+        encoder_hidden_states: Any,
+        encoder_attention_mask: Any,
+        timestep: Any,
+        guidance: Any = None,
+        **_: Any,
+    ) -> Any:
+        tensors = [latents, encoder_hidden_states, encoder_attention_mask, timestep.float()]
+        return (runs["transformer"](*tensors, *([] if guidance is None else [guidance])),)
 
     pipeline.transformer.forward = transformer
     return PipelineCandidate(job, pipeline, "traced as it is, float32, onnxruntime on the cpu", "fp32")
@@ -67,7 +77,7 @@ def trace_folder(job: Job) -> Path:
             found=f"pag_scale {work.pag_scale:g}, device {work.device}",
             wanted="no PAG, on the cpu",
         )
-    checkpoint = SanaCheckpoint(Path(job.checkpoint), job.checkpoint, weights_variant=job.weights_variant)
+    checkpoint = open_job(job)
     versions = [metadata.version(name) for name in ("torch", "diffusers", "transformers", "onnxscript")]
     parts = [checkpoint.sha256, _shapes(job), job.clamp, versions, Path(__file__).read_text("utf-8")]
     return cache_folder() / "traces" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -94,6 +104,7 @@ def export(job: Job, folder: Path) -> None:
     ids, mask = torch.ones(1, TEXT_TOKENS, dtype=torch.long), torch.ones(rows, TEXT_TOKENS, dtype=torch.long)
     latents = torch.randn(batch, channels, height, width)
     embeds = torch.randn(rows, TEXT_TOKENS, transformer.config.caption_channels)
+    guidance = (torch.ones(rows),) if transformer.config.guidance_embeds else ()
     length = {1: torch.export.Dim.DYNAMIC}  # one trace for the prompt with the instruction and for the negative prompt
     calls: dict[str, tuple[torch.nn.Module, tuple[torch.Tensor, ...], Any]] = {
         "text_encoder": (
@@ -102,8 +113,8 @@ def export(job: Job, folder: Path) -> None:
             ((length, length),),
         ),
         "transformer": (
-            Call(transformer, lambda x, e, m, t: transformer(x, e, t, encoder_attention_mask=m, return_dict=False)),
-            (latents.repeat(branches, 1, 1, 1), embeds, mask, torch.ones(rows)),
+            Call(transformer, lambda x, e, m, t, *g: transformer(x, e, t, *g, encoder_attention_mask=m, return_dict=False)),
+            (latents.repeat(branches, 1, 1, 1), embeds, mask, torch.ones(rows), *guidance),
             None,
         ),
         "vae": (Call(vae, lambda x: vae.decode(x, return_dict=False)), (latents,), None),
@@ -118,11 +129,11 @@ def export(job: Job, folder: Path) -> None:
 def _shapes(job: Job) -> tuple[tuple[int, int, int, int], int]:
     """Shape of the latents [B, C, h, w] and the number of guidance branches."""
     work = job.workload
-    checkpoint = SanaCheckpoint(Path(job.checkpoint), job.checkpoint)
+    checkpoint = open_job(job)
     factor = 2 ** (len(checkpoint.config("vae")["encoder_block_out_channels"]) - 1)
-    channels = checkpoint.config("transformer")["in_channels"]
-    shape = (work.images_per_prompt, channels, work.height // factor, work.width // factor)
-    return shape, 2 if work.guidance_scale > 1 else 1
+    transformer = checkpoint.config("transformer")
+    shape = (work.images_per_prompt, transformer["in_channels"], work.height // factor, work.width // factor)
+    return shape, 2 if work.guidance_scale > 1 and not transformer.get("guidance_embeds") else 1
 
 
 def _runner(session: Any) -> Callable[..., Any]:
@@ -139,23 +150,24 @@ def _runner(session: Any) -> Callable[..., Any]:
 
 
 def _empty_pipeline(folder: Path) -> Any:
-    """The checkpoint's `SanaPipeline`, with modules that have shapes but no weights."""
+    """The checkpoint's pipeline, with modules that have shapes but no weights."""
+    import diffusers
     import torch
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from diffusers import AutoencoderDC, SanaTransformer2DModel
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    class TracedSanaPipeline(SanaPipeline):
-        _execution_device = torch.device("cpu")  # its modules say "meta"
-
+    index = diffusers.DiffusionPipeline.load_config(folder, local_files_only=True)
+    plain = getattr(diffusers, REFERENCES[index["_class_name"]][False])
+    traced = type(f"Traced{plain.__name__}", (plain,), {"_execution_device": torch.device("cpu")})  # its modules say "meta"
     with torch.device("meta"):
         modules = {
             "text_encoder": AutoModel.from_config(AutoConfig.from_pretrained(folder / "text_encoder"), dtype=torch.float32),
             "transformer": SanaTransformer2DModel.from_config(SanaTransformer2DModel.load_config(folder / "transformer")),
             "vae": AutoencoderDC.from_config(AutoencoderDC.load_config(folder / "vae")),
         }
-    pipeline: Any = TracedSanaPipeline(
+    pipeline: Any = traced(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        scheduler=DPMSolverMultistepScheduler.from_pretrained(folder / "scheduler"),
+        scheduler=getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler"),
         **modules,
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -106,6 +106,8 @@ def _job(name: str, bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest
         pag_layers=manifest.options.pag_layers,
         threads=work.resolved_threads(),
         workload=work,
+        transformer=None if checkpoint.transformer_file is None else str(checkpoint.transformer_file.resolve()),
+        loras=tuple((str(lora.path.resolve()), lora.scale) for lora in checkpoint.loras),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sana_export.cli.console import Console
 from sana_export.cli.packages import require
-from sana_export.cli.verb import Answer, Verb, add_bundle, add_model_options, add_names
+from sana_export.cli.verb import Answer, Verb, add_bundle, add_model_options, add_names, model_options
 from sana_export.errors import DependencyError, ParityError
 
 DEFAULT_BACKENDS = ("onnxruntime",)
@@ -30,8 +32,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         Path(options.bundle),
         options.reference,
         console,
-        revision=options.revision,
-        weights_variant=options.variant,
+        model_options(options, options),
         backends=tuple(options.backend),
         workload=options.workload,
         output=None if options.output is None else Path(options.output),
@@ -42,20 +43,22 @@ def measure(
     bundle: Path,
     model: str,
     console: Console,
+    opening: Mapping[str, Any],
     *,
-    revision: str | None,
-    weights_variant: str | None,
     backends: tuple[str, ...],
     workload: str,
     output: Path | None,
 ) -> Answer:
-    """Time `backends` beside eager diffusers. Exit code 5 where an image differs from eager's, 3 where a backend failed."""
+    """Time `backends` beside eager diffusers on `model`, opened as `opening` says (`model_options`).
+
+    Exit code 5 where an image differs from eager's, 3 where a backend failed.
+    """
     require("", "export")
     from sana_export.bench.candidates import BASELINE
     from sana_export.bench.run import run_bench
     from sana_export.graphs.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(model, revision=revision, weights_variant=weights_variant)
+    checkpoint = open_checkpoint(model, **opening)
     names = (BASELINE, *(backends or DEFAULT_BACKENDS))
     report = run_bench(bundle, checkpoint, backends=names, workload=workload, output=output, on_progress=console.step)
     exit_code = DependencyError.exit_code if report.failed else 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sana_export.cli.ledger import Ledger, stage_key
 from sana_export.cli.packages import require
 from sana_export.cli.recipe import Build, Recipe, load_recipe
 from sana_export.cli.text import plural, seconds, table
-from sana_export.cli.verb import Answer, Verb
+from sana_export.cli.verb import Answer, Verb, add_hub_options, model_options
 from sana_export.cli.verify import compare
 from sana_export.errors import ArtifactError
 from sana_export.manifest import EngineEntry, Manifest
@@ -40,6 +41,7 @@ class Stage:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE.toml", help="what to make, for example engines/tiny.toml")
+    add_hub_options(parser)
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
@@ -48,7 +50,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     if recipe.sample is not None:
         check_output(recipe.sample.output)
     ledger, stages = Ledger(recipe.output), []
-    for name, do in _plan(recipe, ledger, console):
+    for name, do in _plan(recipe, model_options(recipe, options), ledger, console):
         started = time.monotonic()
         console.prefix = f"{name} "
         answer, since = do()
@@ -64,20 +66,20 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
 Work = Callable[[], tuple[Answer, str | None]]
 
 
-def _plan(recipe: Recipe, ledger: Ledger, console: Console) -> list[tuple[str, Work]]:
-    """The stages of `recipe` by name, in order."""
-    stages: list[tuple[str, Work]] = [("export", lambda: _export(recipe, console))]
+def _plan(recipe: Recipe, opening: Mapping[str, Any], ledger: Ledger, console: Console) -> list[tuple[str, Work]]:
+    """The stages of `recipe` by name, in order. `opening` is what `open_checkpoint` takes beside its model."""
+    stages: list[tuple[str, Work]] = [("export", lambda: _export(recipe, opening, console))]
     for build in recipe.build:
         name = f"build {build.backend} {', '.join(build.compute_capabilities) or 'portable'}"
         stages.append((name, lambda build=build: _build(recipe, build, console)))  # type: ignore[misc]
-    work = {"verify": _verify, "sample": _sample, "bench": _bench}
+    work = {"verify": partial(_verify, opening), "sample": _sample, "bench": partial(_bench, opening)}
     for name, do in work.items():
         if getattr(recipe, name) is not None:
             stages.append((name, lambda name=name, do=do: _once(name, do, recipe, ledger, console)))  # type: ignore[misc]
     return stages
 
 
-def _export(recipe: Recipe, console: Console) -> tuple[Answer, str | None]:
+def _export(recipe: Recipe, opening: Mapping[str, Any], console: Console) -> tuple[Answer, str | None]:
     try:
         before = Manifest.load(recipe.output).export_key
     except ArtifactError:
@@ -86,8 +88,7 @@ def _export(recipe: Recipe, console: Console) -> tuple[Answer, str | None]:
         recipe.model,
         recipe.output,
         console,
-        revision=recipe.revision,
-        weights_variant=recipe.variant,
+        opening,
         precision=recipe.precision,
         pag_layers=recipe.pag_layers,
         clamp=recipe.clamp,
@@ -130,9 +131,9 @@ def _once(
     return answer, None
 
 
-def _verify(recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answer, tuple[Path, ...]]:
+def _verify(opening: Mapping[str, Any], recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answer, tuple[Path, ...]]:
     settings = {name: value for name, value in dataclasses.asdict(_part(recipe.verify)).items() if value is not None}
-    return compare(recipe.output, recipe.model, console, recipe.revision, recipe.variant, **settings), ()
+    return compare(recipe.output, recipe.model, console, opening, **settings), ()
 
 
 def _sample(recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answer, tuple[Path, ...]]:
@@ -156,14 +157,13 @@ def _sample(recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answe
     return answer, tuple(Path(image["path"]) for image in answer.document["images"])
 
 
-def _bench(recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answer, tuple[Path, ...]]:
+def _bench(opening: Mapping[str, Any], recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answer, tuple[Path, ...]]:
     part = _part(recipe.bench)
     answer = measure(
         recipe.output,
         recipe.model,
         console,
-        revision=recipe.revision,
-        weights_variant=recipe.variant,
+        opening,
         backends=part.backends,
         workload=part.workload,
         output=part.output,

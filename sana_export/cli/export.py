@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sana_export.cli.bundle_text import bundle_document, bundle_summary
 from sana_export.cli.console import VERBOSE, Console
 from sana_export.cli.packages import require
-from sana_export.cli.verb import Answer, Verb, add_model_options, add_names
+from sana_export.cli.text import seconds, size
+from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, model_options
 from sana_export.manifest import PRECISIONS, Manifest
+
+if TYPE_CHECKING:
+    from sana_export.export.bundle import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +43,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         options.model,
         output,
         console,
-        revision=options.revision,
-        weights_variant=options.variant,
+        model_options(options, options),
         precision=options.dtype,
         pag_layers=options.pag_layers,
         clamp=options.clamp,
@@ -52,18 +56,22 @@ def export_model(
     model: str,
     output: Path,
     console: Console,
-    *,
-    revision: str | None = None,
-    weights_variant: str | None = None,
+    opening: Mapping[str, Any],
     **options: Any,
 ) -> Manifest:
-    """Open the checkpoint `model` and export it with `options` (those of `export_bundle`), with progress on the console."""
+    """Open the checkpoint `model` as `opening` says (`model_options`) and export it with `options` (those of `export_bundle`)."""
     require("", "export")
     from sana_export.export.bundle import export_bundle
     from sana_export.graphs.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(model, revision=revision, weights_variant=weights_variant)
-    return export_bundle(checkpoint, output, on_progress=console.step, **options)
+    checkpoint = open_checkpoint(model, **opening)
+    return export_bundle(checkpoint, output, on_progress=lambda progress: _show(console, progress), **options)
+
+
+def _show(console: Console, progress: Progress) -> None:
+    written = f"{size(progress.bytes_done)} of {size(progress.bytes_total)} written"
+    left = "" if progress.seconds_left is None else f", about {seconds(progress.seconds_left)} left"
+    console.step(f"{progress.doing} ({written}{left})", progress.done, progress.total)
 
 
 VERB = Verb(

@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same image (default: a random one)")
     parser.add_argument("--images-per-prompt", type=positive, metavar="N", default=1, help="images for each prompt (default: 1)")
+    parser.add_argument(
+        "--decoder-tile",
+        type=int,
+        metavar="PIXELS",
+        help="decode in tiles of this side, to the same image in less memory; 0 never (default: 1024 beyond 2048x2048 pixels)",
+    )
     parser.add_argument("--backend", metavar="B", default="auto", help="onnxruntime, tensorrt-rtx, tensorrt (default: auto)")
 
 
@@ -60,6 +66,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         "num_images_per_prompt": options.images_per_prompt,
         "seed": options.seed,
         "use_resolution_binning": not options.no_resolution_binning,
+        "decoder_tile": options.decoder_tile,
     }
     return sample(runtime, options.prompts, settings, output, console, output_type=output_type)
 

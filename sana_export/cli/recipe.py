@@ -87,6 +87,8 @@ class Recipe:
     graphs: tuple[str, ...] = ()
     revision: str | None = None
     variant: str | None = None
+    transformer: Path | None = None
+    lora: tuple[str, ...] = ()
     build: tuple[Build, ...] = ()
     verify: Verify | None = None
     sample: Sample | None = None

@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sana_export.cli.console import QUIET, Console
@@ -58,9 +59,50 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which files of a checkpoint are meant."""
+    """The options that say which files of a checkpoint are meant, what lies over them and how to get them."""
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
     parser.add_argument("--variant", metavar="NAME", help="weight files to take, for example fp16: *.fp16.safetensors")
+    parser.add_argument(
+        "--transformer",
+        metavar="FILE",
+        type=Path,
+        help="a .safetensors file with the transformer's weights, in place of the checkpoint's (diffusers' or the original names)",
+    )
+    parser.add_argument(
+        "--lora",
+        metavar="PATH[:SCALE]",
+        action="append",
+        default=[],
+        help="a LoRA in the format of diffusers or PEFT, folded into the transformer's weights; may be given several times",
+    )
+    add_hub_options(parser)
+
+
+def add_hub_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say how a hub id is fetched."""
+    parser.add_argument("--token", metavar="TOKEN", help="the hub's access token (default: HF_TOKEN, or what `hf auth login` left)")
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", type=Path, help="where files of the hub are kept (default: huggingface_hub's)"
+    )
+    parser.add_argument("--offline", action="store_true", help="take a hub id from the cache and do not ask the hub")
+
+
+def model_options(files: Any, hub: Any) -> dict[str, Any]:
+    """What `open_checkpoint` takes beside MODEL.
+
+    `files` has the attributes revision, variant, transformer and lora (a recipe or parsed options), `hub` has token, cache_dir and
+    offline (parsed options). Raises UsageError for a LoRA's scale that is no number.
+    """
+    from sana_export.graphs.hub import Hub
+    from sana_export.graphs.lora import parse_lora
+
+    return {
+        "revision": files.revision,
+        "weights_variant": files.variant,
+        "transformer": files.transformer,
+        "loras": tuple(map(parse_lora, files.lora)),
+        "hub": Hub(hub.token or None, hub.cache_dir, hub.offline),
+    }
 
 
 def add_size(parser: argparse.ArgumentParser, meaning: str) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sana_export.cli.console import Console
 from sana_export.cli.packages import require
-from sana_export.cli.verb import Answer, Verb, add_bundle, add_model_options, add_size, positive
+from sana_export.cli.verb import Answer, Verb, add_bundle, add_model_options, add_size, model_options, positive
 from sana_export.errors import ParityError, UsageError
+from sana_export.runtime.backends import AUTO
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="prompts to compare (default: a fixed set)")
     add_size(parser, "the image (default: chosen by the check)")
-    parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: 8)")
-    parser.add_argument("--guidance-scale", type=float, metavar="G", help="guidance of the compared image (default: 4.5)")
+    parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: 8, or the checkpoint's if less)")
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help="guidance of the image (default: the checkpoint's)")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the compared image (default: 0)")
     add_model_options(parser)
 
@@ -51,9 +53,9 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     settings: dict[str, Any] = {parameter: value for parameter, value in found.items() if value is not None}
     if options.ranges:
         require("", "export")
-        from sana_export.export.verify import measure_ranges
+        from sana_export.export.verify import Sampling, measure_ranges
 
-        report = measure_ranges(bundle, on_progress=console.step, **settings)
+        report = measure_ranges(bundle, Sampling(**settings), on_progress=console.step)
         return Answer(report.as_json(), report.as_text())
     if options.reference is None:
         raise UsageError(
@@ -62,25 +64,31 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
             wanted="--reference MODEL, or --ranges",
             fix=f"sana-export verify {options.bundle} --reference MODEL",
         )
-    if options.backend is not None:
-        settings["backend"] = options.backend
-    return compare(bundle, options.reference, console, options.revision, options.variant, **settings)
+    return compare(bundle, options.reference, console, model_options(options, options), options.backend, **settings)
 
 
 def compare(
-    bundle: Path, model: str, console: Console, revision: str | None, weights_variant: str | None, **settings: Any
+    bundle: Path,
+    model: str,
+    console: Console,
+    opening: Mapping[str, Any],
+    backend: str | None = None,
+    **settings: Any,
 ) -> Answer:
-    """The parity report of `bundle` against `model`, with exit code 5 where a limit is missed."""
+    """The parity report of `bundle` against `model`, which is opened as `opening` says (`model_options`).
+
+    `settings` are those of `Sampling`. The exit code is 5 where a limit is missed.
+    """
     require("", "export")
-    from sana_export.export.verify import verify_bundle
+    from sana_export.export.verify import Sampling, verify_bundle
     from sana_export.graphs.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(model, revision=revision, weights_variant=weights_variant)
+    checkpoint = open_checkpoint(model, **opening)
     if not console.live:
         from diffusers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-    report = verify_bundle(bundle, checkpoint, on_progress=console.step, **settings)
+    report = verify_bundle(bundle, checkpoint, Sampling(**settings), backend=backend or AUTO, on_progress=console.step)
     return Answer(report.as_json(), report.as_text(), 0 if report.passed else ParityError.exit_code)
 
 

@@ -25,6 +25,7 @@ TIME_CHANNELS = 256
 class Denoiser(nn.Module):
     """latents [B, C, h, w], timestep [1], context, context_mask [K, B, L], perturbed [K] -> noise_pred [K, B, C, h, w].
 
+    A checkpoint with `guidance_embeds` (SANA-Sprint) takes guidance [1] as well: the guidance scale as the user knows it.
     All float32 but `context` (see graphs/context.py). context_mask is 1 for tokens to attend to and 0 for padding. Where
     perturbed[k] is 1, branch k takes identity attention in the layers of `pag_layers`. `clamp` clips self-attention outputs to
     +-65504, as the fp16 checkpoints were trained. The residual stream is stored multiplied by `numerics.scale`.
@@ -46,7 +47,7 @@ class Denoiser(nn.Module):
         scale = numerics.scale
         patch = weights["patch_embed.proj.weight"].flatten(1)
         self.patch_embed = Linear(patch, weights["patch_embed.proj.bias"], numerics, scale)
-        self.time_embed = TimeEmbedding(weights, numerics)
+        self.time_embed = TimeEmbedding(config, weights, numerics)
         self.blocks = nn.ModuleList(
             Block(config, _block_weights(weights, index), numerics, clamp=clamp, perturbable=index in pag_layers)
             for index in range(config["num_layers"])
@@ -55,10 +56,18 @@ class Denoiser(nn.Module):
         self.eps = 1e-6 * scale**2
         self.proj_out = Linear(weights["proj_out.weight"], weights["proj_out.bias"], numerics)
 
-    def forward(self, latents: Tensor, timestep: Tensor, context: Tensor, context_mask: Tensor, perturbed: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        context_mask: Tensor,
+        perturbed: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         batch, channels, height, width = latents.shape
         branches, dtype = perturbed.shape[0], self.numerics.dtype
-        modulation, embedded = self.time_embed(timestep)
+        modulation, embedded = self.time_embed(timestep, guidance)
         x = self.patch_embed(latents.to(dtype).flatten(2).transpose(1, 2))
         if self.position is not None:
             x = x + self.position(height, width)
@@ -159,22 +168,47 @@ class Block(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """timestep float32 [1] -> modulation [6, C] and embedding [1, C]. Source: diffusers `AdaLayerNormSingle`."""
+    """timestep [1] and, with `guidance_embeds`, guidance [1], both float32 -> modulation [6, C] and embedding [1, C].
 
-    def __init__(self, weights: Mapping[str, Tensor], numerics: Numerics) -> None:
+    Source: diffusers `AdaLayerNormSingle` and `SanaCombinedTimestepGuidanceEmbeddings`.
+    """
+
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
         super().__init__()
-        half = TIME_CHANNELS // 2
-        self.frequencies = parameter(torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half), torch.float32)
-        embedder = "time_embed.emb.timestep_embedder.linear_"
-        self.linear_1 = Linear(weights[f"{embedder}1.weight"], weights[f"{embedder}1.bias"], numerics)
-        self.linear_2 = Linear(weights[f"{embedder}2.weight"], weights[f"{embedder}2.bias"], numerics)
+        guided = config.get("guidance_embeds")
+        prefix = "time_embed." if guided else "time_embed.emb."
+        self.timestep = WaveEmbedding(weights, f"{prefix}timestep_embedder.linear_", numerics)
+        # The pipeline multiplies the guidance scale by this before the transformer sees it.
+        factor = config.get("guidance_embeds_scale", 0.1)
+        self.guidance = WaveEmbedding(weights, f"{prefix}guidance_embedder.linear_", numerics, factor) if guided else None
         self.linear = Linear(weights["time_embed.linear.weight"], weights["time_embed.linear.bias"], numerics)
 
-    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        angles = timestep.unsqueeze(-1) * self.frequencies
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
-        embedded = self.linear_2(silu(self.linear_1(waves)))
+    def forward(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        embedded = self.timestep(timestep)
+        if self.guidance is not None:
+            embedded = embedded + self.guidance(guidance)
         return self.linear(silu(embedded)).reshape(6, -1), embedded
+
+
+class WaveEmbedding(nn.Module):
+    """A number, float32 [1], times `factor` -> [1, C]: cosines and sines of it, then two layers.
+
+    Source: diffusers `Timesteps` and `TimestepEmbedding`.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str, numerics: Numerics, factor: float = 1.0) -> None:
+        super().__init__()
+        half = TIME_CHANNELS // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        self.frequencies = parameter(frequencies * factor, torch.float32)
+        self.linear_1 = Linear(weights[f"{prefix}1.weight"], weights[f"{prefix}1.bias"], numerics)
+        self.linear_2 = Linear(weights[f"{prefix}2.weight"], weights[f"{prefix}2.bias"], numerics)
+
+    def forward(self, number: Tensor) -> Tensor:
+        angles = number.unsqueeze(-1) * self.frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        out: Tensor = self.linear_2(silu(self.linear_1(waves)))
+        return out
 
 
 class PositionTable(nn.Module):
@@ -218,7 +252,6 @@ def check_config(config: Mapping[str, Any], pag_layers: tuple[int, ...]) -> None
         "attention_bias": False,
         "norm_elementwise_affine": False,
         "out_channels": config["in_channels"],
-        "guidance_embeds": False,
     }
     for key, value in wanted.items():
         if config.get(key, value) not in (value, None):

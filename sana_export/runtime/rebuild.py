@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from sana_export.manifest import Manifest
+from sana_export.manifest import Checkpoint, Manifest
+from sana_export.variants import find_variant
 
 #: What `export` takes where no precision is named.
 DEFAULT_PRECISION = "fp16"
@@ -17,15 +18,27 @@ def export_line(
     """`sana-export export MODEL -o BUNDLE` with the options that the bundle has, or with the ones given here instead."""
     precision = manifest.options.precision if precision is None else precision
     layers = manifest.options.pag_layers if pag_layers is None else pag_layers
-    words = ["sana-export", "export", manifest.checkpoint.source, "-o", str(bundle)]
-    if manifest.checkpoint.revision is not None:
-        words += ["--revision", manifest.checkpoint.revision]
+    model, *model_options = model_words(manifest.checkpoint)
+    words = ["sana-export", "export", model, "-o", str(bundle), *model_options]
     if precision != DEFAULT_PRECISION:
         words += ["--dtype", precision]
     if manifest.options.clamp != manifest.checkpoint.clamp:
         words.append("--clamp" if manifest.options.clamp else "--no-clamp")
-    if manifest.checkpoint.weights_variant is not None and manifest.checkpoint.variant is None:
-        words += ["--variant", manifest.checkpoint.weights_variant]
     if layers:
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
     return shlex.join(words)
+
+
+def model_words(checkpoint: Checkpoint) -> list[str]:
+    """MODEL and the options that say which of its files, and which overlays, a bundle was made from."""
+    words = [checkpoint.source]
+    if checkpoint.revision is not None:
+        words += ["--revision", checkpoint.revision]
+    row = find_variant(checkpoint.source)
+    if checkpoint.weights_variant not in (None, row and row.weights_variant):
+        words += ["--variant", str(checkpoint.weights_variant)]
+    if checkpoint.transformer is not None:
+        words += ["--transformer", checkpoint.transformer.path]
+    for lora in checkpoint.loras:
+        words += ["--lora", f"{lora.path}:{lora.scale}"]
+    return words

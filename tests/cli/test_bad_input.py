@@ -99,7 +99,7 @@ def test_a_full_disk_keeps_the_old_bundle(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sana_export.export.bundle.save_file", full)
+    monkeypatch.setattr("sana_export.export.text_files.save_file", full)
     before = (bundle_copy / FILE_NAME).read_bytes()
     ran = cli("export", tiny_checkpoint.folder, "-o", bundle_copy, "--dtype", "fp32", "-q")
     refused(ran, 3, "disk is full", "bytes free")

@@ -32,6 +32,8 @@ def test_everything_that_a_recipe_can_say(tmp_path: Path) -> None:
         graphs = ["denoiser"]
         revision = "main"
         variant = "fp16"
+        transformer = "own.safetensors"
+        lora = ["style.safetensors:0.7", "other"]
         [[build]]
         backend = "tensorrt"
         profile = "laptop"
@@ -67,6 +69,8 @@ def test_everything_that_a_recipe_can_say(tmp_path: Path) -> None:
         graphs=("denoiser",),
         revision="main",
         variant="fp16",
+        transformer=Path("own.safetensors"),
+        lora=("style.safetensors:0.7", "other"),
         build=(
             Build("tensorrt", "laptop"),
             Build(compute_capabilities=("8.9", "12.0"), height=512, width=768, batch=2, graphs=("sampler",)),

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from command_line import Cli
 
+from sana_export.export.verify import Sampling
+
 
 @dataclass
 class Report:
@@ -50,31 +52,25 @@ def test_verify(passed: bool, code: int, tiny_checkpoint: Any, cli: Cli, monkeyp
     ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder, "--backend", "onnxruntime", *options, "--json")
     assert ran.code == code
     assert ran.json == {"passed": passed}
-    ((bundle, checkpoint), settings) = calls.seen[0]
+    ((bundle, checkpoint, sampling), settings) = calls.seen[0]
     assert bundle == Path("bundle")
     assert checkpoint.folder == tiny_checkpoint.folder
-    assert settings == {
-        "backend": "onnxruntime",
-        "prompts": ["a cat", "a dog"],
-        "height": 64,
-        "width": 96,
-        "steps": 3,
-        "guidance_scale": 1.0,
-        "seed": 4,
-    }
+    assert sampling == Sampling(prompts=["a cat", "a dog"], height=64, width=96, steps=3, guidance_scale=1.0, seed=4)
+    assert settings == {"backend": "onnxruntime"}
 
 
 def test_verify_leaves_the_defaults_to_the_check(tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = replaced(monkeypatch, "sana_export.export.verify.verify_bundle")
     ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder)
-    assert (ran.code, calls.seen[0][1]) == (0, {})
+    ((_, _, sampling), settings) = calls.seen[0]
+    assert (ran.code, sampling, settings) == (0, Sampling(), {"backend": "auto"})
 
 
 def test_ranges_need_no_reference(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = replaced(monkeypatch, "sana_export.export.verify.measure_ranges")
     ran = cli("verify", "bundle", "--ranges", "--prompt", "a cat", "--steps", 2)
     assert (ran.code, ran.out) == (0, "the report\n")
-    assert calls.seen == [((Path("bundle"),), {"prompts": ["a cat"], "steps": 2})]
+    assert calls.seen == [((Path("bundle"), Sampling(prompts=["a cat"], steps=2)), {})]
 
 
 def test_ranges_of_a_float32_bundle(tiny_bundle: Path, cli: Cli) -> None:

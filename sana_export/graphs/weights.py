@@ -1,0 +1,100 @@
+"""Tensors of safetensors files under their names, read one at a time and let go again."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sana_export.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: file, name in it, dtype as safetensors names it, shape. `rows`: only these of the file's tensor."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+
+    @property
+    def bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)  # of "F32", "BF16", "F8_E4M3"; a "BOOL" takes a byte
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+
+    def part(self, first: int, last: int) -> Stored:
+        """The rows from `first` up to, without, `last`."""
+        if (first, last) == (0, self.shape[0]):
+            return self
+        return replace(self, shape=(last - first, *self.shape[1:]), rows=(first, last))
+
+    def read(self) -> Tensor:
+        """The tensor, mapped from the file.
+
+        Each is a map of its own and goes when the tensor goes; a file that stays open would keep every page that was ever read.
+        """
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as file:
+            if self.rows is None:
+                return file.get_tensor(self.name)
+            return file.get_slice(self.name)[slice(*self.rows)]
+
+
+class Weights(Mapping[str, "Tensor"]):
+    """The tensors of one component. Only headers are read until a tensor is asked for, and nothing of it is kept."""
+
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self.stored = dict(stored)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the file's header."""
+        return self.stored[name].shape
+
+    @property
+    def bytes(self) -> int:
+        """What all tensors take as they are stored."""
+        return sum(entry.bytes for entry in self.stored.values())
+
+    def dtype(self) -> str:
+        """The safetensors dtype that most bytes are stored in: "F32", "F16" or "BF16"."""
+        share: Counter[str] = Counter()
+        for entry in self.stored.values():
+            share[entry.dtype] += entry.bytes
+        return share.most_common(1)[0][0]
+
+
+def read_headers(files: Iterable[Path], *, fix: str = "download the checkpoint again") -> dict[str, Stored]:
+    """Every tensor of safetensors files by its name there. Raises ArtifactError for a file that is damaged or truncated."""
+    from safetensors import SafetensorError, safe_open
+
+    stored = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a file is not a mapping)
+                    header = file.get_slice(name)
+                    stored[name] = Stored(path, name, str(header.get_dtype()), tuple(header.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(
+                f"{path} is damaged or truncated", found=str(error), wanted="a whole safetensors file", fix=fix
+            ) from error
+    return stored

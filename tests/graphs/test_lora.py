@@ -1,0 +1,270 @@
+"""A LoRA folded in is what diffusers and PEFT compute with the same LoRA; one that does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SanaPipeline, SanaTransformer2DModel
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from sana_export.errors import ArtifactError, SanaExportError, UsageError
+from sana_export.export.reference import load_reference
+from sana_export.graphs.checkpoint import SanaCheckpoint, open_checkpoint
+from sana_export.graphs.lora import Lora, parse_lora
+from sana_export.manifest import Options
+
+#: A linear layer and a 1x1 convolution of each kind that adapters are trained on.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1", "proj_out", "proj")
+
+
+@pytest.fixture
+def transformer(tiny_checkpoint: SanaCheckpoint) -> Any:
+    return SanaTransformer2DModel.from_pretrained(tiny_checkpoint.folder, subfolder="transformer")
+
+
+def randomised(model: Any, seed: int = 0) -> Any:
+    """`model` with every adapter matrix drawn afresh, so that B is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            value.data = 0.1 * torch.randn(value.shape, generator=generator)
+    return model
+
+
+def peft_lora(transformer: Any, folder: Path, **options: Any) -> Path:
+    """An adapter in PEFT's format, saved by PEFT."""
+    config = LoraConfig(target_modules=list(TARGETS), init_lora_weights=True, **options)
+    randomised(get_peft_model(transformer, config)).save_pretrained(str(folder))
+    return folder
+
+
+def diffusers_lora(transformer: Any, folder: Path, *, metadata: bool = True, **options: Any) -> Path:
+    """An adapter in diffusers' format, saved by diffusers."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import get_peft_model_state_dict
+
+    transformer.add_adapter(LoraConfig(target_modules=list(TARGETS), init_lora_weights=True, **options))
+    randomised(transformer)
+    extra = _collate_lora_metadata({"transformer": transformer}) if metadata else {}
+    SanaPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(transformer), **extra)
+    return folder
+
+
+def output(transformer: Any) -> torch.Tensor:
+    """The transformer's noise prediction [1, C, h, w] of one fresh input in float32."""
+    generator = torch.Generator().manual_seed(7)
+    config = transformer.config
+    with torch.no_grad():
+        return transformer(
+            torch.randn(1, config.in_channels, 6, 4, generator=generator),
+            encoder_hidden_states=torch.randn(1, 5, config.caption_channels, generator=generator),
+            timestep=torch.tensor([500.0]),
+        ).sample
+
+
+def folded(tiny_checkpoint: SanaCheckpoint, *loras: Lora) -> Any:
+    """diffusers' transformer over our folded weights."""
+    weights = open_checkpoint(str(tiny_checkpoint.folder), loras=loras).weights("transformer")
+    model = SanaTransformer2DModel.from_config(tiny_checkpoint.config("transformer"))
+    model.load_state_dict({name: weights[name] for name in weights})
+    return model
+
+
+def assert_same(found: torch.Tensor, wanted: torch.Tensor, plain: torch.Tensor) -> None:
+    """Equal to rounding, and not because the adapter did nothing."""
+    assert (wanted - plain).abs().max() > 0.05 * wanted.abs().max()
+    assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("scale", [0.7, -0.5])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 4},
+        {"r": 4, "lora_alpha": 7},
+        {"r": 4, "lora_alpha": 7, "use_rslora": True},
+        {"r": 4, "lora_alpha": 7, "rank_pattern": {"to_q": 2, "conv_point": 6}, "alpha_pattern": {"to_v": 3, r"attn2\.to_q": 5}},
+    ],
+    ids=["plain", "alpha", "rslora", "patterns"],
+)
+def test_folding_equals_peft(tiny_checkpoint, transformer, tmp_path, options, scale):
+    plain = output(transformer)
+    folder = peft_lora(transformer, tmp_path / "lora", **options)
+    assert len(load_file(folder / "adapter_model.safetensors")) > 30
+    pipeline = load_reference(tiny_checkpoint, Options("fp32", False), pag=False)
+    from peft import PeftModel
+
+    wanted_model = PeftModel.from_pretrained(pipeline.transformer, str(folder))
+    for module in wanted_model.modules():
+        if hasattr(module, "scaling"):
+            module.scale_layer(scale)
+    assert_same(output(folded(tiny_checkpoint, Lora(folder, scale))), output(wanted_model.base_model.model), plain)
+
+
+@pytest.mark.parametrize("kind", ["metadata", "no metadata", "a file", "lora.down and up"])
+def test_folding_equals_diffusers(tiny_checkpoint, transformer, tmp_path, kind):
+    plain = output(transformer)
+    alpha = 7 if kind == "metadata" else 4
+    folder = diffusers_lora(transformer, tmp_path / "lora", metadata=kind == "metadata", r=4, lora_alpha=alpha)
+    path = folder / "pytorch_lora_weights.safetensors"
+    if kind == "lora.down and up":
+        renamed = {
+            name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value for name, value in load_file(path).items()
+        }
+        save_file(renamed, path)
+    pipeline = load_reference(tiny_checkpoint, Options("fp32", False), pag=False)
+    pipeline.load_lora_weights(str(folder), adapter_name="style")
+    pipeline.set_adapters("style", 0.7)
+    assert_same(
+        output(folded(tiny_checkpoint, Lora(path if kind == "a file" else folder, 0.7))), output(pipeline.transformer), plain
+    )
+
+
+def test_alpha_tensors_are_read(tiny_checkpoint, transformer, tmp_path):
+    folder = diffusers_lora(transformer, tmp_path / "lora", metadata=False, r=4)
+    path, name = folder / "pytorch_lora_weights.safetensors", "transformer.transformer_blocks.0.attn1.to_q"
+    save_file({**load_file(path), f"{name}.alpha": torch.tensor(6.0)}, path)
+    tensors = load_file(path)
+    up, down = tensors[f"{name}.lora_B.weight"].double(), tensors[f"{name}.lora_A.weight"].double()
+    base = tiny_checkpoint.weights("transformer")["transformer_blocks.0.attn1.to_q.weight"]
+    checkpoint = open_checkpoint(str(tiny_checkpoint.folder), loras=[Lora(path, 0.7)])
+    found = checkpoint.weights("transformer")["transformer_blocks.0.attn1.to_q.weight"]
+    assert torch.allclose(found.double(), base.double() + 0.7 * 6 / 4 * up @ down, atol=1e-6)
+    reference = load_reference(checkpoint, Options("fp32", False), pag=False).transformer
+    assert torch.allclose(reference.transformer_blocks[0].attn1.to_q.weight, found, atol=1e-6)
+
+
+def test_several_adapters_add_up_and_the_reference_has_them_too(tiny_checkpoint, transformer, tmp_path):
+    plain = output(transformer)
+    first = diffusers_lora(transformer, tmp_path / "first", r=4, lora_alpha=6)
+    again = SanaTransformer2DModel.from_pretrained(tiny_checkpoint.folder, subfolder="transformer")
+    second = peft_lora(again, tmp_path / "second", r=2, lora_alpha=3, use_rslora=True)
+    loras = Lora(first, 0.7), Lora(second, -0.4)
+    checkpoint = open_checkpoint(str(tiny_checkpoint.folder), loras=loras)
+    for pag in (False, True):
+        reference = load_reference(checkpoint, Options("fp32", False, (1,)), pag=pag)
+        assert set(reference.transformer.state_dict()) == set(checkpoint.weights("transformer"))
+        assert_same(output(folded(tiny_checkpoint, *loras)), output(reference.transformer), plain)
+
+
+def test_the_hash_and_the_record_hold_files_and_scales(tiny_checkpoint, transformer, tmp_path):
+    folder = peft_lora(transformer, tmp_path / "lora", r=4)
+    hashes = {tiny_checkpoint.sha256}
+    for lora in (Lora(folder), Lora(folder, 0.5)):
+        checkpoint = open_checkpoint(str(tiny_checkpoint.folder), loras=[lora])
+        hashes.add(checkpoint.sha256)
+        assert [(one.path, one.scale) for one in checkpoint.record().loras] == [(str(folder), lora.scale)]
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 9}))
+    hashes.add(open_checkpoint(str(tiny_checkpoint.folder), loras=[Lora(folder)]).sha256)
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "scale"),
+    [
+        ("a/b.safetensors", "a/b.safetensors", 1.0),
+        ("a:0.7", "a", 0.7),
+        ("a:-1", "a", -1.0),
+        ("c:/a", "c:/a", 1.0),
+        ("x:y:2", "x:y", 2.0),
+    ],
+)
+def test_a_path_and_its_scale(text, path, scale):
+    assert parse_lora(text) == Lora(Path(path), scale)
+
+
+@pytest.mark.parametrize("text", ["a:nan", "a:inf", ":1"])
+def test_a_scale_that_is_no_number(text):
+    with pytest.raises(UsageError, match="PATH:SCALE"):
+        parse_lora(text)
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+LAYER = "transformer.transformer_blocks.0.attn1.to_q"
+
+
+def pair(layer: str = LAYER, *, width: int = 64, rank: int = 4, up: str = ".lora_B.weight") -> dict[str, torch.Tensor]:
+    return {f"{layer}.lora_A.weight": torch.zeros(rank, width), f"{layer}{up}": torch.zeros(width, rank)}
+
+
+def refusals(width: int) -> dict[str, tuple[dict[str, torch.Tensor], tuple[str, ...]]]:
+    depthwise = "transformer.transformer_blocks.0.ff.conv_depth"
+    return {
+        "DoRA": (
+            {**pair(width=width), f"{LAYER}.lora_magnitude_vector": torch.zeros(1)},
+            ("DoRA", f"{LAYER}.lora_magnitude_vector"),
+        ),
+        "kohya": ({"lora_unet_blocks_0_attn_qkv.lora_down.weight": torch.zeros(2, 2)}, ("lora_unet_blocks_0_attn_qkv", LAYER[:12])),
+        "text encoder": (pair("text_encoder.layers.0.self_attn.q_proj"), ("text_encoder.layers.0", "transformer_blocks.0")),
+        "FLUX": (
+            pair("transformer.single_transformer_blocks.0.attn.to_q"),
+            ("another model", "single_transformer_blocks.0.attn.to_q"),
+        ),
+        "wider": (pair(width=2 * width), (f"{LAYER}.lora_A.weight", f"[4, {2 * width}]", f"[4, {width}]")),
+        "one rank": (
+            {f"{LAYER}.lora_A.weight": torch.zeros(4, width), f"{LAYER}.lora_B.weight": torch.zeros(width, 3)},
+            (f"{LAYER}.lora_B.weight", f"[{width}, 3]", f"[{width}, 4]"),
+        ),
+        "half": ({f"{LAYER}.lora_A.weight": torch.zeros(4, width)}, ("not whole", "no lora_B of transformer_blocks.0.attn1.to_q")),
+        "bias": ({**pair(width=width), f"{LAYER}.lora_B.bias": torch.zeros(width)}, (f"{LAYER}.lora_B.bias",)),
+        "depthwise": (
+            {f"{depthwise}.lora_A.weight": torch.zeros(4, 8, 3, 3), f"{depthwise}.lora_B.weight": torch.zeros(8, 4, 1, 1)},
+            ("depthwise", f"{depthwise}.lora_A.weight", "train without conv_depth"),
+        ),
+        "quantised": ({name: value.to(torch.int8) for name, value in pair(width=width).items()}, ("I8", "F32, F16, BF16")),
+        "empty": ({}, ("no tensors",)),
+    }
+
+
+@pytest.mark.parametrize("case", refusals(64))
+def test_what_does_not_fit_is_named(tiny_checkpoint, tmp_path, case):
+    width = tiny_checkpoint.weights("transformer").shape("transformer_blocks.0.attn1.to_q.weight")[1]
+    tensors, words = refusals(width)[case]
+    message = refused(tiny_checkpoint, write(tmp_path / "lora", tensors))
+    assert all(word in message for word in words), message
+
+
+def refused(tiny_checkpoint: SanaCheckpoint, path: Path, kind: type[SanaExportError] = ArtifactError) -> str:
+    with pytest.raises(kind) as caught:
+        open_checkpoint(str(tiny_checkpoint.folder), loras=[Lora(path)])
+    assert caught.value.found is not None
+    assert caught.value.wanted is not None
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("use_dora", True), ("init_lora_weights", "pissa"), ("peft_type", "LOHA"), ("lora_bias", True)]
+)
+def test_other_kinds_of_adapters_are_named(tiny_checkpoint, transformer, tmp_path, key, value):
+    folder = peft_lora(transformer, tmp_path / "lora", r=4)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+    assert f"{key} = {value!r}" in refused(tiny_checkpoint, folder)
+
+
+def test_files_that_are_not_there_or_not_safetensors(tiny_checkpoint, transformer, tmp_path):
+    assert "no LoRA" in refused(tiny_checkpoint, tmp_path / "nothing", UsageError)
+    (tmp_path / "empty").mkdir()
+    assert "an empty folder" in refused(tiny_checkpoint, tmp_path / "empty")
+    (tmp_path / "pickle").mkdir()
+    (tmp_path / "pickle" / "pytorch_lora_weights.bin").touch()
+    assert "safe_serialization=True" in refused(tiny_checkpoint, tmp_path / "pickle")
+    folder = peft_lora(transformer, tmp_path / "lora", r=4)
+    (folder / "adapter_config.json").unlink()
+    assert "adapter_config.json" in refused(tiny_checkpoint, folder)
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[: math.floor(path.stat().st_size / 2)])
+    assert "truncated" in refused(tiny_checkpoint, path)

@@ -1,0 +1,158 @@
+"""A transformer in one file is the same transformer, under the names of diffusers and of the original code."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from diffusers import SanaTransformer2DModel
+from safetensors.torch import load_file, save_file
+
+from sana_export.errors import ArtifactError, UsageError
+from sana_export.export.reference import load_reference
+from sana_export.graphs.checkpoint import open_checkpoint
+from sana_export.graphs.single_file import open_single_file
+from sana_export.manifest import Options
+
+#: diffusers' names to the original ones, from the forward direction of NVlabs/Sana's modules.
+ORIGINAL = (
+    (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.attn.proj"),
+    (r"transformer_blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.proj"),
+    (r"transformer_blocks\.(\d+)\.attn2\.to_q", r"blocks.\1.cross_attn.q_linear"),
+    (r"transformer_blocks\.(\d+)\.attn1\.norm_([qk])", r"blocks.\1.attn.\2_norm"),
+    (r"transformer_blocks\.(\d+)\.attn2\.norm_([qk])", r"blocks.\1.cross_attn.\2_norm"),
+    (r"transformer_blocks\.(\d+)\.ff\.conv_inverted", r"blocks.\1.mlp.inverted_conv.conv"),
+    (r"transformer_blocks\.(\d+)\.ff\.conv_depth", r"blocks.\1.mlp.depth_conv.conv"),
+    (r"transformer_blocks\.(\d+)\.ff\.conv_point", r"blocks.\1.mlp.point_conv.conv"),
+    (r"transformer_blocks\.(\d+)\.scale_shift_table", r"blocks.\1.scale_shift_table"),
+    (r"patch_embed\.proj", "x_embedder.proj"),
+    (r"time_embed\.(?:emb\.)?timestep_embedder\.linear_1", "t_embedder.mlp.0"),
+    (r"time_embed\.(?:emb\.)?timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+    (r"time_embed\.guidance_embedder\.linear_1", "cfg_embedder.mlp.0"),
+    (r"time_embed\.guidance_embedder\.linear_2", "cfg_embedder.mlp.2"),
+    (r"time_embed\.linear", "t_block.1"),
+    (r"caption_projection\.linear_([12])", r"y_embedder.y_proj.fc\1"),
+    (r"caption_norm", "attention_y_norm"),
+    (r"proj_out", "final_layer.linear"),
+    (r"^scale_shift_table", "final_layer.scale_shift_table"),
+)
+
+
+def original(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights as the original code stores them: fused q, k, v, and what only it has."""
+    tensors, found = dict(tensors), {}
+    for block in sorted({name.split(".")[1] for name in tensors if name.startswith("transformer_blocks.")}):
+        own = f"transformer_blocks.{block}."
+        found[f"blocks.{block}.attn.qkv.weight"] = torch.cat([tensors.pop(f"{own}attn1.to_{x}.weight") for x in "qkv"])
+        for part in ("weight", "bias"):
+            found[f"blocks.{block}.cross_attn.kv_linear.{part}"] = torch.cat(
+                [tensors.pop(f"{own}attn2.to_{x}.{part}") for x in "kv"]
+            )
+    for name, value in tensors.items():
+        (renamed,) = {re.sub(pattern, to, name) for pattern, to in ORIGINAL if re.search(pattern, name)}
+        found[renamed] = value
+    return {**found, "pos_embed": torch.zeros(1, 4, 8), "y_embedder.y_embedding": torch.zeros(300, 8)}
+
+
+def drawn(config: dict, seed: int = 3) -> dict[str, torch.Tensor]:
+    """Fresh weights for a transformer of `config`, no two tensors alike."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: value.shape for name, value in SanaTransformer2DModel.from_config(config).state_dict().items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"qk_norm": "rms_norm_across_heads"}, {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True}]
+)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("names", [dict, original])
+def test_both_names_give_the_same_tensors(tiny_checkpoint, tmp_path, kind, prefix, names):
+    wanted = drawn({**tiny_checkpoint.config("transformer"), **kind})
+    file = tmp_path / "transformer.safetensors"
+    save_file({prefix + name: value for name, value in names(wanted).items()}, file)
+    weights = open_single_file(file)
+    assert set(weights) == set(wanted)
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert {name: weights.shape(name) for name in weights} == {name: tuple(value.shape) for name, value in wanted.items()}
+    assert weights.bytes == sum(value.nbytes for value in wanted.values())
+
+
+@pytest.mark.parametrize("names", [dict, original])
+def test_it_stands_in_place_of_the_checkpoints_own(tiny_checkpoint, tmp_path, names):
+    wanted = drawn(tiny_checkpoint.config("transformer"))
+    file = tmp_path / "transformer.safetensors"
+    save_file(names(wanted), file)
+    checkpoint = open_checkpoint(str(tiny_checkpoint.folder), transformer=file)
+    weights = checkpoint.weights("transformer")
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert checkpoint.sha256 != tiny_checkpoint.sha256
+    assert checkpoint.record().transformer.path == str(file)
+    own = SanaTransformer2DModel.from_single_file(str(file), config=str(tiny_checkpoint.folder), subfolder="transformer")
+    reference = load_reference(checkpoint, Options("fp32", False), pag=False).transformer
+    for name, value in reference.state_dict().items():
+        assert torch.equal(value, wanted[name])
+        assert torch.equal(value, own.state_dict()[name])
+
+
+def test_the_checkpoints_own_transformer_need_not_be_there(tiny_checkpoint, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_checkpoint.folder, tmp_path / "base")
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    file.rename(tmp_path / "mine.safetensors")
+    checkpoint = open_checkpoint(str(folder), transformer=tmp_path / "mine.safetensors")
+    assert len(checkpoint.weights("transformer")) == len(tiny_checkpoint.weights("transformer"))
+
+
+def test_what_does_not_fit_is_named(tiny_checkpoint, tmp_path):
+    config, file = tiny_checkpoint.config("transformer"), tmp_path / "transformer.safetensors"
+    wide = drawn({**config, "num_cross_attention_heads": 2 * config["num_cross_attention_heads"]})
+    deep = drawn({**config, "num_layers": config["num_layers"] + 1})
+    shallow = original(drawn(config))
+    del shallow["blocks.1.attn.proj.bias"]
+    shape = list(drawn(config)["transformer_blocks.0.attn2.to_q.weight"].shape)
+    cases = (
+        (wide, "transformer_blocks.0.attn2.to_q.weight", str([2 * shape[0], shape[1]]), str(shape)),
+        (deep, "no place for", f"transformer_blocks.{config['num_layers']}.", None),
+        (shallow, "lacks a tensor", "no blocks.1.attn.proj.bias", None),
+        ({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, "lacks", "no scale_shift_table", None),
+    )
+    for tensors, message, found, wanted in cases:
+        save_file(tensors, file)
+        with pytest.raises(ArtifactError, match=message) as caught:
+            open_checkpoint(str(tiny_checkpoint.folder), transformer=file)
+        assert str(caught.value.found).startswith(found)
+        assert wanted is None or str(caught.value.wanted) == wanted
+        assert str(file) in str(caught.value)
+
+
+def test_files_that_are_damaged_or_something_else(tiny_checkpoint, tmp_path):
+    file = tmp_path / "transformer.safetensors"
+    with pytest.raises(UsageError, match="there is no file"):
+        open_checkpoint(str(tiny_checkpoint.folder), transformer=file)
+    save_file(drawn(tiny_checkpoint.config("transformer")), file)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ArtifactError, match="damaged or truncated"):
+        open_checkpoint(str(tiny_checkpoint.folder), transformer=file)
+    pickle = tmp_path / "transformer.pth"
+    pickle.touch()
+    with pytest.raises(ArtifactError, match="not a safetensors file") as caught:
+        open_checkpoint(str(tiny_checkpoint.folder), transformer=pickle)
+    assert ".pth" in caught.value.found
+
+
+def test_an_original_file_is_not_read_to_be_renamed(tiny_checkpoint, tmp_path, monkeypatch):
+    """Only headers: a reader that touches values fails here."""
+    file = tmp_path / "transformer.safetensors"
+    wanted = drawn(tiny_checkpoint.config("transformer"))
+    save_file(original(wanted), file)
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + length])
+    monkeypatch.setattr("sana_export.graphs.weights.Stored.read", lambda self: pytest.fail(f"{self.name} was read"))
+    weights = open_single_file(file)
+    monkeypatch.undo()
+    assert "blocks.0.attn.qkv.weight" in header
+    assert torch.equal(weights["transformer_blocks.0.attn1.to_k.weight"], wanted["transformer_blocks.0.attn1.to_k.weight"])
+    assert load_file(file).keys() == header.keys() - {"__metadata__"}

@@ -1,0 +1,59 @@
+"""The line that makes a bundle again names everything that it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sana_export.cli.main import parse
+from sana_export.cli.verb import model_options
+from sana_export.graphs.lora import Lora
+from sana_export.manifest import Checkpoint, Manifest, Options, Overlay
+from sana_export.runtime.rebuild import export_line, model_words
+
+PLAIN = Checkpoint("someone/sana", None, "0" * 64, None, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, []),
+        ({"revision": "v1"}, ["--revision", "v1"]),
+        ({"weights_variant": "bf16"}, ["--variant", "bf16"]),
+        ({"weights_variant": "fp16", "variant": "sana-600m-512px"}, ["--variant", "fp16"]),
+        ({"source": "sana-600m-512px", "variant": "sana-600m-512px", "weights_variant": "fp16"}, []),
+        ({"source": "sana-600m-512px", "variant": "sana-600m-512px", "weights_variant": "bf16"}, ["--variant", "bf16"]),
+        ({"transformer": Overlay("a b/t.safetensors", "1")}, ["--transformer", "a b/t.safetensors"]),
+        ({"loras": (Overlay("a", "1", 0.7), Overlay("b:2", "2"))}, ["--lora", "a:0.7", "--lora", "b:2:1.0"]),
+    ],
+)
+def test_what_says_which_checkpoint(changes: dict[str, Any], words: list[str]) -> None:
+    checkpoint = dataclasses.replace(PLAIN, **changes)
+    assert model_words(checkpoint) == [checkpoint.source, *words]
+
+
+def test_the_line_is_read_back_as_it_was_meant(tiny_bundle: Path, tmp_path: Path) -> None:
+    overlays = {"transformer": Overlay("own t.safetensors", "1"), "loras": (Overlay("x:1", "2", 0.7), Overlay("y", "3"))}
+    checkpoint = dataclasses.replace(PLAIN, revision="v1", weights_variant="bf16", **overlays)
+    manifest = dataclasses.replace(Manifest.load(tiny_bundle), checkpoint=checkpoint, options=Options("bf16", True, (8,)))
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+    options = parse(shlex.split(export_line(tmp_path, Manifest.load(tmp_path)))[1:])
+    assert (options.model, options.output, options.dtype, options.clamp) == ("someone/sana", str(tmp_path), "bf16", True)
+    found = model_options(options, options)
+    assert (found["revision"], found["weights_variant"], found["transformer"]) == ("v1", "bf16", Path("own t.safetensors"))
+    assert found["loras"] == (Lora(Path("x:1"), 0.7), Lora(Path("y")))
+
+
+def test_how_the_hub_is_asked_is_never_written_down() -> None:
+    words = ["export", "someone/sana", "-o", "b", "--token", "hf_secret", "--cache-dir", "c", "--offline"]
+    options = parse(words)
+    hub = model_options(options, options)["hub"]
+    assert (hub.token, hub.cache_dir, hub.offline) == ("hf_secret", Path("c"), True)
+    assert "hf_secret" not in repr(hub)
+    for verb in (["verify", "b"], ["bench", "b", "--reference", "m"], ["engines", "r.toml"]):
+        assert parse([*verb, *words[4:]]).token == "hf_secret"
