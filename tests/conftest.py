@@ -36,30 +36,54 @@ def build_cache(request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(build_cache: Path) -> Iterator[Any]:
-    """The alias `tiny`, opened. Its folder is a diffusers checkpoint."""
-    from sana_export.graphs.checkpoint import open_checkpoint
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SANA_EXPORT_CACHE", str(build_cache))
-        yield open_checkpoint("tiny")
-
-
-@pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Any, build_cache: Path) -> Path:
-    """The float32 bundle of `tiny` with one PAG layer. Tests that change a bundle copy it first."""
+def exported(checkpoint: Any, bundle: Path, **options: Any) -> Path:
+    """`bundle`, exported in float32 unless it is there."""
     from sana_export.export.bundle import export_bundle
 
-    bundle = build_cache / "tiny-fp32"
     if not bundle.exists():
-        own = build_cache / f"tiny-fp32-{os.getpid()}"
-        export_bundle(tiny_checkpoint, own, precision="fp32", pag_layers=[PAG_LAYER])
+        own = bundle.with_name(f"{bundle.name}-{os.getpid()}")
+        export_bundle(checkpoint, own, precision="fp32", **options)
         try:
             own.rename(bundle)
         except OSError:  # another test run was faster
             shutil.rmtree(own)
     return bundle
+
+
+@pytest.fixture(scope="session")
+def own_cache(build_cache: Path) -> Iterator[None]:
+    """What sana_export makes for itself lies in `build_cache`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SANA_EXPORT_CACHE", str(build_cache))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(own_cache: None) -> Any:
+    """The alias `tiny`, opened. Its folder is a diffusers checkpoint."""
+    from sana_export.graphs.checkpoint import open_checkpoint
+
+    return open_checkpoint("tiny")
+
+
+@pytest.fixture(scope="session")
+def sprint_checkpoint(own_cache: None) -> Any:
+    """The alias `tiny-sprint`, opened."""
+    from sana_export.graphs.checkpoint import open_checkpoint
+
+    return open_checkpoint("tiny-sprint")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Any, build_cache: Path) -> Path:
+    """The float32 bundle of `tiny` with one PAG layer. Tests that change a bundle copy it first."""
+    return exported(tiny_checkpoint, build_cache / "tiny-fp32", pag_layers=[PAG_LAYER])
+
+
+@pytest.fixture(scope="session")
+def sprint_bundle(sprint_checkpoint: Any, build_cache: Path) -> Path:
+    """The float32 bundle of `tiny-sprint`."""
+    return exported(sprint_checkpoint, build_cache / "tiny-sprint-fp32")
 
 
 @pytest.fixture(scope="session")
@@ -71,10 +95,28 @@ def tiny_runtime(tiny_bundle: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def sprint_runtime(sprint_bundle: Path) -> Any:
+    """The fp32 bundle of `tiny-sprint` in ONNX Runtime."""
+    from sana_export.runtime import SanaRuntime
+
+    return SanaRuntime.from_pretrained(sprint_bundle, backend="onnxruntime")
+
+
+@pytest.fixture(scope="session")
 def tiny_pipeline(tiny_checkpoint: Any) -> Any:
     """The reference: diffusers' SanaPipeline on `tiny` in float32."""
     from diffusers import SanaPipeline
 
     pipeline = SanaPipeline.from_pretrained(tiny_checkpoint.folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def sprint_pipeline(sprint_checkpoint: Any) -> Any:
+    """The reference: diffusers' SanaSprintPipeline on `tiny-sprint` in float32."""
+    from diffusers import SanaSprintPipeline
+
+    pipeline = SanaSprintPipeline.from_pretrained(sprint_checkpoint.folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

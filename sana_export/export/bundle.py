@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import json
 import logging
 import shutil
@@ -19,22 +18,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import torch
-from safetensors.torch import save_file
 
 from sana_export import __version__
-from sana_export.contract import GRAPHS, WEIGHTS_OF
+from sana_export.contract import GRAPHS
 from sana_export.disk import disk_errors, require_free
-from sana_export.environment import source_digest
+from sana_export.environment import peak_rss_bytes, source_digest
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.export.modules import build_graph, graph_spec
-from sana_export.export.onnx import OPSET, check_onnx, check_values, export_onnx, external_files, parameter_count, run_module
+from sana_export.export.graph_files import export_graphs, groups
+from sana_export.export.onnx import OPSET
 from sana_export.export.size import OVERHEAD, graph_bytes, text_bytes
+from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
 from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.graphs.numerics import NUMERICS
-from sana_export.graphs.storage import WeightFile, stored_in
-from sana_export.graphs.text_encoder import encode_instruction
 from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
 from sana_export.manifest import (
     FILE_NAME,
@@ -51,9 +47,6 @@ from sana_export.manifest import (
 log = logging.getLogger(__name__)
 
 JOURNAL = "export.json"
-TOKENIZER = "tokenizer/tokenizer.json"
-INSTRUCTION = "instruction.safetensors"
-EMBEDDINGS = "embeddings.safetensors"
 MAX_SEQUENCE_LENGTH = 300
 
 
@@ -106,7 +99,7 @@ def export_bundle(
         require_free(output.parent, sum(sizes[part] for part in sizes if part not in finished) + OVERHEAD, f"the bundle {output}")
         meter = _Meter(sizes, on_progress)
         with meter.step("", "tokenizer, instruction and embeddings"):
-            model = write_text_files(checkpoint, partial)
+            instruction = write_text_files(checkpoint, partial)
         entries: dict[str, GraphEntry] = {}
         for owner, group in groups(names).items():
             if owner not in finished:
@@ -117,7 +110,7 @@ def export_bundle(
         manifest = Manifest(
             checkpoint=checkpoint.record(),
             options=options,
-            model=model,
+            model=model_info(checkpoint, instruction),
             graphs=entries,
             files=tuple(file_entry(partial, partial / name) for name in (TOKENIZER, INSTRUCTION, EMBEDDINGS)),
             export_key=key,
@@ -130,6 +123,7 @@ def export_bundle(
         partial.rename(output)
         shutil.rmtree(old, ignore_errors=True)
     meter.done()
+    log.info("exported in %.0f s, at most %.2f GB of memory", meter.seconds, peak_rss_bytes() / 1e9)
     return manifest
 
 
@@ -146,6 +140,11 @@ class _Meter:
         yield
         self._done[part] = time.monotonic() - started
 
+    @property
+    def seconds(self) -> float:
+        """What the steps took so far."""
+        return sum(self._done.values())
+
     def done(self) -> None:
         self._report("done", len(self._sizes))
 
@@ -153,7 +152,7 @@ class _Meter:
         parts = list(self._sizes)
         written, total = sum(self._sizes[part] for part in parts[:index]), sum(self._sizes.values())
         timed = sum(self._sizes[part] for part in self._done)
-        left = sum(self._done.values()) / timed * (total - written) if timed else None
+        left = self.seconds / timed * (total - written) if timed and total > written else None
         self._tell(Progress(doing, index, len(parts), written, total, left))
 
 
@@ -261,82 +260,9 @@ class Journal:
         temporary.replace(self.path)
 
 
-def groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """The graphs `names` by the graph whose folder and weight file they share (contract.WEIGHTS_OF)."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(WEIGHTS_OF.get(name, name), []).append(name)
-    return found
-
-
-def export_graphs(
-    owner: str, names: Iterable[str], checkpoint: SanaCheckpoint, options: Options, bundle: Path
-) -> dict[str, GraphEntry]:
-    """Export graphs that share the weight file of `owner` into `bundle`, check each, and return their entries."""
-    folder = bundle / "onnx" / owner
-    shutil.rmtree(folder, ignore_errors=True)
-    models: dict[str, onnx.ModelProto] = {}
-    with WeightFile(folder / "model.onnx.data") as weights:
-        for name in names:
-            spec, path = graph_spec(name, checkpoint, options), folder / onnx_name(name)
-            with stored_in(weights):
-                module = build_graph(name, checkpoint, options)
-            export_onnx(module, spec, path, weights)
-            models[name] = check_onnx(path, spec)
-            examples = run_module(module, spec)
-            weights.release()
-            check_values(path, spec, examples, options.precision)
-    data = (file_entry(bundle, weights.path),) if weights.bytes else ()
-    if not data:
-        weights.path.unlink()
-    return {
-        name: GraphEntry(
-            graph_spec(name, checkpoint, options),
-            file_entry(bundle, folder / onnx_name(name)),
-            data if external_files(model) else (),
-            model.opset_import[0].version,
-            parameter_count(model),
-        )
-        for name, model in models.items()
-    }
-
-
-def onnx_name(graph: str) -> str:
-    """The file name of a graph in its folder: model.onnx, or for a part of another graph the name of the part."""
-    owner = WEIGHTS_OF.get(graph)
-    return f"{graph.removeprefix(f'{owner}_')}.onnx" if owner else "model.onnx"
-
-
-def write_text_files(checkpoint: SanaCheckpoint, bundle: Path) -> ModelInfo:
-    """Write the tokenizer, the instruction's keys and values and the embedding table; return the manifest's part on the model."""
-    from transformers import AutoTokenizer
-
-    transformer, vae = checkpoint.config("transformer"), checkpoint.config("vae")
-    text, weights = checkpoint.config("text_encoder"), checkpoint.weights("text_encoder")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    path = bundle / TOKENIZER
-    path.parent.mkdir(parents=True, exist_ok=True)
-    backend.save(str(path))
-
-    instruction = complex_human_instruction()
-    token_ids = torch.tensor(backend.encode(instruction).ids)
-    if token_ids.tolist() != tokenizer.encode(instruction) or token_ids[0] != tokenizer.bos_token_id:
-        raise ArtifactError(
-            "the tokenizer's file gives other ids than the tokenizer",
-            found=backend.encode(instruction).tokens[:4],
-            wanted=f"{tokenizer.bos_token} first, and the ids of {type(tokenizer).__name__}",
-        )
-    table = weights["embed_tokens.weight"]
-    prefix, bos_row = encode_instruction(text, weights, table[token_ids].float())
-    # The last token of the instruction may merge with the prompt, so its keys and values are never reused.
-    tensors = {"token_ids": token_ids, "prefix": prefix[..., :-1, :].contiguous(), "bos_row": bos_row}
-    for file, content in ((INSTRUCTION, tensors), (EMBEDDINGS, {"embed_tokens.weight": table})):
-        save_file(content, bundle / file)
-        (bundle / file).chmod(0o644)  # save_file makes it private
-
+def model_info(checkpoint: SanaCheckpoint, instruction: str) -> ModelInfo:
+    """The manifest's part on the model."""
+    transformer, vae, text = (checkpoint.config(component) for component in ("transformer", "vae", "text_encoder"))
     variant, guidance_embeds = checkpoint.kin, bool(transformer.get("guidance_embeds"))
     return ModelInfo(
         sample_size=transformer["sample_size"],
@@ -345,7 +271,7 @@ def write_text_files(checkpoint: SanaCheckpoint, bundle: Path) -> ModelInfo:
         # SanaSprintPipeline does not apply it.
         timestep_scale=1.0 if guidance_embeds else transformer.get("timestep_scale", 1.0),
         text_channels=text["hidden_size"],
-        embedding_rows=table.shape[0],
+        embedding_rows=checkpoint.weights("text_encoder").shape("embed_tokens.weight")[0],
         scheduler=checkpoint.config("scheduler"),
         instruction=instruction,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
@@ -355,11 +281,3 @@ def write_text_files(checkpoint: SanaCheckpoint, bundle: Path) -> ModelInfo:
         decoder_tile_scale=tile_scale(vae),
         guidance_embeds=guidance_embeds,
     )
-
-
-def complex_human_instruction() -> str:
-    """The instruction that Sana's pipelines put before a prompt: the default argument of diffusers' `SanaPipeline.__call__`."""
-    from diffusers import SanaPipeline
-
-    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-    return "\n".join(lines)

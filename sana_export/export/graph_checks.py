@@ -5,33 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from sana_export.export.modules import CHECK_SIZES, random_inputs
 from sana_export.export.parity import Array
+from sana_export.export.reference import call_reference
 from sana_export.runtime import SanaRuntime
+from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.request import Request
 from sana_export.runtime.resolution import make_resize_plan
 
-#: Any size that the checkpoint takes: the checks that use it depend on none.
-_SIZE = 256
+#: Of any size that the checkpoint takes: the checks that use it depend on none.
+_REQUEST = Request(prompt="", height=256, width=256, use_resolution_binning=False, guidance_scale=4.5)
 
 
 def _check_text_encoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """The kept rows of every prompt, with the instruction, and of the empty negative prompt."""
-    plan = runtime.plan(Request(prompt=list(prompts), height=_SIZE, width=_SIZE, use_resolution_binning=False, guidance_scale=2.0))
+    """The kept rows of every prompt, with the instruction, and of the empty negative prompt where there is one."""
+    plan = runtime.plan(replace(_REQUEST, prompt=list(prompts)))
     tokens = [
         [runtime.text.tokenize(text, max_sequence_length=plan.max_sequence_length, instruct=instruct) for text in texts]
         for texts, instruct in plan.texts
     ]
     encoded = runtime.text.encode(tokens, runtime._run_text_encoder)
-    positive, positive_mask, negative, negative_mask = pipeline.encode_prompt(
-        list(prompts), True, complex_human_instruction=runtime.manifest.model.instruction.split("\n")
-    )
-    wanted = torch.cat([negative[negative_mask.bool()], positive[positive_mask.bool()]])
-    return encoded.prompt_embeds[encoded.context_mask > 0], wanted.numpy()
+    instruction = runtime.manifest.model.instruction.split("\n")
+    wanted = pipeline.encode_prompt(list(prompts), complex_human_instruction=instruction)
+    # Embeddings and mask of the prompts, then of the negative prompts, which our branches begin with.
+    branches = [embeds[mask.bool()] for embeds, mask in zip(wanted[::2], wanted[1::2], strict=True)]
+    return encoded.prompt_embeds[encoded.context_mask > 0], torch.cat(branches[::-1]).numpy()
 
 
 def _check_context(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
@@ -55,31 +58,41 @@ def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str],
     embeds = _inputs(runtime, "context", seed + 1)["prompt_embeds"]
     inputs = _inputs(runtime, "denoiser", seed + 1)
     inputs["perturbed"] = torch.zeros_like(inputs["perturbed"])
-    inputs["timestep"] = inputs["timestep"].round()
+    timesteps = runtime.plan(_REQUEST).schedule.timesteps
+    inputs["timestep"] = torch.from_numpy(timesteps[[seed % len(timesteps)]])
     latents, mask = inputs["latents"], inputs["context_mask"]
     context = runtime._sessions["context"].run({"prompt_embeds": embeds.numpy()})["context"]
     feeds = {name: value.numpy() for name, value in inputs.items() if name != "context"}
     found = runtime._sessions["denoiser"].run({**feeds, "context": context})["noise_pred"]
     branches, batch = mask.shape[:2]
+    guidance = {}
+    if runtime.manifest.model.guidance_embeds:
+        scaled = inputs["guidance"] * pipeline.transformer.config.guidance_embeds_scale
+        guidance["guidance"] = scaled.expand(branches * batch)
     wanted = pipeline.transformer(
         latents.repeat(branches, 1, 1, 1),
         encoder_hidden_states=embeds.flatten(0, 1),
         encoder_attention_mask=mask.flatten(0, 1),
         timestep=inputs["timestep"].expand(branches * batch),
+        **guidance,
     ).sample
     return np.array(runtime.backend.to_host(found)), wanted.unflatten(0, (branches, batch)).numpy()
 
 
 def _check_sampler(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """A whole trajectory of the checkpoint's scheduler under random predictions, with guidance."""
-    generator = torch.Generator().manual_seed(seed)
-    plan = runtime.plan(Request(prompt="", height=_SIZE, width=_SIZE, use_resolution_binning=False, guidance_scale=4.5, seed=seed))
-    shape = plan.latents_shape
-    start = torch.randn(shape, generator=generator)
-    predictions = torch.randn((len(plan.schedule.timesteps), 2, *shape), generator=generator)
+    """A whole trajectory of the pipeline's own loop with random predictions in place of its transformer's, with guidance."""
+    request = replace(_REQUEST, num_inference_steps=runtime.manifest.model.default_steps)
+    plan = runtime.plan(request)
+    shape, schedule, (steps, branches) = plan.latents_shape, plan.schedule, plan.weights.shape
+    # Of another seed than the noise, from which a prediction could not be told otherwise.
+    predictions = torch.randn((steps, branches, *shape), generator=torch.Generator().manual_seed(seed + 1))
 
-    latents, x0 = start.numpy(), np.zeros(shape, np.float32)
+    generator = TorchGenerator(seed)
+    latents = randn_batch(shape, generator) * np.float32(schedule.initial_noise_scale)
+    x0 = noise = np.zeros(shape, np.float32)
     for index, prediction in enumerate(predictions):
+        if schedule.needs_noise:
+            noise = randn_batch(shape, generator)
         found = _run(
             runtime,
             "sampler",
@@ -87,17 +100,16 @@ def _check_sampler(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], 
                 "noise_pred": prediction,
                 "latents": latents,
                 "previous_x0": x0,
-                "noise": np.zeros(shape, np.float32),
-                "coefficients": plan.schedule.coefficients[index],
+                "noise": noise,
+                "coefficients": schedule.coefficients[index],
                 "weights": plan.weights[index],
             },
         )
         latents, x0 = found["next_latents"], found["x0"]
-    scheduler, wanted = pipeline.scheduler, start
-    scheduler.set_timesteps(len(predictions))
-    for timestep, (negative, positive) in zip(scheduler.timesteps, predictions, strict=True):
-        guided = negative + 4.5 * (positive - negative)
-        wanted = scheduler.step(guided, timestep, wanted, return_dict=False)[0]
+
+    answers = iter(predictions.flatten(1, 2))
+    with patch.object(pipeline.transformer, "forward", lambda *_, **__: (next(answers),)):
+        wanted = call_reference(pipeline, request, seed, output_type="latent")
     return latents, wanted.numpy()
 
 
@@ -105,6 +117,23 @@ def _check_vae_decoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[st
     inputs = _inputs(runtime, "vae_decoder", seed)
     wanted = pipeline.vae.decode(inputs["latents"] / pipeline.vae.config.scaling_factor).sample
     return _run(runtime, "vae_decoder", inputs)["image"], wanted.numpy()
+
+
+def _check_vae_decoder_head(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    """Its features, through the tail in one window."""
+    return _check_decoder_parts(runtime, pipeline, seed, tile=1024)
+
+
+def _check_vae_decoder_tail(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    """In windows that are put together."""
+    return _check_decoder_parts(runtime, pipeline, seed, tile=128)
+
+
+def _check_decoder_parts(runtime: SanaRuntime, pipeline: Any, seed: int, tile: int) -> tuple[Array, Array]:
+    plan = runtime.plan(replace(_REQUEST, decoder_tile=tile))
+    latents = torch.randn(plan.latents_shape, generator=torch.Generator().manual_seed(seed))
+    wanted = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    return np.asarray(runtime._decode(plan, latents.numpy())), wanted.numpy()
 
 
 def _check_postprocess(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
@@ -122,6 +151,8 @@ GRAPH_CHECKS: dict[str, Callable[[SanaRuntime, Any, Sequence[str], int], tuple[A
     "denoiser": _check_denoiser,
     "sampler": _check_sampler,
     "vae_decoder": _check_vae_decoder,
+    "vae_decoder_head": _check_vae_decoder_head,
+    "vae_decoder_tail": _check_vae_decoder_tail,
     "postprocess": _check_postprocess,
 }
 

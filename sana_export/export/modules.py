@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sana_export.contract import GraphSpec, TensorSpec, resolve
+from sana_export.contract import FEATURE_TENSORS, GraphSpec, TensorSpec, resolve
 from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.graphs.context import Context
 from sana_export.graphs.denoiser import Denoiser
@@ -16,7 +16,7 @@ from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.postprocess import Postprocess
 from sana_export.graphs.sampler import Sampler
 from sana_export.graphs.text_encoder import TextEncoder
-from sana_export.graphs.vae_decoder import VaeDecoder
+from sana_export.graphs.vae_decoder import VaeDecoder, VaeDecoderHead, VaeDecoderTail, feature_channels
 from sana_export.manifest import Options
 
 
@@ -43,6 +43,8 @@ BUILDERS: dict[str, Callable[[SanaCheckpoint, Options], nn.Module]] = {
     "denoiser": _denoiser,
     "sampler": lambda checkpoint, options: Sampler(),
     "vae_decoder": _component_graph("vae", VaeDecoder),
+    "vae_decoder_head": _component_graph("vae", VaeDecoderHead),
+    "vae_decoder_tail": _component_graph("vae", VaeDecoderTail),
     "postprocess": lambda checkpoint, options: Postprocess(),
 }
 
@@ -64,8 +66,9 @@ def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> Graph
         "text_layers": text["num_hidden_layers"],
         "text_kv_heads": text["num_key_value_heads"],
         "text_head_dim": text["head_dim"],
+        "feature_channels": feature_channels(checkpoint.config("vae")),
     }
-    return resolve(name, dimensions, options.dtype)
+    return resolve(name, dimensions, options.dtype, features=[key for key in FEATURE_TENSORS.values() if transformer.get(key)])
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class Sizes:
     text_tokens: int
     latent_height: int
     latent_width: int
+    feature_height: int
+    feature_width: int
+    tile_height: int
+    tile_width: int
     output_height: int
     output_width: int
     spatial_ratio: int = 32
@@ -90,9 +97,16 @@ class Sizes:
 
 
 #: No two alike and none below 2, so that the tracer takes no size for a constant or for another's.
-TRACE_SIZES = Sizes(2, 3, 5, 9, 7, 4, 6, 100, 170)
+TRACE_SIZES = Sizes(2, 3, 5, 9, 7, 4, 6, 12, 15, 8, 11, 100, 170)
 #: Others, to check with: what a traced constant or a swapped axis would fail on.
-CHECK_SIZES = Sizes(3, 2, 8, 1, 11, 5, 3, 64, 131)
+CHECK_SIZES = Sizes(3, 2, 8, 1, 11, 5, 3, 14, 9, 10, 6, 64, 131)
+#: Axis of an index: the axis that it points into.
+_INDEXED = {
+    "output_height": "image_height",
+    "output_width": "image_width",
+    "tile_height": "feature_height",
+    "tile_width": "feature_width",
+}
 
 
 def random_inputs(spec: GraphSpec, sizes: Sizes, seed: int) -> dict[str, Tensor]:
@@ -106,10 +120,11 @@ def _random_input(tensor: TensorSpec, sizes: Sizes, generator: torch.Generator) 
     uniform = torch.rand(shape, generator=generator)
     special: dict[str, Callable[[], Tensor]] = {
         "timestep": lambda: uniform * 999.0,
+        "guidance": lambda: uniform * 10.0,
         "perturbed": lambda: torch.arange(shape[0]).remainder(2).float(),
         "context_mask": lambda: (torch.arange(shape[-1]) <= uniform[..., :1] * shape[-1]).float(),
-        "row_index": lambda: (uniform * sizes.of("image_height")).long(),
-        "column_index": lambda: (uniform * sizes.of("image_width")).long(),
+        "row_index": lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long(),
+        "column_index": lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long(),
         "row_weight": lambda: uniform / uniform.sum(0, keepdim=True),
         "column_weight": lambda: uniform / uniform.sum(0, keepdim=True),
     }

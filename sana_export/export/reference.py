@@ -10,11 +10,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sana_export.errors import UsageError
+from sana_export.export.overlays import load_transformer, merge_lora
 from sana_export.graphs.numerics import FP16_MAX
 
 if TYPE_CHECKING:
     from sana_export.graphs.checkpoint import SanaCheckpoint
     from sana_export.manifest import Options
+    from sana_export.runtime.request import Request
+
+_SANA = {False: "SanaPipeline", True: "SanaPAGPipeline"}
+#: The class that model_index.json names: whether PAG is wanted, and the class of diffusers that samples so.
+REFERENCES = {"SanaPipeline": _SANA, "SanaPAGPipeline": _SANA, "SanaSprintPipeline": {False: "SanaSprintPipeline"}}
+#: Parameters that diffusers' pipelines and `Request` have in common.
+_SHARED = (
+    *("prompt", "num_inference_steps", "guidance_scale", "height", "width"),
+    *("num_images_per_prompt", "use_resolution_binning"),
+)
 
 
 class ClampedLinearAttnProcessor:
@@ -57,23 +69,35 @@ def clamp_pag_processors(pipeline: Any) -> None:
 
 
 def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, dtypes: Any = None) -> Any:
-    """diffusers' pipeline of the checkpoint: SanaPipeline, or SanaPAGPipeline over the layers of `options`.
+    """diffusers' pipeline of the checkpoint by `REFERENCES`, with PAG over the layers of `options`.
 
     In float32 unless `dtypes` (what `from_pretrained` takes as dtype) says otherwise, clamped where the options are. The
-    attention of Gemma-2 is "eager", the only implementation that applies its soft-capping.
+    attention of Gemma-2 is "eager", the only implementation that applies its soft-capping. Raises UsageError for PAG where
+    diffusers has none.
     """
+    import diffusers
     import torch
-    from diffusers import SanaPAGPipeline, SanaPipeline
 
+    name = str(diffusers.DiffusionPipeline.load_config(checkpoint.folder, local_files_only=True)["_class_name"])
+    if pag not in REFERENCES[name]:
+        raise UsageError(
+            f"{checkpoint.source} cannot be sampled with PAG", found=name, wanted="a SanaPipeline", fix="sample without a PAG scale"
+        )
     # Names match by regular expression: without the anchors "blocks.1" would also be "blocks.10".
     layers = {"pag_applied_layers": [rf"^transformer_blocks\.{layer}\.attn1$" for layer in options.pag_layers]} if pag else {}
-    pipeline = (SanaPAGPipeline if pag else SanaPipeline).from_pretrained(
+    dtypes = torch.float32 if dtypes is None else dtypes
+    dtype = dtypes.get("transformer", dtypes["default"]) if isinstance(dtypes, dict) else dtypes
+    given = {} if checkpoint.transformer_file is None else {"transformer": load_transformer(checkpoint, dtype)}
+    pipeline = getattr(diffusers, REFERENCES[name][pag]).from_pretrained(
         checkpoint.folder,
-        dtype=torch.float32 if dtypes is None else dtypes,
+        dtype=dtypes,
         variant=checkpoint.weights_variant,
         local_files_only=True,
         **layers,
+        **given,
     )
+    for lora in checkpoint.loras:
+        merge_lora(pipeline.transformer, lora)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.text_encoder.set_attn_implementation("eager")
     if options.clamp:
@@ -81,3 +105,17 @@ def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, d
         if pag:
             clamp_pag_processors(pipeline)
     return pipeline
+
+
+def call_reference(pipeline: Any, request: Request, seed: int, *, output_type: str = "pil") -> Any:
+    """What diffusers draws with one seed for a request that names its steps, guidance scale and size."""
+    import torch
+    from diffusers import SanaSprintPipeline
+
+    arguments = {name: getattr(request, name) for name in _SHARED}
+    # Some pipelines do not know these words.
+    arguments |= {name: value for name in ("negative_prompt", "pag_scale") if (value := getattr(request, name))}
+    if isinstance(pipeline, SanaSprintPipeline) and request.num_inference_steps != 2:
+        arguments["intermediate_timesteps"] = None  # its default is for two steps, and refused in any other number
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return pipeline(**arguments, generator=generator, output_type=output_type).images

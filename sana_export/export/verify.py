@@ -5,6 +5,7 @@ On a CPU a half-precision bundle runs in the storage evaluator (evaluator.py), b
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,22 +19,50 @@ from sana_export.errors import UsageError
 from sana_export.export.evaluator import Range, RangeMeter, StorageEvaluator
 from sana_export.export.graph_checks import GRAPH_CHECKS
 from sana_export.export.parity import Array, Parity, compare_images, compare_tensors
-from sana_export.export.reference import load_reference
+from sana_export.export.reference import call_reference, load_reference
 from sana_export.graphs.checkpoint import SanaCheckpoint
-from sana_export.manifest import Manifest, check_files
+from sana_export.manifest import Manifest, ModelInfo, check_files
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import AUTO
 from sana_export.runtime.external_data import check_external_data
-from sana_export.runtime.rebuild import export_line
+from sana_export.runtime.rebuild import export_line, model_words
 from sana_export.runtime.request import Request
 
 PROMPTS = ("a red apple on a table", "一只可爱的熊猫在吃竹子", "A cute 🐼 eating 🎋, ink drawing style", "")
 PAG_SCALE = 2.0
 SIZE = 256
+STEPS = 8
 
 Evaluator = type[StorageEvaluator] | type[RangeMeter]
 #: Called with what is about to be done, the count of steps done and of all steps.
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is sampled: sizes in pixels without resolution binning.
+
+    `steps` None: 8, or the checkpoint's own number where that is less. `guidance_scale` None: the checkpoint's own.
+    """
+
+    prompts: Sequence[str] = PROMPTS
+    height: int = SIZE
+    width: int = SIZE
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+
+    def request(self, prompt: str, model: ModelInfo, pag_scale: float = 0.0) -> Request:
+        return Request(
+            prompt=prompt,
+            num_inference_steps=self.steps or min(STEPS, model.default_steps),
+            guidance_scale=model.default_guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            pag_scale=pag_scale,
+            height=self.height,
+            width=self.width,
+            seed=self.seed,
+            use_resolution_binning=False,
+        )
 
 
 @dataclass(frozen=True)
@@ -134,20 +163,15 @@ def open_runtime(bundle: Path, backend: str = AUTO) -> SanaRuntime:
 def verify_bundle(
     bundle: Path,
     checkpoint: SanaCheckpoint,
+    sampling: Sampling = Sampling(),
     *,
     backend: str = AUTO,
-    prompts: Sequence[str] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    steps: int = 8,
-    guidance_scale: float = 4.5,
-    seed: int = 0,
     on_progress: Progress = lambda doing, done, total: None,
 ) -> VerifyReport:
     """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and pictures.
 
-    Sizes default to 256 px, sampled without resolution binning. A bundle with PAG layers is sampled with PAG as well. The report is
-    kept in the bundle's manifest. Raises UsageError where `checkpoint` is not the one that the bundle was made from.
+    A bundle with PAG layers is sampled with PAG as well. The report is kept in the bundle's manifest. Raises UsageError where
+    `checkpoint` is not the one that the bundle was made from.
     """
     runtime = open_runtime(bundle, backend)
     manifest = runtime.manifest
@@ -155,17 +179,18 @@ def verify_bundle(
         raise UsageError(
             f"{bundle} was not exported from {checkpoint.source}",
             found=f"weights and configs of hash {checkpoint.sha256[:16]}",
-            wanted=f"{manifest.checkpoint.source}, of hash {manifest.checkpoint.sha256[:16]}",
+            wanted=f"{shlex.join(model_words(manifest.checkpoint))}, of hash {manifest.checkpoint.sha256[:16]}",
             fix=export_line(bundle, manifest),
         )
-    prompts = tuple(prompts or PROMPTS)
+    prompts = sampling.prompts
     scales = [0.0, PAG_SCALE] if manifest.options.pag_layers else [0.0]
-    total = len(GRAPH_CHECKS) + len(prompts) * len(scales)
+    checks = {name: check for name, check in GRAPH_CHECKS.items() if name in manifest.graphs}  # a decoder may be without its parts
+    total = len(checks) + len(prompts) * len(scales)
     pipeline = load_reference(checkpoint, manifest.options, pag=False)
     graphs: list[Parity] = []
-    for done, (name, check) in enumerate(GRAPH_CHECKS.items()):
+    for done, (name, check) in enumerate(checks.items()):
         on_progress(name, done, total)
-        found, wanted = check(runtime, pipeline, prompts, seed)
+        found, wanted = check(runtime, pipeline, prompts, sampling.seed)
         graphs.append(compare_tensors(name, found, wanted, manifest.options.precision))
     latents: list[Parity] = []
     images: list[Parity] = []
@@ -173,17 +198,7 @@ def verify_bundle(
         reference = load_reference(checkpoint, manifest.options, pag=True) if scale else pipeline
         for prompt in prompts:
             on_progress(f"sampling {prompt!r}" + (" with PAG" if scale else ""), len(graphs) + len(images), total)
-            request = Request(
-                prompt=prompt,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                pag_scale=scale,
-                height=height or SIZE,
-                width=width or SIZE,
-                seed=seed,
-                use_resolution_binning=False,
-            )
-            pair = sample_both(runtime, reference, request)
+            pair = sample_both(runtime, reference, sampling.request(prompt, manifest.model, scale))
             name = f"{prompt[:24]!r}" + (f" pag {scale:g}" if scale else "")
             latents.append(compare_tensors(f"latents {name}", *pair.latents, manifest.options.precision))
             images.append(compare_images(f"image {name}", *pair.images, manifest.options.precision))
@@ -211,23 +226,13 @@ class Pair:
 
 @torch.no_grad()
 def sample_both(runtime: SanaRuntime, pipeline: Any, request: Request) -> Pair:
-    """Sample one request with the bundle and with diffusers."""
+    """Sample one request, as complete as `call_reference` asks for, with the bundle and with diffusers."""
     plan = runtime.plan(request)
     *_, last = runtime.steps(plan, runtime.encode(plan))
     found = np.array(runtime.backend.to_host(last.latents))
     pictures = runtime.decode(plan, last.latents)
 
-    shared = ("prompt", "negative_prompt", "height", "width", "num_images_per_prompt", "use_resolution_binning")
-    options = {name: getattr(request, name) for name in shared}
-    if request.pag_scale:
-        options["pag_scale"] = request.pag_scale
-    wanted = pipeline(
-        **options,
-        num_inference_steps=request.num_inference_steps or runtime.manifest.model.default_steps,
-        guidance_scale=runtime.manifest.model.default_guidance_scale if request.guidance_scale is None else request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(plan.seeds[0]),
-        output_type="latent",
-    ).images
+    wanted = call_reference(pipeline, request, plan.seeds[0], output_type="latent")
     image = pipeline.vae.decode(wanted / pipeline.vae.config.scaling_factor).sample
     if request.use_resolution_binning:
         image = pipeline.image_processor.resize_and_crop_tensor(image, plan.output_width, plan.output_height)
@@ -237,15 +242,7 @@ def sample_both(runtime: SanaRuntime, pipeline: Any, request: Request) -> Pair:
 
 @torch.no_grad()
 def measure_ranges(
-    bundle: Path,
-    *,
-    prompts: Sequence[str] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    steps: int = 8,
-    guidance_scale: float = 4.5,
-    seed: int = 0,
-    on_progress: Progress = lambda doing, done, total: None,
+    bundle: Path, sampling: Sampling = Sampling(), *, on_progress: Progress = lambda doing, done, total: None
 ) -> RangeReport:
     """Sample the prompts in float32 with the bundle's half-precision graphs and report how large every tensor gets.
 
@@ -257,26 +254,16 @@ def measure_ranges(
             f"{bundle} stores nothing in half precision",
             found="fp32",
             wanted="fp16 or bf16",
-            fix=f"sana-export export {manifest.checkpoint.source} -o {bundle}-fp16 --dtype fp16",
+            fix=export_line(bundle.with_name(f"{bundle.name}-fp16"), manifest, precision="fp16") + " --dtype fp16",
         )
     runtime = SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(RangeMeter, "float32 with ranges"))
     sessions = cast(EvaluatorBackend, runtime.backend).sessions
-    prompts = tuple(prompts or PROMPTS)
+    prompts = sampling.prompts
     for done, prompt in enumerate(prompts):
         on_progress(f"sampling {prompt!r}", done, len(prompts))
-        plan = runtime.plan(
-            Request(
-                prompt=prompt,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                height=height or SIZE,
-                width=width or SIZE,
-                seed=seed,
-                use_resolution_binning=False,
-            )
-        )
+        plan = runtime.plan(sampling.request(prompt, manifest.model))
         *_, last = runtime.steps(plan, runtime.encode(plan))
         # Not runtime.decode, which refuses latents that overflowed: here that is what is looked for.
-        sessions["vae_decoder"].run({"latents": last.latents})
+        runtime._sessions["vae_decoder"].run({"latents": last.latents})
     rows = [row for session in sessions.values() for row in session.ranges()]
-    return RangeReport(str(bundle), prompts, tuple(sorted(rows, key=lambda row: row.headroom)))
+    return RangeReport(str(bundle), tuple(prompts), tuple(sorted(rows, key=lambda row: row.headroom)))

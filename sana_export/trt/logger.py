@@ -25,10 +25,10 @@ LEVELS = {
 }
 #: Lines that say nothing to a user: without a driver every error is followed by one about the driver, though building needs
 #: none; a cancelled build reports its cancellation as an error; the parser frames each node it dislikes; it reminds of int64
-#: inputs, which the contract states.
+#: inputs, which the contract states, and of `perturbed`, which a graph without PAG layers takes and does not read.
 NOISE = re.compile(
     r"catchCudaError|BuildCanceled|Thread context has not been set|(Begin|End) node ---"
-    r"|unsupported in TensorRT-RTX|has Int64 binding"
+    r"|unsupported in TensorRT-RTX|has Int64 binding|Unused Input: perturbed|Input Tensor perturbed is unused"
 )
 #: What TensorRT appends or prepends for its own developers.
 _SOURCE_NOTES = re.compile(r"( In \w+ at \S+?:\d+)+|\[\w+\.cpp:\d+: \w+\] |^(ERROR: )?\w+\.cpp:\d+:? ")

@@ -17,6 +17,14 @@ def test_the_trace_draws_the_same_image(tiny_bundle: Path, tiny_checkpoint: Any)
     assert set(found.backends["trace"].stages) == set(found.backends["eager"].stages)
 
 
+def test_sprint_draws_the_same_image_everywhere(sprint_bundle: Path, sprint_checkpoint: Any) -> None:
+    """Four steps, which SanaSprintPipeline refuses unless it is told so."""
+    work = Workload("sprint", 64, 96, 4, 4.5, ("a cute 🐼",), repeats=1)
+    found = run_bench(sprint_bundle, sprint_checkpoint, backends=("eager", "onnxruntime", "trace"), workload=work)
+    assert found.failed == {}
+    assert found.agrees
+
+
 def test_pag_cannot_be_traced(tiny_bundle: Path, tiny_checkpoint: Any) -> None:
     work = Workload("trace", 64, 64, 1, 4.5, ("x",), pag_scale=2.0, repeats=1)
     found = run_bench(tiny_bundle, tiny_checkpoint, backends=("trace",), workload=work)

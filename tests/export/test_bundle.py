@@ -13,11 +13,12 @@ from sana_export import disk
 from sana_export.contract import GRAPHS
 from sana_export.errors import DependencyError, UsageError
 from sana_export.export import bundle as bundle_module
+from sana_export.export import graph_files
 from sana_export.export.bundle import export_bundle, parse_pag_layer
 from sana_export.export.size import OVERHEAD, PARTS, graph_bytes, text_bytes
 from sana_export.graphs.checkpoint import open_checkpoint
 from sana_export.manifest import Manifest
-from sana_export.synth.checkpoint import make_checkpoint
+from sana_export.synth.checkpoint import MARKER, make_checkpoint
 
 SMALL = ("sampler", "postprocess")
 
@@ -147,7 +148,7 @@ def test_a_full_disk_is_said_and_the_old_bundle_stays(tiny_checkpoint, tmp_path,
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(bundle_module, "export_onnx", full)
+    monkeypatch.setattr(graph_files, "export_onnx", full)
     with pytest.raises(DependencyError, match="disk is full"):
         small_export(tiny_checkpoint, output, pag_layers=["1"])
     assert snapshot(output) == before
@@ -213,8 +214,8 @@ def test_a_damaged_bundle_is_replaced(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "variant", "clamp"), [("float16", None, True), ("float16", "fp16", True), ("bfloat16", None, False)]
 )
-def test_the_clamp_follows_the_stored_dtype(tmp_path, dtype, variant, clamp):
-    make_checkpoint("tiny", tmp_path / "c", dtype=dtype, variant=variant)
+def test_the_clamp_of_an_unknown_checkpoint_follows_the_stored_dtype(tmp_path, dtype, variant, clamp):
+    (make_checkpoint("tiny", tmp_path / "c", dtype=dtype, variant=variant) / MARKER).unlink()
     checkpoint = open_checkpoint(str(tmp_path / "c"), weights_variant=variant)
     assert bundle_module.choose_options(checkpoint, "fp16", (), None).clamp is clamp
     assert bundle_module.choose_options(checkpoint, "fp16", (), not clamp).clamp is not clamp

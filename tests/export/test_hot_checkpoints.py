@@ -6,11 +6,10 @@ import pytest
 from hot_checkpoints import HOT_CHECKPOINTS
 
 from sana_export.export.bundle import export_bundle
-from sana_export.export.verify import measure_ranges, verify_bundle
+from sana_export.export.verify import Sampling, measure_ranges, verify_bundle
 from sana_export.graphs.checkpoint import open_checkpoint
 
-SIZE = {"height": 128, "width": 192}
-PROMPTS = ["a red apple", "一只熊猫 🐼"]
+SAMPLING = Sampling(prompts=["a red apple", "一只熊猫 🐼"], height=128, width=192)
 
 
 @pytest.mark.parametrize("kind", HOT_CHECKPOINTS)
@@ -20,9 +19,9 @@ def test_fp16_graphs_hold(kind, tmp_path):
     bundle = tmp_path / "bundle"
     manifest = export_bundle(checkpoint, bundle, precision="fp16")
     assert manifest.options.clamp is (kind == "attention")
-    report = verify_bundle(bundle, checkpoint, prompts=PROMPTS, **SIZE)
+    report = verify_bundle(bundle, checkpoint, SAMPLING)
     assert report.backend.startswith("cpu, float16")
     assert report.passed, report.as_text()
     assert min(row.psnr_db for row in report.images) >= 40.0
-    ranges = measure_ranges(bundle, prompts=PROMPTS, **SIZE)
+    ranges = measure_ranges(bundle, SAMPLING)
     assert ranges.rows[0].headroom > 1.0, ranges.as_text()

@@ -12,17 +12,17 @@ import pytest
 from sana_export.errors import UsageError
 from sana_export.export.bundle import export_bundle
 from sana_export.export.graph_checks import GRAPH_CHECKS
-from sana_export.export.verify import measure_ranges, verify_bundle
+from sana_export.export.verify import Sampling, measure_ranges, verify_bundle
 from sana_export.graphs.checkpoint import open_checkpoint
 from sana_export.manifest import Manifest, file_entry
 from sana_export.synth.checkpoint import make_checkpoint
 
-QUICK = {"prompts": ["a red apple"], "height": 96, "width": 128, "steps": 3}
+QUICK = Sampling(prompts=["a red apple"], height=96, width=128, steps=3)
 
 
 def test_the_float32_bundle_passes_with_and_without_pag(tiny_bundle, tiny_checkpoint, tmp_path):
     bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
-    report = verify_bundle(bundle, tiny_checkpoint, **QUICK)
+    report = verify_bundle(bundle, tiny_checkpoint, QUICK)
     assert report.passed, report.as_text()
     assert [row.name for row in report.graphs] == list(GRAPH_CHECKS)
     assert len(report.images) == 2
@@ -40,13 +40,11 @@ def test_a_changed_weight_is_found(tiny_bundle, tiny_checkpoint, tmp_path, graph
     largest = max(model.graph.initializer, key=lambda tensor: np.prod(tensor.dims))
     values = onnx.numpy_helper.to_array(largest) * np.float32(1.01)
     largest.CopyFrom(onnx.numpy_helper.from_array(values, largest.name))
-    for file in path.parent.iterdir():
-        file.unlink()
     onnx.save(model, path)
     manifest = Manifest.load(bundle)
     entry = dataclasses.replace(manifest.graphs[graph], onnx=file_entry(bundle, path), data=())
     dataclasses.replace(manifest, graphs={**manifest.graphs, graph: entry}).save(bundle)
-    report = verify_bundle(bundle, tiny_checkpoint, **QUICK)
+    report = verify_bundle(bundle, tiny_checkpoint, QUICK)
     assert not report.passed
     assert next(row.name for row in report.graphs if not row.passed) == graph
 
@@ -54,7 +52,7 @@ def test_a_changed_weight_is_found(tiny_bundle, tiny_checkpoint, tmp_path, graph
 def test_another_checkpoint_is_refused(tiny_bundle, tmp_path):
     other = open_checkpoint(str(make_checkpoint("tiny", tmp_path / "c", seed=5)))
     with pytest.raises(UsageError, match="was not exported from"):
-        verify_bundle(tiny_bundle, other, **QUICK)
+        verify_bundle(tiny_bundle, other, QUICK)
 
 
 def test_ranges_of_a_float32_bundle_are_refused(tiny_bundle):
@@ -65,6 +63,6 @@ def test_ranges_of_a_float32_bundle_are_refused(tiny_bundle):
 def test_a_bfloat16_bundle_passes(tiny_checkpoint, tmp_path):
     bundle = tmp_path / "b"
     export_bundle(tiny_checkpoint, bundle, precision="bf16")
-    report = verify_bundle(bundle, tiny_checkpoint, **QUICK)
+    report = verify_bundle(bundle, tiny_checkpoint, QUICK)
     assert report.backend.startswith("cpu, bfloat16")
     assert report.passed, report.as_text()

@@ -9,6 +9,7 @@ import torch
 from diffusers.models.attention_processor import PAGCFGSanaLinearAttnProcessor2_0
 
 from sana_export.errors import ArtifactError
+from sana_export.export.parity import compare_tensors
 from sana_export.export.reference import clamp_attention
 from sana_export.graphs.context import Context
 from sana_export.graphs.denoiser import Denoiser
@@ -27,6 +28,12 @@ CONFIGS = {
         "cross_attention_head_dim": 64,
         "cross_attention_dim": 192,
     },
+    "guidance": {"guidance_embeds": True},
+    "guidance, its scale and qk_norm": {
+        "guidance_embeds": True,
+        "guidance_embeds_scale": 0.35,
+        "qk_norm": "rms_norm_across_heads",
+    },
 }
 
 
@@ -41,6 +48,7 @@ def draw_inputs(transformer, *, branches=3, batch=2, tokens=11, height=5, width=
     return {
         "latents": torch.randn(batch, 32, height, width),
         "timestep": torch.randint(1, 1000, (1,)).float(),
+        "guidance": torch.rand(1) * 10,
         "prompt_embeds": torch.randn(branches, batch, tokens, transformer.config.caption_channels),
         "context_mask": (torch.arange(tokens) < lengths).float(),
     }
@@ -49,23 +57,27 @@ def draw_inputs(transformer, *, branches=3, batch=2, tokens=11, height=5, width=
 @torch.no_grad()
 def run_reference(transformer, inputs) -> torch.Tensor:
     branches, batch = inputs["context_mask"].shape[:2]
+    config = transformer.config
+    guidance = (inputs["guidance"] * config.guidance_embeds_scale).expand(branches * batch) if config.guidance_embeds else None
     out = transformer(
         inputs["latents"].repeat(branches, 1, 1, 1),
         encoder_hidden_states=inputs["prompt_embeds"].flatten(0, 1),
         encoder_attention_mask=inputs["context_mask"].flatten(0, 1),
         timestep=inputs["timestep"].expand(branches * batch),
+        guidance=guidance,
     ).sample
     return out.unflatten(0, (branches, batch))
 
 
 @torch.no_grad()
-def run_graphs(transformer, inputs, *, perturbed=None, clamp=False, pag_layers=()) -> torch.Tensor:
-    config, weights, numerics = dict(transformer.config), transformer.state_dict(), NUMERICS["float32"]
+def run_graphs(transformer, inputs, *, perturbed=None, clamp=False, pag_layers=(), dtype="float32") -> torch.Tensor:
+    config, weights, numerics = dict(transformer.config), transformer.state_dict(), NUMERICS[dtype]
     context = Context(config, weights, numerics)(inputs["prompt_embeds"])
     denoiser = Denoiser(config, weights, numerics, clamp=clamp, pag_layers=pag_layers)
     branches = inputs["context_mask"].shape[0]
     perturbed = torch.zeros(branches) if perturbed is None else perturbed
-    return denoiser(inputs["latents"], inputs["timestep"], context, inputs["context_mask"], perturbed)
+    guidance = {"guidance": inputs["guidance"]} if config["guidance_embeds"] else {}
+    return denoiser(inputs["latents"], inputs["timestep"], context, inputs["context_mask"], perturbed, **guidance)
 
 
 def assert_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -81,6 +93,17 @@ def test_equals_diffusers(config, height, width):
     transformer = make_transformer(config)
     inputs = draw_inputs(transformer, height=height, width=width)
     assert_equal(run_graphs(transformer, inputs), run_reference(transformer, inputs))
+
+
+@pytest.mark.parametrize("timestep", [0.9999, 0.78, 0.2])
+def test_guidance_in_half_precision(timestep):
+    """The timesteps of SANA-Sprint lie between 0 and 1."""
+    transformer = make_transformer(CONFIGS["guidance, its scale and qk_norm"])
+    inputs = {**draw_inputs(transformer), "timestep": torch.tensor([timestep])}
+    found, wanted = run_graphs(transformer, inputs, dtype="float16"), run_reference(transformer, inputs)
+    assert compare_tensors("noise_pred", found.numpy(), wanted.numpy(), "fp16").passed
+    other = run_graphs(transformer, {**inputs, "guidance": inputs["guidance"] + 1.0}, dtype="float16")
+    assert (other - found).abs().max() > 10 * (found - wanted).abs().max()
 
 
 def test_padding_can_be_left_out():
@@ -132,7 +155,7 @@ def test_clamp_equals_the_clamped_reference():
     assert_equal(run_graphs(transformer, inputs, clamp=True), wanted)
 
 
-@pytest.mark.parametrize(("key", "value"), [("patch_size", 2), ("guidance_embeds", True), ("qk_norm", "layer_norm")])
+@pytest.mark.parametrize(("key", "value"), [("patch_size", 2), ("attention_bias", True), ("qk_norm", "layer_norm")])
 def test_other_transformers_are_refused(key, value):
     transformer = make_transformer({})
     config = {**transformer.config, key: value}

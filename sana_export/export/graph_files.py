@@ -1,0 +1,62 @@
+"""The ONNX files of a bundle: graphs that share weights lie in one folder and read one file of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+
+from sana_export.contract import WEIGHTS_OF
+from sana_export.export.modules import build_graph, graph_spec
+from sana_export.export.onnx import check_onnx, check_values, export_onnx, external_files, parameter_count, run_module
+from sana_export.graphs.checkpoint import SanaCheckpoint
+from sana_export.graphs.storage import WeightFile, stored_in
+from sana_export.manifest import GraphEntry, Options, file_entry
+
+
+def groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """The graphs `names` by the graph whose folder and weight file they share (contract.WEIGHTS_OF)."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(WEIGHTS_OF.get(name, name), []).append(name)
+    return found
+
+
+def export_graphs(
+    owner: str, names: Iterable[str], checkpoint: SanaCheckpoint, options: Options, bundle: Path
+) -> dict[str, GraphEntry]:
+    """Export graphs that share the weight file of `owner` into `bundle`, check each, and return their entries."""
+    folder = bundle / "onnx" / owner
+    shutil.rmtree(folder, ignore_errors=True)
+    models: dict[str, onnx.ModelProto] = {}
+    with WeightFile(folder / "model.onnx.data") as weights:
+        for name in names:
+            spec, path = graph_spec(name, checkpoint, options), folder / onnx_name(name)
+            with stored_in(weights):
+                module = build_graph(name, checkpoint, options)
+            export_onnx(module, spec, path, weights)
+            models[name] = check_onnx(path, spec)
+            examples = run_module(module, spec)
+            weights.release()
+            check_values(path, spec, examples, options.precision)
+    data = (file_entry(bundle, weights.path),) if weights.bytes else ()
+    if not data:
+        weights.path.unlink()
+    return {
+        name: GraphEntry(
+            graph_spec(name, checkpoint, options),
+            file_entry(bundle, folder / onnx_name(name)),
+            data if external_files(model) else (),
+            model.opset_import[0].version,
+            parameter_count(model),
+        )
+        for name, model in models.items()
+    }
+
+
+def onnx_name(graph: str) -> str:
+    """The file name of a graph in its folder: model.onnx, or for a part of another graph the name of the part."""
+    owner = WEIGHTS_OF.get(graph)
+    return f"{graph.removeprefix(f'{owner}_')}.onnx" if owner else "model.onnx"

@@ -1,0 +1,59 @@
+"""The files of a bundle that turn a prompt into the text encoder's input: tokenizer, instruction, embedding table."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from sana_export.errors import ArtifactError
+from sana_export.graphs.checkpoint import SanaCheckpoint
+from sana_export.graphs.text_encoder import encode_instruction
+
+TOKENIZER = "tokenizer/tokenizer.json"
+INSTRUCTION = "instruction.safetensors"
+EMBEDDINGS = "embeddings.safetensors"
+
+
+def write_text_files(checkpoint: SanaCheckpoint, bundle: Path) -> str:
+    """Write the tokenizer, the instruction's keys and values and the embedding table.
+
+    Returns the instruction.
+    """
+    from transformers import AutoTokenizer
+
+    text, weights = checkpoint.config("text_encoder"), checkpoint.weights("text_encoder")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    path = bundle / TOKENIZER
+    path.parent.mkdir(parents=True, exist_ok=True)
+    backend.save(str(path))
+
+    instruction = complex_human_instruction()
+    token_ids = torch.tensor(backend.encode(instruction).ids)
+    if token_ids.tolist() != tokenizer.encode(instruction) or token_ids[0] != tokenizer.bos_token_id:
+        raise ArtifactError(
+            "the tokenizer's file gives other ids than the tokenizer",
+            found=backend.encode(instruction).tokens[:4],
+            wanted=f"{tokenizer.bos_token} first, and the ids of {type(tokenizer).__name__}",
+        )
+    table = weights["embed_tokens.weight"]
+    prefix, bos_row = encode_instruction(text, weights, table[token_ids].float())
+    # The last token of the instruction may merge with the prompt, so its keys and values are never reused.
+    tensors = {"token_ids": token_ids, "prefix": prefix[..., :-1, :].contiguous(), "bos_row": bos_row}
+    for file, content in ((INSTRUCTION, tensors), (EMBEDDINGS, {"embed_tokens.weight": table})):
+        save_file(content, bundle / file)
+        (bundle / file).chmod(0o644)  # save_file makes it private
+    return instruction
+
+
+def complex_human_instruction() -> str:
+    """The instruction that Sana's pipelines put before a prompt: the default argument of diffusers' `SanaPipeline.__call__`."""
+    from diffusers import SanaPipeline
+
+    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    return "\n".join(lines)
