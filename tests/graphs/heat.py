@@ -1,0 +1,113 @@
+"""Weights that take networks of the published widths to the magnitudes of the published checkpoints, past what float16 holds,
+or to such small ones that the epsilons of norms count.
+
+Each function changes a network with sane weights in place; that it gets there is asserted where it is used. For
+whole checkpoints at the widths of `tiny`: tests/hot_checkpoints.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from full_width import seeded
+
+#: Channels into which hot self-attention writes.
+HOT_CHANNELS = (5, 37, 70, 101)
+#: Their gates, so that what the clip leaves of it adds a few units to the stream.
+HOT_GATE = 1e-4
+
+
+@torch.no_grad()
+def heat_attention(transformer: Any) -> None:
+    """Let self-attention write up to ten times what fp16 holds into a few channels, as in the checkpoints that clip it."""
+    channels = torch.tensor(HOT_CHANNELS)
+    blocks = transformer.transformer_blocks
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    generator = seeded("heat", width)
+    for block in blocks:
+        block.attn1.to_out[0].weight[channels] *= 1e5 * len(blocks) ** 0.5
+        sign = torch.randint(0, 2, (len(channels),), generator=generator) * 2 - 1
+        block.scale_shift_table[2, channels] = sign * HOT_GATE * (0.5 + torch.rand(len(channels), generator=generator))
+    # All blocks add the same rows of the time embedding to their gates.
+    rows = 2 * width + channels
+    transformer.time_embed.linear.weight[rows] *= HOT_GATE
+    transformer.time_embed.linear.bias[rows] *= HOT_GATE
+
+
+@torch.no_grad()
+def cool_stream(transformer: Any) -> None:
+    """A stream of 1/50, where the epsilon of every norm that reads it counts.
+
+    For transformers with qk_norm: others read the stream into cross-attention as it is.
+    """
+    outputs = [transformer.patch_embed.proj]
+    for block in transformer.transformer_blocks:
+        outputs += [block.attn1.to_out[0], block.attn2.to_out[0], block.ff.conv_point]
+    for layer in outputs:
+        layer.weight /= 50
+        if layer.bias is not None:
+            layer.bias /= 50
+
+
+@torch.no_grad()
+def heat_text_encoder(encoder: Any) -> None:
+    """A residual stream up to 3e5, most of it in two channels, and inputs of the post-norms past 65504."""
+    scale = torch.full((encoder.config.hidden_size,), 6e3)
+    scale[[11, 50]] *= 10
+    encoder.embed_tokens.weight *= scale
+    for layer in encoder.layers:
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            norm.weight.copy_((1 + norm.weight) * scale - 1)
+        # What the post-norms undo.
+        layer.self_attn.o_proj.weight *= 6e4
+        layer.mlp.up_proj.weight *= 30
+        layer.mlp.down_proj.weight *= 3e3
+
+
+@torch.no_grad()
+def heat_decoder(decoder: Any) -> None:
+    """A stream and convolutions past 65504 in every stage of a DC-AE decoder.
+
+    Every other channel inside the residual blocks stays far below, so that silu is not merely relu, and so do the gates of every
+    other attention block; in the rest the gated product passes what float16 holds in 1/4096 of its value.
+    """
+    stream, quiet, blocks = 1e4, 256, 0
+    decoder.conv_in.weight *= stream
+    decoder.conv_in.bias *= stream
+    for module in decoder.modules():
+        kind = type(module).__name__
+        if kind == "DCUpBlock2d":
+            module.conv.bias *= stream
+        elif kind == "ResBlock":
+            module.conv1.weight[::2] /= quiet
+            module.conv2.weight[:, ::2] *= quiet
+        elif kind == "GLUMBConv":
+            blocks += 1
+            hidden = module.conv_depth.out_channels // 2
+            module.conv_inverted.weight[hidden:] /= quiet
+            module.conv_depth.weight[hidden:] *= quiet / (stream if blocks % 2 else 1)
+        norm = _norm(module)
+        if norm is not None:
+            norm.weight *= stream
+            norm.bias *= stream
+
+
+@torch.no_grad()
+def cool_decoder(decoder: Any) -> None:
+    """Branches of a DC-AE decoder so small before their norm that its epsilon counts, as on plain areas of an image."""
+    for module in decoder.modules():
+        kind = type(module).__name__
+        if kind == "ResBlock":
+            module.conv2.weight *= 0.02
+        elif kind == "GLUMBConv":
+            module.conv_depth.weight *= 0.1
+            module.conv_depth.bias *= 0.1
+        elif kind == "SanaMultiscaleLinearAttention":
+            module.to_out.weight *= 0.02
+
+
+def _norm(module: Any) -> Any:
+    """The norm at the end of a branch, None where `module` is no branch."""
+    name = {"ResBlock": "norm", "GLUMBConv": "norm", "SanaMultiscaleLinearAttention": "norm_out"}.get(type(module).__name__)
+    return None if name is None else getattr(module, name)

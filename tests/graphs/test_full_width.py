@@ -1,0 +1,63 @@
+"""Three transformer blocks of every published width against diffusers, in float32 and as float16 is stored."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from full_width import assert_equal, assert_near, build, run_half
+from heat import cool_stream, heat_attention
+from transformer_cases import Graphs, draw_inputs, quieten, run_reference
+
+from sana_export.export.parity import relative_error
+from sana_export.export.reference import clamp_attention
+from sana_export.variants import VARIANTS
+
+BLOCKS = 3
+#: One checkpoint of every width and kind: the seed of its weights, and what is done to them. The first two are clipped.
+CHECKPOINTS = {
+    "sana-600m-512px": (1, heat_attention),
+    "sana-1600m-1024px": (2, heat_attention),
+    "sana1-5-1-6b-1024px": (3, None),
+    "sana-sprint-0-6b-1024px": (4, cool_stream),
+}
+#: Latent height and width.
+SIZES = ((6, 6), (3, 13), (9, 4))
+#: Tokens of the prompts of two guidance branches.
+LENGTHS = (3, 77)
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def case(request):
+    """A transformer with its inputs and what diffusers makes of them."""
+    variant, (seed, change) = VARIANTS[request.param], CHECKPOINTS[request.param]
+    transformer = build("transformer", {**variant.transformer, "num_layers": BLOCKS}, seed)
+    quieten(transformer)
+    if change is not None:
+        change(transformer)
+    inputs = {size: draw_inputs(transformer.config, size, LENGTHS, variant.alias) for size in SIZES}
+    unclipped = run_reference(transformer, inputs[SIZES[0]])
+    if variant.clamp:
+        clamp_attention(transformer)
+    wanted = {size: run_reference(transformer, inputs[size]) for size in SIZES}
+    clipped = relative_error(unclipped.numpy(), wanted[SIZES[0]].numpy()) > 0.1
+    assert clipped == variant.clamp, "the clip has to count where there is one"
+    return SimpleNamespace(variant=variant, transformer=transformer, inputs=inputs, wanted=wanted)
+
+
+def make_graphs(case, precision) -> Graphs:
+    return Graphs(case.transformer.config, case.transformer.state_dict(), precision, clamp=case.variant.clamp)
+
+
+def test_float32_equals_diffusers(case):
+    graphs = make_graphs(case, "float32")
+    for size in SIZES:
+        name = f"{case.variant.alias}, {BLOCKS} blocks, {size}, float32"
+        assert_equal(name, graphs.run(case.inputs[size]), case.wanted[size])
+
+
+def test_float16_is_near_diffusers(case):
+    graphs = make_graphs(case, "float16")
+    for size in SIZES:
+        name = f"{case.variant.alias}, {BLOCKS} blocks, {size}, float16"
+        assert_near(name, run_half(name, lambda size=size: graphs.run(case.inputs[size])), case.wanted[size])

@@ -1,0 +1,42 @@
+"""The whole Sana 600M, 28 layers, one step at 512 px, against diffusers, in float32 and as float16 is stored."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from full_width import assert_equal, assert_near, build, run_half
+from heat import heat_attention
+from transformer_cases import Graphs, draw_inputs, quieten, run_reference
+
+from sana_export.export.reference import clamp_attention
+from sana_export.variants import VARIANTS
+
+VARIANT = VARIANTS["sana-600m-512px"]
+#: Latent height and width, and the prompt's tokens. Several branches and sizes: test_full_width.py.
+SIZE, LENGTHS = (16, 16), (120,)
+
+
+@pytest.fixture(scope="module")
+def case():
+    """The weights in float16, as they are published, with inputs and what diffusers makes of them in float32.
+
+    Reference and graph are not in memory in float32 at once.
+    """
+    transformer = build("transformer", VARIANT.transformer, seed=5)
+    quieten(transformer)
+    heat_attention(transformer)
+    clamp_attention(transformer)
+    inputs = draw_inputs(transformer.config, SIZE, LENGTHS, "whole")
+    wanted = run_reference(transformer.half().float(), inputs)
+    return SimpleNamespace(config=transformer.config, weights=transformer.half().state_dict(), inputs=inputs, wanted=wanted)
+
+
+def test_float32_equals_diffusers(case):
+    graphs = Graphs(case.config, case.weights, "float32", clamp=VARIANT.clamp)
+    assert_equal(f"{VARIANT.alias}, whole, {SIZE}, float32", graphs.run(case.inputs), case.wanted)
+
+
+def test_float16_is_near_diffusers(case):
+    name, graphs = f"{VARIANT.alias}, whole, {SIZE}, float16", Graphs(case.config, case.weights, "float16", clamp=VARIANT.clamp)
+    assert_near(name, run_half(name, lambda: graphs.run(case.inputs)), case.wanted)
