@@ -26,6 +26,8 @@ MAX_BRANCHES = 3
 SMALLEST_SIDE = 128
 #: Prompt tokens of the typical request.
 TYPICAL_TOKENS = 32
+#: Image pixels of a side of a decoder tile where none is asked for, without its halo.
+DECODER_TILE = 1024
 #: How far the delivered image may be scaled up from the bin that was sampled.
 LARGEST_UPSCALE = 2
 
@@ -52,13 +54,17 @@ COVERAGE: dict[str, Callable[[ModelInfo], tuple[Size, ...]]] = {"bins": _bins, "
 
 @dataclass(frozen=True)
 class Profile:
-    """One row: `sizes` is a rule of `COVERAGE` or the (height, width) pairs themselves, in pixels of the sampled image."""
+    """One row: `sizes` is a rule of `COVERAGE` or the (height, width) pairs themselves, in pixels of the sampled image.
+
+    `decoder_tile`: sides of a decoder tile in image pixels, without its halo.
+    """
 
     name: str
     batch: Range
     branches: Range
     sizes: str | tuple[Size, ...]
     meaning: str = ""
+    decoder_tile: Range = (DECODER_TILE // 4, DECODER_TILE, DECODER_TILE)
 
     def covered(self, model: ModelInfo) -> tuple[Size, ...]:
         """The image sizes that this profile is made for, as (height, width) in pixels."""
@@ -68,12 +74,14 @@ class Profile:
         """min, opt and max of every axis of `contract.DYNAMIC_AXES`.
 
         `instruction_tokens`: tokens of the stored prefix. `branches`: the most that the bundle's graphs are sampled
-        with (2 without PAG layers). `tokens` reaches as far as a prompt that shares nothing with the prefix but its
-        first token.
+        with (2 without PAG layers, 1 with embedded guidance). `tokens` reaches as far as a prompt that shares nothing with
+        the prefix but its first token.
         """
         heights, widths = zip(*self.covered(model), strict=True)
         height, width = _axis(heights, model.native_size), _axis(widths, model.native_size)
         factor, text = model.vae_scale_factor, model.max_sequence_length
+        features = [_divided(side, model.decoder_tile_scale) for side in (height, width)]
+        tiles = [_windows(self.decoder_tile, side, model) for side in features]
         typical = min(TYPICAL_TOKENS, text)
         return {
             "batch": self.batch,
@@ -83,6 +91,12 @@ class Profile:
             "text_tokens": (1, typical, text),
             "latent_height": _divided(height, factor),
             "latent_width": _divided(width, factor),
+            "feature_height": features[0],
+            "feature_width": features[1],
+            "tile_height": tiles[0],
+            "tile_width": tiles[1],
+            "tile_image_height": _multiplied(tiles[0], model.decoder_tile_scale),
+            "tile_image_width": _multiplied(tiles[1], model.decoder_tile_scale),
             "image_height": height,
             "image_width": width,
             "output_height": (factor, height[1], LARGEST_UPSCALE * height[2]),
@@ -96,7 +110,14 @@ PROFILES: dict[str, Profile] = {
         Profile("default", (1, 1, 4), (1, 2, 3), "any", "128 px to the longest bin side, 1 to 4 images"),
         Profile("laptop", (1, 1, 1), (1, 2, 3), "bins", "one image at a time, every bin of the checkpoint"),
         Profile("datacenter", (1, 4, 8), (1, 2, 3), "bins", "1 to 8 images at a time, every bin of the checkpoint"),
-        Profile("static", (1, 1, 1), (2, 2, 2), "native", "one image of the native size, two guidance branches"),
+        Profile(
+            "static",
+            (1, 1, 1),
+            (2, 2, 2),
+            "native",
+            "one image of the native size, two guidance branches",
+            (DECODER_TILE, DECODER_TILE, DECODER_TILE),
+        ),
     )
 }
 
@@ -162,12 +183,24 @@ def _axis(lengths: tuple[int, ...], native: int) -> Range:
     return lowest, min(max(native, lowest), highest), highest
 
 
+def _windows(tile: Range, features: Range, model: ModelInfo) -> Range:
+    """Sides in features of the windows that tiles of `tile` image pixels are decoded in, no longer than the image's."""
+    lowest, typical, highest = (
+        min(side // model.decoder_tile_scale + 2 * model.decoder_tile_halo, most) for side, most in zip(tile, features, strict=True)
+    )
+    return lowest, typical, highest
+
+
 def _capped(values: Range, highest: int) -> Range:
     return min(values[0], highest), min(values[1], highest), min(values[2], highest)
 
 
 def _divided(values: Range, factor: int) -> Range:
     return values[0] // factor, values[1] // factor, values[2] // factor
+
+
+def _multiplied(values: Range, factor: int) -> Range:
+    return values[0] * factor, values[1] * factor, values[2] * factor
 
 
 def _nearest(length: int, factor: int) -> int:

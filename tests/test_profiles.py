@@ -1,4 +1,5 @@
 import dataclasses
+from itertools import product
 
 import pytest
 
@@ -6,6 +7,7 @@ from sana_export.contract import DYNAMIC_AXES
 from sana_export.errors import UsageError
 from sana_export.manifest import ModelInfo
 from sana_export.profiles import (
+    DECODER_TILE,
     PROFILES,
     Profile,
     build_line,
@@ -15,6 +17,7 @@ from sana_export.profiles import (
     profile_named,
 )
 from sana_export.resolutions import BINS
+from sana_export.runtime.tiling import plan_windows
 
 MODEL = ModelInfo(
     sample_size=32,
@@ -28,6 +31,8 @@ MODEL = ModelInfo(
     max_sequence_length=300,
     default_steps=20,
     default_guidance_scale=4.5,
+    decoder_tile_halo=7,
+    decoder_tile_scale=8,
 )
 
 
@@ -94,6 +99,36 @@ def test_static_leaves_only_the_text_and_the_delivered_size_open() -> None:
     open_axes = {axis for axis, (lowest, _, highest) in ranges.items() if lowest != highest}
     assert open_axes == {"tokens", "prefix_tokens", "text_tokens", "output_height", "output_width"}
     assert (ranges["image_height"][0], ranges["batch"][0], ranges["branches"][0]) == (1024, 1, 2)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("sample_size", BINS)
+def test_every_window_of_a_tiled_decode_fits(name: str, sample_size: int) -> None:
+    """The default tile in every profile, smaller ones where the profile has a range."""
+    ranges = ranges_of(PROFILES[name], sample_size)
+    covered = PROFILES[name].covered(dataclasses.replace(MODEL, sample_size=sample_size))
+
+    for (height, width), tile in product(covered, (256, 512, 1000, DECODER_TILE)):
+        if tile < DECODER_TILE and name == "static":
+            continue
+        for window in plan_windows(height // 8, width // 8, tile // 8, 7):
+            rows, columns = len(window.rows.index), len(window.columns.index)
+            request = {
+                "feature_height": height // 8,
+                "feature_width": width // 8,
+                "tile_height": rows,
+                "tile_width": columns,
+                "tile_image_height": 8 * rows,
+                "tile_image_width": 8 * columns,
+            }
+            assert explain_outside(ranges, request) is None
+
+
+def test_windows_are_bounded_by_the_tile_not_by_the_image() -> None:
+    assert ranges_of(PROFILES["laptop"], 128)["tile_height"] == (46, 142, 142)
+    assert ranges_of(PROFILES["laptop"], 128)["tile_image_width"] == (368, 1136, 1136)
+    assert ranges_of(PROFILES["laptop"], 128)["feature_height"] == (256, 512, 1024)
+    assert ranges_of(PROFILES["static"], 16)["tile_height"] == (64, 64, 64)
 
 
 def test_text_axes_hold_the_longest_prompt_with_and_without_the_stored_prefix() -> None:

@@ -6,7 +6,7 @@ attention output is stored multiplied by `numerics.scale`; the RMSNorms that rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pixel_shuffle
 
 from sana_export.errors import ArtifactError
-from sana_export.graphs.numerics import Conv, Linear, Numerics, linear_attention, parameter, rms_norm, silu
+from sana_export.graphs.numerics import Conv, Numerics, linear_attention, parameter, rms_norm, silu
 
 NORM_EPS = 1e-5
+#: Bands of rows that a gated convolution of the head is computed in, where its stage has that many rows a row of latents.
+MOST_BANDS = 4
 
 
 class VaeDecoder(nn.Module):
@@ -24,22 +26,108 @@ class VaeDecoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
         super().__init__()
+        self.head = VaeDecoderHead(config, weights, numerics, bands=1)
+        self.tail = VaeDecoderTail(config, weights, numerics)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.tail.image(self.head(latents))
+
+
+class VaeDecoderHead(nn.Module):
+    """The stages up to the last one with global attention: latents float32 [B, C, h, w] to features [B, C', f h, f w].
+
+    Features are in the graph's precision and stored multiplied by its scale. Published: C' = 512, f = 4 (1/8 of the image).
+    `bands`: see `GatedConv`; they only save memory, which a decoder of images that fit in one piece has.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics, *, bands: int = MOST_BANDS
+    ) -> None:
+        super().__init__()
         check_config(config)
-        self.numerics = numerics
-        weights = {name.removeprefix("decoder."): weights[name] for name in weights if name.startswith("decoder.")}
-        self.factor = numerics.scale / config["scaling_factor"]
+        weights = _decoder_weights(weights)
+        self.dtype, self.factor = numerics.dtype, numerics.scale / config["scaling_factor"]
         self.conv_in = Conv(_with_shortcut(weights["conv_in.weight"]), weights["conv_in.bias"], numerics, bias_scale=numerics.scale)
-        self.stages = nn.ModuleList(
-            build_stage(config, weights, stage, numerics) for stage in reversed(range(len(config["decoder_block_out_channels"])))
-        )
+        stages = range(local_stages(config), len(config["decoder_block_out_channels"]))
+        self.stages = nn.Sequential(*(build_stage(config, weights, stage, numerics, bands) for stage in reversed(stages)))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        features: Tensor = self.stages(self.conv_in((latents * self.factor).to(self.dtype)))
+        return features
+
+
+class VaeDecoderTail(nn.Module):
+    """The stages of convolutions and norms of single pixels: a window of the head's features to its part of the image.
+
+    features [B, C', H, W]; row_index int64 [n] and column_index int64 [m] are the window's rows and columns of them. Returns
+    float32 [B, 3, s n, s m] (published: s = 8): the untiled image, except within `tile_halo` features of a side of the window that
+    is no side of the features. There the convolutions' zero padding stands for pixels that the window lacks.
+    """
+
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
+        super().__init__()
+        check_config(config)
+        weights = _decoder_weights(weights)
+        stages = range(local_stages(config))
+        self.stages = nn.Sequential(*(build_stage(config, weights, stage, numerics) for stage in reversed(stages)))
         self.norm_out = ChannelNorm(weights, "norm_out", numerics, scaled_output=False)
         self.conv_out = Conv(weights["conv_out.weight"], weights["conv_out.bias"], numerics)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        x = self.conv_in((latents * self.factor).to(self.numerics.dtype))
-        for stage in self.stages:
-            x = stage(x)
-        return self.conv_out(self.norm_out(x).relu()).float()
+    def forward(self, features: Tensor, row_index: Tensor, column_index: Tensor) -> Tensor:
+        return self.image(features.index_select(2, row_index).index_select(3, column_index))
+
+    def image(self, features: Tensor) -> Tensor:
+        """The image of all of `features`."""
+        image: Tensor = self.conv_out(self.norm_out(self.stages(features)).relu()).float()
+        return image
+
+
+def local_stages(config: Mapping[str, Any]) -> int:
+    """How many stages at the end of the decoder are without attention, so that a pixel of theirs reaches finitely far."""
+    kinds = stage_kinds(config)
+    return next((stage for stage, kind in enumerate(kinds) if kind != "ResBlock"), len(kinds))
+
+
+def feature_channels(config: Mapping[str, Any]) -> int:
+    """Channels of what the head hands to the tail."""
+    channels = config["decoder_block_out_channels"]
+    return int(channels[min(local_stages(config), len(channels) - 1)])
+
+
+def tile_scale(config: Mapping[str, Any]) -> int:
+    """Image pixels a feature of the head, in height and in width: every stage but the lowest doubles both."""
+    return 2 ** min(local_stages(config), len(config["decoder_block_out_channels"]) - 1)
+
+
+def tile_halo(tail: VaeDecoderTail) -> int:
+    """How many features beyond its own an image pixel of `tail` depends on, to each side.
+
+    Walks from the image back to the features. Where the n pixels that one feature covers at some resolution need r more to each
+    side of a layer's output, -r to n - 1 + r, of its input
+
+    * a k x k convolution needs r + (k - 1) / 2;
+    * a norm over channels needs r;
+    * an upsampling (`Upsample`) reads for pixel p the low-resolution pixels floor((p - 1) / 2) to floor((p + 1) / 2). Over pixels
+      -r to 2 n - 1 + r that is floor((-r - 1) / 2) = -(floor(r / 2) + 1) to floor((2 n + r) / 2) = n - 1 + (floor(r / 2) + 1): on
+      both sides floor(r / 2) + 1, counted at the low resolution.
+
+    A residual reaches as far as its longer branch, the convolutions. Published decoder: 1 (conv_out), then for each of three stages
+    six 3x3 convolutions and the upsampling: 7 -> 4, 10 -> 6, 12 -> 7 features, which is 56 image pixels.
+    """
+    reach = 0
+    for layer in reversed([module for module in tail.modules() if not list(module.children())]):
+        reach = _REACH[type(layer)](layer, reach)
+    return reach
+
+
+def stage_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kind of block of every stage, the one at full resolution first."""
+    kinds = config["decoder_block_types"]
+    return (kinds,) * len(config["decoder_block_out_channels"]) if isinstance(kinds, str) else tuple(kinds)
+
+
+def _decoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("decoder."): weights[name] for name in weights if name.startswith("decoder.")}
 
 
 def _with_shortcut(kernel: Tensor) -> Tensor:
@@ -50,17 +138,19 @@ def _with_shortcut(kernel: Tensor) -> Tensor:
     return kernel
 
 
-def build_stage(config: Mapping[str, Any], weights: Mapping[str, Tensor], stage: int, numerics: Numerics) -> nn.Sequential:
+def build_stage(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], stage: int, numerics: Numerics, bands: int = 1
+) -> nn.Sequential:
     """Stage `stage` of the decoder (0 is the one at full resolution): its upsampling, then its blocks."""
     blocks: list[nn.Module] = []
     channels = config["decoder_block_out_channels"]
-    kinds = config["decoder_block_types"]
-    kind = kinds if isinstance(kinds, str) else kinds[stage]
+    kind = stage_kinds(config)[stage]
     name = f"up_blocks.{stage}."
     if stage < len(channels) - 1:
         blocks.append(Upsample(weights, f"{name}0.conv", channels[stage + 1], channels[stage], numerics))
+    bands = min(bands, 2 ** (len(channels) - 1 - stage))  # the stage has that many rows a row of latents
     for _ in range(config["decoder_layers_per_block"][stage]):
-        blocks.append(BLOCKS[kind](config, weights, f"{name}{len(blocks)}.", numerics))
+        blocks.append(BLOCKS[kind](config, weights, f"{name}{len(blocks)}.", numerics, bands))
     return nn.Sequential(*blocks)
 
 
@@ -107,7 +197,7 @@ _TAPS = (([0], [1, 2]), ([0, 1], [2]))
 class ResBlock(nn.Module):
     """Two convolutions, a norm over channels and the residual."""
 
-    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
         self.scale = numerics.scale
         self.conv1 = _conv(weights, f"{name}conv1", numerics)
@@ -119,12 +209,12 @@ class ResBlock(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
-    """Multi-scale linear attention, then a gated convolution, each with its residual."""
+    """Multi-scale linear attention, then a gated convolution, each with its residual. `bands`: see `GatedConv`."""
 
-    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
         self.attention = MultiscaleAttention(config, weights, f"{name}attn.", numerics)
-        self.feed_forward = GatedConv(weights, f"{name}conv_out.", numerics)
+        self.feed_forward = GatedConv(weights, f"{name}conv_out.", numerics, bands)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(x)
@@ -151,25 +241,32 @@ class MultiscaleAttention(nn.Module):
             )
             for index in range(count)
         )
-        self.out = Linear(weights[f"{name}to_out.weight"], None, numerics)
+        self.out = parameter(weights[f"{name}to_out.weight"], numerics.dtype)
         self.norm = ChannelNorm(weights, f"{name}norm_out", numerics)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
-        qkv = (self.qkv @ x.flatten(2)).unflatten(-1, (height, width))
-        scales = torch.cat([qkv, *(aggregate(qkv) for aggregate in self.aggregations)], dim=1)
-        query, key, value = scales.reshape(batch, -1, 3, self.dim, height * width).unbind(2)
-        attention = linear_attention(query, key, value, self.numerics).flatten(1, 2)
-        out = (self.out.weight @ attention).unflatten(-1, (height, width))
-        return self.norm(out)
+        size = x.shape[2:]
+        qkv = (self.qkv @ x.flatten(2)).unflatten(-1, size)
+        # Heads are independent, so each scale is done with before the next one is made.
+        scales = [self.attend(qkv), *(self.attend(aggregate(qkv)) for aggregate in self.aggregations)]
+        return self.norm((self.out @ torch.cat(scales, dim=1)).unflatten(-1, size))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """[B, 3 C, H, W], q, k and v of a head side by side, to [B, C, H W]."""
+        query, key, value = qkv.flatten(2).unflatten(1, (-1, 3, self.dim)).unbind(2)
+        return linear_attention(query, key, value, self.numerics).flatten(1, 2)
 
 
 class GatedConv(nn.Module):
-    """Inverted bottleneck with a gate and a norm over channels (diffusers `GLUMBConv`)."""
+    """Inverted bottleneck with a gate and a norm over channels (diffusers `GLUMBConv`).
 
-    def __init__(self, weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
+    Inside it is eight times as wide as outside, so it runs in `bands` bands of rows, which divide the height. A band reads one row
+    more on each side that is no side of the image, for the depthwise 3x3, and what comes of these rows is dropped: nothing changes.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
-        self.numerics = numerics
+        self.numerics, self.bands = numerics, bands
         hidden = weights[f"{name}conv_point.weight"].shape[1]
         self.inverted = _conv(weights, f"{name}conv_inverted", numerics)
         self.depthwise = _conv(weights, f"{name}conv_depth", numerics, groups=2 * hidden)
@@ -177,6 +274,14 @@ class GatedConv(nn.Module):
         self.norm = ChannelNorm(weights, f"{name}norm", numerics, scaled_input=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        rows, done = x.shape[2] // self.bands, []
+        for band in range(self.bands):
+            above, below = int(band > 0), int(band < self.bands - 1)
+            read = x[:, :, band * rows - above : (band + 1) * rows + below]
+            done.append(self.band(read)[:, :, above : above + rows])
+        return torch.cat(done, dim=2)
+
+    def band(self, x: Tensor) -> Tensor:
         scale = self.numerics.scale
         y, gate = self.depthwise(silu(self.inverted(x), scale)).chunk(2, dim=1)
         if not self.numerics.narrow_range:
@@ -212,6 +317,15 @@ class ChannelNorm(nn.Module):
 
 
 BLOCKS: dict[str, type[nn.Module]] = {"ResBlock": ResBlock, "EfficientViTBlock": EfficientViTBlock}
+
+#: The layers that a tail is made of: how far their input is needed for an output that is needed `reach` pixels far. `tile_halo`
+#: derives it.
+_REACH: dict[type[nn.Module], Callable[[Any, int], int]] = {
+    Conv: lambda conv, reach: reach + conv.weight.shape[-1] // 2,
+    ChannelNorm: lambda norm, reach: reach,
+    Upsample: lambda upsample, reach: reach // 2 + 1,
+    nn.Sequential: lambda nothing, reach: reach,
+}
 
 
 def _conv(weights: Mapping[str, Tensor], name: str, numerics: Numerics, *, groups: int = 1) -> Conv:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -12,18 +12,21 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sana_export.contract import GRAPHS
+from sana_export.contract import GRAPHS, WEIGHTS_OF
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import Manifest, check_files
-from sana_export.runtime.backends import AUTO, Array, Backend, DeviceTensor, Loader, open_backend
+from sana_export.runtime.backends import AUTO, Array, Backend, DeviceTensor, Loader, Session, open_backend
 from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.prompt import PromptEncoder
 from sana_export.runtime.rebuild import export_line
 from sana_export.runtime.request import Plan, Request, checked_latents, make_plan
 from sana_export.runtime.resolution import ResizePlan
+from sana_export.runtime.tiling import assemble, plan_windows
 
 Float32 = npt.NDArray[np.float32]
 Images = list[Image.Image] | Float32
+#: What every image needs; which graphs decode it depends on its size.
+SAMPLING_GRAPHS = ("text_encoder", "context", "denoiser", "sampler", "postprocess")
 #: Called after each step with (runtime, step index, timestep, {"latents": float32 [B, C, h, w]}); it may return latents to
 #: go on with, as {"latents": array}.
 StepCallback = Callable[["SanaRuntime", int, float, dict[str, Array]], Mapping[str, Any] | None]
@@ -85,7 +88,8 @@ class SanaRuntime:
 
     def __init__(self, bundle: Path, manifest: Manifest, text: PromptEncoder, backend: Backend) -> None:
         self.bundle, self.manifest, self.text, self.backend = bundle, manifest, text, backend
-        self._sessions = {name: backend.load(name) for name in GRAPHS}
+        self._sessions = _Sessions(backend)
+        self._sessions.need(SAMPLING_GRAPHS)
 
     @classmethod
     def from_pretrained(cls, bundle: str | Path, *, backend: str | Loader = AUTO) -> SanaRuntime:
@@ -97,11 +101,12 @@ class SanaRuntime:
         bundle = Path(bundle)
         manifest = Manifest.load(bundle)
         fix = export_line(bundle, manifest)
-        if missing := [name for name in GRAPHS if name not in manifest.graphs]:
+        wanted = [name for name in GRAPHS if name not in WEIGHTS_OF]
+        if missing := [name for name in wanted if name not in manifest.graphs]:
             raise ArtifactError(
                 f"{bundle} is incomplete",
                 found=f"no {', '.join(missing)}",
-                wanted=f"the graphs {', '.join(GRAPHS)}",
+                wanted=f"the graphs {', '.join(wanted)}",
                 fix=fix,
             )
         opened = open_backend(backend, bundle, manifest) if isinstance(backend, str) else backend(bundle, manifest)
@@ -126,6 +131,7 @@ class SanaRuntime:
         use_resolution_binning: bool = True,
         complex_human_instruction: bool = True,
         max_sequence_length: int | None = None,
+        decoder_tile: int | None = None,
         callback_on_step_end: StepCallback | None = None,
     ) -> SanaResult:
         """Draw images for the prompt or prompts. What the parameters mean stands in `Request`.
@@ -151,8 +157,10 @@ class SanaRuntime:
                 use_resolution_binning=use_resolution_binning,
                 complex_human_instruction=complex_human_instruction,
                 max_sequence_length=max_sequence_length,
+                decoder_tile=decoder_tile,
             )
         )
+        self._sessions.need(plan.decoder_graphs)  # what is damaged is better known before sampling than after
         conditioning = self.encode(plan)
         denoise = []
         for step in self.steps(plan, conditioning):
@@ -206,6 +214,8 @@ class SanaRuntime:
             "context_mask": conditioning.context_mask,
             "perturbed": to_device(plan.perturbed),
         }
+        if plan.guidance is not None:
+            fixed["guidance"] = to_device(plan.guidance)
         fed_timesteps = schedule.timesteps * np.float32(self.manifest.model.timestep_scale)
         for index, timestep in enumerate(schedule.timesteps):
             started = perf_counter()
@@ -238,14 +248,36 @@ class SanaRuntime:
         self._check_finite(host, "latents")
         if plan.output_type == "latent":
             return np.array(host)
-        image = self._sessions["vae_decoder"].run({"latents": latents})["image"]
-        if self.backend.device == "cpu" or plan.output_type == "np":  # elsewhere it would have to be copied for that
+        image = self._decode(plan, latents)
+        # On a device it would have to be copied for that; tiles are on the host.
+        if self.backend.device == "cpu" or plan.output_type == "np" or plan.decoder_tile:
             self._check_finite(self.backend.to_host(image), "an image")
         if plan.output_type == "np":
             resized = _resize(self.backend.to_host(image), plan.resize)
             return np.ascontiguousarray((resized * 0.5 + 0.5).clip(0, 1).transpose(0, 2, 3, 1))
         pixels = self._sessions["postprocess"].run({"image": image, **vars(plan.resize)})["pixels"]
         return [Image.fromarray(array) for array in np.array(self.backend.to_host(pixels))]
+
+    def _decode(self, plan: Plan, latents: DeviceTensor | Array) -> DeviceTensor | Float32:
+        """latents [B, C, h, w] to image float32 [B, 3, H, W], in one piece or in tiles as planned.
+
+        Tiles are put together on the host; the features that they are cut from stay on the device.
+        """
+        if not plan.decoder_tile:
+            return self._sessions["vae_decoder"].run({"latents": latents})["image"]
+        model = self.manifest.model
+        features = self._sessions["vae_decoder_head"].run({"latents": latents})["features"]
+
+        def render(rows: Array, columns: Array) -> Float32:
+            feeds = {"features": features, "row_index": rows, "column_index": columns}
+            tile: Float32 = self.backend.to_host(self._sessions["vae_decoder_tail"].run(feeds)["image"])
+            return tile
+
+        batch, _, *size = plan.latents_shape
+        height, width = (side * model.vae_scale_factor for side in size)
+        scale = model.decoder_tile_scale
+        windows = plan_windows(height // scale, width // scale, plan.decoder_tile // scale, model.decoder_tile_halo)
+        return assemble(render, windows, np.empty((batch, 3, height, width), np.float32), scale)
 
     def _run_text_encoder(self, inputs_embeds: Float32, prefix: Float32) -> Float32:
         outputs = self._sessions["text_encoder"].run({"inputs_embeds": inputs_embeds, "prefix": prefix})
@@ -273,6 +305,23 @@ class SanaRuntime:
                 fix=f"sana-export verify {self.bundle} --reference {self.manifest.checkpoint.source} --ranges"
                 "  (shows which tensor leaves the range of the precision)",
             )
+
+
+class _Sessions(dict[str, Session]):
+    """Sessions by the names of their graphs, each loaded when it is asked for the first time."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__()
+        self._backend = backend
+
+    def __missing__(self, graph: str) -> Session:
+        self[graph] = self._backend.load(graph)
+        return self[graph]
+
+    def need(self, graphs: Iterable[str]) -> None:
+        """Load those of `graphs` that are not."""
+        for graph in graphs:
+            self[graph]
 
 
 def _resize(image: Array, plan: ResizePlan) -> Array:

@@ -1,6 +1,7 @@
 """What is asked for, and what follows from it for one checkpoint: sizes, seeds, guidance branches, the schedule.
 
-Parameter names, defaults and meanings are those of diffusers' SanaPipeline and SanaPAGPipeline.
+Parameter names, defaults and meanings are those of diffusers' SanaPipeline and SanaPAGPipeline, for a checkpoint with
+`guidance_embeds` those of SanaSprintPipeline.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sana_export.errors import UsageError
+from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import Manifest
 from sana_export.runtime.noise import TorchGenerator
 from sana_export.runtime.rebuild import export_line
 from sana_export.runtime.resolution import ResizePlan, check_size, choose_bin, make_resize_plan
 from sana_export.runtime.schedule import Schedule, make_schedule
+from sana_export.runtime.tiling import choose_tile
 
 Float32 = npt.NDArray[np.float32]
 
@@ -39,7 +41,8 @@ class Request:
     prompt, negative_prompt: one text or several; one negative prompt serves all prompts. The negative one is not used without
         guidance.
     guidance_scale: above 1 turns classifier-free guidance on. pag_scale: above 0 turns perturbed attention guidance on, in
-        the layers that the bundle was exported with; pag_adaptive_scale lessens it at later steps.
+        the layers that the bundle was exported with; pag_adaptive_scale lessens it at later steps. A SANA-Sprint checkpoint
+        reads any guidance_scale itself, and takes neither a negative prompt nor PAG.
     height, width: pixels. With use_resolution_binning the image is sampled at the nearest size that the checkpoint was
         trained on, then resized and cropped; without, they must divide by 32.
     seed: one for all images, as one `torch.Generator("cpu").manual_seed(seed)`, or one for each image. None draws one.
@@ -47,6 +50,8 @@ class Request:
     complex_human_instruction: encode prompts after the checkpoint's instruction.
     max_sequence_length: tokens of a prompt that reach the denoiser; a longer prompt is truncated with a warning.
     output_type: "pil" (Pillow images), "np" (float32 [images, height, width, 3] in [0, 1], not rounded) or "latent".
+    decoder_tile: side in image pixels of the tiles that the image is decoded in, to the same values in less memory; 0 decodes in
+        one piece. None: in one piece up to 2048x2048 pixels of area, in tiles beyond.
     """
 
     prompt: str | Sequence[str]
@@ -64,6 +69,7 @@ class Request:
     use_resolution_binning: bool = True
     complex_human_instruction: bool = True
     max_sequence_length: int | None = None
+    decoder_tile: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +79,8 @@ class Plan:
     texts: the K branches' prompts with whether the instruction goes before them, one for each of the request's prompts.
     latents_shape: [B, C, h, w]. latents: what to start from, or None for noise. seeds: one, or one for each image.
     perturbed: float32 [K], 1 where the branch takes perturbed attention. weights: float32 [N, K], a row for each step.
+    guidance: float32 [1], the guidance scale that the denoiser is fed, or None where it takes none.
+    decoder_tile: side of a tile in image pixels, 0 for one piece. decoder_graphs: the graphs that decode.
     """
 
     texts: tuple[tuple[tuple[str, ...], bool], ...]
@@ -84,10 +92,18 @@ class Plan:
     schedule: Schedule
     perturbed: Float32
     weights: Float32
+    guidance: Float32 | None
     resize: ResizePlan
     output_height: int
     output_width: int
     output_type: str
+    decoder_tile: int
+
+    @property
+    def decoder_graphs(self) -> tuple[str, ...]:
+        if self.output_type == "latent":
+            return ()
+        return ("vae_decoder_head", "vae_decoder_tail") if self.decoder_tile else ("vae_decoder",)
 
 
 def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
@@ -98,7 +114,12 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     images_per_prompt = _integer("num_images_per_prompt", request.num_images_per_prompt)
     steps = _integer("num_inference_steps", _default(request.num_inference_steps, model.default_steps))
     schedule = make_schedule(model.scheduler, steps)
-    branches, weights = _guidance(request, schedule, bundle, manifest)
+    scale = _number("guidance_scale", _default(request.guidance_scale, model.default_guidance_scale))
+    if model.guidance_embeds:
+        _check_embedded_guidance(request, negatives)
+        branches, weights = ["cond"], np.ones((steps, 1), dtype=np.float32)
+    else:
+        branches, weights = _guidance(scale, request, schedule, bundle, manifest)
     output_height = _side("height", _default(request.height, model.native_size))
     output_width = _side("width", _default(request.width, model.native_size))
     if request.use_resolution_binning:
@@ -109,7 +130,7 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     batch, factor = len(prompts) * images_per_prompt, model.vae_scale_factor
     shape = (batch, model.latent_channels, height // factor, width // factor)
     texts = {"uncond": (negatives, False)}
-    return Plan(
+    plan = Plan(
         texts=tuple(texts.get(branch, (prompts, bool(request.complex_human_instruction))) for branch in branches),
         images_per_prompt=images_per_prompt,
         max_sequence_length=_integer("max_sequence_length", _default(request.max_sequence_length, model.max_sequence_length)),
@@ -119,11 +140,21 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
         schedule=schedule,
         perturbed=np.array([branch == "perturbed" for branch in branches], dtype=np.float32),
         weights=weights,
+        guidance=np.array([scale], dtype=np.float32) if model.guidance_embeds else None,
         resize=make_resize_plan(height, width, output_height, output_width),
         output_height=output_height,
         output_width=output_width,
         output_type=_choice("output_type", request.output_type, OUTPUT_TYPES),
+        decoder_tile=choose_tile(_checked_tile(request.decoder_tile, model.decoder_tile_scale), height, width),
     )
+    if missing := [name for name in plan.decoder_graphs if name not in manifest.graphs]:
+        raise ArtifactError(
+            f"{bundle} cannot decode an image of {height}x{width} (height x width) in tiles",
+            found=f"no {', '.join(missing)}",
+            wanted="a bundle that holds them, or decoder_tile 0 (--decoder-tile 0), which decodes in one piece",
+            fix=export_line(bundle, manifest),
+        )
+    return plan
 
 
 def checked_latents(latents: npt.ArrayLike, shape: tuple[int, ...]) -> Float32:
@@ -143,13 +174,27 @@ def checked_latents(latents: npt.ArrayLike, shape: tuple[int, ...]) -> Float32:
     return array
 
 
-def _guidance(request: Request, schedule: Schedule, bundle: Path, manifest: Manifest) -> tuple[list[str], Float32]:
+def _check_embedded_guidance(request: Request, negatives: Sequence[str]) -> None:
+    """Raise UsageError for what a checkpoint cannot do whose one branch holds all guidance."""
+    for name, asked, found in (
+        ("negative_prompt", any(negatives), request.negative_prompt),
+        ("pag_scale", request.pag_scale != 0, request.pag_scale),
+    ):
+        if asked:
+            raise UsageError(
+                f"this checkpoint takes no {name}: its guidance is distilled into one run a step (SANA-Sprint)",
+                found=f"{name} {found!r}",
+                wanted="guidance_scale alone",
+                fix=f"leave out {name} (--{name.replace('_', '-')})",
+            )
+
+
+def _guidance(scale: float, request: Request, schedule: Schedule, bundle: Path, manifest: Manifest) -> tuple[list[str], Float32]:
     """The guidance branches, and the weight [N, K] of each one's prediction at each step.
 
     Guidance is uncond + g * (cond - uncond) + p * (cond - perturbed), which is linear in the predictions; g = 1 without
     classifier-free guidance. Source: diffusers `SanaPipeline.__call__` and `PAGMixin._apply_perturbed_attention_guidance`.
     """
-    scale = _number("guidance_scale", _default(request.guidance_scale, manifest.model.default_guidance_scale))
     pag_scale = _number("pag_scale", request.pag_scale, minimum=0.0)
     adaptive = _number("pag_adaptive_scale", request.pag_adaptive_scale, minimum=0.0)
     if pag_scale > 0 and not manifest.options.pag_layers:
@@ -166,6 +211,21 @@ def _guidance(request: Request, schedule: Schedule, bundle: Path, manifest: Mani
     g = scale if guided else 1.0
     weights = {"uncond": np.full_like(p, 1 - g), "cond": g + p, "perturbed": -p}
     return branches, np.stack([weights[branch] for branch in branches], axis=1).astype(np.float32)
+
+
+def _checked_tile(decoder_tile: Any, scale: int) -> int | None:
+    """The side of a tile in image pixels; `scale` of them are one feature, which is not divided."""
+    if decoder_tile is None:
+        return None
+    pixels = _integer("decoder_tile", decoder_tile, minimum=0)
+    if pixels % scale:
+        raise UsageError(
+            "decoder_tile does not fit the decoder",
+            found=f"{pixels} pixels",
+            wanted=f"a multiple of {scale}, or 0 to decode in one piece",
+            fix=f"--decoder-tile {max(scale, pixels // scale * scale)}",
+        )
+    return pixels
 
 
 def _prompts(prompt: Any) -> tuple[str, ...]:

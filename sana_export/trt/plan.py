@@ -17,7 +17,7 @@ from typing import Any
 
 from sana_export.contract import DYNAMIC_AXES, GRAPHS, GraphSpec
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.manifest import EngineEntry, GraphEntry, Manifest, ModelInfo, check_files
+from sana_export.manifest import EngineEntry, GraphEntry, Manifest, check_files
 from sana_export.profiles import MAX_BRANCHES, Profile, Range
 from sana_export.runtime.tiling import UNTILED_AREA
 from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions
@@ -26,8 +26,6 @@ from sana_export.trt.weights import structure_sha256
 
 #: The graphs that decode images in one piece (False) and in tiles (True).
 DECODERS: dict[bool, set[str]] = {False: {"vae_decoder"}, True: {"vae_decoder_head", "vae_decoder_tail"}}
-#: The largest native side in pixels of checkpoints whose images are decoded in one piece: beyond it activations outgrow laptops.
-LARGEST_UNTILED_NATIVE = 1024
 
 #: Characters of the key that name an engine's folder.
 KEY_CHARACTERS = 12
@@ -165,17 +163,10 @@ def _most_branches(manifest: Manifest) -> int:
 
 
 def _unused_decoders(manifest: Manifest, profile: Profile) -> set[str]:
-    """The decoders of `DECODERS` that no image of `profile` goes through, as long as the bundle holds the other ones."""
-    tiled = decodes_in_tiles(manifest.model, profile)
-    if not manifest.graphs.keys() >= DECODERS[tiled]:
-        return set()
-    return DECODERS[not tiled]
-
-
-def decodes_in_tiles(model: ModelInfo, profile: Profile) -> bool:
-    """Whether images of `profile` are decoded in tiles: those of checkpoints beyond 1024 px, and sizes too large for one piece."""
-    largest = max(height * width for height, width in profile.covered(model))
-    return model.native_size > LARGEST_UNTILED_NATIVE or largest > UNTILED_AREA
+    """The decoders that no image of `profile` goes through in the runtime, as long as the bundle holds the other ones."""
+    in_tiles = {height * width > UNTILED_AREA for height, width in profile.covered(manifest.model)}
+    used = set().union(*(DECODERS[tiled] for tiled in in_tiles))
+    return set().union(*DECODERS.values()) - used if manifest.graphs.keys() >= used else set()
 
 
 def _planned(bundle: Path, manifest: Manifest, recipe: Recipe, profile: str) -> PlannedEngine:

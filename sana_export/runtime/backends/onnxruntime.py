@@ -23,6 +23,10 @@ DEVICES = {"CUDAExecutionProvider": "cuda", "CPUExecutionProvider": "cpu"}
 MISSING_PRECISIONS = {"cpu": ("bf16",), "cuda": ()}
 
 _ERRORS_ONLY = 3
+#: What an arena that gives back what a run took is called for each device, in a setting of a run.
+_ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0"}
+#: Graphs that run once an image and need more memory than what runs after them: theirs is given back.
+_GIVING_BACK = ("vae_decoder_head",)
 #: What ONNX Runtime, CUDA, cuBLAS and cuDNN say when memory runs out, in lower case.
 _OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "out of memory", "_alloc_failed")
 
@@ -30,8 +34,8 @@ _OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "o
 class OnnxRuntimeSession:
     """One ONNX file in an InferenceSession. Tensors are OrtValues; on the CPU arrays are fed and read without a copy."""
 
-    def __init__(self, session: Any, graph: str, device: str) -> None:
-        self._session, self._graph, self._device = session, graph, device
+    def __init__(self, session: Any, graph: str, device: str, run_options: Any = None) -> None:
+        self._session, self._graph, self._device, self._run_options = session, graph, device, run_options
         self._outputs = [output.name for output in session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +47,7 @@ class OnnxRuntimeSession:
         for name in self._outputs:
             binding.bind_output(name, self._device)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # ONNX Runtime's errors have no common base; all but one kind are raised again
             _raise_out_of_memory(error, f"running {self._graph}", self._device)
             raise
@@ -76,6 +80,9 @@ class OnnxRuntimeBackend:
         check_external_data(path, data, fix=self._fix)
         options = self._onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
+        # Planned reuse keeps a buffer until the last tensor that will ever use it, and most of one block's wait for the next block:
+        # twice the memory, and no faster.
+        options.enable_mem_reuse = False
         providers = list(dict.fromkeys([self._provider, "CPUExecutionProvider"]))
         try:
             session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
@@ -90,7 +97,10 @@ class OnnxRuntimeBackend:
         if (active := session.get_providers()[0]) != self._provider:
             log.warning("onnxruntime's %s did not start: %s runs on %s", self._provider, graph, active)
             self._use(active)
-        return OnnxRuntimeSession(session, graph, self.device)
+        run_options = self._onnxruntime.RunOptions()
+        if graph in _GIVING_BACK:
+            run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", _ARENAS[self.device])
+        return OnnxRuntimeSession(session, graph, self.device, run_options)
 
     def to_device(self, array: Array) -> Any:
         return _to_device(array, self.device)
