@@ -26,6 +26,8 @@ from sana_export.export.modules import CHECK_SIZES, TRACE_SIZES, random_inputs
 from sana_export.export.parity import compare_tensors
 from sana_export.graphs.storage import WeightFile
 
+log = logging.getLogger(__name__)
+
 OPSET = 20
 #: Constants up to this size stay in the ONNX file; larger ones are weights.
 INLINE_BYTES = 1024
@@ -133,7 +135,7 @@ def check_values(path: Path, spec: GraphSpec, examples: Iterable[Example], preci
 
     Raises ParityError past the limit of parity.COSINE_LIMITS.
     """
-    evaluator = StorageEvaluator(path)
+    evaluator, least = StorageEvaluator(path), 1.0
     for example in examples:
         found = evaluator.run({name: to_numpy(value) for name, value in example.inputs.items()})
         for tensor, wanted in zip(spec.outputs, example.outputs, strict=True):
@@ -144,6 +146,8 @@ def check_values(path: Path, spec: GraphSpec, examples: Iterable[Example], preci
                     found=f"cosine {parity.cosine:.9f}, largest difference {parity.max_abs:.3g} in {parity.name}",
                     wanted=parity.limit,
                 )
+            least = min(least, parity.cosine)
+    log.info("%s: the file equals its module, cosine %.9f", spec.name, least)
 
 
 def to_numpy(value: Tensor) -> npt.NDArray[Any]:
