@@ -122,11 +122,11 @@ def _build(
     finally:
         _remove_if_empty(destination.parent)
     LOG.info(
-        "%s: %d bytes in %.1f s with a peak of %d bytes (%s)",
+        "%s: %.1f MB in %.1f s, at most %.2f GB of memory (%s)",
         recipe.graph,
-        built.bytes,
+        built.bytes / 1e6,
         built.seconds,
-        built.peak_bytes,
+        built.peak_bytes / 1e9,
         planned.reason,
     )
     return built
