@@ -44,7 +44,7 @@ def require_free(folder: Path, wanted: int, what: str) -> None:
             f"there is too little disk space for {what}",
             found=f"{free} bytes free at {folder}",
             wanted=f"{wanted} bytes",
-            fix="free some space and run the same command again: it goes on where it stopped",
+            fix="free some space and run the same command again",
         )
 
 

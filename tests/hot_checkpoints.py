@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from heat import heat_text_encoder
 
 from sana_export.graphs.numerics import FP16_MAX
 from sana_export.synth.checkpoint import build_pipeline, write_pipeline
@@ -93,18 +94,7 @@ def make_hot_text_encoder(folder: Path) -> Path:
     Every sublayer reads the stream through a norm, so the scale itself does not change the function; the hot channels do.
     """
     pipeline = build_pipeline(RECIPES["tiny"], SEED)
-    encoder = pipeline.text_encoder
-    stream, hot, channels = 6e3, 10.0, [11, 50]
-    scale = torch.full((encoder.config.hidden_size,), stream)
-    scale[channels] *= hot
-    encoder.embed_tokens.weight *= scale
-    for layer in encoder.layers:
-        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
-            norm.weight.copy_((1 + norm.weight) * scale - 1)
-        # What the post-norms undo.
-        layer.self_attn.o_proj.weight *= 6e4
-        layer.mlp.up_proj.weight *= 30
-        layer.mlp.down_proj.weight *= 3e3
+    heat_text_encoder(pipeline.text_encoder)
     return _write(pipeline, folder, "hot text encoder", "float32")
 
 

@@ -81,17 +81,7 @@ class PipelineCandidate:
 
         from sana_export.export.reference import call_reference
 
-        work = self.job.workload
-        request = Request(
-            prompt=prompt,
-            num_inference_steps=work.num_inference_steps,
-            guidance_scale=work.guidance_scale,
-            pag_scale=work.pag_scale,
-            height=work.height,
-            width=work.width,
-            num_images_per_prompt=work.images_per_prompt,
-            use_resolution_binning=False,
-        )
+        request = Request(prompt=prompt, **self.job.workload.sampling())
         self.clock.start()
         with torch.inference_mode():
             images = call_reference(self.pipeline, request, seed)

@@ -23,18 +23,7 @@ class RuntimeCandidate:
         self.description = f"SanaRuntime, {job.precision}, {runtime.backend.name} on the {runtime.backend.device}"
 
     def generate(self, prompt: str, seed: int) -> Sample:
-        work = self.job.workload
-        result = self.runtime(
-            prompt,
-            num_inference_steps=work.num_inference_steps,
-            guidance_scale=work.guidance_scale,
-            pag_scale=work.pag_scale,
-            height=work.height,
-            width=work.width,
-            num_images_per_prompt=work.images_per_prompt,
-            seed=seed,
-            use_resolution_binning=False,
-        )
+        result = self.runtime(prompt, seed=seed, **self.job.workload.sampling())
         assert isinstance(result.images, list)  # output_type is "pil"
         return Sample(result.images, stage_times(result.timings))
 

@@ -47,6 +47,12 @@ class Workload:
         """The number of CPU threads that every backend gets."""
         return self.threads or usable_cores()
 
+    def sampling(self) -> dict[str, Any]:
+        """The fields of `runtime.request.Request` that all calls of the workload have in common."""
+        names = ("num_inference_steps", "guidance_scale", "pag_scale", "height", "width")
+        same = {name: getattr(self, name) for name in names}
+        return {**same, "num_images_per_prompt": self.images_per_prompt, "use_resolution_binning": False}
+
 
 #: Annotation of a field: what the TOML may hold for it, and how the message calls that.
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {

@@ -43,6 +43,7 @@ from sana_export.manifest import (
     file_entry,
     parse_graph,
 )
+from sana_export.variants import SPRINT_STEPS, STEPS
 
 log = logging.getLogger(__name__)
 
@@ -92,16 +93,17 @@ def export_bundle(
             log.info("%s is up to date", output)
             return existing
         log.info("replacing %s, whose %d engines go with it", output, len(existing.engines))
-    sizes = {"": text_bytes(checkpoint), **{owner: graph_bytes(owner, checkpoint, options) for owner in groups(names)}}
+    parts = groups(names)
+    sizes = {"": text_bytes(checkpoint), **{owner: graph_bytes(owner, checkpoint, options) for owner in parts}}
     with disk_errors(output):
         journal = Journal(partial, key)
-        finished = {owner: done for owner, group in groups(names).items() if (done := journal.finished(group))}
+        finished = {owner: done for owner, group in parts.items() if (done := journal.finished(group))}
         require_free(output.parent, sum(sizes[part] for part in sizes if part not in finished) + OVERHEAD, f"the bundle {output}")
         meter = _Meter(sizes, on_progress)
         with meter.step("", "tokenizer, instruction and embeddings"):
             instruction = write_text_files(checkpoint, partial)
         entries: dict[str, GraphEntry] = {}
-        for owner, group in groups(names).items():
+        for owner, group in parts.items():
             if owner not in finished:
                 with meter.step(owner, ", ".join(group)):
                     finished[owner] = export_graphs(owner, group, checkpoint, options, partial)
@@ -263,6 +265,8 @@ class Journal:
 def model_info(checkpoint: SanaCheckpoint, instruction: str) -> ModelInfo:
     """The manifest's part on the model."""
     transformer, vae, text = (checkpoint.config(component) for component in ("transformer", "vae", "text_encoder"))
+    # The halo follows from the layers alone.
+    layers = VaeDecoderTail(vae, checkpoint.weights("vae").on_meta(), NUMERICS["float32"])
     variant, guidance_embeds = checkpoint.kin, bool(transformer.get("guidance_embeds"))
     return ModelInfo(
         sample_size=transformer["sample_size"],
@@ -275,9 +279,9 @@ def model_info(checkpoint: SanaCheckpoint, instruction: str) -> ModelInfo:
         scheduler=checkpoint.config("scheduler"),
         instruction=instruction,
         max_sequence_length=MAX_SEQUENCE_LENGTH,
-        default_steps=2 if guidance_embeds else 20,  # of diffusers' pipelines
+        default_steps=SPRINT_STEPS if guidance_embeds else STEPS,
         default_guidance_scale=variant.guidance_scale if variant else 4.5,
-        decoder_tile_halo=tile_halo(VaeDecoderTail(vae, checkpoint.weights("vae"), NUMERICS["float32"])),
+        decoder_tile_halo=tile_halo(layers),
         decoder_tile_scale=tile_scale(vae),
         guidance_embeds=guidance_embeds,
     )

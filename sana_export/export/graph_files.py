@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from sana_export.contract import WEIGHTS_OF
+from sana_export.contract import WEIGHTS_OF, GraphSpec
 from sana_export.export.modules import build_graph, graph_spec
 from sana_export.export.onnx import check_onnx, check_values, export_onnx, external_files, parameter_count, run_module
 from sana_export.graphs.checkpoint import SanaCheckpoint
@@ -30,14 +30,14 @@ def export_graphs(
     """Export graphs that share the weight file of `owner` into `bundle`, check each, and return their entries."""
     folder = bundle / "onnx" / owner
     shutil.rmtree(folder, ignore_errors=True)
-    models: dict[str, onnx.ModelProto] = {}
+    exported: dict[str, tuple[GraphSpec, onnx.ModelProto]] = {}
     with WeightFile(folder / "model.onnx.data") as weights:
         for name in names:
             spec, path = graph_spec(name, checkpoint, options), folder / onnx_name(name)
             with stored_in(weights):
                 module = build_graph(name, checkpoint, options)
             export_onnx(module, spec, path, weights)
-            models[name] = check_onnx(path, spec)
+            exported[name] = spec, check_onnx(path, spec)
             examples = run_module(module, spec)
             weights.release()
             check_values(path, spec, examples, options.precision)
@@ -46,13 +46,13 @@ def export_graphs(
         weights.path.unlink()
     return {
         name: GraphEntry(
-            graph_spec(name, checkpoint, options),
+            spec,
             file_entry(bundle, folder / onnx_name(name)),
             data if external_files(model) else (),
             model.opset_import[0].version,
             parameter_count(model),
         )
-        for name, model in models.items()
+        for name, (spec, model) in exported.items()
     }
 
 

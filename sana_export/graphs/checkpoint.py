@@ -110,13 +110,17 @@ class SanaCheckpoint:
     @property
     def variant(self) -> Variant | None:
         """The row of variants.py that this is; None where none fits, or several that differ in nothing that can be seen."""
-        rows = [row for row in self.rows if row.clamp == self.trained_with_clamp()[0]]
+        rows = self._family()
         return rows[0] if len(rows) == 1 else None
 
     @property
     def kin(self) -> Variant | None:
         """A row of variants.py of the same configs and family, whose defaults hold here too; None where there is none."""
-        return next((row for row in self.rows if row.clamp == self.trained_with_clamp()[0]), None)
+        return next(iter(self._family()), None)
+
+    def _family(self) -> list[Variant]:
+        clamp, _ = self.trained_with_clamp()
+        return [row for row in self.rows if row.clamp == clamp]
 
     def trained_with_clamp(self) -> tuple[bool, str]:
         """Whether self-attention outputs are clipped to +-65504 in this checkpoint's function, and how that is known."""

@@ -38,7 +38,7 @@ class Slice:
 
 
 class WeightFile:
-    """Tensors appended to the file `path`, equal ones once, each mapped back read-only for as long as it is used."""
+    """Tensors appended to the file `path`, equal ones once, each mapped back; writes to such a tensor stay in memory."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

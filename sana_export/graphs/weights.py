@@ -69,6 +69,12 @@ class Weights(Mapping[str, "Tensor"]):
         """The shape of a tensor, from the file's header."""
         return self.stored[name].shape
 
+    def on_meta(self) -> dict[str, Tensor]:
+        """Tensors of the same names and shapes without values, for what depends on shapes alone."""
+        import torch
+
+        return {name: torch.empty(entry.shape, device="meta") for name, entry in self.stored.items()}
+
     @property
     def bytes(self) -> int:
         """What all tensors take as they are stored."""
