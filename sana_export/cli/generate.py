@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decode in tiles of this side, to the same image in less memory; 0 never (default: 1024 beyond 2048x2048 pixels)",
     )
     parser.add_argument("--backend", metavar="B", default="auto", help="onnxruntime, tensorrt-rtx, tensorrt (default: auto)")
+    parser.add_argument(
+        "--memory",
+        metavar="MODE",
+        default="auto",
+        help="resident: everything stays loaded; staged: text encoder, denoiser and decoder in turn; streaming: weights on the host"
+        " (default: auto, the first that fits)",
+    )
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
@@ -55,7 +62,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     output_type = check_output(output)
     from sana_export.runtime import SanaRuntime
 
-    runtime = SanaRuntime.from_pretrained(options.bundle, backend=options.backend)
+    runtime = SanaRuntime.from_pretrained(options.bundle, backend=options.backend, memory=options.memory)
     settings = {
         "negative_prompt": options.negative_prompt,
         "num_inference_steps": options.steps,
@@ -102,6 +109,7 @@ def sample(
         "steps": steps,
         "backend": runtime.backend.name,
         "device": runtime.backend.device,
+        "memory": runtime.memory,
         "seconds": dataclasses.asdict(result.timings),
     }
     timings = result.timings

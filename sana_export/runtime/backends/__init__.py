@@ -88,8 +88,8 @@ class Backend(Protocol):
         """Raise UsageError where a request with these `axes` (contract.DYNAMIC_AXES) is beyond what `graphs` can do here."""
         return None
 
-    def close(self) -> None:
-        """Give back what the backend holds; it is not used any more."""
+    def wait(self) -> None:
+        """Until all work is done, so that what it uses may be let go."""
         return None
 
 
