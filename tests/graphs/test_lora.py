@@ -13,10 +13,10 @@ from diffusers import SanaPipeline, SanaTransformer2DModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from sana_export.adapters import Lora, parse_lora
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.export.reference import load_reference
 from sana_export.graphs.checkpoint import SanaCheckpoint, open_checkpoint
-from sana_export.graphs.lora import Lora, parse_lora
 from sana_export.manifest import Options
 
 #: A linear layer and a 1x1 convolution of each kind that adapters are trained on.
