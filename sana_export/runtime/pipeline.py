@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from sana_export.adapters import Lora
 from sana_export.contract import GRAPHS, WEIGHTS_OF
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import Manifest, check_files
 from sana_export.runtime.backends import AUTO, Array, Backend, DeviceTensor, Loader, Session, open_backend
+from sana_export.runtime.lora import LoraStack
 from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.prompt import PromptEncoder
 from sana_export.runtime.rebuild import export_line
@@ -88,7 +90,8 @@ class SanaRuntime:
 
     def __init__(self, bundle: Path, manifest: Manifest, text: PromptEncoder, backend: Backend) -> None:
         self.bundle, self.manifest, self.text, self.backend = bundle, manifest, text, backend
-        self._sessions = _Sessions(backend)
+        self._loras = LoraStack(bundle, manifest)
+        self._sessions = _Sessions(backend, self._loras)
         self._sessions.need(SAMPLING_GRAPHS)
 
     @classmethod
@@ -178,6 +181,24 @@ class SanaRuntime:
             ended - started,
         )
         return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, timings)
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs that were loaded, in their order."""
+        return self._loras.loras
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Add `scale` times the LoRA in the file or folder `path` to the weights, on top of those loaded before (docs/lora.md).
+
+        A `Conditioning` that was encoded before keeps the weights of then. Raises UsageError where nothing is there,
+        ArtifactError naming the tensor for a LoRA that does not fit or weights that cannot be changed, DependencyError out of
+        memory; nothing has changed then.
+        """
+        self._loras.add(Lora(Path(path), scale), self._sessions)
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs away: the weights are the bundle's again, bit by bit."""
+        self._loras.clear(self._sessions)
 
     def plan(self, request: Request) -> Plan:
         """Check a request and settle all that follows from it. Raises UsageError."""
@@ -310,13 +331,15 @@ class SanaRuntime:
 class _Sessions(dict[str, Session]):
     """Sessions by the names of their graphs, each loaded when it is asked for the first time."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, loras: LoraStack) -> None:
         super().__init__()
-        self._backend = backend
+        self._backend, self._loras = backend, loras
 
     def __missing__(self, graph: str) -> Session:
-        self[graph] = self._backend.load(graph)
-        return self[graph]
+        session = self._backend.load(graph)
+        self._loras.refit(graph, session)
+        self[graph] = session
+        return session
 
     def need(self, graphs: Iterable[str]) -> None:
         """Load those of `graphs` that are not."""

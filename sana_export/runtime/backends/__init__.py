@@ -27,6 +27,15 @@ class Session(Protocol):
         """
         ...
 
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """Put `weights` in place of the graph's initializers of these names; every other one stays as it is.
+
+        Arrays have the shape and dtype that is stored, bfloat16 as the bits in uint16, and may be read-only maps. The next `run`
+        uses them. Raises ArtifactError where the graph is loaded in a form that cannot take them, DependencyError where memory
+        runs out; the session then holds what it held before.
+        """
+        ...
+
 
 class Backend(Protocol):
     """Loads graphs of one bundle. `device` is "cpu" or "cuda"."""
