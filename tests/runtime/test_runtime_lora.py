@@ -96,6 +96,12 @@ def own_bytes(bundle: Path, graph: str) -> dict[str, np.ndarray]:
     return read_tensors(bundle / entry.onnx.path, [bundle / file.path for file in entry.data])
 
 
+def part_of(lora: Path, words: str, folder: Path) -> Path:
+    """A LoRA of the layers in whose names `words` are."""
+    tensors = load_file(lora / "pytorch_lora_weights.safetensors")
+    return write(folder / "part", {name: value for name, value in tensors.items() if words in name})
+
+
 def test_the_picture_is_that_of_diffusers_with_the_lora(runtime: SanaRuntime, tiny_checkpoint: SanaCheckpoint, lora: Path) -> None:
     plain = draw(runtime)
     runtime.load_lora(lora, 0.7)
@@ -132,10 +138,11 @@ def test_loras_stack_and_equal_an_export_with_both(
             np.testing.assert_allclose(value.reshape(-1), wanted[name].view(np.float32), rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_unloading_restores_every_bit(runtime: SanaRuntime, tiny_bundle: Path, lora: Path, second: Path) -> None:
+def test_unloading_restores_every_bit(runtime: SanaRuntime, tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:
+    """Also of layers that only the first of two changed."""
     plain, recorders = draw(runtime), record(runtime)
     runtime.load_lora(lora)
-    runtime.load_lora(second, 0.3)
+    runtime.load_lora(part_of(lora, ".attn2.to_", tmp_path), 0.3)
     assert not np.array_equal(draw(runtime), plain)
     runtime.unload_lora()
     assert runtime.loras == ()
@@ -151,8 +158,7 @@ def test_unloading_restores_every_bit(runtime: SanaRuntime, tiny_bundle: Path, l
 
 def test_only_what_the_lora_touches_is_refitted(runtime: SanaRuntime, tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:
     """One layer's k: one array of q, k and v in one graph, of which a third changes."""
-    tensors = load_file(lora / "pytorch_lora_weights.safetensors")
-    path = write(tmp_path / "one", {name: value for name, value in tensors.items() if ".1.attn1.to_k." in name})
+    path = part_of(lora, ".1.attn1.to_k.", tmp_path)
     recorders = record(runtime)
     runtime.load_lora(path)
     assert recorders["context"].given == []
