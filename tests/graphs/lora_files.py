@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SanaPipeline
+from diffusers import SanaPipeline, SanaTransformer2DModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from sana_export.graphs.checkpoint import SanaCheckpoint
+
 #: A linear layer and a 1x1 convolution of each kind that adapters are trained on.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1", "proj_out", "proj")
+
+
+def load_transformer(checkpoint: SanaCheckpoint) -> Any:
+    """diffusers' transformer of the checkpoint, for adapters to be made on."""
+    return SanaTransformer2DModel.from_pretrained(checkpoint.folder, subfolder="transformer")
 
 
 def randomised(model: Any, seed: int = 0) -> Any:

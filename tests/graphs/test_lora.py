@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
-from lora_files import diffusers_lora, peft_lora, refusals, write
+from lora_files import diffusers_lora, load_transformer, peft_lora, refusals, write
 from safetensors.torch import load_file, save_file
 
 from sana_export.adapters import Lora, parse_lora
@@ -22,7 +22,7 @@ from sana_export.manifest import Options
 
 @pytest.fixture
 def transformer(tiny_checkpoint: SanaCheckpoint) -> Any:
-    return SanaTransformer2DModel.from_pretrained(tiny_checkpoint.folder, subfolder="transformer")
+    return load_transformer(tiny_checkpoint)
 
 
 def output(transformer: Any) -> torch.Tensor:
@@ -112,7 +112,7 @@ def test_alpha_tensors_are_read(tiny_checkpoint, transformer, tmp_path):
 def test_several_adapters_add_up_and_the_reference_has_them_too(tiny_checkpoint, transformer, tmp_path):
     plain = output(transformer)
     first = diffusers_lora(transformer, tmp_path / "first", r=4, lora_alpha=6)
-    again = SanaTransformer2DModel.from_pretrained(tiny_checkpoint.folder, subfolder="transformer")
+    again = load_transformer(tiny_checkpoint)
     second = peft_lora(again, tmp_path / "second", r=2, lora_alpha=3, use_rslora=True)
     loras = Lora(first, 0.7), Lora(second, -0.4)
     checkpoint = open_checkpoint(str(tiny_checkpoint.folder), loras=loras)

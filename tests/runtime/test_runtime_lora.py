@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import SanaTransformer2DModel
-from lora_files import diffusers_lora, peft_lora, refusals, write
+from lora_files import diffusers_lora, load_transformer, peft_lora, refusals, write
 from safetensors.torch import load_file, save_file
 
 from sana_export.adapters import Lora
@@ -38,19 +37,15 @@ def runtime(tiny_bundle: Path) -> SanaRuntime:
     return SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime")
 
 
-def transformer(checkpoint: SanaCheckpoint) -> Any:
-    return SanaTransformer2DModel.from_pretrained(checkpoint.folder, subfolder="transformer")
-
-
 @pytest.fixture(scope="module")
 def lora(tiny_checkpoint: SanaCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return diffusers_lora(transformer(tiny_checkpoint), tmp_path_factory.mktemp("lora"), r=4, lora_alpha=7)
+    return diffusers_lora(load_transformer(tiny_checkpoint), tmp_path_factory.mktemp("lora"), r=4, lora_alpha=7)
 
 
 @pytest.fixture(scope="module")
 def second(tiny_checkpoint: SanaCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = {"r": 2, "lora_alpha": 3, "use_rslora": True, "rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_v": 5}}
-    return peft_lora(transformer(tiny_checkpoint), tmp_path_factory.mktemp("second"), **options)
+    return peft_lora(load_transformer(tiny_checkpoint), tmp_path_factory.mktemp("second"), **options)
 
 
 def draw(runtime: SanaRuntime) -> np.ndarray:

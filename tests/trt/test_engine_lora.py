@@ -5,9 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lora_files import diffusers_lora, load_transformer
 
+from sana_export.adapters import Lora
 from sana_export.errors import ArtifactError
+from sana_export.export.modules import build_graph
+from sana_export.graphs.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.manifest import Manifest
+from sana_export.runtime.lora import LoraStack
 from sana_export.trt.refit import EngineWeights, refit_named
 from tests.trt.refit_stand_in import Engine, arrays, module
 
@@ -69,6 +74,34 @@ def test_a_way_back_that_fails_is_said(tiny_bundle: Path) -> None:
     with pytest.raises(ArtifactError, match=r"a part of its new weights") as caught:
         filled.weights.refit(filled.new)
     assert caught.value.fix == "load the bundle again"
+
+
+def test_a_lora_reaches_the_engines_as_the_graphs_have_it_folded_in(
+    tiny_bundle: Path, tiny_checkpoint: SanaCheckpoint, tmp_path: Path
+) -> None:
+    """The whole way but the compiler: file, manifest, values, names. The engines get what an export with the LoRA would hold."""
+    path = diffusers_lora(load_transformer(tiny_checkpoint), tmp_path, r=4, lora_alpha=7)
+    manifest, lora = Manifest.load(tiny_bundle), Lora(path, 0.7)
+    checkpoint = open_checkpoint(str(tiny_checkpoint.folder), loras=[lora])
+    sessions: dict[str, Any] = {}
+    engines: dict[str, tuple[Engine, dict[str, np.ndarray]]] = {}
+    for name in ("context", "denoiser"):
+        base = arrays(tiny_bundle, manifest.graphs[name])
+        engines[name] = Engine(base), base
+        sessions[name] = EngineWeights(module(), engines[name][0], manifest.graphs[name], tiny_bundle)
+        sessions[name].fill()
+    stack = LoraStack(tiny_bundle, manifest)
+    stack.add(lora, sessions)
+    for name, (engine, base) in engines.items():
+        changed = 0
+        for key, value in build_graph(name, checkpoint, manifest.options).named_parameters():
+            np.testing.assert_allclose(engine.weights[key], value.numpy(), rtol=1e-5, atol=1e-6, err_msg=key)
+            changed += not np.array_equal(engine.weights[key], base[key])
+        assert changed >= {"context": 2, "denoiser": 18}[name]
+    stack.clear(sessions)
+    for engine, base in engines.values():
+        for key, value in base.items():
+            np.testing.assert_array_equal(engine.weights[key], value, err_msg=key)
 
 
 def test_names_and_sizes_are_checked_before_anything_is_set(tiny_bundle: Path) -> None:
