@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx import helper
 from origin_cases import TINY, graphs, matrices, shapes
 from safetensors.torch import save_file
 
@@ -18,6 +21,7 @@ from sana_export.graphs.lora import fold_loras
 from sana_export.graphs.origins import trace_origins
 from sana_export.graphs.weights import Weights, read_headers
 from sana_export.manifest import LoraTarget
+from sana_export.runtime.backends.onnxruntime import _as_initializer
 from sana_export.runtime.lora_values import lora_values, read_adapter, touched
 from sana_export.runtime.tensors import round_to_bfloat16, widen_bfloat16
 
@@ -133,3 +137,21 @@ def test_weights_in_another_dtype_are_refused(tmp_path: Path) -> None:
     target = LoraTarget("layer", (2, 2), "w", (2, 2), "int8")
     with pytest.raises(ArtifactError, match="weights in int8"):
         lora_values({"w": np.zeros(4, np.uint8)}, [target], [read_adapter(Lora(path), [target])], {"w"})
+
+
+def test_bfloat16_bits_reach_onnxruntime(tmp_path: Path) -> None:
+    """Its CPU has no kernels for bfloat16 but to cast it, which is enough to see the numbers."""
+    values = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    (tmp_path / "w.data").write_bytes(bytes(512))
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.BFLOAT16, dims=[16, 16], data_location=1)
+    for key, value in (("location", "w.data"), ("offset", "0"), ("length", "512")):
+        tensor.external_data.add(key=key, value=value)
+    node = helper.make_node("Cast", ["w"], ["y"], to=onnx.TensorProto.FLOAT)
+    output = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [16, 16])
+    model = helper.make_model(helper.make_graph([node], "g", [], [output], [tensor]), opset_imports=[helper.make_opsetid("", 20)])
+    onnx.save(model, tmp_path / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    bits = _as_initializer(values.view(torch.uint16).numpy())
+    options.add_external_initializers(["w"], [bits])
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {})[0], values.float().numpy())
