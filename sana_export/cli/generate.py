@@ -121,7 +121,7 @@ def sample(
         [
             ("text encoder", seconds(timings.text_encoder)),
             ("context", seconds(timings.context)),
-            ("denoise", f"{seconds(sum(timings.denoise))}, {len(timings.denoise)} steps"),
+            ("denoise", f"{seconds(timings.denoise_loop)}, {steps} steps"),
             ("vae decoder", seconds(timings.vae_decoder)),
             ("total", seconds(timings.total)),
         ],

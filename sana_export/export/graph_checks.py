@@ -34,7 +34,7 @@ def _check_text_encoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[s
     wanted = pipeline.encode_prompt(list(prompts), complex_human_instruction=instruction)
     # Embeddings and mask of the prompts, then of the negative prompts, which our branches begin with.
     branches = [embeds[mask.bool()] for embeds, mask in zip(wanted[::2], wanted[1::2], strict=True)]
-    return encoded.prompt_embeds[encoded.context_mask > 0], torch.cat(branches[::-1]).numpy()
+    return encoded.gather(runtime.backend.to_host)[encoded.context_mask > 0], torch.cat(branches[::-1]).numpy()
 
 
 def _check_context(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:

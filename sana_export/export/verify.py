@@ -23,7 +23,7 @@ from sana_export.export.reference import call_reference, load_reference
 from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.manifest import Manifest, ModelInfo, check_files
 from sana_export.runtime import SanaRuntime
-from sana_export.runtime.backends import AUTO
+from sana_export.runtime.backends import AUTO, Backend
 from sana_export.runtime.external_data import check_external_data
 from sana_export.runtime.rebuild import export_line, model_words
 from sana_export.runtime.request import Request
@@ -123,7 +123,7 @@ class RangeReport:
         return "\n".join([*lines, f"{overflows} of {len(self.rows)} tensors pass the largest number of their dtype"])
 
 
-class EvaluatorBackend:
+class EvaluatorBackend(Backend):
     """The runtime's backend interface over evaluators of this package: `evaluator` makes a session from an ONNX file."""
 
     device = "cpu"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sana_export.adapters import Lora
+from sana_export.environment import return_free_memory
 from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.manifest import Manifest, check_files
 from sana_export.runtime.backends import Session
@@ -24,8 +25,9 @@ class LoraStack:
     Weights are always made from the bundle's own bytes, so what is unloaded leaves nothing behind.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
-        self._bundle, self._manifest = bundle, manifest
+    def __init__(self, bundle: Path, manifest: Manifest, check_refit: Callable[[str], None]) -> None:
+        """`check_refit` is the backend's."""
+        self._bundle, self._manifest, self._check_refit = bundle, manifest, check_refit
         self._targets = {name: graph.lora_targets for name, graph in manifest.graphs.items() if graph.lora_targets}
         self._adapters: tuple[Adapter, ...] = ()
         self._base: dict[str, dict[str, Bytes]] = {}
@@ -46,7 +48,12 @@ class LoraStack:
                 fix=export_line(self._bundle, self._manifest),
             )
         adapter = read_adapter(lora, [target for targets in self._targets.values() for target in targets])
-        self._change((*self._adapters, adapter), (adapter,), sessions)
+        adapters = (*self._adapters, adapter)
+        for graph in [name for name, targets in self._targets.items() if touched(targets, (adapter,))]:
+            self._check_refit(graph)
+            if graph not in sessions:  # loaded later: whether its weights stay in range is better known now
+                self._values(graph, adapters, (adapter,))
+        self._change(adapters, (adapter,), sessions)
 
     def clear(self, sessions: Mapping[str, Session]) -> None:
         """Give `sessions` the bundle's own weights back."""
@@ -69,6 +76,7 @@ class LoraStack:
                 self._take_back(done, moved, sessions, error)
                 raise
         self._adapters = adapters
+        return_free_memory()
 
     def _take_back(
         self, graphs: Sequence[str], moved: Sequence[Adapter], sessions: Mapping[str, Session], reason: BaseException

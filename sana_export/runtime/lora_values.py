@@ -88,10 +88,10 @@ def _add(array: Array, target: LoraTarget, folds: Sequence[Fold[StoredTensor]], 
     """Add `folds` to the slice of `array` that is the target's, in place."""
     rows = slice(target.first, target.first + target.shape[0])
     part = array[:, rows] if target.transposed else array[rows]
-    total = sum((_product(fold) for fold in folds), np.float32(0)) * np.float32(target.factor)
     old = widen_bfloat16(part) if target.dtype == "bfloat16" else part.astype(np.float32)
-    new = old + (total.T if target.transposed else total).reshape(part.shape)
-    with np.errstate(over="ignore"):  # what becomes infinite is found below
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
+        total = sum((_product(fold) for fold in folds), np.float32(0)) * np.float32(target.factor)
+        new = old + (total.T if target.transposed else total).reshape(part.shape)
         rounded = round_to_bfloat16(new) if target.dtype == "bfloat16" else new.astype(part.dtype)
     wide = widen_bfloat16(rounded) if target.dtype == "bfloat16" else rounded
     if not (np.isfinite(new).all() and np.isfinite(wide).all()):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +16,11 @@ from PIL import Image
 
 from sana_export.adapters import Lora
 from sana_export.contract import GRAPHS, WEIGHTS_OF
+from sana_export.environment import return_free_memory
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import Manifest, check_files
-from sana_export.runtime.backends import AUTO, Array, Backend, DeviceTensor, Loader, Session, open_backend
+from sana_export.runtime.backends import AUTO, MEMORY_MODES, Array, Backend, DeviceTensor, Loader, Session, open_backend
+from sana_export.runtime.loop import Capturing, EnqueuedSession, Loops, LoopShape, SamplingLoop
 from sana_export.runtime.lora import LoraStack
 from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.prompt import PromptEncoder
@@ -29,6 +33,8 @@ Float32 = npt.NDArray[np.float32]
 Images = list[Image.Image] | Float32
 #: What every image needs; which graphs decode it depends on its size.
 SAMPLING_GRAPHS = ("text_encoder", "context", "denoiser", "sampler", "postprocess")
+#: What is loaded together where memory is short, before what decodes.
+TEXT_STAGE, DENOISING_STAGE = ("text_encoder", "context"), ("denoiser", "sampler")
 #: Called after each step with (runtime, step index, timestep, {"latents": float32 [B, C, h, w]}); it may return latents to
 #: go on with, as {"latents": array}.
 StepCallback = Callable[["SanaRuntime", int, float, dict[str, Array]], Mapping[str, Any] | None]
@@ -36,11 +42,15 @@ StepCallback = Callable[["SanaRuntime", int, float, dict[str, Array]], Mapping[s
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds on the wall clock. text_encoder holds tokenizing, vae_decoder holds resizing and rounding; total holds all."""
+    """Seconds, of the device where there is one. text_encoder holds tokenizing, vae_decoder resizing and rounding; total holds all.
+
+    denoise: each step, callbacks included; empty where all of them ran as one CUDA graph. denoise_loop: all steps.
+    """
 
     text_encoder: float
     context: float
     denoise: tuple[float, ...]
+    denoise_loop: float
     vae_decoder: float
     total: float
 
@@ -62,12 +72,14 @@ class SanaResult:
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What the denoiser knows of the prompts, on the device: context and context_mask (contract.py); seconds it took."""
+    """What the denoiser knows of the prompts, on the device: context and context_mask (contract.py).
+
+    marks: the backend's, before the text encoder, after it, and after the context graph.
+    """
 
     context: DeviceTensor
     context_mask: DeviceTensor
-    text_encoder_seconds: float
-    context_seconds: float
+    marks: tuple[Any, Any, Any]
 
 
 @dataclass(eq=False)
@@ -82,25 +94,29 @@ class Step:
     timestep: float
     latents: DeviceTensor | Array
     x0: DeviceTensor
-    seconds: float
 
 
 class SanaRuntime:
-    """A bundle loaded into a backend."""
+    """A bundle loaded into a backend. Threads may share it: calls wait for each other, since they share one device."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, text: PromptEncoder, backend: Backend) -> None:
-        self.bundle, self.manifest, self.text, self.backend = bundle, manifest, text, backend
-        self._loras = LoraStack(bundle, manifest)
-        self._sessions = _Sessions(backend, self._loras)
-        self._sessions.need(SAMPLING_GRAPHS)
+    def __init__(self, bundle: Path, manifest: Manifest, text: PromptEncoder, backend: Backend, memory: str = "resident") -> None:
+        self.bundle, self.manifest, self.text, self.backend, self.memory = bundle, manifest, text, backend, memory
+        self._lock = threading.RLock()
+        self._loops = Loops()
+        self._loras = LoraStack(bundle, manifest, backend.check_refit)
+        self._sessions = _Sessions(backend, self._loras, staged=memory != "resident")
+        if not self._sessions.staged:
+            self._sessions.need(SAMPLING_GRAPHS)
 
     @classmethod
-    def from_pretrained(cls, bundle: str | Path, *, backend: str | Loader = AUTO) -> SanaRuntime:
+    def from_pretrained(cls, bundle: str | Path, *, backend: str | Loader = AUTO, memory: str = AUTO) -> SanaRuntime:
         """Check and load the bundle in the folder `bundle` into `backend`: a name of `backends.BACKENDS`, "auto", or a loader.
 
-        Raises ArtifactError where the bundle is damaged, incomplete or unfit for this machine, UsageError for an unknown backend,
-        DependencyError where the backend's package is missing.
+        memory: a mode of `backends.MEMORY_MODES`. Raises ArtifactError where the bundle is damaged, incomplete or unfit for this
+        machine, UsageError for an unknown backend or mode, DependencyError where the backend's package or memory is missing.
         """
+        if memory not in MEMORY_MODES:
+            raise UsageError(f"there is no memory mode {memory!r}", wanted=", ".join(MEMORY_MODES), fix=f"--memory {AUTO}")
         bundle = Path(bundle)
         manifest = Manifest.load(bundle)
         fix = export_line(bundle, manifest)
@@ -114,7 +130,21 @@ class SanaRuntime:
             )
         opened = open_backend(backend, bundle, manifest) if isinstance(backend, str) else backend(bundle, manifest)
         check_files(bundle, manifest.files, fix=fix)
-        return cls(bundle, manifest, PromptEncoder.load(bundle, manifest, fix=fix), opened)
+        text = PromptEncoder.load(bundle, manifest, fix=fix)
+        return cls(bundle, manifest, text, opened, opened.settle_memory(memory))
+
+    def close(self) -> None:
+        """Give back what the runtime holds; it is not used any more. `with SanaRuntime.from_pretrained(...) as runtime` does so."""
+        with self._lock:
+            self._loops.clear()
+            self._sessions.clear()
+            self.backend.close()
+
+    def __enter__(self) -> SanaRuntime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __call__(
         self,
@@ -142,43 +172,53 @@ class SanaRuntime:
         Raises UsageError for a request that cannot be met, ArtifactError where sampling gives NaN or infinity, DependencyError
         where memory runs out.
         """
-        started = perf_counter()
-        plan = self.plan(
-            Request(
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                pag_scale=pag_scale,
-                pag_adaptive_scale=pag_adaptive_scale,
-                height=height,
-                width=width,
-                num_images_per_prompt=num_images_per_prompt,
-                seed=seed,
-                latents=latents,
-                output_type=output_type,
-                use_resolution_binning=use_resolution_binning,
-                complex_human_instruction=complex_human_instruction,
-                max_sequence_length=max_sequence_length,
-                decoder_tile=decoder_tile,
-            )
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            pag_scale=pag_scale,
+            pag_adaptive_scale=pag_adaptive_scale,
+            height=height,
+            width=width,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            latents=latents,
+            output_type=output_type,
+            use_resolution_binning=use_resolution_binning,
+            complex_human_instruction=complex_human_instruction,
+            max_sequence_length=max_sequence_length,
+            decoder_tile=decoder_tile,
         )
-        self._sessions.need(plan.decoder_graphs)  # what is damaged is better known before sampling than after
+        with self._lock:
+            return self._generate(request, callback_on_step_end)
+
+    def _generate(self, request: Request, callback: StepCallback | None) -> SanaResult:
+        started, mark = perf_counter(), self.backend.mark
+        plan = self.plan(request)
+        if not self._sessions.staged:
+            self._sessions.need(plan.decoder_graphs)  # what is damaged is better known before sampling than after
         conditioning = self.encode(plan)
-        denoise = []
-        for step in self.steps(plan, conditioning):
-            denoise.append(step.seconds)
-            if callback_on_step_end is not None:
-                self._call_back(callback_on_step_end, step, plan)
-        before_decoder = perf_counter()
-        images = self.decode(plan, step.latents)
-        ended = perf_counter()
+        marks = [mark()]
+        if callback is None and (loop := self._start_loop(plan, conditioning)) is not None:
+            loop.run(0, loop.shape.steps)
+            latents, _ = loop.after(loop.shape.steps - 1)
+            whole = mark()
+        else:
+            for step in self.steps(plan, conditioning):
+                if callback is not None:
+                    self._call_back(callback, step, plan)
+                marks.append(mark())
+            latents, whole = step.latents, marks[-1]
+        images = self.decode(plan, latents)
+        decoded, seconds = mark(), self.backend.seconds
         timings = Timings(
-            conditioning.text_encoder_seconds,
-            conditioning.context_seconds,
-            tuple(denoise),
-            ended - before_decoder,
-            ended - started,
+            text_encoder=seconds(*conditioning.marks[:2]),
+            context=seconds(*conditioning.marks[1:]),
+            denoise=tuple(seconds(*pair) for pair in pairwise(marks)),
+            denoise_loop=seconds(marks[0], whole),
+            vae_decoder=seconds(whole, decoded),
+            total=perf_counter() - started,
         )
         return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, timings)
 
@@ -194,54 +234,56 @@ class SanaRuntime:
         ArtifactError naming the tensor for a LoRA that does not fit or weights that cannot be changed, DependencyError out of
         memory; nothing has changed then.
         """
-        self._loras.add(Lora(Path(path), scale), self._sessions)
+        with self._lock:
+            self._loops.clear()  # what was captured may hold the old weights
+            self._loras.add(Lora(Path(path), scale), self._sessions)
 
     def unload_lora(self) -> None:
         """Take all LoRAs away: the weights are the bundle's again, bit by bit."""
-        self._loras.clear(self._sessions)
+        with self._lock:
+            self._loops.clear()
+            self._loras.clear(self._sessions)
 
     def plan(self, request: Request) -> Plan:
-        """Check a request and settle all that follows from it. Raises UsageError."""
-        return make_plan(request, self.bundle, self.manifest)
+        """Check a request and settle all that follows from it. Raises UsageError, also for what the backend's engines cannot do."""
+        plan = make_plan(request, self.bundle, self.manifest)
+        self.backend.admit((*SAMPLING_GRAPHS, *plan.decoder_graphs), _axes(plan, self.manifest))
+        return plan
 
     def encode(self, plan: Plan) -> Conditioning:
         """Run the text encoder and the context graph on the plan's prompts."""
-        started = perf_counter()
+        start = self.backend.mark()
+        self._sessions.need(TEXT_STAGE)
         tokens = [
             [self.text.tokenize(text, max_sequence_length=plan.max_sequence_length, instruct=instruct) for text in texts]
             for texts, instruct in plan.texts
         ]
-        embeddings = self.text.encode(tokens, self._run_text_encoder)
-        encoded = perf_counter()
-        # Embeddings and masks are repeated together, each prompt's images side by side.
-        embeds, mask = (
-            np.repeat(array, plan.images_per_prompt, axis=1) for array in (embeddings.prompt_embeds, embeddings.context_mask)
-        )
-        context = self._sessions["context"].run({"prompt_embeds": embeds})["context"]
-        return Conditioning(context, self.backend.to_device(mask), encoded - started, perf_counter() - encoded)
+        embeddings = self.text.encode(tokens, self._run_text_encoder).repeated(plan.images_per_prompt)
+        embeddings = embeddings.padded(self.backend.text_multiple, plan.max_sequence_length)
+        gathered = self.backend.gather(embeddings)
+        encoded = self.backend.mark()
+        context = self._sessions["context"].run({"prompt_embeds": gathered})["context"]
+        mask = self.backend.to_device(embeddings.context_mask)
+        return Conditioning(context, mask, (start, encoded, self.backend.mark()))
 
     def steps(self, plan: Plan, conditioning: Conditioning) -> Iterator[Step]:
         """The sampling loop: one `Step` after each step. The last one's latents are the result.
 
-        Every run draws the same noise, that of the plan's seeds.
+        Every run draws the same noise, that of the plan's seeds. One run at a time: runs of one shape share their memory.
         """
-        schedule, to_device = plan.schedule, self.backend.to_device
-        generators = [TorchGenerator(seed) for seed in plan.seeds]
-        start = randn_batch(plan.latents_shape, generators) if plan.latents is None else plan.latents
-        latents = to_device(start * np.float32(schedule.initial_noise_scale))
+        loop = self._start_loop(plan, conditioning)
+        if loop is not None:
+            yield from self._replayed_steps(plan, loop)
+            return
+        to_device = self.backend.to_device
+        start, fresh = _noise(plan)
+        latents = to_device(start)
         x0 = noise = to_device(np.zeros(plan.latents_shape, dtype=np.float32))
-        fixed = {
-            "context": conditioning.context,
-            "context_mask": conditioning.context_mask,
-            "perturbed": to_device(plan.perturbed),
-        }
-        if plan.guidance is not None:
-            fixed["guidance"] = to_device(plan.guidance)
-        fed_timesteps = schedule.timesteps * np.float32(self.manifest.model.timestep_scale)
-        for index, timestep in enumerate(schedule.timesteps):
-            started = perf_counter()
-            if schedule.needs_noise:
-                noise = to_device(randn_batch(plan.latents_shape, generators))
+        fixed = self._fixed(plan, conditioning)
+        fed_timesteps = self._fed_timesteps(plan)
+        for index, timestep in enumerate(plan.schedule.timesteps):
+            if plan.schedule.needs_noise:
+                noise = to_device(next(fresh))
             noise_pred = self._sessions["denoiser"].run(
                 {"latents": latents, "timestep": fed_timesteps[index : index + 1], **fixed}
             )["noise_pred"]
@@ -251,25 +293,78 @@ class SanaRuntime:
                     "latents": latents,
                     "previous_x0": x0,
                     "noise": noise,
-                    "coefficients": schedule.coefficients[index],
+                    "coefficients": plan.schedule.coefficients[index],
                     "weights": plan.weights[index],
                 }
             )
             x0 = sampled["x0"]
-            step = Step(index, float(timestep), sampled["next_latents"], x0, perf_counter() - started)
+            step = Step(index, float(timestep), sampled["next_latents"], x0)
             yield step
             latents = step.latents
+
+    def _replayed_steps(self, plan: Plan, loop: SamplingLoop) -> Iterator[Step]:
+        """The steps of a started loop one by one. What is given out is a copy, so that it stays as it is."""
+        for index, timestep in enumerate(plan.schedule.timesteps):
+            loop.run(index, index + 1)
+            latents, x0 = loop.after(index)
+            given = loop.backend.copy(latents)
+            step = Step(index, float(timestep), given, loop.backend.copy(x0))
+            yield step
+            if step.latents is not given:
+                loop.backend.write(latents, step.latents)
+
+    def _start_loop(self, plan: Plan, conditioning: Conditioning) -> SamplingLoop | None:
+        """The loop of the plan's shape with the request loaded; None for a backend that waits for every session."""
+        self._sessions.need(DENOISING_STAGE)
+        if not isinstance(self.backend, Capturing):
+            return None
+        backend, context = self.backend, conditioning.context
+        shape = LoopShape(
+            latents=plan.latents_shape,
+            context=tuple(context.shape),
+            branches=len(plan.perturbed),
+            text_tokens=conditioning.context_mask.shape[-1],
+            steps=len(plan.schedule.timesteps),
+            needs_noise=plan.schedule.needs_noise,
+            guided=plan.guidance is not None,
+        )
+        denoiser, sampler = (cast(EnqueuedSession, self._sessions[name]) for name in DENOISING_STAGE)
+
+        def make() -> SamplingLoop:
+            # What is loaded for one image is not worth capturing.
+            capture = not self._sessions.staged
+            return SamplingLoop(backend, denoiser, sampler, shape, context.dtype, capture=capture)
+
+        loop = make() if self._sessions.staged else self._loops.get(shape, make)
+        start, fresh = _noise(plan)
+        noise = list(fresh) if shape.needs_noise else []
+        loop.start(plan, start, noise, self._fed_timesteps(plan), self._fixed(plan, conditioning))
+        return loop
+
+    def _fixed(self, plan: Plan, conditioning: Conditioning) -> dict[str, DeviceTensor]:
+        """What the denoiser is fed in every step."""
+        fixed = {
+            "context": conditioning.context,
+            "context_mask": conditioning.context_mask,
+            "perturbed": self.backend.to_device(plan.perturbed),
+        }
+        if plan.guidance is not None:
+            fixed["guidance"] = self.backend.to_device(plan.guidance)
+        return fixed
+
+    def _fed_timesteps(self, plan: Plan) -> Float32:
+        return plan.schedule.timesteps * np.float32(self.manifest.model.timestep_scale)
 
     def decode(self, plan: Plan, latents: DeviceTensor | Array) -> Images:
         """Latents [B, C, h, w] of the plan's shape to images of the plan's output type and size.
 
         Raises ArtifactError where the latents are not finite.
         """
-        host = self.backend.to_host(latents)
-        self._check_finite(host, "latents")
         if plan.output_type == "latent":
-            return np.array(host)
+            return np.array(self._finite_latents(latents))
+        self._sessions.need((*plan.decoder_graphs, "postprocess"))
         image = self._decode(plan, latents)
+        self._finite_latents(latents)
         # On a device it would have to be copied for that; tiles are on the host.
         if self.backend.device == "cpu" or plan.output_type == "np" or plan.decoder_tile:
             self._check_finite(self.backend.to_host(image), "an image")
@@ -300,9 +395,8 @@ class SanaRuntime:
         windows = plan_windows(height // scale, width // scale, plan.decoder_tile // scale, model.decoder_tile_halo)
         return assemble(render, windows, np.empty((batch, 3, height, width), np.float32), scale)
 
-    def _run_text_encoder(self, inputs_embeds: Float32, prefix: Float32) -> Float32:
-        outputs = self._sessions["text_encoder"].run({"inputs_embeds": inputs_embeds, "prefix": prefix})
-        return self.backend.to_host(outputs["prompt_embeds"])
+    def _run_text_encoder(self, inputs_embeds: Float32, prefix: Float32) -> DeviceTensor:
+        return self._sessions["text_encoder"].run({"inputs_embeds": inputs_embeds, "prefix": prefix})["prompt_embeds"]
 
     def _call_back(self, callback: StepCallback, step: Step, plan: Plan) -> None:
         """Hand a copy of the latents to the callback, and take those that it returns."""
@@ -315,6 +409,12 @@ class SanaRuntime:
             raise UsageError("callback_on_step_end returned something unknown", found=found, wanted='None or {"latents": array}')
         if "latents" in returned:
             step.latents = self.backend.to_device(checked_latents(returned["latents"], plan.latents_shape))
+
+    def _finite_latents(self, latents: DeviceTensor | Array) -> Array:
+        """The latents on the host. They are read after the decoder was enqueued, so that the device need not wait for it."""
+        host = self.backend.to_host(latents)
+        self._check_finite(host, "latents")
+        return host
 
     def _check_finite(self, values: Array, what: str) -> None:
         if bad := int(np.count_nonzero(~np.isfinite(values))):
@@ -329,11 +429,11 @@ class SanaRuntime:
 
 
 class _Sessions(dict[str, Session]):
-    """Sessions by the names of their graphs, each loaded when it is asked for the first time."""
+    """Sessions by the names of their graphs, each loaded when it is first asked for; `staged` lets go of those not needed."""
 
-    def __init__(self, backend: Backend, loras: LoraStack) -> None:
+    def __init__(self, backend: Backend, loras: LoraStack, *, staged: bool) -> None:
         super().__init__()
-        self._backend, self._loras = backend, loras
+        self._backend, self._loras, self.staged = backend, loras, staged
 
     def __missing__(self, graph: str) -> Session:
         session = self._backend.load(graph)
@@ -342,9 +442,40 @@ class _Sessions(dict[str, Session]):
         return session
 
     def need(self, graphs: Iterable[str]) -> None:
-        """Load those of `graphs` that are not."""
+        """Load those of `graphs` that are not, after letting go of the others where memory is short."""
+        graphs = tuple(graphs)
+        if self.staged and (others := self.keys() - set(graphs)):
+            for graph in others:
+                del self[graph]
+            return_free_memory()
         for graph in graphs:
             self[graph]
+
+
+def _noise(plan: Plan) -> tuple[Float32, Iterator[Float32]]:
+    """What the plan's latents start from, and the fresh noise of one step after another, in the order that torch draws them."""
+    generators = [TorchGenerator(seed) for seed in plan.seeds]
+    start = randn_batch(plan.latents_shape, generators) if plan.latents is None else plan.latents
+    fresh = (randn_batch(plan.latents_shape, generators) for _ in plan.schedule.timesteps)
+    return start * np.float32(plan.schedule.initial_noise_scale), fresh
+
+
+def _axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
+    """The axes of the plan's tensors that are known before its prompts are read."""
+    batch, _, height, width = plan.latents_shape
+    factor, scale = manifest.model.vae_scale_factor, manifest.model.decoder_tile_scale
+    return {
+        "batch": batch,
+        "branches": len(plan.perturbed),
+        "latent_height": height,
+        "latent_width": width,
+        "image_height": height * factor,
+        "image_width": width * factor,
+        "feature_height": height * factor // scale,
+        "feature_width": width * factor // scale,
+        "output_height": plan.output_height,
+        "output_width": plan.output_width,
+    }
 
 
 def _resize(image: Array, plan: ResizePlan) -> Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from sana_export.runtime.tensors import StoredTensor, TensorFile
 log = logging.getLogger(__name__)
 
 Float32 = npt.NDArray[np.float32]
-#: inputs_embeds [B, S, C], prefix [layers, 2, kv_heads, P, head_dim] -> prompt_embeds [B, S, C], all float32 on the host.
-RunTextEncoder = Callable[[Float32, Float32], Float32]
+#: inputs_embeds [B, S, C], prefix [layers, 2, kv_heads, P, head_dim], float32 on the host -> prompt_embeds [B, S, C] of a backend.
+RunTextEncoder = Callable[[Float32, Float32], Any]
 
 #: The most tokens in one text: attention windows, which the text encoder's graph leaves out, may bind beyond.
 MAX_TOKENS = 2048
@@ -66,11 +66,59 @@ class PromptTokens:
 
 
 @dataclass(frozen=True, eq=False)
-class PromptEmbeddings:
-    """prompt_embeds float32 [K, B, L, C], zeros after a prompt's last row, and context_mask float32 [K, B, L], 1 on its rows."""
+class Rows:
+    """Rows `start` to `stop` of item `item` of `source` [n, S, C], a tensor of a backend or an array, and where they go:
+    branch, number and first row of prompt_embeds [K, B, L, C]."""
 
-    prompt_embeds: Float32
+    source: Any
+    item: int
+    start: int
+    stop: int
+    place: tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptEmbeddings:
+    """prompt_embeds [K, B, L, C] as the rows that it is put together from, with zeros elsewhere, and where there are any.
+
+    shape: (K, B, L, C). context_mask: float32 [K, B, L], 1 on the rows of a prompt. The text encoder's outputs stay where they are
+    until the backend moves their rows.
+    """
+
+    shape: tuple[int, int, int, int]
+    rows: tuple[Rows, ...]
     context_mask: Float32
+
+    def gather(self, to_host: Callable[[Any], Any] = np.asarray) -> Float32:
+        """prompt_embeds float32 on the host."""
+        embeds = np.zeros(self.shape, dtype=np.float32)
+        read = {id(source): to_host(source) for source in {id(rows.source): rows.source for rows in self.rows}.values()}
+        for rows in self.rows:
+            branch, number, first = rows.place
+            embeds[branch, number, first : first + rows.stop - rows.start] = read[id(rows.source)][
+                rows.item, rows.start : rows.stop
+            ]
+        return embeds
+
+    def repeated(self, count: int) -> PromptEmbeddings:
+        """Every prompt `count` times, side by side."""
+        branches, batch, length, channels = self.shape
+        rows = [
+            replace(rows, place=(rows.place[0], rows.place[1] * count + copy, rows.place[2]))
+            for rows in self.rows
+            for copy in range(count)
+        ]
+        return PromptEmbeddings(
+            (branches, batch * count, length, channels), tuple(rows), np.repeat(self.context_mask, count, axis=1)
+        )
+
+    def padded(self, multiple: int, most: int) -> PromptEmbeddings:
+        """With L filled up to a multiple of `multiple`, but not beyond `most`. Masked rows have weight 0, so this is exact."""
+        branches, batch, length, channels = self.shape
+        longer = max(length, min(-(-length // multiple) * multiple, most))
+        mask = np.zeros((branches, batch, longer), dtype=np.float32)
+        mask[..., :length] = self.context_mask
+        return PromptEmbeddings((branches, batch, longer, channels), self.rows, mask)
 
 
 class PromptEncoder:
@@ -126,27 +174,31 @@ class PromptEncoder:
 
     def encode(self, branches: Sequence[Sequence[PromptTokens]], run: RunTextEncoder) -> PromptEmbeddings:
         """Embeddings of K branches of B prompts each; equal prompts are run once, all with the same prefix in one batch."""
-        rows = self._run(dict.fromkeys(tokens for branch in branches for tokens in branch), run)
+        outputs = self._run(dict.fromkeys(tokens for branch in branches for tokens in branch), run)
         longest = max(tokens.kept_rows for branch in branches for tokens in branch)
         shape = (len(branches), len(branches[0]), longest)
-        embeds = np.zeros((*shape, self.instruction.bos_row.size), dtype=np.float32)
         mask = np.zeros(shape, dtype=np.float32)
+        bos_row = self.instruction.bos_row.reshape(1, 1, -1)
+        rows: list[Rows] = []
         for index, branch in enumerate(branches):
             for number, tokens in enumerate(branch):
-                kept = rows[tokens]
-                embeds[index, number, 0] = self.instruction.bos_row
-                embeds[index, number, 1 : 1 + len(kept)] = kept
-                mask[index, number, : 1 + len(kept)] = 1.0
-        return PromptEmbeddings(embeds, mask)
+                rows.append(Rows(bos_row, 0, 0, 1, (index, number, 0)))
+                if tokens in outputs:
+                    output, item = outputs[tokens]
+                    start = tokens.first_kept - tokens.shared
+                    rows.append(Rows(output, item, start, start + tokens.kept_rows - 1, (index, number, 1)))
+                mask[index, number, : tokens.kept_rows] = 1.0
+        return PromptEmbeddings((*shape, bos_row.size), tuple(rows), mask)
 
-    def _run(self, prompts: Iterable[PromptTokens], run: RunTextEncoder) -> dict[PromptTokens, Float32]:
-        """The kept rows [n, C] of each prompt, without BOS's."""
-        rows: dict[PromptTokens, Float32] = {}
+    def _run(self, prompts: Iterable[PromptTokens], run: RunTextEncoder) -> dict[PromptTokens, tuple[Any, int]]:
+        """The output that holds the rows of each prompt, from the first that is not shared on, and its item there.
+
+        A prompt of BOS alone has none.
+        """
+        outputs: dict[PromptTokens, tuple[Any, int]] = {}
         batches: defaultdict[int, list[PromptTokens]] = defaultdict(list)
         for tokens in prompts:
-            if tokens.kept_rows == 1:
-                rows[tokens] = np.zeros((0, self.instruction.bos_row.size), dtype=np.float32)
-            else:
+            if tokens.kept_rows > 1:
                 batches[tokens.shared].append(tokens)
         for shared, batch in batches.items():
             lengths = [len(tokens.ids) - shared for tokens in batch]
@@ -154,10 +206,9 @@ class PromptEncoder:
             embeds = np.zeros((len(batch), max(lengths), self.instruction.bos_row.size), dtype=np.float32)
             for row, tokens, length in zip(embeds, batch, lengths, strict=True):
                 row[:length] = self.embeddings.rows(tokens.ids[shared:])
-            outputs = run(embeds, np.ascontiguousarray(self.instruction.prefix[..., :shared, :]))
-            for output, tokens, length in zip(outputs, batch, lengths, strict=True):
-                rows[tokens] = output[tokens.first_kept - shared : length]
-        return rows
+            output = run(embeds, np.ascontiguousarray(self.instruction.prefix[..., :shared, :]))
+            outputs |= {tokens: (output, item) for item, tokens in enumerate(batch)}
+        return outputs
 
     def _ids(self, text: str) -> tuple[int, ...]:
         """All ids of `text`, BOS first."""

@@ -82,11 +82,11 @@ def test_stages_of_a_diffusers_call() -> None:
 
 
 def test_stages_of_a_call_of_the_runtime() -> None:
-    times = runtime_times(Timings(text_encoder=0.25, context=0.5, denoise=(1.0, 2.0), vae_decoder=4.0, total=8.0))
+    times = runtime_times(Timings(text_encoder=0.25, context=0.5, denoise=(1.0, 2.0), denoise_loop=3.5, vae_decoder=4.0, total=8.0))
     assert times == {
         "text_encoder": [250.0],
         "context": [500.0],
         "denoise_step": [1000.0, 2000.0],
-        "denoise_loop": [3000.0],
+        "denoise_loop": [3500.0],
         "vae_decoder": [4000.0],
     }

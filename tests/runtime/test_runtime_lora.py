@@ -166,13 +166,31 @@ def test_only_what_the_lora_touches_is_refitted(runtime: SanaRuntime, tiny_bundl
     assert not changed[256:].any()
 
 
-def test_a_session_that_is_loaded_later_has_the_lora(runtime: SanaRuntime, lora: Path) -> None:
-    """As where sessions are loaded in turn to save memory."""
+def test_sessions_that_are_loaded_in_turn_have_the_lora(runtime: SanaRuntime, tiny_bundle: Path, lora: Path, second: Path) -> None:
+    plain = draw(runtime)
     runtime.load_lora(lora, 0.7)
     wanted = draw(runtime)
-    for graph in GRAPHS:
-        del runtime._sessions[graph]
-    np.testing.assert_array_equal(draw(runtime), wanted)
+    staged = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="staged")
+    staged.load_lora(lora, 0.7)
+    np.testing.assert_array_equal(draw(staged), wanted)
+    staged.load_lora(second)
+    staged.unload_lora()
+    np.testing.assert_array_equal(draw(staged), plain)
+
+
+def test_what_sessions_loaded_later_could_not_take_is_said_at_once(tiny_bundle: Path, lora: Path) -> None:
+    staged = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="staged")
+    assert not staged._sessions
+    with pytest.raises(ArtifactError, match="leaves the range of float32"):
+        staged.load_lora(lora, 3e38)
+
+    def check_refit(graph: str) -> None:
+        raise ArtifactError(f"the engine of {graph} cannot be refitted", found="a test", wanted="--refittable")
+
+    staged._loras._check_refit = check_refit
+    with pytest.raises(ArtifactError, match="engine of context cannot be refitted"):
+        staged.load_lora(lora)
+    assert staged.loras == ()
 
 
 @pytest.mark.parametrize("held", [False, True])

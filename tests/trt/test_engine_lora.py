@@ -90,7 +90,7 @@ def test_a_lora_reaches_the_engines_as_the_graphs_have_it_folded_in(
         engines[name] = Engine(base), base
         sessions[name] = EngineWeights(module(), engines[name][0], manifest.graphs[name], tiny_bundle)
         sessions[name].fill()
-    stack = LoraStack(tiny_bundle, manifest)
+    stack = LoraStack(tiny_bundle, manifest, lambda graph: None)
     stack.add(lora, sessions)
     for name, (engine, base) in engines.items():
         changed = 0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
 from sana_export.errors import DependencyError, UsageError
 from sana_export.manifest import Manifest
+
+if TYPE_CHECKING:
+    from sana_export.runtime.prompt import PromptEmbeddings
 
 #: A tensor where the backend computes: opaque, made by `Backend.to_device` or by a session, readable with `Backend.to_host`.
 DeviceTensor = Any
@@ -38,10 +42,15 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """Loads graphs of one bundle. `device` is "cpu" or "cuda"."""
+    """Loads graphs of one bundle. `device` is "cpu" or "cuda". What has a body here is right for a backend that waits for its work.
+
+    A backend whose sessions only enqueue their work also is a `Capturing` one (runtime/loop.py).
+    """
 
     name: str
     device: str
+    #: Kept text tokens are filled up to a multiple of this, so that shapes come back from prompt to prompt.
+    text_multiple: int = 1
 
     def load(self, graph: str) -> Session:
         """Check the graph's files against the manifest and load it. Raises ArtifactError, or DependencyError out of memory."""
@@ -55,10 +64,51 @@ class Backend(Protocol):
         """The values of a float32 or integer tensor. The result may share the tensor's memory: do not write to it."""
         ...
 
+    def gather(self, embeddings: PromptEmbeddings) -> DeviceTensor | Array:
+        """prompt_embeds float32 [K, B, L, C] from the rows of the text encoder's outputs."""
+        return embeddings.gather(self.to_host)
+
+    def mark(self) -> Any:
+        """A point in the order of the work, for `seconds`."""
+        return perf_counter()
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two marks. Waits for the work before `end`."""
+        return float(end - start)
+
+    def settle_memory(self, mode: str) -> str:
+        """The mode of `MEMORY_MODES` to run in where `mode` is asked for; "auto" never comes back.
+
+        Raises UsageError where the backend has no such mode, DependencyError where the GPU is too small for it.
+        """
+        if mode == "streaming":
+            raise UsageError(
+                f"the backend {self.name} cannot stream weights",
+                found=f"memory {mode!r}",
+                wanted=", ".join(name for name in MEMORY_MODES if name != mode),
+                fix="--memory staged",
+            )
+        return "resident" if mode == AUTO else mode
+
+    def admit(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
+        """Raise UsageError where a request with these `axes` (contract.DYNAMIC_AXES) is beyond what `graphs` can do here."""
+        return None
+
+    def check_refit(self, graph: str) -> None:
+        """Raise ArtifactError where the sessions of `graph` cannot be refitted."""
+        return None
+
+    def close(self) -> None:
+        """Give back what the backend holds; it is not used any more."""
+        return None
+
 
 Loader = Callable[[Path, Manifest], Backend]
 
 AUTO = "auto"
+#: Where the graphs of a runtime are: resident, all at once; staged, those of one stage at a time (text, denoising, decoding);
+#: streaming, staged with weights that stay on the host and come as they are needed. "auto" takes the first that fits.
+MEMORY_MODES = (AUTO, "resident", "staged", "streaming")
 
 
 def _onnxruntime(bundle: Path, manifest: Manifest) -> Backend:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.manifest import Manifest, check_files
-from sana_export.runtime.backends import Array
+from sana_export.runtime.backends import Array, Backend
 from sana_export.runtime.external_data import check_external_data
 from sana_export.runtime.rebuild import export_line
 
@@ -67,7 +67,7 @@ class OnnxRuntimeSession:
         self._weights = replaced
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Backend):
     """Loads the ONNX graphs of a bundle. Raises DependencyError without onnxruntime, ArtifactError where it lacks the precision."""
 
     name = "onnxruntime"
