@@ -76,7 +76,8 @@ class EngineEntry:
 
     `onnx_sha256` hashes the graph's ONNX file and its data. A `refittable` engine holds no weights: there it hashes the structure
     alone, and the weights that the engine needs when it is loaded are those in the `data` files of the graph's entry, whichever
-    checkpoint they are of. `build_seconds` and `build_peak_bytes` (host memory, 0: not measured) are of the process that built it.
+    checkpoint they are of. `activation_bytes`: of the GPU, what a run works in at the largest shapes (0: the builder did not say).
+    `build_seconds` and `build_peak_bytes` (host memory, 0: not measured) are of the process that built it.
     """
 
     graph: str
@@ -92,6 +93,7 @@ class EngineEntry:
     options: Mapping[str, Any] = field(default_factory=dict)
     build_seconds: float = 0.0
     build_peak_bytes: int = 0
+    activation_bytes: int = 0
 
     @property
     def refittable(self) -> bool:

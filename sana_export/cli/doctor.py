@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError
 
 from sana_export import __version__
 from sana_export.cli.console import Console
-from sana_export.cli.fitness import NOT_YET, RTX_CAPABILITIES
 from sana_export.cli.machine import Builder, Machine, probe_builder, this_machine
 from sana_export.cli.packages import (
     EXCLUSIVE,
@@ -22,7 +21,7 @@ from sana_export.cli.packages import (
 )
 from sana_export.cli.text import plural, size, table
 from sana_export.cli.verb import Answer, Verb
-from sana_export.runtime.backends import RUNNABLE
+from sana_export.trt.fitness import RTX_CAPABILITIES
 from sana_export.trt.flavour import FLAVOURS
 
 
@@ -95,11 +94,9 @@ def _build_ability(builder: Builder, machine: Machine) -> Ability:
 def _run_ability(builder: Builder, machine: Machine) -> Ability:
     capabilities = [gpu.compute_capability for gpu in machine.gpus]
     reasons, fix = [], builder.fix
-    if builder.backend not in RUNNABLE:
-        reasons.append(NOT_YET)
-        fix = "sana-export generate BUNDLE PROMPT -o OUT.png --backend onnxruntime"
     if not capabilities:
         reasons.append("no NVIDIA GPU and driver here")
+        fix = fix or "sana-export generate BUNDLE PROMPT -o OUT.png --backend onnxruntime"
     if builder.reason is not None:
         reasons.append(builder.reason)
     if capabilities and builder.backend == "tensorrt-rtx" and not set(capabilities) & set(RTX_CAPABILITIES):

@@ -16,7 +16,6 @@ from sana_export.cli.build import build_engines, choose_profile
 from sana_export.cli.bundle_text import bundle_document, bundle_summary
 from sana_export.cli.console import VERBOSE, Console
 from sana_export.cli.export import export_model
-from sana_export.cli.fitness import here, why_not
 from sana_export.cli.generate import sample
 from sana_export.cli.images import check_output
 from sana_export.cli.ledger import Ledger, stage_key
@@ -27,6 +26,7 @@ from sana_export.cli.verb import Answer, Verb, add_hub_options, model_options
 from sana_export.cli.verify import compare
 from sana_export.errors import ArtifactError
 from sana_export.manifest import EngineEntry, Manifest
+from sana_export.trt.fitness import here, why_not
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from sana_export.cli.bundle_text import bundle_document, bundle_origin, graphs_table, peak, served, target, total_bytes
 from sana_export.cli.console import Console
-from sana_export.cli.fitness import Here, here, why_not
 from sana_export.cli.text import seconds, size, table
 from sana_export.cli.verb import Answer, Verb, add_bundle
 from sana_export.errors import ArtifactError
 from sana_export.manifest import EngineEntry, FileEntry, Manifest, check_files
 from sana_export.profiles import describe_range
+from sana_export.trt.fitness import Here, here, why_not
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,14 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from sana_export.bench.machine import cpu_name, memory_bytes, usable_cores
 from sana_export.environment import operating_system
-from sana_export.trt.device import gpu_compute_capability
+from sana_export.trt.device import Gpu, find_gpus
 from sana_export.trt.flavour import FLAVOURS
 
-_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
 _TIMEOUT_SECONDS = 60
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One NVIDIA GPU. `memory_bytes` and `driver` are None where only the driver's library answered."""
-
-    name: str
-    compute_capability: str
-    memory_bytes: int | None = None
-    driver: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,17 +56,6 @@ def this_machine() -> Machine:
     )
 
 
-@cache
-def find_gpus() -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs, as nvidia-smi lists them; the driver's library is asked where that is missing."""
-    try:
-        listed = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True).stdout
-        return tuple(map(_parse_gpu, filter(None, listed.splitlines())))
-    except (OSError, subprocess.SubprocessError, ValueError):
-        capability = gpu_compute_capability()
-        return (Gpu("an NVIDIA GPU", capability),) if capability else ()
-
-
 def probe_builder(backend: str) -> Builder:
     """Load the module of `backend` in a process of its own and report."""
     program = (
@@ -106,8 +83,3 @@ def probe_builder(backend: str) -> Builder:
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         return Builder(backend, None, (), f"loading it failed: {error}", FLAVOURS[backend].install)
     return Builder(backend, version, tuple(capabilities), reason, fix)
-
-
-def _parse_gpu(line: str) -> Gpu:
-    name, capability, memory, driver = (field.strip() for field in line.rsplit(",", 3))
-    return Gpu(name, capability, int(memory) << 20 if memory.isdecimal() else None, driver)

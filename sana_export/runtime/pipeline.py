@@ -35,6 +35,8 @@ Images = list[Image.Image] | Float32
 SAMPLING_GRAPHS = ("text_encoder", "context", "denoiser", "sampler", "postprocess")
 #: What is loaded together where memory is short, before what decodes.
 TEXT_STAGE, DENOISING_STAGE = ("text_encoder", "context"), ("denoiser", "sampler")
+#: Prefixes of the instruction that stay on the device: prompts after it share one length of it, or nearly so, the others another.
+KEPT_PREFIXES = 4
 #: Called after each step with (runtime, step index, timestep, {"latents": float32 [B, C, h, w]}); it may return latents to
 #: go on with, as {"latents": array}.
 StepCallback = Callable[["SanaRuntime", int, float, dict[str, Array]], Mapping[str, Any] | None]
@@ -103,6 +105,7 @@ class SanaRuntime:
         self.bundle, self.manifest, self.text, self.backend, self.memory = bundle, manifest, text, backend, memory
         self._lock = threading.RLock()
         self._loops = Loops()
+        self._prefixes: dict[int, DeviceTensor] = {}
         self._loras = LoraStack(bundle, manifest, backend.check_refit)
         self._sessions = _Sessions(backend, self._loras, staged=memory != "resident")
         if not self._sessions.staged:
@@ -137,6 +140,7 @@ class SanaRuntime:
         """Give back what the runtime holds; it is not used any more. `with SanaRuntime.from_pretrained(...) as runtime` does so."""
         with self._lock:
             self._loops.clear()
+            self._prefixes.clear()
             self._sessions.clear()
             self.backend.close()
 
@@ -396,7 +400,14 @@ class SanaRuntime:
         return assemble(render, windows, np.empty((batch, 3, height, width), np.float32), scale)
 
     def _run_text_encoder(self, inputs_embeds: Float32, prefix: Float32) -> DeviceTensor:
-        return self._sessions["text_encoder"].run({"inputs_embeds": inputs_embeds, "prefix": prefix})["prompt_embeds"]
+        """The instruction's keys and values go to the device once: how many of them are shared tells one `prefix` from another."""
+        shared = prefix.shape[3]
+        if shared not in self._prefixes:
+            while len(self._prefixes) >= KEPT_PREFIXES:
+                del self._prefixes[next(iter(self._prefixes))]
+            self._prefixes[shared] = self.backend.to_device(prefix)
+        feeds = {"inputs_embeds": inputs_embeds, "prefix": self._prefixes[shared]}
+        return self._sessions["text_encoder"].run(feeds)["prompt_embeds"]
 
     def _call_back(self, callback: StepCallback, step: Step, plan: Plan) -> None:
         """Hand a copy of the latents to the callback, and take those that it returns."""

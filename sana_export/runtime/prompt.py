@@ -89,10 +89,15 @@ class PromptEmbeddings:
     rows: tuple[Rows, ...]
     context_mask: Float32
 
+    @property
+    def sources(self) -> dict[int, Any]:
+        """What the rows are taken from, each once, by its id."""
+        return {id(rows.source): rows.source for rows in self.rows}
+
     def gather(self, to_host: Callable[[Any], Any] = np.asarray) -> Float32:
         """prompt_embeds float32 on the host."""
         embeds = np.zeros(self.shape, dtype=np.float32)
-        read = {id(source): to_host(source) for source in {id(rows.source): rows.source for rows in self.rows}.values()}
+        read = {key: to_host(source) for key, source in self.sources.items()}
         for rows in self.rows:
             branch, number, first = rows.place
             embeds[branch, number, first : first + rows.stop - rows.start] = read[id(rows.source)][

@@ -8,6 +8,7 @@ end it at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import re
@@ -40,8 +41,13 @@ DATA_TYPES = {
 }
 
 
-#: A refittable engine holds no weights but those inside the ONNX file: exactly the external ones are marked and stripped.
-REFIT_FLAGS = ("REFIT_INDIVIDUAL", "STRIP_PLAN")
+#: The builder's flags of an option. A refittable engine holds no weights but those inside the ONNX file: exactly the external ones
+#: are marked and stripped.
+BUILDER_FLAGS = {
+    "refittable": ("REFIT_INDIVIDUAL", "STRIP_PLAN"),
+    "version_compatible": ("VERSION_COMPATIBLE",),
+    "weight_streaming": ("WEIGHT_STREAMING",),
+}
 
 
 class Cancelled(SanaExportError):
@@ -58,14 +64,20 @@ class BuildOptions:
     here it is off, since fp32 in a graph of ours stands where fp16 is not enough.
     `refittable`: the engine is built without the graph's external weights and is given them after it is loaded
     (`refit.refit_engine`), so that it serves every checkpoint of one structure. TensorRT-RTX 1.4 to 1.7 need a GPU to build one.
+    `version_compatible`: it also runs on later versions of the same major one. `hardware_compatible`: it also runs on later GPUs,
+    from compute capability 8.0 on. `weight_streaming`: its weights may stay on the host and come as they are needed.
     """
 
     tf32: bool = False
     refittable: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    weight_streaming: bool = False
 
     def recorded(self) -> dict[str, bool]:
-        """What of this is part of an engine's key: `refittable` only where it is asked for."""
-        return {"tf32": self.tf32, **({"refittable": True} if self.refittable else {})}
+        """What of this is part of an engine's key: `tf32`, and the others only where they are asked for."""
+        asked = {field.name: True for field in dataclasses.fields(self) if getattr(self, field.name)}
+        return {"tf32": self.tf32, **asked}
 
 
 DEFAULT_OPTIONS = BuildOptions()
@@ -75,12 +87,14 @@ DEFAULT_OPTIONS = BuildOptions()
 class Built:
     """A finished engine file: sha256 in hex, size in bytes, seconds from parsing to the last byte.
 
-    `peak_bytes`: host memory of the process that built it alone; 0 where no such process was measured.
+    `activation_bytes`: GPU memory that a run works in at the largest shapes, as the builder says. `peak_bytes`: host memory of the
+    process that built it alone. Both 0 where they are not known.
     """
 
     sha256: str
     bytes: int
     seconds: float
+    activation_bytes: int = 0
     peak_bytes: int = 0
 
 
@@ -107,6 +121,7 @@ def build_engine(
     started = time.monotonic()
     logger = logger_for(module)
     logger.errors.take()
+    logger.activation_bytes = 0
     builder = _create_builder(module, logger)
     network = builder.create_network(network_flags(module))
     copies = copies_of_shared(onnx) if options.refittable and onnx.is_file() else {}
@@ -133,7 +148,7 @@ def build_engine(
         LOG.warning("%s: %s", spec.name, line)
     if timing_cache is not None:
         _save_timing_cache(config, timing_cache)
-    return Built(file.sha256, file.bytes, time.monotonic() - started)
+    return Built(file.sha256, file.bytes, time.monotonic() - started, logger.activation_bytes)
 
 
 class EngineFile:
@@ -300,8 +315,11 @@ def configure(
     set_compute_capabilities(module, config, compute_capabilities)
     if not options.tf32:
         config.clear_flag(module.BuilderFlag.TF32)
-    for flag in REFIT_FLAGS if options.refittable else ():
-        config.set_flag(getattr(module.BuilderFlag, flag))
+    for option, flags in BUILDER_FLAGS.items():
+        for flag in flags if getattr(options, option) else ():
+            config.set_flag(getattr(module.BuilderFlag, flag))
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = module.HardwareCompatibilityLevel.AMPERE_PLUS
     if shapes := input_shapes(spec, ranges):
         profile = builder.create_optimization_profile()
         for name, (smallest, typical, largest) in shapes.items():
@@ -343,6 +361,11 @@ def _serialize(module: Any, builder: Any, network: Any, config: Any, file: Engin
 #: What the compiler's words mean for the user: a pattern, the error it is, and the way out.
 _BUILD_ERRORS: tuple[tuple[str, type[SanaExportError], str], ...] = (
     ("out ?of ?memory", DependencyError, "use a profile with smaller sizes or batches, for example --profile laptop"),
+    (
+        r"Unable to load library: \S*lean",
+        DependencyError,
+        "leave out --version-compatible (this installation lacks the lean runtime), or build with the full TensorRT",
+    ),
     ("CUDA_SUCCESS", DependencyError, "build it on a machine with an NVIDIA GPU and driver, or leave out --refittable"),
     (r"\bSM\d+\b", ArtifactError, "leave that GPU out of --compute-capability, or export with --dtype fp16"),
     ("", ArtifactError, "export the bundle again: sana-export export MODEL -o BUNDLE"),

@@ -141,6 +141,7 @@ def _record(bundle: Path, planned: PlannedEngine, built: Built) -> EngineEntry:
         profile=planned.profile,
         build_seconds=round(built.seconds, 3),
         build_peak_bytes=built.peak_bytes,
+        activation_bytes=built.activation_bytes,
     )
     with locked(manifest_lock(bundle)), disk_errors(bundle / "manifest.json"):
         manifest = Manifest.load(bundle)
@@ -165,6 +166,8 @@ def _discard(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:  # it may be mapped by a running process
         LOG.warning("%s is no longer used and could not be deleted: %s", path, error)
+    for kernels in path.parent.glob(f"{path.stem}.*.cache"):
+        kernels.unlink(missing_ok=True)
     _remove_if_empty(path.parent)
 
 

@@ -1,12 +1,38 @@
-"""What GPU this machine has, asked of the driver alone (no CUDA package is needed to plan a build)."""
+"""What GPUs this machine has, asked of the driver alone (no CUDA package is needed to plan a build)."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+import subprocess
+from dataclasses import dataclass
+from functools import cache
 
 _LIBRARIES = {"Windows": "nvcuda.dll"}
+_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
+_TIMEOUT_SECONDS = 60
 _MAJOR, _MINOR = 75, 76  # CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU. `memory_bytes` and `driver` are None where only the driver's library answered."""
+
+    name: str
+    compute_capability: str
+    memory_bytes: int | None = None
+    driver: str | None = None
+
+
+@cache
+def find_gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs, as nvidia-smi lists them; the driver's library is asked where that is missing."""
+    try:
+        listed = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True).stdout
+        return tuple(map(_parse_gpu, filter(None, listed.splitlines())))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        capability = gpu_compute_capability()
+        return (Gpu("an NVIDIA GPU", capability),) if capability else ()
 
 
 def gpu_compute_capability(index: int = 0) -> str | None:
@@ -25,3 +51,8 @@ def gpu_compute_capability(index: int = 0) -> str | None:
     if any(call() != 0 for call in calls):
         return None
     return f"{major.value}.{minor.value}"
+
+
+def _parse_gpu(line: str) -> Gpu:
+    name, capability, memory, driver = (field.strip() for field in line.rsplit(",", 3))
+    return Gpu(name, capability, int(memory) << 20 if memory.isdecimal() else None, driver)

@@ -33,6 +33,8 @@ NOISE = re.compile(
 #: What TensorRT appends or prepends for its own developers.
 _SOURCE_NOTES = re.compile(r"( In \w+ at \S+?:\d+)+|\[\w+\.cpp:\d+: \w+\] |^(ERROR: )?\w+\.cpp:\d+:? ")
 _KEPT = 6
+#: How a builder says what a run of the engine works in.
+_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
 
 
 class _Errors:
@@ -65,9 +67,13 @@ def logger_for(module: Any) -> Any:
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self.errors = _Errors()
+            #: Bytes, as the last build said.
+            self.activation_bytes = 0
 
         def log(self, severity: Any, message: str) -> None:
             level = severities[severity]
+            if found := _ACTIVATIONS.search(message):
+                self.activation_bytes = int(found[1])
             if level < logging.WARNING:
                 LOG.log(level, "%s", message)
                 return

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from command_line import Cli
 
-from sana_export.cli import doctor, machine, packages
+from sana_export.cli import doctor, packages
 from sana_export.cli.doctor import judge
-from sana_export.cli.machine import Builder, Gpu, Machine, find_gpus
+from sana_export.cli.machine import Builder, Machine
 from sana_export.cli.packages import Package, exclusive_conflict, missing_package, require
 from sana_export.errors import DependencyError
+from sana_export.trt import device
+from sana_export.trt.device import Gpu, find_gpus
 
 NO_GPU = Machine("3.11", "python", "Linux", "linux-x86_64", "a processor", 2, 10**9, ())
 RTX = Builder("tensorrt-rtx", "1.7.1", ("8.9", "12.0"), None, None)
@@ -70,10 +72,7 @@ def test_the_builder_that_is_here_loads(cli: Cli) -> None:
         ((Gpu("a", "9.0"),), Builder("tensorrt", "11.0", (), None, None), True, True, None),
     ],
 )
-def test_engines(
-    gpus: tuple[Gpu, ...], builder: Builder, builds: bool, runs: bool, word: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor, "RUNNABLE", ("tensorrt-rtx", "tensorrt"))
+def test_engines(gpus: tuple[Gpu, ...], builder: Builder, builds: bool, runs: bool, word: str | None) -> None:
     title = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}[builder.backend]
     found = abilities(gpus, builder)
     assert found[f"build {title} engines"].possible is builds
@@ -141,7 +140,7 @@ def test_missing_modules() -> None:
 def test_gpus_as_nvidia_smi_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = "NVIDIA GeForce RTX 4090, 8.9, 24564, 560.35.03\nGraphics, odd name, 12.0, [N/A], 570.00\n"
     done = subprocess.CompletedProcess((), 0, listed, "")
-    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(device.subprocess, "run", lambda *_, **__: done)
     assert find_gpus.__wrapped__() == (
         Gpu("NVIDIA GeForce RTX 4090", "8.9", 24564 << 20, "560.35.03"),
         Gpu("Graphics, odd name", "12.0", None, "570.00"),
@@ -155,8 +154,8 @@ def test_the_driver_is_asked_where_nvidia_smi_is_missing(
     def missing(*_: object, **__: object) -> None:
         raise FileNotFoundError("nvidia-smi")
 
-    monkeypatch.setattr(machine.subprocess, "run", missing)
-    monkeypatch.setattr(machine, "gpu_compute_capability", lambda: capability)
+    monkeypatch.setattr(device.subprocess, "run", missing)
+    monkeypatch.setattr(device, "gpu_compute_capability", lambda: capability)
     assert find_gpus.__wrapped__() == gpus
 
 

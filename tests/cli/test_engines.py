@@ -13,7 +13,7 @@ from command_line import Cli
 from engine_entries import ENGINE, THERE
 from PIL import Image
 
-from sana_export.cli import bench, engines, fitness, verify
+from sana_export.cli import bench, engines, verify
 from sana_export.cli.console import Console
 from sana_export.cli.ledger import Ledger, stage_key
 from sana_export.cli.verb import Answer
@@ -118,7 +118,6 @@ def test_an_output_that_cannot_be_written_is_found_first(recipe: Path, tmp_path:
 def test_engines_that_do_not_run_here_are_listed_by_reason(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = dataclasses.replace(ENGINE, graph="context")
     manifest = Manifest.load(tiny_bundle).with_engine(ENGINE).with_engine(other)
-    monkeypatch.setattr(fitness, "RUNNABLE", ("tensorrt-rtx",))
     monkeypatch.setattr(engines, "here", lambda: dataclasses.replace(THERE, gpus=()))
     assert engines._not_run(manifest) == {"no NVIDIA GPU and driver here": "2 engines of tensorrt-rtx"}
     monkeypatch.setattr(engines, "here", lambda: THERE)

@@ -11,16 +11,11 @@ import pytest
 from command_line import Cli
 from engine_entries import ADA, ENGINE, HOPPER, THERE
 
-from sana_export.cli import fitness
 from sana_export.cli import inspect as verb
-from sana_export.cli.fitness import NOT_YET, RTX_CAPABILITIES, why_not
 from sana_export.contract import GRAPHS
 from sana_export.manifest import Manifest, file_entry
-
-
-@pytest.fixture(autouse=True)
-def runnable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitness, "RUNNABLE", ("onnxruntime", "tensorrt", "tensorrt-rtx"))
+from sana_export.trt.device import Gpu
+from sana_export.trt.fitness import RTX_CAPABILITIES, why_not
 
 
 @pytest.mark.parametrize(
@@ -52,16 +47,23 @@ def runnable(monkeypatch: pytest.MonkeyPatch) -> None:
                 "compute_capabilities: built for 12.0, here is 9.0",
             ],
         ),
+        ({"backend_version": "1.6", "options": {"version_compatible": True}}, {}, []),
+        (
+            {"backend_version": "2.0", "options": {"version_compatible": True}},
+            {},
+            ["backend_version: built with TensorRT-RTX 2.0, here is 1.7.1"],
+        ),
+        ({"compute_capabilities": ("8.0",), "options": {"hardware_compatible": True}}, {"gpus": (HOPPER,)}, []),
+        (
+            {"compute_capabilities": ("8.0",), "options": {"hardware_compatible": True}},
+            {"gpus": (Gpu("old", "7.5"),)},
+            ["compute_capabilities: built for 8.0 and later, here is 7.5"],
+        ),
         ({"backend": "openvino"}, {}, ["backend openvino is not known to this version of sana-export"]),
     ],
 )
 def test_reasons(engine: dict[str, Any], here: dict[str, Any], reasons: list[str]) -> None:
     assert why_not(dataclasses.replace(ENGINE, **engine), dataclasses.replace(THERE, **here)) == reasons
-
-
-def test_an_engine_that_this_version_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitness, "RUNNABLE", ("onnxruntime",))
-    assert why_not(ENGINE, THERE) == [NOT_YET]
 
 
 def with_engine(bundle: Path, content: bytes = b"engine") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -9,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
-from sana_export.errors import DependencyError, UsageError
+from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import Manifest
 
 if TYPE_CHECKING:
     from sana_export.runtime.prompt import PromptEmbeddings
+
+log = logging.getLogger(__name__)
 
 #: A tensor where the backend computes: opaque, made by `Backend.to_device` or by a session, readable with `Backend.to_host`.
 DeviceTensor = Any
@@ -119,12 +122,9 @@ def _onnxruntime(bundle: Path, manifest: Manifest) -> Backend:
 
 def _engines(name: str) -> Loader:
     def load(bundle: Path, manifest: Manifest) -> Backend:
-        raise DependencyError(
-            "running TensorRT engines is not part of this version of sana-export yet",
-            found=f"backend {name}",
-            wanted=" or ".join((AUTO, *RUNNABLE)),
-            fix="--backend onnxruntime",
-        )
+        from sana_export.runtime.backends.tensorrt import TensorRTBackend
+
+        return TensorRTBackend(bundle, manifest, name)
 
     return load
 
@@ -135,8 +135,8 @@ BACKENDS: dict[str, Loader] = {
     "tensorrt": _engines("tensorrt"),
     "tensorrt-rtx": _engines("tensorrt-rtx"),
 }
-#: Those that can run a bundle, the best first: what "auto" takes its choice from.
-RUNNABLE = ("onnxruntime",)
+#: Those that need engines which were built before, the best first, and what "auto" takes where there are none that run.
+ENGINE_BACKENDS, FALLBACK = ("tensorrt", "tensorrt-rtx"), "onnxruntime"
 
 
 def open_backend(name: str, bundle: Path, manifest: Manifest) -> Backend:
@@ -145,7 +145,23 @@ def open_backend(name: str, bundle: Path, manifest: Manifest) -> Backend:
     Raises UsageError for an unknown name, DependencyError where the backend's package is missing, ArtifactError where the
     bundle's precision cannot run on it.
     """
-    name = RUNNABLE[0] if name == AUTO else name
+    name = _best(bundle, manifest) if name == AUTO else name
     if name not in BACKENDS:
         raise UsageError(f"there is no backend named {name!r}", wanted=", ".join((AUTO, *BACKENDS)), fix=f"--backend {AUTO}")
     return BACKENDS[name](bundle, manifest)
+
+
+def _best(bundle: Path, manifest: Manifest) -> str:
+    """The best backend that can run `bundle` here. Nothing of it is loaded."""
+    from sana_export.trt.choice import runnable
+    from sana_export.trt.fitness import here
+
+    for name in ENGINE_BACKENDS:
+        if any(engine.backend == name for engine in manifest.engines):
+            try:
+                runnable(bundle, manifest, name, here())
+            except ArtifactError as error:
+                log.info("%s is not used: %s", name, error.found)
+            else:
+                return name
+    return FALLBACK

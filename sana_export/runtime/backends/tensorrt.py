@@ -1,0 +1,260 @@
+"""TensorRT and TensorRT-RTX: a bundle's engines on a GPU, tensors that stay there, everything enqueued in one order.
+
+One implementation for both: the module is a value. What talks to the GPU is `runtime/cuda.py` and `trt/engine.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sana_export.errors import UsageError
+from sana_export.manifest import EngineEntry, Manifest, check_files
+from sana_export.runtime.backends import Array, Backend, DeviceTensor
+from sana_export.runtime.cuda import ALIGNMENT, CudaDevice, Device, Memory
+from sana_export.runtime.loop import Replay
+from sana_export.runtime.prompt import PromptEmbeddings
+from sana_export.trt.choice import runnable, typical_axes
+from sana_export.trt.engine import LoadedEngine, SharedMemory
+from sana_export.trt.fitness import Here, here
+from sana_export.trt.flavour import load
+from sana_export.trt.memory import DTYPE_BYTES, needs, settle
+
+LOG = logging.getLogger(__name__)
+
+#: Text tokens are filled up to multiples of this: with 2 or 3 branches a few more of them cost next to nothing in a step, and
+#: prompts of about one length replay one captured loop.
+TEXT_MULTIPLE = 32
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceArray:
+    """A tensor in the device's memory: `dtype` as the contract names it."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+    memory: Memory
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class Table(Sequence[DeviceArray]):
+    """Tensors of one shape in one block, each at an address that an engine can read."""
+
+    def __init__(self, memory: Memory, rows: int, stride: int, shape: tuple[int, ...], dtype: str) -> None:
+        self.memory, self.stride = memory, stride
+        self._rows = [DeviceArray(memory.address + index * stride, shape, dtype, memory) for index in range(rows)]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+class EngineSession:
+    """One graph: the engine for the shapes that it is fed, loaded when it is first needed, run on device tensors."""
+
+    def __init__(self, backend: TensorRTBackend, graph: str) -> None:
+        self._backend, self._graph = backend, graph
+        self._spec = backend.manifest.graphs[graph].spec
+        self._inputs = {tensor.name: tensor for tensor in self._spec.inputs}
+        self._loaded: dict[str, LoadedEngine] = {}
+        # What was compiled for this GPU is kept when the session is let go, or the process ends.
+        weakref.finalize(self, _save_caches, self._loaded)
+        self._last: LoadedEngine | None = None
+
+    def run(
+        self, feeds: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor] | None = None
+    ) -> dict[str, DeviceTensor]:
+        backend = self._backend
+        values = {name: backend.to_device(value) for name, value in feeds.items()}
+        shapes = {name: value.shape for name, value in values.items()}
+        engine = self._last = self._engine_for(shapes)
+        engine.shape(shapes)
+        found = {
+            tensor.name: (outputs or {}).get(tensor.name) or backend.empty(engine.output_shape(tensor.name), tensor.dtype)
+            for tensor in self._spec.outputs
+        }
+        engine.run({name: value.address for name, value in {**values, **found}.items()})
+        return found
+
+    @property
+    def capturable(self) -> bool:
+        return self._last is not None and self._last.capturable
+
+    def engine(self, entry: EngineEntry) -> LoadedEngine:
+        """The engine of `entry` on the device."""
+        if entry.key not in self._loaded:
+            self._loaded[entry.key] = self._backend.load_engine(entry)
+        return self._loaded[entry.key]
+
+    def _engine_for(self, shapes: Mapping[str, tuple[int, ...]]) -> LoadedEngine:
+        axes = {
+            axis: length
+            for name, shape in shapes.items()
+            for axis, length in zip(self._inputs[name].shape, shape, strict=True)
+            if isinstance(axis, str)
+        }
+        entry = self._backend.engines.serving(self._graph, axes)
+        if entry is None:
+            raise UsageError(
+                f"no {self._backend.name} engine of {self._graph} serves this request",
+                found=", ".join(f"{axis} {length}" for axis, length in axes.items()),
+                wanted="; or ".join(
+                    f"{entry.profile}: {dict(entry.ranges)}" for entry in self._backend.engines.engines[self._graph]
+                ),
+                fix=f"sana-export build {self._backend.bundle} --backend {self._backend.name}",
+            )
+        return self.engine(entry)
+
+
+def _save_caches(loaded: Mapping[str, LoadedEngine]) -> None:
+    for engine in loaded.values():
+        engine.save_cache()
+
+
+class TensorRTBackend(Backend):
+    """The engines of `bundle` that were built by `name` ("tensorrt" or "tensorrt-rtx").
+
+    `module`, `device` and `machine` are found where they are not given. Raises ArtifactError where no engines run here, with what
+    speaks against each, DependencyError where the module, the driver or the GPU is missing.
+    """
+
+    device = "cuda"
+    text_multiple = TEXT_MULTIPLE
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        name: str,
+        *,
+        module: Any = None,
+        device: Device | None = None,
+        machine: Here | None = None,
+    ) -> None:
+        self.bundle, self.manifest, self.name = bundle, manifest, name
+        self.engines = runnable(bundle, manifest, name, machine or here())
+        self._module = load(name) if module is None else module
+        self.gpu = CudaDevice() if device is None else device
+        self.shared = SharedMemory(self.gpu)
+        self._checked: set[str] = set()
+        self._stream_weights = False
+
+    def load(self, graph: str) -> EngineSession:
+        typical = typical_axes(self.manifest.model)
+        if not self.engines.engines.get(graph):
+            self.engines.admit([graph], typical)
+        session = EngineSession(self, graph)
+        session.engine(self.engines.serving(graph, typical) or self.engines.engines[graph][0])
+        return session
+
+    def load_engine(self, entry: EngineEntry) -> LoadedEngine:
+        """Check the engine's file, once, and load it."""
+        build = f"sana-export build {self.bundle} --backend {self.name}"
+        path = self.bundle / entry.file.path
+        if entry.key not in self._checked:
+            (path,) = check_files(self.bundle, [entry.file], fix=build)
+            self._checked.add(entry.key)
+        return LoadedEngine(self._module, self.gpu, self.shared, entry, path, build=build, stream_weights=self._stream_weights)
+
+    def to_device(self, array: Any) -> DeviceArray:
+        if isinstance(array, DeviceArray):
+            return array
+        target = self.empty(array.shape, str(array.dtype))
+        self.gpu.upload(target.address, array)
+        return target
+
+    def to_host(self, value: DeviceTensor | Array) -> Array:
+        if isinstance(value, np.ndarray):
+            return value
+        host = np.empty(value.shape, value.dtype)
+        self.gpu.download(value.address, host)
+        return host
+
+    def gather(self, embeddings: PromptEmbeddings) -> DeviceArray:
+        """Rows are copied within the device; those of the instruction come from the host."""
+        target = self.zeros(embeddings.shape, "float32")
+        _, batch, length, channels = embeddings.shape
+        row_bytes = channels * DTYPE_BYTES["float32"]
+        sources = {key: self.to_device(source) for key, source in embeddings.sources.items()}
+        for rows in embeddings.rows:
+            source = sources[id(rows.source)]
+            branch, number, first = rows.place
+            place = ((branch * batch + number) * length + first) * row_bytes
+            begin = (rows.item * source.shape[1] + rows.start) * row_bytes
+            self.gpu.copy(target.address + place, source.address + begin, (rows.stop - rows.start) * row_bytes)
+        return target
+
+    def mark(self) -> Any:
+        return self.gpu.mark()
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return self.gpu.seconds(start, end)
+
+    def settle_memory(self, mode: str) -> str:
+        wanted = needs(self.manifest, self.engines.typical(self.manifest.model))
+        settled, warning = settle(mode, wanted, self.gpu.free_bytes(), self.bundle)
+        if warning:
+            LOG.warning("%s", warning)
+        self._stream_weights = settled == "streaming"
+        return settled
+
+    def admit(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
+        self.engines.admit(graphs, axes)
+
+    def close(self) -> None:
+        self.gpu.wait()
+
+    # What a loop that captures its steps asks for (runtime/loop.py).
+
+    def empty(self, shape: Sequence[int], dtype: str) -> DeviceArray:
+        """A new tensor of whatever values."""
+        shape = tuple(shape)
+        memory = self.gpu.allocate(math.prod(shape) * DTYPE_BYTES[dtype])
+        return DeviceArray(memory.address, shape, dtype, memory)
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
+        target = self.empty(shape, dtype)
+        self.gpu.clear(target.address, target.nbytes)
+        return target
+
+    def table(self, rows: int, shape: Sequence[int], dtype: str) -> Table:
+        stride = -(-math.prod(shape) * DTYPE_BYTES[dtype] // ALIGNMENT) * ALIGNMENT
+        return Table(self.gpu.allocate(rows * stride), rows, stride, tuple(shape), dtype)
+
+    def write(self, target: DeviceArray, value: DeviceTensor | Array) -> None:
+        if isinstance(value, DeviceArray):
+            self.gpu.copy(target.address, value.address, target.nbytes)
+        else:
+            self.gpu.upload(target.address, np.asarray(value, dtype=target.dtype))
+
+    def write_table(self, target: Sequence[DeviceArray], rows: Array) -> None:
+        assert isinstance(target, Table)
+        padded = np.zeros((len(target), target.stride), dtype=np.uint8)
+        content = np.ascontiguousarray(rows, dtype=target[0].dtype).reshape(len(target), -1).view(np.uint8)
+        padded[:, : content.shape[1]] = content
+        self.gpu.upload(target.memory.address, padded)
+
+    def copy(self, value: DeviceArray) -> DeviceArray:
+        target = self.empty(value.shape, value.dtype)
+        self.gpu.copy(target.address, value.address, target.nbytes)
+        return target
+
+    def capture(self, work: Callable[[], None]) -> Replay:
+        return self.gpu.capture(work)
+
+    @property
+    def generation(self) -> int:
+        return self.shared.generation

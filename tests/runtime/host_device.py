@@ -1,0 +1,120 @@
+"""A device in the host's memory with the order of a CUDA stream: what is asked of it is done when somebody waits for it.
+
+It is stricter than a GPU where that finds mistakes: memory is filled with rubbish when it is taken and, in stream order, when it is
+given back; while work is captured nothing may be allocated, uploaded or given back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from sana_export.errors import DependencyError
+from sana_export.runtime.cuda import ALIGNMENT, Memory
+
+RUBBISH = 0xFB  # as float16 and float32 large and negative, as an index far outside
+
+
+class HostDevice:
+    name = "Host GPU 1"
+    compute_capability = "8.9"
+    stream = 77
+
+    def __init__(self, capacity: int = 1 << 40) -> None:
+        self.capacity, self.used, self.peak = capacity, 0, 0
+        self.live: dict[int, int] = {}
+        self.queue: list[Callable[[], None]] = []
+        self.capturing: list[Callable[[], None]] | None = None
+        self.uploaded = self.downloaded = self.captures = self.replays = self.enqueued = 0
+
+    def enter(self) -> None: ...
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        self.enqueued += 1
+        (self.queue if self.capturing is None else self.capturing).append(work)
+
+    def wait(self) -> None:
+        while self.queue:
+            self.queue.pop(0)()
+
+    def allocate(self, size: int) -> Memory:
+        assert self.capturing is None, "memory was taken while work is captured"
+        if self.used + size > self.capacity:
+            raise DependencyError("the GPU cannot be used", found="CUDA_ERROR_OUT_OF_MEMORY", wanted="more free GPU memory")
+        buffer = np.full(size + ALIGNMENT, RUBBISH, np.uint8)
+        address = -(-buffer.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self.used += size
+        self.peak = max(self.peak, self.used)
+        self.live[address] = size
+        memory = Memory(address, size, buffer)
+
+        def spoil() -> None:
+            buffer.fill(RUBBISH)
+            del self.live[address]
+
+        def give_back() -> None:
+            assert self.capturing is None, "memory was given back while work is captured"
+            self.used -= size
+            self.queue.append(spoil)
+
+        weakref.finalize(memory, give_back).atexit = False
+        return memory
+
+    def inside(self, address: int, size: int) -> None:
+        """Fail unless the bytes belong to memory that is taken."""
+        assert any(begin <= address and address + size <= begin + length for begin, length in self.live.items()), "foreign memory"
+
+    def upload(self, address: int, values: Any) -> None:
+        assert self.capturing is None, "an upload was captured: it would bring the same values every time"
+        self.inside(address, values.nbytes)
+        content = np.ascontiguousarray(values).tobytes()
+        self.uploaded += len(content)
+        self.enqueue(lambda: ctypes.memmove(address, content, len(content)) and None)
+
+    def download(self, address: int, values: Any) -> None:
+        self.inside(address, values.nbytes)
+        self.wait()
+        self.downloaded += values.nbytes
+        ctypes.memmove(values.ctypes.data, address, values.nbytes)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        self.inside(target, size)
+        self.inside(source, size)
+        self.enqueue(lambda: ctypes.memmove(target, source, size) and None)
+
+    def clear(self, address: int, size: int) -> None:
+        self.inside(address, size)
+        self.enqueue(lambda: ctypes.memset(address, 0, size) and None)
+
+    def mark(self) -> list[float]:
+        """The time when the queue gets there."""
+        reached: list[float] = []
+        self.enqueue(lambda: reached.append(perf_counter()))
+        return reached
+
+    def seconds(self, start: list[float], end: list[float]) -> float:
+        self.wait()
+        return end[0] - start[0]
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        assert self.capturing is None
+        self.capturing = captured = []
+        try:
+            work()
+        finally:
+            self.capturing = None
+        self.captures += 1
+
+        def replay() -> None:
+            self.replays += 1
+            self.queue.extend(captured)
+
+        return replay
+
+    def free_bytes(self) -> int:
+        return self.capacity - self.used

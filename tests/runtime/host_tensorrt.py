@@ -1,0 +1,291 @@
+"""A module with TensorRT-RTX's interface whose engines run a bundle's ONNX files in ONNX Runtime, in the memory of a `HostDevice`.
+
+An "engine" is a line of JSON. Every context spoils the memory that it works in, as a real one does. Names and answers are those of
+the installed TensorRT-RTX 1.7; tests/trt/test_module_interface.py holds the two beside each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import enum
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from sana_export.contract import GraphSpec
+from sana_export.manifest import EngineEntry, Manifest, file_entry
+from sana_export.profiles import PROFILES, Profile
+from sana_export.trt.memory import DTYPE_BYTES
+from sana_export.trt.plan import dynamic_axes, onnx_sha256
+
+VERSION = "1.7.1.116"
+#: What a run works in: bytes for each byte of its inputs.
+WORK_FACTOR = 3
+
+
+class Severity(enum.IntEnum):
+    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+
+class ILogger:
+    Severity = Severity
+
+
+class EngineValidity(enum.IntEnum):
+    VALID, SUBOPTIMAL, INVALID = range(3)
+
+
+class EngineInvalidityDiagnostics(enum.IntFlag):
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+    OLD_CUDA_RUNTIME = 8
+    INSUFFICIENT_GPU_MEMORY = 16
+    MALFORMED_ENGINE = 32
+    CUDA_ERROR = 64
+
+
+class ExecutionContextAllocationStrategy(enum.IntEnum):
+    STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
+
+
+class DynamicShapesKernelSpecializationStrategy(enum.IntEnum):
+    LAZY, EAGER, NONE = range(3)
+
+
+class CudaGraphStrategy(enum.IntEnum):
+    DISABLED, WHOLE_GRAPH_CAPTURE = range(2)
+
+
+class RuntimeCache:
+    def __init__(self, module: HostTensorRT) -> None:
+        self.module, self.shapes = module, set[str]()
+
+    def deserialize(self, blob: bytes) -> bool:
+        content = json.loads(blob)
+        if content["gpu"] != self.module.device.name:
+            return False
+        self.shapes |= set(content["shapes"])
+        return True
+
+    def serialize(self) -> bytes:
+        return json.dumps({"gpu": self.module.device.name, "shapes": sorted(self.shapes)}).encode()
+
+
+class RuntimeConfig:
+    dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+    cuda_graph_strategy = CudaGraphStrategy.DISABLED
+    allocation = ExecutionContextAllocationStrategy.STATIC
+    cache: RuntimeCache | None = None
+
+    def __init__(self, module: HostTensorRT) -> None:
+        self.module = module
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        self.allocation = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(self.module)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
+class Context:
+    device_memory = 0
+
+    def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
+        assert config.allocation == ExecutionContextAllocationStrategy.USER_MANAGED
+        self.engine, self.config, self.module = engine, config, engine.module
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        (tensor,) = [tensor for tensor in self.engine.spec.inputs if tensor.name == name]
+        for axis, length in zip(tensor.shape, shape, strict=True):
+            lowest, _, highest = self.engine.ranges[axis] if isinstance(axis, str) else (axis, axis, axis)
+            if not lowest <= length <= highest:
+                return self.module.fail(f"{name}: {axis} {length} is not within {lowest} to {highest}")
+        assert self.module.device.capturing is None, "a shape was set while work is captured"
+        self.shapes[name] = shape
+        return True
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return WORK_FACTOR * sum(math.prod(shape) for shape in self.shapes.values())
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        axes = {
+            axis: length
+            for tensor in self.engine.spec.inputs
+            for axis, length in zip(tensor.shape, self.shapes[tensor.name], strict=True)
+            if isinstance(axis, str)
+        }
+        for direction in ("height", "width"):
+            for of, inner in (("image", "latent"), ("feature", "latent"), ("tile_image", "tile")):
+                if (length := axes.get(f"{inner}_{direction}")) is not None:
+                    axes.setdefault(f"{of}_{direction}", length * self.engine.scales[of])
+        (tensor,) = [tensor for tensor in (*self.engine.spec.inputs, *self.engine.spec.outputs) if tensor.name == name]
+        return tuple(axis if isinstance(axis, int) else axes[axis] for axis in tensor.shape)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0, name
+        self.addresses[name] = address
+        return True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.module.capturable
+
+    def execute_async_v3(self, stream: int) -> bool:
+        device, engine = self.module.device, self.engine
+        assert stream == device.stream
+        if self.module.out_of_memory == "running":
+            return self.module.fail("Error Code 1: Cuda Runtime (out of memory)")
+        self.module.runs.append(engine.spec.name)
+        if self.config.cache is not None:
+            self.config.cache.shapes.add(f"{sorted(self.shapes.items())}")
+        tensors = {
+            tensor.name: (self.addresses[tensor.name], self.get_tensor_shape(tensor.name), tensor.dtype)
+            for tensor in (*engine.spec.inputs, *engine.spec.outputs)
+        }
+        for address, shape, dtype in tensors.values():
+            device.inside(address, math.prod(shape) * DTYPE_BYTES[dtype])
+        work, size = self.device_memory, self.update_device_memory_size_for_shapes()
+        device.inside(work, size)
+
+        def run() -> None:
+            device.inside(work, size)
+            ctypes.memset(work, 0xFB, size)
+            views = {name: _view(*tensor) for name, tensor in tensors.items()}
+            feeds = {tensor.name: views[tensor.name] for tensor in engine.spec.inputs}
+            names = [tensor.name for tensor in engine.spec.outputs]
+            for name, value in zip(names, engine.session.run(names, feeds), strict=True):
+                views[name][...] = value
+
+        device.enqueue(run)
+        return True
+
+
+def _view(address: int, shape: tuple[int, ...], dtype: str) -> Any:
+    size = math.prod(shape) * DTYPE_BYTES[dtype]
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8).view(dtype).reshape(shape)
+
+
+class Engine:
+    weight_streaming_budget_v2 = None
+
+    def __init__(self, module: HostTensorRT, content: Mapping[str, Any]) -> None:
+        from sana_export.manifest import parse_spec
+
+        self.module, self.ranges, self.scales = module, content["ranges"], content["scales"]
+        self.spec: GraphSpec = parse_spec(content["spec"])
+        self.session = onnxruntime.InferenceSession(content["onnx"], providers=["CPUExecutionProvider"])
+        # Weights take memory for as long as the engine lives.
+        self.weights = module.device.allocate(content["bytes"])
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig(self.module)
+
+    def create_execution_context(self, config: RuntimeConfig) -> Context:
+        self.module.contexts.append((self.spec.name, config))
+        return Context(self, config)
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return 4321
+
+
+class Runtime:
+    def __init__(self, logger: Any) -> None:
+        self.module: HostTensorRT = logger.module
+        self.module.logger = logger
+
+    def get_engine_validity(self, content: Any) -> tuple[EngineValidity, int]:
+        if self.module.diagnostics:
+            return EngineValidity.INVALID, int(self.module.diagnostics)
+        return EngineValidity.VALID, 0
+
+    def deserialize_cuda_engine(self, content: Any) -> Engine | None:
+        if self.module.out_of_memory == "loading":
+            self.module.fail("Error Code 1: Cuda Runtime (out of memory)")
+            return None
+        self.module.loads += 1
+        return Engine(self.module, json.loads(bytes(content)))
+
+
+class HostTensorRT:
+    """The module for one device. What a test wants to go wrong it says here."""
+
+    __name__ = "host_tensorrt"
+    __version__ = VERSION
+    Runtime = Runtime
+    EngineValidity = EngineValidity
+    EngineInvalidityDiagnostics = EngineInvalidityDiagnostics
+    ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+    DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
+    CudaGraphStrategy = CudaGraphStrategy
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self.capturable, self.diagnostics, self.out_of_memory = True, EngineInvalidityDiagnostics(0), ""
+        self.logger: Any = None
+        self.loads = 0
+        self.runs: list[str] = []
+        self.contexts: list[tuple[str, RuntimeConfig]] = []
+        module = self
+
+        class Logger(ILogger):
+            """Knows its module, as the C++ library knows itself."""
+
+            @property
+            def module(self) -> HostTensorRT:
+                return module
+
+        self.ILogger = Logger
+
+    def fail(self, line: str) -> bool:
+        self.logger.log(Severity.ERROR, line)
+        return False
+
+
+def with_engines(bundle: Path, profile: Profile | str = "default", *, activation_bytes: int = 1000, **changes: Any) -> Manifest:
+    """`bundle` with an engine of every graph for `profile`; `changes` are fields of their entries."""
+    manifest = Manifest.load(bundle)
+    profile = PROFILES[profile] if isinstance(profile, str) else profile
+    ranges = profile.ranges(manifest.model, instruction_tokens=4000)
+    scale, factor = manifest.model.decoder_tile_scale, manifest.model.vae_scale_factor
+    scales = {"image": factor, "feature": factor // scale, "tile_image": scale}
+    for name, graph in manifest.graphs.items():
+        own = {axis: ranges[axis] for axis in dynamic_axes(graph.spec)}
+        content = {
+            "onnx": str(bundle / graph.onnx.path),
+            "spec": dataclasses.asdict(graph.spec),
+            "ranges": own,
+            "scales": scales,
+            "bytes": sum(file.bytes for file in graph.files),
+        }
+        key = f"{profile.name}-{name}-{changes.get('backend_version', VERSION)}".ljust(64, "0")
+        path = bundle / "engines" / "tensorrt-rtx" / key[:40] / f"{name}.engine"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+        entry = EngineEntry(
+            graph=name,
+            backend="tensorrt-rtx",
+            key=key,
+            file=dataclasses.replace(file_entry(bundle, path)),
+            onnx_sha256=onnx_sha256(graph),
+            backend_version=VERSION,
+            compute_capabilities=(),
+            operating_system="any",
+            profile=profile.name,
+            ranges=own,
+            activation_bytes=activation_bytes,
+        )
+        manifest = manifest.with_engine(dataclasses.replace(entry, **changes))
+    manifest.save(bundle)
+    return manifest

@@ -1,0 +1,226 @@
+"""What a user is told where engines cannot run: no driver, another version, GPU or system, damage, too little memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from host_device import HostDevice
+from host_tensorrt import EngineInvalidityDiagnostics, HostTensorRT, with_engines
+
+from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
+from sana_export.manifest import Manifest
+from sana_export.profiles import Profile
+from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends import open_backend
+from sana_export.runtime.backends.tensorrt import TensorRTBackend
+from sana_export.runtime.cuda import CudaDevice, cuda_error
+from sana_export.trt.device import Gpu, gpu_compute_capability
+from sana_export.trt.fitness import Here
+
+WIDE = Profile("wide", (1, 1, 8), (1, 2, 3), ((32, 32), (512, 512)))
+SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 2, "seed": 1}
+HERE = Here((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    with_engines(copy, WIDE)
+    return copy
+
+
+@pytest.fixture
+def module() -> HostTensorRT:
+    return HostTensorRT(HostDevice())
+
+
+def opened(bundle: Path, module: HostTensorRT, machine: Here = HERE, **options: Any) -> SanaRuntime:
+    def backend(bundle: Path, manifest: Any) -> TensorRTBackend:
+        return TensorRTBackend(bundle, manifest, "tensorrt-rtx", module=module, device=module.device, machine=machine)
+
+    return SanaRuntime.from_pretrained(bundle, backend=backend, **options)
+
+
+def told(error: SanaExportError) -> str:
+    assert error.found is not None
+    assert error.wanted is not None
+    assert error.fix is not None
+    return str(error)
+
+
+@pytest.mark.skipif(gpu_compute_capability() is not None, reason="there is a GPU")
+def test_no_driver() -> None:
+    """The real cuda-core on a machine without a driver."""
+    pytest.importorskip("cuda.core")
+    with pytest.raises(DependencyError, match="opening the GPU failed") as caught:
+        CudaDevice()
+    assert "install NVIDIA's driver" in told(caught.value)
+    assert "--backend onnxruntime" in told(caught.value)
+
+
+def test_no_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cuda.core", None)
+    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
+    with pytest.raises(DependencyError) as caught:
+        CudaDevice()
+    assert 'pip install "sana-export[tensorrt-rtx]"' in told(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        ("CUDA_ERROR_OUT_OF_MEMORY: no more", "--memory staged"),
+        ("CUDA driver: insufficient driver", "update NVIDIA's driver"),
+        ("CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "update NVIDIA's driver"),
+        ("CUDA_ERROR_UNKNOWN", "install NVIDIA's driver"),
+    ],
+)
+def test_what_the_driver_says(said: str, fix: str) -> None:
+    assert fix in told(cuda_error("a call", said))
+    assert said.splitlines()[0] in told(cuda_error("a call", said))
+
+
+@pytest.mark.parametrize(
+    ("machine", "engine", "found"),
+    [
+        ({"gpus": ()}, {}, "no NVIDIA GPU and driver here"),
+        ({"gpus": (Gpu("H100", "9.0"),)}, {}, "here is 9.0"),
+        ({"versions": {"tensorrt-rtx": "1.8"}}, {}, "built with TensorRT-RTX 1.7.1.116, here is 1.8"),
+        ({"versions": {}}, {}, "TensorRT-RTX is not installed"),
+        ({}, {"operating_system": "windows-amd64"}, "built on windows-amd64, here is linux-x86_64"),
+    ],
+)
+def test_engines_that_do_not_run_here(
+    tiny_bundle: Path, tmp_path: Path, module: HostTensorRT, machine: dict[str, Any], engine: dict[str, Any], found: str
+) -> None:
+    copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    with_engines(copy, WIDE, **engine)
+    with pytest.raises(ArtifactError) as caught:
+        opened(copy, module, dataclasses.replace(HERE, **machine))
+    assert found in told(caught.value)
+    assert f"sana-export build {copy} --backend tensorrt-rtx" in told(caught.value)
+
+
+def test_a_bundle_without_engines(tiny_bundle: Path, module: HostTensorRT) -> None:
+    with pytest.raises(ArtifactError, match="none was built") as caught:
+        opened(tiny_bundle, module)
+    assert caught.value.exit_code == 4
+
+
+def test_auto_takes_engines_only_where_they_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sana_export.trt import fitness
+
+    manifest = Manifest.load(bundle)
+    taken: list[str] = []
+    monkeypatch.setattr(
+        "sana_export.runtime.backends.BACKENDS",
+        {name: lambda *_, name=name: taken.append(name) for name in ("onnxruntime", "tensorrt-rtx", "tensorrt")},
+    )
+    for machine in (HERE, dataclasses.replace(HERE, gpus=())):
+        monkeypatch.setattr(fitness, "here", lambda machine=machine: machine)
+        open_backend("auto", bundle, manifest)
+    open_backend("auto", bundle, dataclasses.replace(manifest, engines=()))
+    assert taken == ["tensorrt-rtx", "onnxruntime", "onnxruntime"]
+
+
+@pytest.mark.parametrize(
+    ("diagnostic", "kind", "word"),
+    [
+        ("VERSION_MISMATCH", ArtifactError, "of another version"),
+        ("UNSUPPORTED_CC", ArtifactError, "for another GPU"),
+        ("MALFORMED_ENGINE", ArtifactError, "damaged"),
+        ("OLD_CUDA_DRIVER", DependencyError, "update NVIDIA's driver"),
+        ("INSUFFICIENT_GPU_MEMORY", DependencyError, "--memory staged"),
+        ("CUDA_ERROR", DependencyError, "sana-export doctor"),
+    ],
+)
+def test_what_the_module_says_of_an_engine(
+    bundle: Path, module: HostTensorRT, diagnostic: str, kind: type[SanaExportError], word: str
+) -> None:
+    module.diagnostics = EngineInvalidityDiagnostics[diagnostic]
+    with pytest.raises(kind) as caught:
+        opened(bundle, module)
+    assert diagnostic in told(caught.value)
+    assert word in told(caught.value)
+    assert "Host GPU 1" in told(caught.value)
+
+
+def test_a_damaged_engine(bundle: Path, module: HostTensorRT) -> None:
+    path = next(bundle.rglob("denoiser.engine"))
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(ArtifactError, match=r"denoiser\.engine is damaged") as caught:
+        opened(bundle, module)
+    assert f"sana-export build {bundle} --backend tensorrt-rtx" in told(caught.value)
+
+
+@pytest.mark.parametrize("when", ["loading", "running"])
+def test_out_of_memory(bundle: Path, module: HostTensorRT, when: str) -> None:
+    runtime = opened(bundle, module) if when == "running" else None
+    module.out_of_memory = when
+    with pytest.raises(DependencyError, match=f"out of GPU memory while {when} the engine of text_encoder") as caught:
+        (runtime or opened(bundle, module))("fox", **SMALL)
+    assert "out of memory" in str(caught.value.found)
+    assert "bytes free" in told(caught.value)
+    assert "--memory staged" in told(caught.value)
+    if runtime is not None:
+        module.out_of_memory = ""
+        assert runtime("fox", **SMALL).images, "the runtime goes on afterwards"
+
+
+def test_no_memory_for_what_an_engine_works_in(bundle: Path) -> None:
+    module = HostTensorRT(HostDevice())
+    runtime = opened(bundle, module, memory="resident")
+    runtime._sessions.need(["vae_decoder"])
+    module.device.capacity = module.device.used + 330_000  # the instruction fits
+    with pytest.raises(DependencyError, match="out of GPU memory while running the engine of text_encoder"):
+        runtime("fox", **SMALL)
+    module.device.capacity = 1 << 40
+    runtime("fox", **SMALL)
+
+
+def test_a_request_outside_all_profiles_is_told_what_is_possible(bundle: Path, module: HostTensorRT) -> None:
+    runtime = opened(bundle, module)
+    runs = len(module.runs)
+    with pytest.raises(UsageError) as caught:
+        runtime("fox", **{**SMALL, "height": 1024, "width": 768})
+    text = told(caught.value)
+    assert "1 images of 1024x768 (height x width), 2 guidance branches" in text
+    assert "denoiser (wide): batch 1 to 8, branches 1 to 3, height 32 to 512 px, width 32 to 512 px" in text
+    assert f"fix:    sana-export build {bundle} --backend tensorrt-rtx --height 1024 --width 768 --batch 1" in text
+    with pytest.raises(UsageError, match="9 images of 96x160"):
+        runtime("fox", **SMALL, num_images_per_prompt=9)
+    assert len(module.runs) == runs, "nothing was run before it was known"
+
+
+def test_a_decoder_that_was_not_built(bundle: Path, module: HostTensorRT) -> None:
+    manifest = Manifest.load(bundle)
+    kept = tuple(engine for engine in manifest.engines if engine.graph not in ("vae_decoder_head", "vae_decoder_tail"))
+    dataclasses.replace(manifest, engines=kept).save(bundle)
+    runtime = opened(bundle, module)
+    runtime("fox", **SMALL)
+    with pytest.raises(UsageError, match="no engine of vae_decoder_head; no engine of vae_decoder_tail"):
+        runtime("fox", **SMALL, decoder_tile=64)
+
+
+def test_the_narrowest_engine_serves(bundle: Path, module: HostTensorRT) -> None:
+    """Of several profiles the closest to a request is run, and none is loaded that is not run or expected to be."""
+    exact = Profile("exact", (1, 1, 1), (2, 2, 2), ((96, 160),))
+    with_engines(bundle, exact)
+    runtime = opened(bundle, module)
+    loads = module.loads
+    runtime("fox", **SMALL)
+    # Those of the size were loaded beside the typical ones; text encoder and context do not depend on it.
+    assert {engine.entry.profile for engine in runtime._sessions["denoiser"]._loaded.values()} == {"wide", "exact"}
+    assert module.loads > loads
+    after = module.loads
+    runtime("fox", **{**SMALL, "height": 128})
+    assert module.loads == after
+    found = runtime.backend.engines
+    axes = {"batch": 1, "branches": 2, "latent_height": 3, "latent_width": 5}
+    assert found.serving("denoiser", axes).profile == "exact"
+    assert found.serving("denoiser", {**axes, "branches": 3}).profile == "wide"
+    assert found.serving("denoiser", {**axes, "latent_height": 17}) is None

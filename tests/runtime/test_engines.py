@@ -1,0 +1,276 @@
+"""The TensorRT backend on a device in the host's memory, with engines that run the bundle's own ONNX files.
+
+Everything but the GPU's own calls is real here: what is enqueued when, at which addresses, in whose memory, what is captured and
+replayed. Pictures have to be those of ONNX Runtime, which other tests compare with diffusers.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from host_device import HostDevice
+from host_tensorrt import CudaGraphStrategy, DynamicShapesKernelSpecializationStrategy, HostTensorRT, with_engines
+
+from sana_export.profiles import Profile
+from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends.tensorrt import TensorRTBackend
+from sana_export.runtime.request import Request
+from sana_export.trt.device import Gpu
+from sana_export.trt.fitness import Here
+
+SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
+HERE = Here((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
+WIDE = Profile("wide", (1, 1, 8), (1, 2, 3), ((32, 32), (512, 512)))
+#: float32 in another order: text tokens are filled up to a multiple of 32 here.
+TOLERANCE = 2e-4
+
+
+def pixels(images: Any) -> npt.NDArray[np.int64]:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def opened(bundle: Path, device: HostDevice, module: HostTensorRT, **options: Any) -> SanaRuntime:
+    def backend(bundle: Path, manifest: Any) -> TensorRTBackend:
+        return TensorRTBackend(bundle, manifest, "tensorrt-rtx", module=module, device=device, machine=HERE)
+
+    return SanaRuntime.from_pretrained(bundle, backend=backend, **options)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("engines") / "bundle")
+    with_engines(copy, WIDE)
+    return copy
+
+
+@pytest.fixture
+def device() -> HostDevice:
+    return HostDevice()
+
+
+@pytest.fixture
+def module(device: HostDevice) -> HostTensorRT:
+    return HostTensorRT(device)
+
+
+@pytest.fixture
+def runtime(bundle: Path, device: HostDevice, module: HostTensorRT) -> SanaRuntime:
+    return opened(bundle, device, module)
+
+
+def assert_same(runtime: SanaRuntime, reference: SanaRuntime, prompt: Any, **options: Any) -> Any:
+    options = {**SMALL, "seed": 7, **options}
+    found = runtime(prompt, output_type="latent", **options).images
+    wanted = reference(prompt, output_type="latent", **options).images
+    assert np.abs(wanted).max() > 1
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
+    difference = pixels(runtime(prompt, **options).images) - pixels(reference(prompt, **options).images)
+    assert np.abs(difference).max() <= 1
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"pag_scale": 2.0, "negative_prompt": "blue"},
+        {"pag_scale": 2.0, "guidance_scale": 1.0, "pag_adaptive_scale": 0.004},
+        {"prompt": ["fox", "一只可爱的熊猫在吃竹子", ""], "num_images_per_prompt": 2, "seed": [1, 2, 3, 4, 5, 6]},
+        {"prompt": "a very detailed painting of a house by the lake, " * 60},
+        {"height": 128, "width": 128, "decoder_tile": 64},
+        {"num_inference_steps": 1},
+        {"num_inference_steps": 4},
+        {"complex_human_instruction": False, "negative_prompt": "blurry, bad anatomy"},
+    ],
+    ids=lambda options: ",".join(options) or "defaults",
+)
+def test_pictures_are_those_of_onnxruntime(
+    runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice, options: dict[str, Any]
+) -> None:
+    options = {"prompt": "A cute 🐼 eating 🎋", **options}
+    assert_same(runtime, tiny_runtime, options.pop("prompt"), **options)
+    assert (device.captures, device.replays) == (1, 2)
+
+
+def test_a_captured_loop_serves_other_prompts_seeds_and_scales(
+    runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice, module: HostTensorRT
+) -> None:
+    first = assert_same(runtime, tiny_runtime, "a red fox")
+    assert device.captures == 1
+    others = [
+        assert_same(runtime, tiny_runtime, "a blue whale"),
+        assert_same(runtime, tiny_runtime, "a red fox", seed=8),
+        assert_same(runtime, tiny_runtime, "a red fox", guidance_scale=7.0),
+        assert_same(runtime, tiny_runtime, "", negative_prompt="red"),
+    ]
+    assert device.captures == 1
+    assert all(np.abs(first - other).max() > 0.1 for other in others)
+    # Other shapes have loops of their own, and the first one is still there afterwards.
+    assert_same(runtime, tiny_runtime, "a red fox", width=96)
+    assert_same(runtime, tiny_runtime, "a red fox", num_inference_steps=2)
+    assert_same(runtime, tiny_runtime, "a red fox", pag_scale=2.0)
+    assert device.captures == 4
+    np.testing.assert_array_equal(assert_same(runtime, tiny_runtime, "a red fox"), first)
+    assert device.captures == 4
+    assert module.loads == len(set(module.runs))
+
+
+def test_a_loop_is_captured_again_when_its_memory_has_moved(
+    runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice
+) -> None:
+    assert_same(runtime, tiny_runtime, "a red fox")
+    generation = runtime.backend.generation
+    assert_same(runtime, tiny_runtime, "a red fox", height=512, width=512, num_inference_steps=1)
+    assert runtime.backend.generation > generation
+    assert device.captures == 2
+    for _ in range(2):
+        assert_same(runtime, tiny_runtime, "a red fox")
+        assert device.captures == 3
+
+
+def test_steps_are_replayed_one_by_one_where_somebody_looks(
+    runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice
+) -> None:
+    replacement = np.random.default_rng(0).normal(size=(1, 32, 3, 5)).astype(np.float32)
+
+    def drawn(by: SanaRuntime) -> tuple[list[Any], Any]:
+        seen: list[Any] = []
+
+        def callback(_: Any, index: int, timestep: float, values: dict[str, Any]) -> dict[str, Any] | None:
+            seen.append((index, timestep, values["latents"].copy()))
+            values["latents"][:] = 9  # a copy: of no effect
+            return {"latents": replacement} if index == 1 else None
+
+        result = by("fox", seed=4, output_type="latent", callback_on_step_end=callback, **{**SMALL, "num_inference_steps": 4})
+        return seen, result
+
+    (ours, found), (theirs, wanted) = drawn(runtime), drawn(tiny_runtime)
+    assert [step[:2] for step in ours] == [step[:2] for step in theirs]
+    for mine, reference in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine[2], reference[2], atol=TOLERANCE)
+    np.testing.assert_allclose(found.images, wanted.images, atol=TOLERANCE)
+    assert device.captures == 4
+    assert len(found.timings.denoise) == 4
+    drawn(runtime)
+    assert (device.captures, device.replays) == (4, 8)
+
+
+def test_the_steps_that_a_caller_drives_stay_as_they_are(runtime: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
+    def steps(by: SanaRuntime) -> list[Any]:
+        plan = by.plan(Request("fox", output_type="latent", seed=8, **SMALL))
+        listed = list(by.steps(plan, by.encode(plan)))
+        return [[by.backend.to_host(tensor) for tensor in (step.latents, step.x0)] for step in listed]
+
+    for found, wanted in zip(steps(runtime), steps(tiny_runtime), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
+
+
+def test_only_tokens_noise_tables_and_pixels_cross(runtime: SanaRuntime, device: HostDevice) -> None:
+    runtime("a red fox", seed=1, **SMALL)
+    model = runtime.manifest.model
+    up, down = device.uploaded, device.downloaded
+    runtime("a red fox", seed=2, **SMALL)
+    latents = 32 * 3 * 5 * 4
+    assert device.downloaded - down == latents + 96 * 160 * 3
+    tokens = runtime.text.tokenize("a red fox", max_sequence_length=300, instruct=True)
+    rows = (len(tokens.ids) - tokens.shared + 1) * model.text_channels * 4  # and BOS's
+    tables = 3 * 3 * 256
+    resize = 2 * (96 + 160) * (8 + 4)
+    noise = 2 * latents + 2048  # what sampling starts from, no x0 yet, and in a table no fresh noise
+    masks = 2 * 32 * 4 + 2 * 4
+    assert device.uploaded - up == rows + tables + resize + noise + masks
+
+
+def test_times_are_of_the_device(runtime: SanaRuntime) -> None:
+    timings = runtime("fox", seed=1, **SMALL).timings
+    assert timings.denoise == ()
+    parts = (timings.text_encoder, timings.context, timings.denoise_loop, timings.vae_decoder)
+    assert min(parts) > 0
+    assert sum(parts) <= timings.total
+
+
+def test_what_cannot_be_captured_is_enqueued(
+    runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice, module: HostTensorRT, caplog: pytest.LogCaptureFixture
+) -> None:
+    module.capturable = False
+    assert_same(runtime, tiny_runtime, "fox")
+    assert_same(runtime, tiny_runtime, "fox", seed=3)
+    assert (device.captures, device.replays) == (0, 0)
+    assert caplog.text.count("cannot be captured") == 1
+
+
+def test_how_each_graph_is_run(runtime: SanaRuntime, module: HostTensorRT) -> None:
+    runtime("fox", seed=1, **SMALL)
+    found = {
+        name: (config.dynamic_shapes_kernel_specialization_strategy, config.cuda_graph_strategy) for name, config in module.contexts
+    }
+    captured = (DynamicShapesKernelSpecializationStrategy.EAGER, CudaGraphStrategy.DISABLED)
+    others = (DynamicShapesKernelSpecializationStrategy.LAZY, CudaGraphStrategy.WHOLE_GRAPH_CAPTURE)
+    assert found == {
+        **dict.fromkeys(("denoiser", "sampler"), captured),
+        **dict.fromkeys(("text_encoder", "context", "vae_decoder", "postprocess"), others),
+    }
+
+
+def test_compiled_kernels_are_kept_beside_the_engine(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    with_engines(copy, WIDE)
+
+    def draw(device: HostDevice) -> None:
+        with opened(copy, device, HostTensorRT(device)) as runtime:
+            runtime("fox", seed=1, **SMALL)
+
+    def caches() -> dict[str, str]:
+        return {path.parent.name: path.read_text() for path in copy.rglob("*.cache")}
+
+    assert caches() == {}
+    draw(HostDevice())
+    written = caches()
+    assert len(written) == 6
+    names = {path.name for path in copy.rglob("*.cache")}
+    assert "denoiser.host-gpu-1.cache" in names
+    draw(HostDevice())
+    assert caches() == written
+    other = HostDevice()
+    other.name = "Host GPU 2"
+    draw(other)
+    assert len(list(copy.rglob("*.cache"))) == 12
+    path = next(copy.rglob("denoiser.host-gpu-1.cache"))
+    path.write_text(path.read_text().replace("Host GPU 1", "Host GPU 9"))
+    draw(HostDevice())
+    assert path.read_text() == written[path.parent.name]
+
+
+def test_threads_share_a_runtime(runtime: SanaRuntime) -> None:
+    seeds = range(6)
+    alone = [runtime("fox", seed=seed, output_type="latent", **SMALL).images for seed in seeds]
+    found: dict[int, Any] = {}
+
+    def draw(seed: int) -> None:
+        found[seed] = runtime("fox", seed=seed, output_type="latent", **SMALL).images
+
+    threads = [threading.Thread(target=draw, args=(seed,)) for seed in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in seeds:
+        np.testing.assert_array_equal(found[seed], alone[seed])
+
+
+def test_sprint_draws_fresh_noise_every_step(sprint_bundle: Path, sprint_runtime: SanaRuntime, tmp_path: Path) -> None:
+    copy = shutil.copytree(sprint_bundle, tmp_path / "bundle")
+    with_engines(copy, WIDE)
+    device = HostDevice()
+    runtime = opened(copy, device, HostTensorRT(device))
+    for steps in (2, 4):
+        assert_same(runtime, sprint_runtime, "a red fox", num_inference_steps=steps, guidance_scale=4.5)
+        assert_same(runtime, sprint_runtime, "a red fox", num_inference_steps=steps, guidance_scale=2.0, seed=9)
+    assert device.captures == 2
