@@ -33,11 +33,14 @@ class EngineWeights:
     def __init__(self, module: Any, engine: Any, graph: GraphEntry, bundle: Path) -> None:
         onnx, *data = check_files(bundle, graph.files, fix=f"sana-export export MODEL -o {bundle}")
         self._module, self._engine, self._graph = module, engine, graph.spec.name
+        #: The bundle's own values by name.
+        self.own: dict[str, Array] = dict(read_tensors(onnx, data))
         self._changed: dict[str, Array] = {}
-        self._held: ChainMap[str, Array] = ChainMap(self._changed, dict(read_tensors(onnx, data)))
+        self._held: ChainMap[str, Array] = ChainMap(self._changed, self.own)
 
-    def fill(self) -> None:
-        """Give the engine all of its weights (`refit_weights`)."""
+    def fill(self, changed: Mapping[str, Array] | None = None) -> None:
+        """Give the engine all of its weights (`refit_weights`): the bundle's own, but those in `changed`."""
+        self._changed.update(changed or {})
         refit_weights(self._module, self._engine, self._graph, self._held)
 
     def refit(self, weights: Mapping[str, Array]) -> None:
