@@ -16,9 +16,10 @@ PACKAGE = Path(__file__).parent
 
 @cache
 def source_digest(*folders: str) -> str:
-    """Hash of the package's own code in these folders ("." for all of it): what is made by other code is made again."""
+    """Hash of the package's own code in these folders or modules ("." for all of it): what is made by other code is made again."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in (PACKAGE / folder).rglob("*.py")):
+    found = (path for name in folders for path in (*(PACKAGE / name).rglob("*.py"), *PACKAGE.glob(f"{name}.py")))
+    for path in sorted(found):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -33,14 +33,37 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class LoraTarget:
+    """Where a layer of the transformer lies in a graph, for a LoRA on it (runtime/lora.py).
+
+    `module` as diffusers names it, `shape` that of its weight there: [out, in] or [out, in, 1, 1]. The graph's `initializer`, an
+    array of shape `stored` and of `dtype`, holds `factor` times the weight in the rows from `first` on, or, where it is
+    `transposed`, in the columns.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    initializer: str
+    stored: tuple[int, ...]
+    dtype: str
+    first: int = 0
+    transposed: bool = False
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class GraphEntry:
-    """One exported graph: its resolved tensors, the ONNX file and the external data files it reads."""
+    """One exported graph: its resolved tensors, the ONNX file and the external data files it reads.
+
+    `lora_targets`: every layer of the transformer that it holds; empty in bundles of before they were recorded.
+    """
 
     spec: GraphSpec
     onnx: FileEntry
     data: tuple[FileEntry, ...]
     opset: int
     parameters: int
+    lora_targets: tuple[LoraTarget, ...] = ()
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -284,7 +307,12 @@ def parse_graph(entry: Mapping[str, Any]) -> GraphEntry:
         tuple(FileEntry(**file) for file in entry["data"]),
         entry["opset"],
         entry["parameters"],
+        tuple(map(_parse_target, entry.get("lora_targets", ()))),
     )
+
+
+def _parse_target(entry: Mapping[str, Any]) -> LoraTarget:
+    return LoraTarget(**{**entry, "shape": tuple(entry["shape"]), "stored": tuple(entry["stored"])})
 
 
 def _parse(document: Mapping[str, Any]) -> Manifest:

@@ -8,11 +8,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from sana_export.adapters import Lora
 from sana_export.bench.candidates import Job, Sample
 from sana_export.bench.stages import StageTimes
 from sana_export.errors import DependencyError
 from sana_export.graphs.checkpoint import SanaCheckpoint
-from sana_export.graphs.lora import Lora
 from sana_export.manifest import Options
 from sana_export.runtime.request import Request
 

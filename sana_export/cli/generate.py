@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="decode in tiles of this side, to the same image in less memory; 0 never (default: 1024 beyond 2048x2048 pixels)",
     )
+    parser.add_argument(
+        "--lora",
+        metavar="PATH[:SCALE]",
+        action="append",
+        default=[],
+        help="a LoRA in the format of diffusers or PEFT, added to the bundle's weights; may be given several times",
+    )
     parser.add_argument("--backend", metavar="B", default="auto", help="onnxruntime, tensorrt-rtx, tensorrt (default: auto)")
     parser.add_argument(
         "--memory",
@@ -60,9 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> Answer:
     output = Path(options.output)
     output_type = check_output(output)
+    from sana_export.adapters import parse_lora
     from sana_export.runtime import SanaRuntime
 
+    loras = [parse_lora(text) for text in options.lora]
     runtime = SanaRuntime.from_pretrained(options.bundle, backend=options.backend, memory=options.memory)
+    for lora in loras:
+        runtime.load_lora(lora.path, lora.scale)
     settings = {
         "negative_prompt": options.negative_prompt,
         "num_inference_steps": options.steps,
@@ -110,6 +121,7 @@ def sample(
         "backend": runtime.backend.name,
         "device": runtime.backend.device,
         "memory": runtime.memory,
+        "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in runtime.loras],
         "seconds": dataclasses.asdict(result.timings),
     }
     timings = result.timings

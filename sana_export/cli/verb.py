@@ -93,8 +93,8 @@ def model_options(files: Any, hub: Any) -> dict[str, Any]:
     `files` has the attributes revision, variant, transformer and lora (a recipe or parsed options), `hub` has token, cache_dir and
     offline (parsed options). Raises UsageError for a LoRA's scale that is no number.
     """
+    from sana_export.adapters import parse_lora
     from sana_export.graphs.hub import Hub
-    from sana_export.graphs.lora import parse_lora
 
     return {
         "revision": files.revision,

@@ -198,7 +198,7 @@ def choose_graphs(names: Iterable[str]) -> list[str]:
 
 def export_key(checkpoint: SanaCheckpoint, options: Options, names: Iterable[str]) -> str:
     """Hash of all that decides what an export writes."""
-    code = source_digest("graphs", "export")
+    code = source_digest("graphs", "export", "adapters")
     parts = [__version__, code, torch.__version__, OPSET, checkpoint.sha256, dataclasses.asdict(options), list(names)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

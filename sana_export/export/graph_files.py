@@ -9,11 +9,19 @@ from pathlib import Path
 import onnx
 
 from sana_export.contract import WEIGHTS_OF, GraphSpec
-from sana_export.export.modules import build_graph, graph_spec
-from sana_export.export.onnx import check_onnx, check_values, export_onnx, external_files, parameter_count, run_module
+from sana_export.export.modules import build_graph, graph_spec, lora_targets
+from sana_export.export.onnx import (
+    check_onnx,
+    check_targets,
+    check_values,
+    export_onnx,
+    external_files,
+    parameter_count,
+    run_module,
+)
 from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.graphs.storage import WeightFile, stored_in
-from sana_export.manifest import GraphEntry, Options, file_entry
+from sana_export.manifest import GraphEntry, LoraTarget, Options, file_entry
 
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
@@ -30,14 +38,15 @@ def export_graphs(
     """Export graphs that share the weight file of `owner` into `bundle`, check each, and return their entries."""
     folder = bundle / "onnx" / owner
     shutil.rmtree(folder, ignore_errors=True)
-    exported: dict[str, tuple[GraphSpec, onnx.ModelProto]] = {}
+    exported: dict[str, tuple[GraphSpec, onnx.ModelProto, tuple[LoraTarget, ...]]] = {}
     with WeightFile(folder / "model.onnx.data") as weights:
         for name in names:
             spec, path = graph_spec(name, checkpoint, options), folder / onnx_name(name)
             with stored_in(weights):
                 module = build_graph(name, checkpoint, options)
             export_onnx(module, spec, path, weights)
-            exported[name] = spec, check_onnx(path, spec)
+            exported[name] = spec, check_onnx(path, spec), lora_targets(name, checkpoint, options)
+            check_targets(path, *exported[name][1:])
             examples = run_module(module, spec)
             weights.release()
             check_values(path, spec, examples, options.precision)
@@ -51,8 +60,9 @@ def export_graphs(
             data if external_files(model) else (),
             model.opset_import[0].version,
             parameter_count(model),
+            targets,
         )
-        for name, (spec, model) in exported.items()
+        for name, (spec, model, targets) in exported.items()
     }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,45 +14,59 @@ from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.graphs.context import Context
 from sana_export.graphs.denoiser import Denoiser
 from sana_export.graphs.numerics import NUMERICS
+from sana_export.graphs.origins import trace_origins
 from sana_export.graphs.postprocess import Postprocess
 from sana_export.graphs.sampler import Sampler
 from sana_export.graphs.text_encoder import TextEncoder
 from sana_export.graphs.vae_decoder import VaeDecoder, VaeDecoderHead, VaeDecoderTail, feature_channels
-from sana_export.manifest import Options
+from sana_export.manifest import LoraTarget, Options
+
+Config = Mapping[str, Any]
+Weights = Mapping[str, Tensor]
 
 
-def _component_graph(component: str, graph: type[nn.Module]) -> Callable[[SanaCheckpoint, Options], nn.Module]:
-    def build(checkpoint: SanaCheckpoint, options: Options) -> nn.Module:
-        return graph(checkpoint.config(component), checkpoint.weights(component), NUMERICS[options.dtype])
+@dataclass(frozen=True)
+class Builder:
+    """How a graph is made: of which component's config and weights (None: of none), and by what."""
 
-    return build
-
-
-def _denoiser(checkpoint: SanaCheckpoint, options: Options) -> nn.Module:
-    return Denoiser(
-        checkpoint.config("transformer"),
-        checkpoint.weights("transformer"),
-        NUMERICS[options.dtype],
-        clamp=options.clamp,
-        pag_layers=options.pag_layers,
-    )
+    component: str | None
+    make: Callable[[Config, Weights, Options], nn.Module]
 
 
-BUILDERS: dict[str, Callable[[SanaCheckpoint, Options], nn.Module]] = {
-    "text_encoder": _component_graph("text_encoder", TextEncoder),
-    "context": _component_graph("transformer", Context),
-    "denoiser": _denoiser,
-    "sampler": lambda checkpoint, options: Sampler(),
-    "vae_decoder": _component_graph("vae", VaeDecoder),
-    "vae_decoder_head": _component_graph("vae", VaeDecoderHead),
-    "vae_decoder_tail": _component_graph("vae", VaeDecoderTail),
-    "postprocess": lambda checkpoint, options: Postprocess(),
+def _plain(component: str, graph: type[nn.Module]) -> Builder:
+    return Builder(component, lambda config, weights, options: graph(config, weights, NUMERICS[options.dtype]))
+
+
+def _denoiser(config: Config, weights: Weights, options: Options) -> nn.Module:
+    return Denoiser(config, weights, NUMERICS[options.dtype], clamp=options.clamp, pag_layers=options.pag_layers)
+
+
+BUILDERS: dict[str, Builder] = {
+    "text_encoder": _plain("text_encoder", TextEncoder),
+    "context": _plain("transformer", Context),
+    "denoiser": Builder("transformer", _denoiser),
+    "sampler": Builder(None, lambda config, weights, options: Sampler()),
+    "vae_decoder": _plain("vae", VaeDecoder),
+    "vae_decoder_head": _plain("vae", VaeDecoderHead),
+    "vae_decoder_tail": _plain("vae", VaeDecoderTail),
+    "postprocess": Builder(None, lambda config, weights, options: Postprocess()),
 }
 
 
 def build_graph(name: str, checkpoint: SanaCheckpoint, options: Options) -> nn.Module:
     """The deployment graph `name` with the checkpoint's weights, ready to run."""
-    return BUILDERS[name](checkpoint, options).eval()
+    component, make = BUILDERS[name].component, BUILDERS[name].make
+    if component is None:
+        return make({}, {}, options).eval()
+    return make(checkpoint.config(component), checkpoint.weights(component), options).eval()
+
+
+def lora_targets(name: str, checkpoint: SanaCheckpoint, options: Options) -> tuple[LoraTarget, ...]:
+    """Where the layers of the transformer lie in the graph `name`; of none for a graph of another component."""
+    if BUILDERS[name].component != "transformer":
+        return ()
+    config = checkpoint.config("transformer")
+    return trace_origins(lambda weights: BUILDERS[name].make(config, weights, options), checkpoint.weights("transformer").on_meta())
 
 
 def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> GraphSpec:

@@ -25,6 +25,7 @@ from sana_export.export.half import WideProducts
 from sana_export.export.modules import CHECK_SIZES, TRACE_SIZES, random_inputs
 from sana_export.export.parity import compare_tensors
 from sana_export.graphs.storage import WeightFile
+from sana_export.manifest import LoraTarget
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,20 @@ def check_onnx(path: Path, spec: GraphSpec) -> onnx.ModelProto:
         if described != expected:
             raise ParityError(f"{path} has other {kind}s than its contract", found=described, wanted=expected)
     return model
+
+
+def check_targets(path: Path, model: onnx.ModelProto, targets: Iterable[LoraTarget]) -> None:
+    """Raise ParityError unless each target is an initializer of the model under its name, with its shape and dtype, that lies
+    outside the file: else refitting it would change something else, or nothing."""
+    outside = {tensor.name: (tuple(tensor.dims), tensor.data_type) for tensor in model.graph.initializer if tensor.external_data}
+    for target in targets:
+        wanted = (target.stored, DTYPES[target.dtype])
+        if (found := outside.get(target.initializer)) != wanted:
+            raise ParityError(
+                f"{path} does not hold {target.module} where its graph has it",
+                found=found or f"no external initializer {target.initializer}",
+                wanted=wanted,
+            )
 
 
 @dataclass(frozen=True, eq=False)

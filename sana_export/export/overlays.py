@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from sana_export.errors import DependencyError
 
 if TYPE_CHECKING:
+    from sana_export.adapters import Lora
     from sana_export.graphs.checkpoint import SanaCheckpoint
-    from sana_export.graphs.lora import Lora
 
 
 def load_transformer(checkpoint: SanaCheckpoint, dtype: Any) -> Any:

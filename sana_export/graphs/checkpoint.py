@@ -11,11 +11,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from sana_export.adapters import Lora
 from sana_export.environment import source_digest
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.graphs.components import COMPONENTS, check_weights, select_weights
 from sana_export.graphs.hub import INDEX, Hub, ReadJson, fetch, not_a_checkpoint, read_json
-from sana_export.graphs.lora import Lora, fold_loras
+from sana_export.graphs.lora import fold_loras
 from sana_export.graphs.single_file import open_single_file
 from sana_export.graphs.weights import Weights, read_headers
 from sana_export.manifest import Checkpoint, Overlay, hash_file

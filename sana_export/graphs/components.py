@@ -9,11 +9,7 @@ from typing import Any
 
 from sana_export.errors import ArtifactError
 from sana_export.graphs.weights import Stored, Weights
-
-#: dtypes that weights can be stored in, as safetensors names them.
-DTYPES = ("F32", "F16", "BF16")
-#: Endings of weights that are not safetensors. They are pickles, which run code when they are read.
-PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+from sana_export.weight_files import DTYPES, PICKLES
 
 
 @dataclass(frozen=True)

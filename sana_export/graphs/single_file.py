@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sana_export.errors import ArtifactError
-from sana_export.graphs.components import PICKLES
 from sana_export.graphs.weights import Stored, Weights, read_headers
+from sana_export.weight_files import PICKLES
 
 PREFIX = "model.diffusion_model."
 #: In the original names only.

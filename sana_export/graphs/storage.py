@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -91,11 +91,17 @@ class WeightFile:
                 mapped._mmap.madvise(mmap.MADV_DONTNEED)
 
 
-_CURRENT: ContextVar[WeightFile | None] = ContextVar("weight_file", default=None)
+class Keeper(Protocol):
+    """Where parameters go: a `WeightFile`, or whoever wants to see them."""
+
+    def keep(self, value: Tensor) -> Tensor: ...
+
+
+_CURRENT: ContextVar[Keeper | None] = ContextVar("weight_file", default=None)
 
 
 @contextlib.contextmanager
-def stored_in(file: WeightFile) -> Iterator[None]:
+def stored_in(file: Keeper) -> Iterator[None]:
     """Parameters of graphs that are built inside live in `file`."""
     token = _CURRENT.set(file)
     try:

@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from sana_export.adapters import Lora
 from sana_export.contract import GRAPHS, WEIGHTS_OF
 from sana_export.environment import return_free_memory
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import Manifest, check_files
 from sana_export.runtime.backends import AUTO, MEMORY_MODES, Array, Backend, DeviceTensor, Loader, Session, open_backend
 from sana_export.runtime.loop import Capturing, EnqueuedSession, Loops, LoopShape, SamplingLoop
+from sana_export.runtime.lora import LoraStack
 from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.prompt import PromptEncoder
 from sana_export.runtime.rebuild import export_line
@@ -104,7 +106,8 @@ class SanaRuntime:
         self._lock = threading.RLock()
         self._loops = Loops()
         self._prefixes: dict[int, DeviceTensor] = {}
-        self._sessions = _Sessions(backend, staged=memory != "resident")
+        self._loras = LoraStack(bundle, manifest, backend.check_refit)
+        self._sessions = _Sessions(backend, self._loras, staged=memory != "resident")
         if not self._sessions.staged:
             self._sessions.need(SAMPLING_GRAPHS)
 
@@ -228,6 +231,28 @@ class SanaRuntime:
                 self._call_back(callback, step, plan)
             marks.append(self.backend.mark())
         return step.latents, marks
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs that were loaded, in their order."""
+        return self._loras.loras
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Add `scale` times the LoRA in the file or folder `path` to the weights, on top of those loaded before (docs/lora.md).
+
+        A `Conditioning` that was encoded before keeps the weights of then. Raises UsageError where nothing is there,
+        ArtifactError naming the tensor for a LoRA that does not fit or weights that cannot be changed, DependencyError out of
+        memory; nothing has changed then.
+        """
+        with self._lock:
+            self._loops.clear()  # what was captured may hold the old weights
+            self._loras.add(Lora(Path(path), scale), self._sessions)
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs away: the weights are the bundle's again, bit by bit."""
+        with self._lock:
+            self._loops.clear()
+            self._loras.clear(self._sessions)
 
     def plan(self, request: Request) -> Plan:
         """Check a request and settle all that follows from it. Raises UsageError, also for what the backend's engines cannot do."""
@@ -423,13 +448,15 @@ class SanaRuntime:
 class _Sessions(dict[str, Session]):
     """Sessions by the names of their graphs, each loaded when it is first asked for; `staged` lets go of those not needed."""
 
-    def __init__(self, backend: Backend, *, staged: bool) -> None:
+    def __init__(self, backend: Backend, loras: LoraStack, *, staged: bool) -> None:
         super().__init__()
-        self._backend, self.staged = backend, staged
+        self._backend, self._loras, self.staged = backend, loras, staged
 
     def __missing__(self, graph: str) -> Session:
-        self[graph] = self._backend.load(graph)
-        return self[graph]
+        session = self._backend.load(graph)
+        self._loras.refit(graph, session)
+        self[graph] = session
+        return session
 
     def need(self, graphs: Iterable[str]) -> None:
         """Load those of `graphs` that are not, after letting go of the others where memory is short."""

@@ -46,13 +46,25 @@ class StoredTensor:
         return np.asarray(self._decode(self.stored[np.asarray(indices, dtype=np.int64)]), dtype=np.float32)
 
     def _decode(self, values: Array) -> Array:
-        if self.dtype == "BF16":  # the upper half of a float32
-            return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        if self.dtype == "BF16":
+            return widen_bfloat16(values)
         return values.astype(np.float32, copy=False) if self.dtype.startswith("F") else values
 
 
+def widen_bfloat16(bits: Array) -> Float32:
+    """The float32 numbers that bfloat16 `bits` (uint16) stand for: bfloat16 is the upper half of a float32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def round_to_bfloat16(values: Float32) -> npt.NDArray[np.uint16]:
+    """The bits of the bfloat16 numbers nearest to finite float32 `values`, of two equally near the one with an even last bit."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    carry = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return ((bits + carry) >> np.uint32(16)).astype(np.uint16)
+
+
 class TensorFile(Mapping[str, StoredTensor]):
-    """The tensors of the .safetensors file at `path`, by name.
+    """The tensors of the .safetensors file at `path`, by name. `metadata` is what the file says of itself.
 
     Raises ArtifactError, with `fix` as the line that mends it, where the file is damaged or truncated, and when a tensor is
     asked for that it does not hold.
@@ -62,7 +74,7 @@ class TensorFile(Mapping[str, StoredTensor]):
         self.path, self._fix = path, fix
         try:
             data = np.memmap(path, dtype=np.uint8, mode="r")
-            self._tensors = _parse(data)
+            self._tensors, self.metadata = _parse(data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from error
 
@@ -81,15 +93,16 @@ class TensorFile(Mapping[str, StoredTensor]):
         return ArtifactError(f"{self.path} is damaged", found=found, wanted="a whole safetensors file", fix=self._fix)
 
 
-def _parse(data: npt.NDArray[np.uint8]) -> dict[str, StoredTensor]:
-    """The tensors of a mapped file; ValueError, KeyError or TypeError where it is not one."""
+def _parse(data: npt.NDArray[np.uint8]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors and the metadata of a mapped file; ValueError, KeyError or TypeError where it is not one."""
     length = int.from_bytes(data[:_LENGTH_BYTES].tobytes(), "little")
     start = _LENGTH_BYTES + length
     if not _LENGTH_BYTES < start <= data.size:
         raise ValueError(f"a header of {length} bytes in a file of {data.size}")
     header: dict[str, Any] = json.loads(data[_LENGTH_BYTES:start].tobytes())
     values = data[start:]
-    return {name: _tensor(name, entry, values) for name, entry in header.items() if name != "__metadata__"}
+    metadata = dict(header.pop("__metadata__", None) or {})
+    return {name: _tensor(name, entry, values) for name, entry in header.items()}, metadata
 
 
 def _tensor(name: str, entry: Mapping[str, Any], values: npt.NDArray[np.uint8]) -> StoredTensor:

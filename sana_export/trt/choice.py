@@ -23,9 +23,17 @@ class EngineSet:
     backend: str
     engines: Mapping[str, Sequence[EngineEntry]]
 
-    def serving(self, graph: str, axes: Mapping[str, int]) -> EngineEntry | None:
-        """The first engine of `graph` whose ranges hold `axes`; axes that it does not have are not looked at."""
-        return next((entry for entry in self.engines[graph] if not outside(entry.ranges, axes)), None)
+    def serving(self, graph: str, axes: Mapping[str, int], *, refittable: bool = False) -> EngineEntry | None:
+        """The first engine of `graph` whose ranges hold `axes`; axes that it does not have are not looked at.
+
+        `refittable`: of those engines alone.
+        """
+        entries = self.refittable(graph) if refittable else self.engines[graph]
+        return next((entry for entry in entries if not outside(entry.ranges, axes)), None)
+
+    def refittable(self, graph: str) -> list[EngineEntry]:
+        """The engines of `graph` whose weights can be changed."""
+        return [entry for entry in self.engines.get(graph, ()) if entry.refittable]
 
     def admit(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
         """Raise UsageError, listing what is possible and the line that makes the rest so, unless each of `graphs` is served."""

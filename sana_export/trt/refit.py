@@ -1,21 +1,52 @@
-"""Weights for an engine that was built without them (`BuildOptions.refittable`).
+"""Weights for an engine that was built without them (`BuildOptions.refittable`), all at once or some of them later.
 
-`refit_engine` needs a deserialized engine and so a GPU. It has not been run on one: the tests run it against a stand-in for the
+Both need a deserialized engine and so a GPU. They have not been run on one: the tests run them against a stand-in for the
 module's `Refitter`, written after NVIDIA's documentation ("Refitting an Engine") and the installed TensorRT-RTX 1.7.
 """
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from sana_export.errors import ArtifactError
 from sana_export.manifest import GraphEntry, check_files
 from sana_export.trt.logger import logger_for
-from sana_export.trt.weights import Bytes, read_tensors
+from sana_export.trt.weights import read_tensors
+
+Array = npt.NDArray[Any]
 
 _SHOWN = 8
+
+
+class EngineWeights:
+    """The weights of one deserialized engine of `graph`, and what they are now: what a session refits through.
+
+    Made from the bundle's files, which are checked and mapped. `module` is `tensorrt` or `tensorrt_rtx`.
+    """
+
+    def __init__(self, module: Any, engine: Any, graph: GraphEntry, bundle: Path) -> None:
+        onnx, *data = check_files(bundle, graph.files, fix=f"sana-export export MODEL -o {bundle}")
+        self._module, self._engine, self._graph = module, engine, graph.spec.name
+        #: The bundle's own values by name.
+        self.own: dict[str, Array] = dict(read_tensors(onnx, data))
+        self._changed: dict[str, Array] = {}
+        self._held: ChainMap[str, Array] = ChainMap(self._changed, self.own)
+
+    def fill(self, changed: Mapping[str, Array] | None = None) -> None:
+        """Give the engine all of its weights (`refit_weights`): the bundle's own, but those in `changed`."""
+        self._changed.update(changed or {})
+        refit_weights(self._module, self._engine, self._graph, self._held)
+
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """`Session.refit`, once the engine is filled and while no work of it is under way (`refit_named`)."""
+        refit_named(self._module, self._engine, self._graph, weights, self._held)
+        self._changed.update(weights)
 
 
 def refit_engine(module: Any, engine: Any, graph: GraphEntry, bundle: Path) -> None:
@@ -26,33 +57,86 @@ def refit_engine(module: Any, engine: Any, graph: GraphEntry, bundle: Path) -> N
     not name the same weights, where one has another size, or where the module refuses: an engine with a part of its weights is
     never kept. Whether the numbers are right, `verify` tells.
     """
-    fix = f"sana-export export MODEL -o {bundle}"
-    onnx, *data = check_files(bundle, graph.files, fix=fix)
-    refit_weights(module, engine, graph.spec.name, read_tensors(onnx, data))
+    EngineWeights(module, engine, graph, bundle).fill()
 
 
-def refit_weights(module: Any, engine: Any, graph: str, tensors: Mapping[str, Bytes]) -> None:
-    """Set `tensors` (name to bytes) in `engine` and refit it. Raises ArtifactError unless they are exactly its weights."""
-    logger = logger_for(module)
-    logger.errors.take()
-    refitter = module.Refitter(engine, logger)
-    wanted = set(refitter.get_all_weights())
+def refit_weights(module: Any, engine: Any, graph: str, tensors: Mapping[str, Array]) -> None:
+    """Set `tensors` (name to values) in `engine` and refit it. Raises ArtifactError unless they are exactly its weights."""
+    refit = _Refit(module, engine, graph)
+    wanted = refit.names
     _none(graph, "it asks for weights that the bundle does not hold", wanted - set(tensors))
     _none(graph, "the bundle holds weights that it has no place for", set(tensors) - wanted)
-    prototypes = {name: refitter.get_weights_prototype(name) for name in tensors}
-    sizes = ((name, prototypes[name].nbytes, tensors[name].nbytes) for name in tensors)
-    wrong = [f"{name} ({theirs} bytes, the bundle's has {ours})" for name, theirs, ours in sizes if theirs != ours]
-    _none(graph, "weights have another size", wrong)
-    refused = [name for name in tensors if not _set(module, refitter, name, prototypes[name], tensors[name])]
-    _none(graph, "it refuses weights", refused, logger.errors.take())
-    _none(graph, "weights are missing", refitter.get_missing_weights())
-    if not refitter.refit_cuda_engine():
-        raise _error(graph, "the refit failed", "; ".join(logger.errors.take()) or "no reason given")
+    refit.give(tensors)
+    _none(graph, "weights are missing", refit.missing())
+    refit.run()
 
 
-def _set(module: Any, refitter: Any, name: str, prototype: Any, values: Bytes) -> bool:
-    weights = module.Weights(prototype.dtype, values.ctypes.data, prototype.size)
-    return bool(refitter.set_named_weights(name, weights))
+def refit_named(module: Any, engine: Any, graph: str, weights: Mapping[str, Array], held: Mapping[str, Array]) -> None:
+    """Set `weights` in an `engine` that is whole, and leave its others as they are.
+
+    `held` are the values of all of its weights now, looked up where they are needed: for a weight that the compiler joined with
+    one of `weights`, which has to be given along with it, and for the way back, since a refit that fails may have changed a part.
+    Raises ArtifactError for an engine that is not refittable, a name that it does not know, another size, a refusal; the engine
+    then holds what it held, or the message says that it does not.
+    """
+    refit = _Refit(module, engine, graph)
+    _none(graph, "it has no place for weights", set(weights) - refit.names)
+    refit.give(weights)
+    joined = {name: held[name] for name in refit.missing() if name in held}
+    refit.give(joined)
+    _none(graph, "weights are missing", refit.missing())
+    try:
+        refit.run()
+    except ArtifactError as error:
+        before = {name: held[name] for name in (*weights, *joined)}
+        try:
+            refit.give(before)
+            refit.run()
+        except ArtifactError as again:
+            raise ArtifactError(
+                f"the engine of {graph} holds a part of its new weights and a part of its old ones",
+                found=f"{error.found}; on the way back {again.found}",
+                wanted="one set of weights",
+                fix="load the bundle again",
+            ) from error
+        raise
+
+
+class _Refit:
+    """The module's Refitter over one engine, with its refusals as errors."""
+
+    def __init__(self, module: Any, engine: Any, graph: str) -> None:
+        self._module, self._graph = module, graph
+        if not engine.refittable:
+            raise _error(graph, "it was built with its weights inside", "an engine that cannot be refitted")
+        self._logger = logger_for(module)
+        self._logger.errors.take()
+        self._refitter = module.Refitter(engine, self._logger)
+        self.names = set(self._refitter.get_all_weights())
+        self._given: dict[str, Array] = {}
+
+    def missing(self) -> list[str]:
+        """The weights that have to be given with those that were."""
+        return list(self._refitter.get_missing_weights())
+
+    def give(self, tensors: Mapping[str, Array]) -> None:
+        """Set values, which are read when the refit runs; nothing of the engine changes yet."""
+        values = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        prototypes = {name: self._refitter.get_weights_prototype(name) for name in values}
+        sizes = ((name, prototypes[name].nbytes, values[name].nbytes) for name in values)
+        wrong = [f"{name} ({theirs} bytes, the bundle's has {ours})" for name, theirs, ours in sizes if theirs != ours]
+        _none(self._graph, "weights have another size", wrong)
+        self._given |= values
+        refused = [name for name in values if not self._set(name, prototypes[name], values[name])]
+        _none(self._graph, "it refuses weights", refused, self._logger.errors.take())
+
+    def run(self) -> None:
+        if not self._refitter.refit_cuda_engine():
+            raise _error(self._graph, "the refit failed", "; ".join(self._logger.errors.take()) or "no reason given")
+
+    def _set(self, name: str, prototype: Any, values: Array) -> bool:
+        weights = self._module.Weights(prototype.dtype, values.ctypes.data, prototype.size)
+        return bool(self._refitter.set_named_weights(name, weights))
 
 
 def _none(graph: str, what: str, names: Iterable[str], reasons: Iterable[str] = ()) -> None:

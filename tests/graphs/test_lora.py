@@ -9,51 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SanaPipeline, SanaTransformer2DModel
-from peft import LoraConfig, get_peft_model
+from diffusers import SanaTransformer2DModel
+from lora_files import diffusers_lora, load_transformer, peft_lora, refusals, write
 from safetensors.torch import load_file, save_file
 
+from sana_export.adapters import Lora, parse_lora
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.export.reference import load_reference
 from sana_export.graphs.checkpoint import SanaCheckpoint, open_checkpoint
-from sana_export.graphs.lora import Lora, parse_lora
 from sana_export.manifest import Options
-
-#: A linear layer and a 1x1 convolution of each kind that adapters are trained on.
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1", "proj_out", "proj")
 
 
 @pytest.fixture
 def transformer(tiny_checkpoint: SanaCheckpoint) -> Any:
-    return SanaTransformer2DModel.from_pretrained(tiny_checkpoint.folder, subfolder="transformer")
-
-
-def randomised(model: Any, seed: int = 0) -> Any:
-    """`model` with every adapter matrix drawn afresh, so that B is not zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in model.named_parameters():
-        if "lora_" in name:
-            value.data = 0.1 * torch.randn(value.shape, generator=generator)
-    return model
-
-
-def peft_lora(transformer: Any, folder: Path, **options: Any) -> Path:
-    """An adapter in PEFT's format, saved by PEFT."""
-    config = LoraConfig(target_modules=list(TARGETS), init_lora_weights=True, **options)
-    randomised(get_peft_model(transformer, config)).save_pretrained(str(folder))
-    return folder
-
-
-def diffusers_lora(transformer: Any, folder: Path, *, metadata: bool = True, **options: Any) -> Path:
-    """An adapter in diffusers' format, saved by diffusers."""
-    from diffusers.training_utils import _collate_lora_metadata
-    from peft import get_peft_model_state_dict
-
-    transformer.add_adapter(LoraConfig(target_modules=list(TARGETS), init_lora_weights=True, **options))
-    randomised(transformer)
-    extra = _collate_lora_metadata({"transformer": transformer}) if metadata else {}
-    SanaPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(transformer), **extra)
-    return folder
+    return load_transformer(tiny_checkpoint)
 
 
 def output(transformer: Any) -> torch.Tensor:
@@ -143,7 +112,7 @@ def test_alpha_tensors_are_read(tiny_checkpoint, transformer, tmp_path):
 def test_several_adapters_add_up_and_the_reference_has_them_too(tiny_checkpoint, transformer, tmp_path):
     plain = output(transformer)
     first = diffusers_lora(transformer, tmp_path / "first", r=4, lora_alpha=6)
-    again = SanaTransformer2DModel.from_pretrained(tiny_checkpoint.folder, subfolder="transformer")
+    again = load_transformer(tiny_checkpoint)
     second = peft_lora(again, tmp_path / "second", r=2, lora_alpha=3, use_rslora=True)
     loras = Lora(first, 0.7), Lora(second, -0.4)
     checkpoint = open_checkpoint(str(tiny_checkpoint.folder), loras=loras)
@@ -184,48 +153,6 @@ def test_a_path_and_its_scale(text, path, scale):
 def test_a_scale_that_is_no_number(text):
     with pytest.raises(UsageError, match="PATH:SCALE"):
         parse_lora(text)
-
-
-def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-LAYER = "transformer.transformer_blocks.0.attn1.to_q"
-
-
-def pair(layer: str = LAYER, *, width: int = 64, rank: int = 4, up: str = ".lora_B.weight") -> dict[str, torch.Tensor]:
-    return {f"{layer}.lora_A.weight": torch.zeros(rank, width), f"{layer}{up}": torch.zeros(width, rank)}
-
-
-def refusals(width: int) -> dict[str, tuple[dict[str, torch.Tensor], tuple[str, ...]]]:
-    depthwise = "transformer.transformer_blocks.0.ff.conv_depth"
-    return {
-        "DoRA": (
-            {**pair(width=width), f"{LAYER}.lora_magnitude_vector": torch.zeros(1)},
-            ("DoRA", f"{LAYER}.lora_magnitude_vector"),
-        ),
-        "kohya": ({"lora_unet_blocks_0_attn_qkv.lora_down.weight": torch.zeros(2, 2)}, ("lora_unet_blocks_0_attn_qkv", LAYER[:12])),
-        "text encoder": (pair("text_encoder.layers.0.self_attn.q_proj"), ("text_encoder.layers.0", "transformer_blocks.0")),
-        "FLUX": (
-            pair("transformer.single_transformer_blocks.0.attn.to_q"),
-            ("another model", "single_transformer_blocks.0.attn.to_q"),
-        ),
-        "wider": (pair(width=2 * width), (f"{LAYER}.lora_A.weight", f"[4, {2 * width}]", f"[4, {width}]")),
-        "one rank": (
-            {f"{LAYER}.lora_A.weight": torch.zeros(4, width), f"{LAYER}.lora_B.weight": torch.zeros(width, 3)},
-            (f"{LAYER}.lora_B.weight", f"[{width}, 3]", f"[{width}, 4]"),
-        ),
-        "half": ({f"{LAYER}.lora_A.weight": torch.zeros(4, width)}, ("not whole", "no lora_B of transformer_blocks.0.attn1.to_q")),
-        "bias": ({**pair(width=width), f"{LAYER}.lora_B.bias": torch.zeros(width)}, (f"{LAYER}.lora_B.bias",)),
-        "depthwise": (
-            {f"{depthwise}.lora_A.weight": torch.zeros(4, 8, 3, 3), f"{depthwise}.lora_B.weight": torch.zeros(8, 4, 1, 1)},
-            ("depthwise", f"{depthwise}.lora_A.weight", "train without conv_depth"),
-        ),
-        "quantised": ({name: value.to(torch.int8) for name, value in pair(width=width).items()}, ("I8", "F32, F16, BF16")),
-        "empty": ({}, ("no tensors",)),
-    }
 
 
 @pytest.mark.parametrize("case", refusals(64))

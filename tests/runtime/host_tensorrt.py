@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from sana_export.contract import GraphSpec
@@ -156,6 +157,8 @@ class Context:
         }
         for address, shape, dtype in tensors.values():
             device.inside(address, math.prod(shape) * DTYPE_BYTES[dtype])
+        session = engine.session  # what is captured keeps the weights that it was captured with
+        assert session is not None, "an engine without weights was run"
         work, size = self.device_memory, self.update_device_memory_size_for_shapes()
         device.inside(work, size)
 
@@ -165,7 +168,7 @@ class Context:
             views = {name: _view(*tensor) for name, tensor in tensors.items()}
             feeds = {tensor.name: views[tensor.name] for tensor in engine.spec.inputs}
             names = [tensor.name for tensor in engine.spec.outputs]
-            for name, value in zip(names, engine.session.run(names, feeds), strict=True):
+            for name, value in zip(names, session.run(names, feeds), strict=True):
                 views[name][...] = value
 
         device.enqueue(run)
@@ -185,9 +188,19 @@ class Engine:
 
         self.module, self.ranges, self.scales = module, content["ranges"], content["scales"]
         self.spec: GraphSpec = parse_spec(content["spec"])
-        self.session = onnxruntime.InferenceSession(content["onnx"], providers=["CPUExecutionProvider"])
+        self.onnx, self.refittable = content["onnx"], content["refittable"]
+        self.values: dict[str, onnxruntime.OrtValue] = {}
+        self.session: Any = None  # without weights it cannot run
+        if not self.refittable:
+            self.open()
         # Weights take memory for as long as the engine lives.
         self.weights = module.device.allocate(content["bytes"])
+
+    def open(self) -> None:
+        options = onnxruntime.SessionOptions()
+        if self.values:
+            options.add_external_initializers(list(self.values), list(self.values.values()))
+        self.session = onnxruntime.InferenceSession(self.onnx, options, providers=["CPUExecutionProvider"])
 
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig(self.module)
@@ -198,6 +211,50 @@ class Engine:
 
     def get_weight_streaming_automatic_budget(self) -> int:
         return 4321
+
+
+@dataclasses.dataclass
+class Weights:
+    dtype: np.dtype[Any]
+    address: int
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class Refitter:
+    """Over an `Engine`: all weights are needed first, later those that change."""
+
+    def __init__(self, engine: Engine, logger: Any) -> None:
+        self.engine, self.module = engine, engine.module
+        self.given: dict[str, onnxruntime.OrtValue] = {}
+        initializers = onnx.load(engine.onnx, load_external_data=False).graph.initializer
+        self.shapes = {tensor.name: tuple(tensor.dims) for tensor in initializers if tensor.external_data}
+
+    def get_all_weights(self) -> list[str]:
+        return list(self.shapes)
+
+    def get_weights_prototype(self, name: str) -> Weights:
+        return Weights(np.dtype(np.float32), 0, math.prod(self.shapes[name]))
+
+    def set_named_weights(self, name: str, weights: Weights) -> bool:
+        values = np.frombuffer(ctypes.string_at(weights.address, weights.nbytes), weights.dtype).reshape(self.shapes[name])
+        self.given[name] = onnxruntime.OrtValue.ortvalue_from_numpy(values)
+        return True
+
+    def get_missing_weights(self) -> list[str]:
+        return [] if self.engine.values else [name for name in self.shapes if name not in self.given]
+
+    def refit_cuda_engine(self) -> bool:
+        assert not (self.engine.values and self.module.device.queue), "an engine was refitted with work under way"
+        if self.module.refits_fail_on == self.engine.spec.name:
+            return self.module.fail("out of device memory")
+        self.module.refits.append((self.engine.spec.name, set(self.given)))
+        self.engine.values |= self.given
+        self.engine.open()
+        return True
 
 
 class Runtime:
@@ -224,6 +281,8 @@ class HostTensorRT:
     __name__ = "host_tensorrt"
     __version__ = VERSION
     Runtime = Runtime
+    Refitter = Refitter
+    Weights = Weights
     EngineValidity = EngineValidity
     EngineInvalidityDiagnostics = EngineInvalidityDiagnostics
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
@@ -236,6 +295,8 @@ class HostTensorRT:
         self.logger: Any = None
         self.loads = 0
         self.runs: list[str] = []
+        self.refits: list[tuple[str, set[str]]] = []
+        self.refits_fail_on = ""
         self.contexts: list[tuple[str, RuntimeConfig]] = []
         module = self
 
@@ -267,6 +328,7 @@ def with_engines(bundle: Path, profile: Profile | str = "default", *, activation
             "spec": dataclasses.asdict(graph.spec),
             "ranges": own,
             "scales": scales,
+            "refittable": bool(changes.get("options", {}).get("refittable") and graph.data),
             "bytes": sum(file.bytes for file in graph.files),
         }
         key = f"{profile.name}-{name}-{changes.get('backend_version', VERSION)}".ljust(64, "0")
@@ -286,6 +348,7 @@ def with_engines(bundle: Path, profile: Profile | str = "default", *, activation
             ranges=own,
             activation_bytes=activation_bytes,
         )
-        manifest = manifest.with_engine(dataclasses.replace(entry, **changes))
+        own_changes = changes if graph.data else {name: value for name, value in changes.items() if name != "options"}
+        manifest = manifest.with_engine(dataclasses.replace(entry, **own_changes))
     manifest.save(bundle)
     return manifest

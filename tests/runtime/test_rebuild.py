@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from sana_export.adapters import Lora
 from sana_export.cli.main import parse
 from sana_export.cli.verb import model_options
-from sana_export.graphs.lora import Lora
 from sana_export.manifest import Checkpoint, Manifest, Options, Overlay
 from sana_export.runtime.rebuild import export_line, model_words
 

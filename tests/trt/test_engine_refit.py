@@ -2,7 +2,6 @@
 
 import ctypes
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import tensorrt_rtx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError, DependencyError
-from sana_export.manifest import GraphEntry, Manifest
+from sana_export.manifest import Manifest
 from sana_export.profiles import PROFILES
 from sana_export.trt.build import BuildOptions, build_engine, configure
 from sana_export.trt.bundle import build_bundle, read_instruction_tokens
@@ -22,78 +21,14 @@ from sana_export.trt.device import gpu_compute_capability
 from sana_export.trt.logger import logger_for
 from sana_export.trt.refit import refit_engine
 from tests.trt.building import build, tree
+from tests.trt.refit_stand_in import Engine, arrays, module
 from tests.trt.small_bundles import write_bundle
 
 REFITTABLE = BuildOptions(refittable=True)
-TYPES = {np.dtype(np.float16): tensorrt_rtx.DataType.HALF, np.dtype(np.float32): tensorrt_rtx.DataType.FLOAT}
 
 
 class Stop(Exception):
     """Ends a build where a test has seen enough."""
-
-
-class Engine:
-    """The weights of an engine: zeros of the types and sizes that it was built with, until it is refitted."""
-
-    def __init__(self, prototypes: Mapping[str, np.ndarray]) -> None:
-        self.weights = {name: np.zeros_like(value) for name, value in prototypes.items()}
-
-
-class Refitter:
-    """As the module's, over an `Engine`. `refuses` and `forgets` are names that it takes no weights of."""
-
-    refuses: tuple[str, ...] = ()
-    forgets: tuple[str, ...] = ()
-    works = True
-
-    def __init__(self, engine: Engine, logger: Any) -> None:
-        self.engine, self.logger, self.given = engine, logger, {}
-
-    def get_all_weights(self) -> list[str]:
-        return list(self.engine.weights)
-
-    def get_weights_prototype(self, name: str) -> Any:
-        value = self.engine.weights[name]
-        return tensorrt_rtx.Weights(TYPES[value.dtype], 0, value.size)
-
-    def set_named_weights(self, name: str, weights: Any) -> bool:
-        if name in self.refuses:
-            self.logger.log(tensorrt_rtx.ILogger.Severity.ERROR, "these weights are refused")
-            return False
-        assert weights.dtype == TYPES[self.engine.weights[name].dtype]
-        self.given[name] = weights.numpy()
-        return True
-
-    def get_missing_weights(self) -> list[str]:
-        return [name for name in self.engine.weights if name not in self.given or name in self.forgets]
-
-    def refit_cuda_engine(self) -> bool:
-        if not self.works:
-            self.logger.log(tensorrt_rtx.ILogger.Severity.ERROR, "out of device memory")
-            return False
-        for name, values in self.given.items():
-            self.engine.weights[name].flat = values.flat
-        return True
-
-
-def module(**changes: Any) -> Any:
-    """A module with this Refitter, with `changes` of its attributes, and the real one's weights, types and logger."""
-    return type(
-        "Stub",
-        (),
-        {
-            "Refitter": type("Refitter", (Refitter,), changes),
-            "Weights": tensorrt_rtx.Weights,
-            "ILogger": tensorrt_rtx.ILogger,
-        },
-    )
-
-
-def arrays(bundle: Path, graph: GraphEntry) -> dict[str, np.ndarray]:
-    """The graph's external weights as the onnx package loads them."""
-    path = bundle / graph.onnx.path
-    outside = {t.name for t in onnx.load(path, load_external_data=False).graph.initializer if t.external_data}
-    return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if t.name in outside}
 
 
 def test_every_weight_reaches_the_engine(tiny_bundle: Path) -> None:

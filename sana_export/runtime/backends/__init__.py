@@ -34,6 +34,15 @@ class Session(Protocol):
         """
         ...
 
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """Put `weights` in place of the graph's initializers of these names; every other one stays as it is.
+
+        Arrays have the shape and dtype that is stored, bfloat16 as the bits in uint16, and may be read-only maps. The next `run`
+        uses them. Raises ArtifactError where the graph is loaded in a form that cannot take them, DependencyError where memory
+        runs out; the session then holds what it held before.
+        """
+        ...
+
 
 class Backend(Protocol):
     """Loads graphs of one bundle. `device` is "cpu" or "cuda". What has a body here is right for a backend that waits for its work.
@@ -86,6 +95,10 @@ class Backend(Protocol):
 
     def admit(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
         """Raise UsageError where a request with these `axes` (contract.DYNAMIC_AXES) is beyond what `graphs` can do here."""
+        return None
+
+    def check_refit(self, graph: str) -> None:
+        """Raise ArtifactError where the sessions of `graph` cannot be refitted."""
         return None
 
     def wait(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ DEVICES = {"CUDAExecutionProvider": "cuda", "CPUExecutionProvider": "cpu"}
 MISSING_PRECISIONS = {"cpu": ("bf16",), "cuda": ()}
 
 _ERRORS_ONLY = 3
+#: TensorProto.BFLOAT16, which numpy does not have.
+_BFLOAT16 = 16
 #: What an arena that gives back what a run took is called for each device, in a setting of a run.
 _ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0"}
 #: Graphs that run once an image and need more memory than what runs after them: theirs is given back.
@@ -34,9 +37,12 @@ _OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "o
 class OnnxRuntimeSession:
     """One ONNX file in an InferenceSession. Tensors are OrtValues; on the CPU arrays are fed and read without a copy."""
 
-    def __init__(self, session: Any, graph: str, device: str, run_options: Any = None) -> None:
+    def __init__(
+        self, session: Any, graph: str, device: str, run_options: Any = None, *, create: Callable[[Mapping[str, Any]], Any]
+    ) -> None:
         self._session, self._graph, self._device, self._run_options = session, graph, device, run_options
         self._outputs = [output.name for output in session.get_outputs()]
+        self._create, self._weights = create, dict[str, Array]()
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         binding = self._session.io_binding()
@@ -52,6 +58,13 @@ class OnnxRuntimeSession:
             _raise_out_of_memory(error, f"running {self._graph}", self._device)
             raise
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
+
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """ONNX Runtime fixes weights when it loads a graph: another session of the same files takes this one's place, and until it
+        is there both are held."""
+        replaced = {**self._weights, **weights}
+        self._session = self._create(replaced)
+        self._weights = replaced
 
 
 class OnnxRuntimeBackend(Backend):
@@ -75,6 +88,14 @@ class OnnxRuntimeBackend(Backend):
         self._use(next(name for name in DEVICES if name in onnxruntime.get_available_providers()))
 
     def load(self, graph: str) -> OnnxRuntimeSession:
+        session = self._create(graph, {})
+        run_options = self._onnxruntime.RunOptions()
+        if graph in _GIVING_BACK:
+            run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", _ARENAS[self.device])
+        return OnnxRuntimeSession(session, graph, self.device, run_options, create=partial(self._create, graph))
+
+    def _create(self, graph: str, weights: Mapping[str, Array]) -> Any:
+        """An InferenceSession of `graph`, whose initializers named in `weights` have these values; their memory is shared."""
         entry = self.manifest.graphs[graph]
         path, *data = check_files(self.bundle, entry.files, fix=self._fix)
         check_external_data(path, data, fix=self._fix)
@@ -83,6 +104,9 @@ class OnnxRuntimeBackend(Backend):
         # Planned reuse keeps a buffer until the last tensor that will ever use it, and most of one block's wait for the next block:
         # twice the memory, and no faster.
         options.enable_mem_reuse = False
+        values = [_as_initializer(value) for value in weights.values()]
+        if weights:  # not by add_initializer: with weights in another file ONNX Runtime 1.32 then computes something else
+            options.add_external_initializers(list(weights), values)
         providers = list(dict.fromkeys([self._provider, "CPUExecutionProvider"]))
         try:
             session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
@@ -97,10 +121,8 @@ class OnnxRuntimeBackend(Backend):
         if (active := session.get_providers()[0]) != self._provider:
             log.warning("onnxruntime's %s did not start: %s runs on %s", self._provider, graph, active)
             self._use(active)
-        run_options = self._onnxruntime.RunOptions()
-        if graph in _GIVING_BACK:
-            run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", _ARENAS[self.device])
-        return OnnxRuntimeSession(session, graph, self.device, run_options)
+        session.held_weights = values  # ONNX Runtime may read them as long as this session lives
+        return session
 
     def to_device(self, array: Array) -> Any:
         return _to_device(array, self.device)
@@ -127,6 +149,15 @@ def _to_device(value: Any, device: str) -> Any:
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), device, 0)
+
+
+def _as_initializer(values: Array) -> Any:
+    """The OrtValue of weights, on the CPU and over their memory; uint16 stands for bfloat16."""
+    import onnxruntime
+
+    if values.dtype == np.uint16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values, _BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(values)
 
 
 def _raise_out_of_memory(error: Exception, doing: str, device: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sana_export.errors import UsageError
+from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import EngineEntry, Manifest, check_files
 from sana_export.runtime.backends import Array, Backend, DeviceTensor
 from sana_export.runtime.cuda import ALIGNMENT, CudaDevice, Device, Memory
@@ -26,6 +26,7 @@ from sana_export.trt.engine import LoadedEngine, SharedMemory
 from sana_export.trt.fitness import Here, here
 from sana_export.trt.flavour import load
 from sana_export.trt.memory import DTYPE_BYTES, needs, settle
+from sana_export.trt.refit import EngineWeights
 
 LOG = logging.getLogger(__name__)
 
@@ -73,6 +74,9 @@ class EngineSession:
         # What was compiled for this GPU is kept when the session is let go, or the process ends.
         weakref.finalize(self, _save_caches, self._loaded)
         self._last: LoadedEngine | None = None
+        # By the engine's key, of those that were built without weights; and what `refit` changed, for engines loaded later.
+        self._weights: dict[str, EngineWeights] = {}
+        self._changed: dict[str, Array] = {}
 
     def run(
         self, feeds: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor] | None = None
@@ -94,10 +98,33 @@ class EngineSession:
         return self._last is not None and self._last.capturable
 
     def engine(self, entry: EngineEntry) -> LoadedEngine:
-        """The engine of `entry` on the device."""
+        """The engine of `entry` on the device, with its weights."""
         if entry.key not in self._loaded:
-            self._loaded[entry.key] = self._backend.load_engine(entry)
+            engine = self._backend.load_engine(entry)
+            if entry.refittable:
+                weights = self._backend.engine_weights(self._graph, engine)
+                weights.fill(self._changed)
+                self._weights[entry.key] = weights
+            self._loaded[entry.key] = engine
         return self._loaded[entry.key]
+
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """Every loaded engine of the graph gets them, or none; those loaded later as well. From here on no others run."""
+        self._backend.check_refit(self._graph)
+        if not self._weights:
+            self.engine(self._backend.engines.refittable(self._graph)[0])
+        self._backend.gpu.wait()  # an engine with work under way must not change
+        before = {name: self._changed.get(name) for name in weights}
+        done: list[EngineWeights] = []
+        try:
+            for engine in self._weights.values():
+                engine.refit(weights)
+                done.append(engine)
+        except BaseException:
+            for engine in done:
+                engine.refit({name: engine.own[name] if value is None else value for name, value in before.items()})
+            raise
+        self._changed |= weights
 
     def _engine_for(self, shapes: Mapping[str, tuple[int, ...]]) -> LoadedEngine:
         axes = {
@@ -106,7 +133,7 @@ class EngineSession:
             for axis, length in zip(self._inputs[name].shape, shape, strict=True)
             if isinstance(axis, str)
         }
-        entry = self._backend.engines.serving(self._graph, axes)
+        entry = self._backend.engines.serving(self._graph, axes, refittable=bool(self._changed))
         if entry is None:
             raise UsageError(
                 f"no {self._backend.name} engine of {self._graph} serves this request",
@@ -168,6 +195,19 @@ class TensorRTBackend(Backend):
             (path,) = check_files(self.bundle, [entry.file], fix=build)
             self._checked.add(entry.key)
         return LoadedEngine(self._module, self.gpu, self.shared, entry, path, build=build, stream_weights=self._stream_weights)
+
+    def engine_weights(self, graph: str, engine: LoadedEngine) -> EngineWeights:
+        """What gives an engine of `graph` its weights."""
+        return EngineWeights(self._module, engine.engine, self.manifest.graphs[graph], self.bundle)
+
+    def check_refit(self, graph: str) -> None:
+        if not self.engines.refittable(graph):
+            raise ArtifactError(
+                f"the weights of {graph} are inside its engines and cannot be changed",
+                found=f"engines for {', '.join(entry.profile for entry in self.engines.engines[graph])} without --refittable",
+                wanted="an engine that was built with --refittable",
+                fix=f"sana-export build {self.bundle} --backend {self.name} --graphs {graph} --refittable",
+            )
 
     def to_device(self, array: Any) -> DeviceArray:
         if isinstance(array, DeviceArray):

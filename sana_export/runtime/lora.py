@@ -1,0 +1,122 @@
+"""LoRAs on a loaded bundle: all of a change or none of it, over every graph that holds a part of the transformer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from sana_export.adapters import Lora
+from sana_export.environment import return_free_memory
+from sana_export.errors import ArtifactError, DependencyError, UsageError
+from sana_export.manifest import Manifest, check_files
+from sana_export.runtime.backends import Session
+from sana_export.runtime.lora_values import Adapter, Array, Bytes, lora_values, read_adapter, touched
+from sana_export.runtime.rebuild import export_line
+from sana_export.trt.weights import read_tensors
+
+log = logging.getLogger(__name__)
+
+
+class LoraStack:
+    """The LoRAs that the sessions of one bundle hold, in the order in which they were loaded; their effects add up.
+
+    Weights are always made from the bundle's own bytes, so what is unloaded leaves nothing behind.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, check_refit: Callable[[str], None]) -> None:
+        """`check_refit` is the backend's."""
+        self._bundle, self._manifest, self._check_refit = bundle, manifest, check_refit
+        self._targets = {name: graph.lora_targets for name, graph in manifest.graphs.items() if graph.lora_targets}
+        self._adapters: tuple[Adapter, ...] = ()
+        self._base: dict[str, dict[str, Bytes]] = {}
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        return tuple(adapter.lora for adapter in self._adapters)
+
+    def add(self, lora: Lora, sessions: Mapping[str, Session]) -> None:
+        """Load `lora` on top of the others into `sessions` (by graph). Raises where it cannot be, and leaves them as they were."""
+        if not math.isfinite(lora.scale):
+            raise UsageError(f"the scale of the LoRA {lora.path} is no number", found=lora.scale, wanted="a finite factor")
+        if not self._targets:
+            raise ArtifactError(
+                f"{self._bundle} does not say where the transformer's layers lie in its graphs",
+                found="no lora_targets in its manifest",
+                wanted="a bundle of this version",
+                fix=export_line(self._bundle, self._manifest),
+            )
+        adapter = read_adapter(lora, [target for targets in self._targets.values() for target in targets])
+        adapters = (*self._adapters, adapter)
+        for graph in [name for name, targets in self._targets.items() if touched(targets, (adapter,))]:
+            self._check_refit(graph)
+            if graph not in sessions:  # loaded later: whether its weights stay in range is better known now
+                self._values(graph, adapters, (adapter,))
+        self._change(adapters, (adapter,), sessions)
+
+    def clear(self, sessions: Mapping[str, Session]) -> None:
+        """Give `sessions` the bundle's own weights back."""
+        self._change((), self._adapters, sessions)
+
+    def refit(self, graph: str, session: Session) -> None:
+        """Give a session of `graph` that was loaded just now what the others hold."""
+        if values := self._values(graph, self._adapters, self._adapters):
+            _refit(graph, session, values)
+
+    def _change(self, adapters: tuple[Adapter, ...], moved: Sequence[Adapter], sessions: Mapping[str, Session]) -> None:
+        """From the adapters held now to `adapters`, which differ from those by `moved`."""
+        done: list[str] = []
+        for graph in [name for name in self._targets if name in sessions]:
+            try:
+                if values := self._values(graph, adapters, moved):
+                    _refit(graph, sessions[graph], values)
+                    done.append(graph)
+            except BaseException as error:
+                self._take_back(done, moved, sessions, error)
+                raise
+        self._adapters = adapters
+        return_free_memory()
+
+    def _take_back(
+        self, graphs: Sequence[str], moved: Sequence[Adapter], sessions: Mapping[str, Session], reason: BaseException
+    ) -> None:
+        """Give `graphs` what they held before `moved`."""
+        for graph in graphs:
+            try:
+                _refit(graph, sessions[graph], self._values(graph, self._adapters, moved))
+            except Exception as error:
+                raise ArtifactError(
+                    f"{graph} could not be given back the weights that it had, and holds other LoRAs than the rest of the model",
+                    found=f"{error}, after {reason}",
+                    wanted="one set of weights",
+                    fix="load the bundle again: SanaRuntime.from_pretrained(...)",
+                ) from error
+
+    def _values(self, graph: str, adapters: Sequence[Adapter], moved: Sequence[Adapter]) -> dict[str, Array]:
+        """The weights of `graph` that `moved` changes, as they are with `adapters`."""
+        targets = self._targets.get(graph, ())
+        names = touched(targets, moved)
+        return lora_values(self._own(graph), targets, adapters, names) if names else {}
+
+    def _own(self, graph: str) -> dict[str, Bytes]:
+        """The bundle's own weights of `graph`, mapped from files that are checked once."""
+        if graph not in self._base:
+            onnx, *data = check_files(
+                self._bundle, self._manifest.graphs[graph].files, fix=export_line(self._bundle, self._manifest)
+            )
+            self._base[graph] = read_tensors(onnx, data)
+        return self._base[graph]
+
+
+def _refit(graph: str, session: Session, values: Mapping[str, Array]) -> None:
+    refit = getattr(session, "refit", None)
+    if refit is None:
+        raise DependencyError(
+            "this backend cannot change weights after they are loaded",
+            found=f"a session of {graph} without refit",
+            wanted="--backend onnxruntime, or engines that were built with --refittable",
+            fix="fold the LoRA in when the bundle is made: sana-export export MODEL --lora PATH -o BUNDLE",
+        )
+    refit(values)
+    log.info("%s: %d weights refitted", graph, len(values))

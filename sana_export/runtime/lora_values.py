@@ -1,0 +1,112 @@
+"""What a LoRA makes of a bundle's weights: slices of stored arrays plus a product, in numpy.
+
+The manifest says where every layer of the transformer lies (`LoraTarget`). A graph's array holds f W of it, with a constant f, so
+a LoRA adds f * scale * (alpha / r) * B A there. The sum of all LoRAs and of what is stored is taken in float32 and rounded
+once to the array's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sana_export.adapters import Fold, Lora, read_folds
+from sana_export.errors import ArtifactError
+from sana_export.manifest import LoraTarget
+from sana_export.runtime.tensors import StoredTensor, TensorFile, round_to_bfloat16, widen_bfloat16
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+#: How weights that a LoRA may change lie in a bundle. numpy has no bfloat16: its bits are integers.
+STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA that fits the bundle: what it adds, by layer. Its matrices are mapped, and read when they are needed."""
+
+    lora: Lora
+    folds: Mapping[str, Fold[StoredTensor]]
+
+
+def read_adapter(lora: Lora, targets: Iterable[LoraTarget]) -> Adapter:
+    """The adapter in a file, once every layer that it changes is among `targets`. Errors are those of `read_folds`."""
+    shapes = {target.module: target.shape for target in targets}
+    file = TensorFile(lora.weights, fix="download the LoRA again")
+    return Adapter(lora, read_folds(lora, file, file.metadata, shapes.get))
+
+
+def touched(targets: Iterable[LoraTarget], adapters: Sequence[Adapter]) -> set[str]:
+    """The initializers among `targets` that hold a layer which one of `adapters` changes."""
+    layers = {layer for adapter in adapters for layer in adapter.folds}
+    return {target.initializer for target in targets if target.module in layers}
+
+
+def lora_values(
+    base: Mapping[str, Bytes], targets: Iterable[LoraTarget], adapters: Sequence[Adapter], names: Collection[str]
+) -> dict[str, Array]:
+    """The initializers `names` of a graph with `adapters` added to the bundle's own bytes `base`, by name.
+
+    Arrays of the stored shape and dtype, bfloat16 as uint16. Where no adapter changes one, it is the bundle's own, mapped.
+    """
+    values: dict[str, Array] = {}
+    changed = set()
+    for target in targets:
+        name = target.initializer
+        if name not in names:
+            continue
+        if name not in values:
+            values[name] = _stored(base, target)
+        folds = [adapter.folds[target.module] for adapter in adapters if target.module in adapter.folds]
+        if folds:
+            if name not in changed:
+                values[name] = values[name].copy()
+                changed.add(name)
+            _add(values[name], target, folds, adapters)
+    return values
+
+
+def _stored(base: Mapping[str, Bytes], target: LoraTarget) -> Array:
+    """The bundle's own array of a target, mapped."""
+    if target.dtype not in STORED:
+        raise ArtifactError(
+            f"{target.module} of this bundle cannot take a LoRA",
+            found=f"weights in {target.dtype}",
+            wanted=", ".join(STORED),
+            fix="export the bundle without quantisation, or fold the LoRA in: sana-export export MODEL --lora PATH -o BUNDLE",
+        )
+    return base[target.initializer].view(STORED[target.dtype]).reshape(target.stored)
+
+
+def _add(array: Array, target: LoraTarget, folds: Sequence[Fold[StoredTensor]], adapters: Sequence[Adapter]) -> None:
+    """Add `folds` to the slice of `array` that is the target's, in place."""
+    rows = slice(target.first, target.first + target.shape[0])
+    part = array[:, rows] if target.transposed else array[rows]
+    old = widen_bfloat16(part) if target.dtype == "bfloat16" else part.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
+        total = sum((_product(fold) for fold in folds), np.float32(0)) * np.float32(target.factor)
+        new = old + (total.T if target.transposed else total).reshape(part.shape)
+        rounded = round_to_bfloat16(new) if target.dtype == "bfloat16" else new.astype(part.dtype)
+    wide = widen_bfloat16(rounded) if target.dtype == "bfloat16" else rounded
+    if not (np.isfinite(new).all() and np.isfinite(wide).all()):
+        paths = " and ".join(str(adapter.lora.path) for adapter in adapters)
+        raise ArtifactError(
+            f"{target.module} with the LoRA {paths} leaves the range of {target.dtype}",
+            found=f"a weight of {np.abs(new).max():.3g}, stored {target.factor:g} times",
+            wanted=f"finite weights in {target.dtype}",
+            fix="load it with a smaller scale",
+        )
+    part[...] = rounded
+
+
+def _product(fold: Fold[StoredTensor]) -> Float32:
+    """[out, in] in float32."""
+    up, down = (part.read().reshape(part.shape[0], -1) for part in (fold.up, fold.down))
+    product: Float32 = (up @ down) * np.float32(fold.factor)
+    return product

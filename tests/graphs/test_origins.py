@@ -1,0 +1,108 @@
+"""Where a graph says that a layer went is where it went: proven for every layer by changing it alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from origin_cases import TINY, Weights, graphs, matrices, shapes
+from torch import Tensor, nn
+
+from sana_export.architectures import ARCHITECTURES
+from sana_export.graphs.numerics import NUMERICS, parameter
+from sana_export.graphs.origins import trace_origins
+from sana_export.manifest import LoraTarget
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "qk_norm and guidance": {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True},
+    # dim ** -0.5 of 112 is no power of two; positions as at 2K.
+    "heads of 112": {
+        "num_attention_heads": 7,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 112,
+        "cross_attention_dim": 224,
+        "interpolation_scale": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize("precision", NUMERICS)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_each_row_names_exactly_what_its_layer_changes(config: dict[str, Any], precision: str) -> None:
+    config = {**TINY, **config}
+    generator = torch.Generator().manual_seed(0)
+    # Small whole numbers: sums and products with powers of two are exact in every precision.
+    weights = {name: torch.randint(-8, 9, value.shape, generator=generator).float() for name, value in shapes(config).items()}
+    found: dict[str, list[LoraTarget]] = {}
+    for name, build in graphs(config, precision).items():
+        before = dict(build(weights).named_parameters())
+        rows = trace_origins(build, {key: value.to("meta") for key, value in weights.items()})
+        for row in rows:
+            found.setdefault(row.module, []).append(row)
+            delta = torch.randint(1, 4, row.shape, generator=generator).float()
+            after = dict(build({**weights, f"{row.module}.weight": weights[f"{row.module}.weight"] + delta}).named_parameters())
+            changed = {key for key in before if not torch.equal(before[key], after[key])}
+            assert changed == {row.initializer}, (name, row)
+            assert_slice(before[row.initializer], after[row.initializer], row, delta)
+    assert set(found) == matrices(weights)
+    assert all(len(rows) == 1 for rows in found.values())
+
+
+def assert_slice(before: Tensor, after: Tensor, row: LoraTarget, delta: Tensor) -> None:
+    """The parameter differs by the row's factor times `delta` in the row's slice, and nowhere else."""
+    assert (tuple(before.shape), str(before.dtype)) == (row.stored, f"torch.{row.dtype}")
+    wanted = torch.zeros(row.stored)
+    last = row.first + row.shape[0]
+    if row.transposed:
+        wanted[:, row.first : last] = row.factor * delta.flatten(1).T
+    else:
+        wanted[row.first : last] = row.factor * delta.reshape(-1, *row.stored[1:])
+    difference = after.float() - before.float()
+    if math.log2(row.factor).is_integer():
+        assert torch.equal(difference, wanted)
+    else:  # both parameters are rounded to the dtype
+        assert torch.equal(difference != 0, wanted != 0)
+        assert (difference - wanted).abs().max() <= 2 * torch.finfo(before.dtype).eps * after.float().abs().max()
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name[0].isupper()])
+def test_every_matrix_of_the_published_configs_has_a_place(name: str) -> None:
+    config = ARCHITECTURES[name].transformer(1024)
+    weights = shapes(config)
+    rows = [row for build in graphs(config, "float16").values() for row in trace_origins(build, weights)]
+    assert {row.module for row in rows} == matrices(weights)
+    assert len(rows) == len(matrices(weights)) > 200
+
+
+def test_what_cannot_be_followed_has_no_place() -> None:
+    """A graph that uses a layer once as it is and once through something else does not claim it."""
+
+    class Graph(nn.Module):
+        def __init__(self, weights: Weights) -> None:
+            super().__init__()
+            self.plain = parameter(weights["a.weight"], torch.float32)
+            self.twice = parameter(weights["b.weight"], torch.float32)
+            self.sums = parameter(weights["b.weight"].sum(0), torch.float32)
+            self.square = parameter(weights["c.weight"].square(), torch.float32)
+            self.mixed = parameter(torch.cat([weights["d.weight"], torch.ones(2, 4)]), torch.float32)
+
+    weights = {f"{name}.weight": torch.empty(4, 4, device="meta") for name in "abcd"}
+    assert [row.module for row in trace_origins(Graph, weights)] == ["a"]
+
+
+def test_a_square_matrix_is_transposed_where_it_is() -> None:
+    class Graph(nn.Module):
+        def __init__(self, weights: Weights) -> None:
+            super().__init__()
+            self.a = parameter(weights["a.weight"].T, torch.float32)
+            self.b = parameter(weights["b.weight"].T.T * 3.0, torch.float32)
+            self.c = parameter(weights["c.weight"].permute(0, 1), torch.float32)
+            self.d = parameter(weights["d.weight"].transpose(0, 1), torch.float32)
+
+    weights = {f"{name}.weight": torch.empty(4, 4, device="meta") for name in "abcd"}
+    rows = trace_origins(Graph, weights)
+    found = {row.module: (row.transposed, row.factor) for row in rows}
+    assert found == {"a": (True, 1.0), "b": (False, 3.0), "d": (True, 1.0)}  # c went through an operator that is not known

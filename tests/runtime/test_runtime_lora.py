@@ -1,0 +1,307 @@
+"""A LoRA loaded at run time draws what diffusers draws with it, and leaves nothing behind when it is unloaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lora_files import diffusers_lora, load_transformer, peft_lora, refusals, write
+from safetensors.torch import load_file, save_file
+
+from sana_export.adapters import Lora
+from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
+from sana_export.export.graph_files import export_graphs
+from sana_export.export.parity import compare_images
+from sana_export.export.reference import load_reference
+from sana_export.graphs.checkpoint import SanaCheckpoint, open_checkpoint
+from sana_export.manifest import FILE_NAME, Manifest
+from sana_export.runtime import SanaRuntime
+from sana_export.runtime.lora_values import lora_values, read_adapter
+from sana_export.trt.weights import read_tensors
+
+PROMPT = "A cute 🐼 eating 🎋, 水墨画 style"
+SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
+GRAPHS = ("context", "denoiser")
+
+
+@pytest.fixture
+def runtime(tiny_bundle: Path) -> SanaRuntime:
+    return SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_checkpoint: SanaCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return diffusers_lora(load_transformer(tiny_checkpoint), tmp_path_factory.mktemp("lora"), r=4, lora_alpha=7)
+
+
+@pytest.fixture(scope="module")
+def second(tiny_checkpoint: SanaCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = {"r": 2, "lora_alpha": 3, "use_rslora": True, "rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_v": 5}}
+    return peft_lora(load_transformer(tiny_checkpoint), tmp_path_factory.mktemp("second"), **options)
+
+
+def draw(runtime: SanaRuntime) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in runtime(PROMPT, seed=7, **SMALL).images])
+
+
+def draw_reference(pipeline: Any) -> np.ndarray:
+    generator = torch.Generator("cpu").manual_seed(7)
+    return np.stack([np.asarray(image) for image in pipeline(PROMPT, generator=generator, **SMALL).images])
+
+
+def assert_same_picture(found: np.ndarray, wanted: np.ndarray, plain: np.ndarray) -> None:
+    """Within the limits of float32, and not because the LoRA did nothing."""
+    assert np.abs(wanted.astype(int) - plain).mean() > 5
+    parity = compare_images("image", found, wanted, "fp32")
+    assert parity.passed, parity
+
+
+class Recorder:
+    """A session that remembers what it was refitted with; `fails` from the given refit on."""
+
+    def __init__(self, session: Any, fails: int | None = None) -> None:
+        self.session, self.fails, self.given = session, fails, list[dict[str, np.ndarray]]()
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        return self.session.run(feeds)
+
+    def refit(self, weights: Mapping[str, np.ndarray]) -> None:
+        if self.fails is not None and len(self.given) >= self.fails:
+            raise DependencyError("out of memory while loading", found="a test")
+        self.session.refit(weights)
+        self.given.append({name: np.array(value) for name, value in weights.items()})
+
+
+def record(runtime: SanaRuntime, **fails: int) -> dict[str, Recorder]:
+    recorders = {graph: Recorder(runtime._sessions[graph], fails.get(graph)) for graph in GRAPHS}
+    runtime._sessions.update(recorders)
+    return recorders
+
+
+def own_bytes(bundle: Path, graph: str) -> dict[str, np.ndarray]:
+    entry = Manifest.load(bundle).graphs[graph]
+    return read_tensors(bundle / entry.onnx.path, [bundle / file.path for file in entry.data])
+
+
+def part_of(lora: Path, words: str, folder: Path) -> Path:
+    """A LoRA of the layers in whose names `words` are."""
+    tensors = load_file(lora / "pytorch_lora_weights.safetensors")
+    return write(folder / "part", {name: value for name, value in tensors.items() if words in name})
+
+
+def test_the_picture_is_that_of_diffusers_with_the_lora(runtime: SanaRuntime, tiny_checkpoint: SanaCheckpoint, lora: Path) -> None:
+    plain = draw(runtime)
+    runtime.load_lora(lora, 0.7)
+    pipeline = load_reference(tiny_checkpoint, runtime.manifest.options, pag=False)
+    pipeline.load_lora_weights(str(lora), adapter_name="style")
+    pipeline.set_adapters("style", 0.7)
+    assert_same_picture(draw(runtime), draw_reference(pipeline), plain)
+
+
+def test_loras_stack_and_equal_an_export_with_both(
+    runtime: SanaRuntime, tiny_bundle: Path, tiny_checkpoint: SanaCheckpoint, lora: Path, second: Path, tmp_path: Path
+) -> None:
+    loras = (Lora(lora, 0.7), Lora(second, -0.4))
+    checkpoint = open_checkpoint(str(tiny_checkpoint.folder), loras=loras)
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    manifest = Manifest.load(bundle)
+    folded = {}
+    for graph in GRAPHS:
+        folded |= export_graphs(graph, [graph], checkpoint, manifest.options, bundle)
+    dataclasses.replace(manifest, graphs={**manifest.graphs, **folded}).save(bundle)
+
+    plain = draw(runtime)
+    for one in loras:
+        runtime.load_lora(one.path, one.scale)
+    assert runtime.loras == loras
+    assert_same_picture(draw(runtime), draw(SanaRuntime.from_pretrained(bundle)), plain)
+    assert_same_picture(draw(runtime), draw_reference(load_reference(checkpoint, manifest.options, pag=False)), plain)
+    # Weight by weight: only the order of float32 sums differs.
+    adapters = [read_adapter(one, [t for graph in manifest.graphs.values() for t in graph.lora_targets]) for one in loras]
+    for graph in GRAPHS:
+        names, wanted = {target.initializer for target in folded[graph].lora_targets}, own_bytes(bundle, graph)
+        found = lora_values(own_bytes(tiny_bundle, graph), manifest.graphs[graph].lora_targets, adapters, names)
+        for name, value in found.items():
+            np.testing.assert_allclose(value.reshape(-1), wanted[name].view(np.float32), rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_unloading_restores_every_bit(runtime: SanaRuntime, tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:
+    """Also of layers that only the first of two changed."""
+    plain, recorders = draw(runtime), record(runtime)
+    runtime.load_lora(lora)
+    runtime.load_lora(part_of(lora, ".attn2.to_", tmp_path), 0.3)
+    assert not np.array_equal(draw(runtime), plain)
+    runtime.unload_lora()
+    assert runtime.loras == ()
+    np.testing.assert_array_equal(draw(runtime), plain)
+    for graph, recorder in recorders.items():
+        first, more, last = recorder.given
+        assert set(last) == set(first) | set(more)
+        wanted = own_bytes(tiny_bundle, graph)
+        for name, value in last.items():
+            assert hashlib.sha256(value.tobytes()).digest() == hashlib.sha256(wanted[name].tobytes()).digest(), name
+            assert any(given.get(name, value).tobytes() != value.tobytes() for given in (first, more)), name
+
+
+def test_only_what_the_lora_touches_is_refitted(runtime: SanaRuntime, tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:
+    """One layer's k: one array of q, k and v in one graph, of which a third changes."""
+    path = part_of(lora, ".1.attn1.to_k.", tmp_path)
+    recorders = record(runtime)
+    runtime.load_lora(path)
+    assert recorders["context"].given == []
+    (given,) = recorders["denoiser"].given
+    assert set(given) == {"blocks.1.qkv"}
+    old = own_bytes(tiny_bundle, "denoiser")["blocks.1.qkv"].view(np.float32).reshape(384, 128)
+    changed = given["blocks.1.qkv"] != old
+    assert changed[128:256].mean() > 0.99
+    assert not changed[:128].any()
+    assert not changed[256:].any()
+
+
+def test_sessions_that_are_loaded_in_turn_have_the_lora(runtime: SanaRuntime, tiny_bundle: Path, lora: Path, second: Path) -> None:
+    plain = draw(runtime)
+    runtime.load_lora(lora, 0.7)
+    wanted = draw(runtime)
+    staged = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="staged")
+    staged.load_lora(lora, 0.7)
+    np.testing.assert_array_equal(draw(staged), wanted)
+    staged.load_lora(second)
+    staged.unload_lora()
+    np.testing.assert_array_equal(draw(staged), plain)
+
+
+def test_what_sessions_loaded_later_could_not_take_is_said_at_once(tiny_bundle: Path, lora: Path) -> None:
+    staged = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="staged")
+    assert not staged._sessions
+    with pytest.raises(ArtifactError, match="leaves the range of float32"):
+        staged.load_lora(lora, 3e38)
+
+    def check_refit(graph: str) -> None:
+        raise ArtifactError(f"the engine of {graph} cannot be refitted", found="a test", wanted="--refittable")
+
+    staged._loras._check_refit = check_refit
+    with pytest.raises(ArtifactError, match="engine of context cannot be refitted"):
+        staged.load_lora(lora)
+    assert staged.loras == ()
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_refit_that_fails_changes_nothing(runtime: SanaRuntime, lora: Path, second: Path, held: bool) -> None:
+    if held:
+        runtime.load_lora(second)
+    before, loras = draw(runtime), runtime.loras
+    recorders = record(runtime, denoiser=0)
+    with pytest.raises(DependencyError, match="out of memory"):
+        runtime.load_lora(lora)
+    assert len(recorders["context"].given) == 2, "there and back"
+    assert runtime.loras == loras
+    np.testing.assert_array_equal(draw(runtime), before)
+
+
+def test_a_way_back_that_fails_is_said(runtime: SanaRuntime, lora: Path) -> None:
+    record(runtime, context=1, denoiser=0)
+    with pytest.raises(ArtifactError, match="context could not be given back") as caught:
+        runtime.load_lora(lora)
+    assert "from_pretrained" in str(caught.value.fix)
+
+
+def refused(runtime: SanaRuntime, path: Path, scale: float = 1.0, kind: type[SanaExportError] = ArtifactError) -> str:
+    """The message of the error, after which the runtime is as it was."""
+    recorders, loras = record(runtime), runtime.loras
+    with pytest.raises(kind) as caught:
+        runtime.load_lora(path, scale)
+    assert runtime.loras == loras
+    assert not any(recorder.given for recorder in recorders.values())
+    assert caught.value.found is not None
+    assert caught.value.wanted is not None
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", sorted(refusals(64)))
+def test_what_does_not_fit_is_named(runtime: SanaRuntime, tmp_path: Path, case: str) -> None:
+    """The same words as when it is folded in at export, for the cases of that test."""
+    tensors, words = refusals(128)[case]
+    if case == "quantised":  # the reader without PyTorch knows no such tensors at all
+        words = ("I8",)
+    message = refused(runtime, write(tmp_path / "lora", tensors))
+    assert all(word in message for word in words), message
+
+
+def test_one_layer_that_is_not_there_refuses_all(runtime: SanaRuntime, lora: Path, tmp_path: Path) -> None:
+    tensors = load_file(lora / "pytorch_lora_weights.safetensors")
+    extra = "transformer.transformer_blocks.77.attn1.to_k"
+    more = {f"{extra}.lora_A.weight": torch.ones(2, 128), f"{extra}.lora_B.weight": torch.ones(128, 2)}
+    path = write(tmp_path / "x", {**tensors, **more})
+    assert "transformer_blocks.77.attn1.to_k, which this transformer does not have" in refused(runtime, path)
+
+
+def test_other_refusals(runtime: SanaRuntime, lora: Path, tmp_path: Path) -> None:
+    assert "no such file" in refused(runtime, tmp_path / "nothing", kind=UsageError)
+    assert "finite factor" in refused(runtime, lora, float("nan"), UsageError)
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes((lora / "pytorch_lora_weights.safetensors").read_bytes()[:-100])
+    assert "download the LoRA again" in refused(runtime, path)
+    message = refused(runtime, lora, 3e38)
+    assert "leaves the range of float32" in message
+    assert str(lora) in message
+
+
+def test_a_backend_that_cannot_refit(runtime: SanaRuntime, lora: Path) -> None:
+    class Fixed:
+        def __init__(self, session: Any) -> None:
+            self.run = session.run
+
+    before = draw(runtime)
+    runtime._sessions["context"] = Fixed(runtime._sessions["context"])
+    with pytest.raises(DependencyError, match="cannot change weights") as caught:
+        runtime.load_lora(lora)
+    assert "--lora" in str(caught.value.fix)
+    np.testing.assert_array_equal(draw(runtime), before)
+
+
+def test_a_bundle_of_before_still_loads_and_says_what_it_lacks(tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    manifest = Manifest.load(bundle)
+    graphs = {name: dataclasses.replace(graph, lora_targets=()) for name, graph in manifest.graphs.items()}
+    dataclasses.replace(manifest, graphs=graphs).save(bundle)
+    document = json.loads((bundle / FILE_NAME).read_text("utf-8"))
+    document.pop("sha256")
+    for graph in document["graphs"].values():
+        del graph["lora_targets"]
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    document["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (bundle / FILE_NAME).write_text(json.dumps(document), "utf-8")
+
+    runtime = SanaRuntime.from_pretrained(bundle)
+    message = refused(runtime, lora)
+    assert "no lora_targets" in message
+    assert "sana-export export tiny -o" in message
+
+
+def test_damaged_weights_are_not_taken_back(tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    runtime = SanaRuntime.from_pretrained(bundle)
+    path = bundle / runtime.manifest.graphs["context"].data[0].path
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.with_suffix(".new").write_bytes(content)
+    path.with_suffix(".new").replace(path)
+    assert "damaged" in refused(runtime, lora)
+
+
+def test_alpha_tensors_are_read(runtime: SanaRuntime, lora: Path, tmp_path: Path) -> None:
+    name = "transformer.transformer_blocks.0.attn1.to_q"
+    tensors = load_file(lora / "pytorch_lora_weights.safetensors")
+    path = tmp_path / "alpha.safetensors"
+    save_file({**{key: value for key, value in tensors.items() if name in key}, f"{name}.alpha": torch.tensor(6.0)}, path)
+    targets = runtime.manifest.graphs["denoiser"].lora_targets
+    (fold,) = read_adapter(Lora(path, 0.5), targets).folds.values()
+    assert fold.factor == 0.5 * 6 / 4

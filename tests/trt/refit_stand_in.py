@@ -1,0 +1,90 @@
+"""A stand-in for the module's Refitter and the engine behind it, after NVIDIA's documentation and the installed bindings' texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import tensorrt_rtx
+from onnx import numpy_helper
+
+from sana_export.manifest import GraphEntry
+
+TYPES = {np.dtype(np.float16): tensorrt_rtx.DataType.HALF, np.dtype(np.float32): tensorrt_rtx.DataType.FLOAT}
+
+
+class Engine:
+    """The weights of an engine: zeros of the types and sizes that it was built with, until it is refitted.
+
+    `combined` are sets of weights that the compiler made one of: all of them are needed where one is given.
+    """
+
+    def __init__(self, prototypes: Mapping[str, np.ndarray], combined: Iterable[set[str]] = (), *, refittable: bool = True) -> None:
+        self.weights = {name: np.zeros_like(value) for name, value in prototypes.items()}
+        self.combined, self.refittable, self.filled = list(combined), refittable, False
+
+
+class Refitter:
+    """As the module's, over an `Engine`. `refuses` and `forgets` are names that it takes no weights of; `works` says whether each
+    refit does, or all of them, and one that does not leaves half of the weights changed."""
+
+    refuses: tuple[str, ...] = ()
+    forgets: tuple[str, ...] = ()
+    works: bool | list[bool] = True
+
+    def __init__(self, engine: Engine, logger: Any) -> None:
+        self.engine, self.logger, self.given = engine, logger, {}
+
+    def get_all_weights(self) -> list[str]:
+        return list(self.engine.weights)
+
+    def get_weights_prototype(self, name: str) -> Any:
+        value = self.engine.weights[name]
+        return tensorrt_rtx.Weights(TYPES[value.dtype], 0, value.size)
+
+    def set_named_weights(self, name: str, weights: Any) -> bool:
+        if name in self.refuses:
+            self.logger.log(tensorrt_rtx.ILogger.Severity.ERROR, "these weights are refused")
+            return False
+        assert weights.dtype == TYPES[self.engine.weights[name].dtype]
+        self.given[name] = weights.numpy()
+        return True
+
+    def get_missing_weights(self) -> list[str]:
+        needed = set(self.engine.weights)
+        if self.engine.filled:
+            needed = set().union(*(group for group in self.engine.combined if group & set(self.given)))
+        return [name for name in self.engine.weights if name in self.forgets or (name in needed and name not in self.given)]
+
+    def refit_cuda_engine(self) -> bool:
+        works = self.works.pop(0) if isinstance(self.works, list) else self.works
+        for name, values in list(self.given.items())[: None if works else len(self.given) // 2]:
+            self.engine.weights[name].flat = values.flat
+        if not works:
+            self.logger.log(tensorrt_rtx.ILogger.Severity.ERROR, "out of device memory")
+            return False
+        self.engine.filled = True
+        return True
+
+
+def module(**changes: Any) -> Any:
+    """A module with this Refitter, with `changes` of its attributes, and the real one's weights, types and logger."""
+    return type(
+        "Stub",
+        (),
+        {
+            "Refitter": type("Refitter", (Refitter,), changes),
+            "Weights": tensorrt_rtx.Weights,
+            "ILogger": tensorrt_rtx.ILogger,
+        },
+    )
+
+
+def arrays(bundle: Path, graph: GraphEntry) -> dict[str, np.ndarray]:
+    """The graph's external weights as the onnx package loads them."""
+    path = bundle / graph.onnx.path
+    outside = {t.name for t in onnx.load(path, load_external_data=False).graph.initializer if t.external_data}
+    return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if t.name in outside}
