@@ -11,7 +11,8 @@ import numpy as np
 
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.manifest import Manifest, check_files
-from sana_export.runtime.backends import Array, Backend
+from sana_export.runtime.backends import Array, Backend, Session
+from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
 from sana_export.runtime.external_data import check_external_data
 from sana_export.runtime.rebuild import export_line
 
@@ -27,6 +28,8 @@ _ERRORS_ONLY = 3
 _ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0"}
 #: Graphs that run once an image and need more memory than what runs after them: theirs is given back.
 _GIVING_BACK = ("vae_decoder_head",)
+#: Graphs whose work can be captured: they run every step, at the same shapes.
+_CAPTURED = ("denoiser", "sampler")
 #: What ONNX Runtime, CUDA, cuBLAS and cuDNN say when memory runs out, in lower case.
 _OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "out of memory", "_alloc_failed")
 
@@ -54,12 +57,20 @@ class OnnxRuntimeSession:
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
 
+<<<<<<< HEAD
 class OnnxRuntimeBackend(Backend):
     """Loads the ONNX graphs of a bundle. Raises DependencyError without onnxruntime, ArtifactError where it lacks the precision."""
+=======
+class OnnxRuntimeBackend:
+    """Loads the ONNX graphs of a bundle. Raises DependencyError without onnxruntime, ArtifactError where it lacks the precision.
+
+    `cuda_graphs`: on a GPU, the two graphs of the sampling loop are captured as CUDA graphs.
+    """
+>>>>>>> d6e1550 (Torch backend: the deployment graphs eager or compiled, captured on a GPU; CUDA graphs of ONNX Runtime sessions)
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, *, cuda_graphs: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -73,8 +84,14 @@ class OnnxRuntimeBackend(Backend):
         self._fix = export_line(bundle, manifest)
         self._onnxruntime = onnxruntime
         self._use(next(name for name in DEVICES if name in onnxruntime.get_available_providers()))
+        self._cuda_graphs = cuda_graphs and self.device == "cuda"
+        if cuda_graphs:
+            self.name = "onnxruntime-cuda-graphs"
+            self.text_multiple = 32 if self._cuda_graphs else 1  # so that prompts of about one length share what is captured
+        if cuda_graphs and not self._cuda_graphs:
+            log.warning("onnxruntime captures no CUDA graphs here: it runs on the %s", self.device)
 
-    def load(self, graph: str) -> OnnxRuntimeSession:
+    def load(self, graph: str) -> Session:
         entry = self.manifest.graphs[graph]
         path, *data = check_files(self.bundle, entry.files, fix=self._fix)
         check_external_data(path, data, fix=self._fix)
@@ -83,6 +100,23 @@ class OnnxRuntimeBackend(Backend):
         # Planned reuse keeps a buffer until the last tensor that will ever use it, and most of one block's wait for the next block:
         # twice the memory, and no faster.
         options.enable_mem_reuse = False
+        if self._cuda_graphs and graph in _CAPTURED and (session := self._load_captured(graph, path, options)) is not None:
+            return session
+        return self._load_plain(graph, path, options)
+
+    def _load_captured(self, graph: str, path: Path, options: Any) -> GraphedSession | None:
+        """A session that captures its work; None where ONNX Runtime makes none, for the reason in the log."""
+        providers = [(self._provider, PROVIDER_OPTIONS), "CPUExecutionProvider"]
+        try:
+            session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            _raise_out_of_memory(error, f"loading {graph}", self.device)
+            log.warning("onnxruntime runs %s without a CUDA graph: %s", graph, _first_line(error))
+            return None
+        spec = self.manifest.graphs[graph].spec
+        return GraphedSession(self._onnxruntime, session, spec, self.device, lambda: self._load_plain(graph, path, options))
+
+    def _load_plain(self, graph: str, path: Path, options: Any) -> OnnxRuntimeSession:
         providers = list(dict.fromkeys([self._provider, "CPUExecutionProvider"]))
         try:
             session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
