@@ -57,16 +57,11 @@ class OnnxRuntimeSession:
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
 
-<<<<<<< HEAD
 class OnnxRuntimeBackend(Backend):
-    """Loads the ONNX graphs of a bundle. Raises DependencyError without onnxruntime, ArtifactError where it lacks the precision."""
-=======
-class OnnxRuntimeBackend:
     """Loads the ONNX graphs of a bundle. Raises DependencyError without onnxruntime, ArtifactError where it lacks the precision.
 
     `cuda_graphs`: on a GPU, the two graphs of the sampling loop are captured as CUDA graphs.
     """
->>>>>>> d6e1550 (Torch backend: the deployment graphs eager or compiled, captured on a GPU; CUDA graphs of ONNX Runtime sessions)
 
     name = "onnxruntime"
 
