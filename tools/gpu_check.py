@@ -46,7 +46,7 @@ class Environment:
         self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
     def make(self) -> None:
-        """Make it where it is not there. It sees the packages of the interpreter that runs this, be that a virtual environment's."""
+        """Make it where it is not there. It sees all packages of the interpreter that runs this, a virtual environment's too."""
         if self.python.exists():
             return
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(self.folder)], check=True)

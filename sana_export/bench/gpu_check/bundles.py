@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.gpu_check.child import Context
+from sana_export.bench.gpu_check.check import Context
 from sana_export.errors import DependencyError
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe
 

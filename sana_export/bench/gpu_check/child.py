@@ -11,36 +11,12 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from sana_export.bench.gpu_check.check import FAILED, PASSED, SKIPPED, Check, CheckFailed, Context
 from sana_export.errors import DependencyError, SanaExportError
-
-PASSED, FAILED, SKIPPED, NOT_RUN = "passed", "failed", "skipped", "not run"
-
-
-class CheckFailed(Exception):
-    """A check ran and its limit was missed; `str()` says which."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """Where a part works. `work`: a folder for what is made, kept between runs. `device`: "cuda" or "cpu".
-
-    keep: notes what has been found so far, in case the part is ended before it is done.
-    """
-
-    work: Path
-    device: str
-    keep: Callable[[Mapping[str, Any]], None]
-
-
-class Check(Protocol):
-    """What a part's target is. Returns what it found. Raises CheckFailed; DependencyError where it cannot be done here."""
-
-    def __call__(self, context: Context, **arguments: Any) -> Mapping[str, Any]: ...
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from sana_export.bench.gpu_check.child import Context
+from sana_export.bench.gpu_check.check import Context
 from sana_export.bench.machine import gpu_names
 from sana_export.trt.device import gpu_compute_capability
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from sana_export.bench.candidates import BASELINE, Job, find_row, resolve
 from sana_export.bench.gpu_check.bundles import PRECISION, build, checkpoint_of, exported, without_onnx
-from sana_export.bench.gpu_check.child import CheckFailed, Context
+from sana_export.bench.gpu_check.check import CheckFailed, Context
 from sana_export.bench.gpu_check.parity import ENGINES
 from sana_export.bench.stages import summarize
 from sana_export.bench.workload import Workload

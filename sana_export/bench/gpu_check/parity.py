@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.bench.gpu_check.bundles import build, checkpoint_of, exported, without_onnx
-from sana_export.bench.gpu_check.child import CheckFailed, Context
+from sana_export.bench.gpu_check.check import CheckFailed, Context
 
 #: (model, stored dtype, precision of the bundle, PAG layers)
 CASES: tuple[tuple[str, str, str, tuple[int, ...]], ...] = (

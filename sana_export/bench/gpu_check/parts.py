@@ -21,7 +21,7 @@ MODELS = ("1600m", "600m")
 
 @dataclass(frozen=True)
 class Part:
-    """One part. `target` is "module:function" of a `child.Check`, called with `arguments`.
+    """One part. `target` is "module:function" of a `check.Check`, called with `arguments`.
 
     most: seconds after which it is ended. least: it is not begun with fewer left. modules: Python modules without which it is left
     out. one_of: likewise, where any one of them will do. gpu: it is left out without one. cuda_provider: it is left out where ONNX

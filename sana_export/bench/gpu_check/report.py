@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.gpu_check.child import FAILED
+from sana_export.bench.gpu_check.check import FAILED
 from sana_export.bench.gpu_check.parts import MODELS, PARTS
 from sana_export.bench.gpu_check.runner import Outcome
 from sana_export.errors import DependencyError, ParityError
@@ -95,8 +95,8 @@ class Report:
         if rows:
             yield "## Latency"
             yield ""
-            yield "1024x1024, 20 steps, guidance 4.5, fp16, synthetic weights, text encoder of one layer. Medians in ms. Times eager: its"
-            yield "loop by this one, measured one after the other. dB: the picture against eager's."
+            yield "1024x1024, 20 steps, guidance 4.5, fp16, synthetic weights, one layer of text encoder. Medians in ms. Times"
+            yield "eager: its loop by this one, measured one after the other. dB: the picture against eager's."
             yield ""
             head = ("model", "batch", "what", "loop", "p10 to p90", "decoder", "whole call", "first call", "times eager", "dB")
             yield from _table(head, rows)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.bench.gpu_check.bundles import checkpoint_of, exported
-from sana_export.bench.gpu_check.child import CheckFailed, Context
+from sana_export.bench.gpu_check.check import CheckFailed, Context
 
 GRAPH = "denoiser"
 COSINE_LIMIT = 0.999

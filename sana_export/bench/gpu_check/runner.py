@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.gpu_check.child import FAILED, NOT_RUN, PASSED, SKIPPED
+from sana_export.bench.gpu_check.check import FAILED, NOT_RUN, PASSED, SKIPPED
 from sana_export.bench.gpu_check.parts import Part
 
 #: Lines of a part's output that its reason repeats.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.gpu_check.child import CheckFailed, Context
+from sana_export.bench.gpu_check.check import CheckFailed, Context
 from sana_export.errors import DependencyError
 
 
