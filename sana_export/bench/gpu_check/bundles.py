@@ -53,13 +53,20 @@ def checkpoint_of(context: Context, model: str, dtype: str = STORED) -> Any:
     return open_checkpoint(str(folder.resolve()))
 
 
-def exported(context: Context, checkpoint: Any, name: str, precision: str = PRECISION, pag_layers: Iterable[int] = ()) -> Path:
-    """The bundle of a checkpoint with its ONNX files. An export that is up to date is kept."""
+def exported(
+    context: Context,
+    checkpoint: Any,
+    name: str,
+    precision: str = PRECISION,
+    pag_layers: Iterable[int] = (),
+    graphs: Iterable[str] = (),
+) -> Path:
+    """The bundle of a checkpoint with its ONNX files, of all graphs where `graphs` is empty. One that is up to date is kept."""
     from sana_export.export.bundle import export_bundle
 
     bundle = context.work / "bundles" / name
     bundle.parent.mkdir(parents=True, exist_ok=True)
-    export_bundle(checkpoint, bundle, precision=precision, pag_layers=pag_layers)
+    export_bundle(checkpoint, bundle, precision=precision, pag_layers=pag_layers, graphs=graphs)
     return bundle
 
 

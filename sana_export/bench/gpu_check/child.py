@@ -21,7 +21,8 @@ from sana_export.errors import DependencyError, SanaExportError
 
 def main() -> None:
     request, answer = json.loads(Path(sys.argv[1]).read_text("utf-8")), Path(sys.argv[2])
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("sana_export").setLevel(logging.INFO)
     found: dict[str, Any] = {}
 
     def write(status: str | None, reason: str | None = None) -> None:

@@ -47,7 +47,7 @@ def ask(context: Context, *, question: str) -> Mapping[str, Any]:
     from sana_export.manifest import Manifest
     from sana_export.trt.logger import logger_for
 
-    bundle = exported(context, checkpoint_of(context, "tiny", "float32"), "rtx-tiny")
+    bundle = exported(context, checkpoint_of(context, "tiny", "float32"), "rtx-tiny", graphs=(GRAPH,))
     spec = Manifest.load(bundle).graphs[GRAPH].spec
     logger = logger_for(module)
     found: dict[str, Any] = {"version": module.__version__, "built": False, "loaded": False, "ran": False, "said": []}
@@ -75,7 +75,7 @@ def ask(context: Context, *, question: str) -> Mapping[str, Any]:
 
 def _build(module: Any, logger: Any, onnx: Path, spec: Any, choose: Callable[[Any, Any], None]) -> Any:
     from sana_export.export.modules import CHECK_SIZES
-    from sana_export.trt.build import configure
+    from sana_export.trt.build import DEFAULT_OPTIONS, configure
     from sana_export.trt.flavour import network_flags
 
     builder = module.Builder(logger)
@@ -85,8 +85,6 @@ def _build(module: Any, logger: Any, onnx: Path, spec: Any, choose: Callable[[An
         return None
     axes = {axis for tensor in spec.inputs for axis in tensor.shape if isinstance(axis, str)}
     ranges = {axis: (1, CHECK_SIZES.of(axis), 16) for axis in axes}
-    from sana_export.trt.build import DEFAULT_OPTIONS
-
     config = configure(module, builder, spec, ranges, DEFAULT_OPTIONS, ())
     choose(module, config)
     return builder.build_serialized_network(network, config)

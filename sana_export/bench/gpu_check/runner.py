@@ -19,6 +19,8 @@ from sana_export.bench.gpu_check.parts import Part
 
 #: Lines of a part's output that its reason repeats.
 _LAST_LINES = 4
+#: Progress bars are no words to repeat.
+_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 #: Seconds at the end that no part gets.
 RESERVE = 5.0
 
@@ -111,7 +113,7 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": path, **_QUIET},
                 start_new_session=True,
             )
             try:

@@ -28,6 +28,8 @@ _ERRORS_ONLY = 3
 _ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0"}
 #: Graphs that run once an image and need more memory than what runs after them: theirs is given back.
 _GIVING_BACK = ("vae_decoder_head",)
+#: float32 is exact: left to itself the CUDA provider rounds the factors of its products to TF32.
+_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 #: Graphs whose work can be captured: they run every step, at the same shapes.
 _CAPTURED = ("denoiser", "sampler")
 #: What ONNX Runtime, CUDA, cuBLAS and cuDNN say when memory runs out, in lower case.
@@ -101,7 +103,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _load_captured(self, graph: str, path: Path, options: Any) -> GraphedSession | None:
         """A session that captures its work; None where ONNX Runtime makes none, for the reason in the log."""
-        providers = [(self._provider, PROVIDER_OPTIONS), "CPUExecutionProvider"]
+        providers = [(self._provider, {**_PROVIDER_OPTIONS[self.device], **PROVIDER_OPTIONS}), "CPUExecutionProvider"]
         try:
             session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base
@@ -112,7 +114,9 @@ class OnnxRuntimeBackend(Backend):
         return GraphedSession(self._onnxruntime, session, spec, self.device, lambda: self._load_plain(graph, path, options))
 
     def _load_plain(self, graph: str, path: Path, options: Any) -> OnnxRuntimeSession:
-        providers = list(dict.fromkeys([self._provider, "CPUExecutionProvider"]))
+        providers: list[Any] = [(self._provider, _PROVIDER_OPTIONS[self.device])]
+        if self.device == "cuda":
+            providers.append("CPUExecutionProvider")
         try:
             session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base

@@ -18,7 +18,7 @@ from sana_export.runtime.backends import Session
 
 log = logging.getLogger(__name__)
 
-#: For the CUDA provider of a session that captures.
+#: For the CUDA provider of a session that captures, beside what every session is given.
 PROVIDER_OPTIONS = {"enable_cuda_graph": "1"}
 GRAPH_ID = "gpu_graph_id"
 #: ONNX Runtime keeps what it captured as long as the session lives: beyond so many shapes runs are not captured.
