@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
-from sana_export.errors import ArtifactError, UsageError
+from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.manifest import Manifest
 
 if TYPE_CHECKING:
