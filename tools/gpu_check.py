@@ -19,14 +19,15 @@ import time
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Extras of pyproject.toml that every part needs, and packages beside them.
 EXTRAS, BESIDE = ("export",), ("pytest>=8", "safetensors")
 #: One of these is enough; the first that can be installed is taken. They must not be installed together.
 ONNX_RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
-#: Tried each on its own, and left out where it cannot be installed.
-OPTIONAL = ("tensorrt-rtx>=1.2",)
+#: An extra whose packages are tried each on its own, and left out where they cannot be installed.
+OPTIONAL = "tensorrt-rtx"
 #: Never installed in place of an older one that is there: it belongs to the machine's CUDA.
 KEPT = ("torch",)
 #: Seconds for all that is installed.
@@ -105,9 +106,21 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def required() -> list[str]:
     """What every part needs, from pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    project = read_project()
     extras = project["optional-dependencies"]
     return [*project["dependencies"], *(name for extra in EXTRAS for name in extras[extra]), *BESIDE]
+
+
+def optional() -> list[str]:
+    """What some parts need."""
+    found: list[str] = read_project()["optional-dependencies"][OPTIONAL]
+    return found
+
+
+def read_project() -> dict[str, Any]:
+    """The table [project] of pyproject.toml."""
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return project
 
 
 def prepare(environment: Environment) -> dict[str, object]:
@@ -121,7 +134,7 @@ def prepare(environment: Environment) -> dict[str, object]:
             environment.install([requirement])
     if not any(name in environment.versions() for name in ONNX_RUNTIMES):
         any(environment.install([name]) for name in ONNX_RUNTIMES)
-    for requirement in missing(OPTIONAL, environment.versions()):
+    for requirement in missing(optional(), environment.versions()):
         environment.install([requirement])
     after = environment.versions()
     new = {name: version for name, version in after.items() if before.get(name) != version}

@@ -129,7 +129,7 @@ def test_exit_codes() -> None:
 def latency(loop: float, db: float | None) -> Outcome:
     summary = {"n": 8, "median": loop, "p10": loop - 1, "p90": loop + 1}
     stages = {"denoise_loop": summary, "vae_decoder": {**summary, "median": 30.0}, "end_to_end": {**summary, "median": loop + 40}}
-    return Outcome("passed", found={"rows": {"1": {"first_ms": 900.0, "psnr_db": db, **stages}}})
+    return Outcome("passed", found={"rows": {"1": {"first_ms": 900.0, "psnr_db": db, "peak_device_bytes": 6.5 * 2**30, **stages}}})
 
 
 def test_the_page(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_the_page(tmp_path: Path) -> None:
     page = (tmp_path / "deep" / "r.md").read_text("utf-8")
     assert "H100, compute capability 9.0." in page
     compiled = "ours: torch.compile, one CUDA graph"
-    assert f"| 1600m | 1 | {compiled} | 400.0 | 399.0 to 401.0 | 30.0 | 440.0 | 900 | 2.00 | 45.2 |" in page
+    assert f"| 1600m | 1 | {compiled} | 400.0 | 399.0 to 401.0 | 30.0 | 440.0 | 900 | 6.5 | 2.00 | 45.2 |" in page
     assert "| current | yes | no | no | None | it is not / supported |" in page
     assert "| onnxruntime | tiny-fp32 | 0.9999999 | 77.0 | True |" in page or "| onnxruntime | tiny-fp32 | 1.0000000 |" in page
     assert "| parity/torch | failed | 0 | tiny-fp32 context: cosine 0.9 more |" in page

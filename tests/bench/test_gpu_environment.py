@@ -98,7 +98,7 @@ def test_torch_is_not_replaced(environment: Any) -> None:
 def test_one_package_that_cannot_be_had_does_not_keep_out_the_others(environment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write_wheel(environment.wheels, "other_thing", "3.0")
     monkeypatch.setattr(tool, "required", lambda: ["nowhere>=1", "other_thing>=2"])
-    monkeypatch.setattr(tool, "OPTIONAL", ())
+    monkeypatch.setattr(tool, "optional", list)
     setup = tool.prepare(environment)
     assert setup["installed"] == {"other-thing": "3.0"}
     assert any("could not install nowhere>=1" in note for note in environment.notes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import hashlib
-import importlib.util
 import json
 import sys
 import time
@@ -17,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sana_export.bench.gpu_check.find import installed
 from sana_export.bench.gpu_check.parts import PARTS, Part
 from sana_export.bench.gpu_check.report import Report
 from sana_export.bench.gpu_check.runner import Here, Outcome, Runner
@@ -67,7 +67,7 @@ def _here(outcome: Outcome) -> Here:
     known = outcome.found.get("modules")
     if known is None:
         names = {name for part in PARTS for name in (*part.modules, *part.one_of)}
-        return Here(False, {name for name in names if importlib.util.find_spec(name)}, False)
+        return Here(False, {name for name in names if installed(name)}, False)
     working = {name: answer for name, answer in known.items() if "error" not in answer}
     providers = working.get("onnxruntime", {}).get("providers", ())
     return Here(outcome.found.get("compute_capability") is not None, working, CUDA_PROVIDER in providers)

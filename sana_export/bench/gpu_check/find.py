@@ -27,6 +27,7 @@ QUESTIONS: dict[str, str] = {
     "onnxruntime": "{'version': m.__version__, 'providers': m.get_available_providers()}",
     "tensorrt": "{'version': m.__version__}",
     "tensorrt_rtx": "{'version': m.__version__, 'capabilities': [*m.ComputeCapability.__members__]}",
+    "cuda.core": "{'version': m.__version__}",
     "triton": "{'version': m.__version__}",
     "tokenizers": "{'version': m.__version__}",
     "pytest": "{'version': m.__version__}",
@@ -36,8 +37,14 @@ QUESTIONS: dict[str, str] = {
 def find(context: Context) -> Mapping[str, Any]:
     """gpus, compute_capability (None without a GPU), and modules: name to what it answered or why it does not import."""
     context.keep({"gpus": gpu_names(), "compute_capability": gpu_compute_capability()})
-    children = {name: _ask(name, question) for name, question in QUESTIONS.items() if importlib.util.find_spec(name)}
+    children = {name: _ask(name, question) for name, question in QUESTIONS.items() if installed(name)}
     return {"modules": {name: _answer(child) for name, child in children.items()}}
+
+
+def installed(name: str) -> bool:
+    """Whether the module `name`, which may be in a package, is there."""
+    parent, _, _ = name.rpartition(".")
+    return (not parent or installed(parent)) and importlib.util.find_spec(name) is not None
 
 
 def _ask(name: str, question: str) -> subprocess.Popen[str]:

@@ -98,7 +98,19 @@ class Report:
             yield "1024x1024, 20 steps, guidance 4.5, fp16, synthetic weights, one layer of text encoder. Medians in ms. Times"
             yield "eager: its loop by this one, measured one after the other. dB: the picture against eager's."
             yield ""
-            head = ("model", "batch", "what", "loop", "p10 to p90", "decoder", "whole call", "first call", "times eager", "dB")
+            head = (
+                "model",
+                "batch",
+                "what",
+                "loop",
+                "p10 to p90",
+                "decoder",
+                "whole call",
+                "first call",
+                "GiB",
+                "times eager",
+                "dB",
+            )
             yield from _table(head, rows)
 
     def _latency_rows(self, model: str) -> Iterator[tuple[object, ...]]:
@@ -111,8 +123,9 @@ class Report:
                     ratio = f"{eager['denoise_loop']['median'] / loop['median']:.2f}" if eager else ""
                     db = "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
                     stages = (_ms(row["vae_decoder"]), _ms(row["end_to_end"]), f"{row['first_ms']:.0f}")
+                    memory = f"{row['peak_device_bytes'] / 2**30:.1f}" if row["peak_device_bytes"] else ""
                     spread = f"{loop['p10']:.1f} to {loop['p90']:.1f}"
-                    yield model, batch, BACKENDS[name], _ms(loop), spread, *stages, ratio, db
+                    yield model, batch, BACKENDS[name], _ms(loop), spread, *stages, memory, ratio, db
 
     def _parity(self) -> Iterator[str]:
         rows = [
