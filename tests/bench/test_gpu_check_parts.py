@@ -12,6 +12,7 @@ import pytest
 from sana_export.bench.gpu_check import latency, parity, rtx, suite
 from sana_export.bench.gpu_check.bundles import MODELS, checkpoint_of, without_onnx
 from sana_export.bench.gpu_check.check import CheckFailed, Context
+from sana_export.contract import GRAPHS
 from sana_export.errors import ArtifactError
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
@@ -76,7 +77,7 @@ def test_latency_is_measured_and_pictures_are_compared(context: Context, monkeyp
 
 def test_a_bundle_without_onnx_files_is_for_torch_alone(context: Context) -> None:
     bundle = without_onnx(context, checkpoint_of(context, "tiny"), "tiny")
-    assert Manifest.load(bundle).options.clamp, "as the fp16 family is trained"
+    assert set(Manifest.load(bundle).graphs) == set(GRAPHS)
     with pytest.raises(ArtifactError, match="not-exported is missing"):
         SanaRuntime.from_pretrained(bundle, backend="onnxruntime")
 
@@ -90,6 +91,7 @@ def test_models_are_the_published_ones_beside_their_text_encoder() -> None:
         published = VARIANTS[alias].transformer
         assert MODELS[name].transformer == {**published, "num_layers": layers}
         assert MODELS[name].text_encoder["hidden_size"] == 2304
+        assert MODELS[name].name not in VARIANTS, "so that the stored dtype tells of the clamp, which fp16 has"
 
 
 def test_the_question_to_tensorrt_rtx_builds_without_a_gpu(context: Context) -> None:
