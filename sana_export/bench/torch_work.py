@@ -1,4 +1,4 @@
-"""The work of torch modules, counted while they run: with tensors on torch's "meta" device that takes neither memory nor time.
+"""The work of torch modules, counted while they run; with tensors on torch's "meta" device that takes neither memory nor time.
 
 FLOP come from torch's own table (`torch.utils.flop_counter`); bytes are those of the tensors that each counted operator is given
 and returns, a tensor that is expanded counts once.
@@ -6,8 +6,7 @@ and returns, a tensor that is expanded counts once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,29 +24,6 @@ def torch_work(run: Callable[[], Any]) -> Work:
     with torch.no_grad(), counter:
         run()
     return Work.of(counter.products)
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """Make every new tensor on the meta device: it has a shape and a dtype, and no values."""
-    with torch.device("meta"):
-        yield
-
-
-class MetaWeights(Mapping[str, Tensor]):
-    """Name to tensor on the meta device, of given shapes: in place of a checkpoint's weights where only shapes matter."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> None:
-        self.shapes, self.dtype = shapes, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.empty(self.shapes[name], dtype=self.dtype, device="meta")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 class _Counter(TorchDispatchMode):
