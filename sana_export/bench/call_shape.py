@@ -14,7 +14,7 @@ from sana_export.bench.workload import Workload
 from sana_export.manifest import Manifest
 from sana_export.runtime.prompt import Float32, PromptEncoder
 from sana_export.runtime.request import Request, make_plan
-from sana_export.runtime.tiling import plan_windows
+from sana_export.runtime.tiling import Window, plan_windows
 
 #: The work of a graph of the bundle's by its name, where its dynamic axes have these sizes.
 GraphWork = Callable[[str, Mapping[str, int]], Work]
@@ -57,7 +57,8 @@ def call_shape(bundle: Path, manifest: Manifest, work: Workload, prompt: str) ->
 
     embeddings = text.encode(tokens, note)
     batch, _, height, width = plan.latents_shape
-    model, features, windows = manifest.model, (0, 0), []
+    model, features = manifest.model, (0, 0)
+    windows: tuple[Window, ...] = ()
     if plan.decoder_tile:
         scale = model.decoder_tile_scale
         features = (height * model.vae_scale_factor // scale, width * model.vae_scale_factor // scale)

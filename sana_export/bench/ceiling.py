@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from sana_export.bench.work import Rates
 
@@ -28,8 +31,10 @@ def measure_rates(device: str, precision: str, threads: int) -> Rates:
     return Rates(*_best_product(_cuda_products(dtype)), precision, "measured on the gpu: torch")
 
 
-def better(one: Rates, other: Rates) -> Rates:
-    """The higher of each rate of two measurements."""
+def better(one: Rates | None, other: Rates | None) -> Rates | None:
+    """The higher of each rate of two measurements, either of which may have failed."""
+    if one is None or other is None:
+        return one or other
     return Rates(max(one.flop, other.flop), max(one.bytes, other.bytes), one.precision, one.source)
 
 
@@ -45,7 +50,8 @@ def _best_product(trials: tuple[Iterable[Trial], Iterable[Trial]]) -> tuple[floa
 def _least(run: Callable[[], float]) -> float:
     """The shortest of repeated runs, after one that does not count."""
     run()
-    started, times = time.perf_counter(), []
+    started = time.perf_counter()
+    times: list[float] = []
     while len(times) < _LEAST_RUNS or time.perf_counter() - started < _SECONDS:
         times.append(run())
     return min(times)
@@ -65,11 +71,10 @@ def _cpu_products(threads: int) -> tuple[list[Trial], list[Trial]]:
 
     products: list[Trial] = []
     for side in _SIDES["cpu"]:
-        left, right = torch.randn(side, side), torch.randn(side, side)
-        out = torch.empty(side, side)
+        left, right, out = (torch.randn(side, side) for _ in range(3))
         calls: list[Callable[[], Any]] = [
-            lambda a=left, b=right, out=out: torch.mm(a, b, out=out),  # type: ignore[misc]
-            lambda a=left.numpy(), b=right.numpy(), out=out.numpy(): a.__matmul__(b),  # type: ignore[misc]
+            partial(torch.mm, left, right, out=out),
+            partial(np.matmul, left.numpy(), right.numpy(), out=out.numpy()),
             _onnxruntime_product(left.numpy(), right.numpy(), threads),
         ]
         products += [(2 * side**3, _host(call)) for call in calls]
@@ -109,7 +114,7 @@ def _cuda_products(dtype: Any) -> tuple[list[Trial], list[Trial]]:
     products: list[Trial] = []
     for side in _SIDES["cuda"]:
         left, right, out = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(3))
-        products.append((2 * side**3, on_device(lambda a=left, b=right, out=out: torch.mm(a, b, out=out))))  # type: ignore[misc]
+        products.append((2 * side**3, on_device(partial(torch.mm, left, right, out=out))))
     source = torch.ones(_COPIED["cuda"], dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return products, [(2 * source.nbytes, on_device(lambda: target.copy_(source)))]

@@ -44,10 +44,12 @@ def load_compiled(job: Job) -> PipelineCandidate:
     torch.set_num_threads(job.threads)
     pipeline = load_pipeline(job)
     on_cpu = job.workload.device == "cpu"
-    compiled = {} if on_cpu else {"mode": "max-autotune"}
+    compiled: dict[str, Any] = {} if on_cpu else {"mode": "max-autotune"}
     pipeline.transformer.forward = torch.compile(pipeline.transformer.forward, **compiled)
     pipeline.vae.decoder.forward = torch.compile(pipeline.vae.decoder.forward, **compiled)
-    return PipelineCandidate(job, pipeline, f"torch.compile, dtypes as eager, on the {'cpu' if on_cpu else 'gpu'}", "fp32" if on_cpu else "bf16")
+    return PipelineCandidate(
+        job, pipeline, f"torch.compile, dtypes as eager, on the {'cpu' if on_cpu else 'gpu'}", "fp32" if on_cpu else "bf16"
+    )
 
 
 def _check_compiler(device: str) -> None:

@@ -14,9 +14,7 @@ from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.manifest import PRECISIONS, Manifest
 
 
-def workload_work(
-    bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, work: Workload
-) -> dict[str, dict[str, Work]]:
+def workload_work(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, work: Workload) -> dict[str, dict[str, Work]]:
     """`BUNDLE` and `REFERENCE` to the work of each stage, summed over one call of each prompt of `work`."""
     from sana_export.bench.meta import reference_work  # imports torch
 

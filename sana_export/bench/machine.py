@@ -97,7 +97,7 @@ def busy_seconds() -> float | None:
 
 
 class LoadMeter:
-    """The share of all cores' time that other processes use from now on. `own`: processor seconds of the processes that are ours."""
+    """The share of all cores' time that other processes use from now on. `own`: processor seconds of our own processes."""
 
     def __init__(self, own: Callable[[], float]) -> None:
         self._own, self._started, self._before = own, time.monotonic(), self._elsewhere(own)

@@ -38,9 +38,7 @@ def onnx_products(path: Path, sizes: Mapping[str, int]) -> list[Product]:
         if (flop := FLOP.get(node.op_type)) is not None:
             tensors = [name for name in (*node.input, *node.output) if name]
             shapes = [values.shape(name) for name in node.input if name], values.shape(node.output[0])
-            products.append(
-                Product(node.name, node.op_type, flop(node, *shapes), sum(values.bytes(name) for name in set(tensors)))
-            )
+            products.append(Product(node.name, node.op_type, flop(node, *shapes), sum(values.bytes(name) for name in set(tensors))))
     return products
 
 
@@ -122,14 +120,16 @@ class _Values:
             [helper.make_empty_tensor_value_info(name) for name in node.output],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid(*opset) for opset in self.opsets.items()])
-        outputs: list[npt.NDArray[Any]] = ReferenceEvaluator(model).run(None, {name: self.known[name] for name in inputs})
+        outputs: Any = ReferenceEvaluator(model).run(None, {name: self.known[name] for name in inputs})
         return [np.asarray(output) for output in outputs]
 
     def _size(self, axis: Any, sizes: Mapping[str, int]) -> int:
         if axis.HasField("dim_value"):
             return int(axis.dim_value)
         if axis.dim_param not in sizes:
-            raise ArtifactError(f"the work of {self.path} cannot be counted", found=f"no size of {axis.dim_param}", wanted="a number")
+            raise ArtifactError(
+                f"the work of {self.path} cannot be counted", found=f"no size of {axis.dim_param}", wanted="a number"
+            )
         return sizes[axis.dim_param]
 
 

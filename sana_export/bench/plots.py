@@ -57,7 +57,11 @@ def _stages(report: BenchReport, axes: Any) -> bool:
         whole = shown[name].stages.get(END_TO_END)
         if whole is not None:
             axes.errorbar(
-                whole.ms.median, index, xerr=[[whole.ms.median - whole.ms.p10], [whole.ms.p90 - whole.ms.median]], color="#333333", capsize=3
+                whole.ms.median,
+                index,
+                xerr=[[whole.ms.median - whole.ms.p10], [whole.ms.p90 - whole.ms.median]],
+                color="#333333",
+                capsize=3,
             )
             faster = "" if shown[name].speedup is None else f"  {shown[name].speedup:.2f}x"
             axes.text(max(whole.ms.p90, left[index]), index, f"  {whole.ms.median:,.0f} ms{faster}", va="center", fontsize=8)
@@ -101,13 +105,19 @@ def _batch(report: BenchReport, axes: Any) -> bool:
 
 
 def _curves(
-    report: BenchReport, axes: Any, points: Sequence[SweepPoint], places: Sequence[float], labels: Sequence[str], what: str, title: str
+    report: BenchReport,
+    axes: Any,
+    points: Sequence[SweepPoint],
+    places: Sequence[float],
+    labels: Sequence[str],
+    what: str,
+    title: str,
 ) -> bool:
     """A line a backend through its medians, with p10 to p90 as whiskers; False where there is only one place."""
     if len(set(places)) < 2:
         return False
     order = sorted(range(len(points)), key=lambda index: places[index])
-    for number, name in enumerate(report.backends):
+    for name in report.backends:
         found = [
             (places[index], points[index].backends[name].stages[END_TO_END].ms)
             for index in order
@@ -116,8 +126,9 @@ def _curves(
         if len(found) > 1:
             medians = [ms.median for _, ms in found]
             spread = [[ms.median - ms.p10 for _, ms in found], [ms.p90 - ms.median for _, ms in found]]
-            colour = _LINES[number % len(_LINES)]
-            axes.errorbar([place for place, _ in found], medians, yerr=spread, marker="o", capsize=3, label=name, color=colour)
+            axes.errorbar(
+                [place for place, _ in found], medians, yerr=spread, marker="o", capsize=3, label=name, color=_colour(report, name)
+            )
     axes.set_xticks([places[index] for index in order], [labels[index] for index in order], fontsize=8)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(what)
@@ -125,6 +136,11 @@ def _curves(
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     return True
+
+
+def _colour(report: BenchReport, name: str) -> str:
+    """A backend has one colour in all plots."""
+    return _LINES[list(report.backends).index(name) % len(_LINES)]
 
 
 def _ceiling(report: BenchReport, axes: Any) -> bool:
@@ -138,7 +154,7 @@ def _ceiling(report: BenchReport, axes: Any) -> bool:
         achieved = [report.achieved(name, stage) for stage in stages]
         heights = [0.0 if found is None else 100 * found.share for found in achieved]
         places = [index + (number - (len(shown) - 1) / 2) * width for index in range(len(stages))]
-        bars = axes.bar(places, heights, width, label=name, color=_LINES[number % len(_LINES)])
+        bars = axes.bar(places, heights, width, label=name, color=_colour(report, name))
         axes.bar_label(bars, [f"{height:.0f}" if height else "" for height in heights], fontsize=7)
     axes.set_xticks(range(len(stages)), [stage.replace("_", " ") for stage in stages], fontsize=8)
     axes.set_ylabel("percent of the ceiling (floor / time)")

@@ -145,7 +145,7 @@ class BenchReport:
             return None
         work = self.work.get(result.work, {}).get(stage)
         # The work is that of all prompts, the time that of one.
-        return work and Achieved.of(work, self.rates, result.stages[stage].ms.median * len(self.workload.prompts))
+        return None if work is None else Achieved.of(work, self.rates, result.stages[stage].ms.median * len(self.workload.prompts))
 
     def floor_ms(self, whose: str, stage: str) -> float | None:
         """The least milliseconds of one call at the measured ceiling."""

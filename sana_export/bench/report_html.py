@@ -14,6 +14,7 @@ from sana_export.bench.report_text import (
     ceiling_notes,
     columns,
     conditions,
+    likeness,
     noise_note,
     stage_rows,
     sweep_rows,
@@ -69,16 +70,18 @@ def _figure(report: BenchReport, backend: str, path: Path) -> str:
     result = report.backends[backend]
     lines = [f"<b>{escape(backend)}</b>"]
     if (whole := result.stages.get(END_TO_END)) is not None:
-        lines.append(f"{whole.ms.median:,.0f} ms" + ("" if result.speedup is None else f", {result.speedup:.2f} times eager's speed"))
+        lines.append(
+            f"{whole.ms.median:,.0f} ms" + ("" if result.speedup is None else f", {result.speedup:.2f} times eager's speed")
+        )
     if (agreement := result.agreement) is not None:
-        lines.append(f"{agreement.psnr_db:.1f} dB against eager: {'agrees' if agreement.agrees else 'DOES NOT AGREE'}")
+        lines.append(f"{likeness(agreement)} against eager: {'agrees' if agreement.agrees else 'DOES NOT AGREE'}")
     return f'<figure><img src="{_inline(path)}" alt="{escape(backend)}"><figcaption>{"<br>".join(lines)}</figcaption></figure>'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> str:
     def row(cells: Sequence[str], kind: str) -> str:
         marked = (
-            f'<{kind}{" class=text" if index < text_columns else ""}>{escape(cell)}</{kind}>' for index, cell in enumerate(cells)
+            f"<{kind}{' class=text' if index < text_columns else ''}>{escape(cell)}</{kind}>" for index, cell in enumerate(cells)
         )
         return f"<tr{' class=whole' if cells[0] == END_TO_END else ''}>{''.join(marked)}</tr>"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from sana_export.bench.candidates import BASELINE, BUNDLE, REFERENCE
-from sana_export.bench.report import BackendResult, BenchReport
+from sana_export.bench.report import Agreement, BackendResult, BenchReport
 from sana_export.bench.stages import END_TO_END, STAGES, StageResult
 from sana_export.bench.work import Achieved
 
@@ -84,8 +86,13 @@ def backend_note(result: BackendResult) -> str:
             parts.append(f"slowed by {', '.join(gpu['slowed_by'])}")
     if (agreement := result.agreement) is not None:
         verdict = "agrees" if agreement.agrees else "DOES NOT AGREE, its times do not count"
-        parts.append(f"image {agreement.psnr_db:.1f} dB against {BASELINE} (limit {agreement.limit_db:g}): {verdict}")
+        parts.append(f"image {likeness(agreement)} against {BASELINE} (limit {agreement.limit_db:g}): {verdict}")
     return ", ".join(parts)
+
+
+def likeness(agreement: Agreement) -> str:
+    """The PSNR in dB; images that are equal have none."""
+    return "identical" if agreement.psnr_db == math.inf else f"{agreement.psnr_db:.1f} dB"
 
 
 def ceiling_notes(report: BenchReport) -> list[str]:
@@ -112,7 +119,7 @@ def noise_note(report: BenchReport) -> str:
 
 def sweep_rows(report: BenchReport) -> list[tuple[str, ...]]:
     """size, images a call, backend, n, median, spread, times as fast as eager, peak memory; or why it failed there."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for point in report.sweep:
         work = point.workload
         for name, result in point.backends.items():

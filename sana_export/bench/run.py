@@ -107,7 +107,7 @@ def run_bench(
     steps = Steps(sum(len(jobs) + jobs[0].workload.warmup + jobs[0].workload.repeats for jobs in runs if jobs) + 2, on_progress)
     before = _rates(runs[0][0], steps)
     measured = _measure(runs[0], asked, steps)
-    rates = better(before, _rates(runs[0][0], steps)) if before else None
+    rates = better(before, _rates(runs[0][0], steps))
     usable = {runner.name for runner in measured.runners if runner.failed is None and not find_row(runner.name).fixed_shapes}
     sweep = [_point(jobs, usable, steps) for jobs in runs[1:]]
     on_progress("report", steps.total, steps.total)
@@ -138,9 +138,7 @@ def run_bench(
     return report
 
 
-def _jobs(
-    names: Sequence[str], bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest, work: Workload
-) -> list[Job]:
+def _jobs(names: Sequence[str], bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest, work: Workload) -> list[Job]:
     return [_job(name, bundle, checkpoint, manifest, work) for name in names]
 
 
@@ -227,9 +225,7 @@ def _ready(runners: Sequence[Runner]) -> Iterator[tuple[Runner, Worker]]:
     return ((runner, runner.worker) for runner in runners if runner.worker is not None and runner.failed is None)
 
 
-def _take_turns(
-    runners: Sequence[Runner], number: int, index: int, work: Workload, images: Path, watch: GpuWatch
-) -> None:
+def _take_turns(runners: Sequence[Runner], number: int, index: int, work: Workload, images: Path, watch: GpuWatch) -> None:
     """One call of every backend, one after the other; the baseline comes first, and its images are the reference of the others."""
     reference: Array | None = None
     for runner, worker in _ready(runners):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Workload:
 
     def points(self) -> list[Workload]:
         """The workloads of the sweep."""
-        return [dataclasses.replace(self, **{"sweep": (), **point}) for point in self.sweep]
+        return [dataclasses.replace(self, sweep=(), **dict[str, Any](point)) for point in self.sweep]
 
     def resolved_threads(self) -> int:
         """The number of CPU threads that every backend gets."""
@@ -129,11 +129,11 @@ def parse_workload(content: dict[str, Any], path: Path) -> Workload:
     return workload
 
 
-def prompts_of(sets: Iterable[str], where: str) -> tuple[str, ...]:
+def prompts_of(sets: Any, where: str) -> tuple[str, ...]:
     """The prompts of the named sets of prompts.toml, in their order. UsageError, naming `where`, for an unknown name."""
-    known = tomllib.loads(PROMPTS.read_text("utf-8"))
-    names = list(sets) if isinstance(sets, (list, tuple)) else [sets]
-    if unknown := [name for name in names if name not in known] or (["nothing"] if not names else []):
+    known: dict[str, list[str]] = tomllib.loads(PROMPTS.read_text("utf-8"))
+    names = [str(name) for name in sets] if isinstance(sets, (list, tuple)) else [str(sets)]
+    if unknown := [name for name in names if name not in known] or ([] if names else ["nothing"]):
         raise UsageError(f"{where}: there is no such set of prompts", found=unknown[0], wanted=", ".join(known))
     return tuple(" ".join(prompt.split()) for name in names for prompt in known[name])
 
