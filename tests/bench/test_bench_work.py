@@ -80,7 +80,8 @@ def test_a_workload_counts_every_prompt(tiny_bundle: Path, tiny_checkpoint: Any)
     manifest = Manifest.load(tiny_bundle)
     both = workload_work(tiny_bundle, manifest, tiny_checkpoint, WORK)
     each = [
-        workload_work(tiny_bundle, manifest, tiny_checkpoint, dataclasses.replace(WORK, prompts=(prompt,))) for prompt in WORK.prompts
+        workload_work(tiny_bundle, manifest, tiny_checkpoint, dataclasses.replace(WORK, prompts=(prompt,)))
+        for prompt in WORK.prompts
     ]
     for whose in (BUNDLE, REFERENCE):
         assert {stage: work.flop for stage, work in both[whose].items()} == {
@@ -103,7 +104,9 @@ def test_sizes_are_those_of_a_real_call(tile: int, tiny_bundle: Path, monkeypatc
     prompt = WORK.prompts[1]
     runtime(prompt, seed=0, **WORK.sampling())
     shape = call_shape(tiny_bundle, manifest, WORK, prompt)
-    assert [feeds["latents"] for feeds in seen["denoiser"]] == [(shape.batch, 32, shape.latent_height, shape.latent_width)] * shape.steps
+    assert [feeds["latents"] for feeds in seen["denoiser"]] == [
+        (shape.batch, 32, shape.latent_height, shape.latent_width)
+    ] * shape.steps
     assert seen["context"][0]["prompt_embeds"][:3] == (shape.branches, shape.batch, shape.text_tokens)
     runs = [(*feeds["inputs_embeds"][:2], feeds["prefix"][3]) for feeds in seen["text_encoder"]]
     assert tuple(runs) == shape.encoder_runs
