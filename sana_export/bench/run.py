@@ -192,7 +192,7 @@ def _measure(jobs: Sequence[Job], asked: set[str], steps: Steps) -> Measured:
             runners.append(_start(job, stack, asked=job.backend in asked))
         meter = LoadMeter(lambda: sum((runner.last or runner.loaded).get("cpu_seconds", 0.0) for runner in runners))
         for number in range(work.warmup + work.repeats):
-            steps.next(f"{work.height}x{work.width} round {number + 1} of {work.warmup + work.repeats}")
+            steps.next(f"round {number + 1} of {work.warmup + work.repeats}, {work.height}x{work.width}")
             for index in range(len(work.prompts)):
                 _take_turns(runners, number, index, work, images, watch)
         return Measured(runners, meter.other_load(), watch)
@@ -211,13 +211,13 @@ def _start(job: Job, stack: contextlib.ExitStack, *, asked: bool) -> Runner:
         runner.worker = stack.enter_context(Worker(job))
         runner.loaded = runner.worker.load()
     except WorkerFailed as error:
-        _fail(runner, error)
         runner.unfit = error.unfit and not asked
+        _fail(runner, error)
     return runner
 
 
 def _fail(runner: Runner, error: WorkerFailed) -> None:
-    log.warning("%s failed: %s", runner.name, error)
+    log.log(logging.INFO if runner.unfit else logging.WARNING, "%s failed: %s", runner.name, error)
     runner.failed = str(error)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sana_export.bench.candidates import Candidate, Job, Sample
 from sana_export.bench.ours import RuntimeCandidate, limit_onnxruntime
+from sana_export.errors import DependencyError
 from sana_export.runtime.pipeline import SanaRuntime
 
 #: The file that `notes_turns` writes its calls to.
@@ -56,6 +57,10 @@ def notes_turns_too(job: Job) -> Candidate:
 
 def cannot_load(job: Job) -> Candidate:
     raise FileNotFoundError("no weights for the fake")
+
+
+def lacks_a_package(job: Job) -> Candidate:
+    raise DependencyError("no such package")
 
 
 def raises_later(job: Job) -> Candidate:
