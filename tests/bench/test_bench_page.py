@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_a_browser_shows_the_images_side_by_side(folder: Path, tmp_path: Path) -
         assert len(rows) > 200 * 200, f"{colour} is not shown"
         places.append((rows.min(), rows.max(), columns.min(), columns.max()))
     assert len({(top, bottom) for top, bottom, *_ in places}) == 1
-    assert all(left[3] < right[2] for left, right in zip(places, places[1:], strict=False))
+    assert all(left[3] < right[2] for left, right in pairwise(places))
     # Below the images stand tables and plots: something dark, and the plots' colours.
     below = pixels[places[0][1] :]
     assert ((np.abs(below - np.array((242, 142, 43))) < 6).all(-1)).sum() > 500  # the denoiser's part of the bars

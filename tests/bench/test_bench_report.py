@@ -12,7 +12,6 @@ from sana_export.bench.stages import STAGES, StageResult, Summary
 from sana_export.bench.work import Product, Rates, Work
 from sana_export.bench.workload import Workload
 
-
 GPU = {
     "power_w": {"median": 300.0, "min": 250.0, "max": 320.0},
     **dict.fromkeys(("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "process_bytes")),
