@@ -33,7 +33,7 @@ def test_the_heavy_node_comes_first(tiny_bundle: Path, tmp_path: Path) -> None:
     manifest = Manifest.load(tiny_bundle)
     entry = manifest.graphs["context"]
     file = dataclasses.replace(entry.files[0], path="made.onnx")
-    made = dataclasses.replace(manifest, graphs={"made": dataclasses.replace(entry, files=(file,))})
+    made = dataclasses.replace(manifest, graphs={"made": dataclasses.replace(entry, onnx=file, data=())})
     spec, inputs = GraphSpec("made", (), ()), {"x": torch.ones(side, side)}
     found = layers(GraphRun("onnxruntime", tmp_path, made, None, "made", spec, inputs, 1, 3))  # type: ignore[arg-type]
     by_name = {layer.name: layer for layer in found}
