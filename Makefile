@@ -34,7 +34,7 @@ setup: $(STAMP) ## make the virtual environment with the tested versions
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[cpu,export,tensorrt-rtx,dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[cpu,export,tensorrt-rtx,bench,dev]"
 	@touch $@
 
 engines: $(STAMP) ## checkpoint to bundle, engines, proof, image and latency (RECIPE=engines/tiny.toml)

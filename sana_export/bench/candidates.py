@@ -17,6 +17,10 @@ from sana_export.errors import UsageError
 from sana_export.runtime.backends import BACKENDS
 
 BASELINE = "eager"
+#: In place of names: every row; those that cannot run here are left out with their reason, and are no failure.
+ALL = "all"
+#: Whose work a row does (image_work.py).
+BUNDLE, REFERENCE = "bundle", "reference"
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,33 @@ class Candidate(Protocol):
 class Row:
     """One name. `load`: "module:function" taking a Job and returning a Candidate.
 
-    `prepare`: "module:function" taking a Job, run once in a process of its own before anything is loaded or timed.
+    `prepare`: "module:function" taking a Job, run once in a process of its own before anything is loaded or timed. `work`: whose
+    work it does, None where nobody has counted it. `fixed_shapes`: sweeps leave it out. `slow_on_cpu`: why `ALL` leaves it out on
+    a CPU.
     """
 
     load: str
     prepare: str | None = None
+    work: str | None = None
+    fixed_shapes: bool = False
+    slow_on_cpu: str | None = None
 
 
 ROWS: dict[str, Row] = {
-    BASELINE: Row("sana_export.bench.eager:load"),
-    "trace": Row("sana_export.bench.plain_trace:load", "sana_export.bench.plain_trace:prepare"),
-    **{name: Row("sana_export.bench.ours:load") for name in BACKENDS},
+    BASELINE: Row("sana_export.bench.eager:load", work=REFERENCE),
+    "compile": Row(
+        "sana_export.bench.eager:load_compiled",
+        work=REFERENCE,
+        fixed_shapes=True,
+        slow_on_cpu="compiling takes minutes on a CPU: ask for it by name, --backend compile",
+    ),
+    "trace": Row(
+        "sana_export.bench.plain_trace:load",
+        "sana_export.bench.plain_trace:prepare",
+        work=REFERENCE,
+        fixed_shapes=True,
+    ),
+    **{name: Row("sana_export.bench.ours:load", work=BUNDLE) for name in BACKENDS},
 }
 
 
@@ -100,7 +120,7 @@ def find_row(name: str) -> Row:
         near = difflib.get_close_matches(name, ROWS, n=3)
         raise UsageError(
             f"there is no backend {name!r} to time",
-            wanted=", ".join(near or ROWS),
+            wanted=", ".join(near or (*ROWS, ALL)),
             fix=f"--backend {near[0] if near else 'onnxruntime'}",
         )
     return ROWS[name]
@@ -114,10 +134,11 @@ def resolve(target: str) -> Callable[[Job], Any]:
 
 
 def check_names(names: Iterable[str]) -> tuple[str, ...]:
-    """`names` once each in their order, the baseline first; UsageError for an unknown one or none at all."""
-    unique = sorted(dict.fromkeys(names), key=lambda name: name != BASELINE)
+    """`names` once each in their order, `ALL` as every row, the baseline first; UsageError for an unknown one or none at all."""
+    each = [row for name in names for row in (ROWS if name == ALL else [name])]
+    unique = sorted(dict.fromkeys(each), key=lambda name: name != BASELINE)
     for name in unique:
         find_row(name)
     if not unique:
-        raise UsageError("nothing to time", found="no backend", wanted=", ".join(ROWS), fix=f"--backend {BASELINE}")
+        raise UsageError("nothing to time", found="no backend", wanted=", ".join((*ROWS, ALL)), fix=f"--backend {BASELINE}")
     return tuple(unique)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +34,33 @@ def load(job: Job) -> PipelineCandidate:
         return PipelineCandidate(job, pipeline, "eager, float32 on the cpu", "fp32")
     dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
     return PipelineCandidate(job, pipeline, f"eager, {dtype} transformer, bfloat16 text encoder and decoder on the gpu", "bf16")
+
+
+def load_compiled(job: Job) -> PipelineCandidate:
+    """The same with its transformer and decoder under `torch.compile`. DependencyError without a compiler."""
+    import torch
+
+    _check_compiler(job.workload.device)
+    torch.set_num_threads(job.threads)
+    pipeline = load_pipeline(job)
+    on_cpu = job.workload.device == "cpu"
+    compiled: dict[str, Any] = {} if on_cpu else {"mode": "max-autotune"}
+    pipeline.transformer.forward = torch.compile(pipeline.transformer.forward, **compiled)
+    pipeline.vae.decoder.forward = torch.compile(pipeline.vae.decoder.forward, **compiled)
+    return PipelineCandidate(
+        job, pipeline, f"torch.compile, dtypes as eager, on the {'cpu' if on_cpu else 'gpu'}", "fp32" if on_cpu else "bf16"
+    )
+
+
+def _check_compiler(device: str) -> None:
+    """Raise DependencyError where `torch.compile` has nothing to compile with."""
+    if device != "cpu":
+        if importlib.util.find_spec("triton") is None:
+            raise DependencyError("torch.compile needs Triton on a GPU", found="no module triton", fix="pip install triton")
+        return
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if not any(shutil.which(name) for name in compilers if name):
+        raise DependencyError("torch.compile needs a C++ compiler on a CPU", found="none", wanted="g++", fix="apt-get install g++")
 
 
 def load_pipeline(job: Job) -> Any:

@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -92,3 +94,23 @@ def busy_seconds() -> float | None:
     except (OSError, ValueError, IndexError):
         return None
     return (user + nice + system + interrupt + soft_interrupt) / os.sysconf("SC_CLK_TCK")
+
+
+class LoadMeter:
+    """The share of all cores' time that other processes use from now on. `own`: processor seconds of our own processes."""
+
+    def __init__(self, own: Callable[[], float]) -> None:
+        self._own, self._started, self._before = own, time.monotonic(), self._elsewhere(own)
+
+    def other_load(self) -> float | None:
+        """0 to 1 since the start; None where the system does not tell."""
+        after = self._elsewhere(self._own)
+        if self._before is None or after is None:
+            return None
+        available = (time.monotonic() - self._started) * (os.cpu_count() or 1)
+        return min(max((after - self._before) / available, 0.0), 1.0)
+
+    @staticmethod
+    def _elsewhere(own: Callable[[], float]) -> float | None:
+        busy = busy_seconds()
+        return None if busy is None else busy - own() - time.process_time()

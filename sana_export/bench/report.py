@@ -1,23 +1,31 @@
-"""The result of a benchmark as data, as JSON and as a Markdown table."""
+"""The result of a benchmark as data, and the files that it is written to."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.candidates import BASELINE
-from sana_export.bench.stages import END_TO_END, STAGES, StageResult, Summary
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from sana_export.bench.stages import END_TO_END, StageResult
+from sana_export.bench.work import Achieved, Rates, Work
 from sana_export.bench.workload import Workload
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: Above this share of the cores' time for other processes a run counts as noisy.
 NOISY_LOAD = 0.1
-JSON_NAME, TEXT_NAME = "bench.json", "bench.md"
+#: So does one where the middle 80% of a backend's whole calls spread over more than this share of their median.
+NOISY_SPREAD = 0.2
+JSON_NAME, TEXT_NAME, PAGE_NAME = "bench.json", "bench.md", "bench.html"
+IMAGES, PLOTS = "images", "plots"
+
+Pixels = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class BackendResult:
-    """One backend. `failed` is the reason why it has no stages, else None. Memory is its own process's, in bytes.
+    """One backend. `failed` is the reason why it has no stages, else None; `skipped`: that is no failure of the run.
 
-    `agreement` is None for the baseline, and where the baseline or the backend failed.
+    Memory is its own process's, in bytes. `agreement` is None for the baseline, and where the baseline or the backend failed.
+    `work`: whose work it does, a key of the report's `work`. `gpu`: what was watched during its turns (gpu_watch.py).
     """
 
     name: str
@@ -47,6 +56,9 @@ class BackendResult:
     peak_device_bytes: int | None = None
     stages: Mapping[str, StageResult] = dataclasses.field(default_factory=dict)
     agreement: Agreement | None = None
+    skipped: bool = False
+    work: str | None = None
+    gpu: Mapping[str, Any] | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -56,12 +68,29 @@ class BackendResult:
         ratio = self.stages[END_TO_END].ratio
         return None if ratio is None else ratio.median
 
+    @property
+    def spread(self) -> float | None:
+        """The width of the middle 80% of whole calls, as a share of their median."""
+        if (whole := self.stages.get(END_TO_END)) is None:
+            return None
+        return (whole.ms.p90 - whole.ms.p10) / whole.ms.median if whole.ms.median else None
+
 
 @dataclass(frozen=True)
+class SweepPoint:
+    """Another size or batch of the workload, and what each backend took for it."""
+
+    workload: Workload
+    backends: Mapping[str, BackendResult]
+
+
+@dataclass(frozen=True, eq=False)
 class BenchReport:
     """All of one run. `bundle` says what was timed: source, precision, clamp, pag_layers, export_key, synthetic.
 
     `other_load`: the share of the cores' time that other processes used while it ran; None where the system does not tell.
+    `rates`: the machine's ceiling. `work`: by whose work it is, each stage's, summed over one call of each prompt. `images`: what
+    each backend drew last for the first prompt, uint8 [B, H, W, 3].
     """
 
     created: str
@@ -72,137 +101,98 @@ class BenchReport:
     threads: int
     other_load: float | None
     backends: Mapping[str, BackendResult]
+    rates: Rates | None = None
+    work: Mapping[str, Mapping[str, Work]] = dataclasses.field(default_factory=dict)
+    sweep: Sequence[SweepPoint] = ()
+    images: Mapping[str, Pixels] = dataclasses.field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
-        """Whether every backend that could be compared draws the baseline's images."""
-        return all(result.agreement is None or result.agreement.agrees for result in self.backends.values())
+        """Whether every backend that could be compared draws the baseline's images, at every point of the sweep too."""
+        everything = [self.backends, *(point.backends for point in self.sweep)]
+        results = [result for backends in everything for result in backends.values()]
+        return all(result.agreement is None or result.agreement.agrees for result in results)
+
+    @property
+    def noise(self) -> list[str]:
+        """Why the times mean little; nothing where the machine was quiet."""
+        found = []
+        if self.other_load is not None and self.other_load > NOISY_LOAD:
+            found.append(f"other processes used {self.other_load:.0%} of the cores")
+        for name, result in self.backends.items():
+            if (spread := result.spread) is not None and spread > NOISY_SPREAD:
+                found.append(f"{name}'s whole calls spread over {spread:.0%} of their median")
+        return found
 
     @property
     def noisy(self) -> bool:
-        """Whether other processes used so much of the machine that the times mean little."""
-        return self.other_load is not None and self.other_load > NOISY_LOAD
+        return bool(self.noise)
 
     @property
     def failed(self) -> dict[str, str]:
         """Backend to reason, of those that failed."""
-        return {name: result.failed for name, result in self.backends.items() if result.failed is not None}
+        return {name: result.failed for name, result in self.backends.items() if result.failed is not None and not result.skipped}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Backend to reason, of those that were left out."""
+        return {name: result.failed for name, result in self.backends.items() if result.failed is not None and result.skipped}
+
+    def achieved(self, backend: str, stage: str) -> Achieved | None:
+        """What `backend` came to in `stage`; None where its work or the ceiling is unknown."""
+        result = self.backends[backend]
+        if self.rates is None or result.work is None or stage not in result.stages:
+            return None
+        work = self.work.get(result.work, {}).get(stage)
+        # The work is that of all prompts, the time that of one.
+        return None if work is None else Achieved.of(work, self.rates, result.stages[stage].ms.median * len(self.workload.prompts))
+
+    def floor_ms(self, whose: str, stage: str) -> float | None:
+        """The least milliseconds of one call at the measured ceiling."""
+        if self.rates is None or (work := self.work.get(whose, {}).get(stage)) is None:
+            return None
+        return 1e3 * work.floor_seconds(self.rates) / len(self.workload.prompts)
 
     def as_json(self) -> dict[str, Any]:
         """The report as a JSON document (benchmarks/README.md explains its keys)."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "created": self.created,
-            "machine": dict(self.machine),
-            "versions": dict(self.versions),
-            "bundle": dict(self.bundle),
-            "workload": {**dataclasses.asdict(self.workload), "prompts": list(self.workload.prompts), "threads": self.threads},
-            "other_load": self.other_load,
-            "noisy": self.noisy,
-            "baseline": BASELINE,
-            "agrees": self.agrees,
-            "backends": {name: _backend_json(result) for name, result in self.backends.items()},
-        }
+        from sana_export.bench.report_json import document
+
+        return document(self)
 
     def as_text(self) -> str:
         """The report as Markdown: what was run, then a row for each stage and backend."""
-        return "\n".join([*self._heading(), "", *self._table(), "", *self._notes()]) + "\n"
+        from sana_export.bench.report_text import markdown
+
+        return markdown(self)
 
     def write(self, folder: Path) -> list[Path]:
-        """Write bench.json and bench.md into `folder`, each under a temporary name first; returns their paths."""
+        """Write bench.json, bench.md, bench.html, images/ and, where matplotlib is installed, plots/ into `folder`.
+
+        Each file is written under a temporary name first. Returns their paths, bench.json first.
+        """
+        from sana_export.bench.plots import draw_plots
+        from sana_export.bench.report_html import page
+
         folder.mkdir(parents=True, exist_ok=True)
-        document = json.dumps(self.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        images = self._write_images(folder / IMAGES)
+        plots = draw_plots(self, folder / PLOTS)
+        content = {
+            JSON_NAME: json.dumps(self.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+            TEXT_NAME: self.as_text(),
+            PAGE_NAME: page(self, images, plots),
+        }
         paths = []
-        for name, content in ((JSON_NAME, document), (TEXT_NAME, self.as_text())):
+        for name, text in content.items():
             temporary = folder / f"{name}.tmp"
-            temporary.write_text(content, "utf-8")
+            temporary.write_text(text, "utf-8")
             paths.append(temporary.replace(folder / name))
+        return [*paths, *images.values(), *plots]
+
+    def _write_images(self, folder: Path) -> dict[str, Path]:
+        """The first image of each backend as PNG."""
+        paths = {}
+        for name, pixels in self.images.items():
+            folder.mkdir(exist_ok=True)
+            paths[name] = folder / f"{name.replace(':', '-')}.png"
+            Image.fromarray(np.asarray(pixels[0], np.uint8)).save(paths[name])
         return paths
-
-    def _heading(self) -> list[str]:
-        work, machine = self.workload, self.machine
-        gpu = f", {', '.join(machine['gpu'])}" if machine["gpu"] else ""
-        guidance = f"guidance {work.guidance_scale:g}" + (f", PAG {work.pag_scale:g}" if work.pag_scale else "")
-        images = f"{len(work.prompts)} prompt(s), {work.images_per_prompt} image(s) of each in a call"
-        synthetic = " (synthetic weights)" if self.bundle["synthetic"] else ""
-        return [
-            f"# {self.bundle['source']}{synthetic}: {work.name}",
-            "",
-            f"{work.height}x{work.width} px, {work.num_inference_steps} steps, {guidance}; {images}; {work.warmup} warm-up and "
-            f"{work.repeats} counted rounds, taking turns; {self.threads} threads.",
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB{gpu}; {machine['os']}; "
-            f"Python {machine['python']}, {', '.join(f'{name} {version}' for name, version in self.versions.items())}.",
-        ]
-
-    def _table(self) -> list[str]:
-        rows = ["| stage | backend | n | median ms | p10 to p90 | first call | times as fast as eager (p10 to p90) |"]
-        rows.append("|---|---|---:|---:|---:|---:|---:|")
-        for stage in STAGES:
-            for name, result in self.backends.items():
-                if (measured := result.stages.get(stage)) is not None:
-                    rows.append(_row(stage, name, measured))
-        return rows
-
-    def _notes(self) -> list[str]:
-        notes = [f"- {name}: {_note(result)}" for name, result in self.backends.items()]
-        if self.other_load is not None:
-            verdict = "NOISY, its times mean little" if self.noisy else "quiet"
-            notes.append(f"- other processes used {self.other_load:.0%} of the cores meanwhile: {verdict}")
-        return notes
-
-
-def _row(stage: str, name: str, measured: StageResult) -> str:
-    ms, ratio = measured.ms, measured.ratio
-    first = "" if measured.first_ms is None else f"{measured.first_ms:.1f}"
-    faster = "" if ratio is None else f"{ratio.median:.2f} ({ratio.p10:.2f} to {ratio.p90:.2f})"
-    return f"| {stage} | {name} | {ms.n} | {ms.median:.1f} | {ms.p10:.1f} to {ms.p90:.1f} | {first} | {faster} |"
-
-
-def _note(result: BackendResult) -> str:
-    if result.failed is not None:
-        return "FAILED: " + " ".join(result.failed.split())
-    parts = [result.description]
-    if result.load_seconds is not None:
-        parts.append(f"loaded in {result.load_seconds:.1f} s")
-    for what, amount in (("memory", result.peak_rss_bytes), ("device memory", result.peak_device_bytes)):
-        if amount is not None:
-            parts.append(f"peak {what} {amount / 2**20:.0f} MiB")
-    if (agreement := result.agreement) is not None:
-        verdict = "agrees" if agreement.agrees else "DOES NOT AGREE, its times do not count"
-        parts.append(f"image {agreement.psnr_db:.1f} dB against {BASELINE} (limit {agreement.limit_db:g}): {verdict}")
-    return ", ".join(parts)
-
-
-def _backend_json(result: BackendResult) -> dict[str, Any]:
-    agreement = result.agreement
-    return {
-        "description": result.description,
-        "failed": result.failed,
-        "load_seconds": result.load_seconds,
-        "peak_memory": {"rss_bytes": result.peak_rss_bytes, "device_bytes": result.peak_device_bytes},
-        "agreement": agreement
-        and {"psnr_db": _finite(agreement.psnr_db), "limit_db": agreement.limit_db, "agrees": agreement.agrees},
-        "speedup": result.speedup,
-        "stages": {stage: _optional(_stage_json, result.stages.get(stage)) for stage in STAGES},
-    }
-
-
-def _stage_json(measured: StageResult) -> dict[str, Any]:
-    ms = measured.ms
-    return {
-        "n": ms.n,
-        "median_ms": ms.median,
-        "p10_ms": ms.p10,
-        "p90_ms": ms.p90,
-        "first_ms": measured.first_ms,
-        "ratio_to_eager": _optional(dataclasses.asdict, measured.ratio),
-    }
-
-
-def _optional(function: Callable[[Any], Any], value: StageResult | Summary | None) -> Any:
-    return None if value is None else function(value)
-
-
-def _finite(value: float) -> float | str:
-    """JSON has no infinity: it is written as the string that Python prints."""
-    return value if math.isfinite(value) else str(value)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,10 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from sana_export.bench.candidates import BASELINE, Job, check_names, find_row
-from sana_export.bench.machine import busy_seconds, describe_machine, describe_versions
-from sana_export.bench.report import Agreement, BackendResult, BenchReport
+from sana_export.bench.candidates import ALL, BASELINE, Job, check_names, find_row
+from sana_export.bench.ceiling import better
+from sana_export.bench.gpu_watch import GpuWatch
+from sana_export.bench.image_work import workload_work
+from sana_export.bench.machine import LoadMeter, describe_machine, describe_versions
+from sana_export.bench.report import Agreement, BackendResult, BenchReport, SweepPoint
 from sana_export.bench.stages import Call, stage_results
+from sana_export.bench.work import Rates
 from sana_export.bench.worker import Worker, WorkerFailed
 from sana_export.bench.workload import Workload, load_workload
 from sana_export.disk import disk_errors
@@ -37,14 +41,41 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass
 class Runner:
-    """One backend while it is timed: its process, its answers when it was loaded and to its last call, its calls, why it failed."""
+    """One backend while it is timed: its process, its answers when it was loaded and to its last call, its calls, its images.
+
+    `failed`: why it failed; `unfit`: it said itself that something is not here.
+    """
 
     name: str
     worker: Worker | None = None
     loaded: Mapping[str, Any] = field(default_factory=dict)
     last: Mapping[str, Any] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    images: Array | None = None
     failed: str | None = None
+    unfit: bool = False
+
+
+@dataclass
+class Steps:
+    """Counts the things that are done, for whoever watches."""
+
+    total: int
+    tell: OnProgress
+    done: int = 0
+
+    def next(self, doing: str) -> None:
+        self.tell(doing, self.done, self.total)
+        self.done += 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The runners with all their calls; `other_load`: the share of the cores that other processes used during the rounds."""
+
+    runners: list[Runner]
+    other_load: float | None
+    watch: GpuWatch
 
 
 def run_bench(
@@ -56,22 +87,30 @@ def run_bench(
     output: Path | None = None,
     on_progress: OnProgress = lambda doing, done, total: None,
 ) -> BenchReport:
-    """Time `backends` (names of `candidates.ROWS`) on `bundle` and on the checkpoint that it was exported from.
+    """Time `backends` (names of `candidates.ROWS`, or "all") on `bundle` and on the checkpoint that it was exported from.
 
     A round is one call of each backend in turn for each prompt, with the same seed, so that whatever else the machine does falls
-    on all alike; ratios are taken pair by pair. A backend that fails is reported as failed, and the others go on. `output` is a
-    folder for bench.json and bench.md. Raises UsageError for an unknown backend or workload, ArtifactError for a bundle that
-    cannot be read, DependencyError where `output` cannot be written.
+    on all alike; ratios are taken pair by pair. The machine's ceiling is measured before and after. A backend that fails is
+    reported as failed, one that "all" named and that says what it lacks as skipped, and the others go on. `output` is a folder for
+    the report. Raises UsageError for an unknown backend or workload, ArtifactError for a bundle that cannot be read,
+    DependencyError where `output` cannot be written.
     """
     names = check_names(backends)
+    asked = {BASELINE, *(name for name in backends if name != ALL)}
     work = workload if isinstance(workload, Workload) else load_workload(workload)
     manifest = Manifest.load(bundle)
     if output is not None:
         with disk_errors(output):  # before the minutes, not after them
             output.mkdir(parents=True, exist_ok=True)
-    jobs = [_job(name, bundle, checkpoint, manifest, work) for name in names]
-    runners, other_load = _measure(jobs, work, on_progress)
-    baseline = next((runner for runner in runners if runner.name == BASELINE and runner.failed is None), None)
+    amounts = workload_work(bundle, manifest, checkpoint, work)
+    runs = [_jobs(names, bundle, checkpoint, manifest, point) for point in (work, *work.points())]
+    steps = Steps(sum(len(jobs) + jobs[0].workload.warmup + jobs[0].workload.repeats for jobs in runs if jobs) + 2, on_progress)
+    before = _rates(runs[0][0], steps)
+    measured = _measure(runs[0], asked, steps)
+    rates = better(before, _rates(runs[0][0], steps))
+    usable = {runner.name for runner in measured.runners if runner.failed is None and not find_row(runner.name).fixed_shapes}
+    sweep = [_point(jobs, usable, steps) for jobs in runs[1:]]
+    on_progress("report", steps.total, steps.total)
     report = BenchReport(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
@@ -86,13 +125,44 @@ def run_bench(
         },
         workload=work,
         threads=work.resolved_threads(),
-        other_load=other_load,
-        backends={runner.name: _result(runner, baseline, work.warmup) for runner in runners},
+        other_load=measured.other_load,
+        backends=_results(measured, work),
+        rates=rates,
+        work=amounts,
+        sweep=sweep,
+        images={runner.name: runner.images for runner in measured.runners if runner.images is not None},
     )
     if output is not None:
         with disk_errors(output):
             report.write(output)
     return report
+
+
+def _jobs(names: Sequence[str], bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest, work: Workload) -> list[Job]:
+    return [_job(name, bundle, checkpoint, manifest, work) for name in names]
+
+
+def _rates(job: Job, steps: Steps) -> Rates | None:
+    """The ceiling, measured in a process of its own; None where that fails, with the reason in the log."""
+    steps.next("ceiling")
+    precision = "fp32" if job.workload.device == "cpu" else ("bf16" if job.precision == "fp32" else job.precision)
+    try:
+        with Worker(job) as worker:
+            return worker.rates(precision)
+    except WorkerFailed as error:
+        log.warning("the machine's ceiling could not be measured: %s", error)
+        return None
+
+
+def _point(jobs: Sequence[Job], usable: set[str], steps: Steps) -> SweepPoint:
+    """One point of the sweep, with those backends that the workload itself ran on."""
+    kept = [job for job in jobs if job.backend in usable]
+    steps.done += len(jobs) - len(kept)
+    work = jobs[0].workload
+    if not kept:
+        steps.done += work.warmup + work.repeats
+        return SweepPoint(work, {})
+    return SweepPoint(work, _results(_measure(kept, set(), steps), work))
 
 
 def _job(name: str, bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest, work: Workload) -> Job:
@@ -105,75 +175,72 @@ def _job(name: str, bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest
         clamp=manifest.options.clamp,
         pag_layers=manifest.options.pag_layers,
         threads=work.resolved_threads(),
-        workload=work,
+        workload=dataclasses.replace(work, sweep=()),
         transformer=None if checkpoint.transformer_file is None else str(checkpoint.transformer_file.resolve()),
         loras=tuple((str(lora.path.resolve()), lora.scale) for lora in checkpoint.loras),
     )
 
 
-def _measure(jobs: Sequence[Job], work: Workload, on_progress: OnProgress) -> tuple[list[Runner], float | None]:
-    """The runners with all their calls, and the share of the cores that other processes used during the rounds."""
-    rounds = work.warmup + work.repeats
-    total = len(jobs) + rounds
+def _measure(jobs: Sequence[Job], asked: set[str], steps: Steps) -> Measured:
+    """Load every job's backend and make all rounds. One that fails is no failure of the run unless it was `asked` for."""
+    work, watch = jobs[0].workload, GpuWatch()
     with contextlib.ExitStack() as stack:
         images = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sana-export-bench-"))) / "images.npy"
         runners = []
-        for done, job in enumerate(jobs):
-            on_progress(f"loading {job.backend}", done, total)
-            runners.append(_start(job, stack))
-        started, elsewhere = time.monotonic(), _elsewhere(runners)
-        for number in range(rounds):
-            on_progress(f"round {number + 1} of {rounds}", len(jobs) + number, total)
+        for job in jobs:
+            steps.next(f"loading {job.backend}")
+            runners.append(_start(job, stack, asked=job.backend in asked))
+        meter = LoadMeter(lambda: sum((runner.last or runner.loaded).get("cpu_seconds", 0.0) for runner in runners))
+        for number in range(work.warmup + work.repeats):
+            steps.next(f"round {number + 1} of {work.warmup + work.repeats}, {work.height}x{work.width}")
             for index in range(len(work.prompts)):
-                _take_turns(runners, number, index, work, images)
-        available = (time.monotonic() - started) * (os.cpu_count() or 1)
-        on_progress("report", total, total)
-        if elsewhere is None or (after := _elsewhere(runners)) is None:
-            return runners, None
-        return runners, min(max((after - elsewhere) / available, 0.0), 1.0)
+                _take_turns(runners, number, index, work, images, watch)
+        return Measured(runners, meter.other_load(), watch)
 
 
-def _elsewhere(runners: Sequence[Runner]) -> float | None:
-    """Processor seconds that all other processes have used since the machine started; None where the system does not tell."""
-    busy = busy_seconds()
-    own = sum((runner.last or runner.loaded).get("cpu_seconds", 0.0) for runner in runners)
-    return None if busy is None else busy - own - time.process_time()
-
-
-def _start(job: Job, stack: contextlib.ExitStack) -> Runner:
+def _start(job: Job, stack: contextlib.ExitStack, *, asked: bool) -> Runner:
     """Prepare and load a backend in its process, which `stack` ends."""
-    runner = Runner(job.backend)
+    runner, row = Runner(job.backend), find_row(job.backend)
+    if not asked and row.slow_on_cpu and job.workload.device == "cpu":
+        runner.failed, runner.unfit = row.slow_on_cpu, True
+        return runner
     try:
-        if find_row(job.backend).prepare is not None:
+        if row.prepare is not None:
             with Worker(job) as preparing:
                 preparing.prepare()
         runner.worker = stack.enter_context(Worker(job))
         runner.loaded = runner.worker.load()
     except WorkerFailed as error:
+        runner.unfit = error.unfit and not asked
         _fail(runner, error)
     return runner
 
 
 def _fail(runner: Runner, error: WorkerFailed) -> None:
-    log.warning("%s failed: %s", runner.name, error)
+    log.log(logging.INFO if runner.unfit else logging.WARNING, "%s failed: %s", runner.name, error)
     runner.failed = str(error)
 
 
-def _take_turns(runners: Sequence[Runner], number: int, index: int, work: Workload, images: Path) -> None:
+def _ready(runners: Sequence[Runner]) -> Iterator[tuple[Runner, Worker]]:
+    return ((runner, runner.worker) for runner in runners if runner.worker is not None and runner.failed is None)
+
+
+def _take_turns(runners: Sequence[Runner], number: int, index: int, work: Workload, images: Path, watch: GpuWatch) -> None:
     """One call of every backend, one after the other; the baseline comes first, and its images are the reference of the others."""
     reference: Array | None = None
-    for runner in runners:
-        if runner.worker is None or runner.failed is not None:
-            continue
+    for runner, worker in _ready(runners):
         time.sleep(_SETTLE_SECONDS)
         try:
-            answer = runner.worker.call(work.prompts[index], work.seed, images)
+            with watch.turn(runner.name, worker.process):
+                answer = worker.call(work.prompts[index], work.seed, images)
         except WorkerFailed as error:
             _fail(runner, error)
             continue
         found = np.load(images)
         runner.last = answer
         runner.calls.append(Call(number, index, answer["times"], None if reference is None else _likeness(found, reference)))
+        if index == 0:
+            runner.images = found
         if runner.name == BASELINE:
             reference = found
 
@@ -183,21 +250,29 @@ def _likeness(images: Array, reference: Array) -> float:
     return psnr(images, reference, peak=255.0) if images.shape == reference.shape else float("-inf")
 
 
-def _result(runner: Runner, baseline: Runner | None, warmup: int) -> BackendResult:
+def _results(measured: Measured, work: Workload) -> dict[str, BackendResult]:
+    baseline = next((runner for runner in measured.runners if runner.name == BASELINE and runner.failed is None), None)
+    return {runner.name: _result(runner, baseline, work.warmup, measured.watch) for runner in measured.runners}
+
+
+def _result(runner: Runner, baseline: Runner | None, warmup: int, watch: GpuWatch) -> BackendResult:
     """What `runner` has shown, against `baseline` unless that is None (absent, or it failed)."""
     description = runner.loaded.get("description", "")
     other = None if runner is baseline else baseline
     if runner.failed is not None:
-        return BackendResult(runner.name, description, runner.failed)
+        return BackendResult(runner.name, description, runner.failed, skipped=runner.unfit)
+    gpu = watch.summary(runner.name)
     return BackendResult(
         runner.name,
         description,
         None,
         runner.loaded["load_seconds"],
         runner.last["peak_rss_bytes"],
-        runner.last["peak_device_bytes"],
+        runner.last["peak_device_bytes"] or (gpu or {}).get("process_bytes"),
         stages=stage_results(runner.calls[0], _counted(runner, warmup), None if other is None else _counted(other, warmup)),
         agreement=None if other is None else _agreement(runner, other),
+        work=find_row(runner.name).work,
+        gpu=gpu,
     )
 
 

@@ -7,6 +7,7 @@ Closing the pipe ends the worker.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -23,7 +24,10 @@ from typing import Any
 import numpy as np
 
 from sana_export.bench.candidates import Candidate, Job, find_row, resolve
+from sana_export.bench.ceiling import measure_rates
+from sana_export.bench.nvtx_ranges import nvtx_range
 from sana_export.bench.stages import END_TO_END
+from sana_export.bench.work import Rates
 from sana_export.environment import peak_rss_bytes
 from sana_export.errors import SanaExportError
 
@@ -34,7 +38,14 @@ _LAST_LINES = 3
 
 
 class WorkerFailed(Exception):
-    """A worker died or could not do what it was asked; `str()` is the reason."""
+    """A worker died or could not do what it was asked; `str()` is the reason.
+
+    `unfit`: it told so itself, in an error for users: something that it needs is not here.
+    """
+
+    def __init__(self, reason: str, *, unfit: bool = False) -> None:
+        super().__init__(reason)
+        self.unfit = unfit
 
 
 class Worker:
@@ -73,6 +84,15 @@ class Worker:
         """
         return self._ask({"call": {"prompt": prompt, "seed": seed, "images": str(images)}})
 
+    def rates(self, precision: str) -> Rates:
+        """The ceiling of the device that the workload runs on, for products in `precision`."""
+        return Rates(**self._ask({"rates": {"job": self.job.as_json(), "precision": precision}}))
+
+    @property
+    def process(self) -> int:
+        """The id of its process."""
+        return self._process.pid
+
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -92,7 +112,7 @@ class Worker:
             raise WorkerFailed(self._last_words())
         answer: dict[str, Any] = json.loads(line)
         if "failed" in answer:
-            raise WorkerFailed(answer["failed"])
+            raise WorkerFailed(answer["failed"], unfit=answer["unfit"])
         return answer
 
     def _last_words(self) -> str:
@@ -125,7 +145,7 @@ def main() -> None:
 
 
 class Desk:
-    """Answers requests: "prepare" and "load" with a job, then "call" as often as wanted."""
+    """Answers requests: "prepare", "rates" and "load" with a job, then "call" as often as wanted."""
 
     def __init__(self) -> None:
         self.candidate: Candidate | None = None
@@ -134,18 +154,22 @@ class Desk:
         """The answer to one request; {"failed": reason} where it could not be done."""
         ((kind, content),) = request.items()
         try:
-            return {"prepare": self.prepare, "load": self.load, "call": self.call}[kind](content)
+            return {"prepare": self.prepare, "rates": self.rates, "load": self.load, "call": self.call}[kind](content)
         except SanaExportError as error:
-            return {"failed": str(error)}
+            return {"failed": str(error), "unfit": True}
         except Exception as error:  # whatever a backend raises is the report's reason, and must not end the others' run
             traceback.print_exc()
-            return {"failed": f"{type(error).__name__}: {error}"}
+            return {"failed": f"{type(error).__name__}: {error}", "unfit": False}
 
     def prepare(self, content: Mapping[str, Any]) -> dict[str, Any]:
         job = Job.from_json(content)
         if (target := find_row(job.backend).prepare) is not None:
             resolve(target)(job)
         return {}
+
+    def rates(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        job = Job.from_json(content["job"])
+        return dataclasses.asdict(measure_rates(job.workload.device, content["precision"], job.threads))
 
     def load(self, content: Mapping[str, Any]) -> dict[str, Any]:
         job, started = Job.from_json(content), perf_counter()
@@ -159,9 +183,10 @@ class Desk:
 
     def call(self, content: Mapping[str, Any]) -> dict[str, Any]:
         assert self.candidate is not None
-        started = perf_counter()
-        sample = self.candidate.generate(content["prompt"], content["seed"])
-        ended = perf_counter()
+        with nvtx_range(self.candidate.description):
+            started = perf_counter()
+            sample = self.candidate.generate(content["prompt"], content["seed"])
+            ended = perf_counter()
         peak = peak_rss_bytes()  # before the lines below add to it
         np.save(content["images"], np.stack([np.asarray(image) for image in sample.images]))
         times = {**{stage: list(times) for stage, times in sample.times.items()}, END_TO_END: [1e3 * (ended - started)]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sana_export.bench.machine import usable_cores
 from sana_export.errors import UsageError
 
 FOLDER = Path(__file__).with_name("workloads")
+PROMPTS = Path(__file__).with_name("prompts.toml")
 DEVICES = ("cpu", "cuda")
 #: Sana's latents are 1/32 of the image on each side.
 SIDE_FACTOR = 32
@@ -27,6 +29,7 @@ class Workload:
 
     Sizes are pixels and are sampled as they are (no resolution binning). `warmup` rounds are not counted, `repeats` rounds are.
     `device`: where eager diffusers runs, and with that its dtypes. `threads` None: every core that this process may use.
+    `sweep`: other sizes and batches that are timed after the workload itself, each the fields that it changes.
     """
 
     name: str
@@ -42,6 +45,11 @@ class Workload:
     repeats: int = 5
     threads: int | None = None
     device: str = "cpu"
+    sweep: tuple[Mapping[str, int], ...] = ()
+
+    def points(self) -> list[Workload]:
+        """The workloads of the sweep."""
+        return [dataclasses.replace(self, sweep=(), **dict[str, Any](point)) for point in self.sweep]
 
     def resolved_threads(self) -> int:
         """The number of CPU threads that every backend gets."""
@@ -61,7 +69,12 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "int | None": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "tuple[str, ...]": ((list,), "a list of strings"),
+    "tuple[Mapping[str, int], ...]": ((list,), "tables of whole numbers"),
 }
+#: What each item of a list has to be, by the field's annotation.
+_ITEMS: dict[str, type] = {"tuple[str, ...]": str, "tuple[Mapping[str, int], ...]": dict}
+#: What a point of a sweep may change.
+_SWEPT = ("height", "width", "images_per_prompt", "num_inference_steps", "warmup", "repeats")
 #: Field: the least value that makes sense.
 _LEAST = {
     "num_inference_steps": 1,
@@ -103,6 +116,8 @@ def parse_workload(content: dict[str, Any], path: Path) -> Workload:
     """The workload that a TOML document at `path` says; its name is the file's unless it gives one."""
     fields = {field.name: field for field in dataclasses.fields(Workload)}
     content = {"name": path.stem, **content}
+    if "prompt_sets" in content:
+        content["prompts"] = list(prompts_of(content.pop("prompt_sets"), f"prompt_sets in {path}"))
     for key in content:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=3, cutoff=0.5)
@@ -114,11 +129,20 @@ def parse_workload(content: dict[str, Any], path: Path) -> Workload:
     return workload
 
 
+def prompts_of(sets: Any, where: str) -> tuple[str, ...]:
+    """The prompts of the named sets of prompts.toml, in their order. UsageError, naming `where`, for an unknown name."""
+    known: dict[str, list[str]] = tomllib.loads(PROMPTS.read_text("utf-8"))
+    names = [str(name) for name in sets] if isinstance(sets, (list, tuple)) else [str(sets)]
+    if unknown := [name for name in names if name not in known] or ([] if names else ["nothing"]):
+        raise UsageError(f"{where}: there is no such set of prompts", found=unknown[0], wanted=", ".join(known))
+    return tuple(" ".join(prompt.split()) for name in names for prompt in known[name])
+
+
 def _value(path: Path, key: str, value: Any, annotation: str) -> Any:
     types, wanted = _TYPES[annotation]
     fits = isinstance(value, types) and not isinstance(value, bool)
     if isinstance(value, list):
-        fits = fits and bool(value) and all(isinstance(item, str) for item in value)
+        fits = fits and bool(value) and all(isinstance(item, _ITEMS[annotation]) for item in value)
     if not fits:
         raise UsageError(f"{key} in {path} is of the wrong kind", found=repr(value), wanted=wanted)
     return tuple(value) if isinstance(value, list) else value
@@ -133,5 +157,11 @@ def _check(workload: Workload, path: Path) -> None:
         side = getattr(workload, key)
         if side < SIDE_FACTOR or side % SIDE_FACTOR:
             raise UsageError(f"{key} in {path} does not fit", found=side, wanted=f"a multiple of {SIDE_FACTOR}")
+    for point in workload.sweep:
+        for key, value in point.items():
+            if key not in _SWEPT or not isinstance(value, int) or isinstance(value, bool):
+                raise UsageError(f"sweep in {path} has a bad key", found=f"{key} = {value!r}", wanted=f"whole {', '.join(_SWEPT)}")
+    for inner in workload.points():
+        _check(inner, path)
     if workload.device not in DEVICES:
         raise UsageError(f"device in {path} is unknown", found=workload.device, wanted=" or ".join(DEVICES))

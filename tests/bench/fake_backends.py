@@ -6,15 +6,19 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from sana_export.bench.candidates import Candidate, Job, Sample
-from sana_export.bench.ours import RuntimeCandidate
+from sana_export.bench.ours import RuntimeCandidate, limit_onnxruntime
+from sana_export.errors import DependencyError
 from sana_export.runtime.pipeline import SanaRuntime
 
 #: The file that `notes_turns` writes its calls to.
 LOG = "FAKE_BACKENDS_LOG"
+#: How many times more the denoiser of `slowed` runs.
+SLOWER = "FAKE_BACKENDS_SLOWER"
 
 
 class Fake:
@@ -55,6 +59,10 @@ def cannot_load(job: Job) -> Candidate:
     raise FileNotFoundError("no weights for the fake")
 
 
+def lacks_a_package(job: Job) -> Candidate:
+    raise DependencyError("no such package")
+
+
 def raises_later(job: Job) -> Candidate:
     def before(calls: int) -> None:
         if calls == 1:
@@ -84,3 +92,24 @@ class OtherSeed(RuntimeCandidate):
 def other_seed(job: Job) -> Candidate:
     """The real runtime, with another seed than it was asked for."""
     return OtherSeed(job, SanaRuntime.from_pretrained(job.bundle, backend="onnxruntime"))
+
+
+class Slowed(RuntimeCandidate):
+    """The real runtime, whose denoiser runs as many times more as the environment says."""
+
+    def __init__(self, job: Job, runtime: SanaRuntime) -> None:
+        super().__init__(job, runtime)
+        denoiser, more = runtime._sessions["denoiser"], int(os.environ[SLOWER])
+
+        class Session:
+            def run(self, feeds: Any) -> Any:
+                for _ in range(more):
+                    denoiser.run(feeds)
+                return denoiser.run(feeds)
+
+        runtime._sessions["denoiser"] = Session()
+
+
+def slowed(job: Job) -> Candidate:
+    limit_onnxruntime(job.threads)
+    return Slowed(job, SanaRuntime.from_pretrained(job.bundle, backend="onnxruntime"))

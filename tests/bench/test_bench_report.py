@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,7 +9,14 @@ import pytest
 
 from sana_export.bench.report import Agreement, BackendResult, BenchReport
 from sana_export.bench.stages import STAGES, StageResult, Summary
+from sana_export.bench.work import Product, Rates, Work
 from sana_export.bench.workload import Workload
+
+GPU = {
+    "power_w": {"median": 300.0, "min": 250.0, "max": 320.0},
+    **dict.fromkeys(("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "process_bytes")),
+    "slowed_by": ["power cap"],
+}
 
 
 def stage(median: float, ratio: float | None) -> StageResult:
@@ -19,8 +27,13 @@ def stage(median: float, ratio: float | None) -> StageResult:
 def report(psnr_db: float = math.inf, other_load: float | None = 0.04) -> BenchReport:
     backends = (
         BackendResult("eager", "the reference", None, 2.0, 3 << 20, None, {"end_to_end": stage(30.0, None)}),
-        BackendResult("fast", "ours", None, 1.0, 2 << 20, 5 << 20, {"end_to_end": stage(20.0, 1.5)}, Agreement(psnr_db, 60.0)),
+        BackendResult(
+            *("fast", "ours", None, 1.0, 2 << 20, 5 << 20, {"end_to_end": stage(20.0, 1.5)}, Agreement(psnr_db, 60.0)),
+            work="bundle",
+            gpu=GPU,
+        ),
         BackendResult("broken", "", "it fell\n  over"),
+        BackendResult("elsewhere", "", "no GPU", skipped=True),
     )
     return BenchReport(
         created="2030-01-02T03:04:05+00:00",
@@ -31,16 +44,18 @@ def report(psnr_db: float = math.inf, other_load: float | None = 0.04) -> BenchR
         threads=2,
         other_load=other_load,
         backends={result.name: result for result in backends},
+        rates=Rates(1e12, 1e9, "fp32", "made up"),
+        work={"bundle": {"end_to_end": Work.of([Product("", "MatMul", 3 * 10**9, 5 * 10**6)])}},
     )
 
 
 def test_json_holds_every_backend_and_stage() -> None:
     document = json.loads(json.dumps(report(71.5).as_json(), allow_nan=False))
     assert set(document) == {
-        *("schema_version", "created", "machine", "versions", "bundle", "workload", "other_load", "noisy"),
-        *("baseline", "agrees", "backends"),
+        *("schema_version", "created", "machine", "versions", "bundle", "workload", "other_load", "noisy", "noise"),
+        *("baseline", "agrees", "ceiling", "work", "backends", "sweep"),
     }
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     assert document["workload"]["prompts"] == ["a 🐼"]
     assert document["workload"]["threads"] == 2
     fast = document["backends"]["fast"]
@@ -53,7 +68,11 @@ def test_json_holds_every_backend_and_stage() -> None:
         "p90_ms": 21.0,
         "first_ms": 40.0,
         "ratio_to_eager": {"n": 3, "median": 1.5, "p10": 1.25, "p90": 1.75},
+        # 3e9 FLOP and 5e6 bytes in 20 ms, where the ceiling allows 1e12 FLOP and 1e9 bytes a second: the bytes take 5 ms.
+        "achieved": pytest.approx({"tflops": 0.15, "gbs": 0.25, "floor_ms": 5.0, "share": 0.25}),
     }
+    assert document["ceiling"] == {"matmul_tflops": 1.0, "copy_gbs": 1.0, "precision": "fp32", "source": "made up"}
+    assert document["work"] == {"bundle": {"end_to_end": {"flop": 3e9, "bytes": 5e6, "floor_ms": 5.0}}}
     assert fast["peak_memory"] == {"rss_bytes": 2 << 20, "device_bytes": 5 << 20}
     assert fast["agreement"] == {"psnr_db": 71.5, "limit_db": 60.0, "agrees": True}
     assert fast["speedup"] == 1.5
@@ -76,25 +95,40 @@ def test_text_is_a_table_with_the_failures_below() -> None:
     lines = report(71.5).as_text().splitlines()
     rows = [line for line in lines if line.startswith("| end_to_end")]
     assert rows == [
-        "| end_to_end | eager | 3 | 30.0 | 29.0 to 31.0 | 60.0 |  |",
-        "| end_to_end | fast | 3 | 20.0 | 19.0 to 21.0 | 40.0 | 1.50 (1.25 to 1.75) |",
+        "| end_to_end | eager | 3 | 30.0 | 29.0 to 31.0 | 60.0 |  |  |  |  |",
+        "| end_to_end | fast | 3 | 20.0 | 19.0 to 21.0 | 40.0 | 1.50 (1.25 to 1.75) | 0.15 | 0.25 | 25% |",
     ]
     assert "- broken: FAILED: it fell over" in lines
-    assert any("peak memory 2 MiB, peak device memory 5 MiB, image 71.5 dB" in line for line in lines)
-    assert report().failed == {"broken": "it fell\n  over"}
+    assert any(
+        "peak memory 2 MiB, peak device memory 5 MiB, 300 W (250 to 320), slowed by power cap, image 71.5 dB" in line
+        for line in lines
+    )
+    assert "- elsewhere: skipped: no GPU" in lines
+    assert any("floor of the whole call with the work of our graphs: 5.0 ms, 0.003 TFLOP" in line for line in lines)
+    assert "image identical" in report().as_text()
+    assert (report().failed, report().skipped) == ({"broken": "it fell\n  over"}, {"elsewhere": "no GPU"})
 
 
 @pytest.mark.parametrize(("other_load", "noisy"), [(None, False), (0.1, False), (0.11, True)])
 def test_a_busy_machine_is_told(other_load: float | None, noisy: bool) -> None:
     found = report(other_load=other_load)
     assert (found.as_json()["noisy"], found.as_json()["other_load"]) == (noisy, other_load)
-    assert ("- other processes used 11% of the cores meanwhile: NOISY" in found.as_text()) is noisy
+    assert ("NOISY, its times mean little: other processes used 11% of the cores" in found.as_text()) is noisy
     assert ("other processes" in found.as_text()) is (other_load is not None)
 
 
-def test_write_leaves_two_whole_files(tmp_path: Path) -> None:
+def test_a_wide_spread_is_noise_too() -> None:
+    wide = StageResult(Summary(5, 20.0, 15.0, 20.1), 1.0, None)
+    found = report()
+    backends = {**found.backends, "fast": dataclasses.replace(found.backends["fast"], stages={"end_to_end": wide})}
+    assert found.noise == []
+    assert dataclasses.replace(found, backends=backends).noise == ["fast's whole calls spread over 26% of their median"]
+
+
+def test_write_leaves_whole_files(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     paths = report().write(folder)
-    assert sorted(folder.iterdir()) == sorted(paths) == [folder / "bench.json", folder / "bench.md"]
+    assert sorted(path for path in folder.iterdir() if path.is_file()) == sorted(paths[:3])
+    assert [path.name for path in paths[:3]] == ["bench.json", "bench.md", "bench.html"]
     assert json.loads(paths[0].read_text("utf-8")) == report().as_json()
     assert paths[1].read_text("utf-8") == report().as_text()

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-import time
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from sana_export.bench import run
-from sana_export.bench.candidates import Job, check_names
+from sana_export.bench import candidates, machine, run
+from sana_export.bench.candidates import Job, Row, check_names
 from sana_export.bench.report import BenchReport
 from sana_export.bench.run import run_bench
 from sana_export.bench.stages import STAGES
-from sana_export.bench.worker import Worker
+from sana_export.bench.worker import Desk, Worker, WorkerFailed
 from sana_export.bench.workload import Workload
 from sana_export.errors import DependencyError, UsageError
 from sana_export.export.parity import psnr
@@ -120,20 +120,72 @@ def test_backends_take_turns(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: 
     assert (result.stages["denoise_step"].ms.median, result.stages["denoise_loop"].ms.median) == (2.0, 12.0)
     assert found.other_load is not None
     assert 0 <= found.other_load <= 1
-    assert [done for _, done, _ in steps] == list(range(6))
-    assert {total for *_, total in steps} == {5}
+    assert [done for _, done, _ in steps] == list(range(8))
+    assert {total for *_, total in steps} == {7}
+    assert (steps[0][0], steps[-2][0]) == ("ceiling", "ceiling")
 
 
 def test_the_load_of_others_leaves_out_what_the_run_itself_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    runners = [
-        run.Runner("loaded", loaded={"cpu_seconds": 30.0}),
-        run.Runner("called", loaded={"cpu_seconds": 5.0}, last={"cpu_seconds": 20.0}),
-        run.Runner("never started"),
-    ]
-    monkeypatch.setattr(run, "busy_seconds", lambda: 1000.0)
-    assert run._elsewhere(runners) == pytest.approx(950.0 - time.process_time(), abs=0.5)
-    monkeypatch.setattr(run, "busy_seconds", lambda: None)
-    assert run._elsewhere(runners) is None
+    busy, own, now = [1000.0], [300.0], [50.0]
+    monkeypatch.setattr(machine, "busy_seconds", lambda: busy[0])
+    monkeypatch.setattr(machine.time, "monotonic", lambda: now[0])
+    meter = machine.LoadMeter(lambda: own[0])
+    # Over 100 seconds of every core, all processes together worked for 40 s and ours for 30 s of these.
+    busy[0], own[0], now[0] = 1040.0, 330.0, 150.0
+    assert meter.other_load() == pytest.approx(10.0 / (100.0 * (os.cpu_count() or 1)), abs=0.01)
+    monkeypatch.setattr(machine, "busy_seconds", lambda: None)
+    assert meter.other_load() is None
+
+
+def test_all_leaves_out_what_cannot_run_and_says_why(
+    tiny_bundle: Path, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that lacks something is skipped under `all`, failed where it was asked for; one that crashes is failed in both."""
+    rows = {
+        "eager": Row("fake_backends:notes_turns"),
+        "lacking": Row("fake_backends:lacks_a_package"),
+        "broken": Row("fake_backends:cannot_load"),
+        "slow": Row("fake_backends:notes_turns", slow_on_cpu="takes minutes"),
+    }
+    monkeypatch.setattr(candidates, "ROWS", rows)
+    monkeypatch.setattr(run, "_rates", lambda job, steps: None)
+    monkeypatch.setattr(Worker, "load", in_this_process)
+    work = Workload("all", 64, 64, 1, 1.0, ("x",), repeats=1)
+    found = run_bench(tiny_bundle, tiny_checkpoint, backends=("all",), workload=work)
+    assert found.skipped["slow"] == "takes minutes"
+    assert "no such package" in found.skipped["lacking"]
+    assert set(found.failed) == {"broken", "eager"}
+    found = run_bench(tiny_bundle, tiny_checkpoint, backends=("all", "lacking"), workload=work)
+    assert set(found.failed) == {"broken", "eager", "lacking"}
+
+
+def in_this_process(worker: Worker) -> dict[str, Any]:
+    """`Worker.load` without its process, which knows only the real rows; nothing is loaded in the end."""
+    answer = Desk().answer({"load": worker.job.as_json()})
+    if "failed" in answer:
+        raise WorkerFailed(answer["failed"], unfit=answer["unfit"])
+    raise WorkerFailed("loaded, but not here")
+
+
+def test_a_point_of_the_sweep_is_a_run_of_its_own(tiny_bundle: Path, tiny_checkpoint: Any) -> None:
+    sweep = ({"height": 96}, {"images_per_prompt": 3})
+    work = Workload("sweep", 64, 64, 1, 4.5, ("x",), repeats=2, sweep=sweep)
+    found = run_bench(tiny_bundle, tiny_checkpoint, workload=work)
+    higher, more = found.sweep
+    assert (higher.workload.height, more.workload.images_per_prompt) == (96, 3)
+    for point in found.sweep:
+        assert set(point.backends) == {"eager", "onnxruntime"}
+        agreement = point.backends["onnxruntime"].agreement
+        assert agreement is not None
+        assert agreement.agrees
+        assert point.backends["onnxruntime"].speedup is not None
+    assert found.images["eager"].shape == (1, 64, 64, 3)
+    # Achieved rates are those of the counted work in the measured time.
+    ours, step = found.achieved("onnxruntime", "denoise_step"), found.backends["onnxruntime"].stages["denoise_step"]
+    assert ours is not None
+    assert ours.tflops == pytest.approx(found.work["bundle"]["denoise_step"].flop / step.ms.median / 1e9)
+    assert ours.share == pytest.approx(ours.floor_ms / step.ms.median)
+    assert 0 < ours.share < 1.5
 
 
 def test_no_process_is_left_when_the_run_is_interrupted(
@@ -154,7 +206,7 @@ def test_no_process_is_left_when_the_run_is_interrupted(
     monkeypatch.setattr(run, "Worker", Watched)
     with pytest.raises(KeyboardInterrupt):
         run_bench(tiny_bundle, tiny_checkpoint, backends=("fake_backends:notes_turns",), workload=WORK, on_progress=interrupt)
-    assert [worker._process.poll() is not None for worker in started] == [True]
+    assert [worker._process.poll() is not None for worker in started] == [True, True]  # one measured the ceiling
 
 
 def test_unknown_names_and_folders_are_refused_before_anything_starts(

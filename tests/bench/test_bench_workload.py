@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sana_export.bench.workload import Workload, built_in_workloads, load_workload
+from sana_export.bench.workload import Workload, built_in_workloads, load_workload, prompts_of
 from sana_export.errors import UsageError
 
 TEXT = """
@@ -25,7 +25,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_the_built_in_workloads() -> None:
     found = {name: load_workload(name) for name in built_in_workloads()}
-    assert set(found) == {"cpu", "smoke", "laptop", "datacenter", "datacenter-batch4"}
+    assert set(found) == {"cpu", "smoke", "prompts", "laptop", "datacenter", "datacenter-batch4"}
     assert all(name == workload.name for name, workload in found.items())
     cpu, batch4 = found["cpu"], found["datacenter-batch4"]
     assert (cpu.height, cpu.width, cpu.num_inference_steps, cpu.guidance_scale) == (512, 512, 8, 4.5)
@@ -79,3 +79,39 @@ def test_a_bad_value_is_named(tmp_path: Path, old: str, new: str, message: str, 
     with pytest.raises(UsageError, match=message) as error:
         load_workload(write(tmp_path, TEXT.replace(old, new)))
     assert error.value.found == found
+
+
+def test_sets_of_prompts(tmp_path: Path) -> None:
+    text = TEXT.replace('prompts = ["one", "二"]', 'prompt_sets = ["chinese", "short"]')
+    workload = load_workload(write(tmp_path, text))
+    assert workload.prompts == (*prompts_of(["chinese"], "test"), "a red apple")
+    (long,) = prompts_of(["long"], "test")
+    assert len(long.split()) > 80
+    assert "\n" not in long
+    assert any("\N{PANDA FACE}" in prompt for prompt in prompts_of(["emoji"], "test"))
+    assert len(load_workload("prompts").prompts) == 5
+    for bad in ('prompt_sets = ["shrt"]', "prompt_sets = []", "prompt_sets = 3"):
+        with pytest.raises(UsageError, match="no such set of prompts"):
+            load_workload(write(tmp_path, TEXT.replace('prompts = ["one", "二"]', bad)))
+
+
+def test_a_sweep_changes_what_it_names(tmp_path: Path) -> None:
+    workload = load_workload(write(tmp_path, TEXT + "[[sweep]]\nheight = 512\n[[sweep]]\nimages_per_prompt = 4\nrepeats = 2\n"))
+    higher, more = workload.points()
+    assert (higher.height, higher.width, higher.images_per_prompt, higher.sweep) == (512, 128, 1, ())
+    assert (more.height, more.images_per_prompt, more.repeats) == (256, 4, 2)
+    assert workload.prompts == more.prompts
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ("height = 250", "does not fit"),
+        ("guidance_scale = 2", "bad key"),
+        ("height = true", "bad key"),
+        ("repeats = 0", "too small"),
+    ],
+)
+def test_a_bad_point_is_named(tmp_path: Path, point: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_workload(write(tmp_path, f"{TEXT}[[sweep]]\n{point}\n"))

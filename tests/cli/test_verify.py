@@ -92,7 +92,7 @@ def test_bench(report: dict[str, Any], code: int, tiny_checkpoint: Any, cli: Cli
     calls = replaced(monkeypatch, "sana_export.bench.run.run_bench", **report)
     backends = ("--backend", "onnxruntime,trace", "--workload", "smoke", "-o", "report")
     ran = cli("bench", "bundle", "--reference", tiny_checkpoint.folder, *backends)
-    assert (ran.code, ran.out) == (code, "the report\n")
+    assert (ran.code, ran.out) == (code, "the report\n\nreport/bench.json\n")
     assert calls.seen[0][1] == {
         "backends": ("eager", "onnxruntime", "trace"),
         "workload": "smoke",
@@ -103,4 +103,4 @@ def test_bench(report: dict[str, Any], code: int, tiny_checkpoint: Any, cli: Cli
 def test_bench_times_onnxruntime_beside_eager_by_default(tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = replaced(monkeypatch, "sana_export.bench.run.run_bench")
     cli("bench", "bundle", "--reference", tiny_checkpoint.folder)
-    assert calls.seen[0][1] == {"backends": ("eager", "onnxruntime"), "workload": "cpu", "output": None}
+    assert calls.seen[0][1] == {"backends": ("eager", "onnxruntime"), "workload": "cpu", "output": Path("benchmarks/out/cpu")}
