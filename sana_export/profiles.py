@@ -10,9 +10,11 @@ actual shapes (`update_device_memory_size_for_shapes`) does not pay for the corn
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from sana_export.architectures import LATENT_STRIDE
 from sana_export.errors import UsageError
 from sana_export.manifest import ModelInfo
 from sana_export.resolutions import BINS, Size
@@ -122,8 +124,14 @@ PROFILES: dict[str, Profile] = {
 }
 
 
+#: Profiles of one size beyond the rows: "static-1024" or "static-HEIGHTxWIDTH", in pixels.
+_STATIC = re.compile(r"static-(\d+)(?:x(\d+))?")
+
+
 def profile_named(name: str) -> Profile:
-    """The row `name`; UsageError lists the rows where there is none."""
+    """The row `name`, or "static" for one size ("static-1024", "static-832x1216"). UsageError lists the rows for any other name."""
+    if match := _STATIC.fullmatch(name):
+        return static_profile(int(match[1]), int(match[2] or match[1]))
     if name not in PROFILES:
         near = difflib.get_close_matches(name, PROFILES, n=1)
         raise UsageError(
@@ -134,18 +142,24 @@ def profile_named(name: str) -> Profile:
     return PROFILES[name]
 
 
+def static_profile(height: int, width: int) -> Profile:
+    """The row "static" for one size in pixels: nothing but the text and the delivered size may change."""
+    _check_divides(height, width, LATENT_STRIDE)
+    side = f"{height}" if height == width else f"{height}x{width}"
+    meaning = f"one image of {height}x{width} px, two guidance branches"
+    return replace(PROFILES["static"], name=f"static-{side}", sizes=((height, width),), meaning=meaning)
+
+
+def bin_profiles(model: ModelInfo) -> list[Profile]:
+    """A profile of one size for every bin of the checkpoint."""
+    return [static_profile(height, width) for height, width in dict.fromkeys(_bins(model))]
+
+
 def custom_profile(model: ModelInfo, *, height: int | None = None, width: int | None = None, batch: int = 1) -> Profile:
     """Exactly one image size in pixels (the native side where it is not given) and 1 to `batch` images."""
     height = model.native_size if height is None else height
     width = model.native_size if width is None else width
-    factor = model.vae_scale_factor
-    if min(height, width) < factor or height % factor or width % factor:
-        raise UsageError(
-            "the image size does not fit the decoder",
-            found=f"{height}x{width} (height x width)",
-            wanted=f"height and width that divide by {factor}",
-            fix=f"--height {_nearest(height, factor)} --width {_nearest(width, factor)}",
-        )
+    _check_divides(height, width, model.vae_scale_factor)
     if batch < 1:
         raise UsageError("a batch holds at least one image", found=f"--batch {batch}", wanted="1 or more", fix="--batch 1")
     return Profile(f"{height}x{width}-b{batch}", (1, batch, batch), (1, 2, MAX_BRANCHES), ((height, width),))
@@ -176,6 +190,16 @@ def describe_range(values: Range) -> str:
 def build_line(bundle: object, backend: str, *, height: int, width: int, batch: int = 1) -> str:
     """The command that builds engines for one image size in pixels and up to `batch` images."""
     return f"sana-export build {bundle} --backend {backend} --height {height} --width {width} --batch {batch}"
+
+
+def _check_divides(height: int, width: int, factor: int) -> None:
+    if min(height, width) < factor or height % factor or width % factor:
+        raise UsageError(
+            "the image size does not fit the decoder",
+            found=f"{height}x{width} (height x width)",
+            wanted=f"height and width that divide by {factor}",
+            fix=f"--height {_nearest(height, factor)} --width {_nearest(width, factor)}",
+        )
 
 
 def _axis(lengths: tuple[int, ...], native: int) -> Range:

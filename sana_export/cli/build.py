@@ -14,19 +14,31 @@ from sana_export.cli.text import plural, table
 from sana_export.cli.verb import Answer, Verb, add_bundle, add_names, add_size, positive
 from sana_export.errors import UsageError
 from sana_export.manifest import EngineEntry, Manifest
-from sana_export.profiles import PROFILES, Profile, custom_profile, profile_named
+from sana_export.profiles import PROFILES, Profile, bin_profiles, custom_profile, profile_named
 from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.bundle import build_bundle, plan_bundle
 from sana_export.trt.flavour import FLAVOURS
 from sana_export.trt.plan import KEY_CHARACTERS, PlannedEngine
 from sana_export.trt.progress import Progress
 
+#: The fields of `BuildOptions` that are options of the command line.
+BUILD_OPTIONS = ("refittable", "version_compatible", "hardware_compatible", "weight_streaming")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
     parser.add_argument("--backend", choices=tuple(FLAVOURS), required=True, help="what the engines are for")
     profiles = "; ".join(f"{profile.name}: {profile.meaning}" for profile in PROFILES.values())
-    parser.add_argument("--profile", metavar="NAME", help=f"which shapes the engines serve (default: default). {profiles}")
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        help=f"which shapes the engines serve (default: default). {profiles}; static-1024 or static-HEIGHTxWIDTH: that size",
+    )
+    parser.add_argument(
+        "--each-bin",
+        action="store_true",
+        help="engines of one size for every resolution bin of the checkpoint, instead of a profile",
+    )
     add_size(parser, "the one image size that the engines serve, instead of a profile")
     parser.add_argument("--batch", type=positive, metavar="N", help="up to N images at a time, with --height and --width")
     add_names(parser, "--compute-capability", "CC", "GPUs to build for, for example 8.9 12.0 (default: portable, or the GPU here)")
@@ -37,23 +49,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="engines without weights, which they are given when they are loaded: one serves all fine-tunes of a checkpoint. To "
         "build them needs a GPU",
     )
+    parser.add_argument("--version-compatible", action="store_true", help="engines that later versions of the backend run too")
+    parser.add_argument(
+        "--hardware-compatible",
+        action="store_true",
+        help="engines that later GPUs run too, from compute capability 8.0 on; with tensorrt-rtx add --compute-capability 8.0",
+    )
+    parser.add_argument(
+        "--weight-streaming", action="store_true", help="engines whose weights may stay on the host: --memory streaming"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be built and why, and build nothing")
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
     bundle = Path(options.bundle)
+    manifest = Manifest.load(bundle)
+    profiles = choose_profiles(manifest, options)
     settings: dict[str, Any] = {
         "backend": options.backend,
-        "profile": choose_profile(Manifest.load(bundle), options.profile, options.height, options.width, options.batch),
         "compute_capabilities": tuple(options.compute_capability),
         "graphs": options.graphs or None,
-        "options": BuildOptions(refittable=options.refittable),
+        "options": BuildOptions(**{name: getattr(options, name) for name in BUILD_OPTIONS}),
     }
     if options.dry_run:
-        planned = plan_bundle(bundle, **settings)
-        return Answer(_plan_document(bundle, planned), _plan_text(bundle, planned))
-    manifest = build_engines(bundle, console, **settings)
+        # Engines that several profiles share are planned once.
+        planned = {engine.recipe.key: engine for profile in profiles for engine in plan_bundle(bundle, profile=profile, **settings)}
+        return Answer(_plan_document(bundle, [*planned.values()]), _plan_text(bundle, [*planned.values()]))
+    for profile in profiles:
+        manifest = build_engines(bundle, console, profile=profile, **settings)
     return Answer(bundle_document(bundle, manifest), bundle_summary(bundle, manifest))
+
+
+def choose_profiles(manifest: Manifest, options: argparse.Namespace) -> list[Profile]:
+    """The profiles that the options ask for."""
+    if not options.each_bin:
+        return [choose_profile(manifest, options.profile, options.height, options.width, options.batch)]
+    if any(value is not None for value in (options.profile, options.height, options.width, options.batch)):
+        raise UsageError(
+            "--each-bin and --profile, --height, --width, --batch exclude each other",
+            found="--each-bin with one of these",
+            wanted="one of the two",
+        )
+    return bin_profiles(manifest.model)
 
 
 def choose_profile(manifest: Manifest, name: str | None, height: int | None, width: int | None, batch: int | None) -> Profile:

@@ -6,10 +6,13 @@ import argparse
 import dataclasses
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
 
 from sana_export import __version__
 from sana_export.cli.console import Console
 from sana_export.cli.machine import Builder, Machine, probe_builder, this_machine
+from sana_export.cli.memory_text import memory_document, memory_needs, memory_text
 from sana_export.cli.packages import (
     EXCLUSIVE,
     PURPOSES,
@@ -21,6 +24,8 @@ from sana_export.cli.packages import (
 )
 from sana_export.cli.text import plural, size, table
 from sana_export.cli.verb import Answer, Verb
+from sana_export.manifest import Manifest
+from sana_export.trt.device import gpu_memory_bytes
 from sana_export.trt.fitness import RTX_CAPABILITIES
 from sana_export.trt.flavour import FLAVOURS
 
@@ -36,7 +41,7 @@ class Ability:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None beyond the common ones."""
+    parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="say what its engines will need of the GPU's memory")
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
@@ -48,7 +53,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     builders = [probe_builder(backend) for backend in FLAVOURS]
     abilities = list(judge(machine, found, builders))
     conflict = exclusive_conflict()
-    document = {
+    document: dict[str, Any] = {
         "sana_export": __version__,
         "machine": dataclasses.asdict(machine),
         "packages": [{**dataclasses.asdict(package), "problem": package.problem} for package in found],
@@ -62,6 +67,11 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         _packages_text(found) if found else "packages: sana-export is not installed, only its source is here",
         table([(ability.name, _verdict(ability)) for ability in abilities]),
     ]
+    if options.bundle is not None:
+        bundle = Path(options.bundle)
+        memory = memory_needs(bundle, Manifest.load(bundle))
+        document["memory"] = memory_document(memory)
+        parts.append(memory_text(memory, gpu_memory_bytes(machine.gpus)) or f"{bundle} has no engines")
     if conflict:
         parts.insert(0, f"warning: {conflict}")
     return Answer(document, "\n\n".join(parts))

@@ -107,6 +107,7 @@ def _build(recipe: Recipe, build: Build, console: Console) -> tuple[Answer, str 
         profile=choose_profile(before, build.profile, build.height, build.width, build.batch),
         compute_capabilities=build.compute_capabilities,
         graphs=build.graphs,
+        options=build.options,
     )
     built = [engine for engine in manifest.engines if engine not in before.engines]
     answer = Answer({"engines": [dataclasses.asdict(engine) for engine in built]}, plural(len(built), "engine"))

@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a LoRA in the format of diffusers or PEFT, added to the bundle's weights; may be given several times",
     )
     parser.add_argument("--backend", metavar="B", default="auto", help="onnxruntime, tensorrt-rtx, tensorrt (default: auto)")
+    parser.add_argument(
+        "--memory",
+        metavar="MODE",
+        default="auto",
+        help="resident: everything stays loaded; staged: text encoder, denoiser and decoder in turn; streaming: weights on the host"
+        " (default: auto, the first that fits)",
+    )
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
@@ -64,7 +71,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     from sana_export.runtime import SanaRuntime
 
     loras = [parse_lora(text) for text in options.lora]
-    runtime = SanaRuntime.from_pretrained(options.bundle, backend=options.backend)
+    runtime = SanaRuntime.from_pretrained(options.bundle, backend=options.backend, memory=options.memory)
     for lora in loras:
         runtime.load_lora(lora.path, lora.scale)
     settings = {
@@ -114,6 +121,7 @@ def sample(
         "backend": runtime.backend.name,
         "device": runtime.backend.device,
         "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in runtime.loras],
+        "memory": runtime.memory,
         "seconds": dataclasses.asdict(result.timings),
     }
     timings = result.timings

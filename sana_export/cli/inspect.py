@@ -10,11 +10,13 @@ from pathlib import Path
 
 from sana_export.cli.bundle_text import bundle_document, bundle_origin, graphs_table, peak, served, target, total_bytes
 from sana_export.cli.console import Console
+from sana_export.cli.memory_text import memory_document, memory_needs, memory_text
 from sana_export.cli.text import seconds, size, table
 from sana_export.cli.verb import Answer, Verb, add_bundle
 from sana_export.errors import ArtifactError
 from sana_export.manifest import EngineEntry, FileEntry, Manifest, check_files
 from sana_export.profiles import describe_range
+from sana_export.trt.device import gpu_memory_bytes
 from sana_export.trt.fitness import Here, here, why_not
 
 
@@ -40,7 +42,9 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     manifest = Manifest.load(bundle)
     files = [*manifest.files, *(file for graph in manifest.graphs.values() for file in graph.files)]
     damaged = damaged_files(bundle, files)
-    engines = engine_states(bundle, manifest.engines, here())
+    machine = here()
+    engines = engine_states(bundle, manifest.engines, machine)
+    memory = memory_needs(bundle, manifest)
     document = {
         **bundle_document(bundle, manifest),
         "damaged": damaged,
@@ -54,10 +58,12 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
             }
             for state in engines
         ],
+        "memory": memory_document(memory),
         "parity": manifest.parity,
     }
     hurt = damaged or any(state.damage for state in engines)
-    return Answer(document, _text(bundle, manifest, damaged, engines), ArtifactError.exit_code if hurt else 0)
+    text = _text(bundle, manifest, damaged, engines, memory_text(memory, gpu_memory_bytes(machine.gpus)))
+    return Answer(document, text, ArtifactError.exit_code if hurt else 0)
 
 
 def damaged_files(bundle: Path, files: Iterable[FileEntry]) -> dict[str, str]:
@@ -79,7 +85,7 @@ def engine_states(bundle: Path, engines: Iterable[EngineEntry], machine: Here) -
     return states
 
 
-def _text(bundle: Path, manifest: Manifest, damaged: dict[str, str], engines: Sequence[EngineState]) -> str:
+def _text(bundle: Path, manifest: Manifest, damaged: dict[str, str], engines: Sequence[EngineState], memory: str) -> str:
     parts = [
         f"{bundle}: {size(total_bytes(manifest))}, written by sana-export {manifest.tool_version}",
         bundle_origin(manifest),
@@ -88,6 +94,7 @@ def _text(bundle: Path, manifest: Manifest, damaged: dict[str, str], engines: Se
     parts.append("graphs: all files are whole" if not damaged else "graphs: DAMAGED")
     parts += [f"  {text}" for text in damaged.values()]
     parts.append(_engines_text(engines) if engines else f"engines: none (sana-export build {bundle} --backend tensorrt-rtx)")
+    parts += [memory] if memory else []
     if manifest.parity is not None:
         parts.append(f"parity: {_verdict(manifest.parity.get('passed'))} when it was last verified")
     return "\n".join(parts)

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sana_export.bench.workload import load_workload
+from sana_export.cli.build import BUILD_OPTIONS
 from sana_export.cli.images import FORMATS
 from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS
 from sana_export.profiles import profile_named
+from sana_export.trt.build import BuildOptions
 from sana_export.trt.flavour import flavour_of
 
 T = TypeVar("T")
@@ -33,6 +35,14 @@ class Build:
     batch: int | None = None
     compute_capabilities: tuple[str, ...] = ()
     graphs: tuple[str, ...] = ()
+    refittable: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    weight_streaming: bool = False
+
+    @property
+    def options(self) -> BuildOptions:
+        return BuildOptions(**{name: getattr(self, name) for name in BUILD_OPTIONS})
 
 
 @dataclass(frozen=True)

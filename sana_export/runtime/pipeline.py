@@ -139,10 +139,10 @@ class SanaRuntime:
     def close(self) -> None:
         """Give back what the runtime holds; it is not used any more. `with SanaRuntime.from_pretrained(...) as runtime` does so."""
         with self._lock:
+            self.backend.wait()
             self._loops.clear()
             self._prefixes.clear()
             self._sessions.clear()
-            self.backend.close()
 
     def __enter__(self) -> SanaRuntime:
         return self
@@ -203,25 +203,17 @@ class SanaRuntime:
         if not self._sessions.staged:
             self._sessions.need(plan.decoder_graphs)  # what is damaged is better known before sampling than after
         conditioning = self.encode(plan)
-        marks = [mark()]
-        if callback is None and (loop := self._start_loop(plan, conditioning)) is not None:
-            loop.run(0, loop.shape.steps)
-            latents, _ = loop.after(loop.shape.steps - 1)
-            whole = mark()
-        else:
-            for step in self.steps(plan, conditioning):
-                if callback is not None:
-                    self._call_back(callback, step, plan)
-                marks.append(mark())
-            latents, whole = step.latents, marks[-1]
+        before = mark()
+        latents, marks = self._denoise(plan, conditioning, callback)
+        after = marks[-1] if marks else mark()
         images = self.decode(plan, latents)
         decoded, seconds = mark(), self.backend.seconds
         timings = Timings(
             text_encoder=seconds(*conditioning.marks[:2]),
             context=seconds(*conditioning.marks[1:]),
-            denoise=tuple(seconds(*pair) for pair in pairwise(marks)),
-            denoise_loop=seconds(marks[0], whole),
-            vae_decoder=seconds(whole, decoded),
+            denoise=tuple(seconds(*pair) for pair in pairwise([before, *marks])),
+            denoise_loop=seconds(before, after),
+            vae_decoder=seconds(after, decoded),
             total=perf_counter() - started,
         )
         return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, timings)
@@ -239,14 +231,30 @@ class SanaRuntime:
         memory; nothing has changed then.
         """
         with self._lock:
+            self.backend.wait()
             self._loops.clear()  # what was captured may hold the old weights
             self._loras.add(Lora(Path(path), scale), self._sessions)
 
     def unload_lora(self) -> None:
         """Take all LoRAs away: the weights are the bundle's again, bit by bit."""
         with self._lock:
+            self.backend.wait()
             self._loops.clear()
             self._loras.clear(self._sessions)
+
+    def _denoise(
+        self, plan: Plan, conditioning: Conditioning, callback: StepCallback | None
+    ) -> tuple[DeviceTensor | Array, list[Any]]:
+        """The latents after all steps, and a mark after each step where they were run one by one."""
+        if callback is None and (loop := self._start_loop(plan, conditioning)) is not None:
+            loop.run(0, loop.shape.steps)
+            return loop.after(loop.shape.steps - 1)[0], []
+        marks = []
+        for step in self.steps(plan, conditioning):
+            if callback is not None:
+                self._call_back(callback, step, plan)
+            marks.append(self.backend.mark())
+        return step.latents, marks
 
     def plan(self, request: Request) -> Plan:
         """Check a request and settle all that follows from it. Raises UsageError, also for what the backend's engines cannot do."""
@@ -456,6 +464,7 @@ class _Sessions(dict[str, Session]):
         """Load those of `graphs` that are not, after letting go of the others where memory is short."""
         graphs = tuple(graphs)
         if self.staged and (others := self.keys() - set(graphs)):
+            self._backend.wait()
             for graph in others:
                 del self[graph]
             return_free_memory()

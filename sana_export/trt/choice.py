@@ -91,10 +91,8 @@ def runnable(bundle: Path, manifest: Manifest, backend: str, machine: Here) -> E
     graphs = [graph for graph in manifest.graphs if graph not in set().union(*DECODERS.values())]
     entries = [entry for entry in manifest.engines if entry.backend == backend]
     reasons = {entry.key: why_not(entry, machine) for entry in entries}
-    fit: dict[str, list[EngineEntry]] = {}
-    for entry in sorted((entry for entry in entries if not reasons[entry.key]), key=_breadth):
-        fit.setdefault(entry.graph, []).append(entry)
-    missing = [graph for graph in graphs if graph not in fit]
+    fit = engine_set(bundle, backend, (entry for entry in entries if not reasons[entry.key]))
+    missing = [graph for graph in graphs if graph not in fit.engines]
     if missing:
         against = list(dict.fromkeys(reason for entry in entries if entry.graph in missing for reason in reasons[entry.key]))
         raise ArtifactError(
@@ -103,7 +101,15 @@ def runnable(bundle: Path, manifest: Manifest, backend: str, machine: Here) -> E
             wanted="engines of " + ", ".join(graphs),
             fix=f"sana-export build {bundle} --backend {backend}",
         )
-    return EngineSet(bundle, backend, fit)
+    return fit
+
+
+def engine_set(bundle: Path, backend: str, entries: Iterable[EngineEntry]) -> EngineSet:
+    """`entries` by graph, whether they run here or not."""
+    sets: dict[str, list[EngineEntry]] = {}
+    for entry in sorted(entries, key=_breadth):
+        sets.setdefault(entry.graph, []).append(entry)
+    return EngineSet(bundle, backend, sets)
 
 
 def _breadth(entry: EngineEntry) -> tuple[bool, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -33,6 +34,11 @@ def find_gpus() -> tuple[Gpu, ...]:
     except (OSError, subprocess.SubprocessError, ValueError):
         capability = gpu_compute_capability()
         return (Gpu("an NVIDIA GPU", capability),) if capability else ()
+
+
+def gpu_memory_bytes(gpus: Sequence[Gpu]) -> int | None:
+    """Of the first of `gpus`, which is the one that engines run on; None where it is not known."""
+    return gpus[0].memory_bytes if gpus else None
 
 
 def gpu_compute_capability(index: int = 0) -> str | None:

@@ -53,6 +53,8 @@ _INVALID: dict[str, tuple[str, type[SanaExportError], str, str]] = {
     "CUDA_ERROR": ("CUDA does not work here", DependencyError, "an NVIDIA GPU and its driver", "sana-export doctor"),
 }
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "out_of_memory", "cudaerror 2:", "insufficient memory")
+#: What the CUDA runtime says of a driver that is missing or older than it.
+_DRIVER = "driver version is insufficient"
 
 
 class SharedMemory:
@@ -224,6 +226,13 @@ class LoadedEngine:
         lines = self._logger.errors.take()
         if any(word in line.lower() for line in lines for word in _OUT_OF_MEMORY):
             return self._out_of_memory(doing, "; ".join(lines))
+        if any(_DRIVER in line.lower() for line in lines):
+            return DependencyError(
+                f"{doing} the engine of {self.entry.graph} failed: NVIDIA's driver is missing or too old",
+                found="; ".join(lines),
+                wanted=f"a driver for {self._module.__name__} {self._module.__version__}",
+                fix="install or update NVIDIA's driver; sana-export doctor shows the one here",
+            )
         return ArtifactError(
             f"{doing} the engine of {self.entry.graph} failed in {self._module.__name__} {self._module.__version__}",
             found="; ".join(lines) or "no reason given",

@@ -14,6 +14,7 @@ from sana_export.cli.build import choose_profile
 from sana_export.cli.text import size
 from sana_export.cli.verb import split_names
 from sana_export.manifest import Manifest
+from sana_export.resolutions import BINS
 from sana_export.trt.device import gpu_compute_capability
 
 pytest.importorskip("tensorrt_rtx")
@@ -133,6 +134,43 @@ def test_the_profile_is_named_or_of_one_size(tiny_bundle: Path) -> None:
     assert choose_profile(manifest, "laptop", None, None, None).name == "laptop"
     assert choose_profile(manifest, None, 256, None, None).covered(manifest.model) == ((256, 512),)
     assert choose_profile(manifest, None, None, None, 4).batch == (1, 4, 4)
+
+
+def test_engines_of_one_size_and_of_every_bin(tiny_bundle: Path, cli: Cli) -> None:
+    manifest = Manifest.load(tiny_bundle)
+    exact = choose_profile(manifest, "static-832x1216", None, None, None)
+    assert (exact.name, exact.covered(manifest.model)) == ("static-832x1216", ((832, 1216),))
+    assert choose_profile(manifest, "static-1024", None, None, None).covered(manifest.model) == ((1024, 1024),)
+    arguments = ("build", tiny_bundle, "--backend", "tensorrt-rtx", "--dry-run")
+    ran = cli(*arguments, "--each-bin", "--graphs", "context", "denoiser", "--json")
+    assert ran.code == 0, ran.err
+    found = [(engine["graph"], engine["profile"]) for engine in ran.json["engines"]]
+    sizes = set(BINS[manifest.model.sample_size].values())
+    assert [graph for graph, _ in found].count("context") == 1, "it does not depend on the size"
+    assert {profile for graph, profile in found if graph == "denoiser"} == {
+        f"static-{height}" if height == width else f"static-{height}x{width}" for height, width in sizes
+    }
+    assert cli(*arguments, "--each-bin", "--profile", "laptop").code == 2
+    refused = cli(*arguments, "--profile", "static-1000")
+    assert refused.code == 2
+    assert "divide by 32" in refused.err
+
+
+def test_what_an_engine_can_do_beyond_its_target(bundle_copy: Path, cli: Cli) -> None:
+    arguments = ("build", bundle_copy, "--backend", "tensorrt-rtx", "--graphs", "sampler", "--json")
+    plain = cli(*arguments)
+    more = cli(*arguments, "--hardware-compatible", "--weight-streaming", "--compute-capability", "8.0")
+    assert (plain.code, more.code) == (0, 0), more.err
+    engines = Manifest.load(bundle_copy).engines
+    assert [dict(engine.options) for engine in engines] == [
+        {"tf32": False},
+        {"tf32": False, "hardware_compatible": True, "weight_streaming": True},
+    ]
+    assert all(engine.activation_bytes >= 0 for engine in engines)
+    lean = cli(*arguments, "--version-compatible")
+    assert lean.code == 3
+    assert "leave out --version-compatible" in lean.err
+    assert len(Manifest.load(bundle_copy).engines) == 2
 
 
 def test_export_of_what_is_already_there_keeps_it(tiny_checkpoint: Any, bundle_copy: Path, cli: Cli) -> None:

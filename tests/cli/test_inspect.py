@@ -128,3 +128,26 @@ def test_time_memory_and_size_of_a_build_and_whether_it_holds_weights(
     assert (engine["build_seconds"], engine["build_peak_bytes"], engine["file"]["bytes"]) == (12.34, 1_455_000_000, 6)
     text = cli("inspect", bundle_copy).out
     assert re.search(r"sampler +tensorrt-rtx 1\.7\.1 +portable +default, refittable +6 bytes +12\.3 s +1\.5 GB +yes", text)
+
+
+def test_what_the_engines_will_need_of_the_gpu(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bundle_copy / ENGINE.file.path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"engine")
+    entry = dataclasses.replace(
+        ENGINE,
+        file=dataclasses.replace(file_entry(bundle_copy, path)),
+        ranges={**ENGINE.ranges, "branches": (1, 2, 3)},
+        activation_bytes=5 * 10**9,
+    )
+    Manifest.load(bundle_copy).with_engine(entry).save(bundle_copy)
+    gpu = dataclasses.replace(ADA, memory_bytes=4 << 30)
+    monkeypatch.setattr(verb, "here", lambda: dataclasses.replace(THERE, gpus=(gpu,)))
+    need = cli("inspect", bundle_copy, "--json").json["memory"]["tensorrt-rtx"]["resident"]
+    # Latents of 4 images, 32 channels, 64x64: noise_pred three times, five others once.
+    assert (need["weights"], need["work"]) == (6, 5 * 10**9)
+    assert need["tensors"] == (3 + 5) * 4 * 32 * 64 * 64 * 4 + 6 * 4 + 3 * 4
+    assert need["total"] == need["weights"] + need["work"] + need["tensors"]
+    assert re.search(r"tensorrt-rtx, resident +6 bytes +5\.0 GB +5\.0 GB +no", cli("inspect", bundle_copy).out)
+    assert re.search(r"tensorrt-rtx, staged +6 bytes +5\.0 GB", cli("doctor", bundle_copy).out)
+    assert cli("doctor", bundle_copy, "--json").json["memory"]["tensorrt-rtx"]["staged"]["work"] == 5 * 10**9

@@ -101,8 +101,8 @@ class Backend(Protocol):
         """Raise ArtifactError where the sessions of `graph` cannot be refitted."""
         return None
 
-    def close(self) -> None:
-        """Give back what the backend holds; it is not used any more."""
+    def wait(self) -> None:
+        """Until all work is done, so that what it uses may be let go."""
         return None
 
 

@@ -254,7 +254,7 @@ class TensorRTBackend(Backend):
     def admit(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
         self.engines.admit(graphs, axes)
 
-    def close(self) -> None:
+    def wait(self) -> None:
         self.gpu.wait()
 
     # What a loop that captures its steps asks for (runtime/loop.py).

@@ -1,0 +1,47 @@
+"""What a bundle's engines will need of a GPU's memory, told from its manifest alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sana_export.cli.text import size, table
+from sana_export.manifest import Manifest
+from sana_export.trt.choice import engine_set
+from sana_export.trt.memory import Need, needs
+
+
+def memory_needs(bundle: Path, manifest: Manifest) -> dict[str, Mapping[str, Need]]:
+    """Backend to memory mode to its need, with the engines that one image of the native size runs."""
+    found: dict[str, Mapping[str, Need]] = {}
+    for backend in dict.fromkeys(engine.backend for engine in manifest.engines):
+        entries = (engine for engine in manifest.engines if engine.backend == backend)
+        found[backend] = needs(manifest, engine_set(bundle, backend, entries).typical(manifest.model))
+    return found
+
+
+def memory_document(found: Mapping[str, Mapping[str, Need]]) -> dict[str, Any]:
+    return {
+        backend: {mode: {**dataclasses.asdict(need), "total": need.total} for mode, need in modes.items()}
+        for backend, modes in found.items()
+    }
+
+
+def memory_text(found: Mapping[str, Mapping[str, Need]], gpu_bytes: int | None = None) -> str:
+    """A row a backend and mode; with `gpu_bytes`, the memory of the GPU here, whether it fits. "" without engines."""
+    rows = [
+        (
+            f"{backend}, {mode}",
+            size(need.weights),
+            size(need.work),
+            size(need.total),
+            "-" if gpu_bytes is None else "yes" if need.total <= gpu_bytes else "no",
+        )
+        for backend, modes in found.items()
+        for mode, need in modes.items()
+    ]
+    if not rows:
+        return ""
+    return "GPU memory, at the most:\n" + table(rows, ("engines, mode", "weights", "work", "in all", "fits here"), "  ")

@@ -1,0 +1,178 @@
+"""What engines need of a GPU's memory, known before they are loaded, and the mode that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from host_device import HostDevice
+from host_tensorrt import HostTensorRT, with_engines
+
+from sana_export.errors import DependencyError, UsageError
+from sana_export.manifest import EngineEntry, FileEntry, Manifest
+from sana_export.profiles import Profile
+from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends.tensorrt import TensorRTBackend
+from sana_export.trt.choice import engine_set
+from sana_export.trt.device import Gpu
+from sana_export.trt.fitness import Here
+from sana_export.trt.memory import Need, needs, settle
+
+WIDE = Profile("wide", (1, 1, 2), (1, 2, 3), ((32, 32), (512, 512)))
+HERE = Here((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
+SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 2, "seed": 1}
+
+#: Engine and activation bytes a graph.
+SIZES = {
+    "text_encoder": (5000, 100),
+    "context": (400, 10),
+    "denoiser": (3000, 900),
+    "sampler": (1, 1),
+    "vae_decoder": (700, 4000),
+    "postprocess": (2, 5),
+}
+
+
+def entries(manifest: Manifest, **options: Any) -> dict[str, EngineEntry]:
+    ranges = WIDE.ranges(manifest.model, instruction_tokens=10)
+    found = {}
+    for name, (size, work) in SIZES.items():
+        own = {axis: ranges[axis] for tensor in manifest.graphs[name].spec.inputs for axis in tensor.shape if isinstance(axis, str)}
+        file = FileEntry(f"{name}.engine", "0" * 64, size)
+        found[name] = EngineEntry(
+            name, "tensorrt-rtx", name, file, "", "1", (), "any", "wide", own, options=options, activation_bytes=work
+        )
+    return found
+
+
+@pytest.fixture
+def manifest(tiny_bundle: Path) -> Manifest:
+    return Manifest.load(tiny_bundle)
+
+
+def test_what_the_modes_need(manifest: Manifest) -> None:
+    found = needs(manifest, entries(manifest))
+    assert set(found) == {"resident", "staged"}
+    assert (found["resident"].weights, found["resident"].work) == (9103, 4000)
+    # The largest stage is the one that weights, work and tensors together make the largest: its images are.
+    image = 2 * 3 * 512 * 512 * 4
+    assert found["staged"].weights == 702
+    assert found["staged"].work == 4000
+    # postprocess: the image, tables of a delivered size of up to twice it, and its bytes.
+    assert found["staged"].tensors == image + 2 * (2 * 1024 * (8 + 4)) + 2 * 1024 * 1024 * 3
+    assert found["resident"].tensors == found["staged"].tensors
+    streaming = needs(manifest, entries(manifest, weight_streaming=True))["streaming"]
+    assert (streaming.weights, streaming.work) == (0, 4000)
+
+
+GB = 10**9
+NEEDS = {"resident": Need(9 * GB, 2 * GB, GB), "staged": Need(5 * GB, 2 * GB, GB), "streaming": Need(GB, 2 * GB, GB)}
+
+
+@pytest.mark.parametrize(
+    ("mode", "free", "settled", "warned"),
+    [
+        ("auto", 12, "resident", False),
+        ("auto", 11, "staged", False),
+        ("auto", 8, "staged", False),
+        ("auto", 7, "streaming", False),
+        ("auto", 2, "streaming", True),
+        ("resident", 12, "resident", False),
+        ("resident", 10, "resident", True),
+        ("staged", 30, "staged", False),
+        ("streaming", 30, "streaming", False),
+    ],
+)
+def test_the_mode_that_fits(mode: str, free: int, settled: str, warned: bool) -> None:
+    found, warning = settle(mode, NEEDS, free * GB, "bundle")
+    assert found == settled
+    assert (warning is not None) is warned
+    if warning:
+        assert f"{free}.00 GB of GPU memory are free" in warning
+
+
+@pytest.mark.parametrize(
+    ("mode", "free", "offered", "fix"),
+    [
+        ("resident", 8, NEEDS, "--memory staged"),
+        ("staged", 4, NEEDS, "--memory streaming"),
+        ("auto", 1, NEEDS, "sana-export build bundle --backend BACKEND --profile static --weight-streaming"),
+        ("streaming", 9, {"staged": NEEDS["staged"]}, "--memory staged"),
+    ],
+)
+def test_too_little_memory_is_told_with_the_mode_that_fits(mode: str, free: int, offered: dict[str, Need], fix: str) -> None:
+    with pytest.raises(DependencyError) as caught:
+        settle(mode, offered, free * GB, "bundle")
+    assert caught.value.fix == fix
+    assert f"{free}.00 GB free" in str(caught.value)
+    assert "staged: 5.00 GB of weights, 8.00 GB at the most" in str(caught.value)
+
+
+def opened(bundle: Path, device: HostDevice, **options: Any) -> tuple[SanaRuntime, HostTensorRT]:
+    module = HostTensorRT(device)
+
+    def backend(bundle: Path, manifest: Any) -> TensorRTBackend:
+        return TensorRTBackend(bundle, manifest, "tensorrt-rtx", module=module, device=device, machine=HERE)
+
+    return SanaRuntime.from_pretrained(bundle, backend=backend, **options), module
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    with_engines(copy, WIDE)
+    return copy
+
+
+def test_staged_holds_one_stage_at_a_time_and_draws_the_same(bundle: Path) -> None:
+    resident, _ = opened(bundle, HostDevice(), memory="resident")
+    wanted = [resident("fox", output_type="np", **SMALL).images for _ in range(2)]
+    staged, module = opened(bundle, HostDevice(), memory="staged")
+    assert staged.memory == "staged"
+    assert module.loads == 0, "nothing is loaded before it is needed"
+    for image in wanted:
+        np_image = staged("fox", output_type="np", **SMALL).images
+        assert (np_image == image).all()
+    assert module.loads == 2 * 6
+    weights = {name: sum(file.bytes for file in graph.files) for name, graph in staged.manifest.graphs.items()}
+    saved = resident.backend.gpu.peak - staged.backend.gpu.peak
+    assert saved > 0.9 * min(weights["denoiser"], weights["text_encoder"] + weights["vae_decoder"])
+    assert staged.backend.gpu.captures == 0
+
+
+def test_a_gpu_that_is_too_small_is_told_before_anything_is_loaded(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    big = tuple(dataclasses.replace(engine, file=dataclasses.replace(engine.file, bytes=4 * GB)) for engine in manifest.engines)
+    need = needs(manifest, engine_set(bundle, "tensorrt-rtx", big).typical(manifest.model))
+    assert (need["resident"].weights, need["staged"].weights) == (24 * GB, 8 * GB)
+    device = HostDevice(capacity=6 * GB)
+    dataclasses.replace(manifest, engines=big).save(bundle)
+    with pytest.raises(DependencyError, match="too little GPU memory"):
+        opened(bundle, device)
+    assert device.peak == 0
+
+
+def test_weights_are_streamed_in_that_mode_alone(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    with_engines(copy, WIDE, options={"tf32": False, "weight_streaming": True})
+    for mode, budget in (("streaming", 4321), ("staged", None)):
+        runtime, _ = opened(copy, HostDevice(), memory=mode)
+        runtime._sessions.need(["denoiser"])
+        (engine,) = runtime._sessions["denoiser"]._loaded.values()
+        assert engine.engine.weight_streaming_budget_v2 == budget
+
+
+def test_modes_of_a_backend_without_a_gpu(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="there is no memory mode 'small'"):
+        SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="small")
+    with pytest.raises(UsageError, match="the backend onnxruntime cannot stream weights"):
+        SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="streaming")
+    staged = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="staged")
+    assert not staged._sessions
+    found = staged("fox", **SMALL).images
+    assert set(staged._sessions) == {"vae_decoder", "postprocess"}
+    wanted = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime")("fox", **SMALL).images
+    assert found == wanted

@@ -1,0 +1,114 @@
+"""The stand-ins of the tests beside what they stand for, and what the real TensorRT-RTX says of engines where there is no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+import host_tensorrt
+import pytest
+from host_device import HostDevice
+from host_tensorrt import HostTensorRT, with_engines
+
+from sana_export.errors import ArtifactError, DependencyError
+from sana_export.manifest import Manifest
+from sana_export.profiles import static_profile
+from sana_export.runtime.cuda import CudaDevice, Device
+from sana_export.trt.bundle import build_bundle
+from sana_export.trt.device import gpu_compute_capability
+from sana_export.trt.engine import LoadedEngine, SharedMemory
+
+real = pytest.importorskip("tensorrt_rtx")
+
+PAIRS = {
+    "Runtime": host_tensorrt.Runtime,
+    "ICudaEngine": host_tensorrt.Engine,
+    "IExecutionContext": host_tensorrt.Context,
+    "IRuntimeConfig": host_tensorrt.RuntimeConfig,
+    "IRuntimeCache": host_tensorrt.RuntimeCache,
+}
+#: What only the stand-ins have.
+OWN = {"module", "shapes", "addresses", "engine", "config", "spec", "ranges", "scales", "session", "weights", "cache", "allocation"}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_stand_in_has_nothing_that_the_module_lacks(name: str) -> None:
+    public = {member for member in vars(PAIRS[name]) if not member.startswith("_")} - OWN
+    assert public
+    assert public <= set(dir(getattr(real, name))), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EngineValidity", "ExecutionContextAllocationStrategy", "DynamicShapesKernelSpecializationStrategy", "CudaGraphStrategy"],
+)
+def test_enumerations_have_the_same_members(name: str) -> None:
+    assert set(getattr(host_tensorrt, name).__members__) == set(getattr(real, name).__members__)
+
+
+def test_diagnostics_have_the_same_bits() -> None:
+    theirs = {name: int(member) for name, member in real.EngineInvalidityDiagnostics.__members__.items()}
+    assert {name: int(member) for name, member in host_tensorrt.EngineInvalidityDiagnostics.__members__.items()} == theirs
+
+
+@pytest.mark.parametrize("kind", [CudaDevice, HostDevice])
+def test_devices_take_what_the_interface_says(kind: Any) -> None:
+    for name, method in vars(Device).items():
+        if name.startswith("_"):
+            continue
+        own = getattr(kind, name, None)
+        if inspect.isfunction(method):
+            assert list(inspect.signature(own).parameters) == list(inspect.signature(method).parameters), name
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
+def load(bundle: Path, module: Any) -> LoadedEngine:
+    (entry,) = [engine for engine in Manifest.load(bundle).engines if engine.graph == "sampler"]
+    device = HostDevice()
+    return LoadedEngine(module, device, SharedMemory(device), entry, bundle / entry.file.path, build="sana-export build ...")
+
+
+def test_the_real_module_refuses_what_is_no_engine(bundle: Path) -> None:
+    with_engines(bundle, static_profile(96, 160))
+    with pytest.raises(ArtifactError, match="it is damaged") as caught:
+        load(bundle, real)
+    assert "MALFORMED_ENGINE" in str(caught.value)
+    assert caught.value.fix == "sana-export build ..."
+
+
+@pytest.mark.skipif(gpu_compute_capability() is not None, reason="there is a GPU")
+def test_what_the_real_module_says_without_a_driver(bundle: Path) -> None:
+    """The real compiler's engine in the real runtime: the nearest to an old driver that can be had without one."""
+    manifest = build_bundle(bundle, backend="tensorrt-rtx", profile=static_profile(96, 160), graphs=["sampler"])
+    assert manifest.engines[0].activation_bytes >= 0
+    with pytest.raises(DependencyError, match="NVIDIA's driver is missing or too old") as caught:
+        load(bundle, real)
+    assert real.__version__ in str(caught.value)
+
+
+def test_the_compiler_says_what_an_engine_works_in(bundle: Path) -> None:
+    def work(side: int) -> int:
+        manifest = build_bundle(bundle, backend="tensorrt-rtx", profile=static_profile(side, side), graphs=["vae_decoder"])
+        (engine,) = [engine for engine in manifest.engines if engine.profile == f"static-{side}"]
+        return engine.activation_bytes
+
+    small, large = work(128), work(256)
+    # More than the float32 image alone, and no more than four times it for four times the pixels.
+    assert small > 3 * 128 * 128 * 4
+    assert 2 < large / small <= 4
+
+
+def test_loads_with_the_stand_in(bundle: Path) -> None:
+    with_engines(bundle, static_profile(96, 160))
+    device = HostDevice()
+    (entry,) = [engine for engine in Manifest.load(bundle).engines if engine.graph == "sampler"]
+    path = bundle / entry.file.path
+    engine = LoadedEngine(HostTensorRT(device), device, SharedMemory(device), dataclasses.replace(entry), path, build="")
+    assert engine.capturable
