@@ -11,6 +11,13 @@ TEST_FLAGS ?=
 # Test processes at a time, each of one thread.
 TEST_WORKERS ?= 2
 GPU_REPORT ?= benchmarks/out/gpu-check.json
+# More for gpu-check, for example --resume, or --only 'parity/*'.
+GPU_FLAGS ?=
+# A folder of wheels for gpu-check on a machine without a package index.
+WHEELS ?=
+
+# gpu-check takes an environment that is there; its own sees all that PYTHON sees, such as the machine's PyTorch.
+GPU_VENV ?= $(if $(or $(wildcard $(VENV)/bin/python),$(filter-out file,$(origin VENV))),$(VENV),.venv-gpu)
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -21,7 +28,7 @@ STAMP := $(VENV)/.installed
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo
-	@echo "variables: PYTHON, VENV, RECIPE, BENCH_RECIPE, PIP_FLAGS, TEST_FLAGS, GPU_REPORT"
+	@echo "variables: PYTHON, VENV, RECIPE, BENCH_RECIPE, PIP_FLAGS, TEST_FLAGS, GPU_REPORT, GPU_FLAGS, WHEELS"
 
 setup: $(STAMP) ## make the virtual environment with the tested versions
 
@@ -45,8 +52,8 @@ lint: $(STAMP) ## style, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-gpu-check: $(STAMP) ## every check that needs a GPU, with one JSON report (GPU_REPORT=...)
-	$(BIN)/python -m pytest -m gpu -p tests.cli.json_report --json-report=$(GPU_REPORT) $(TEST_FLAGS)
+gpu-check: ## every check and timing that needs a GPU, in 8 minutes at most (WHEELS=DIR installs from it alone)
+	$(PYTHON) tools/gpu_check.py --venv $(GPU_VENV) $(if $(WHEELS),--wheels $(WHEELS)) --report $(GPU_REPORT) $(GPU_FLAGS)
 
 clean: ## remove what was built, but not the virtual environment
 	rm -rf engines/out benchmarks/out build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -120,8 +120,8 @@ def sample(
         "steps": steps,
         "backend": runtime.backend.name,
         "device": runtime.backend.device,
-        "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in runtime.loras],
         "memory": runtime.memory,
+        "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in runtime.loras],
         "seconds": dataclasses.asdict(result.timings),
     }
     timings = result.timings

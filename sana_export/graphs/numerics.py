@@ -89,7 +89,7 @@ def rms_norm(
     if axis == 1 and x.dtype == torch.float32:
         # float32 graphs are what CPUs run: there a product with a row of 1/C reads memory four times as fast as a reduction over
         # an outer axis. On a GPU, in half precision, a reduction fuses with its neighbours.
-        share = torch.full((1, x.shape[1]), 1.0 / x.shape[1])
+        share = torch.full((1, x.shape[1]), 1.0 / x.shape[1], device=x.device)
         square = (share @ wide.square().flatten(2)).unflatten(-1, x.shape[2:])
     else:
         square = wide.square().mean(axis, keepdim=True)

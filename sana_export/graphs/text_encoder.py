@@ -44,7 +44,7 @@ class TextEncoder(nn.Module):
     def forward(self, inputs_embeds: Tensor, prefix: Tensor) -> Tensor:
         tokens, past = inputs_embeds.shape[1], prefix.shape[3]
         rotation = self.rotary(past + torch.arange(tokens, device=inputs_embeds.device), self.numerics.dtype)
-        mask = causal_mask(tokens, past, self.numerics.dtype)
+        mask = causal_mask(tokens, past, self.numerics.dtype, inputs_embeds.device)
         x = (inputs_embeds * (self.embedding_scale * self.numerics.scale)).to(self.numerics.dtype)
         for layer, (past_key, past_value) in zip(self.layers, prefix.to(self.numerics.dtype).unbind(0), strict=True):
             x, _ = layer(x, past_key, past_value, rotation, mask)
@@ -151,10 +151,10 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def causal_mask(tokens: int, past: int, dtype: torch.dtype) -> Tensor:
+def causal_mask(tokens: int, past: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """Additive mask [S, P + S]: 0 where key j <= P + i, `MASKED` elsewhere."""
-    row = torch.arange(tokens).unsqueeze(-1) + past
-    column = torch.arange(past + tokens).unsqueeze(0)
+    row = torch.arange(tokens, device=device).unsqueeze(-1) + past
+    column = torch.arange(past + tokens, device=device).unsqueeze(0)
     return (column > row).to(dtype) * MASKED
 
 

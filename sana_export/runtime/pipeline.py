@@ -218,30 +218,6 @@ class SanaRuntime:
         )
         return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, timings)
 
-    @property
-    def loras(self) -> tuple[Lora, ...]:
-        """The LoRAs that were loaded, in their order."""
-        return self._loras.loras
-
-    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
-        """Add `scale` times the LoRA in the file or folder `path` to the weights, on top of those loaded before (docs/lora.md).
-
-        A `Conditioning` that was encoded before keeps the weights of then. Raises UsageError where nothing is there,
-        ArtifactError naming the tensor for a LoRA that does not fit or weights that cannot be changed, DependencyError out of
-        memory; nothing has changed then.
-        """
-        with self._lock:
-            self.backend.wait()
-            self._loops.clear()  # what was captured may hold the old weights
-            self._loras.add(Lora(Path(path), scale), self._sessions)
-
-    def unload_lora(self) -> None:
-        """Take all LoRAs away: the weights are the bundle's again, bit by bit."""
-        with self._lock:
-            self.backend.wait()
-            self._loops.clear()
-            self._loras.clear(self._sessions)
-
     def _denoise(
         self, plan: Plan, conditioning: Conditioning, callback: StepCallback | None
     ) -> tuple[DeviceTensor | Array, list[Any]]:
@@ -255,6 +231,28 @@ class SanaRuntime:
                 self._call_back(callback, step, plan)
             marks.append(self.backend.mark())
         return step.latents, marks
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs that were loaded, in their order."""
+        return self._loras.loras
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Add `scale` times the LoRA in the file or folder `path` to the weights, on top of those loaded before (docs/lora.md).
+
+        A `Conditioning` that was encoded before keeps the weights of then. Raises UsageError where nothing is there,
+        ArtifactError naming the tensor for a LoRA that does not fit or weights that cannot be changed, DependencyError out of
+        memory; nothing has changed then.
+        """
+        with self._lock:
+            self._loops.clear()  # what was captured may hold the old weights
+            self._loras.add(Lora(Path(path), scale), self._sessions)
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs away: the weights are the bundle's again, bit by bit."""
+        with self._lock:
+            self._loops.clear()
+            self._loras.clear(self._sessions)
 
     def plan(self, request: Request) -> Plan:
         """Check a request and settle all that follows from it. Raises UsageError, also for what the backend's engines cannot do."""

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.gpu
 
 
 def test_onnxruntime_on_cuda_draws_what_the_cpu_draws(tiny_bundle) -> None:
-    assert "CUDAExecutionProvider" in onnxruntime.get_available_providers(), 'install with: pip install "sana-export[cuda]"'
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip('this ONNX Runtime has no CUDA provider: pip install "sana-export[cuda]"')
     request = {"height": 128, "width": 192, "use_resolution_binning": False, "num_inference_steps": 4, "seed": 3}
     runtime = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime")
     assert runtime.backend.device == "cuda"

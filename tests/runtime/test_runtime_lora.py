@@ -305,3 +305,13 @@ def test_alpha_tensors_are_read(runtime: SanaRuntime, lora: Path, tmp_path: Path
     targets = runtime.manifest.graphs["denoiser"].lora_targets
     (fold,) = read_adapter(Lora(path, 0.5), targets).folds.values()
     assert fold.factor == 0.5 * 6 / 4
+
+
+def test_the_torch_backend_takes_a_lora_and_gives_it_back(tiny_bundle: Path, runtime: SanaRuntime, lora: Path) -> None:
+    torch_runtime = SanaRuntime.from_pretrained(tiny_bundle, backend="torch")
+    plain = draw(torch_runtime)
+    for loaded in (torch_runtime, runtime):
+        loaded.load_lora(lora, 0.7)
+    assert_same_picture(draw(torch_runtime), draw(runtime), plain)
+    torch_runtime.unload_lora()
+    np.testing.assert_array_equal(draw(torch_runtime), plain)

@@ -9,7 +9,7 @@ from lora_files import diffusers_lora, load_transformer
 
 from sana_export.adapters import Lora
 from sana_export.errors import ArtifactError
-from sana_export.export.modules import build_graph
+from sana_export.graphs.builders import build_graph
 from sana_export.graphs.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.manifest import Manifest
 from sana_export.runtime.lora import LoraStack

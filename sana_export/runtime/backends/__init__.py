@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
-from sana_export.errors import ArtifactError, UsageError
+from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -114,10 +114,29 @@ AUTO = "auto"
 MEMORY_MODES = (AUTO, "resident", "staged", "streaming")
 
 
-def _onnxruntime(bundle: Path, manifest: Manifest) -> Backend:
-    from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
+def _onnxruntime(*, cuda_graphs: bool) -> Loader:
+    def load(bundle: Path, manifest: Manifest) -> Backend:
+        from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(bundle, manifest)
+        return OnnxRuntimeBackend(bundle, manifest, cuda_graphs=cuda_graphs)
+
+    return load
+
+
+def _torch(*, compiled: bool) -> Loader:
+    def load(bundle: Path, manifest: Manifest) -> Backend:
+        try:
+            from sana_export.runtime.backends.torch import open_torch
+        except ImportError as error:
+            raise DependencyError(
+                "the backend torch is not installed",
+                found=error,
+                wanted="PyTorch",
+                fix='pip install "sana-export[export]"',
+            ) from error
+        return open_torch(bundle, manifest, compiled=compiled)
+
+    return load
 
 
 def _engines(name: str) -> Loader:
@@ -131,9 +150,12 @@ def _engines(name: str) -> Loader:
 
 #: Every backend by its name on the command line.
 BACKENDS: dict[str, Loader] = {
-    "onnxruntime": _onnxruntime,
+    "onnxruntime": _onnxruntime(cuda_graphs=False),
+    "onnxruntime-cuda-graphs": _onnxruntime(cuda_graphs=True),
     "tensorrt": _engines("tensorrt"),
     "tensorrt-rtx": _engines("tensorrt-rtx"),
+    "torch": _torch(compiled=False),
+    "torch-compile": _torch(compiled=True),
 }
 #: Those that need engines which were built before, the best first, and what "auto" takes where there are none that run.
 ENGINE_BACKENDS, FALLBACK = ("tensorrt", "tensorrt-rtx"), "onnxruntime"

@@ -12,7 +12,8 @@ import numpy as np
 
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.manifest import Manifest, check_files
-from sana_export.runtime.backends import Array, Backend
+from sana_export.runtime.backends import Array, Backend, Session
+from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
 from sana_export.runtime.external_data import check_external_data
 from sana_export.runtime.rebuild import export_line
 
@@ -30,6 +31,10 @@ _BFLOAT16 = 16
 _ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0"}
 #: Graphs that run once an image and need more memory than what runs after them: theirs is given back.
 _GIVING_BACK = ("vae_decoder_head",)
+#: float32 is exact: left to itself the CUDA provider rounds the factors of its products to TF32.
+_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
+#: Graphs whose work can be captured: they run every step, at the same shapes.
+_CAPTURED = ("denoiser", "sampler")
 #: What ONNX Runtime, CUDA, cuBLAS and cuDNN say when memory runs out, in lower case.
 _OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "out of memory", "_alloc_failed")
 
@@ -68,11 +73,14 @@ class OnnxRuntimeSession:
 
 
 class OnnxRuntimeBackend(Backend):
-    """Loads the ONNX graphs of a bundle. Raises DependencyError without onnxruntime, ArtifactError where it lacks the precision."""
+    """Loads the ONNX graphs of a bundle. Raises DependencyError without onnxruntime, ArtifactError where it lacks the precision.
+
+    `cuda_graphs`: on a GPU, the two graphs of the sampling loop are captured as CUDA graphs.
+    """
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, *, cuda_graphs: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -86,8 +94,32 @@ class OnnxRuntimeBackend(Backend):
         self._fix = export_line(bundle, manifest)
         self._onnxruntime = onnxruntime
         self._use(next(name for name in DEVICES if name in onnxruntime.get_available_providers()))
+        self._cuda_graphs = cuda_graphs and self.device == "cuda"
+        if cuda_graphs:
+            self.name = "onnxruntime-cuda-graphs"
+            self.text_multiple = 32 if self._cuda_graphs else 1  # so that prompts of about one length share what is captured
+        if cuda_graphs and not self._cuda_graphs:
+            log.warning("onnxruntime captures no CUDA graphs here: it runs on the %s", self.device)
 
-    def load(self, graph: str) -> OnnxRuntimeSession:
+    def load(self, graph: str) -> Session:
+        if self._cuda_graphs and graph in _CAPTURED and (session := self._load_captured(graph)) is not None:
+            return session
+        return self._load_plain(graph)
+
+    def _load_captured(self, graph: str) -> GraphedSession | None:
+        """A session that captures its work; None where ONNX Runtime makes none, for the reason in the log."""
+        path, options = self._checked(graph)
+        providers = [(self._provider, {**_PROVIDER_OPTIONS[self.device], **PROVIDER_OPTIONS}), "CPUExecutionProvider"]
+        try:
+            session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            _raise_out_of_memory(error, f"loading {graph}", self.device)
+            log.warning("onnxruntime runs %s without a CUDA graph: %s", graph, _first_line(error))
+            return None
+        spec = self.manifest.graphs[graph].spec
+        return GraphedSession(self._onnxruntime, session, spec, self.device, lambda: self._load_plain(graph))
+
+    def _load_plain(self, graph: str) -> OnnxRuntimeSession:
         session = self._create(graph, {})
         run_options = self._onnxruntime.RunOptions()
         if graph in _GIVING_BACK:
@@ -96,18 +128,13 @@ class OnnxRuntimeBackend(Backend):
 
     def _create(self, graph: str, weights: Mapping[str, Array]) -> Any:
         """An InferenceSession of `graph`, whose initializers named in `weights` have these values; their memory is shared."""
-        entry = self.manifest.graphs[graph]
-        path, *data = check_files(self.bundle, entry.files, fix=self._fix)
-        check_external_data(path, data, fix=self._fix)
-        options = self._onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        # Planned reuse keeps a buffer until the last tensor that will ever use it, and most of one block's wait for the next block:
-        # twice the memory, and no faster.
-        options.enable_mem_reuse = False
+        path, options = self._checked(graph)
         values = [_as_initializer(value) for value in weights.values()]
         if weights:  # not by add_initializer: with weights in another file ONNX Runtime 1.32 then computes something else
             options.add_external_initializers(list(weights), values)
-        providers = list(dict.fromkeys([self._provider, "CPUExecutionProvider"]))
+        providers: list[Any] = [(self._provider, _PROVIDER_OPTIONS[self.device])]
+        if self.device == "cuda":
+            providers.append("CPUExecutionProvider")
         try:
             session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base
@@ -123,6 +150,17 @@ class OnnxRuntimeBackend(Backend):
             self._use(active)
         session.held_weights = values  # ONNX Runtime may read them as long as this session lives
         return session
+
+    def _checked(self, graph: str) -> tuple[Path, Any]:
+        """The graph's file once it and its weights are as recorded, and the options of a session of it."""
+        path, *data = check_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
+        check_external_data(path, data, fix=self._fix)
+        options = self._onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        # Planned reuse keeps a buffer until the last tensor that will ever use it, and most of one block's wait for the next block:
+        # twice the memory, and no faster.
+        options.enable_mem_reuse = False
+        return path, options
 
     def to_device(self, array: Array) -> Any:
         return _to_device(array, self.device)

@@ -1,0 +1,115 @@
+"""What the parts run: synthetic checkpoints and their bundles, made in the work folder once and found there again.
+
+The latency of a step, of the loop and of the decoder does not depend on the text encoder, whose 2.6 billion parameters would take
+most of the time to make and export: here it has one layer of the published width. Transformer and decoder are the published ones.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sana_export.bench.gpu_check.check import Context
+from sana_export.errors import DependencyError
+from sana_export.synth.recipes import RECIPES, SyntheticRecipe
+
+_LARGE = RECIPES["sana-1600m-1024px"]
+#: One layer of Gemma-2 at its published width, with the synthetic tokenizer's few words.
+_ONE_LAYER = {**{key: value for key, value in _LARGE.text_encoder.items() if key != "vocab_size"}, "num_hidden_layers": 1}
+#: Blocks of the transformer's slice.
+SLICE_BLOCKS = 2
+MODELS: dict[str, SyntheticRecipe] = {
+    "tiny": RECIPES["tiny"],
+    # Two blocks of 1600M and a layer of the text encoder at their published widths, with the small decoder of tiny.
+    "slice": replace(
+        _LARGE,
+        name="gpu-check-slice",
+        transformer={**_LARGE.transformer, "num_layers": SLICE_BLOCKS},
+        text_encoder=_ONE_LAYER,
+        vae=RECIPES["tiny"].vae,
+    ),
+    "600m": replace(RECIPES["sana-600m-1024px"], name="gpu-check-600m", text_encoder=_ONE_LAYER),
+    "1600m": replace(_LARGE, name="gpu-check-1600m", text_encoder=_ONE_LAYER),
+}
+#: As the published checkpoints are stored and trained: in fp16, under the clamp.
+STORED = "float16"
+PRECISION = "fp16"
+
+
+def checkpoint_of(context: Context, model: str, dtype: str = STORED) -> Any:
+    """The checkpoint of a row of `MODELS`, opened; made where it is not there."""
+    from sana_export.environment import source_digest
+    from sana_export.graphs.checkpoint import open_checkpoint
+    from sana_export.graphs.hub import INDEX
+    from sana_export.synth.checkpoint import make_checkpoint
+
+    folder = context.work / "checkpoints" / f"{model}-{dtype}-{source_digest('synth')[:8]}"
+    if not (folder / INDEX).is_file():
+        make_checkpoint(MODELS[model], folder, dtype=dtype)
+    return open_checkpoint(str(folder.resolve()))
+
+
+def exported(
+    context: Context,
+    checkpoint: Any,
+    name: str,
+    precision: str = PRECISION,
+    pag_layers: Iterable[int] = (),
+    graphs: Iterable[str] = (),
+) -> Path:
+    """The bundle of a checkpoint with its ONNX files, of all graphs where `graphs` is empty. One that is up to date is kept."""
+    from sana_export.export.bundle import export_bundle
+
+    bundle = context.work / "bundles" / name
+    bundle.parent.mkdir(parents=True, exist_ok=True)
+    export_bundle(checkpoint, bundle, precision=precision, pag_layers=pag_layers, graphs=graphs)
+    return bundle
+
+
+def without_onnx(context: Context, checkpoint: Any, name: str, precision: str = PRECISION, pag_layers: Iterable[int] = ()) -> Path:
+    """A bundle for the torch backend alone: it names its graphs, but no ONNX file was exported."""
+    from sana_export.contract import GRAPHS
+    from sana_export.export.bundle import choose_options, model_info
+    from sana_export.export.modules import graph_spec
+    from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
+    from sana_export.manifest import FileEntry, GraphEntry, Manifest, file_entry
+
+    bundle = context.work / "bundles" / f"{name}-without-onnx"
+    bundle.mkdir(parents=True, exist_ok=True)
+    options = choose_options(checkpoint, precision, pag_layers, None)
+    instruction = write_text_files(checkpoint, bundle)
+    graphs = {
+        graph: GraphEntry(graph_spec(graph, checkpoint, options), FileEntry(f"onnx/{graph}/not-exported", "", 0), (), 0, 0)
+        for graph in GRAPHS
+    }
+    files = tuple(file_entry(bundle, bundle / file) for file in (TOKENIZER, INSTRUCTION, EMBEDDINGS))
+    model = model_info(checkpoint, instruction)
+    Manifest(checkpoint.record(), options, model, graphs, files, export_key="without ONNX").save(bundle)
+    return bundle
+
+
+def build(bundle: Path, backend: str, *arguments: str) -> None:
+    """The engines of a bundle, through the command line. DependencyError with its words where that fails."""
+    command = [sys.executable, "-P", "-m", "sana_export.cli.main", "build", str(bundle), "--backend", backend, *arguments]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout)  # noqa: T201 (a part's output is its log)
+    if done.returncode != 0:
+        raise DependencyError(f"the engines for {backend} could not be built", found=done.stdout.strip()[-800:])
+
+
+def make(context: Context, *, model: str) -> Mapping[str, Any]:
+    """The part that makes a checkpoint and its bundle without ONNX files."""
+    checkpoint = checkpoint_of(context, model)
+    without_onnx(context, checkpoint, model)
+    parameters = {part: checkpoint.weights(part).bytes // 2 for part in ("transformer", "vae", "text_encoder")}
+    return {"parameters": parameters}
+
+
+def export(context: Context, *, model: str) -> Mapping[str, Any]:
+    """The part that exports the ONNX files which everything but torch runs."""
+    bundle = exported(context, checkpoint_of(context, model), model)
+    return {"bytes": sum(path.stat().st_size for path in bundle.glob("onnx/**/*") if path.is_file())}

@@ -1,0 +1,64 @@
+"""The first part: what this machine has. Each library is asked in a process of its own, which may crash or hang."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from sana_export.bench.gpu_check.check import Context
+from sana_export.bench.machine import gpu_names
+from sana_export.trt.device import gpu_compute_capability
+
+#: Seconds for one library to answer.
+_TIMEOUT = 30
+#: What is asked of a module once it is imported: an expression whose value JSON can hold.
+QUESTIONS: dict[str, str] = {
+    "torch": "{'version': m.__version__, 'cuda': m.version.cuda, 'sees_gpu': m.cuda.is_available(),"
+    " 'gpu': m.cuda.get_device_name() if m.cuda.is_available() else None,"
+    " 'gpu_bytes': m.cuda.mem_get_info()[1] if m.cuda.is_available() else None}",
+    "diffusers": "{'version': m.__version__}",
+    "transformers": "{'version': m.__version__}",
+    "onnx": "{'version': m.__version__}",
+    "onnxscript": "{'version': m.__version__}",
+    "onnxruntime": "{'version': m.__version__, 'providers': m.get_available_providers()}",
+    "tensorrt": "{'version': m.__version__}",
+    "tensorrt_rtx": "{'version': m.__version__, 'capabilities': [*m.ComputeCapability.__members__]}",
+    "cuda.core": "{'version': m.__version__}",
+    "triton": "{'version': m.__version__}",
+    "tokenizers": "{'version': m.__version__}",
+    "pytest": "{'version': m.__version__}",
+}
+
+
+def find(context: Context) -> Mapping[str, Any]:
+    """gpus, compute_capability (None without a GPU), and modules: name to what it answered or why it does not import."""
+    context.keep({"gpus": gpu_names(), "compute_capability": gpu_compute_capability()})
+    children = {name: _ask(name, question) for name, question in QUESTIONS.items() if installed(name)}
+    return {"modules": {name: _answer(child) for name, child in children.items()}}
+
+
+def installed(name: str) -> bool:
+    """Whether the module `name`, which may be in a package, is there."""
+    parent, _, _ = name.rpartition(".")
+    return (not parent or installed(parent)) and importlib.util.find_spec(name) is not None
+
+
+def _ask(name: str, question: str) -> subprocess.Popen[str]:
+    program = f"import json, {name} as m; print('\\n' + json.dumps({question}))"
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _answer(child: subprocess.Popen[str]) -> dict[str, Any]:
+    try:
+        output, errors = child.communicate(timeout=_TIMEOUT)
+        answer: dict[str, Any] = json.loads(output.splitlines()[-1])
+        return answer
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return {"error": f"no answer in {_TIMEOUT} s"}
+    except (ValueError, IndexError):
+        return {"error": (errors.strip().splitlines() or [f"exit code {child.returncode}"])[-1]}

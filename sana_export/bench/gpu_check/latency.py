@@ -1,0 +1,116 @@
+"""Latency of one backend on one model: a whole call with one prompt, for each batch. The pictures are compared with eager's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from sana_export.bench.candidates import BASELINE, Job, find_row, resolve
+from sana_export.bench.gpu_check.bundles import PRECISION, build, checkpoint_of, exported, without_onnx
+from sana_export.bench.gpu_check.check import CheckFailed, Context
+from sana_export.bench.gpu_check.parity import ENGINES
+from sana_export.bench.stages import summarize
+from sana_export.bench.workload import Workload
+from sana_export.export.parity import IMAGE_PSNR_LIMITS, psnr
+
+PROMPT, SEED = "A cute panda eating bamboo, ink drawing style", 0
+#: Calls before those that count, and calls that count, by batch.
+WARM_UP, COUNTED = 2, {1: 8, 4: 4}
+STAGES = ("denoise_loop", "vae_decoder", "end_to_end")
+
+
+def measure(
+    context: Context,
+    *,
+    model: str,
+    backend: str,
+    exported: bool,
+    batches: Iterable[int] = (1, 4),
+    size: int = 1024,
+    steps: int = 20,
+) -> Mapping[str, Any]:
+    """rows: a row a batch with the median, p10 and p90 in ms of `STAGES`, the first call apart, peak device memory, and the PSNR.
+
+    What was measured before a batch fails is kept. Raises CheckFailed where a picture is not eager's.
+    """
+    workload = Workload(
+        "gpu-check", size, size, steps, 4.5, (PROMPT,), warmup=WARM_UP, repeats=max(COUNTED.values()), device=context.device
+    )
+    job, candidate = _job(context, model, backend, exported, workload), None
+    found: dict[str, Any] = {"rows": {}}
+    wrong: list[str] = []
+    for batch in batches:
+        if backend in ENGINES:  # tuned for this very shape
+            build(Path(job.bundle), backend, "--height", str(size), "--width", str(size), "--batch", str(batch))
+        if candidate is None or backend in ENGINES:
+            candidate, seconds = _load(job, candidate)
+            found |= {"load_seconds": seconds, "description": candidate.description}
+        candidate.job = replace(job, workload=replace(workload, images_per_prompt=batch))
+        row, images = _row(candidate, COUNTED.get(batch, 4))
+        row["psnr_db"] = _compare(context, f"{model}-{size}-{steps}-{batch}", backend, images)
+        found["rows"][str(batch)] = row
+        context.keep(found)
+        limit = min(IMAGE_PSNR_LIMITS[PRECISION], IMAGE_PSNR_LIMITS["bf16"])
+        if row["psnr_db"] is not None and row["psnr_db"] < limit:
+            wrong.append(f"batch {batch}: {row['psnr_db']:.1f} dB against eager (limit {limit:g})")
+    if wrong:
+        raise CheckFailed("not eager's pictures: " + "; ".join(wrong))
+    return found
+
+
+def _job(context: Context, model: str, backend: str, with_onnx: bool, workload: Workload) -> Job:
+    checkpoint = checkpoint_of(context, model)
+    bundle: Path = (exported if with_onnx else without_onnx)(context, checkpoint, model)
+    clamp = checkpoint.trained_with_clamp()[0]
+    threads = workload.resolved_threads()
+    return Job(backend, str(bundle), str(checkpoint.folder), None, PRECISION, clamp, (), threads, workload)
+
+
+def _load(job: Job, old: Any) -> tuple[Any, float]:
+    """The candidate, and the seconds that it took, after `old` has given back what it holds."""
+    if old is not None:
+        old.runtime.close()
+    started = perf_counter()
+    return resolve(find_row(job.backend).load)(job), round(perf_counter() - started, 2)
+
+
+def _row(candidate: Any, counted: int) -> tuple[dict[str, Any], Any]:
+    """Times of the calls that count, the first call apart, and the last call's images uint8 [B, H, W, 3]."""
+    calls = []
+    cuda = torch_cuda()
+    if cuda is not None:
+        cuda.reset_peak_memory_stats()
+    for _ in range(WARM_UP + counted):
+        started = perf_counter()
+        sample = candidate.generate(PROMPT, SEED)
+        calls.append({**sample.times, "end_to_end": [1e3 * (perf_counter() - started)]})
+    peak = candidate.peak_device_bytes() if cuda is None else cuda.max_memory_reserved()
+    row: dict[str, Any] = {"first_ms": calls[0]["end_to_end"][0], "peak_device_bytes": peak}
+    for stage in STAGES:
+        summary = summarize(time for call in calls[WARM_UP:] for time in call.get(stage, ()))
+        row[stage] = None if summary is None else asdict(summary)
+    return row, np.stack([np.asarray(image) for image in sample.images])
+
+
+def torch_cuda() -> Any:
+    """torch.cuda where this process computes with it, else None."""
+    torch: Any = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def _compare(context: Context, name: str, backend: str, images: Any) -> float | None:
+    """PSNR in dB (at most 999) against eager's images of that name; eager leaves its own. None where it has left none."""
+    path = context.work / "images" / f"{name}.npy"
+    if backend == BASELINE:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, images)
+        return None
+    if not path.is_file():
+        return None
+    return min(psnr(images, np.load(path), peak=255.0), 999.0)

@@ -1,0 +1,120 @@
+"""Does TensorRT-RTX work on this GPU? One question a part: build an engine in one of three ways, load it, run it, compare.
+
+The graph is `tiny`'s denoiser in fp16, which has every kind of layer of the large ones. torch gives the device's memory and stream.
+What the library says is part of the answer, so an engine that is refused is an answer and no failed check; wrong numbers are one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sana_export.bench.gpu_check.bundles import checkpoint_of, exported
+from sana_export.bench.gpu_check.check import CheckFailed, Context
+
+GRAPH = "denoiser"
+COSINE_LIMIT = 0.999
+
+
+def _current(module: Any, config: Any) -> None:
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(module.ComputeCapability.CURRENT, 0)
+
+
+def _portable(module: Any, config: Any) -> None:
+    """Nothing to say: it is what the builder does."""
+
+
+def _ampere_plus(module: Any, config: Any) -> None:
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(module.ComputeCapability.SM80, 0)
+    config.hardware_compatibility_level = module.HardwareCompatibilityLevel.AMPERE_PLUS
+
+
+QUESTIONS: dict[str, Callable[[Any, Any], None]] = {
+    "current": _current,
+    "portable": _portable,
+    "sm80-ampere-plus": _ampere_plus,
+}
+
+
+def ask(context: Context, *, question: str) -> Mapping[str, Any]:
+    """built, loaded, ran: whether; build_seconds, cosine; said: the library's words. Raises CheckFailed for wrong numbers."""
+    import tensorrt_rtx as module
+
+    from sana_export.manifest import Manifest
+    from sana_export.trt.logger import logger_for
+
+    bundle = exported(context, checkpoint_of(context, "tiny", "float32"), "rtx-tiny", graphs=(GRAPH,))
+    spec = Manifest.load(bundle).graphs[GRAPH].spec
+    logger = logger_for(module)
+    found: dict[str, Any] = {"version": module.__version__, "built": False, "loaded": False, "ran": False, "said": []}
+
+    def note(**more: Any) -> None:
+        found["said"] += logger.errors.take()
+        found.update(more)
+        context.keep(found)
+
+    started = time.monotonic()
+    plan = _build(module, logger, bundle / f"onnx/{GRAPH}/model.onnx", spec, QUESTIONS[question])
+    note(built=plan is not None, build_seconds=round(time.monotonic() - started, 2), bytes=plan.nbytes if plan is not None else 0)
+    if plan is None or context.device != "cuda":
+        return found
+    engine = module.Runtime(logger).deserialize_cuda_engine(plan)
+    note(loaded=engine is not None)
+    if engine is None:
+        return found
+    cosine = _run(context, module, engine, spec, bundle)
+    note(ran=cosine is not None, cosine=cosine)
+    if cosine is not None and not cosine >= COSINE_LIMIT:
+        raise CheckFailed(f"the engine runs and its numbers are wrong: cosine {cosine} (limit {COSINE_LIMIT})")
+    return found
+
+
+def _build(module: Any, logger: Any, onnx: Path, spec: Any, choose: Callable[[Any, Any], None]) -> Any:
+    from sana_export.export.modules import CHECK_SIZES
+    from sana_export.trt.build import DEFAULT_OPTIONS, configure
+    from sana_export.trt.flavour import network_flags
+
+    builder = module.Builder(logger)
+    network = builder.create_network(network_flags(module))
+    parser = module.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx)):
+        return None
+    axes = {axis for tensor in spec.inputs for axis in tensor.shape if isinstance(axis, str)}
+    ranges = {axis: (1, CHECK_SIZES.of(axis), 16) for axis in axes}
+    config = configure(module, builder, spec, ranges, DEFAULT_OPTIONS, ())
+    choose(module, config)
+    return builder.build_serialized_network(network, config)
+
+
+def _run(context: Context, module: Any, engine: Any, spec: Any, bundle: Path) -> float | None:
+    """Cosine of the engine's output with the torch module's on the same inputs; None where the library refuses to run it."""
+    import torch
+
+    from sana_export.export.modules import CHECK_SIZES, random_inputs
+    from sana_export.export.parity import cosine
+    from sana_export.graphs.builders import build_graph
+    from sana_export.manifest import Manifest
+
+    execution = engine.create_execution_context()
+    if execution is None:
+        return None
+    inputs = {name: value.cuda() for name, value in random_inputs(spec, CHECK_SIZES, 0).items()}
+    for name, value in inputs.items():
+        execution.set_input_shape(name, tuple(value.shape))
+        execution.set_tensor_address(name, value.data_ptr())
+    (tensor,) = spec.outputs
+    output = torch.zeros(tuple(execution.get_tensor_shape(tensor.name)), dtype=torch.float32, device="cuda")
+    execution.set_tensor_address(tensor.name, output.data_ptr())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    if not execution.execute_async_v3(stream.cuda_stream):
+        return None
+    stream.synchronize()
+    checkpoint, options = checkpoint_of(context, "tiny", "float32"), Manifest.load(bundle).options
+    with torch.no_grad():
+        wanted = build_graph(GRAPH, checkpoint, options).cuda()(*(inputs[tensor.name] for tensor in spec.inputs))
+    return cosine(output.cpu().numpy(), wanted.float().cpu().numpy())

@@ -1,0 +1,31 @@
+"""Every test that is marked `gpu`, with the outcome of each."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sana_export.bench.gpu_check.check import CheckFailed, Context
+from sana_export.errors import DependencyError
+
+
+def run(context: Context, *, select: str = "gpu", where: str = "tests") -> Mapping[str, Any]:
+    """outcomes: how many of each; tests: every test. Raises CheckFailed where one failed, DependencyError without the tests."""
+    import pytest
+
+    if not Path(where).exists():
+        raise DependencyError("the tests are not here", found=f"no {where} in {Path.cwd()}", wanted="a checkout of the project")
+    report = context.work / "gpu-tests.json"
+    arguments = ["-m", select, "-p", "tests.cli.json_report", f"--json-report={report}", "-p", "no:xdist", where]
+    code = pytest.main(arguments)
+    tests = json.loads(report.read_text("utf-8"))["tests"]
+    outcomes = Counter(test["outcome"] for test in tests.values())
+    found = {"outcomes": dict(outcomes), "tests": tests}
+    context.keep(found)
+    if int(code) != 0:
+        bad = [name for name, test in tests.items() if test["outcome"] not in ("passed", "skipped")]
+        raise CheckFailed(f"pytest ended with {int(code)}: {', '.join(bad) or 'see the log'}")
+    return found

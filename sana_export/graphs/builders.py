@@ -1,0 +1,67 @@
+"""Checkpoint to torch modules: how each deployment graph is built from its components."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sana_export.graphs.checkpoint import SanaCheckpoint
+from sana_export.graphs.context import Context
+from sana_export.graphs.denoiser import Denoiser
+from sana_export.graphs.numerics import NUMERICS
+from sana_export.graphs.origins import trace_origins
+from sana_export.graphs.postprocess import Postprocess
+from sana_export.graphs.sampler import Sampler
+from sana_export.graphs.text_encoder import TextEncoder
+from sana_export.graphs.vae_decoder import VaeDecoder, VaeDecoderHead, VaeDecoderTail
+from sana_export.manifest import LoraTarget, Options
+
+Config = Mapping[str, Any]
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Builder:
+    """How a graph is made: of which component's config and weights (None: of none), and by what."""
+
+    component: str | None
+    make: Callable[[Config, Weights, Options], nn.Module]
+
+
+def _plain(component: str, graph: type[nn.Module]) -> Builder:
+    return Builder(component, lambda config, weights, options: graph(config, weights, NUMERICS[options.dtype]))
+
+
+def _denoiser(config: Config, weights: Weights, options: Options) -> nn.Module:
+    return Denoiser(config, weights, NUMERICS[options.dtype], clamp=options.clamp, pag_layers=options.pag_layers)
+
+
+BUILDERS: dict[str, Builder] = {
+    "text_encoder": _plain("text_encoder", TextEncoder),
+    "context": _plain("transformer", Context),
+    "denoiser": Builder("transformer", _denoiser),
+    "sampler": Builder(None, lambda config, weights, options: Sampler()),
+    "vae_decoder": _plain("vae", VaeDecoder),
+    "vae_decoder_head": _plain("vae", VaeDecoderHead),
+    "vae_decoder_tail": _plain("vae", VaeDecoderTail),
+    "postprocess": Builder(None, lambda config, weights, options: Postprocess()),
+}
+
+
+def build_graph(name: str, checkpoint: SanaCheckpoint, options: Options) -> nn.Module:
+    """The deployment graph `name` with the checkpoint's weights, ready to run."""
+    component, make = BUILDERS[name].component, BUILDERS[name].make
+    if component is None:
+        return make({}, {}, options).eval()
+    return make(checkpoint.config(component), checkpoint.weights(component), options).eval()
+
+
+def lora_targets(name: str, checkpoint: SanaCheckpoint, options: Options) -> tuple[LoraTarget, ...]:
+    """Where the layers of the transformer lie in the graph `name`; of none for a graph of another component."""
+    if BUILDERS[name].component != "transformer":
+        return ()
+    config = checkpoint.config("transformer")
+    return trace_origins(lambda weights: BUILDERS[name].make(config, weights, options), checkpoint.weights("transformer").on_meta())

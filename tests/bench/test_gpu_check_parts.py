@@ -1,0 +1,123 @@
+"""What the parts do, tried on the CPU with `tiny`: parity and latency of backends that are here, and that they can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sana_export.bench.gpu_check import latency, parity, rtx, suite
+from sana_export.bench.gpu_check.bundles import MODELS, checkpoint_of, without_onnx
+from sana_export.bench.gpu_check.check import CheckFailed, Context
+from sana_export.contract import GRAPHS
+from sana_export.errors import ArtifactError
+from sana_export.manifest import Manifest
+from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends import torch as torch_backend
+from sana_export.variants import VARIANTS
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    """What parts keep is thrown away."""
+
+    def keep(more: Mapping[str, Any]) -> None:
+        assert more
+
+    return Context(tmp_path_factory.mktemp("work"), "cpu", keep)
+
+
+TINY = (("tiny", "float32", "fp32", (1,)),)
+
+
+def test_parity_of_the_torch_backend_needs_no_export(context: Context) -> None:
+    found = parity.check(context, backend="torch", cases=TINY, size=96)["cases"]["tiny-fp32"]
+    assert found["passed"]
+    assert found["least_cosine"] >= 0.999999
+    assert found["least_image_psnr_db"] >= 60
+    assert not list(context.work.glob("bundles/*/onnx"))
+
+
+def test_parity_finds_a_wrong_graph(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = torch_backend.build_graph
+
+    def build_wrong(name: str, *rest: Any) -> Any:
+        graph = build(name, *rest)
+        if name == "context":
+            next(graph.parameters()).data.mul_(1.02)
+        return graph
+
+    monkeypatch.setattr(torch_backend, "build_graph", build_wrong)
+    with pytest.raises(CheckFailed, match="tiny-fp32 context: cosine 0"):
+        parity.check(context, backend="torch", cases=TINY, size=96)
+
+
+SHORT: dict[str, Any] = {"model": "tiny", "exported": False, "batches": (1, 2), "size": 64, "steps": 2}
+
+
+def test_latency_is_measured_and_pictures_are_compared(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "WARM_UP", 1)
+    monkeypatch.setattr(latency, "COUNTED", {1: 3, 2: 1})
+    eager = latency.measure(context, backend="eager", **SHORT)
+    assert eager["rows"]["1"]["psnr_db"] is None
+    found = latency.measure(context, backend="torch", **SHORT)
+    assert set(found["rows"]) == {"1", "2"}
+    for row in found["rows"].values():
+        assert row["psnr_db"] >= 40
+        assert 0 < row["denoise_loop"]["median"] < row["end_to_end"]["median"]
+    assert found["rows"]["1"]["denoise_loop"]["n"] == 3
+    for path in context.work.glob("images/*.npy"):
+        np.save(path, 255 - np.load(path))
+    with pytest.raises(CheckFailed, match=r"not eager's pictures: batch 1: .* dB"):
+        latency.measure(context, backend="torch", **SHORT)
+
+
+def test_a_bundle_without_onnx_files_is_for_torch_alone(context: Context) -> None:
+    bundle = without_onnx(context, checkpoint_of(context, "tiny"), "tiny")
+    assert set(Manifest.load(bundle).graphs) == set(GRAPHS)
+    with pytest.raises(ArtifactError, match="not-exported is missing"):
+        SanaRuntime.from_pretrained(bundle, backend="onnxruntime")
+
+
+def test_models_are_the_published_ones_beside_their_text_encoder() -> None:
+    for name, alias, layers in (
+        ("600m", "sana-600m-1024px", 28),
+        ("1600m", "sana-1600m-1024px", 20),
+        ("slice", "sana-1600m-1024px", 2),
+    ):
+        published = VARIANTS[alias].transformer
+        assert MODELS[name].transformer == {**published, "num_layers": layers}
+        assert MODELS[name].text_encoder["hidden_size"] == 2304
+        assert MODELS[name].name not in VARIANTS, "so that the stored dtype tells of the clamp, which fp16 has"
+
+
+def test_the_question_to_tensorrt_rtx_builds_without_a_gpu(context: Context) -> None:
+    """Loading and running need one."""
+    pytest.importorskip("tensorrt_rtx")
+    for question in ("portable", "sm80-ampere-plus"):
+        found = rtx.ask(context, question=question)
+        assert found["built"]
+        assert found["bytes"] > 100_000
+        assert not found["loaded"]
+
+
+def test_the_suite_counts_outcomes_and_fails_with_a_test(context: Context, tmp_path: Path) -> None:
+    """In a process of its own, as a part is."""
+    from sana_export.bench.gpu_check.parts import Part
+    from sana_export.bench.gpu_check.runner import Here, Outcome, Runner
+
+    (tmp_path / "test_some.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
+
+    def run(select: str) -> Outcome:
+        part = Part("suite", f"{suite.__name__}:run", 60, 1, {"select": select, "where": str(tmp_path)}, ())
+        runner = Runner(tmp_path / "work", Here(True, (), False), "cpu", deadline=1e12)
+        return runner.run([part], lambda part, outcome: None)["suite"]
+
+    failed = run("not gpu")
+    assert failed.status == "failed"
+    assert failed.found["outcomes"] == {"passed": 1, "failed": 1}
+    assert "test_b" in str(failed.reason)
+    assert run("gpu").status == "passed"

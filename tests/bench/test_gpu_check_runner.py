@@ -1,0 +1,183 @@
+"""The runner survives parts that fail, hang and crash, keeps to its deadline, and its report says what came of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sana_export.bench.gpu_check.__main__ import main
+from sana_export.bench.gpu_check.parts import PARTS, Part
+from sana_export.bench.gpu_check.report import Report
+from sana_export.bench.gpu_check.runner import RESERVE, Here, Outcome, Runner
+
+HERE = Here(gpu=True, modules=("numpy",), cuda_provider=False)
+
+
+def part(name: str, most: float = 20, least: float = 1, **more: Any) -> Part:
+    more.setdefault("modules", ("numpy",))
+    return Part(name, f"gpu_parts:{name.partition('-')[0]}", most, least, **more)
+
+
+def run(work: Path, *parts: Part, seconds: float = 60, **more: Any) -> dict[str, Outcome]:
+    settings = {"here": HERE, "device": "cuda", **more}
+    runner = Runner(work, deadline=time.monotonic() + RESERVE + seconds, **settings)
+    told: list[str] = []
+    outcomes = runner.run(parts, lambda part, outcome: told.append(part.name))
+    assert told == [one.name for one in parts] == list(outcomes)
+    return outcomes
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_every_way_to_end(tmp_path: Path) -> None:
+    names = ("passes", "misses", "lacks", "raises", "crashes", "ends", "leaves_loudly")
+    found = run(tmp_path, *map(part, names), part("hangs", most=3), part("passes-again", arguments={"value": 2}))
+    assert {name: outcome.status for name, outcome in found.items()} == {
+        "passes": "passed",
+        "misses": "failed",
+        "lacks": "skipped",
+        "raises": "failed",
+        "crashes": "failed",
+        "ends": "failed",
+        "leaves_loudly": "passed",
+        "hangs": "failed",
+        "passes-again": "passed",
+    }
+    assert found["passes"].found == {"value": 1, "device": "cuda"}
+    assert found["passes-again"].found["value"] == 2
+    assert (found["misses"].reason, found["misses"].found) == ("cosine 0.5 (limit 0.99)", {"cosine": 0.5})
+    assert "install it" in str(found["lacks"].reason)
+    assert found["raises"].reason == "ValueError: a bug"
+    assert str(found["crashes"].reason) == "its process was killed by SIGSEGV; the last words"
+    assert found["crashes"].found == {"half": "done"}
+    assert "exit code 7 and no answer" in str(found["ends"].reason)
+    assert "still running after its 3 s" in str(found["hangs"].reason)
+    assert 3 <= found["hangs"].seconds < 8
+    assert not alive(int((tmp_path / "child").read_text())), "what a part started ends with it"
+    assert (tmp_path / "parts" / "passes.log").read_text() == "a line of output\n"
+
+
+def test_the_deadline(tmp_path: Path) -> None:
+    """A part that does not fit is not begun; one that is cut short is not failed; cheaper ones after it still run."""
+    started = time.monotonic()
+    parts = (part("hangs", most=30, least=1), part("passes", least=20), part("passes-quickly", most=5, least=0))
+    found = run(tmp_path, *parts, seconds=4)
+    assert time.monotonic() - started < 4 + RESERVE
+    assert found["hangs"].status == "not run"
+    assert "out of time: ended after 4 s, it may take 30 s" in str(found["hangs"].reason)
+    assert set(found["hangs"].found) == {"child"}
+    assert found["passes"].status == "not run"
+    assert "it needs at least 20 s" in str(found["passes"].reason)
+    assert not (tmp_path / "ran").exists()
+
+
+LACKING: dict[str, tuple[dict[str, Any], Here, str]] = {
+    "gpu": ({}, Here(False, ("numpy",), True), "no GPU"),
+    "module": ({"modules": ("numpy", "tensorrt")}, HERE, "not installed: tensorrt"),
+    "any": ({"one_of": ("tensorrt", "tensorrt_rtx")}, HERE, "none of these is installed: tensorrt, tensorrt_rtx"),
+    "provider": ({"cuda_provider": True}, HERE, "no CUDAExecutionProvider"),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_what_cannot_run_here_is_left_out_with_the_reason(tmp_path: Path, name: str) -> None:
+    more, here, reason = LACKING[name]
+    found = run(tmp_path, part("passes", **more), here=here)["passes"]
+    assert found.status == "skipped"
+    assert reason in str(found.reason)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_earlier_answer_is_taken_again_only_where_nothing_changed(tmp_path: Path) -> None:
+    parts = (part("passes"), part("misses"))
+    first = run(tmp_path, *parts, key="a")
+    assert run(tmp_path, *parts, key="a", resume=True) == first
+    assert (tmp_path / "ran").read_text() == "1\n"
+    for again in ({"key": "b", "resume": True}, {"key": "a", "resume": False}):
+        run(tmp_path, part("passes"), **again)
+    assert (tmp_path / "ran").read_text() == "1\n" * 3
+
+
+def report(**outcomes: Outcome) -> Report:
+    machine = {"cpu": "a CPU", "cores": 2, "memory": 2**34, "gpu": [], "os": "Linux", "python": "3.11"}
+    return Report("today", machine, {}, "cuda", 480.0, outcomes=dict(outcomes))
+
+
+GPU = Outcome("passed", found={"compute_capability": "9.0", "gpus": ["H100"], "modules": {"torch": {"version": "2.11"}}})
+NO_GPU = Outcome("passed", found={"compute_capability": None, "gpus": [], "modules": {}})
+
+
+def test_exit_codes() -> None:
+    assert report(find=GPU, one=Outcome("skipped"), two=Outcome("not run")).exit_code == 0
+    assert report(find=NO_GPU).exit_code == 3
+    assert report(find=GPU, one=Outcome("failed")).exit_code == 5
+    assert report(find=NO_GPU, one=Outcome("failed")).exit_code == 5
+    assert report(find=Outcome("failed")).exit_code == 5
+
+
+def latency(loop: float, db: float | None) -> Outcome:
+    summary = {"n": 8, "median": loop, "p10": loop - 1, "p90": loop + 1}
+    stages = {"denoise_loop": summary, "vae_decoder": {**summary, "median": 30.0}, "end_to_end": {**summary, "median": loop + 40}}
+    return Outcome("passed", found={"rows": {"1": {"first_ms": 900.0, "psnr_db": db, "peak_device_bytes": 6.5 * 2**30, **stages}}})
+
+
+def test_the_page(tmp_path: Path) -> None:
+    question = {"built": True, "loaded": False, "ran": False, "said": ["it is not | supported"], "cosine": None}
+    document = report(find=GPU)
+    document.outcomes |= {
+        "latency/1600m/eager": latency(800.0, None),
+        "latency/1600m/torch-compile": latency(400.0, 45.25),
+        "rtx/current": Outcome("passed", found=question),
+        "parity/torch": Outcome("failed", "tiny-fp32 context: cosine 0.9\nmore"),
+        "parity/onnxruntime": Outcome(
+            "passed", found={"cases": {"tiny-fp32": {"least_cosine": 0.99999995, "least_image_psnr_db": 77.0, "passed": True}}}
+        ),
+    }
+    document.write(tmp_path / "deep" / "r.json")
+    page = (tmp_path / "deep" / "r.md").read_text("utf-8")
+    assert "H100, compute capability 9.0." in page
+    compiled = "ours: torch.compile, one CUDA graph"
+    assert f"| 1600m | 1 | {compiled} | 400.0 | 399.0 to 401.0 | 30.0 | 440.0 | 900 | 6.5 | 2.00 | 45.2 |" in page
+    assert "| current | yes | no | no | None | it is not / supported |" in page
+    assert "| onnxruntime | tiny-fp32 | 0.9999999 | 77.0 | True |" in page or "| onnxruntime | tiny-fp32 | 1.0000000 |" in page
+    assert "| parity/torch | failed | 0 | tiny-fp32 context: cosine 0.9 more |" in page
+    assert "| make/600m | not reached |" in page
+    parts = json.loads((tmp_path / "deep" / "r.json").read_text("utf-8"))["parts"]
+    assert list(parts) == [part.name for part in PARTS]
+    assert parts["make/600m"] is None
+    assert parts["parity/torch"]["status"] == "failed"
+
+
+def test_without_a_gpu_the_report_is_written_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code = main(["--report", str(tmp_path / "r.json"), "--work", str(tmp_path / "work"), "--limit", "90"])
+    assert code == 3
+    document = json.loads((tmp_path / "r.json").read_text("utf-8"))
+    assert document["exit_code"] == 3
+    assert document["parts"]["find"]["found"]["modules"]["torch"]["sees_gpu"] is False
+    rest = {name: outcome["reason"] for name, outcome in document["parts"].items() if name != "find"}
+    assert len(rest) == len(PARTS) - 1
+    assert set(rest.values()) == {"no GPU"}
+    assert "No GPU" in (tmp_path / "r.md").read_text("utf-8")
+
+
+def test_the_table_of_parts_names_functions_that_are_there() -> None:
+    import importlib
+    import inspect
+
+    assert len({one.name for one in PARTS}) == len(PARTS)
+    for one in PARTS:
+        module, _, function = one.target.partition(":")
+        inspect.signature(getattr(importlib.import_module(module), function)).bind(None, **one.arguments)
+        assert one.least < one.most

@@ -1,0 +1,141 @@
+"""The torch backend's GPU side on the CPU, with a stand-in for CUDA graphs that keeps to their contract.
+
+While work is captured every operator is noted with the tensors that it read and wrote, and what it wrote over is put back; a
+replay does the same operators on the same memory and nothing else. So what a loop bakes in by mistake (a number on the host, a new
+tensor in place of a buffer) shows in the picture, as it would on a GPU. Streams, real capture and its speed are for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sana_export.manifest import Manifest
+from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends.torch import CudaTorchBackend, reopen
+from sana_export.runtime.loop import Capturing
+
+SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
+#: Latents reach about 10; this is what two orders of float32 summation make of them.
+TOLERANCE = 2e-4
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operator with its arguments and results, and what it wrote over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.copy_.default:
+            self.before.append((args[0], args[0].clone()))
+        results = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, results))
+        return results
+
+    def undo(self) -> None:
+        for target, values in reversed(self.before):
+            target.copy_(values)
+
+    def replay(self) -> None:
+        for function, args, kwargs, results in self.calls:
+            if function.is_view:
+                continue
+            for old, new in zip(tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+
+
+class OnTheCpu(CudaTorchBackend):
+    """The backend of a GPU with its tensors on the CPU."""
+
+    device = "cpu"
+    captured: int
+    replayed: int
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+        with torch.no_grad(), Recorder() as recorder:
+            work()
+        with torch.no_grad():
+            recorder.undo()
+
+        def replay() -> None:
+            self.replayed += 1
+            with torch.no_grad():
+                recorder.replay()
+
+        return replay
+
+    def mark(self) -> Any:
+        return 0.0
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return 0.0
+
+
+def load(bundle: Path, manifest: Manifest) -> OnTheCpu:
+    backend = OnTheCpu(bundle, manifest, reopen(bundle, manifest), compiled=False)
+    backend.captured = backend.replayed = 0
+    return backend
+
+
+@pytest.fixture
+def captured(tiny_bundle: Path) -> Iterator[SanaRuntime]:
+    with SanaRuntime.from_pretrained(tiny_bundle, backend=load) as runtime:
+        assert isinstance(runtime.backend, Capturing)
+        yield runtime
+
+
+def assert_same_latents(one: SanaRuntime, other: SanaRuntime, prompt: str, **request: Any) -> None:
+    found, wanted = (runtime(prompt, output_type="latent", **{**SMALL, **request}).images for runtime in (one, other))
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
+
+
+def test_one_captured_loop_serves_prompts_seeds_and_scales(captured: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
+    assert_same_latents(captured, tiny_runtime, "a red fox", seed=1, guidance_scale=4.5)
+    assert_same_latents(captured, tiny_runtime, "two blue birds on a wire", seed=2, guidance_scale=7.0)
+    assert_same_latents(captured, tiny_runtime, "a red fox", seed=1, guidance_scale=4.5)
+    assert captured.backend.captured == 1  # prompts are filled up to one length
+    assert captured.backend.replayed == 3
+
+
+def test_other_shapes_are_captured_beside(captured: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
+    requests: list[dict[str, Any]] = [
+        {"guidance_scale": 4.5},
+        {"guidance_scale": 4.5, "pag_scale": 2.0},
+        {"num_images_per_prompt": 2, "seed": [5, 6]},
+        {"guidance_scale": 4.5},
+    ]
+    for request in requests:
+        assert_same_latents(captured, tiny_runtime, "a red fox", **{"seed": 3, **request})
+    assert captured.backend.captured == 3
+
+
+def test_sprint_draws_fresh_noise_every_step(sprint_bundle: Path, sprint_runtime: SanaRuntime) -> None:
+    with SanaRuntime.from_pretrained(sprint_bundle, backend=load) as captured:
+        for seed in (1, 2):
+            assert_same_latents(captured, sprint_runtime, "a fox", seed=seed, num_inference_steps=2)
+        assert captured.backend.captured == 1
+
+
+def test_steps_with_a_callback_are_replayed_one_by_one(captured: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
+    def halve(runtime: Any, index: int, timestep: float, tensors: dict[str, Any]) -> Any:
+        return {"latents": tensors["latents"] * np.float32(0.5)} if index == 0 else None
+
+    assert_same_latents(captured, tiny_runtime, "a fox", seed=4, callback_on_step_end=halve)
+    assert captured.backend.captured == 3
+
+
+def test_pictures(captured: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
+    found, wanted = (np.asarray(runtime("a fox", seed=1, **SMALL).images[0], np.int16) for runtime in (captured, tiny_runtime))
+    assert np.abs(found - wanted).max() <= 1
