@@ -245,12 +245,14 @@ class SanaRuntime:
         memory; nothing has changed then.
         """
         with self._lock:
+            self.backend.wait()
             self._loops.clear()  # what was captured may hold the old weights
             self._loras.add(Lora(Path(path), scale), self._sessions)
 
     def unload_lora(self) -> None:
         """Take all LoRAs away: the weights are the bundle's again, bit by bit."""
         with self._lock:
+            self.backend.wait()
             self._loops.clear()
             self._loras.clear(self._sessions)
 

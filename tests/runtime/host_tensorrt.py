@@ -192,11 +192,11 @@ class Engine:
         self.values: dict[str, onnxruntime.OrtValue] = {}
         self.session: Any = None  # without weights it cannot run
         if not self.refittable:
-            self.open()
+            self._open()
         # Weights take memory for as long as the engine lives.
         self.weights = module.device.allocate(content["bytes"])
 
-    def open(self) -> None:
+    def _open(self) -> None:
         options = onnxruntime.SessionOptions()
         if self.values:
             options.add_external_initializers(list(self.values), list(self.values.values()))
@@ -253,7 +253,7 @@ class Refitter:
             return self.module.fail("out of device memory")
         self.module.refits.append((self.engine.spec.name, set(self.given)))
         self.engine.values |= self.given
-        self.engine.open()
+        self.engine._open()
         return True
 
 
