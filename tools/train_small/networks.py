@@ -10,9 +10,10 @@ from sana_export.architectures import AUTOENCODER, TEXT_ENCODER
 VAE: dict[str, Any] = {
     **AUTOENCODER,
     "encoder_block_out_channels": (32, 32, 64, 64, 128, 256),
-    "decoder_block_out_channels": (16, 32, 64, 64, 128, 256),
+    "decoder_block_out_channels": (8, 32, 64, 64, 128, 256),
     "encoder_layers_per_block": (0, 1, 1, 1, 1, 1),
     "decoder_layers_per_block": (1, 1, 1, 1, 1, 1),
+    "encoder_qkv_multiscales": ((),) * 6,
 }
 TEXT: dict[str, Any] = {
     **TEXT_ENCODER,
@@ -22,15 +23,15 @@ TEXT: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 64,
-    "query_pre_attn_scalar": 64,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
 }
 TRANSFORMER: dict[str, Any] = {
     "in_channels": 32,
     "out_channels": 32,
     "num_attention_heads": 8,
     "attention_head_dim": 32,
-    "num_layers": 8,
+    "num_layers": 6,
     "num_cross_attention_heads": 4,
     "cross_attention_head_dim": 64,
     "cross_attention_dim": 256,
