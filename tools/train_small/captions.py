@@ -20,7 +20,16 @@ COLOUR_SHARE, STYLE_SHARE = 0.6, 0.08
 #: {x} a glyph's name with its article, {n} without, {s} its plural, {e} the glyph; {y}, {m}, {f} those of the second one.
 TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
     "english": {
-        "one": ("{x}", "{n}", "a cute {n}", "a picture of {x}", "a big {n}", "an emoji of {x}", "{x}, simple drawing", "please draw {x}"),
+        "one": (
+            "{x}",
+            "{n}",
+            "a cute {n}",
+            "a picture of {x}",
+            "a big {n}",
+            "an emoji of {x}",
+            "{x}, simple drawing",
+            "please draw {x}",
+        ),
         "placed": ("a small {n} {place}", "a little {n} {place}", "{x} {place}", "a tiny {n} {place}"),
         "count": ("{number} {s}", "{number} cute {s}", "a picture of {number} {s}", "there are {number} {s}"),
         "pair": ("{x} and {y}", "{x} next to {y}", "{n} and {m}", "a cute {n} and {y}", "{x} beside {y}"),
@@ -104,7 +113,9 @@ def fill(template: str, scene: Scene, choice: Choice) -> str:
     if choice.language == "emoji" and not _has_words(template):
         spoken = "chinese" if choice.phrase % 2 else "english"
     names = [
-        (concept.english if spoken == "english" else concept.chinese)[index % len(concept.english if spoken == "english" else concept.chinese)]
+        (concept.english if spoken == "english" else concept.chinese)[
+            index % len(concept.english if spoken == "english" else concept.chinese)
+        ]
         for concept, index in zip(concepts, choice.names, strict=False)
     ]
     words = {

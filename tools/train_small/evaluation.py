@@ -59,9 +59,7 @@ def _combined(kind: str, index: int, turn: int) -> Prompt:
     language, detail = LANGUAGES[turn % len(LANGUAGES)], details[index % len(details)]
     if kind == "pair":
         # Every second pair is an animal that eats.
-        pairs = [
-            pair for pair in product(range(len(CONCEPTS)), repeat=2) if pair[0] != pair[1] and held_out("pair", pair, "")
-        ]
+        pairs = [pair for pair in product(range(len(CONCEPTS)), repeat=2) if pair[0] != pair[1] and held_out("pair", pair, "")]
         pairs = [pair for pair in pairs if eats(CONCEPTS[pair[0]], CONCEPTS[pair[1]]) == bool(index % 2)]
         concepts = pairs[(index * 37 + 5) % len(pairs)]
     else:

@@ -78,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--font", type=Path, default=FONT, help="a colour font with the glyphs (default: Debian's Noto Color Emoji)")
+    parser.add_argument(
+        "--font", type=Path, default=FONT, help="a colour font with the glyphs (default: Debian's Noto Color Emoji)"
+    )
     options = parser.parse_args()
     train(options, font_bitmaps(options.font))

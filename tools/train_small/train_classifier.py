@@ -46,9 +46,7 @@ def train(options: argparse.Namespace, bitmaps: Bitmaps) -> Classifier:
     """Train or resume; returns the classifier with its averaged weights."""
     torch.manual_seed(options.seed)
     network = Classifier()
-    state = training.Training(
-        network, options.folder / "classifier.pt", steps=options.steps, rate=options.rate, seed=options.seed
-    )
+    state = training.Training(network, options.folder / "classifier.pt", steps=options.steps, rate=options.rate, seed=options.seed)
 
     def loss(rng: np.random.Generator, noise: torch.Generator) -> Tensor:
         pictures, concepts = draw_batch(rng, options.batch, bitmaps)

@@ -72,7 +72,9 @@ def train(
     """Train or resume; returns the networks with their averaged weights and the latents' scaling factor."""
     tokenizer = build_tokenizer()
     networks = build({**text, "vocab_size": tokenizer.get_vocab_size()}, transformer, options.seed).to(options.device)
-    state = training.Training(networks, options.folder / "transformer.pt", steps=options.steps, rate=options.rate, seed=options.seed)
+    state = training.Training(
+        networks, options.folder / "transformer.pt", steps=options.steps, rate=options.rate, seed=options.seed
+    )
     scenes, pictures = draw_pool(options.pool, options.seed + 1, bitmaps)
     latents = encode_pool(autoencoder, pictures)
     factor = 1 / float(latents[:2000].std())
@@ -110,6 +112,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     training.add_arguments(parser, steps=6000, batch=128, rate=1e-3)
     parser.add_argument("--autoencoder", help="folder of its training (default: the same as --folder)")
-    parser.add_argument("--font", type=Path, default=FONT, help="a colour font with the glyphs (default: Debian's Noto Color Emoji)")
+    parser.add_argument(
+        "--font", type=Path, default=FONT, help="a colour font with the glyphs (default: Debian's Noto Color Emoji)"
+    )
     options = parser.parse_args()
     train(options, font_bitmaps(options.font), load_autoencoder(options.folder))

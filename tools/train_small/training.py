@@ -76,9 +76,7 @@ class Training:
             if self.worker:
                 continue
             if self.step % LOG_EVERY == 0:
-                print(
-                    f"step {self.step} loss {running:.4f} {(time.time() - started) / (self.step - first):.3f} s/step", flush=True
-                )
+                print(f"step {self.step} loss {running:.4f} {(time.time() - started) / (self.step - first):.3f} s/step", flush=True)
             if self.step % SAVE_EVERY == 0 or self.step == self.steps:
                 self.save()
 
