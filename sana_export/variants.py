@@ -94,7 +94,7 @@ def _synthetic(name: str, native_size: int) -> Variant:
 VARIANTS: dict[str, Variant] = {
     variant.alias: variant
     for variant in (
-        _synthetic("tiny", 512),
+        _synthetic("tiny-random", 512),
         _synthetic("tiny-sprint", 1024),
         _synthetic("mid", 512),
         _published("Sana_600M_512px", 512, "Sana 600M", clamp=True),

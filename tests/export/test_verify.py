@@ -50,7 +50,7 @@ def test_a_changed_weight_is_found(tiny_bundle, tiny_checkpoint, tmp_path, graph
 
 
 def test_another_checkpoint_is_refused(tiny_bundle, tmp_path):
-    other = open_checkpoint(str(make_checkpoint("tiny", tmp_path / "c", seed=5)))
+    other = open_checkpoint(str(make_checkpoint("tiny-random", tmp_path / "c", seed=5)))
     with pytest.raises(UsageError, match="was not exported from"):
         verify_bundle(tiny_bundle, other, QUICK)
 
