@@ -88,4 +88,5 @@ RECIPES: dict[str, SyntheticRecipe] = {
         **_SMALL.get(alias, _FULL),
     )
     for alias, variant in VARIANTS.items()
+    if not variant.embedded
 }

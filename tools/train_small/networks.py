@@ -10,7 +10,7 @@ from sana_export.architectures import AUTOENCODER, TEXT_ENCODER
 VAE: dict[str, Any] = {
     **AUTOENCODER,
     "encoder_block_out_channels": (32, 32, 64, 64, 128, 256),
-    "decoder_block_out_channels": (8, 32, 64, 64, 128, 256),
+    "decoder_block_out_channels": (16, 32, 64, 64, 128, 256),
     "encoder_layers_per_block": (0, 1, 1, 1, 1, 1),
     "decoder_layers_per_block": (1, 1, 1, 1, 1, 1),
     "encoder_qkv_multiscales": ((),) * 6,

@@ -16,7 +16,7 @@ from tools.train_small.captions import draw_caption
 from tools.train_small.glyphs import FONT, Bitmaps, font_bitmaps
 from tools.train_small.networks import SCHEDULER, TEXT, TRANSFORMER
 from tools.train_small.prompts import PromptEncoder
-from tools.train_small.scenes import draw_pool
+from tools.train_small.scenes import Scene, draw_scene, render
 from tools.train_small.train_autoencoder import build as build_autoencoder
 from tools.train_small.train_autoencoder import to_tensor
 
@@ -62,6 +62,24 @@ def draw_sigma(count: int, generator: torch.Generator) -> Tensor:
     return shift * share / (1 + (shift - 1) * share)
 
 
+def load_pool(
+    options: argparse.Namespace, bitmaps: Bitmaps, autoencoder: Any, state: training.Training
+) -> tuple[list[Scene], Tensor, float]:
+    """The pool's scenes, their latents, and the factor that brings these to deviation 1; encoded by the first worker, once."""
+    rng = np.random.default_rng(options.seed + 1)
+    scenes = [draw_scene(rng) for _ in range(options.pool)]
+    file = options.folder / "latents.pt"
+    if state.worker == 0 and not file.is_file():
+        pictures = np.stack([render(scene, bitmaps) for scene in scenes])
+        latents = encode_pool(autoencoder, pictures)
+        torch.save({"latents": latents, "factor": round(1 / float(latents.std()), 5)}, file)
+    state.wait()
+    stored = torch.load(file, weights_only=True)
+    if len(stored["latents"]) != len(scenes):
+        raise SystemExit(f"{file} holds {len(stored['latents'])} scenes, not the {len(scenes)} of --pool: remove it to encode anew")
+    return scenes, stored["latents"], stored["factor"]
+
+
 def train(
     options: argparse.Namespace,
     bitmaps: Bitmaps,
@@ -75,9 +93,7 @@ def train(
     state = training.Training(
         networks, options.folder / "transformer.pt", steps=options.steps, rate=options.rate, seed=options.seed
     )
-    scenes, pictures = draw_pool(options.pool, options.seed + 1, bitmaps)
-    latents = encode_pool(autoencoder, pictures)
-    factor = 1 / float(latents[:2000].std())
+    scenes, latents, factor = load_pool(options, bitmaps, autoencoder, state)
     latents = (latents * factor).to(options.device)
     encode = PromptEncoder(tokenizer)
 

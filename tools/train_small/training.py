@@ -80,6 +80,11 @@ class Training:
             if self.step % SAVE_EVERY == 0 or self.step == self.steps:
                 self.save()
 
+    def wait(self) -> None:
+        """Wait for the other workers."""
+        if self.workers > 1:
+            distributed.barrier()
+
     def _share_gradients(self) -> None:
         """Give every worker the mean of all workers' gradients."""
         if self.workers == 1:
