@@ -23,12 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what runs the bundle (default: the best here; on a CPU fp16 and bf16 graphs run with every intermediate stored in "
         "their precision, as on a GPU)",
     )
-    parser.add_argument(
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
         "--ranges",
         action="store_true",
         help="instead: the largest magnitude of every intermediate tensor and its headroom to 65504, the worst first",
     )
-    parser.add_argument(
+    either.add_argument(
         "--quality",
         action="store_true",
         help="what the pictures show as well: PSNR and SSIM against fp32, and for `tiny` the top-1 of a classifier over 200 prompts "

@@ -150,7 +150,9 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path, monkeypatch
         torch.testing.assert_close(resumed.state_dict()[name], value, msg=name)
 
 
-def test_both_trainings_lower_their_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_trainings_lower_their_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(training, "LOG_EVERY", 10)
     monkeypatch.setattr(training, "WARM_UP", 5)
     autoencoder = train_autoencoder.train(options(tmp_path, steps=50, rate=3e-3), shapes, NARROW_VAE, compiled=False)

@@ -46,9 +46,7 @@ def write_checkpoint(made: Any, folder: Path) -> None:
 def real_renders(bitmaps: Bitmaps) -> np.ndarray:
     """A picture of every concept on the colour that it is never trained on, uint8 [concepts, SIZE, SIZE, 3]."""
     rng = np.random.default_rng(0)
-    return np.stack(
-        [render(arrange("one", (index,), held_out_colour(index), "", rng), bitmaps) for index in range(len(CONCEPTS))]
-    )
+    return np.stack([render(arrange("one", (index,), held_out_colour(index), "", rng), bitmaps) for index in range(len(CONCEPTS))])
 
 
 def write_meter(folder: Path, classifier: torch.nn.Module, bitmaps: Bitmaps) -> None:

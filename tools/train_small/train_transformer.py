@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sana_export.synth.tokenizer import build_tokenizer
 from tools.train_small import training
@@ -109,7 +110,8 @@ def train(
             found = networks["transformer"](x, rows, timestep=sigma * TIMESTEPS, encoder_attention_mask=mask).sample
         return (found.float() - velocity).square().mean()
 
-    state.run(loss)
+    with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused one is slower
+        state.run(loss)
     state.use_average()
     return networks, factor
 
