@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     either.add_argument(
         "--quality",
         action="store_true",
-        help="what the pictures show as well: PSNR and SSIM against fp32, and for `tiny` the top-1 of a classifier over 200 prompts "
-        "and the reconstruction PSNR of the decoder",
+        help="what the pictures show as well: PSNR and SSIM against fp32, and for `tiny` the top-1 of a classifier over 200 "
+        "prompts and the reconstruction PSNR of the decoder",
     )
     parser.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="prompts to compare (default: a fixed set)")
     add_size(parser, "the image (default: chosen by the check)")

@@ -175,8 +175,8 @@ def verify_bundle(
 ) -> VerifyReport:
     """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and pictures.
 
-    `quality` measures what the pictures show too (quality.py). A bundle with PAG layers is sampled with PAG as well. The report is kept in the bundle's manifest. Raises UsageError where
-    `checkpoint` is not the one that the bundle was made from.
+    `quality` measures what the pictures show too (quality.py). A bundle with PAG layers is sampled with PAG as well. The report is
+    kept in the bundle's manifest. Raises UsageError where `checkpoint` is not the one that the bundle was made from.
     """
     runtime = open_runtime(bundle, backend)
     manifest = runtime.manifest

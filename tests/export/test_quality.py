@@ -1,17 +1,17 @@
-"""The embedded `tiny` and the quality meter: what it is, that it draws what it is asked for, and that the meter would see if not."""
+"""The embedded `tiny` and the quality meter: that it draws what it is asked for, and that the meter would see if not."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tomllib
 from conftest import exported
 
 import sana_export

@@ -1,7 +1,7 @@
 """The prompts that a trained model is judged by. No training caption asks for what they ask for.
 
-Each is held out in one of three ways: its concept is never seen on its colour (`held_out_colour`), its combination of concepts or of
-a concept with a place or number is never seen (`held_out`), or its template is the last of its list, which is never used.
+Each is held out in one of three ways: its concept is never seen on its colour (`held_out_colour`), its combination of concepts or
+of a concept with a place or number is never seen (`held_out`), or its template is the last of its list, which is never used.
 """
 
 from __future__ import annotations
