@@ -25,8 +25,8 @@ STEPS, SPRINT_STEPS = 20, 2
 class Variant:
     """One checkpoint. `clamp`: trained in fp16 under a clip of self-attention outputs to +-65504 (docs/numerics.md).
 
-    `repo` is the hub id of the diffusers folder, None for a small one of sana_export's own: trained and part of the package where it
-    is `embedded`, else seeded random weights that are made when they are asked for.
+    `repo` is the hub id of the diffusers folder, None for a small one of sana_export's own: trained and part of the package where
+    it is `embedded`, else seeded random weights that are made when they are asked for.
     """
 
     alias: str

@@ -1,8 +1,9 @@
 """The quality meter: whether a bundle's pictures show what they should, next to those that diffusers draws in float32.
 
 A checkpoint that can be measured in full brings a folder `quality/` (the embedded `tiny` does): `meter.json` with the names of
-the concepts that it knows, prompts that ask for one concept each and the concepts of the renders; `renders.png`, real pictures side
-by side; and `classifier.onnx`, which tells the concepts apart. Of any other checkpoint only the distance of its pictures is measured.
+the concepts that it knows, prompts that ask for one concept each and the concepts of the renders; `renders.png`, real pictures
+side by side; and `classifier.onnx`, which tells the concepts apart. Of any other checkpoint only the distance of its pictures is
+measured.
 """
 
 from __future__ import annotations
