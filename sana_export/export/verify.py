@@ -41,14 +41,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is sampled: sizes in pixels without resolution binning.
+    """What is sampled: sizes in pixels without resolution binning. None: `SIZE`, or the checkpoint's own where that is less.
 
     `steps` None: 8, or the checkpoint's own number where that is less. `guidance_scale` None: the checkpoint's own.
     """
 
     prompts: Sequence[str] = PROMPTS
-    height: int = SIZE
-    width: int = SIZE
+    height: int | None = None
+    width: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     seed: int = 0
@@ -59,8 +59,8 @@ class Sampling:
             num_inference_steps=self.steps or min(STEPS, model.default_steps),
             guidance_scale=model.default_guidance_scale if self.guidance_scale is None else self.guidance_scale,
             pag_scale=pag_scale,
-            height=self.height,
-            width=self.width,
+            height=self.height or min(SIZE, model.native_size),
+            width=self.width or min(SIZE, model.native_size),
             seed=self.seed,
             use_resolution_binning=False,
         )
