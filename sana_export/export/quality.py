@@ -142,7 +142,8 @@ def measure_quality(
     """
     model = runtime.manifest.model
     asked = [(text, -1) for text in prompts] if meter is None else meter.prompts
-    found, wanted = [], []
+    found: list[Array] = []
+    wanted: list[Array] = []
     for index, batch in enumerate(_batches(asked)):
         on_progress("sampling for quality", index * BATCH, len(asked))
         request = Request(

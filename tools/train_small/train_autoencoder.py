@@ -17,15 +17,23 @@ from tools.train_small.networks import VAE
 from tools.train_small.scenes import draw_pool
 
 #: The noise on the latents reaches this share of their deviation.
-LATENT_NOISE = 0.15
+LATENT_NOISE = 0.05
+#: How strongly the latents are kept at deviation 1.
+SCALE_LOSS = 0.01
+#: How the weights of the convolutions end that change the size or lead to and from the latents.
+RESAMPLING = ("conv.weight", "encoder.conv_out.weight", "decoder.conv_in.weight")
 
 
 def build(config: dict[str, Any] = VAE, seed: int = 0) -> Any:
-    """A fresh autoencoder."""
+    """A fresh autoencoder. Its resampling convolutions start small beside their shortcuts, so the scale of the stream is kept."""
     from diffusers import AutoencoderDC
 
     torch.manual_seed(seed)
-    return AutoencoderDC(**config).to(memory_format=torch.channels_last)
+    network = AutoencoderDC(**config)
+    for name, value in network.named_parameters():
+        if name.endswith(RESAMPLING):
+            value.data.mul_(0.3)
+    return network.to(memory_format=torch.channels_last)
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
@@ -59,10 +67,11 @@ def train(options: argparse.Namespace, bitmaps: Bitmaps, config: dict[str, Any] 
         wanted = wanted.to(options.device, memory_format=torch.channels_last)
         with torch.autocast(wanted.device.type, dtype=torch.bfloat16):
             latents = network.encode(wanted).latent
-            share = LATENT_NOISE * latents.detach().float().std() * torch.rand(len(latents), 1, 1, 1, generator=noise)
+            scale = latents.float().std()
+            share = LATENT_NOISE * scale.detach() * torch.rand(len(latents), 1, 1, 1, generator=noise)
             latents = latents + share * torch.randn(latents.shape, generator=noise)
             found = network.decode(latents).sample
-        return reconstruction_loss(found.float(), wanted)
+        return reconstruction_loss(found.float(), wanted) + SCALE_LOSS * (scale - 1).square()
 
     with training.fast_norm(compiled):
         state.run(loss)

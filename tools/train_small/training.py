@@ -21,8 +21,10 @@ from torch import Tensor, nn
 WARM_UP = 100
 SAVE_EVERY = 250
 LOG_EVERY = 50
+#: Inputs of a weight from which on its learning rate falls.
+FAN_IN = 256
 #: The averaged weights take this share of themselves at each step, less at the start.
-EMA_DECAY = 0.998
+EMA_DECAY = 0.995
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:
@@ -48,7 +50,7 @@ class Training:
     def __init__(self, network: nn.Module, file: Path, *, steps: int, rate: float, seed: int) -> None:
         self.network, self.file, self.steps, self.rate, self.seed, self.step = network, file, steps, rate, seed, 0
         self.trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, betas=(0.9, 0.98), weight_decay=1e-3, foreach=True)
+        self.optimizer = torch.optim.AdamW(_groups(self.trained), lr=rate, betas=(0.9, 0.98), weight_decay=1e-3, foreach=True)
         self.average = [parameter.detach().clone() for parameter in self.trained]
         self.worker, self.workers = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if self.workers > 1 and not distributed.is_initialized():
@@ -63,7 +65,7 @@ class Training:
             rng = np.random.default_rng((self.seed, self.step, self.worker))
             noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate * learning_rate(self.step, self.steps)
+                group["lr"] = self.rate * group["share"] * learning_rate(self.step, self.steps)
             value = loss(rng, noise)
             self.optimizer.zero_grad()
             value.backward()
@@ -120,6 +122,16 @@ class Training:
         """Put the averaged weights into the network."""
         for parameter, average in zip(self.trained, self.average, strict=True):
             parameter.copy_(average)
+
+
+def _groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameters by the share of the learning rate that they take: weights with many inputs take less.
+
+    One rate for all lets the wide convolutions of an autoencoder grow until its residual stream drowns every block.
+    """
+    shares = [1.0 if value.dim() < 2 else min(1.0, FAN_IN / (value[0].numel())) for value in parameters]
+    groups = {share: [value for value, own in zip(parameters, shares, strict=True) if own == share] for share in shares}
+    return [{"params": values, "share": share} for share, values in groups.items()]
 
 
 def learning_rate(step: int, steps: int) -> float:
