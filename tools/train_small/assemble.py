@@ -82,10 +82,9 @@ if __name__ == "__main__":
     options = parser.parse_args()
     tokenizer_size = len(build_gemma_tokenizer())
     trained = build({**TEXT, "vocab_size": tokenizer_size}, TRANSFORMER)
-    state = training.Training(trained, options.folder / "transformer.pt", steps=1, rate=0, seed=0)
-    state.use_average()
+    training.load_average(trained, options.folder / "transformer.pt")
     small = train_classifier.Classifier()
-    training.Training(small, options.folder / "classifier.pt", steps=1, rate=0, seed=0).use_average()
+    training.load_average(small, options.folder / "classifier.pt")
     factor = torch.load(options.folder / "latents.pt", weights_only=True)["factor"]
     write_checkpoint(pipeline(trained, load_autoencoder(options.folder), factor), options.output)
     write_meter(options.output / "quality", small.eval(), font_bitmaps(options.font))

@@ -56,9 +56,7 @@ def train(options: argparse.Namespace, bitmaps: Bitmaps, config: dict[str, Any] 
         network.encoder.requires_grad_(False)
     file = options.folder / ("decoder.pt" if options.decoder_only else "autoencoder.pt")
     if options.decoder_only and not file.is_file():
-        first = training.Training(build(config), options.folder / "autoencoder.pt", steps=1, rate=0, seed=0)
-        first.use_average()
-        network.load_state_dict(first.network.state_dict())
+        training.load_average(network, options.folder / "autoencoder.pt")
     state = training.Training(network, file, steps=options.steps, rate=options.rate, seed=options.seed)
     _, pictures = draw_pool(options.pool, options.seed, bitmaps)
 

@@ -116,13 +116,12 @@ def train(
     return networks, factor
 
 
-def load_autoencoder(run: Any) -> Any:
-    """The autoencoder of the folder `run` with its averaged weights, its decoder as trained last."""
+def load_autoencoder(folder: Path) -> Any:
+    """The autoencoder trained in `folder` with its averaged weights, its decoder as trained last."""
     network = build_autoencoder()
-    training.Training(network, run / "autoencoder.pt", steps=1, rate=0, seed=0).use_average()
-    if (run / "decoder.pt").is_file():
-        network.encoder.requires_grad_(False)
-        training.Training(network, run / "decoder.pt", steps=1, rate=0, seed=0).use_average()
+    training.load_average(network, folder / "autoencoder.pt")
+    if (folder / "decoder.pt").is_file():
+        training.load_average(network, folder / "decoder.pt", network.decoder)
     return network.requires_grad_(False).eval()
 
 

@@ -124,6 +124,15 @@ class Training:
             parameter.copy_(average)
 
 
+@torch.no_grad()
+def load_average(network: nn.Module, file: Path, trained: nn.Module | None = None) -> None:
+    """Put the averaged weights of the training `file` into `network`, of which it trained the part `trained` (None: all)."""
+    state = torch.load(file, weights_only=True)
+    network.load_state_dict(state["network"])
+    for parameter, average in zip((trained or network).parameters(), state["average"], strict=True):
+        parameter.copy_(average)
+
+
 def _groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
     """Parameters by the share of the learning rate that they take: weights with many inputs take less.
 
