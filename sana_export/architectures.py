@@ -71,7 +71,8 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
-        Architecture("tiny", 3, 4, 2, 64, 969_248, caption_channels=64),
+        Architecture("tiny", 6, 8, 4, 64, 6_855_200, caption_channels=192),
+        Architecture("tiny-random", 3, 4, 2, 64, 969_248, caption_channels=64),
         Architecture("tiny-sprint", 3, 4, 2, 64, 1_020_192, QK_NORM, guidance_embeds=True, caption_channels=64),
         Architecture("mid", 11, 18, 8, 72, 60_127_520, caption_channels=512),
         Architecture("Sana 600M", 28, 36, 16, 72, 591_747_872),

@@ -15,6 +15,7 @@ from sana_export.architectures import ARCHITECTURES, INTERPOLATION_SCALE, Archit
 from sana_export.errors import UsageError
 
 NVIDIA_LICENSE = "weights: NVIDIA's terms on the model card; text encoder: Google's Gemma terms"
+TRAINED_LICENSE = "Apache-2.0: trained by sana_export on pictures of Noto Color Emoji (SIL Open Font License 1.1)"
 SYNTHETIC_LICENSE = "Apache-2.0: seeded random weights made by sana_export"
 #: What diffusers' SanaPipeline and SanaSprintPipeline take where no steps are given.
 STEPS, SPRINT_STEPS = 20, 2
@@ -24,7 +25,8 @@ STEPS, SPRINT_STEPS = 20, 2
 class Variant:
     """One checkpoint. `clamp`: trained in fp16 under a clip of self-attention outputs to +-65504 (docs/numerics.md).
 
-    `repo` is the hub id of the diffusers folder, None for a small synthetic checkpoint that sana_export makes itself.
+    `repo` is the hub id of the diffusers folder, None for a small one of sana_export's own: trained and part of the package where
+    it is `embedded`, else seeded random weights that are made when they are asked for.
     """
 
     alias: str
@@ -33,15 +35,16 @@ class Variant:
     architecture: Architecture
     repo: str | None = None
     guidance_scale: float = 4.5
+    embedded: bool = False
 
     @property
     def recipe(self) -> str | None:
-        """The name of the synthetic recipe that stands behind this alias, None for a published checkpoint."""
-        return None if self.repo else self.alias
+        """The name of the synthetic recipe that stands behind this alias, None for a checkpoint with weights of its own."""
+        return None if self.repo or self.embedded else self.alias
 
     @property
     def source(self) -> str:
-        return self.repo or f"synthetic: {self.recipe}"
+        return self.repo or (f"embedded: {self.alias}" if self.embedded else f"synthetic: {self.recipe}")
 
     @property
     def weights_variant(self) -> str | None:
@@ -74,7 +77,7 @@ class Variant:
 
     @property
     def license(self) -> str:
-        return NVIDIA_LICENSE if self.repo else SYNTHETIC_LICENSE
+        return NVIDIA_LICENSE if self.repo else TRAINED_LICENSE if self.embedded else SYNTHETIC_LICENSE
 
 
 def _published(name: str, native_size: int, architecture: str, *, clamp: bool = False) -> Variant:
@@ -91,10 +94,15 @@ def _synthetic(name: str, native_size: int) -> Variant:
     return Variant(name, native_size, clamp=False, architecture=ARCHITECTURES[name])
 
 
+def _embedded(name: str, native_size: int) -> Variant:
+    return Variant(name, native_size, clamp=False, architecture=ARCHITECTURES[name], embedded=True)
+
+
 VARIANTS: dict[str, Variant] = {
     variant.alias: variant
     for variant in (
-        _synthetic("tiny", 512),
+        _embedded("tiny", 128),
+        _synthetic("tiny-random", 512),
         _synthetic("tiny-sprint", 1024),
         _synthetic("mid", 512),
         _published("Sana_600M_512px", 512, "Sana 600M", clamp=True),
@@ -124,14 +132,16 @@ def find_variant(model: str) -> Variant | None:
 
 
 def recognise(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[Variant, ...]:
-    """The published rows whose configs are those of a local folder or an unlisted fine-tune: none, one or several.
+    """The published and embedded rows whose configs are those of a local folder or an unlisted fine-tune: none, one or several.
 
     `transformer` and `scheduler` hold its config.json and scheduler_config.json. Several rows of one config may differ in `clamp`
     (Sana_1600M_1024px and its BF16 twin): then the configs do not tell the family.
     """
     wanted = identity(transformer, scheduler)
     return tuple(
-        variant for variant in VARIANTS.values() if variant.repo and identity(variant.transformer, variant.scheduler) == wanted
+        variant
+        for variant in VARIANTS.values()
+        if not variant.recipe and identity(variant.transformer, variant.scheduler) == wanted
     )
 
 

@@ -60,10 +60,10 @@ def own_cache(build_cache: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(own_cache: None) -> Any:
-    """The alias `tiny`, opened. Its folder is a diffusers checkpoint."""
+    """The alias `tiny-random`, opened. Its folder is a diffusers checkpoint."""
     from sana_export.graphs.checkpoint import open_checkpoint
 
-    return open_checkpoint("tiny")
+    return open_checkpoint("tiny-random")
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +76,7 @@ def sprint_checkpoint(own_cache: None) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Any, build_cache: Path) -> Path:
-    """The float32 bundle of `tiny` with one PAG layer. Tests that change a bundle copy it first."""
+    """The float32 bundle of `tiny-random` with one PAG layer. Tests that change a bundle copy it first."""
     return exported(tiny_checkpoint, build_cache / "tiny-fp32", pag_layers=[PAG_LAYER])
 
 
@@ -88,7 +88,7 @@ def sprint_bundle(sprint_checkpoint: Any, build_cache: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_runtime(tiny_bundle: Path) -> Any:
-    """The fp32 bundle of `tiny` in ONNX Runtime."""
+    """The fp32 bundle of `tiny-random` in ONNX Runtime."""
     from sana_export.runtime import SanaRuntime
 
     return SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime")
@@ -104,7 +104,7 @@ def sprint_runtime(sprint_bundle: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tiny_checkpoint: Any) -> Any:
-    """The reference: diffusers' SanaPipeline on `tiny` in float32."""
+    """The reference: diffusers' SanaPipeline on `tiny-random` in float32."""
     from diffusers import SanaPipeline
 
     pipeline = SanaPipeline.from_pretrained(tiny_checkpoint.folder)

@@ -1,4 +1,4 @@
-"""Turns the `tiny` recipe into checkpoints whose activations reach the ranges of the published ones, past what fp16 holds.
+"""Turns the `tiny-random` recipe into checkpoints whose activations reach the ranges of the published ones, past what fp16 holds.
 
 Each is a sane function when it is computed in float32 (the first one with its trained clamp), and all its weights are finite
 in fp16. What they reach is measured, never assumed: `measure_ranges`.
@@ -70,7 +70,7 @@ def make_hot_attention(folder: Path) -> Path:
 
     Their gates are about 1e-4, so the clamped values add a few units to the stream; unclamped ones would swamp it.
     """
-    pipeline = build_pipeline(RECIPES["tiny"], SEED)
+    pipeline = build_pipeline(RECIPES["tiny-random"], SEED)
     transformer = pipeline.transformer
     channels = torch.tensor(HOT_CHANNELS)
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
@@ -93,7 +93,7 @@ def make_hot_text_encoder(folder: Path) -> Path:
 
     Every sublayer reads the stream through a norm, so the scale itself does not change the function; the hot channels do.
     """
-    pipeline = build_pipeline(RECIPES["tiny"], SEED)
+    pipeline = build_pipeline(RECIPES["tiny-random"], SEED)
     heat_text_encoder(pipeline.text_encoder)
     return _write(pipeline, folder, "hot text encoder", "float32")
 
@@ -104,7 +104,7 @@ def make_hot_vae(folder: Path) -> Path:
 
     Gates and half of the channels inside the residual blocks stay far below that, so that silu is not merely relu.
     """
-    pipeline = build_pipeline(RECIPES["tiny"], SEED)
+    pipeline = build_pipeline(RECIPES["tiny-random"], SEED)
     decoder = pipeline.vae.decoder
     stream, quiet = 1e4, 256
     decoder.conv_in.weight *= stream

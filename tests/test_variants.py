@@ -172,6 +172,6 @@ def test_another_network_or_schedule_is_not_recognised(component: str, change: d
 
 
 def test_the_small_synthetic_ones_are_no_published_ones() -> None:
-    for alias in ("tiny", "tiny-sprint", "mid"):
+    for alias in ("tiny-random", "tiny-sprint", "mid"):
         assert recognise(VARIANTS[alias].transformer, VARIANTS[alias].scheduler) == ()
     assert recognise({}, {}) == ()

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         "width": options.width,
         "num_images_per_prompt": options.images_per_prompt,
         "seed": options.seed,
-        "use_resolution_binning": not options.no_resolution_binning,
+        "use_resolution_binning": False if options.no_resolution_binning else None,
         "decoder_tile": options.decoder_tile,
     }
     return sample(runtime, options.prompts, settings, output, console, output_type=output_type)

@@ -72,7 +72,7 @@ class Sample:
     width: int | None = None
     seed: int = 0
     images_per_prompt: int = 1
-    resolution_binning: bool = True
+    resolution_binning: bool | None = None
     backend: str = "auto"
 
 

@@ -73,8 +73,8 @@ def _number(value: float | None) -> str:
 
 
 def _names(license: str) -> str:
-    synthetic = [variant.alias for variant in VARIANTS.values() if variant.recipe and variant.license == license]
-    return ", ".join(synthetic) or "published checkpoints"
+    own = [variant.alias for variant in VARIANTS.values() if not variant.repo and variant.license == license]
+    return ", ".join(own) or "published checkpoints"
 
 
 VERB = Verb(

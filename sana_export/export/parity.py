@@ -91,6 +91,28 @@ def psnr(found: Array, wanted: Array, peak: float | None = None) -> float:
     return 10.0 * math.log10(peak**2 / error) if peak and math.isfinite(error) else -math.inf
 
 
+def ssim(found: Array, wanted: Array) -> float:
+    """Structural similarity of two uint8 images [H, W, C]: 1 for equal ones. At least 11 pixels a side.
+
+    Gaussian windows of 11 pixels and deviation 1.5, each channel on its own (Wang et al. 2004, doi 10.1109/TIP.2003.819861).
+    """
+    window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def blurred(image: Array) -> Array:
+        for axis in (0, 1):
+            image = np.lib.stride_tricks.sliding_window_view(image, 11, axis=axis) @ window
+        return image
+
+    a, b = found.astype(np.float64), wanted.astype(np.float64)
+    mean_a, mean_b = blurred(a), blurred(b)
+    variances = blurred(a * a) - mean_a**2 + blurred(b * b) - mean_b**2
+    covariance = blurred(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
+    return float(similarity.mean())
+
+
 def _finite(value: Any) -> Any:
     """JSON has no infinity: it is written as the string that Python prints."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

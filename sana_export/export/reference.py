@@ -25,7 +25,7 @@ REFERENCES = {"SanaPipeline": _SANA, "SanaPAGPipeline": _SANA, "SanaSprintPipeli
 #: Parameters that diffusers' pipelines and `Request` have in common.
 _SHARED = (
     *("prompt", "num_inference_steps", "guidance_scale", "height", "width"),
-    *("num_images_per_prompt", "use_resolution_binning"),
+    "num_images_per_prompt",
 )
 
 
@@ -112,7 +112,10 @@ def call_reference(pipeline: Any, request: Request, seed: int, *, output_type: s
     import torch
     from diffusers import SanaSprintPipeline
 
+    from sana_export.runtime.request import bins_resolution
+
     arguments = {name: getattr(request, name) for name in _SHARED}
+    arguments["use_resolution_binning"] = bins_resolution(request, pipeline.transformer.config.sample_size)
     # Some pipelines do not know these words.
     arguments |= {name: value for name in ("negative_prompt", "pag_scale") if (value := getattr(request, name))}
     if isinstance(pipeline, SanaSprintPipeline) and request.num_inference_steps != 2:

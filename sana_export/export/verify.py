@@ -19,6 +19,7 @@ from sana_export.errors import UsageError
 from sana_export.export.evaluator import Range, RangeMeter, StorageEvaluator
 from sana_export.export.graph_checks import GRAPH_CHECKS
 from sana_export.export.parity import Array, Parity, compare_images, compare_tensors
+from sana_export.export.quality import Meter, Quality, measure_quality
 from sana_export.export.reference import call_reference, load_reference
 from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.manifest import Manifest, ModelInfo, check_files
@@ -26,7 +27,7 @@ from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import AUTO, Backend
 from sana_export.runtime.external_data import check_external_data
 from sana_export.runtime.rebuild import export_line, model_words
-from sana_export.runtime.request import Request
+from sana_export.runtime.request import Request, bins_resolution
 
 PROMPTS = ("a red apple on a table", "一只可爱的熊猫在吃竹子", "A cute 🐼 eating 🎋, ink drawing style", "")
 PAG_SCALE = 2.0
@@ -40,14 +41,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is sampled: sizes in pixels without resolution binning.
+    """What is sampled: sizes in pixels without resolution binning. None: `SIZE`, or the checkpoint's own where that is less.
 
     `steps` None: 8, or the checkpoint's own number where that is less. `guidance_scale` None: the checkpoint's own.
     """
 
     prompts: Sequence[str] = PROMPTS
-    height: int = SIZE
-    width: int = SIZE
+    height: int | None = None
+    width: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     seed: int = 0
@@ -58,8 +59,8 @@ class Sampling:
             num_inference_steps=self.steps or min(STEPS, model.default_steps),
             guidance_scale=model.default_guidance_scale if self.guidance_scale is None else self.guidance_scale,
             pag_scale=pag_scale,
-            height=self.height,
-            width=self.width,
+            height=self.height or min(SIZE, model.native_size),
+            width=self.width or min(SIZE, model.native_size),
             seed=self.seed,
             use_resolution_binning=False,
         )
@@ -76,15 +77,16 @@ class VerifyReport:
     graphs: tuple[Parity, ...]
     latents: tuple[Parity, ...]
     images: tuple[Parity, ...]
+    quality: Quality | None = None
 
     @property
     def passed(self) -> bool:
-        return all(row.passed for row in (*self.graphs, *self.images))
+        return all(row.passed for row in (*self.graphs, *self.images)) and (self.quality is None or self.quality.passed)
 
     def as_json(self) -> dict[str, Any]:
         rows = {kind: [row.as_json() for row in getattr(self, kind)] for kind in ("graphs", "latents", "images")}
         head = {key: getattr(self, key) for key in ("bundle", "reference", "precision", "backend", "passed")}
-        return {**head, **rows}
+        return {**head, **rows} | ({} if self.quality is None else {"quality": self.quality.as_json()})
 
     def as_text(self) -> str:
         rows = [*self.graphs, *self.latents, *self.images]
@@ -97,6 +99,8 @@ class VerifyReport:
                 f"  {mark} {row.name:{width}}  cosine {row.cosine:.9f}  psnr {row.psnr_db:6.1f} dB  max {row.max_abs:.3g}"
                 f"{identical}  (limit: {row.limit})"
             )
+        if self.quality is not None:
+            lines.append(self.quality.as_text())
         lines.append("passed" if self.passed else "NOT passed")
         return "\n".join(lines)
 
@@ -166,12 +170,13 @@ def verify_bundle(
     sampling: Sampling = Sampling(),
     *,
     backend: str = AUTO,
+    quality: bool = False,
     on_progress: Progress = lambda doing, done, total: None,
 ) -> VerifyReport:
     """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and pictures.
 
-    A bundle with PAG layers is sampled with PAG as well. The report is kept in the bundle's manifest. Raises UsageError where
-    `checkpoint` is not the one that the bundle was made from.
+    `quality` measures what the pictures show too (quality.py). A bundle with PAG layers is sampled with PAG as well. The report is
+    kept in the bundle's manifest. Raises UsageError where `checkpoint` is not the one that the bundle was made from.
     """
     runtime = open_runtime(bundle, backend)
     manifest = runtime.manifest
@@ -202,6 +207,17 @@ def verify_bundle(
             name = f"{prompt[:24]!r}" + (f" pag {scale:g}" if scale else "")
             latents.append(compare_tensors(f"latents {name}", *pair.latents, manifest.options.precision))
             images.append(compare_images(f"image {name}", *pair.images, manifest.options.precision))
+    measured = None
+    if quality:
+        measured = measure_quality(
+            runtime,
+            pipeline,
+            Meter.find(checkpoint.folder),
+            lambda request: sample_both(runtime, pipeline, request).images,
+            prompts=tuple(prompts),
+            steps=sampling.steps,
+            on_progress=on_progress,
+        )
     report = VerifyReport(
         str(bundle),
         checkpoint.source,
@@ -210,6 +226,7 @@ def verify_bundle(
         tuple(graphs),
         tuple(replace(row, passed=True, limit="none: the picture counts") for row in latents),
         tuple(images),
+        measured,
     )
     with locked(manifest_lock(bundle)):
         replace(Manifest.load(bundle), parity=report.as_json()).save(bundle)
@@ -234,7 +251,7 @@ def sample_both(runtime: SanaRuntime, pipeline: Any, request: Request) -> Pair:
 
     wanted = call_reference(pipeline, request, plan.seeds[0], output_type="latent")
     image = pipeline.vae.decode(wanted / pipeline.vae.config.scaling_factor).sample
-    if request.use_resolution_binning:
+    if bins_resolution(request, runtime.manifest.model.sample_size):
         image = pipeline.image_processor.resize_and_crop_tensor(image, plan.output_width, plan.output_height)
     reference = pipeline.image_processor.postprocess(image, output_type="pil")
     return Pair((found, wanted.numpy()), (np.stack([*map(np.asarray, pictures)]), np.stack([*map(np.asarray, reference)])))

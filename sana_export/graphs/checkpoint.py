@@ -25,6 +25,8 @@ from sana_export.variants import VARIANTS, Variant, find_variant, recognise, unk
 
 log = logging.getLogger(__name__)
 
+#: The folder of the checkpoints that are part of the package.
+EMBEDDED = Path(__file__).parents[1] / "models"
 PIPELINES = ("SanaPipeline", "SanaPAGPipeline", "SanaSprintPipeline")
 
 
@@ -156,6 +158,8 @@ def open_checkpoint(
     requested, local = weights_variant, Path(model).is_dir()
     if named is not None and named.recipe is not None:
         folder = _synthetic_folder(named.recipe)
+    elif named is not None and named.embedded:
+        folder = EMBEDDED / named.alias
     elif local:
         folder, named = Path(model), None
     elif named is not None or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):

@@ -165,7 +165,7 @@ class SanaRuntime:
         seed: int | Sequence[int] | None = None,
         latents: npt.ArrayLike | None = None,
         output_type: str = "pil",
-        use_resolution_binning: bool = True,
+        use_resolution_binning: bool | None = None,
         complex_human_instruction: bool = True,
         max_sequence_length: int | None = None,
         decoder_tile: int | None = None,

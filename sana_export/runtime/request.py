@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import Manifest
+from sana_export.resolutions import BINS
 from sana_export.runtime.noise import TorchGenerator
 from sana_export.runtime.rebuild import export_line
 from sana_export.runtime.resolution import ResizePlan, check_size, choose_bin, make_resize_plan
@@ -44,7 +45,8 @@ class Request:
         the layers that the bundle was exported with; pag_adaptive_scale lessens it at later steps. A SANA-Sprint checkpoint
         reads any guidance_scale itself, and takes neither a negative prompt nor PAG.
     height, width: pixels. With use_resolution_binning the image is sampled at the nearest size that the checkpoint was
-        trained on, then resized and cropped; without, they must divide by 32.
+        trained on, then resized and cropped; without, they must divide by 32. None: with it where the checkpoint has a table of
+        such sizes, which those of other sample sizes than Sana's (`tiny`, of 128 px) do not.
     seed: one for all images, as one `torch.Generator("cpu").manual_seed(seed)`, or one for each image. None draws one.
     latents: float32 [images, channels, height / 32, width / 32] of the sampled size, instead of noise.
     complex_human_instruction: encode prompts after the checkpoint's instruction.
@@ -66,7 +68,7 @@ class Request:
     seed: int | Sequence[int] | None = None
     latents: npt.ArrayLike | None = None
     output_type: str = "pil"
-    use_resolution_binning: bool = True
+    use_resolution_binning: bool | None = None
     complex_human_instruction: bool = True
     max_sequence_length: int | None = None
     decoder_tile: int | None = None
@@ -106,6 +108,12 @@ class Plan:
         return ("vae_decoder_head", "vae_decoder_tail") if self.decoder_tile else ("vae_decoder",)
 
 
+def bins_resolution(request: Request, sample_size: int) -> bool:
+    """Whether the image is sampled at a size of the checkpoint's table; `sample_size` is that of its transformer config."""
+    asked = request.use_resolution_binning
+    return sample_size in BINS if asked is None else asked
+
+
 def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     """The plan of `request` for the checkpoint of `manifest`. Raises UsageError, listing what is possible."""
     model = manifest.model
@@ -122,7 +130,7 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
         branches, weights = _guidance(scale, request, schedule, bundle, manifest)
     output_height = _side("height", _default(request.height, model.native_size))
     output_width = _side("width", _default(request.width, model.native_size))
-    if request.use_resolution_binning:
+    if bins_resolution(request, model.sample_size):
         height, width = choose_bin(output_height, output_width, model.sample_size)
     else:
         check_size(output_height, output_width)

@@ -47,6 +47,13 @@ def find_recipe(name: str) -> SyntheticRecipe:
     if variant is None:
         near = difflib.get_close_matches(name.lower(), RECIPES, n=4) or list(RECIPES)
         raise UsageError("no such variant", found=name, wanted=" or ".join(near), fix="sana-export variants")
+    if variant.alias not in RECIPES:
+        raise UsageError(
+            f"{variant.alias} is trained: its weights are part of sana_export",
+            found=name,
+            wanted="a checkpoint to draw random weights for, for example tiny-random",
+            fix="name tiny-random",
+        )
     return RECIPES[variant.alias]
 
 

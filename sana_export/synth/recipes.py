@@ -37,7 +37,7 @@ _EAGER = {"attn_implementation": "eager"}
 _GEMMA = {key: value for key, value in TEXT_ENCODER.items() if key != "vocab_size"} | _EAGER
 
 #: Parameters in millions, text encoder + transformer + autoencoder (its decoder):
-#: tiny 0.38 + 0.97 + 0.58 (0.43) = 1.93, 7.9 MB in float32; mid 20.6 + 60.1 + 21.2 (19.3) = 101.9, 408 MB.
+#: tiny-random 0.38 + 0.97 + 0.58 (0.43) = 1.93, 7.9 MB in float32; mid 20.6 + 60.1 + 21.2 (19.3) = 101.9, 408 MB.
 _TINY: dict[str, Config] = {
     "vae": {
         **AUTOENCODER,
@@ -77,7 +77,7 @@ _MID: dict[str, Config] = {
         "query_pre_attn_scalar": 128,
     },
 }
-_SMALL = {"tiny": _TINY, "tiny-sprint": _TINY, "mid": _MID}
+_SMALL = {"tiny-random": _TINY, "tiny-sprint": _TINY, "mid": _MID}
 _FULL: dict[str, Config] = {"vae": AUTOENCODER, "text_encoder": TEXT_ENCODER | _EAGER}
 
 RECIPES: dict[str, SyntheticRecipe] = {
@@ -88,4 +88,5 @@ RECIPES: dict[str, SyntheticRecipe] = {
         **_SMALL.get(alias, _FULL),
     )
     for alias, variant in VARIANTS.items()
+    if not variant.embedded
 }

@@ -30,7 +30,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
     return Context(tmp_path_factory.mktemp("work"), "cpu", keep)
 
 
-TINY = (("tiny", "float32", "fp32", (1,)),)
+TINY = (("tiny-random", "float32", "fp32", (1,)),)
 
 
 def test_parity_of_the_torch_backend_needs_no_export(context: Context) -> None:
@@ -55,7 +55,7 @@ def test_parity_finds_a_wrong_graph(context: Context, monkeypatch: pytest.Monkey
         parity.check(context, backend="torch", cases=TINY, size=96)
 
 
-SHORT: dict[str, Any] = {"model": "tiny", "exported": False, "batches": (1, 2), "size": 64, "steps": 2}
+SHORT: dict[str, Any] = {"model": "tiny-random", "exported": False, "batches": (1, 2), "size": 64, "steps": 2}
 
 
 def test_latency_is_measured_and_pictures_are_compared(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_latency_is_measured_and_pictures_are_compared(context: Context, monkeyp
 
 
 def test_a_bundle_without_onnx_files_is_for_torch_alone(context: Context) -> None:
-    bundle = without_onnx(context, checkpoint_of(context, "tiny"), "tiny")
+    bundle = without_onnx(context, checkpoint_of(context, "tiny-random"), "tiny-random")
     assert set(Manifest.load(bundle).graphs) == set(GRAPHS)
     with pytest.raises(ArtifactError, match="not-exported is missing"):
         SanaRuntime.from_pretrained(bundle, backend="onnxruntime")

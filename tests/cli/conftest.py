@@ -25,5 +25,5 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 
 @pytest.fixture
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the fp32 bundle of `tiny` that a test may damage."""
+    """A copy of the fp32 bundle of `tiny-random` that a test may damage."""
     return shutil.copytree(tiny_bundle, tmp_path / "bundle")

@@ -111,11 +111,11 @@ def test_both_onnxruntimes_are_warned_about(installed: dict[str, str], cli: Cli)
 @pytest.mark.parametrize("verb", ["export", "verify", "bench", "engines"])
 def test_a_verb_that_lacks_packages_says_which(verb: str, installed: dict[str, str], tmp_path: Any, cli: Cli) -> None:
     installed |= {"numpy": "2.0", "pillow": "11.0", "tokenizers": "0.22", "diffusers": "0.42.1", "transformers": "5.0"}
-    (tmp_path / "recipe.toml").write_text('model = "tiny"\noutput = "x"\n')
+    (tmp_path / "recipe.toml").write_text('model = "tiny-random"\noutput = "x"\n')
     arguments = {
-        "export": ("tiny", "-o", tmp_path / "bundle"),
-        "verify": (tmp_path, "--reference", "tiny"),
-        "bench": (tmp_path, "--reference", "tiny"),
+        "export": ("tiny-random", "-o", tmp_path / "bundle"),
+        "verify": (tmp_path, "--reference", "tiny-random"),
+        "bench": (tmp_path, "--reference", "tiny-random"),
         "engines": (tmp_path / "recipe.toml",),
     }[verb]
     ran = cli(verb, *arguments)

@@ -1,4 +1,4 @@
-"""A recipe from end to end on the bundle of `tiny`, and what is skipped the second time."""
+"""A recipe from end to end on the bundle of `tiny-random`, and what is skipped the second time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def recipe(bundle_copy: Path, tiny_checkpoint: Any, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.toml"
     path.write_text(
         f"""
-        model = "tiny"
+        model = "tiny-random"
         output = "{bundle_copy}"
         precision = "fp32"
         pag_layers = ["transformer_blocks.1"]

@@ -23,23 +23,23 @@ def stored_dtypes(folder: Path) -> set[str]:
 
 
 def test_it_writes_a_checkpoint_that_opens_as_synthetic(cli: Cli, tmp_path: Path) -> None:
-    folder = tmp_path / "made" / "tiny"
-    ran = cli("synth", "tiny", "-o", folder, "--dtype", "bf16", "--seed", 3, "--shard-size", "500KB", "--json")
+    folder = tmp_path / "made" / "tiny-random"
+    ran = cli("synth", "tiny-random", "-o", folder, "--dtype", "bf16", "--seed", 3, "--shard-size", "500KB", "--json")
     assert ran.code == 0, ran.err
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     files = sum(file.is_file() for file in folder.rglob("*"))
-    facts = {"variant": "tiny", "synthetic": True, "dtype": "bf16", "seed": 3, "files": files, "bytes": size}
+    facts = {"variant": "tiny-random", "synthetic": True, "dtype": "bf16", "seed": 3, "files": files, "bytes": size}
     assert ran.json == {"checkpoint": str(folder), **facts}
     assert stored_dtypes(folder) == {"BF16"}
     marker = json.loads((folder / "sana_export.json").read_text())
-    assert marker == {"synthetic": True, "variant": "tiny", "dtype": "bfloat16", "seed": 3}
+    assert marker == {"synthetic": True, "variant": "tiny-random", "dtype": "bfloat16", "seed": 3}
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.synthetic
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
     assert checkpoint.weights("transformer")["patch_embed.proj.weight"].shape == (128, 32, 1, 1)
 
 
-@pytest.mark.parametrize(("alias", "dtype"), [("tiny", "F32"), ("tiny-sprint", "F32")])
+@pytest.mark.parametrize(("alias", "dtype"), [("tiny-random", "F32"), ("tiny-sprint", "F32")])
 def test_the_small_ones_are_what_their_aliases_stand_for(cli: Cli, tmp_path: Path, alias: str, dtype: str) -> None:
     ran = cli("synth", alias, "-o", tmp_path / alias)
     assert ran.code == 0, ran.err
@@ -76,10 +76,10 @@ def test_too_little_disk_is_told_with_the_bytes_wanted(
     ("arguments", "said"),
     [
         (["sana-600m-1024"], "sana-600m-1024px"),
-        (["tiny", "--dtype", "int8"], "fp16"),
-        (["tiny", "--seed", "-1"], "seed"),
-        (["tiny", "--shard-size", "2XB"], "not a size"),
-        (["tiny", "--shard-size", "0"], "not a size"),
+        (["tiny-random", "--dtype", "int8"], "fp16"),
+        (["tiny-random", "--seed", "-1"], "seed"),
+        (["tiny-random", "--shard-size", "2XB"], "not a size"),
+        (["tiny-random", "--shard-size", "0"], "not a size"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -93,7 +93,7 @@ def test_wrong_requests_are_refused(cli: Cli, tmp_path: Path, arguments: list[st
 
 def test_a_folder_of_something_else_is_kept(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    ran = cli("synth", "tiny", "-o", tmp_path)
+    ran = cli("synth", "tiny-random", "-o", tmp_path)
     assert ran.code == 2
     assert "not a synthetic checkpoint" in ran.err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

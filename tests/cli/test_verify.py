@@ -48,7 +48,22 @@ def replaced(monkeypatch: pytest.MonkeyPatch, target: str, **report: Any) -> Cal
 @pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 5)])
 def test_verify(passed: bool, code: int, tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = replaced(monkeypatch, "sana_export.export.verify.verify_bundle", passed=passed)
-    options = ("--prompt", "a cat", "a dog", "--height", 64, "--width", 96, "--steps", 3, "--guidance-scale", 1, "--seed", 4)
+    options = (
+        "--prompt",
+        "a cat",
+        "a dog",
+        "--height",
+        64,
+        "--width",
+        96,
+        "--steps",
+        3,
+        "--guidance-scale",
+        1,
+        "--seed",
+        4,
+        "--quality",
+    )
     ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder, "--backend", "onnxruntime", *options, "--json")
     assert ran.code == code
     assert ran.json == {"passed": passed}
@@ -56,14 +71,14 @@ def test_verify(passed: bool, code: int, tiny_checkpoint: Any, cli: Cli, monkeyp
     assert bundle == Path("bundle")
     assert checkpoint.folder == tiny_checkpoint.folder
     assert sampling == Sampling(prompts=["a cat", "a dog"], height=64, width=96, steps=3, guidance_scale=1.0, seed=4)
-    assert settings == {"backend": "onnxruntime"}
+    assert settings == {"backend": "onnxruntime", "quality": True}
 
 
 def test_verify_leaves_the_defaults_to_the_check(tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = replaced(monkeypatch, "sana_export.export.verify.verify_bundle")
     ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder)
     ((_, _, sampling), settings) = calls.seen[0]
-    assert (ran.code, sampling, settings) == (0, Sampling(), {"backend": "auto"})
+    assert (ran.code, sampling, settings) == (0, Sampling(), {"backend": "auto", "quality": False})
 
 
 def test_ranges_need_no_reference(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

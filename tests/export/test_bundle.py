@@ -214,7 +214,7 @@ def test_a_damaged_bundle_is_replaced(tiny_checkpoint, tmp_path):
     ("dtype", "variant", "clamp"), [("float16", None, True), ("float16", "fp16", True), ("bfloat16", None, False)]
 )
 def test_the_clamp_of_an_unknown_checkpoint_follows_the_stored_dtype(tmp_path, dtype, variant, clamp):
-    (make_checkpoint("tiny", tmp_path / "c", dtype=dtype, variant=variant) / MARKER).unlink()
+    (make_checkpoint("tiny-random", tmp_path / "c", dtype=dtype, variant=variant) / MARKER).unlink()
     checkpoint = open_checkpoint(str(tmp_path / "c"), weights_variant=variant)
     assert bundle_module.choose_options(checkpoint, "fp16", (), None).clamp is clamp
     assert bundle_module.choose_options(checkpoint, "fp16", (), not clamp).clamp is not clamp

@@ -12,6 +12,7 @@ import pytest
 from sana_export.errors import UsageError
 from sana_export.export.bundle import export_bundle
 from sana_export.export.graph_checks import GRAPH_CHECKS
+from sana_export.export.quality import Quality
 from sana_export.export.verify import Sampling, measure_ranges, verify_bundle
 from sana_export.graphs.checkpoint import open_checkpoint
 from sana_export.manifest import Manifest, file_entry
@@ -50,7 +51,7 @@ def test_a_changed_weight_is_found(tiny_bundle, tiny_checkpoint, tmp_path, graph
 
 
 def test_another_checkpoint_is_refused(tiny_bundle, tmp_path):
-    other = open_checkpoint(str(make_checkpoint("tiny", tmp_path / "c", seed=5)))
+    other = open_checkpoint(str(make_checkpoint("tiny-random", tmp_path / "c", seed=5)))
     with pytest.raises(UsageError, match="was not exported from"):
         verify_bundle(tiny_bundle, other, QUICK)
 
@@ -66,3 +67,25 @@ def test_a_bfloat16_bundle_passes(tiny_checkpoint, tmp_path):
     report = verify_bundle(bundle, tiny_checkpoint, QUICK)
     assert report.backend.startswith("cpu, bfloat16")
     assert report.passed, report.as_text()
+
+
+@pytest.mark.parametrize("top1", [90.0, 97.0])
+def test_quality_counts(tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch, top1):
+    """It is measured on request with both samplers and decides as the parity does; what it measures: test_quality.py."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
+
+    psnr = {"reconstruction_psnr_db": 25.0, "reference_reconstruction_psnr_db": 25.1}
+
+    def measured(runtime, pipeline, meter, sample, **settings):
+        assert meter is None  # the random checkpoint brings none
+        assert settings.pop("on_progress")
+        assert settings == {"prompts": ("a red apple",), "steps": 3}
+        found, wanted = sample(QUICK.request("a red apple", runtime.manifest.model))
+        assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1
+        return Quality(1, 90.0, 90.0, 1.0, 1.0, top1=top1, reference_top1=97.0, renders_top1=99.0, **psnr)
+
+    monkeypatch.setattr("sana_export.export.verify.measure_quality", measured)
+    report = verify_bundle(bundle, tiny_checkpoint, QUICK, quality=True)
+    assert report.passed is (top1 == 97.0)
+    assert report.as_json()["quality"]["top1"] == top1
+    assert "real renders 99.0%" in report.as_text()

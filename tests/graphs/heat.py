@@ -2,7 +2,7 @@
 or to such small ones that the epsilons of norms count.
 
 Each function changes a network with sane weights in place; that it gets there is asserted where it is used. For
-whole checkpoints at the widths of `tiny`: tests/hot_checkpoints.py.
+whole checkpoints at the widths of `tiny-random`: tests/hot_checkpoints.py.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from sana_export.graphs.context import Context
 from sana_export.graphs.denoiser import Denoiser
 from sana_export.graphs.numerics import NUMERICS
 
-TINY = ARCHITECTURES["tiny"].transformer(1024)
+TINY = ARCHITECTURES["tiny-random"].transformer(1024)
 Weights = Mapping[str, Tensor]
 
 

@@ -38,7 +38,7 @@ CONFIGS = {
 
 
 def make_transformer(config: dict) -> torch.nn.Module:
-    recipe = RECIPES["tiny"]
+    recipe = RECIPES["tiny-random"]
     return build_pipeline(replace(recipe, transformer={**recipe.transformer, **config})).transformer
 
 

@@ -29,7 +29,7 @@ CONFIGS = {
 @torch.no_grad()
 def test_equals_diffusers(config, batch, height, width):
     """The last size takes diffusers' quadratic path (at most 32 pixels) in its first stage."""
-    recipe = RECIPES["tiny"]
+    recipe = RECIPES["tiny-random"]
     vae = build_pipeline(replace(recipe, vae={**recipe.vae, **config})).vae
     latents = torch.randn(batch, 32, height, width)
     wanted = vae.decode(latents / vae.config.scaling_factor).sample
@@ -45,7 +45,7 @@ def test_equals_diffusers(config, batch, height, width):
     [("upsample_block_type", "pixel_shuffle"), ("decoder_act_fns", "relu6"), ("decoder_norm_types", "batch_norm")],
 )
 def test_other_autoencoders_are_refused(key, value):
-    vae = build_pipeline(RECIPES["tiny"]).vae
+    vae = build_pipeline(RECIPES["tiny-random"]).vae
     with pytest.raises(ArtifactError, match=key):
         VaeDecoder({**vae.config, key: value}, vae.state_dict(), NUMERICS["float32"])
 
@@ -82,7 +82,7 @@ def tiled_error(whole, head, tail, latents, tile, halo, scale):
 
 @pytest.mark.parametrize(("config", "halo", "scale"), TAILS.values(), ids=TAILS)
 def test_tiles_equal_the_whole_image(config, halo, scale):
-    recipe = RECIPES["tiny"]
+    recipe = RECIPES["tiny-random"]
     vae = build_pipeline(replace(recipe, vae={**recipe.vae, **config})).vae
     modules = parts(dict(vae.config), vae.state_dict())
     assert (tile_halo(modules[2]), tile_scale(vae.config)) == (halo, scale)
@@ -118,7 +118,7 @@ def reach_far(weights, corner, stages):
 @pytest.mark.parametrize("name", ["plain", "published structure"])
 def test_the_halo_is_what_the_layers_need_and_no_more(name, corner):
     config, halo, scale = TAILS[name]
-    recipe = RECIPES["tiny"]
+    recipe = RECIPES["tiny-random"]
     vae = build_pipeline(replace(recipe, vae={**recipe.vae, **config})).vae
     modules = parts(dict(vae.config), reach_far(vae.state_dict(), corner, 3))
     assert tile_halo(modules[2]) == halo
@@ -130,7 +130,7 @@ def test_the_halo_is_what_the_layers_need_and_no_more(name, corner):
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 @torch.no_grad()
 def test_head_and_tail_are_the_decoder_in_half_precision(precision):
-    vae = build_pipeline(RECIPES["tiny"]).vae
+    vae = build_pipeline(RECIPES["tiny-random"]).vae
     whole, head, tail = (
         graph(dict(vae.config), vae.state_dict(), NUMERICS[precision]) for graph in (VaeDecoder, VaeDecoderHead, VaeDecoderTail)
     )

@@ -89,7 +89,7 @@ def test_a_damaged_bundle_is_refused_with_the_line_that_makes_it_again(bundle: P
     damage(bundle)
     error = refused(bundle)
     assert message in str(error)
-    assert error.fix == f"sana-export export tiny -o {bundle} --dtype fp32 --pag-layers transformer_blocks.1"
+    assert error.fix == f"sana-export export tiny-random -o {bundle} --dtype fp32 --pag-layers transformer_blocks.1"
     assert error.exit_code == 4
 
 
@@ -130,7 +130,7 @@ def test_a_precision_that_the_cpu_lacks_is_refused(bundle: Path) -> None:
     error = refused(bundle)
     assert "found:  a bundle in bf16" in str(error)
     assert "wanted: fp32 or fp16" in str(error)
-    assert error.fix == f"sana-export export tiny -o {bundle} --dtype fp32 --pag-layers transformer_blocks.1"
+    assert error.fix == f"sana-export export tiny-random -o {bundle} --dtype fp32 --pag-layers transformer_blocks.1"
 
 
 def test_the_table_of_backends(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_export_lines_repeat_the_options_of_the_bundle(tiny_bundle: Path) -> Non
     other = dataclasses.replace(manifest, checkpoint=checkpoint, options=options)
     assert export_line(Path("a b"), other) == "sana-export export 'my models/fox' -o 'a b' --revision v1"
     assert export_line(Path("b"), manifest, precision="bf16", pag_layers=(1, 8)) == (
-        "sana-export export tiny -o b --dtype bf16 --pag-layers transformer_blocks.1,transformer_blocks.8"
+        "sana-export export tiny-random -o b --dtype bf16 --pag-layers transformer_blocks.1,transformer_blocks.8"
     )
 
 

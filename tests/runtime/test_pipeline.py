@@ -296,7 +296,10 @@ def test_pag_needs_layers(tiny_runtime: SanaRuntime, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tiny_runtime, "manifest", dataclasses.replace(manifest, options=options))
     with pytest.raises(UsageError) as caught:
         tiny_runtime("fox", pag_scale=2.0)
-    assert caught.value.fix == f"sana-export export tiny -o {tiny_runtime.bundle} --dtype fp32 --pag-layers transformer_blocks.8"
+    assert (
+        caught.value.fix
+        == f"sana-export export tiny-random -o {tiny_runtime.bundle} --dtype fp32 --pag-layers transformer_blocks.8"
+    )
 
 
 def test_latents_that_overflow_are_an_artifact_error(tiny_runtime: SanaRuntime) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from sana_export.errors import ArtifactError
 from sana_export.runtime.tensors import TensorFile
 
-FIX = "sana-export export tiny -o bundle"
+FIX = "sana-export export tiny-random -o bundle"
 
 
 def write(path: Path, header: object, values: bytes = b"", *, length: int | None = None) -> Path:

@@ -176,7 +176,7 @@ def test_a_bundle_without_head_and_tail_says_what_exports_them(
     assert "no vae_decoder_head, vae_decoder_tail" in str(caught.value)
     assert "--decoder-tile 0" in str(caught.value)
     assert caught.value.fix is not None
-    assert caught.value.fix.startswith(f"sana-export export tiny -o {tiny_runtime.bundle}")
+    assert caught.value.fix.startswith(f"sana-export export tiny-random -o {tiny_runtime.bundle}")
     for free in ({"decoder_tile": 0}, {"output_type": "latent"}):
         tiny_runtime.plan(Request("fox", use_resolution_binning=False, **{**asked, **free}))
 
@@ -202,7 +202,7 @@ def test_a_damaged_part_is_said_before_sampling(tiny_bundle: Any, tmp_path: Any)
         runtime("x", decoder_tile=64, callback_on_step_end=lambda runtime, step, *_: steps.append(step))
     assert steps == []
     assert caught.value.fix is not None
-    assert caught.value.fix.startswith("sana-export export tiny")
+    assert caught.value.fix.startswith("sana-export export tiny-random")
 
 
 def test_a_tile_with_nan_is_refused(tiny_runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch) -> None:

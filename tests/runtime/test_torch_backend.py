@@ -103,11 +103,11 @@ def test_verify_runs_it(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path)
 @pytest.fixture
 def own_checkpoint(tmp_path: Path) -> Path:
     """A checkpoint that a test may change."""
-    return make_checkpoint("tiny", tmp_path / "checkpoint", seed=11)
+    return make_checkpoint("tiny-random", tmp_path / "checkpoint", seed=11)
 
 
 def other_weights(checkpoint: Path) -> None:
-    make_checkpoint("tiny", checkpoint, seed=12)
+    make_checkpoint("tiny-random", checkpoint, seed=12)
 
 
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -30,8 +30,8 @@ LOADERS = {"transformer": SanaTransformer2DModel, "vae": AutoencoderDC, "text_en
 
 
 def narrow(alias: str) -> SyntheticRecipe:
-    """A published recipe at the widths of `tiny`: its depth, norms, schedule and pipeline as they are."""
-    recipe, tiny = RECIPES[alias], RECIPES["tiny"]
+    """A published recipe at the widths of `tiny-random`: its depth, norms, schedule and pipeline as they are."""
+    recipe, tiny = RECIPES[alias], RECIPES["tiny-random"]
     widths = (
         "num_attention_heads",
         "num_cross_attention_heads",
@@ -51,7 +51,7 @@ def narrow(alias: str) -> SyntheticRecipe:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SANA-Sprint 0.6B at the widths of `tiny`, in many files."""
+    """SANA-Sprint 0.6B at the widths of `tiny-random`, in many files."""
     folder = tmp_path_factory.mktemp("made") / "sprint"
     return make_checkpoint(narrow("sana-sprint-0-6b-1024px"), folder, dtype="bfloat16", seed=7, shard_size=SHARD_SIZE)
 
@@ -158,9 +158,9 @@ from sana_export.synth.recipes import RECIPES
 def memory(field):
     return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) * 1024
 
-tiny = RECIPES["tiny"]
+tiny = RECIPES["tiny-random"]
 wide = replace(tiny, text_encoder={{**tiny.text_encoder, "vocab_size": 2_400_000}})
-make_checkpoint(tiny, Path({str(tmp_path)!r}, "tiny"), dtype="float16")
+make_checkpoint(tiny, Path({str(tmp_path)!r}, "tiny-random"), dtype="float16")
 before = memory("VmRSS")
 folder = make_checkpoint(wide, Path({str(tmp_path)!r}, "wide"), dtype="float16")
 print(before, memory("VmHWM"), sum(path.stat().st_size for path in folder.rglob("*.safetensors")))
@@ -173,7 +173,7 @@ print(before, memory("VmHWM"), sum(path.stat().st_size for path in folder.rglob(
 
 @pytest.mark.parametrize("alias", ["sana1-5-4-8b-1024px", "sana-1600m-4kpx-bf16"])
 def test_activations_keep_their_scale_at_the_published_depth(alias: str) -> None:
-    """60 and 20 transformer blocks, 26 layers of Gemma-2 and the whole autoencoder, at the widths of `tiny`."""
+    """60 and 20 transformer blocks, 26 layers of Gemma-2 and the whole autoencoder, at the widths of `tiny-random`."""
     pipeline = build_pipeline(narrow(alias))
     generator = torch.Generator().manual_seed(4)
     largest: dict[str, float] = {}

@@ -19,14 +19,14 @@ from sana_export.synth.checkpoint import MARKER, build_pipeline, make_checkpoint
 from sana_export.synth.recipes import RECIPES
 from sana_export.synth.shards import StoredWeights
 
-TINY = RECIPES["tiny"]
+TINY = RECIPES["tiny-random"]
 COMPONENTS = ("text_encoder", "transformer", "vae")
 PROMPT = "a cute 🐼 eating 🎋, ink drawing style"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint("tiny", tmp_path_factory.mktemp("made") / "tiny")
+    return make_checkpoint("tiny-random", tmp_path_factory.mktemp("made") / "tiny-random")
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,10 @@ def digests(folder: Path) -> dict[str, str]:
 def test_the_same_seed_gives_the_same_bytes_whatever_the_global_state(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    again = make_checkpoint("tiny", tmp_path / "again")
+    again = make_checkpoint("tiny-random", tmp_path / "again")
     assert torch.equal(torch.get_rng_state(), before)
     assert digests(again) == digests(folder)
-    other = digests(make_checkpoint("tiny", tmp_path / "other", seed=1))
+    other = digests(make_checkpoint("tiny-random", tmp_path / "other", seed=1))
     assert {name for name, digest in digests(folder).items() if other[name] != digest} == {
         MARKER,
         "text_encoder/model.safetensors",
@@ -82,7 +82,7 @@ def test_folder_is_small_and_marked_as_synthetic(folder: Path, pipeline: Any) ->
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 8e6
     assert json.loads((folder / MARKER).read_text()) == {
         "synthetic": True,
-        "variant": "tiny",
+        "variant": "tiny-random",
         "dtype": "float32",
         "seed": 0,
     }
@@ -97,7 +97,7 @@ def test_folder_is_small_and_marked_as_synthetic(folder: Path, pipeline: Any) ->
 @pytest.mark.parametrize(
     ("name", "millions"),
     [
-        ("tiny", {"text_encoder": 0.38, "transformer": 0.97, "vae": 0.58}),
+        ("tiny-random", {"text_encoder": 0.38, "transformer": 0.97, "vae": 0.58}),
         ("mid", {"text_encoder": 20.6, "transformer": 60.1, "vae": 21.2}),
     ],
 )
@@ -230,7 +230,7 @@ def test_variations_keep_their_scale(pipeline: Any, changes: dict[str, Any]) -> 
 def test_weights_are_stored_in_the_dtype_and_under_the_variant(tmp_path: Path, pipeline: Any, dtype: str) -> None:
     from safetensors import safe_open
 
-    made = make_checkpoint("tiny", tmp_path / "half", dtype=dtype, variant="fp16")
+    made = make_checkpoint("tiny-random", tmp_path / "half", dtype=dtype, variant="fp16")
     files = sorted(made.rglob("*.safetensors"))
     assert [file.name for file in files] == [
         "model.fp16.safetensors",
@@ -248,7 +248,7 @@ def test_weights_are_stored_in_the_dtype_and_under_the_variant(tmp_path: Path, p
 
 
 def test_an_interrupted_make_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = make_checkpoint("tiny", tmp_path / "checkpoints" / "tiny")
+    target = make_checkpoint("tiny-random", tmp_path / "checkpoints" / "tiny-random")
     old = digests(target)
     write = StoredWeights.write
     calls = 0
@@ -260,37 +260,37 @@ def test_an_interrupted_make_leaves_the_old_checkpoint_and_nothing_else(tmp_path
             raise KeyboardInterrupt
         write(self, *args)
 
-    for name in ("tiny", "new"):
+    for name in ("tiny-random", "new"):
         calls = 0
         with monkeypatch.context() as patch:
             patch.setattr(StoredWeights, "write", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                make_checkpoint("tiny", target.with_name(name), seed=5)
-        assert [path.name for path in target.parent.iterdir()] == ["tiny"]
+                make_checkpoint("tiny-random", target.with_name(name), seed=5)
+        assert [path.name for path in target.parent.iterdir()] == ["tiny-random"]
     assert digests(target) == old
-    make_checkpoint("tiny", target, seed=5)
+    make_checkpoint("tiny-random", target, seed=5)
     assert json.loads((target / MARKER).read_text())["seed"] == 5
-    assert [path.name for path in target.parent.iterdir()] == ["tiny"]
+    assert [path.name for path in target.parent.iterdir()] == ["tiny-random"]
 
 
 def test_wrong_requests_say_what_is_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="tiny"):
+    with pytest.raises(UsageError, match="tiny-random"):
         make_checkpoint("tinny", tmp_path / "a")
     with pytest.raises(UsageError, match="bfloat16"):
-        make_checkpoint("tiny", tmp_path / "a", dtype="int8")
+        make_checkpoint("tiny-random", tmp_path / "a", dtype="int8")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="not a synthetic checkpoint"):
-        make_checkpoint("tiny", foreign)
+        make_checkpoint("tiny-random", foreign)
     assert (foreign / "thesis.txt").read_text() == "years of work"
     with pytest.raises(DependencyError, match="could not be written"):
-        make_checkpoint("tiny", foreign / "thesis.txt" / "inside")
+        make_checkpoint("tiny-random", foreign / "thesis.txt" / "inside")
 
     def full(*_args: Any, **_options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.Path, "write_text", full)
     with pytest.raises(DependencyError, match="No space left"):
-        make_checkpoint("tiny", tmp_path / "full")
+        make_checkpoint("tiny-random", tmp_path / "full")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign"]

@@ -23,14 +23,14 @@ _ONE_LAYER = {**{key: value for key, value in _LARGE.text_encoder.items() if key
 #: Blocks of the transformer's slice.
 SLICE_BLOCKS = 2
 MODELS: dict[str, SyntheticRecipe] = {
-    "tiny": RECIPES["tiny"],
+    "tiny-random": RECIPES["tiny-random"],
     # Two blocks of 1600M and a layer of the text encoder at their published widths, with the small decoder of tiny.
     "slice": replace(
         _LARGE,
         name="gpu-check-slice",
         transformer={**_LARGE.transformer, "num_layers": SLICE_BLOCKS},
         text_encoder=_ONE_LAYER,
-        vae=RECIPES["tiny"].vae,
+        vae=RECIPES["tiny-random"].vae,
     ),
     "600m": replace(RECIPES["sana-600m-1024px"], name="gpu-check-600m", text_encoder=_ONE_LAYER),
     "1600m": replace(_LARGE, name="gpu-check-1600m", text_encoder=_ONE_LAYER),

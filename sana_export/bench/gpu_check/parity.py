@@ -11,8 +11,8 @@ from sana_export.bench.gpu_check.check import CheckFailed, Context
 
 #: (model, stored dtype, precision of the bundle, PAG layers)
 CASES: tuple[tuple[str, str, str, tuple[int, ...]], ...] = (
-    ("tiny", "float32", "fp32", (1,)),
-    ("tiny", "float32", "fp16", (1,)),
+    ("tiny-random", "float32", "fp32", (1,)),
+    ("tiny-random", "float32", "fp16", (1,)),
     ("slice", "float16", "fp16", (1,)),
 )
 PROMPTS = ("a red apple on a table", "一只可爱的熊猫在吃竹子")

@@ -47,7 +47,7 @@ def ask(context: Context, *, question: str) -> Mapping[str, Any]:
     from sana_export.manifest import Manifest
     from sana_export.trt.logger import logger_for
 
-    bundle = exported(context, checkpoint_of(context, "tiny", "float32"), "rtx-tiny", graphs=(GRAPH,))
+    bundle = exported(context, checkpoint_of(context, "tiny-random", "float32"), "rtx-tiny", graphs=(GRAPH,))
     spec = Manifest.load(bundle).graphs[GRAPH].spec
     logger = logger_for(module)
     found: dict[str, Any] = {"version": module.__version__, "built": False, "loaded": False, "ran": False, "said": []}
@@ -114,7 +114,7 @@ def _run(context: Context, module: Any, engine: Any, spec: Any, bundle: Path) ->
     if not execution.execute_async_v3(stream.cuda_stream):
         return None
     stream.synchronize()
-    checkpoint, options = checkpoint_of(context, "tiny", "float32"), Manifest.load(bundle).options
+    checkpoint, options = checkpoint_of(context, "tiny-random", "float32"), Manifest.load(bundle).options
     with torch.no_grad():
         wanted = build_graph(GRAPH, checkpoint, options).cuda()(*(inputs[tensor.name] for tensor in spec.inputs))
     return cosine(output.cpu().numpy(), wanted.float().cpu().numpy())

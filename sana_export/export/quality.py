@@ -1,0 +1,201 @@
+"""The quality meter: whether a bundle's pictures show what they should, next to those that diffusers draws in float32.
+
+A checkpoint that can be measured in full brings a folder `quality/` (the embedded `tiny` does): `meter.json` with the names of
+the concepts that it knows, prompts that ask for one concept each and the concepts of the renders; `renders.png`, real pictures
+side by side; and `classifier.onnx`, which tells the concepts apart. Of any other checkpoint only the distance of its pictures is
+measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sana_export.errors import ArtifactError
+from sana_export.export.parity import Array, psnr, ssim
+from sana_export.runtime import SanaRuntime
+from sana_export.runtime.request import Request
+
+FOLDER = "quality"
+#: Prompts that are sampled in one batch; each batch has a seed of its own.
+BATCH = 20
+#: Percentage points that a bundle's top-1 may lie beside that of eager diffusers.
+TOP1_LIMIT = 1.0
+
+#: Samples a request with the bundle and with diffusers: uint8 images [B, H, W, 3], found and wanted.
+SampleBoth = Callable[[Request], tuple[Array, Array]]
+#: Called with what is about to be done, the count of steps done and of all steps.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Meter:
+    """What a checkpoint's folder `quality` holds. renders: uint8 [N, H, W, 3] of the concepts `render_concepts` [N].
+
+    prompts: (text, index of its concept).
+    """
+
+    concepts: tuple[str, ...]
+    prompts: tuple[tuple[str, int], ...]
+    renders: Array
+    render_concepts: Array
+    classifier: Path
+
+    @classmethod
+    def find(cls, checkpoint: Path) -> Meter | None:
+        """The meter of the checkpoint in the folder `checkpoint`, None where it brings none. Raises ArtifactError if damaged."""
+        folder = checkpoint / FOLDER
+        if not folder.is_dir():
+            return None
+        try:
+            stated = json.loads((folder / "meter.json").read_text("utf-8"))
+            sheet = np.asarray(Image.open(folder / "renders.png").convert("RGB"))
+            side, wanted = stated["render_size"], np.array(stated["render_concepts"])
+            rows, columns = sheet.shape[0] // side, sheet.shape[1] // side
+            tiles = sheet.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+            prompts = tuple((str(text), int(concept)) for text, concept in stated["prompts"])
+            return cls(tuple(stated["concepts"]), prompts, tiles[: len(wanted)], wanted, folder / "classifier.onnx")
+        except (OSError, ValueError, KeyError) as error:
+            raise ArtifactError(f"{folder} is damaged", found=error, wanted="meter.json and renders.png of this release") from error
+
+    def classify(self, images: Array) -> Array:
+        """The most likely concept [N] of uint8 images [N, H, W, 3] of the renders' size."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(self.classifier), options, providers=["CPUExecutionProvider"])
+        logits: Array = session.run(None, {"pictures": images.astype(np.float32)})[0]
+        return logits.argmax(axis=1)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured; None where it could not be. top1: shares in percent.
+
+    reconstruction: the renders through the checkpoint's encoder in float32 and a decoder, the bundle's or diffusers' in float32.
+    image: the bundle's pictures against those of diffusers in float32, one value a picture, its mean and least.
+    """
+
+    prompts: int
+    image_psnr_db: float
+    least_image_psnr_db: float
+    image_ssim: float
+    least_image_ssim: float
+    top1: float | None = None
+    reference_top1: float | None = None
+    renders_top1: float | None = None
+    reconstruction_psnr_db: float | None = None
+    reference_reconstruction_psnr_db: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bundle's top-1 is within `TOP1_LIMIT` points of diffusers'."""
+        return self.top1 is None or self.reference_top1 is None or abs(self.top1 - self.reference_top1) <= TOP1_LIMIT
+
+    def as_json(self) -> dict[str, Any]:
+        finite = {key: str(value) if value is not None and math.isinf(value) else value for key, value in vars(self).items()}
+        return {**finite, "top1_limit_points": TOP1_LIMIT, "passed": self.passed}
+
+    def as_text(self) -> str:
+        lines = [
+            f"quality over {self.prompts} prompts, next to diffusers in fp32",
+            f"  image psnr {self.image_psnr_db:.1f} dB (least {self.least_image_psnr_db:.1f}), "
+            f"ssim {self.image_ssim:.4f} (least {self.least_image_ssim:.4f})",
+        ]
+        if self.top1 is None:
+            lines.append(f"  top-1 and reconstruction: not measured, the checkpoint brings no folder {FOLDER}/ (tiny does)")
+            return "\n".join(lines)
+        return "\n".join(
+            [
+                *lines,
+                f"  {'ok    ' if self.passed else 'MISSED'} top-1 {self.top1:.1f}%, diffusers {self.reference_top1:.1f}% "
+                f"(limit: {TOP1_LIMIT:g} point apart), real renders {self.renders_top1:.1f}%",
+                f"  reconstruction psnr {self.reconstruction_psnr_db:.2f} dB, "
+                f"diffusers {self.reference_reconstruction_psnr_db:.2f} dB",
+            ]
+        )
+
+
+def measure_quality(
+    runtime: SanaRuntime,
+    pipeline: Any,
+    meter: Meter | None,
+    sample_both: SampleBoth,
+    *,
+    prompts: tuple[str, ...] = (),
+    steps: int | None = None,
+    on_progress: Progress = lambda doing, done, total: None,
+) -> Quality:
+    """Sample the meter's prompts (without one, `prompts`) at the checkpoint's size and compare with diffusers' `pipeline`.
+
+    `steps` None: the checkpoint's own number.
+    """
+    model = runtime.manifest.model
+    asked = [(text, -1) for text in prompts] if meter is None else meter.prompts
+    found: list[Array] = []
+    wanted: list[Array] = []
+    for index, batch in enumerate(_batches(asked)):
+        on_progress("sampling for quality", index * BATCH, len(asked))
+        request = Request(
+            prompt=[text for text, _ in batch],
+            num_inference_steps=steps or model.default_steps,
+            guidance_scale=model.default_guidance_scale,
+            height=model.native_size,
+            width=model.native_size,
+            seed=index,
+            use_resolution_binning=False,
+        )
+        for images, more in zip((found, wanted), sample_both(request), strict=True):
+            images.extend(more)
+    ratios = [psnr(ours, theirs, peak=255.0) for ours, theirs in zip(found, wanted, strict=True)]
+    likeness = [ssim(ours, theirs) for ours, theirs in zip(found, wanted, strict=True)]
+    # Pictures without any difference count as 100 dB in the mean.
+    distances = (float(np.minimum(ratios, 100.0).mean()), min(ratios), float(np.mean(likeness)), min(likeness))
+    if meter is None:
+        return Quality(len(asked), *distances)
+    concepts = np.array([concept for _, concept in asked])
+    ours, reference = _reconstruct(runtime, pipeline, meter.renders)
+    return Quality(
+        len(asked),
+        *distances,
+        top1=_share(meter.classify(np.stack(found)), concepts),
+        reference_top1=_share(meter.classify(np.stack(wanted)), concepts),
+        renders_top1=_share(meter.classify(meter.renders), meter.render_concepts),
+        reconstruction_psnr_db=psnr(ours, meter.renders, peak=255.0),
+        reference_reconstruction_psnr_db=psnr(reference, meter.renders, peak=255.0),
+    )
+
+
+@torch.no_grad()
+def _reconstruct(runtime: SanaRuntime, pipeline: Any, pictures: Array) -> tuple[Array, Array]:
+    """Pictures uint8 [N, H, W, 3] through diffusers' encoder, then the bundle's decoder and diffusers' own: uint8 as well."""
+    decoded: tuple[list[Array], list[Array]] = ([], [])
+    for start in range(0, len(pictures), BATCH):
+        part = torch.from_numpy(pictures[start : start + BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents = pipeline.vae.encode(part).latent * pipeline.vae.config.scaling_factor
+        ours = runtime.backend.to_host(runtime._sessions["vae_decoder"].run({"latents": latents.numpy()})["image"])
+        reference = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+        for images, image in zip(decoded, (np.asarray(ours), reference.numpy()), strict=True):
+            images.append(((image / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1))
+    return np.concatenate(decoded[0]), np.concatenate(decoded[1])
+
+
+def _share(found: Array, wanted: Array) -> float:
+    """Percent of equal elements."""
+    return 100.0 * float((found == wanted).mean())
+
+
+def _batches(asked: Any) -> Iterator[list[tuple[str, int]]]:
+    remaining = iter(asked)
+    while batch := list(islice(remaining, BATCH)):
+        yield batch
