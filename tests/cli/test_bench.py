@@ -16,7 +16,7 @@ from sana_export.bench.workload import Workload
 def test_a_slowed_graph_is_caught(
     tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three real runs: as it is, as it is, and with a denoiser that takes a hundred times its time: a busy machine cannot hide it."""
+    """Three real runs: as it is, as it is, and with a denoiser a hundred times as slow, which a busy machine cannot hide."""
     work = Workload("slowed", 128, 128, 4, 4.5, ("a cute 🐼",), repeats=5, threads=1)
     names = ("eager", "fake_backends:slowed")
     for name, times in (("before", "0"), ("again", "0"), ("slowed", "99")):
