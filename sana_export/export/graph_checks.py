@@ -18,23 +18,33 @@ from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.request import Request
 from sana_export.runtime.resolution import make_resize_plan
 
-#: Of any size that the checkpoint takes: the checks that use it depend on none.
+#: Of a size that is brought within what the backend serves: the checks that use it depend on none.
 _REQUEST = Request(prompt="", height=256, width=256, use_resolution_binning=False, guidance_scale=4.5)
 
 
 def _check_text_encoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """The kept rows of every prompt, with the instruction, and of the empty negative prompt where there is one."""
-    plan = runtime.plan(replace(_REQUEST, prompt=list(prompts)))
-    tokens = [
-        [runtime.text.tokenize(text, max_sequence_length=plan.max_sequence_length, instruct=instruct) for text in texts]
-        for texts, instruct in plan.texts
-    ]
-    encoded = runtime.text.encode(tokens, runtime._run_text_encoder)
-    instruction = runtime.manifest.model.instruction.split("\n")
-    wanted = pipeline.encode_prompt(list(prompts), complex_human_instruction=instruction)
-    # Embeddings and mask of the prompts, then of the negative prompts, which our branches begin with.
-    branches = [embeds[mask.bool()] for embeds, mask in zip(wanted[::2], wanted[1::2], strict=True)]
-    return encoded.gather(runtime.backend.to_host)[encoded.context_mask > 0], torch.cat(branches[::-1]).numpy()
+    """The kept rows of every prompt, with the instruction, and of the empty negative prompt where there is one.
+
+    As many prompts at a time as the backend serves.
+    """
+    most = _served(runtime, "text_encoder", "batch", len(prompts))
+    found: list[Array] = []
+    reference: list[Array] = []
+    for first in range(0, len(prompts), most):
+        some = list(prompts[first : first + most])
+        plan = runtime.plan(replace(_request(runtime), prompt=some))
+        tokens = [
+            [runtime.text.tokenize(text, max_sequence_length=plan.max_sequence_length, instruct=instruct) for text in texts]
+            for texts, instruct in plan.texts
+        ]
+        encoded = runtime.text.encode(tokens, runtime._run_text_encoder)
+        instruction = runtime.manifest.model.instruction.split("\n")
+        wanted = pipeline.encode_prompt(some, complex_human_instruction=instruction)
+        # Embeddings and mask of the prompts, then of the negative prompts, which our branches begin with.
+        branches = [embeds[mask.bool()] for embeds, mask in zip(wanted[::2], wanted[1::2], strict=True)]
+        found.append(encoded.gather(runtime.backend.to_host)[encoded.context_mask > 0])
+        reference.append(torch.cat(branches[::-1]).numpy())
+    return np.concatenate(found), np.concatenate(reference)
 
 
 def _check_context(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
@@ -58,7 +68,7 @@ def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str],
     embeds = _inputs(runtime, "context", seed + 1)["prompt_embeds"]
     inputs = _inputs(runtime, "denoiser", seed + 1)
     inputs["perturbed"] = torch.zeros_like(inputs["perturbed"])
-    timesteps = runtime.plan(_REQUEST).schedule.timesteps
+    timesteps = runtime.plan(_request(runtime)).schedule.timesteps
     inputs["timestep"] = torch.from_numpy(timesteps[[seed % len(timesteps)]])
     latents, mask = inputs["latents"], inputs["context_mask"]
     context = runtime._sessions["context"].run({"prompt_embeds": embeds.numpy()})["context"]
@@ -81,7 +91,7 @@ def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str],
 
 def _check_sampler(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
     """A whole trajectory of the pipeline's own loop with random predictions in place of its transformer's, with guidance."""
-    request = replace(_REQUEST, num_inference_steps=runtime.manifest.model.default_steps)
+    request = replace(_request(runtime), num_inference_steps=runtime.manifest.model.default_steps)
     plan = runtime.plan(request)
     shape, schedule, (steps, branches) = plan.latents_shape, plan.schedule, plan.weights.shape
     # Of another seed than the noise, from which a prediction could not be told otherwise.
@@ -130,7 +140,7 @@ def _check_vae_decoder_tail(runtime: SanaRuntime, pipeline: Any, prompts: Sequen
 
 
 def _check_decoder_parts(runtime: SanaRuntime, pipeline: Any, seed: int, tile: int) -> tuple[Array, Array]:
-    plan = runtime.plan(replace(_REQUEST, decoder_tile=tile))
+    plan = runtime.plan(replace(_request(runtime), decoder_tile=tile))
     latents = torch.randn(plan.latents_shape, generator=torch.Generator().manual_seed(seed))
     wanted = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     return np.asarray(runtime._decode(plan, latents.numpy())), wanted.numpy()
@@ -138,9 +148,13 @@ def _check_decoder_parts(runtime: SanaRuntime, pipeline: Any, seed: int, tile: i
 
 def _check_postprocess(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
     """A resize and crop as after resolution binning."""
-    image = torch.randn(2, 3, 96, 160, generator=torch.Generator().manual_seed(seed)).clamp(-1.5, 1.5)
-    tables = vars(make_resize_plan(96, 160, 100, 150))
-    resized = pipeline.image_processor.resize_and_crop_tensor(image, 150, 100)
+    images, height, width = (
+        _served(runtime, "postprocess", axis, value) for axis, value in (("batch", 2), ("image_height", 96), ("image_width", 160))
+    )
+    output_height, output_width = height + 4, width - 10
+    image = torch.randn(images, 3, height, width, generator=torch.Generator().manual_seed(seed)).clamp(-1.5, 1.5)
+    tables = vars(make_resize_plan(height, width, output_height, output_width))
+    resized = pipeline.image_processor.resize_and_crop_tensor(image, output_width, output_height)
     pictures = pipeline.image_processor.postprocess(resized, output_type="pil")
     return _run(runtime, "postprocess", {"image": image, **tables})["pixels"], np.stack([*map(np.asarray, pictures)])
 
@@ -157,9 +171,24 @@ GRAPH_CHECKS: dict[str, Callable[[SanaRuntime, Any, Sequence[str], int], tuple[A
 }
 
 
+def _request(runtime: SanaRuntime) -> Request:
+    pixels = runtime.manifest.model.vae_scale_factor
+    height, width = (
+        _served(runtime, "denoiser", f"latent_{side}", getattr(_REQUEST, side) // pixels) * pixels for side in ("height", "width")
+    )
+    return replace(_REQUEST, height=height, width=width)
+
+
 def _inputs(runtime: SanaRuntime, graph: str, seed: int) -> dict[str, torch.Tensor]:
-    sizes = replace(CHECK_SIZES, spatial_ratio=runtime.manifest.model.vae_scale_factor)
+    lengths = {axis: _served(runtime, graph, axis, CHECK_SIZES.of(axis)) for axis in vars(CHECK_SIZES) if axis != "spatial_ratio"}
+    sizes = replace(CHECK_SIZES, **lengths, spatial_ratio=runtime.manifest.model.vae_scale_factor)
     return random_inputs(runtime.manifest.graphs[graph].spec, sizes, seed)
+
+
+def _served(runtime: SanaRuntime, graph: str, axis: str, length: int) -> int:
+    """The length next to `length` that the backend serves."""
+    lowest, _, highest = (runtime.backend.ranges(graph) or {}).get(axis, (length, length, length))
+    return min(max(length, lowest), highest)
 
 
 def _run(runtime: SanaRuntime, graph: str, inputs: dict[str, Any]) -> dict[str, Array]:

@@ -189,7 +189,9 @@ def verify_bundle(
         )
     prompts = sampling.prompts
     scales = [0.0, PAG_SCALE] if manifest.options.pag_layers else [0.0]
-    checks = {name: check for name, check in GRAPH_CHECKS.items() if name in manifest.graphs}  # a decoder may be without its parts
+    # A decoder may be without its parts, in the bundle or among the engines.
+    held = [name for name in manifest.graphs if runtime.backend.ranges(name) is not None]
+    checks = {name: check for name, check in GRAPH_CHECKS.items() if name in held}
     total = len(checks) + len(prompts) * len(scales)
     pipeline = load_reference(checkpoint, manifest.options, pag=False)
     graphs: list[Parity] = []

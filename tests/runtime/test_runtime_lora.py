@@ -283,7 +283,7 @@ def test_a_bundle_of_before_still_loads_and_says_what_it_lacks(tiny_bundle: Path
     runtime = SanaRuntime.from_pretrained(bundle)
     message = refused(runtime, lora)
     assert "no lora_targets" in message
-    assert "sana-export export tiny -o" in message
+    assert "sana-export export tiny-random -o" in message
 
 
 def test_damaged_weights_are_not_taken_back(tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:

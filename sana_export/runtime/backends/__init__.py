@@ -101,6 +101,10 @@ class Backend(Protocol):
         """Raise ArtifactError where the sessions of `graph` cannot be refitted."""
         return None
 
+    def ranges(self, graph: str) -> Mapping[str, tuple[int, int, int]] | None:
+        """min, typical and max of the axes of `graph` that are bounded here; None where there is nothing to run it with."""
+        return {}
+
     def wait(self) -> None:
         """Until all work is done, so that what it uses may be let go."""
         return None

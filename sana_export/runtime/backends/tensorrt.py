@@ -254,6 +254,12 @@ class TensorRTBackend(Backend):
     def admit(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
         self.engines.admit(graphs, axes)
 
+    def ranges(self, graph: str) -> Mapping[str, tuple[int, int, int]] | None:
+        if graph not in self.engines.engines:
+            return None
+        typical = self.engines.serving(graph, typical_axes(self.manifest.model)) or self.engines.engines[graph][0]
+        return typical.ranges
+
     def wait(self) -> None:
         self.gpu.wait()
 
