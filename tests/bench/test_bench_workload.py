@@ -25,7 +25,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_the_built_in_workloads() -> None:
     found = {name: load_workload(name) for name in built_in_workloads()}
-    assert set(found) == {"cpu", "smoke", "prompts", "laptop", "datacenter", "datacenter-batch4"}
+    assert set(found) == {"cpu", "cpu-128", "smoke", "prompts", "laptop", "datacenter", "datacenter-batch4"}
     assert all(name == workload.name for name, workload in found.items())
     cpu, batch4 = found["cpu"], found["datacenter-batch4"]
     assert (cpu.height, cpu.width, cpu.num_inference_steps, cpu.guidance_scale) == (512, 512, 8, 4.5)
