@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PERCENT",
         type=percent,
         default=DEFAULT_THRESHOLD,
-        help=f"with --compare: what may get worse (default: {DEFAULT_THRESHOLD:.0%})",
+        help=f"with --compare: what may get worse (default: {DEFAULT_THRESHOLD:.0%}%)",
     )
     add_names(parser, "--graphs", "GRAPH", "with --profile: only these graphs")
     parser.add_argument("--top", metavar="N", type=positive, default=10, help="with --profile: layers a graph (default: 10)")

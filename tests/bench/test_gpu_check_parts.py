@@ -34,7 +34,7 @@ TINY = (("tiny-random", "float32", "fp32", (1,)),)
 
 
 def test_parity_of_the_torch_backend_needs_no_export(context: Context) -> None:
-    found = parity.check(context, backend="torch", cases=TINY, size=96)["cases"]["tiny-fp32"]
+    found = parity.check(context, backend="torch", cases=TINY, size=96)["cases"]["tiny-random-fp32"]
     assert found["passed"]
     assert found["least_cosine"] >= 0.999999
     assert found["least_image_psnr_db"] >= 60
@@ -51,7 +51,7 @@ def test_parity_finds_a_wrong_graph(context: Context, monkeypatch: pytest.Monkey
         return graph
 
     monkeypatch.setattr(torch_backend, "build_graph", build_wrong)
-    with pytest.raises(CheckFailed, match="tiny-fp32 context: cosine 0"):
+    with pytest.raises(CheckFailed, match="tiny-random-fp32 context: cosine 0"):
         parity.check(context, backend="torch", cases=TINY, size=96)
 
 

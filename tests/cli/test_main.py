@@ -66,9 +66,10 @@ def test_examples_parse() -> None:
     import shlex
 
     for verb in VERBS.values():
-        program, *arguments = shlex.split(verb.example)
-        assert program == "sana-export"
-        assert module.parse(arguments).verb == verb.name
+        for line in verb.example.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "sana-export"
+            assert module.parse(arguments).verb == verb.name
 
 
 def test_version(cli: Cli) -> None:

@@ -307,7 +307,7 @@ def test_latents_that_overflow_are_an_artifact_error(tiny_runtime: SanaRuntime) 
         tiny_runtime("fox", latents=np.full((1, 32, 3, 5), 1e38, np.float32), **SMALL)
     assert "with fp32 graphs" in str(caught.value)
     assert caught.value.fix is not None
-    assert caught.value.fix.startswith(f"sana-export verify {tiny_runtime.bundle} --reference tiny --ranges")
+    assert caught.value.fix.startswith(f"sana-export verify {tiny_runtime.bundle} --reference tiny-random --ranges")
 
 
 def test_a_picture_with_nan_is_refused(tiny_runtime, monkeypatch) -> None:

@@ -57,7 +57,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_recipes_hold_the_published_configs() -> None:
-    assert list(RECIPES) == list(VARIANTS)
+    assert list(RECIPES) == [alias for alias, variant in VARIANTS.items() if not variant.embedded]
     for alias, recipe in RECIPES.items():
         sprint = "sprint" in alias
         assert recipe.pipeline == ("SanaSprintPipeline" if sprint else "SanaPipeline")
