@@ -83,9 +83,14 @@ def gigabytes(count: int) -> str:
 def _need(manifest: Manifest, entries: Iterable[EngineEntry], held: Iterable[EngineEntry] | None = None) -> Need:
     """Of `entries` together; `held` are those whose weights are on the device all the time (None: all)."""
     entries = tuple(entries)
-    weights = sum(entry.file.bytes for entry in (entries if held is None else held))
+    weights = sum(_weight_bytes(manifest, entry) for entry in (entries if held is None else held))
     work = max(entry.activation_bytes for entry in entries)
     return Need(weights, work, max(_tensor_bytes(manifest.graphs[entry.graph].spec, entry) for entry in entries))
+
+
+def _weight_bytes(manifest: Manifest, entry: EngineEntry) -> int:
+    """The engine's file, and for a refittable one the weights that it is given when it is loaded."""
+    return entry.file.bytes + (sum(file.bytes for file in manifest.graphs[entry.graph].data) if entry.refittable else 0)
 
 
 def _tensor_bytes(spec: GraphSpec, entry: EngineEntry) -> int:

@@ -66,6 +66,8 @@ def test_what_the_modes_need(manifest: Manifest) -> None:
     assert found["resident"].tensors == found["staged"].tensors
     streaming = needs(manifest, entries(manifest, weight_streaming=True))["streaming"]
     assert (streaming.weights, streaming.work) == (0, 4000)
+    given = sum(file.bytes for name in SIZES for file in manifest.graphs[name].data)
+    assert needs(manifest, entries(manifest, refittable=True))["resident"].weights == 9103 + given > 10**6
 
 
 GB = 10**9
