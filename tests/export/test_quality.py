@@ -106,8 +106,8 @@ def test_the_measures_are_those_of_the_pictures(drawing: tuple[SanaRuntime, Any]
         return np.stack(wrong[start : start + 20]), np.stack(right[start : start + 20])
 
     measured = measure_quality(runtime, pipeline, meter, sample)
-    assert measured.reference_top1 == pytest.approx(100, abs=2)
-    assert measured.top1 == pytest.approx(0, abs=2)
+    assert measured.reference_top1 == pytest.approx(100, abs=0.5)
+    assert measured.top1 == pytest.approx(0, abs=0.5)
     assert not measured.passed
     assert measured.image_ssim < 0.9
     assert measured.reconstruction_psnr_db == pytest.approx(measured.reference_reconstruction_psnr_db, abs=0.05)
