@@ -62,7 +62,12 @@ def train(options: argparse.Namespace, bitmaps: Bitmaps) -> Classifier:
 
 
 def export(classifier: Classifier, path: Path) -> None:
-    """Write the classifier as an ONNX file: pictures float32 [B, SIZE, SIZE, 3] -> logits float32 [B, concepts]."""
+    """Write the classifier as an ONNX file: pictures float32 [B, SIZE, SIZE, 3] -> logits float32 [B, concepts].
+
+    What the tracer notes of each node, the files of this machine among it, is left out.
+    """
+    import onnx
+
     example = (torch.zeros(2, SIZE, SIZE, 3),)
     settings: dict[str, Any] = {"input_names": ["pictures"], "output_names": ["logits"], "dynamo": True, "verbose": False}
     with warnings.catch_warnings():
@@ -70,6 +75,10 @@ def export(classifier: Classifier, path: Path) -> None:
         torch.onnx.export(
             classifier, example, str(path), dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, **settings
         )
+    model = onnx.load(path)
+    for owner in (model, model.graph, *model.graph.node, *model.graph.value_info):
+        del owner.metadata_props[:]
+    onnx.save(model, path)
 
 
 if __name__ == "__main__":
