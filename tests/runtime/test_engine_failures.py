@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from host_device import HostDevice
 from host_tensorrt import EngineInvalidityDiagnostics, HostTensorRT, with_engines
@@ -194,6 +195,16 @@ def test_a_request_outside_all_profiles_is_told_what_is_possible(bundle: Path, m
     with pytest.raises(UsageError, match="9 images of 96x160"):
         runtime("fox", **SMALL, num_images_per_prompt=9)
     assert len(module.runs) == runs, "nothing was run before it was known"
+
+
+def test_shapes_beyond_an_engine_are_named(bundle: Path, module: HostTensorRT) -> None:
+    session = opened(bundle, module)._sessions["context"]
+    with pytest.raises(UsageError) as caught:
+        session.run({"prompt_embeds": np.zeros((4, 9, 1, 64), np.float32)})
+    text = told(caught.value)
+    assert "wide: outside what the engine was built for" in text
+    assert "branches 4 (possible: 1 to 3)" in text
+    assert "batch 9 (possible: 1 to 8)" in text
 
 
 def test_a_decoder_that_was_not_built(bundle: Path, module: HostTensorRT) -> None:

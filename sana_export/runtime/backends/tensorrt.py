@@ -17,6 +17,7 @@ import numpy as np
 
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import EngineEntry, Manifest, check_files
+from sana_export.profiles import explain_outside
 from sana_export.runtime.backends import Array, Backend, DeviceTensor
 from sana_export.runtime.cuda import ALIGNMENT, CudaDevice, Device, Memory
 from sana_export.runtime.loop import Replay
@@ -135,12 +136,13 @@ class EngineSession:
         }
         entry = self._backend.engines.serving(self._graph, axes, refittable=bool(self._changed))
         if entry is None:
+            engines = self._backend.engines.engines[self._graph]
+            # After a LoRA one that would serve may hold fixed weights.
+            against = [f"{entry.profile}: {explain_outside(entry.ranges, axes) or 'its weights are fixed'}" for entry in engines]
             raise UsageError(
                 f"no {self._backend.name} engine of {self._graph} serves this request",
-                found=", ".join(f"{axis} {length}" for axis, length in axes.items()),
-                wanted="; or ".join(
-                    f"{entry.profile}: {dict(entry.ranges)}" for entry in self._backend.engines.engines[self._graph]
-                ),
+                found="; ".join(against),
+                wanted="a request within one of these",
                 fix=f"sana-export build {self._backend.bundle} --backend {self._backend.name}",
             )
         return self.engine(entry)
