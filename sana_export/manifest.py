@@ -37,8 +37,8 @@ class LoraTarget:
     """Where a layer of the transformer lies in a graph, for a LoRA on it (runtime/lora.py).
 
     `module` as diffusers names it, `shape` that of its weight there: [out, in] or [out, in, 1, 1]. The graph's `initializer`, an
-    array of shape `stored` and of `dtype`, holds `factor` times the weight in the rows from `first` on, or, where it is
-    `transposed`, in the columns.
+    array of shape `stored` and of `dtype`, holds `factor` times the weight's rows `held` (first and end; None: all) in the rows
+    from `first` on, or, where it is `transposed`, in the columns. A layer whose rows are apart has a target for each part.
     """
 
     module: str
@@ -49,6 +49,7 @@ class LoraTarget:
     first: int = 0
     transposed: bool = False
     factor: float = 1.0
+    held: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,9 @@ def parse_graph(entry: Mapping[str, Any]) -> GraphEntry:
 
 
 def _parse_target(entry: Mapping[str, Any]) -> LoraTarget:
-    return LoraTarget(**{**entry, "shape": tuple(entry["shape"]), "stored": tuple(entry["stored"])})
+    held = entry.get("held")
+    tuples = {"shape": tuple(entry["shape"]), "stored": tuple(entry["stored"]), "held": None if held is None else tuple(held)}
+    return LoraTarget(**{**entry, **tuples})
 
 
 def _parse(document: Mapping[str, Any]) -> Manifest:

@@ -16,6 +16,7 @@ from torch.nn.functional import layer_norm
 
 from sana_export.errors import ArtifactError
 from sana_export.graphs.context import QK_NORM_EPS
+from sana_export.graphs.gated_conv import gate_halves
 from sana_export.graphs.numerics import FP16_MAX, Conv, Linear, Numerics, linear_attention, parameter, rms_norm, silu
 from sana_export.graphs.text_encoder import MASKED
 
@@ -120,16 +121,8 @@ class Block(nn.Module):
         self.cross_query = Linear(weights["attn2.to_q.weight"], None, numerics, 1.0 / scale)
         self.cross_query.bias = parameter(weights["attn2.to_q.bias"], numerics.dtype)
         self.cross_out = Linear(weights["attn2.to_out.0.weight"], weights["attn2.to_out.0.bias"], numerics, scale)
-        hidden = weights["ff.conv_point.weight"].shape[1]
-        self.inverted = Conv(weights["ff.conv_inverted.weight"], weights["ff.conv_inverted.bias"], numerics)
-        # The gated half of the depthwise convolution carries the scale through to the stream.
-        half = torch.cat([torch.full((hidden,), scale), torch.ones(hidden)])
-        self.depthwise = Conv(
-            weights["ff.conv_depth.weight"].float() * half.reshape(-1, 1, 1, 1),
-            weights["ff.conv_depth.bias"].float() * half,
-            numerics,
-            groups=2 * hidden,
-        )
+        # The half that the gate multiplies carries the scale through to the stream.
+        self.halves = gate_halves(weights, "ff.", numerics, factor=scale)
         self.point = Conv(weights["ff.conv_point.weight"], None, numerics)
 
     def self_attention(self, x: Tensor, table: tuple[Tensor, ...], identity: Tensor) -> Tensor:
@@ -162,8 +155,7 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor, table: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor:
         shift, factor, gate = table[3:]
         y = modulated_norm(x, shift, factor, self.eps).transpose(1, 2).unflatten(-1, size)
-        y, gated = self.depthwise(silu(self.inverted(y))).chunk(2, dim=1)
-        y = self.point(y * silu(gated))
+        y = self.point(self.halves["value"](y) * silu(self.halves["gate"](y)))
         return x + gate * y.flatten(2).transpose(1, 2)
 
 

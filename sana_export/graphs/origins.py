@@ -35,10 +35,11 @@ _TURNS: dict[Any, tuple[tuple[Any, ...], ...]] = {
 
 @dataclass(frozen=True)
 class _Part:
-    """`factor` times the weight of `module`, of this shape, in rows from `first` on of the matrix [rows, ...]."""
+    """`factor` times the rows `held` of the weight of `module`, which is of this shape, in rows from `first` on of a matrix."""
 
     module: str
     shape: tuple[int, ...]
+    held: tuple[int, int]
     first: int = 0
     factor: float = 1.0
 
@@ -60,7 +61,7 @@ def trace_origins(build: Callable[[Mapping[str, Tensor]], nn.Module], weights: M
     for name, value in weights.items():
         module, _, kind = name.rpartition(".")
         if kind == "weight" and _is_matrix(value.shape):
-            tracer.origins[value] = _Origin((_Part(module, tuple(value.shape)),))
+            tracer.origins[value] = _Origin((_Part(module, tuple(value.shape), (0, value.shape[0])),))
     with torch.device("meta"), tracer, stored_in(tracer):
         graph = build(weights)
     order = {name.removesuffix(".weight"): index for index, name in enumerate(weights)}
@@ -114,9 +115,15 @@ class _Tracer(TorchDispatchMode):
             return origin
         if func == _ops.mul.Tensor and isinstance(args[1], int | float):
             return replace(origin, parts=tuple(replace(part, factor=part.factor * args[1]) for part in origin.parts))
+        if func == _ops.slice.Tensor and len(args) == 4 and args[1] == 0 and len(origin.parts) == 1 and not origin.transposed:
+            return self._cut(origin.parts[0], *args[2:4])
         if func in _TURNS and value.ndim == 2 and args[1:] in _TURNS[func]:
             return replace(origin, transposed=not origin.transposed)
         return None
+
+    def _cut(self, part: _Part, start: int | None, end: int | None) -> _Origin:
+        rows = range(*part.held)[start:end]
+        return _Origin((replace(part, held=(rows.start, rows.stop)),))
 
     def _join(self, tensors: list[Tensor], axis: int) -> _Origin | None:
         origins = [self.origins.get(tensor) for tensor in tensors]
@@ -145,4 +152,5 @@ def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _row(name: str, parameter: Tensor, part: _Part, transposed: bool) -> LoraTarget:
     dtype = str(parameter.dtype).removeprefix("torch.")
-    return LoraTarget(part.module, part.shape, name, tuple(parameter.shape), dtype, part.first, transposed, part.factor)
+    held = None if part.held == (0, part.shape[0]) else part.held
+    return LoraTarget(part.module, part.shape, name, tuple(parameter.shape), dtype, part.first, transposed, part.factor, held)

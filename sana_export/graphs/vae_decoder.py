@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pixel_shuffle
+from torch.nn.functional import conv2d, pad, pixel_shuffle
 
 from sana_export.errors import ArtifactError
+from sana_export.graphs.gated_conv import gate_halves
 from sana_export.graphs.numerics import Conv, Numerics, linear_attention, parameter, rms_norm, silu
 
 NORM_EPS = 1e-5
@@ -181,7 +182,8 @@ class Upsample(nn.Module):
         # With one pixel of padding, window (i, j) ends at pixel (i, j). An even output row 2i reads pixels i-1 and i (window i),
         # an odd one, 2i + 1, pixels i and i + 1 (window i + 1): with the odd parity first, rows come out in order from row -1.
         windows = conv2d(x, self.weight, self.bias, padding=1)
-        return pixel_shuffle(windows, 2)[:, :, 1:-1, 1:-1]
+        # A padding of -1 takes the border off in one copy; two slices are two.
+        return pad(pixel_shuffle(windows, 2), (-1, -1, -1, -1))
 
 
 def _fold(kernel: Tensor, row: int, column: int) -> Tensor:
@@ -267,9 +269,7 @@ class GatedConv(nn.Module):
     def __init__(self, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
         self.numerics, self.bands = numerics, bands
-        hidden = weights[f"{name}conv_point.weight"].shape[1]
-        self.inverted = _conv(weights, f"{name}conv_inverted", numerics)
-        self.depthwise = _conv(weights, f"{name}conv_depth", numerics, groups=2 * hidden)
+        self.halves = gate_halves(weights, name, numerics, scale=numerics.scale)
         self.point = Conv(weights[f"{name}conv_point.weight"], None, numerics)
         self.norm = ChannelNorm(weights, f"{name}norm", numerics, scaled_input=False)
 
@@ -283,7 +283,7 @@ class GatedConv(nn.Module):
 
     def band(self, x: Tensor) -> Tensor:
         scale = self.numerics.scale
-        y, gate = self.depthwise(silu(self.inverted(x), scale)).chunk(2, dim=1)
+        y, gate = self.halves["value"](x), self.halves["gate"](x)
         if not self.numerics.narrow_range:
             return self.norm(self.point(y * silu(gate)))
         # A product of two large tensors has no safe constant scale. The norm makes every pixel's scale free: divide by its

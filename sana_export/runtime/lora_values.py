@@ -86,11 +86,12 @@ def _stored(base: Mapping[str, Bytes], target: LoraTarget) -> Array:
 
 def _add(array: Array, target: LoraTarget, folds: Sequence[Fold[StoredTensor]], adapters: Sequence[Adapter]) -> None:
     """Add `folds` to the slice of `array` that is the target's, in place."""
-    rows = slice(target.first, target.first + target.shape[0])
+    held = slice(*(target.held or (0, target.shape[0])))
+    rows = slice(target.first, target.first + held.stop - held.start)
     part = array[:, rows] if target.transposed else array[rows]
     old = widen_bfloat16(part) if target.dtype == "bfloat16" else part.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
-        total = sum((_product(fold) for fold in folds), np.float32(0)) * np.float32(target.factor)
+        total = sum((_product(fold)[held] for fold in folds), np.float32(0)) * np.float32(target.factor)
         new = old + (total.T if target.transposed else total).reshape(part.shape)
         rounded = round_to_bfloat16(new) if target.dtype == "bfloat16" else new.astype(part.dtype)
     wide = widen_bfloat16(rounded) if target.dtype == "bfloat16" else rounded

@@ -40,22 +40,33 @@ def test_each_row_names_exactly_what_its_layer_changes(config: dict[str, Any], p
     for name, build in graphs(config, precision).items():
         before = dict(build(weights).named_parameters())
         rows = trace_origins(build, {key: value.to("meta") for key, value in weights.items()})
-        for row in rows:
-            found.setdefault(row.module, []).append(row)
-            delta = torch.randint(1, 4, row.shape, generator=generator).float()
-            after = dict(build({**weights, f"{row.module}.weight": weights[f"{row.module}.weight"] + delta}).named_parameters())
+        for module in {row.module: None for row in rows}:
+            own = found[module] = [row for row in rows if row.module == module]
+            delta = torch.randint(1, 4, own[0].shape, generator=generator).float()
+            after = dict(build({**weights, f"{module}.weight": weights[f"{module}.weight"] + delta}).named_parameters())
             changed = {key for key in before if not torch.equal(before[key], after[key])}
-            assert changed == {row.initializer}, (name, row)
-            assert_slice(before[row.initializer], after[row.initializer], row, delta)
+            assert changed == {row.initializer for row in own}, (name, own)
+            for row in own:
+                assert_slice(before[row.initializer], after[row.initializer], row, delta)
     assert set(found) == matrices(weights)
-    assert all(len(rows) == 1 for rows in found.values())
+    for rows in found.values():
+        assert_whole(rows)
+
+
+def assert_whole(rows: list[LoraTarget]) -> None:
+    """The targets of a layer hold each of its rows once, in order."""
+    parts = [row.held or (0, row.shape[0]) for row in rows]
+    assert [row.held is None for row in rows] == [len(rows) == 1] * len(rows)
+    assert [first for first, _ in parts] == [0, *(end for _, end in parts[:-1])]
+    assert parts[-1][1] == rows[0].shape[0]
 
 
 def assert_slice(before: Tensor, after: Tensor, row: LoraTarget, delta: Tensor) -> None:
     """The parameter differs by the row's factor times `delta` in the row's slice, and nowhere else."""
     assert (tuple(before.shape), str(before.dtype)) == (row.stored, f"torch.{row.dtype}")
     wanted = torch.zeros(row.stored)
-    last = row.first + row.shape[0]
+    delta = delta[slice(*(row.held or (None, None)))]
+    last = row.first + delta.shape[0]
     if row.transposed:
         wanted[:, row.first : last] = row.factor * delta.flatten(1).T
     else:
@@ -74,7 +85,11 @@ def test_every_matrix_of_the_published_configs_has_a_place(name: str) -> None:
     weights = shapes(config)
     rows = [row for build in graphs(config, "float16").values() for row in trace_origins(build, weights)]
     assert {row.module for row in rows} == matrices(weights)
-    assert len(rows) == len(matrices(weights)) > 200
+    assert len(matrices(weights)) > 200
+    halved = {module for module in matrices(weights) if module.endswith("conv_inverted")}
+    assert len(rows) == len(matrices(weights)) + len(halved)
+    for module in halved:
+        assert_whole([row for row in rows if row.module == module])
 
 
 def test_what_cannot_be_followed_has_no_place() -> None:

@@ -17,7 +17,7 @@ from tools.train_small.glyphs import Bitmaps
 #: Pixels a side.
 SIZE = 128
 KINDS = ("one", "placed", "count", "pair")
-KIND_SHARES = (0.62, 0.10, 0.12, 0.16)
+KIND_SHARES = (0.52, 0.12, 0.14, 0.22)
 #: The centre of a small glyph, in pixels.
 PLACES = {"left": (34, 64), "right": (94, 64), "top": (64, 34), "bottom": (64, 94)}
 #: Centres and side of the glyphs of a count, in pixels.

@@ -50,7 +50,7 @@ class Training:
     def __init__(self, network: nn.Module, file: Path, *, steps: int, rate: float, seed: int) -> None:
         self.network, self.file, self.steps, self.rate, self.seed, self.step = network, file, steps, rate, seed, 0
         self.trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(_groups(self.trained), lr=rate, betas=(0.9, 0.98), weight_decay=1e-3, foreach=True)
+        self.optimizer = torch.optim.AdamW(_groups(self.trained), lr=rate, betas=(0.9, 0.98), weight_decay=1e-3, fused=True)
         self.average = [parameter.detach().clone() for parameter in self.trained]
         self.worker, self.workers = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if self.workers > 1 and not distributed.is_initialized():
