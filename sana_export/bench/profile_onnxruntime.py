@@ -12,15 +12,14 @@ from typing import Any
 
 from sana_export.bench.nvtx_ranges import nvtx_range
 from sana_export.bench.profile import GraphRun, Layer
+from sana_export.runtime.backends.onnxruntime import session_options
 
 
 def layers(run: GraphRun) -> list[Layer]:
-    """Each node's median time. Sessions are set up as the backend sets them up (runtime/backends/onnxruntime.py)."""
+    """Each node's median time, in a session like the backend's."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_mem_reuse = False
+    options = session_options(onnxruntime)
     options.intra_op_num_threads = run.threads
     options.enable_profiling = True
     path = run.bundle / run.manifest.graphs[run.graph].files[0].path

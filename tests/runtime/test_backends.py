@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sana_export.errors import ArtifactError, DependencyError, SanaExportError, 
 from sana_export.manifest import Manifest, file_entry
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import BACKENDS, open_backend
+from sana_export.runtime.backends.onnxruntime import session_options
 from sana_export.runtime.external_data import check_external_data, external_locations
 from sana_export.runtime.rebuild import export_line
 
@@ -182,6 +184,22 @@ def test_tensors_pass_between_graphs_without_a_copy(tiny_bundle: Path) -> None:
     second = sampler.run({**feeds, "latents": first["x0"], "previous_x0": backend.to_device(array[:, ::-1])})
     wanted = 0.25 * 0.5 * array + 3 * array[:, ::-1] + 4 * array
     np.testing.assert_allclose(backend.to_host(second["next_latents"]), wanted, atol=1e-5)
+
+
+def test_threads_of_a_session_rest_once_its_run_is_over(tiny_bundle: Path) -> None:
+    """They would keep the cores from the next graph's."""
+    options = session_options(onnxruntime)
+    options.intra_op_num_threads = 4
+    session = onnxruntime.InferenceSession(str(tiny_bundle / DENOISER), options, providers=["CPUExecutionProvider"])
+    sizes = {"branches": 2, "batch": 4, "text_tokens": 8, "latent_height": 16, "latent_width": 16}
+    feeds = {value.name: np.ones([sizes.get(axis, axis) for axis in value.shape], np.float32) for value in session.get_inputs()}
+    busy = []
+    for _ in range(3):
+        session.run(None, feeds)
+        started = time.process_time()
+        time.sleep(0.05)
+        busy.append(time.process_time() - started)
+    assert min(busy) < 0.005  # seconds of all threads in 50 ms; otherwise about 30 ms
 
 
 def test_running_out_of_memory_is_a_dependency_error(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,12 +155,7 @@ class OnnxRuntimeBackend(Backend):
         """The graph's file once it and its weights are as recorded, and the options of a session of it."""
         path, *data = check_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
         check_external_data(path, data, fix=self._fix)
-        options = self._onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        # Planned reuse keeps a buffer until the last tensor that will ever use it, and most of one block's wait for the next block:
-        # twice the memory, and no faster.
-        options.enable_mem_reuse = False
-        return path, options
+        return path, session_options(self._onnxruntime)
 
     def to_device(self, array: Array) -> Any:
         return _to_device(array, self.device)
@@ -178,6 +173,18 @@ class OnnxRuntimeBackend(Backend):
                 wanted=" or ".join(name for name in ("fp32", "fp16", "bf16") if name not in missing),
                 fix=export_line(self.bundle, self.manifest, precision="fp32"),
             )
+
+
+def session_options(onnxruntime: Any) -> Any:
+    """New options of a session of a bundle's graph. `onnxruntime` is the module."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    # Planned reuse keeps a buffer until the last tensor that will ever use it, and most of one block's wait for the next block:
+    # twice the memory, and no faster.
+    options.enable_mem_reuse = False
+    # Every session has threads of its own, which wait for more work in a busy loop while the next graph's need the cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 def _to_device(value: Any, device: str) -> Any:
