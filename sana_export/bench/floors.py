@@ -14,9 +14,7 @@ from sana_export.profiles import DECODER_TILE
 from sana_export.runtime.tiling import UNTILED_AREA, plan_windows
 from sana_export.synth.recipes import RECIPES
 
-#: Dense fp16 products with fp32 accumulation and memory bandwidth, as NVIDIA publishes them. Source: the H100 SXM data sheet; the
-#: Ada architecture white paper (RTX 4090). NVIDIA gives no such figure for the laptop part: its 686 "AI TOPS" by the RTX 4090's
-#: 1321 times that card's 165.2, and its memory of 256 bits at 18 Gbit/s. At full power: a laptop that is given less is slower.
+#: Dense fp16 products with fp32 accumulation and memory bandwidth, as NVIDIA publishes them; `_SOURCES` says where.
 CARDS = {
     "H100 SXM": Rates(989.4e12, 3.35e12, "fp16", "published"),
     "RTX 4090": Rates(165.2e12, 1.008e12, "fp16", "published"),
@@ -81,7 +79,7 @@ def markdown() -> str:
     for card, rates in CARDS.items():
         lines += ["", f"## {card}", ""]
         lines += [f"{rates.flop / 1e12:g} TFLOP/s, {rates.bytes / 1e9:g} GB/s ({rates.source}).", "", *_card_table(found, rates)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _SOURCES
 
 
 def as_json() -> list[dict[str, object]]:
@@ -101,6 +99,21 @@ def as_json() -> list[dict[str, object]]:
         for floor in floors()
         for card, rates in CARDS.items()
     ]
+
+
+_SOURCES = """
+## The rates
+
+Dense fp16 products with fp32 accumulation.
+
+- H100 SXM: NVIDIA's white paper "H100 Tensor Core GPU Architecture", table of peak rates (989.4 TFLOP/s), and the H100 data sheet
+  (3.35 TB/s).
+- RTX 4090: NVIDIA's white paper "Ada GPU Architecture", appendix A (165.2 TFLOP/s, 1008 GB/s): 128 multiprocessors of 512 operations
+  a clock at 2.52 GHz.
+- RTX 4090 Laptop, 16 GB: NVIDIA gives no such figure. 85.8 TFLOP/s is its 686 "AI TOPS" by the RTX 4090's 1321, times 165.2, so its
+  76 multiprocessors at 2.2 GHz, more than the 1.46 to 2.04 GHz of its published boost clock, which give 57 to 79 TFLOP/s: laptops are
+  given different power, and most are slower than this floor. 256 bits at 18 Gbit/s are 576 GB/s.
+"""
 
 
 _HEAD = """# The floor: computed, not measured

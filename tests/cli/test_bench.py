@@ -16,16 +16,19 @@ from sana_export.bench.workload import Workload
 def test_a_slowed_graph_is_caught(
     tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three real runs: as it is, as it is, and with a denoiser a hundred times as slow, which a busy machine cannot hide."""
+    """Three real runs: as it is, as it is, and with a denoiser ten times as slow, which a busy machine cannot hide.
+
+    benchmarks/notes.md has the same on a quiet machine with an eighth more of a denoiser's work.
+    """
     work = Workload("slowed", 128, 128, 4, 4.5, ("a cute 🐼",), repeats=5, threads=1)
     names = ("eager", "fake_backends:slowed")
-    for name, times in (("before", "0"), ("again", "0"), ("slowed", "99")):
+    for name, times in (("before", "0"), ("again", "0"), ("slowed", "9")):
         monkeypatch.setenv("FAKE_BACKENDS_SLOWER", times)
         run_bench(tiny_bundle, tiny_checkpoint, backends=names, workload=work, output=tmp_path / name)
     files = {name: tmp_path / name / "bench.json" for name in ("before", "again", "slowed")}
-    same = cli("bench", "--compare", files["before"], files["again"], "--threshold", "400%")
-    assert (same.code, "nothing got worse by more than 400%" in same.out) == (0, True), same.out
-    ran = cli("bench", "--compare", files["before"], files["slowed"], "--threshold", "400%", "--json")
+    same = cli("bench", "--compare", files["before"], files["again"], "--threshold", "100%")
+    assert (same.code, "nothing got worse by more than 100%" in same.out) == (0, True), same.out
+    ran = cli("bench", "--compare", files["before"], files["slowed"], "--threshold", "100%", "--json")
     assert ran.code == 5
     worse = {change["stage"] for change in ran.json["changes"] if change["verdict"] == "worse" and change["backend"] != "eager"}
     assert {"denoise_step", "denoise_loop"} <= worse
