@@ -106,12 +106,11 @@ _SOURCES = """
 
 Dense fp16 products with fp32 accumulation.
 
-- H100 SXM: NVIDIA's white paper "H100 Tensor Core GPU Architecture", table of peak rates (989.4 TFLOP/s), and the H100 data sheet
-  (3.35 TB/s).
-- RTX 4090: NVIDIA's white paper "Ada GPU Architecture", appendix A (165.2 TFLOP/s, 1008 GB/s): 128 multiprocessors of 512 operations
-  a clock at 2.52 GHz.
-- RTX 4090 Laptop, 16 GB: NVIDIA gives no such figure. 85.8 TFLOP/s is its 686 "AI TOPS" by the RTX 4090's 1321, times 165.2, so its
-  76 multiprocessors at 2.2 GHz, more than the 1.46 to 2.04 GHz of its published boost clock, which give 57 to 79 TFLOP/s: laptops are
+- H100 SXM: NVIDIA's white paper "H100 Tensor Core GPU Architecture", peak rates (989.4 TFLOP/s), and the data sheet (3.35 TB/s).
+- RTX 4090: NVIDIA's white paper "Ada GPU Architecture", appendix A (165.2 TFLOP/s, 1008 GB/s): 128 multiprocessors of 512
+  operations a clock at 2.52 GHz.
+- RTX 4090 Laptop, 16 GB: NVIDIA gives no such figure. 85.8 TFLOP/s is its 686 "AI TOPS" by the RTX 4090's 1321, times 165.2: its
+  76 multiprocessors at 2.2 GHz, which is more than its published boost clock of 1.46 to 2.04 GHz (57 to 79 TFLOP/s). Laptops are
   given different power, and most are slower than this floor. 256 bits at 18 Gbit/s are 576 GB/s.
 """
 
