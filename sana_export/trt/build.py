@@ -63,7 +63,7 @@ class BuildOptions:
     `tf32`: fp32 products may run as TensorFloat-32 (10 bits of mantissa). TensorRT allows it unless told otherwise;
     here it is off, since fp32 in a graph of ours stands where fp16 is not enough.
     `refittable`: the engine is built without the graph's external weights and is given them after it is loaded
-    (`refit.refit_engine`), so that it serves every checkpoint of one structure. TensorRT-RTX 1.4 to 1.7 need a GPU to build one.
+    (`refit.EngineWeights`), so that it serves every checkpoint of one structure. TensorRT-RTX 1.4 to 1.7 need a GPU to build one.
     `version_compatible`: it also runs on later versions of the same major one. `hardware_compatible`: it also runs on later GPUs,
     from compute capability 8.0 on. `weight_streaming`: its weights may stay on the host and come as they are needed.
     """

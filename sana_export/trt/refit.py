@@ -27,7 +27,8 @@ _SHOWN = 8
 class EngineWeights:
     """The weights of one deserialized engine of `graph`, and what they are now: what a session refits through.
 
-    Made from the bundle's files, which are checked and mapped. `module` is `tensorrt` or `tensorrt_rtx`.
+    Made from the bundle's files, which are checked and mapped. `module` is `tensorrt` or `tensorrt_rtx`, `engine` has no work under
+    way. Raises ArtifactError where a file is damaged.
     """
 
     def __init__(self, module: Any, engine: Any, graph: GraphEntry, bundle: Path) -> None:
@@ -39,7 +40,10 @@ class EngineWeights:
         self._held: ChainMap[str, Array] = ChainMap(self._changed, self.own)
 
     def fill(self, changed: Mapping[str, Array] | None = None) -> None:
-        """Give the engine all of its weights (`refit_weights`): the bundle's own, but those in `changed`."""
+        """Give the engine all of its weights (`refit_weights`): the bundle's own, but those in `changed`.
+
+        They are mapped from the disk, and one copy of each goes to the device. Whether the numbers are right, `verify` tells.
+        """
         self._changed.update(changed or {})
         refit_weights(self._module, self._engine, self._graph, self._held)
 
@@ -47,17 +51,6 @@ class EngineWeights:
         """`Session.refit`, once the engine is filled and while no work of it is under way (`refit_named`)."""
         refit_named(self._module, self._engine, self._graph, weights, self._held)
         self._changed.update(weights)
-
-
-def refit_engine(module: Any, engine: Any, graph: GraphEntry, bundle: Path) -> None:
-    """Give `engine` all of its weights out of the bundle's files of `graph`, which are checked first.
-
-    `module` is `tensorrt` or `tensorrt_rtx`, `engine` its deserialized engine with no work under way. The weights are mapped from
-    the disk, one copy of each goes to the device. Raises ArtifactError where a file is damaged, where the engine and the graph do
-    not name the same weights, where one has another size, or where the module refuses: an engine with a part of its weights is
-    never kept. Whether the numbers are right, `verify` tells.
-    """
-    EngineWeights(module, engine, graph, bundle).fill()
 
 
 def refit_weights(module: Any, engine: Any, graph: str, tensors: Mapping[str, Array]) -> None:

@@ -19,7 +19,7 @@ from sana_export.trt.build import BuildOptions, build_engine, configure
 from sana_export.trt.bundle import build_bundle, read_instruction_tokens
 from sana_export.trt.device import gpu_compute_capability
 from sana_export.trt.logger import logger_for
-from sana_export.trt.refit import refit_engine
+from sana_export.trt.refit import EngineWeights
 from tests.trt.building import build, tree
 from tests.trt.refit_stand_in import Engine, arrays, module
 from tests.trt.small_bundles import write_bundle
@@ -36,7 +36,7 @@ def test_every_weight_reaches_the_engine(tiny_bundle: Path) -> None:
     for graph in Manifest.load(tiny_bundle).graphs.values():
         wanted = arrays(tiny_bundle, graph)
         engine = Engine(wanted)
-        refit_engine(module(), engine, graph, tiny_bundle)
+        EngineWeights(module(), engine, graph, tiny_bundle).fill()
         assert set(engine.weights) == set(wanted)
         for name, value in wanted.items():
             np.testing.assert_array_equal(engine.weights[name], value)
@@ -57,7 +57,7 @@ def test_the_weights_are_read_where_they_lie_and_not_copied(bundle: Path) -> Non
 
     stub = module()
     stub.Weights = staticmethod(weights)
-    refit_engine(stub, Engine(arrays(bundle, graph)), graph, bundle)
+    EngineWeights(stub, Engine(arrays(bundle, graph)), graph, bundle).fill()
     assert mapped == [str(bundle / graph.data[0].path)]
 
 
@@ -78,7 +78,7 @@ def test_a_partial_refit_is_an_error(changes: dict[str, Any], engine_change: dic
     engine = Engine(prototypes)
 
     with pytest.raises(ArtifactError, match=words) as caught:
-        refit_engine(module(**changes), engine, graph, bundle)
+        EngineWeights(module(**changes), engine, graph, bundle).fill()
 
     assert "engine of vae_decoder" in caught.value.message
     assert "--refittable" in str(caught.value.fix)
@@ -94,7 +94,7 @@ def test_damaged_weights_do_not_reach_the_engine(bundle: Path) -> None:
     path.write_bytes(content)
 
     with pytest.raises(ArtifactError, match="damaged"):
-        refit_engine(module(), engine, graph, bundle)
+        EngineWeights(module(), engine, graph, bundle).fill()
     assert not engine.weights["weight"].any()
 
 
@@ -221,7 +221,7 @@ def test_another_export_of_the_same_structure_refits_the_same_engine(bundle: Pat
     held = []
     for seed in range(2):
         graph = write_bundle(bundle, seed=seed).graphs["vae_decoder"]
-        refit_engine(module(), engine, graph, bundle)
+        EngineWeights(module(), engine, graph, bundle).fill()
         np.testing.assert_array_equal(engine.weights["weight"], arrays(bundle, graph)["weight"])
         held.append(engine.weights["weight"].copy())
     assert not np.array_equal(*held)

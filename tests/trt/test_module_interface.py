@@ -99,9 +99,9 @@ def test_the_compiler_says_what_an_engine_works_in(bundle: Path) -> None:
         (engine,) = [engine for engine in manifest.engines if engine.profile == f"static-{side}"]
         return engine.activation_bytes
 
-    small, large = work(128), work(256)
+    small, large = work(256), work(512)
     # More than the float32 image alone, and no more than four times it for four times the pixels.
-    assert small > 3 * 128 * 128 * 4
+    assert small > 3 * 256 * 256 * 4
     assert 2 < large / small <= 4
 
 
