@@ -54,6 +54,18 @@ def test_glyphs_lie_where_the_scene_says() -> None:
     assert picture[64, 34].tolist() == expected.tolist()
 
 
+def test_a_glyph_counts_for_more_than_its_background() -> None:
+    placed = scenes.Scene("placed", (3,), 3, False, "left", ((3, 10, 64, 40),))
+    whole = scenes.Scene("one", (3,), 3, False, "", ((3, 64, 64, 128),))
+    weight = train_autoencoder.emphasis([placed, whole])
+    torch.testing.assert_close(weight.mean((1, 2, 3)), torch.ones(2))
+    torch.testing.assert_close(weight[1], torch.ones(1, 128, 128))
+    inside = torch.zeros(128, 128, dtype=torch.bool)
+    inside[44:84, :30] = True  # cut at the border
+    assert len(weight[0, 0][inside].unique()) == len(weight[0, 0][~inside].unique()) == 1
+    assert float(weight[0, 0, 64, 0] / weight[0, 0, 0, 0]) == pytest.approx(train_autoencoder.GLYPH_WEIGHT)
+
+
 def test_no_training_scene_or_caption_is_one_that_is_held_out() -> None:
     rng = np.random.default_rng(7)
     asked = {prompt.text for prompt in (*evaluation.grid_prompts(), *evaluation.meter_prompts())}
