@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sana_export.bench.report import Agreement, BackendResult, BenchReport
+from sana_export.bench.report import Agreement, BackendResult, BenchReport, SweepPoint
 from sana_export.bench.stages import STAGES, StageResult, Summary
 from sana_export.bench.work import Product, Rates, Work
 from sana_export.bench.workload import Workload
@@ -114,6 +114,30 @@ def test_text_is_a_table_with_the_failures_below() -> None:
     assert any("floor of the whole call with the work of our graphs: 5.0 ms, 0.003 TFLOP" in line for line in lines)
     assert "image identical" in report().as_text()
     assert (report().failed, report().skipped) == ({"broken": "it fell\n  over"}, {"elsewhere": "no GPU"})
+
+
+def test_work_is_that_of_one_call_of_one_prompt() -> None:
+    """What was counted is of all prompts, one call each."""
+    found = report(71.5)
+    two = dataclasses.replace(found, workload=dataclasses.replace(found.workload, prompts=("a 🐼", "a 🎋")))
+    assert two.as_json()["work"] == {"bundle": {"end_to_end": {"flop": 1.5e9, "bytes": 2.5e6, "floor_ms": 2.5}}}
+    assert two.as_json()["backends"]["fast"]["stages"]["end_to_end"]["achieved"]["share"] == pytest.approx(2.5 / 20)
+
+
+def test_other_sizes_have_a_table_of_their_own() -> None:
+    found = report(71.5)
+    larger = dataclasses.replace(found.workload, height=256, images_per_prompt=2)
+    swept = dataclasses.replace(found, sweep=(SweepPoint(larger, found.backends),))
+    rows = [line for line in swept.as_text().splitlines() if line.startswith("| 256x128")]
+    assert rows == [
+        "| 256x128 | 2 | eager | 3 | 30.0 | 29.0 to 31.0 |  | 3 |",
+        "| 256x128 | 2 | fast | 3 | 20.0 | 19.0 to 21.0 | 1.50 | 5 |",
+        "| 256x128 | 2 | broken |  | it fell over |  |  |  |",
+        "| 256x128 | 2 | elsewhere |  | no GPU |  |  |  |",
+    ]
+    (point,) = swept.as_json()["sweep"]
+    assert (point["height"], point["width"], point["images_per_prompt"]) == (256, 128, 2)
+    assert point["backends"]["fast"]["end_to_end"]["median_ms"] == 20.0
 
 
 @pytest.mark.parametrize(("other_load", "noisy"), [(None, False), (0.1, False), (0.11, True)])
