@@ -53,7 +53,7 @@ class _Origin:
 
 
 def trace_origins(build: Callable[[Mapping[str, Tensor]], nn.Module], weights: Mapping[str, Tensor]) -> tuple[LoraTarget, ...]:
-    """One row for each layer of `weights` (on the meta device, by name) that `build` takes as a matrix, in their order there.
+    """The rows of each layer of `weights` (on the meta device, by name) that `build` takes as a matrix, in their order there.
 
     Layers are what a LoRA is for: a weight [out, in], or that of a 1x1 convolution [out, in, 1, 1].
     """
