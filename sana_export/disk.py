@@ -49,25 +49,34 @@ def require_free(folder: Path, wanted: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+def locked(path: Path, on_wait: Callable[[], None] = lambda: None, *, remove: bool = False) -> Iterator[None]:
     """Hold the lock file `path` against every other process and thread; the system frees it when a process dies.
 
     Waits for the holder and calls `on_wait` once before it does. Where the file system knows no locks it goes on
-    without, with a warning.
+    without, with a warning. `remove`: the file goes when the lock is given back.
     """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        waited = False
-        while not _try_lock(descriptor, path):
-            if not waited:
-                on_wait()
-                waited = True
-            time.sleep(_POLL_SECONDS)
-        yield
-    finally:
-        os.close(descriptor)
+    waited = False
+    while True:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            while not _try_lock(descriptor, path):
+                if not waited:
+                    on_wait()
+                    waited = True
+                time.sleep(_POLL_SECONDS)
+            if not _is_file(descriptor, path):  # the holder removed it, and the next one locks another of that name
+                continue
+            try:
+                yield
+            finally:
+                if remove:
+                    with contextlib.suppress(OSError):  # Windows removes no file that is open; then it stays
+                        path.unlink()
+            return
+        finally:
+            os.close(descriptor)
 
 
 def manifest_lock(bundle: Path) -> Path:
@@ -83,13 +92,21 @@ def free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that `path` names now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _try_lock(descriptor: int, path: Path) -> bool:
     try:
         _lock_nonblocking(descriptor)
     except OSError as error:
         if error.errno in _BUSY:
             return False
-        LOG.warning("%s cannot be locked (%s): do not build into this bundle twice at a time", path, error)
+        LOG.warning("%s cannot be locked (%s): do not write into this bundle twice at a time", path, error)
     return True
 
 

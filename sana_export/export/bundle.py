@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch
 
 from sana_export import __version__
 from sana_export.contract import GRAPHS
-from sana_export.disk import disk_errors, require_free
+from sana_export.disk import disk_errors, locked, require_free
 from sana_export.environment import peak_rss_bytes, source_digest
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.graph_files import export_graphs, groups
@@ -80,11 +80,29 @@ def export_bundle(
 
     `clamp` None: as the checkpoint was trained (variants.py, or the stored weights' dtype). `graphs` empty: all. A bundle that
     already is this export is kept as it is, with its engines. Raises UsageError for options that make no sense and for an output
-    that holds something else, ParityError where a graph does not equal its module, DependencyError where the disk refuses.
+    that holds something else, ParityError where a graph does not equal its module, DependencyError where the disk refuses. Waits
+    while another process exports to `output`.
     """
     options = choose_options(checkpoint, precision, pag_layers, clamp)
     names = choose_graphs(graphs)
     key = export_key(checkpoint, options, names)
+    if (existing := existing_bundle(output)) is not None and existing.export_key == key:
+        log.info("%s is up to date", output)
+        return existing
+    lock = output.with_name(output.name + ".lock")
+    with locked(lock, lambda: log.warning("another process exports to %s: waiting for it", output), remove=True):
+        return _export(checkpoint, output, options, names, key, on_progress)
+
+
+def _export(
+    checkpoint: SanaCheckpoint,
+    output: Path,
+    options: Options,
+    names: Sequence[str],
+    key: str,
+    on_progress: Callable[[Progress], None],
+) -> Manifest:
+    """`export_bundle`, once nobody else exports to `output`."""
     partial, old = output.with_name(output.name + ".partial"), output.with_name(output.name + ".old")
     if old.exists() and not output.exists():
         old.rename(output)

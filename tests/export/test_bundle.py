@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,35 @@ def test_an_interrupted_export_leaves_the_old_bundle_and_goes_on(tiny_checkpoint
     small_export(tiny_checkpoint, output, pag_layers=["1"])
     assert exported == ["sampler", "postprocess"]
     assert Manifest.load(output).options.pag_layers == (1,)
+
+
+def test_a_second_export_to_the_same_place_waits(tiny_checkpoint, tmp_path, exported):
+    """It finds the first one's bundle, and makes nothing."""
+    inside, waiting = threading.Event(), threading.Event()
+
+    class Waits(logging.Handler):
+        def emit(self, record):
+            if "waiting for it" in record.getMessage():
+                waiting.set()
+
+    def hold(progress):
+        inside.set()
+        waiting.wait(30)
+
+    logger, handler = logging.getLogger("sana_export.export.bundle"), Waits()
+    logger.addHandler(handler)
+    try:
+        first = threading.Thread(target=small_export, args=(tiny_checkpoint, tmp_path / "b"), kwargs={"on_progress": hold})
+        first.start()
+        assert inside.wait(60)
+        manifest = small_export(tiny_checkpoint, tmp_path / "b")
+        first.join()
+    finally:
+        logger.removeHandler(handler)
+    assert waiting.is_set()
+    assert exported == [*SMALL]
+    assert set(manifest.graphs) == set(SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_a_journal_of_other_options_is_not_gone_on_with(tiny_checkpoint, tmp_path, exported):

@@ -59,6 +59,30 @@ def test_a_lock_keeps_threads_apart_and_tells_who_waits(tmp_path: Path) -> None:
     assert len(waits) == 3
 
 
+def test_a_lock_that_goes_keeps_threads_apart_too(tmp_path: Path) -> None:
+    """Whoever waited for the file that was removed must not go in beside the holder of the next one."""
+    inside, most = 0, 0
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(3):
+            with locked(tmp_path / "lock", remove=True):
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0.02)
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path / "lock", remove=True):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from sana_export.disk import locked\n"
