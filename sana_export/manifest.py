@@ -56,7 +56,7 @@ class LoraTarget:
 class GraphEntry:
     """One exported graph: its resolved tensors, the ONNX file and the external data files it reads.
 
-    `lora_targets`: every layer of the transformer that it holds; empty in bundles of before they were recorded.
+    `lora_targets`: where each layer of the transformer lies in it; empty in bundles of before they were recorded.
     """
 
     spec: GraphSpec

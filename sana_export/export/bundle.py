@@ -1,6 +1,7 @@
 """Checkpoint to bundle: everything that a bundle holds except engines, written aside and put in place whole.
 
-While it is written a bundle lives beside its final place as `<name>.partial`, with a journal of the graphs that are done. An
+While it is written a bundle lives beside its final place as `<name>.partial`, with a journal of the graphs that are done, and
+`<name>.lock` keeps other exports to that place waiting (one that is killed leaves the file, which locks nothing then). An
 interrupted export leaves the old bundle as it was; the next export of the same checkpoint with the same options goes on after the
 last finished graph.
 """
@@ -85,24 +86,16 @@ def export_bundle(
     """
     options = choose_options(checkpoint, precision, pag_layers, clamp)
     names = choose_graphs(graphs)
-    key = export_key(checkpoint, options, names)
-    if (existing := existing_bundle(output)) is not None and existing.export_key == key:
-        log.info("%s is up to date", output)
-        return existing
     lock = output.with_name(output.name + ".lock")
     with locked(lock, lambda: log.warning("another process exports to %s: waiting for it", output), remove=True):
-        return _export(checkpoint, output, options, names, key, on_progress)
+        return _export(checkpoint, output, options, names, on_progress)
 
 
 def _export(
-    checkpoint: SanaCheckpoint,
-    output: Path,
-    options: Options,
-    names: Sequence[str],
-    key: str,
-    on_progress: Callable[[Progress], None],
+    checkpoint: SanaCheckpoint, output: Path, options: Options, names: Sequence[str], on_progress: Callable[[Progress], None]
 ) -> Manifest:
     """`export_bundle`, once nobody else exports to `output`."""
+    key = export_key(checkpoint, options, names)
     partial, old = output.with_name(output.name + ".partial"), output.with_name(output.name + ".old")
     if old.exists() and not output.exists():
         old.rename(output)

@@ -16,7 +16,7 @@ from torch.nn.functional import layer_norm
 
 from sana_export.errors import ArtifactError
 from sana_export.graphs.context import QK_NORM_EPS
-from sana_export.graphs.gated_conv import gate_halves
+from sana_export.graphs.gated_conv import gated_conv_halves
 from sana_export.graphs.numerics import FP16_MAX, Conv, Linear, Numerics, linear_attention, parameter, rms_norm, silu
 from sana_export.graphs.text_encoder import MASKED
 
@@ -122,7 +122,7 @@ class Block(nn.Module):
         self.cross_query.bias = parameter(weights["attn2.to_q.bias"], numerics.dtype)
         self.cross_out = Linear(weights["attn2.to_out.0.weight"], weights["attn2.to_out.0.bias"], numerics, scale)
         # The half that the gate multiplies carries the scale through to the stream.
-        self.halves = gate_halves(weights, "ff.", numerics, factor=scale)
+        self.halves = gated_conv_halves(weights, "ff.", numerics, factor=scale)
         self.point = Conv(weights["ff.conv_point.weight"], None, numerics)
 
     def self_attention(self, x: Tensor, table: tuple[Tensor, ...], identity: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sana_export.graphs.numerics import Conv, Numerics, silu
 
 
-class GateHalf(nn.Module):
+class GatedConvHalf(nn.Module):
     """1x1 convolution, SiLU, depthwise 3x3: [B, C, H, W] -> [B, hidden, H, W], one half of the block's channels.
 
     The input is stored multiplied by `scale`, the output by `scale` and `factor`.
@@ -49,14 +49,14 @@ class GateHalf(nn.Module):
         return out
 
 
-def gate_halves(
+def gated_conv_halves(
     weights: Mapping[str, Tensor], name: str, numerics: Numerics, *, scale: float = 1.0, factor: float = 1.0
 ) -> nn.ModuleDict:
     """The value and the gate of `name`conv_*; only the value is multiplied by `factor`."""
     hidden = weights[f"{name}conv_point.weight"].shape[1]
     return nn.ModuleDict(
         {
-            "value": GateHalf(weights, name, slice(hidden), numerics, scale=scale, factor=factor),
-            "gate": GateHalf(weights, name, slice(hidden, 2 * hidden), numerics, scale=scale),
+            "value": GatedConvHalf(weights, name, slice(hidden), numerics, scale=scale, factor=factor),
+            "gate": GatedConvHalf(weights, name, slice(hidden, 2 * hidden), numerics, scale=scale),
         }
     )

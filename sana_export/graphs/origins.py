@@ -116,14 +116,11 @@ class _Tracer(TorchDispatchMode):
         if func == _ops.mul.Tensor and isinstance(args[1], int | float):
             return replace(origin, parts=tuple(replace(part, factor=part.factor * args[1]) for part in origin.parts))
         if func == _ops.slice.Tensor and len(args) == 4 and args[1] == 0 and len(origin.parts) == 1 and not origin.transposed:
-            return self._cut(origin.parts[0], *args[2:4])
+            rows = range(*origin.parts[0].held)[args[2] : args[3]]
+            return _Origin((replace(origin.parts[0], held=(rows.start, rows.stop)),))
         if func in _TURNS and value.ndim == 2 and args[1:] in _TURNS[func]:
             return replace(origin, transposed=not origin.transposed)
         return None
-
-    def _cut(self, part: _Part, start: int | None, end: int | None) -> _Origin:
-        rows = range(*part.held)[start:end]
-        return _Origin((replace(part, held=(rows.start, rows.stop)),))
 
     def _join(self, tensors: list[Tensor], axis: int) -> _Origin | None:
         origins = [self.origins.get(tensor) for tensor in tensors]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad, pixel_shuffle
 
 from sana_export.errors import ArtifactError
-from sana_export.graphs.gated_conv import gate_halves
+from sana_export.graphs.gated_conv import gated_conv_halves
 from sana_export.graphs.numerics import Conv, Numerics, linear_attention, parameter, rms_norm, silu
 
 NORM_EPS = 1e-5
@@ -262,14 +262,15 @@ class MultiscaleAttention(nn.Module):
 class GatedConv(nn.Module):
     """Inverted bottleneck with a gate and a norm over channels (diffusers `GLUMBConv`).
 
-    Inside it is eight times as wide as outside, so it runs in `bands` bands of rows, which divide the height. A band reads one row
-    more on each side that is no side of the image, for the depthwise 3x3, and what comes of these rows is dropped: nothing changes.
+    Inside, each half is four times as wide as outside, so it runs in `bands` bands of rows, which divide the height. A band
+    reads one row more on each side that is no side of the image, for the depthwise 3x3, and what comes of these rows is dropped:
+    nothing changes.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
         self.numerics, self.bands = numerics, bands
-        self.halves = gate_halves(weights, name, numerics, scale=numerics.scale)
+        self.halves = gated_conv_halves(weights, name, numerics, scale=numerics.scale)
         self.point = Conv(weights[f"{name}conv_point.weight"], None, numerics)
         self.norm = ChannelNorm(weights, f"{name}norm", numerics, scaled_input=False)
 

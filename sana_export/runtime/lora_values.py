@@ -1,8 +1,8 @@
 """What a LoRA makes of a bundle's weights: slices of stored arrays plus a product, in numpy.
 
-The manifest says where every layer of the transformer lies (`LoraTarget`). A graph's array holds f W of it, with a constant f, so
-a LoRA adds f * scale * (alpha / r) * B A there. The sum of all LoRAs and of what is stored is taken in float32 and rounded
-once to the array's dtype.
+The manifest says where every layer of the transformer lies (`LoraTarget`). A graph's array holds f W of it, or of some of its
+rows, with a constant f, so a LoRA adds f * scale * (alpha / r) * B A there. The sum of all LoRAs and of what is stored is taken in
+float32 and rounded once to the array's dtype.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ def _stored(base: Mapping[str, Bytes], target: LoraTarget) -> Array:
 
 def _add(array: Array, target: LoraTarget, folds: Sequence[Fold[StoredTensor]], adapters: Sequence[Adapter]) -> None:
     """Add `folds` to the slice of `array` that is the target's, in place."""
-    held = slice(*(target.held or (0, target.shape[0])))
-    rows = slice(target.first, target.first + held.stop - held.start)
+    first, end = target.held or (0, target.shape[0])
+    rows = slice(target.first, target.first + end - first)
     part = array[:, rows] if target.transposed else array[rows]
     old = widen_bfloat16(part) if target.dtype == "bfloat16" else part.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
-        total = sum((_product(fold)[held] for fold in folds), np.float32(0)) * np.float32(target.factor)
+        total = sum((_product(fold, slice(first, end)) for fold in folds), np.float32(0)) * np.float32(target.factor)
         new = old + (total.T if target.transposed else total).reshape(part.shape)
         rounded = round_to_bfloat16(new) if target.dtype == "bfloat16" else new.astype(part.dtype)
     wide = widen_bfloat16(rounded) if target.dtype == "bfloat16" else rounded
@@ -106,8 +106,8 @@ def _add(array: Array, target: LoraTarget, folds: Sequence[Fold[StoredTensor]], 
     part[...] = rounded
 
 
-def _product(fold: Fold[StoredTensor]) -> Float32:
-    """[out, in] in float32."""
+def _product(fold: Fold[StoredTensor], rows: slice) -> Float32:
+    """The rows of [out, in], in float32."""
     up, down = (part.read().reshape(part.shape[0], -1) for part in (fold.up, fold.down))
-    product: Float32 = (up @ down) * np.float32(fold.factor)
+    product: Float32 = (up[rows] @ down) * np.float32(fold.factor)
     return product

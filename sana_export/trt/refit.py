@@ -43,6 +43,8 @@ class EngineWeights:
         """Give the engine all of its weights (`refit_weights`): the bundle's own, but those in `changed`.
 
         They are mapped from the disk, and one copy of each goes to the device. Whether the numbers are right, `verify` tells.
+        Raises ArtifactError where the engine and the graph do not name the same weights, where one has another size, or where the
+        module refuses: an engine with a part of its weights is never kept.
         """
         self._changed.update(changed or {})
         refit_weights(self._module, self._engine, self._graph, self._held)

@@ -64,6 +64,9 @@ def test_a_glyph_counts_for_more_than_its_background() -> None:
     inside[44:84, :30] = True  # cut at the border
     assert len(weight[0, 0][inside].unique()) == len(weight[0, 0][~inside].unique()) == 1
     assert float(weight[0, 0, 64, 0] / weight[0, 0, 0, 0]) == pytest.approx(train_autoencoder.GLYPH_WEIGHT)
+    wanted = torch.zeros(2, 3, 128, 128)
+    off = [train_autoencoder.reconstruction_loss(wanted + 0.1 * place, wanted, weight) for place in (inside, ~inside)]
+    assert off[0] / inside.sum() > 2 * off[1] / (~inside).sum()
 
 
 def test_no_training_scene_or_caption_is_one_that_is_held_out() -> None:

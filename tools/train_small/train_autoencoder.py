@@ -19,7 +19,7 @@ from tools.train_small.scenes import SIZE, Scene, draw_pool
 
 #: The noise on the latents reaches this share of their deviation.
 LATENT_NOISE = 0.05
-#: How many times more than the background a glyph counts: a small one is a small part of its picture, and the hardest to keep.
+#: How many times as much as the background a glyph counts: a small one is a small part of its picture, and the hardest to keep.
 GLYPH_WEIGHT = 4.0
 #: How strongly the latents are kept at deviation 1.
 SCALE_LOSS = 0.01
