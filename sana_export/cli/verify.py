@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_size(parser, "the image (default: chosen by the check)")
     parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: 8, or the checkpoint's if less)")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="guidance of the image (default: the checkpoint's)")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the compared image (default: 0)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the compared image (default: 42)")
     add_model_options(parser)
 
 

@@ -51,7 +51,7 @@ class Sampling:
     width: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
-    seed: int = 0
+    seed: int = 42
 
     def request(self, prompt: str, model: ModelInfo, pag_scale: float = 0.0) -> Request:
         return Request(

@@ -127,7 +127,7 @@ def load_autoencoder(folder: Path) -> Any:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    training.add_arguments(parser, steps=6000, batch=128, rate=1e-3)
+    training.add_arguments(parser, steps=13_000, batch=128, rate=1e-3)
     parser.add_argument("--autoencoder", help="folder of its training (default: the same as --folder)")
     parser.add_argument(
         "--font", type=Path, default=FONT, help="a colour font with the glyphs (default: Debian's Noto Color Emoji)"
