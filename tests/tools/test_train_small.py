@@ -170,7 +170,7 @@ def test_both_trainings_lower_their_loss(
 ) -> None:
     monkeypatch.setattr(training, "LOG_EVERY", 10)
     monkeypatch.setattr(training, "WARM_UP", 5)
-    autoencoder = train_autoencoder.train(options(tmp_path, steps=50, rate=3e-3), shapes, NARROW_VAE, compiled=False)
+    autoencoder = train_autoencoder.train(options(tmp_path, steps=60, batch=6), shapes, NARROW_VAE, compiled=False)
     first = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
     made = options(tmp_path, steps=60, batch=16, rate=3e-3)
     trained, factor = train_transformer.train(made, shapes, autoencoder.eval(), NARROW_TEXT, NARROW_TRANSFORMER)
