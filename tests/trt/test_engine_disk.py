@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,38 +40,17 @@ def test_too_little_space_is_told_in_bytes(tmp_path: Path, monkeypatch: pytest.M
     assert "1001 bytes" in str(caught.value)
 
 
-def test_a_lock_keeps_threads_apart_and_tells_who_waits(tmp_path: Path) -> None:
-    inside, most, waits = 0, 0, []
-
-    def work() -> None:
-        nonlocal inside, most
-        with locked(tmp_path / "folder" / "lock", lambda: waits.append(1)):
-            inside += 1
-            most = max(most, inside)
-            time.sleep(0.05)
-            inside -= 1
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == 1
-    assert len(waits) == 3
-
-
-def test_a_lock_that_goes_keeps_threads_apart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waited for the file that was removed must not go in beside the holder of the next one."""
-    monkeypatch.setattr(disk, "_POLL_SECONDS", 0.001)
+def most_inside(path: Path, turns: int, **options: Any) -> int:
+    """How many of four threads, which take so many turns each, were inside the lock at once."""
     inside, most = 0, 0
 
     def work() -> None:
         nonlocal inside, most
-        for _ in range(3):
-            with locked(tmp_path / "lock", remove=True):
+        for _ in range(turns):
+            with locked(path, **options):
                 inside += 1
                 most = max(most, inside)
-                time.sleep(0.02)
+                time.sleep(0.05)
                 inside -= 1
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -78,7 +58,19 @@ def test_a_lock_that_goes_keeps_threads_apart_too(tmp_path: Path, monkeypatch: p
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == 1
+    return most
+
+
+def test_a_lock_keeps_threads_apart_and_tells_who_waits(tmp_path: Path) -> None:
+    waits: list[int] = []
+    assert most_inside(tmp_path / "folder" / "lock", 1, on_wait=lambda: waits.append(1)) == 1
+    assert len(waits) == 3
+
+
+def test_a_lock_that_goes_keeps_threads_apart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waited for the file that was removed must not go in beside the holder of the next one."""
+    monkeypatch.setattr(disk, "_POLL_SECONDS", 0.001)
+    assert most_inside(tmp_path / "lock", 3, remove=True) == 1
     with pytest.raises(KeyboardInterrupt), locked(tmp_path / "lock", remove=True):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
