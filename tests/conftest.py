@@ -61,7 +61,7 @@ def own_cache(build_cache: Path) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(own_cache: None) -> Any:
     """The alias `tiny-random`, opened. Its folder is a diffusers checkpoint."""
-    from sana_export.graphs.checkpoint import open_checkpoint
+    from sana_export.checkpoint.checkpoint import open_checkpoint
 
     return open_checkpoint("tiny-random")
 
@@ -69,7 +69,7 @@ def tiny_checkpoint(own_cache: None) -> Any:
 @pytest.fixture(scope="session")
 def sprint_checkpoint(own_cache: None) -> Any:
     """The alias `tiny-sprint`, opened."""
-    from sana_export.graphs.checkpoint import open_checkpoint
+    from sana_export.checkpoint.checkpoint import open_checkpoint
 
     return open_checkpoint("tiny-sprint")
 

@@ -17,7 +17,7 @@ from sana_export.profiles import (
     profile_named,
 )
 from sana_export.resolutions import BINS
-from sana_export.runtime.tiling import plan_windows
+from sana_export.runtime.decoding import plan_windows
 
 MODEL = ModelInfo(
     sample_size=32,

@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from sana_export.bench.candidates import ALL, BASELINE, Job, check_names, find_row
-from sana_export.bench.ceiling import better
+from sana_export.bench.candidates.table import ALL, BASELINE, Job, check_names, find_row
+from sana_export.bench.candidates.worker import Worker, WorkerFailed
 from sana_export.bench.gpu_watch import GpuWatch
-from sana_export.bench.image_work import workload_work
-from sana_export.bench.machine import LoadMeter, describe_machine, describe_versions
-from sana_export.bench.report import Agreement, BackendResult, BenchReport, SweepPoint
+from sana_export.bench.load_meter import LoadMeter, describe_machine, describe_versions
+from sana_export.bench.report.result import Agreement, BackendResult, BenchReport, SweepPoint
 from sana_export.bench.stages import Call, stage_results
-from sana_export.bench.work import Rates
-from sana_export.bench.worker import Worker, WorkerFailed
+from sana_export.bench.work.ceiling import better
+from sana_export.bench.work.count import Rates
+from sana_export.bench.work.workload import workload_work
 from sana_export.bench.workload import Workload, load_workload
-from sana_export.disk import disk_errors
+from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.export.parity import IMAGE_PSNR_LIMITS, Array, psnr
-from sana_export.graphs.checkpoint import SanaCheckpoint
+from sana_export.files import disk_errors
 from sana_export.manifest import Manifest
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.machine import usable_cores
+from sana_export.bench.load_meter import usable_cores
 from sana_export.errors import UsageError
 
 FOLDER = Path(__file__).with_name("workloads")

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from sana_export.cli.text import plural, seconds, size, table
+from sana_export.cli.terminal.text import plural, seconds, size, table
 from sana_export.contract import GRAPHS
 from sana_export.manifest import EngineEntry, Manifest
 

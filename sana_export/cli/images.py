@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import numpy.typing as npt
 
-from sana_export.disk import disk_errors
 from sana_export.errors import UsageError
+from sana_export.files import disk_errors
 
 #: Suffix of a file: the format that Pillow writes, or None for float32 values in [0, 1] as a numpy array.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".npy": None}

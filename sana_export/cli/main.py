@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sana_export import __version__
-from sana_export.cli import bench, build, doctor, engines, export, generate, inspect, synth, variants, verify
-from sana_export.cli.console import EVERYTHING, SILENT, VERBOSE, Console, logging_to
-from sana_export.cli.failure import describe
-from sana_export.cli.interrupt import EXIT_CODE as INTERRUPTED
-from sana_export.cli.interrupt import interruptible
-from sana_export.cli.stdout import Stdout
+from sana_export.cli.terminal.console import EVERYTHING, SILENT, VERBOSE, Console, logging_to
+from sana_export.cli.terminal.failure import describe
+from sana_export.cli.terminal.interrupt import EXIT_CODE as INTERRUPTED
+from sana_export.cli.terminal.interrupt import interruptible
+from sana_export.cli.terminal.stdout import Stdout
 from sana_export.cli.verb import Answer, Verb
+from sana_export.cli.verbs import bench, build, doctor, engines, export, generate, inspect, synth, variants, verify
 from sana_export.errors import UsageError
 
 VERBS: dict[str, Verb] = {

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sana_export.cli.text import size, table
+from sana_export.cli.terminal.text import size, table
 from sana_export.manifest import Manifest
-from sana_export.trt.choice import engine_set
-from sana_export.trt.memory import Need, needs
+from sana_export.runtime.memory import Need, needs
+from sana_export.trt.selection import engine_set
 
 
 def memory_needs(bundle: Path, manifest: Manifest) -> dict[str, Mapping[str, Need]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sana_export.bench.workload import load_workload
-from sana_export.cli.build import BUILD_OPTIONS
 from sana_export.cli.images import FORMATS
+from sana_export.cli.verbs.build import BUILD_OPTIONS
 from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS
 from sana_export.profiles import profile_named

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_export.cli.console import QUIET, Console
+from sana_export.cli.terminal.console import QUIET, Console
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def model_options(files: Any, hub: Any) -> dict[str, Any]:
     offline (parsed options). Raises UsageError for a LoRA's scale that is no number.
     """
     from sana_export.adapters import parse_lora
-    from sana_export.graphs.hub import Hub
+    from sana_export.checkpoint.hub import Hub
 
     return {
         "revision": files.revision,

@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 
 from sana_export import __version__
+from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.contract import GRAPHS
-from sana_export.disk import disk_errors, locked, require_free
 from sana_export.environment import peak_rss_bytes, source_digest
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.graph_files import export_graphs, groups
 from sana_export.export.onnx import OPSET
 from sana_export.export.size import OVERHEAD, graph_bytes, text_bytes
 from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
-from sana_export.graphs.checkpoint import SanaCheckpoint
+from sana_export.files import disk_errors, locked, require_free
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
 from sana_export.manifest import (

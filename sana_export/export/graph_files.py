@@ -8,8 +8,9 @@ from pathlib import Path
 
 import onnx
 
+from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.contract import WEIGHTS_OF, GraphSpec
-from sana_export.export.modules import graph_spec
+from sana_export.export.example_inputs import graph_spec
 from sana_export.export.onnx import (
     check_onnx,
     check_targets,
@@ -20,7 +21,6 @@ from sana_export.export.onnx import (
     run_module,
 )
 from sana_export.graphs.builders import build_graph, lora_targets
-from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.graphs.storage import WeightFile, stored_in
 from sana_export.manifest import GraphEntry, LoraTarget, Options, file_entry
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from sana_export.contract import GraphSpec
 from sana_export.errors import ParityError
 from sana_export.export.evaluator import StorageEvaluator
+from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, random_inputs
 from sana_export.export.half import WideProducts
-from sana_export.export.modules import CHECK_SIZES, TRACE_SIZES, random_inputs
 from sana_export.export.parity import compare_tensors
 from sana_export.graphs.storage import WeightFile
 from sana_export.manifest import LoraTarget

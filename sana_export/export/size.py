@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from sana_export.graphs.checkpoint import SanaCheckpoint
+from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.manifest import Options
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.errors import ArtifactError
-from sana_export.graphs.checkpoint import SanaCheckpoint
 from sana_export.graphs.text_encoder import encode_instruction
 
 TOKENIZER = "tokenizer/tokenizer.json"

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sana_export.graphs.checkpoint import SanaCheckpoint
+from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.graphs.context import Context
 from sana_export.graphs.denoiser import Denoiser
+from sana_export.graphs.lora_targets import trace_origins
 from sana_export.graphs.numerics import NUMERICS
-from sana_export.graphs.origins import trace_origins
 from sana_export.graphs.postprocess import Postprocess
 from sana_export.graphs.sampler import Sampler
 from sana_export.graphs.text_encoder import TextEncoder

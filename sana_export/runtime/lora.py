@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sana_export.adapters import Lora
+from sana_export.commands import export_line
 from sana_export.environment import return_free_memory
 from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.manifest import Manifest, check_files
 from sana_export.runtime.backends import Session
 from sana_export.runtime.lora_values import Adapter, Array, Bytes, lora_values, read_adapter, touched
-from sana_export.runtime.rebuild import export_line
 from sana_export.trt.weights import read_tensors
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from sana_export.adapters import Fold, Lora, read_folds
 from sana_export.errors import ArtifactError
+from sana_export.formats.safetensors_file import StoredTensor, TensorFile, round_to_bfloat16, widen_bfloat16
 from sana_export.manifest import LoraTarget
-from sana_export.runtime.tensors import StoredTensor, TensorFile, round_to_bfloat16, widen_bfloat16
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from sana_export.errors import ArtifactError, UsageError
+from sana_export.formats.safetensors_file import StoredTensor, TensorFile
 from sana_export.manifest import Manifest
-from sana_export.runtime.tensors import StoredTensor, TensorFile
 
 log = logging.getLogger(__name__)
 

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sana_export.commands import export_line
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import Manifest
 from sana_export.resolutions import BINS
+from sana_export.runtime.decoding import choose_tile
 from sana_export.runtime.noise import TorchGenerator
-from sana_export.runtime.rebuild import export_line
 from sana_export.runtime.resolution import ResizePlan, check_size, choose_bin, make_resize_plan
 from sana_export.runtime.schedule import Schedule, make_schedule
-from sana_export.runtime.tiling import choose_tile
 
 Float32 = npt.NDArray[np.float32]
 

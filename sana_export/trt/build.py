@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sana_export.contract import GraphSpec, TensorSpec
-from sana_export.disk import disk_errors
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError
+from sana_export.files import disk_errors
 from sana_export.profiles import Range
 from sana_export.trt.flavour import network_flags, set_compute_capabilities
 from sana_export.trt.logger import logger_for, readable

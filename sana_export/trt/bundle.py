@@ -10,10 +10,10 @@ import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sana_export.disk import disk_errors, locked, manifest_lock, require_free
+from sana_export.files import disk_errors, locked, manifest_lock, require_free
+from sana_export.formats.safetensors_file import TensorFile
 from sana_export.manifest import EngineEntry, FileEntry, GraphEntry, Manifest, check_files
 from sana_export.profiles import Profile
-from sana_export.runtime.tensors import TensorFile
 from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions, Built
 from sana_export.trt.flavour import flavour_of, load, target_for
 from sana_export.trt.plan import PlannedEngine, plan

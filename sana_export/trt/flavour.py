@@ -16,7 +16,7 @@ from typing import Any
 
 from sana_export.environment import operating_system
 from sana_export.errors import DependencyError, UsageError
-from sana_export.trt.device import gpu_compute_capability
+from sana_export.machine import gpu_compute_capability
 
 #: `EngineEntry.operating_system` of an engine that runs on every system that its backend supports.
 ANY_SYSTEM = "any"

@@ -19,7 +19,7 @@ from sana_export.contract import DYNAMIC_AXES, GRAPHS, GraphSpec
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import EngineEntry, GraphEntry, Manifest, check_files
 from sana_export.profiles import MAX_BRANCHES, Profile, Range
-from sana_export.runtime.tiling import UNTILED_AREA
+from sana_export.runtime.decoding import UNTILED_AREA
 from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.flavour import Target
 from sana_export.trt.weights import structure_sha256

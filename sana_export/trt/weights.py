@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sana_export.errors import ArtifactError
-from sana_export.runtime.external_data import message_fields
+from sana_export.formats.onnx_weights import message_fields
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from sana_export.bench.candidates import Candidate, Job, Sample
-from sana_export.bench.ours import RuntimeCandidate, limit_onnxruntime
+from sana_export.bench.candidates.runtime import RuntimeCandidate, limit_onnxruntime
+from sana_export.bench.candidates.table import Candidate, Job, Sample
 from sana_export.errors import DependencyError
-from sana_export.runtime.pipeline import SanaRuntime
+from sana_export.runtime.runtime import SanaRuntime
 
 #: The file that `notes_turns` writes its calls to.
 LOG = "FAKE_BACKENDS_LOG"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from sana_export.bench.ceiling import better, measure_rates
 from sana_export.bench.gpu_watch import GpuWatch
-from sana_export.bench.work import Rates
+from sana_export.bench.work.ceiling import better, measure_rates
+from sana_export.bench.work.count import Rates
 
 
 def test_the_ceiling_is_above_what_plain_calls_reach() -> None:

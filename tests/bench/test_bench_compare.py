@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sana_export.bench.compare import compare, compare_files
+from sana_export.bench.report.compare import compare, compare_files
 from sana_export.errors import ArtifactError, UsageError
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from sana_export.bench.machine import busy_seconds, describe_machine, describe_versions, memory_bytes
-from sana_export.bench.ours import limit_onnxruntime
+from sana_export.bench.candidates.runtime import limit_onnxruntime
+from sana_export.bench.load_meter import busy_seconds, describe_machine, describe_versions, memory_bytes
 from sana_export.environment import peak_rss_bytes
 
 CHILD = """

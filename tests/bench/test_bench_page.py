@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_export.bench.plots import PLOTS
-from sana_export.bench.report import Agreement, BackendResult, BenchReport, SweepPoint
+from sana_export.bench.report.plots import PLOTS
+from sana_export.bench.report.result import Agreement, BackendResult, BenchReport, SweepPoint
 from sana_export.bench.stages import StageResult, Summary
-from sana_export.bench.work import Product, Rates, Work
+from sana_export.bench.work.count import Product, Rates, Work
 from sana_export.bench.workload import Workload
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

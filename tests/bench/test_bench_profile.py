@@ -13,8 +13,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from sana_export.bench.profile import GraphProfile, GraphRun, Layer, Profile, run_profile
-from sana_export.bench.profile_onnxruntime import layers, node_layers
+from sana_export.bench.profile.onnxruntime import layers, node_layers
+from sana_export.bench.profile.profile import GraphProfile, GraphRun, Layer, Profile, run_profile
 from sana_export.bench.workload import Workload
 from sana_export.contract import GraphSpec
 from sana_export.manifest import Manifest

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sana_export.bench.report import Agreement, BackendResult, BenchReport, SweepPoint
+from sana_export.bench.report.result import Agreement, BackendResult, BenchReport, SweepPoint
 from sana_export.bench.stages import STAGES, StageResult, Summary
-from sana_export.bench.work import Product, Rates, Work
+from sana_export.bench.work.count import Product, Rates, Work
 from sana_export.bench.workload import Workload
 
 GPU = {

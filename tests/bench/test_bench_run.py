@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from sana_export.bench import candidates, machine, run
-from sana_export.bench.candidates import Job, Row, check_names
-from sana_export.bench.report import BenchReport
+from sana_export.bench import load_meter as machine
+from sana_export.bench import run
+from sana_export.bench.candidates import table as candidates
+from sana_export.bench.candidates.table import Job, Row, check_names
+from sana_export.bench.candidates.worker import Desk, Worker, WorkerFailed
+from sana_export.bench.report.result import BenchReport
 from sana_export.bench.run import run_bench
 from sana_export.bench.stages import STAGES
-from sana_export.bench.worker import Desk, Worker, WorkerFailed
 from sana_export.bench.workload import Workload
 from sana_export.errors import DependencyError, UsageError
 from sana_export.export.parity import psnr

@@ -5,10 +5,10 @@ import statistics
 
 import pytest
 
-from sana_export.bench.eager import stage_times as pipeline_times
-from sana_export.bench.ours import stage_times as runtime_times
+from sana_export.bench.candidates.eager import stage_times as pipeline_times
+from sana_export.bench.candidates.runtime import stage_times as runtime_times
 from sana_export.bench.stages import Call, pair_ratios, stage_results, summarize
-from sana_export.runtime.pipeline import Timings
+from sana_export.runtime.runtime import Timings
 
 
 def test_summary_interpolates_between_neighbours() -> None:

@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sana_export.bench.call_shape import call_shape, stage_work
-from sana_export.bench.candidates import BUNDLE, REFERENCE
-from sana_export.bench.image_work import workload_work
-from sana_export.bench.meta import restated_work
-from sana_export.bench.onnx_work import onnx_products, onnx_work
-from sana_export.bench.torch_work import torch_work
-from sana_export.bench.work import Achieved, Product, Rates, Work
+from sana_export.bench.candidates.table import BUNDLE, REFERENCE
+from sana_export.bench.work.call_shape import call_shape, stage_work
+from sana_export.bench.work.count import Achieved, Product, Rates, Work
+from sana_export.bench.work.networks import restated_work
+from sana_export.bench.work.onnx import onnx_products, onnx_work
+from sana_export.bench.work.torch import torch_work
+from sana_export.bench.work.workload import workload_work
 from sana_export.bench.workload import Workload
 from sana_export.contract import DYNAMIC_AXES
 from sana_export.errors import ArtifactError
-from sana_export.export.modules import CHECK_SIZES, TRACE_SIZES, Sizes, graph_spec, random_inputs
+from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, Sizes, graph_spec, random_inputs
 from sana_export.graphs.builders import build_graph
 from sana_export.manifest import Manifest
-from sana_export.runtime.pipeline import SanaRuntime
+from sana_export.runtime.runtime import SanaRuntime
 
 GRAPHS = ("text_encoder", "context", "denoiser", "sampler", "vae_decoder", "vae_decoder_head", "vae_decoder_tail", "postprocess")
 WORK = Workload("test", 96, 128, 2, 4.5, ("a cute 🐼", "一只可爱的熊猫"), images_per_prompt=2)

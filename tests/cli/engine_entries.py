@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from sana_export.machine import Gpu
 from sana_export.manifest import EngineEntry, FileEntry
-from sana_export.trt.device import Gpu
-from sana_export.trt.fitness import Here
+from sana_export.trt.compatibility import Here
 
 ADA, HOPPER = Gpu("NVIDIA RTX 4090", "8.9"), Gpu("NVIDIA H100", "9.0")
 ENGINE = EngineEntry(

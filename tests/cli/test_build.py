@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from command_line import Cli
 
-from sana_export.cli.build import choose_profile
-from sana_export.cli.text import size
+from sana_export.cli.terminal.text import size
 from sana_export.cli.verb import split_names
+from sana_export.cli.verbs.build import choose_profile
+from sana_export.machine import gpu_compute_capability
 from sana_export.manifest import Manifest
 from sana_export.resolutions import BINS
-from sana_export.trt.device import gpu_compute_capability
 
 pytest.importorskip("tensorrt_rtx")
 

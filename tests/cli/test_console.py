@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
-from sana_export.cli.console import QUIET, VERBOSE, Console, bar, logging_to, shortened
-from sana_export.cli.text import plural, seconds, size, table
+from sana_export.cli.terminal.console import QUIET, VERBOSE, Console, bar, logging_to, shortened
+from sana_export.cli.terminal.text import plural, seconds, size, table
 
 
 class Terminal(io.StringIO):

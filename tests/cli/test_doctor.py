@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from command_line import Cli
 
-from sana_export.cli import doctor, packages
-from sana_export.cli.doctor import judge
+from sana_export import machine as device
+from sana_export.cli import packages
 from sana_export.cli.machine import Builder, Machine
 from sana_export.cli.packages import Package, exclusive_conflict, missing_package, require
+from sana_export.cli.verbs import doctor
+from sana_export.cli.verbs.doctor import judge
 from sana_export.errors import DependencyError
-from sana_export.trt import device
-from sana_export.trt.device import Gpu, find_gpus
+from sana_export.machine import Gpu, find_gpus
 
 NO_GPU = Machine("3.11", "python", "Linux", "linux-x86_64", "a processor", 2, 10**9, ())
 RTX = Builder("tensorrt-rtx", "1.7.1", ("8.9", "12.0"), None, None)

@@ -13,10 +13,10 @@ from command_line import Cli
 from engine_entries import ENGINE, THERE
 from PIL import Image
 
-from sana_export.cli import bench, engines, verify
-from sana_export.cli.console import Console
-from sana_export.cli.ledger import Ledger, stage_key
+from sana_export.cli.stage_results import Ledger, stage_key
+from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import Answer
+from sana_export.cli.verbs import bench, engines, verify
 from sana_export.manifest import Manifest
 
 STAGES = ["export", "build tensorrt-rtx portable", "build tensorrt-rtx 8.9", "verify", "sample", "bench"]

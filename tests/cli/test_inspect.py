@@ -11,11 +11,11 @@ import pytest
 from command_line import Cli
 from engine_entries import ADA, ENGINE, HOPPER, THERE
 
-from sana_export.cli import inspect as verb
+from sana_export.cli.verbs import inspect as verb
 from sana_export.contract import GRAPHS
+from sana_export.machine import Gpu
 from sana_export.manifest import Manifest, file_entry
-from sana_export.trt.device import Gpu
-from sana_export.trt.fitness import RTX_CAPABILITIES, why_not
+from sana_export.trt.compatibility import RTX_CAPABILITIES, why_not
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from command_line import Cli
 
 from sana_export import __version__
 from sana_export.cli import main as module
-from sana_export.cli.console import Console
 from sana_export.cli.main import VERBS
+from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import Answer, Verb
 from sana_export.errors import ArtifactError, DependencyError, ParityError, UsageError
 

@@ -9,8 +9,8 @@ import pytest
 from command_line import Cli
 from safetensors import safe_open
 
-from sana_export import disk
-from sana_export.graphs.checkpoint import open_checkpoint
+from sana_export import files as disk
+from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.synth.shards import StoredWeights
 
 

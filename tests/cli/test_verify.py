@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from command_line import Cli
 
-from sana_export.export.verify import Sampling
+from sana_export.verify.bundle import Sampling
 
 
 @dataclass
@@ -47,7 +47,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch, target: str, **report: Any) -> Cal
 
 @pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 5)])
 def test_verify(passed: bool, code: int, tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = replaced(monkeypatch, "sana_export.export.verify.verify_bundle", passed=passed)
+    calls = replaced(monkeypatch, "sana_export.verify.bundle.verify_bundle", passed=passed)
     options = (
         "--prompt",
         "a cat",
@@ -75,14 +75,14 @@ def test_verify(passed: bool, code: int, tiny_checkpoint: Any, cli: Cli, monkeyp
 
 
 def test_verify_leaves_the_defaults_to_the_check(tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = replaced(monkeypatch, "sana_export.export.verify.verify_bundle")
+    calls = replaced(monkeypatch, "sana_export.verify.bundle.verify_bundle")
     ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder)
     ((_, _, sampling), settings) = calls.seen[0]
     assert (ran.code, sampling, settings) == (0, Sampling(), {"backend": "auto", "quality": False})
 
 
 def test_ranges_need_no_reference(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = replaced(monkeypatch, "sana_export.export.verify.measure_ranges")
+    calls = replaced(monkeypatch, "sana_export.verify.bundle.measure_ranges")
     ran = cli("verify", "bundle", "--ranges", "--prompt", "a cat", "--steps", 2)
     assert (ran.code, ran.out) == (0, "the report\n")
     assert calls.seen == [((Path("bundle"), Sampling(prompts=["a cat"], steps=2)), {})]

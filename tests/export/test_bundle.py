@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from sana_export import disk
+from sana_export import files as disk
+from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.contract import GRAPHS
 from sana_export.errors import DependencyError, UsageError
 from sana_export.export import bundle as bundle_module
 from sana_export.export import graph_files
 from sana_export.export.bundle import export_bundle, parse_pag_layer
 from sana_export.export.size import OVERHEAD, PARTS, graph_bytes, text_bytes
-from sana_export.graphs.checkpoint import open_checkpoint
 from sana_export.manifest import Manifest
 from sana_export.synth.checkpoint import MARKER, make_checkpoint
 

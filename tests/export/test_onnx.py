@@ -8,7 +8,7 @@ import torch
 
 from sana_export.contract import DYNAMIC_AXES, GraphSpec, TensorSpec
 from sana_export.errors import ParityError
-from sana_export.export.modules import CHECK_SIZES, TRACE_SIZES, graph_spec
+from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, graph_spec
 from sana_export.export.onnx import check_onnx, check_values, export_onnx, run_module
 from sana_export.graphs.builders import build_graph
 from sana_export.graphs.storage import WeightFile

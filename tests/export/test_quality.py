@@ -15,14 +15,14 @@ import pytest
 from conftest import exported
 
 import sana_export
+from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.errors import ArtifactError
 from sana_export.export.parity import ssim
-from sana_export.export.quality import Meter, Quality, measure_quality
-from sana_export.export.reference import load_reference
-from sana_export.export.verify import sample_both
-from sana_export.graphs.checkpoint import open_checkpoint
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.request import Request
+from sana_export.verify.bundle import sample_both
+from sana_export.verify.quality import Meter, Quality, measure_quality
+from sana_export.verify.reference import load_reference
 
 PACKAGE = Path(sana_export.__file__).parent
 

@@ -7,17 +7,17 @@ import shutil
 
 import pytest
 
+from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.contract import FEATURE_TENSORS, resolve
 from sana_export.errors import UsageError
 from sana_export.export.bundle import export_bundle
-from sana_export.export.graph_checks import GRAPH_CHECKS
 from sana_export.export.parity import compare_images
-from sana_export.export.reference import load_reference
-from sana_export.export.verify import Sampling, sample_both, verify_bundle
-from sana_export.graphs.checkpoint import open_checkpoint
 from sana_export.manifest import Manifest
 from sana_export.synth.checkpoint import make_checkpoint
 from sana_export.synth.recipes import RECIPES
+from sana_export.verify.bundle import Sampling, sample_both, verify_bundle
+from sana_export.verify.graph_checks import GRAPH_CHECKS
+from sana_export.verify.reference import load_reference
 
 QUICK = Sampling(prompts=["a red apple", "A cute 🐼 eating 🎋, 水墨画 style"], height=96, width=128)
 

@@ -9,14 +9,14 @@ import numpy as np
 import onnx
 import pytest
 
+from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.errors import UsageError
 from sana_export.export.bundle import export_bundle
-from sana_export.export.graph_checks import GRAPH_CHECKS
-from sana_export.export.quality import Quality
-from sana_export.export.verify import Sampling, measure_ranges, verify_bundle
-from sana_export.graphs.checkpoint import open_checkpoint
 from sana_export.manifest import Manifest, file_entry
 from sana_export.synth.checkpoint import make_checkpoint
+from sana_export.verify.bundle import Sampling, measure_ranges, verify_bundle
+from sana_export.verify.graph_checks import GRAPH_CHECKS
+from sana_export.verify.quality import Quality
 
 QUICK = Sampling(prompts=["a red apple"], height=96, width=128, steps=3)
 
@@ -84,7 +84,7 @@ def test_quality_counts(tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch, top
         assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1
         return Quality(1, 90.0, 90.0, 1.0, 1.0, top1=top1, reference_top1=97.0, renders_top1=99.0, **psnr)
 
-    monkeypatch.setattr("sana_export.export.verify.measure_quality", measured)
+    monkeypatch.setattr("sana_export.verify.bundle.measure_quality", measured)
     report = verify_bundle(bundle, tiny_checkpoint, QUICK, quality=True)
     assert report.passed is (top1 == 97.0)
     assert report.as_json()["quality"]["top1"] == top1

@@ -11,12 +11,12 @@ import pytest
 from host_device import HostDevice
 from host_tensorrt import HostTensorRT, with_engines
 
-from sana_export.export.verify import Sampling, verify_bundle
+from sana_export.machine import Gpu
 from sana_export.manifest import Manifest
 from sana_export.profiles import custom_profile
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
-from sana_export.trt.device import Gpu
-from sana_export.trt.fitness import Here
+from sana_export.trt.compatibility import Here
+from sana_export.verify.bundle import Sampling, verify_bundle
 
 HERE = Here((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
 WHOLE = {"text_encoder", "context", "denoiser", "sampler", "vae_decoder", "postprocess"}

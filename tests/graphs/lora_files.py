@@ -10,7 +10,7 @@ from diffusers import SanaPipeline, SanaTransformer2DModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from sana_export.graphs.checkpoint import SanaCheckpoint
+from sana_export.checkpoint.checkpoint import SanaCheckpoint
 
 #: A linear layer and a 1x1 convolution of each kind that adapters are trained on.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1", "proj_out", "proj")

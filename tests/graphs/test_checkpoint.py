@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.graphs.checkpoint import open_checkpoint
 from sana_export.variants import VARIANTS
 
 
@@ -84,7 +84,7 @@ RESIDENT = """
 import sys
 from pathlib import Path
 import psutil, torch
-from sana_export.graphs.weights import Weights, read_headers
+from sana_export.checkpoint.weights import Weights, read_headers
 
 weights, process = Weights(read_headers([Path(sys.argv[1])])), psutil.Process()
 weights["t0"].sum()
@@ -252,7 +252,7 @@ PUBLISHED = VARIANTS["sana-1600m-1024px"], VARIANTS["sana-1600m-1024px-multiling
 def recognised(folder, monkeypatch, *rows):
     """Let `folder` be no longer marked as synthetic, and its configs be those of `rows`."""
     (folder / "sana_export.json").unlink()
-    monkeypatch.setattr("sana_export.graphs.checkpoint.recognise", lambda transformer, scheduler: rows)
+    monkeypatch.setattr("sana_export.checkpoint.checkpoint.recognise", lambda transformer, scheduler: rows)
 
 
 @pytest.mark.parametrize(

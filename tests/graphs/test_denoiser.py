@@ -10,12 +10,12 @@ from diffusers.models.attention_processor import PAGCFGSanaLinearAttnProcessor2_
 
 from sana_export.errors import ArtifactError
 from sana_export.export.parity import compare_tensors
-from sana_export.export.reference import clamp_attention
 from sana_export.graphs.context import Context
 from sana_export.graphs.denoiser import Denoiser
 from sana_export.graphs.numerics import FP16_MAX, NUMERICS
 from sana_export.synth.checkpoint import build_pipeline
 from sana_export.synth.recipes import RECIPES
+from sana_export.verify.reference import clamp_attention
 
 CONFIGS = {
     "plain": {},

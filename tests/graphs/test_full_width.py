@@ -10,8 +10,8 @@ from heat import cool_stream, heat_attention
 from transformer_cases import Graphs, draw_inputs, quieten, run_reference
 
 from sana_export.export.parity import relative_error
-from sana_export.export.reference import clamp_attention
 from sana_export.variants import VARIANTS
+from sana_export.verify.reference import clamp_attention
 
 BLOCKS = 3
 #: One checkpoint of every width and kind: the seed of its weights, and what is done to them. The first two are clipped.

@@ -14,9 +14,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
+from sana_export.checkpoint.hub import Hub
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
-from sana_export.graphs.checkpoint import SanaCheckpoint, open_checkpoint
-from sana_export.graphs.hub import Hub
 
 REPO, COMMIT = "someone/sana-fine-tune", "0123456789abcdef0123456789abcdef01234567"
 

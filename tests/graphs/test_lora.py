@@ -14,10 +14,10 @@ from lora_files import diffusers_lora, load_transformer, peft_lora, refusals, wr
 from safetensors.torch import load_file, save_file
 
 from sana_export.adapters import Lora, parse_lora
+from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
-from sana_export.export.reference import load_reference
-from sana_export.graphs.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.manifest import Options
+from sana_export.verify.reference import load_reference
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from origin_cases import TINY, Weights, graphs, matrices, shapes
 from torch import Tensor, nn
 
 from sana_export.architectures import ARCHITECTURES
+from sana_export.graphs.lora_targets import trace_origins
 from sana_export.graphs.numerics import NUMERICS, parameter
-from sana_export.graphs.origins import trace_origins
 from sana_export.manifest import LoraTarget
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -10,11 +10,11 @@ import torch
 from diffusers import SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
 
+from sana_export.checkpoint.checkpoint import open_checkpoint
+from sana_export.checkpoint.single_file import open_single_file
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.export.reference import load_reference
-from sana_export.graphs.checkpoint import open_checkpoint
-from sana_export.graphs.single_file import open_single_file
 from sana_export.manifest import Options
+from sana_export.verify.reference import load_reference
 
 #: diffusers' names to the original ones, from the forward direction of NVlabs/Sana's modules.
 ORIGINAL = (
@@ -150,7 +150,7 @@ def test_an_original_file_is_not_read_to_be_renamed(tiny_checkpoint, tmp_path, m
     save_file(original(wanted), file)
     length = int.from_bytes(file.read_bytes()[:8], "little")
     header = json.loads(file.read_bytes()[8 : 8 + length])
-    monkeypatch.setattr("sana_export.graphs.weights.Stored.read", lambda self: pytest.fail(f"{self.name} was read"))
+    monkeypatch.setattr("sana_export.checkpoint.weights.Stored.read", lambda self: pytest.fail(f"{self.name} was read"))
     weights = open_single_file(file)
     monkeypatch.undo()
     assert "blocks.0.attn.qkv.weight" in header

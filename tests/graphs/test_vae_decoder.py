@@ -11,7 +11,7 @@ import torch
 from sana_export.errors import ArtifactError
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoder, VaeDecoderHead, VaeDecoderTail, feature_channels, tile_halo, tile_scale
-from sana_export.runtime.tiling import assemble, plan_windows
+from sana_export.runtime.decoding import assemble, plan_windows
 from sana_export.synth.checkpoint import build_pipeline
 from sana_export.synth.recipes import RECIPES
 

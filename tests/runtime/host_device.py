@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sana_export.errors import DependencyError
-from sana_export.runtime.cuda import ALIGNMENT, Memory
+from sana_export.runtime.backends.cuda import ALIGNMENT, Memory
 
 RUBBISH = 0xFB  # as float16 and float32 large and negative, as an index far outside
 

@@ -22,7 +22,7 @@ import onnxruntime
 from sana_export.contract import GraphSpec
 from sana_export.manifest import EngineEntry, Manifest, file_entry
 from sana_export.profiles import PROFILES, Profile
-from sana_export.trt.memory import DTYPE_BYTES
+from sana_export.runtime.memory import DTYPE_BYTES
 from sana_export.trt.plan import dynamic_axes, onnx_sha256
 
 VERSION = "1.7.1.116"

@@ -18,13 +18,13 @@ import onnxruntime
 import pytest
 import torch
 
+from sana_export.commands import export_line
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
+from sana_export.formats.onnx_weights import check_external_data, external_locations
 from sana_export.manifest import Manifest, file_entry
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import BACKENDS, open_backend
 from sana_export.runtime.backends.onnxruntime import session_options
-from sana_export.runtime.external_data import check_external_data, external_locations
-from sana_export.runtime.rebuild import export_line
 
 DENOISER = Path("onnx/denoiser/model.onnx")
 

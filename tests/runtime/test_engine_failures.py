@@ -13,14 +13,14 @@ from host_device import HostDevice
 from host_tensorrt import EngineInvalidityDiagnostics, HostTensorRT, with_engines
 
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
+from sana_export.machine import Gpu, gpu_compute_capability
 from sana_export.manifest import Manifest
 from sana_export.profiles import Profile
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import open_backend
+from sana_export.runtime.backends.cuda import CudaDevice, cuda_error
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
-from sana_export.runtime.cuda import CudaDevice, cuda_error
-from sana_export.trt.device import Gpu, gpu_compute_capability
-from sana_export.trt.fitness import Here
+from sana_export.trt.compatibility import Here
 
 WIDE = Profile("wide", (1, 1, 8), (1, 2, 3), ((32, 32), (512, 512)))
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 2, "seed": 1}
@@ -113,7 +113,7 @@ def test_a_bundle_without_engines(tiny_bundle: Path, module: HostTensorRT) -> No
 
 
 def test_auto_takes_engines_only_where_they_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sana_export.trt import fitness
+    from sana_export.trt import compatibility as fitness
 
     manifest = Manifest.load(bundle)
     taken: list[str] = []

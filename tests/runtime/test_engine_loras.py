@@ -14,12 +14,12 @@ from host_tensorrt import HostTensorRT, with_engines
 from safetensors.torch import save_file
 
 from sana_export.errors import ArtifactError
+from sana_export.machine import Gpu
 from sana_export.manifest import Manifest
 from sana_export.profiles import Profile
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
-from sana_export.trt.device import Gpu
-from sana_export.trt.fitness import Here
+from sana_export.trt.compatibility import Here
 
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
 HERE = Here((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")

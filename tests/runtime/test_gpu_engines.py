@@ -11,8 +11,8 @@ import pytest
 
 from sana_export.profiles import custom_profile
 from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends.cuda import CudaDevice
 from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from sana_export.runtime.cuda import CudaDevice
 from sana_export.trt.bundle import build_bundle
 
 pytestmark = pytest.mark.gpu

@@ -16,14 +16,14 @@ from origin_cases import TINY, graphs, matrices, shapes
 from safetensors.torch import save_file
 
 from sana_export.adapters import Lora
+from sana_export.checkpoint.fold_lora import fold_loras
+from sana_export.checkpoint.weights import Weights, read_headers
 from sana_export.errors import ArtifactError
-from sana_export.graphs.lora import fold_loras
-from sana_export.graphs.origins import trace_origins
-from sana_export.graphs.weights import Weights, read_headers
+from sana_export.formats.safetensors_file import round_to_bfloat16, widen_bfloat16
+from sana_export.graphs.lora_targets import trace_origins
 from sana_export.manifest import LoraTarget
 from sana_export.runtime.backends.onnxruntime import _as_initializer
 from sana_export.runtime.lora_values import lora_values, read_adapter, touched
-from sana_export.runtime.tensors import round_to_bfloat16, widen_bfloat16
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

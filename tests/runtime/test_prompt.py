@@ -12,9 +12,9 @@ import pytest
 from tokenizers import Tokenizer, models, processors
 
 from sana_export.errors import ArtifactError, UsageError
+from sana_export.formats.safetensors_file import StoredTensor
 from sana_export.manifest import Manifest
 from sana_export.runtime.prompt import MAX_TOKENS, Instruction, PromptEncoder, PromptTokens
-from sana_export.runtime.tensors import StoredTensor
 
 Float32 = npt.NDArray[np.float32]
 

@@ -12,8 +12,8 @@ import pytest
 from sana_export.adapters import Lora
 from sana_export.cli.main import parse
 from sana_export.cli.verb import model_options
+from sana_export.commands import export_line, model_words
 from sana_export.manifest import Checkpoint, Manifest, Options, Overlay
-from sana_export.runtime.rebuild import export_line, model_words
 
 PLAIN = Checkpoint("someone/sana", None, "0" * 64, None, False)
 

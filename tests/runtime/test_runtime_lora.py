@@ -17,15 +17,15 @@ from lora_files import diffusers_lora, load_transformer, peft_lora, refusals, wr
 from safetensors.torch import load_file, save_file
 
 from sana_export.adapters import Lora
+from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
 from sana_export.export.graph_files import export_graphs
 from sana_export.export.parity import compare_images
-from sana_export.export.reference import load_reference
-from sana_export.graphs.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.manifest import FILE_NAME, Manifest
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.lora_values import lora_values, read_adapter
 from sana_export.trt.weights import read_tensors
+from sana_export.verify.reference import load_reference
 
 PROMPT = "A cute 🐼 eating 🎋, 水墨画 style"
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from sana_export.errors import ArtifactError
-from sana_export.runtime.tensors import TensorFile
+from sana_export.formats.safetensors_file import TensorFile
 
 FIX = "sana-export export tiny-random -o bundle"
 

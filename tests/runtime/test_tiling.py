@@ -12,7 +12,7 @@ import pytest
 
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.runtime import Request, SanaRuntime
-from sana_export.runtime.tiling import Span, assemble, choose_tile, plan_windows
+from sana_export.runtime.decoding import Span, assemble, choose_tile, plan_windows
 
 #: What two orders of float32 summation make of an image, relative to its largest value.
 ROUNDING = 1e-5

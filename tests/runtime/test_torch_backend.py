@@ -16,18 +16,18 @@ from conftest import PAG_LAYER
 from diffusers import SanaPAGPipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.contract import GRAPHS
 from sana_export.errors import ArtifactError, DependencyError
-from sana_export.export.modules import CHECK_SIZES, graph_spec, random_inputs
+from sana_export.export.example_inputs import CHECK_SIZES, graph_spec, random_inputs
 from sana_export.export.parity import compare_images
-from sana_export.export.verify import Sampling, verify_bundle
 from sana_export.graphs.builders import build_graph
-from sana_export.graphs.checkpoint import open_checkpoint
 from sana_export.manifest import Manifest, Options
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends import torch as torch_backend
 from sana_export.synth.checkpoint import make_checkpoint
+from sana_export.verify.bundle import Sampling, verify_bundle
 
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
 PROMPT = "A cute 🐼 eating 🎋, 水墨画 style"

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.torch import CudaTorchBackend, reopen
-from sana_export.runtime.loop import Capturing
+from sana_export.runtime.sampling import Capturing
 
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
 #: Latents reach about 10; this is what two orders of float32 summation make of them.

@@ -13,10 +13,10 @@ from diffusers.models.attention_processor import (
     SanaLinearAttnProcessor2_0,
 )
 
-from sana_export.export.reference import ClampedLinearAttnProcessor, clamp_attention, clamp_pag_processors
 from sana_export.graphs.numerics import FP16_MAX
 from sana_export.synth.checkpoint import build_pipeline
 from sana_export.synth.recipes import RECIPES
+from sana_export.verify.reference import ClampedLinearAttnProcessor, clamp_attention, clamp_pag_processors
 
 PROCESSORS = (SanaLinearAttnProcessor2_0, PAGCFGSanaLinearAttnProcessor2_0, PAGIdentitySanaLinearAttnProcessor2_0)
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Gemma2Model
 
-from sana_export import disk
+from sana_export import files as disk
 from sana_export.errors import DependencyError, UsageError
 from sana_export.synth.checkpoint import MARKER, build_pipeline, find_recipe, make_checkpoint
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe

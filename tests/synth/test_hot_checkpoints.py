@@ -12,7 +12,7 @@ import torch
 from diffusers import SanaPAGPipeline, SanaPipeline
 from hot_checkpoints import HOT_CHECKPOINTS, Range, measure_ranges
 
-from sana_export.export.reference import clamp_attention, clamp_pag_processors
+from sana_export.verify.reference import clamp_attention, clamp_pag_processors
 
 PROMPT = "a cute 🐼 eating 🎋, ink drawing style"
 FP16_MAX = torch.finfo(torch.float16).max

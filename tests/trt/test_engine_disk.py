@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sana_export import disk
-from sana_export.disk import disk_errors, locked, require_free
+from sana_export import files as disk
 from sana_export.errors import DependencyError
+from sana_export.files import disk_errors, locked, require_free
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_lock_that_goes_keeps_threads_apart_too(tmp_path: Path, monkeypatch: p
 
 def test_a_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from sana_export.disk import locked\n"
+        "import sys, time; from pathlib import Path; from sana_export.files import locked\n"
         "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], stdout=subprocess.PIPE)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sana_export import disk
+from sana_export import files as disk
 from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.manifest import Manifest
 from sana_export.trt import bundle as bundle_module

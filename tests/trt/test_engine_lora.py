@@ -8,12 +8,12 @@ import pytest
 from lora_files import diffusers_lora, load_transformer
 
 from sana_export.adapters import Lora
+from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.errors import ArtifactError
 from sana_export.graphs.builders import build_graph
-from sana_export.graphs.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.manifest import Manifest
+from sana_export.runtime.backends.tensorrt_refit import EngineWeights, refit_named
 from sana_export.runtime.lora import LoraStack
-from sana_export.trt.refit import EngineWeights, refit_named
 from tests.trt.refit_stand_in import Engine, arrays, module
 
 NAMES = ("blocks.0.qkv", "blocks.1.out.weight")

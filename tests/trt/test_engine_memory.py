@@ -12,14 +12,14 @@ from host_device import HostDevice
 from host_tensorrt import HostTensorRT, with_engines
 
 from sana_export.errors import DependencyError, UsageError
+from sana_export.machine import Gpu
 from sana_export.manifest import EngineEntry, FileEntry, Manifest
 from sana_export.profiles import Profile
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
-from sana_export.trt.choice import engine_set
-from sana_export.trt.device import Gpu
-from sana_export.trt.fitness import Here
-from sana_export.trt.memory import Need, needs, settle
+from sana_export.runtime.memory import Need, needs, settle
+from sana_export.trt.compatibility import Here
+from sana_export.trt.selection import engine_set
 
 WIDE = Profile("wide", (1, 1, 2), (1, 2, 3), ((32, 32), (512, 512)))
 HERE = Here((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")

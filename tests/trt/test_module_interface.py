@@ -14,12 +14,12 @@ from host_device import HostDevice
 from host_tensorrt import HostTensorRT, with_engines
 
 from sana_export.errors import ArtifactError, DependencyError
+from sana_export.machine import gpu_compute_capability
 from sana_export.manifest import Manifest
 from sana_export.profiles import static_profile
-from sana_export.runtime.cuda import CudaDevice, Device
+from sana_export.runtime.backends.cuda import CudaDevice, Device
+from sana_export.runtime.backends.tensorrt_engine import LoadedEngine, SharedMemory
 from sana_export.trt.bundle import build_bundle
-from sana_export.trt.device import gpu_compute_capability
-from sana_export.trt.engine import LoadedEngine, SharedMemory
 
 real = pytest.importorskip("tensorrt_rtx")
 

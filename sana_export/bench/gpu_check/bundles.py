@@ -42,9 +42,9 @@ PRECISION = "fp16"
 
 def checkpoint_of(context: Context, model: str, dtype: str = STORED) -> Any:
     """The checkpoint of a row of `MODELS`, opened; made where it is not there."""
+    from sana_export.checkpoint.checkpoint import open_checkpoint
+    from sana_export.checkpoint.hub import INDEX
     from sana_export.environment import source_digest
-    from sana_export.graphs.checkpoint import open_checkpoint
-    from sana_export.graphs.hub import INDEX
     from sana_export.synth.checkpoint import make_checkpoint
 
     folder = context.work / "checkpoints" / f"{model}-{dtype}-{source_digest('synth')[:8]}"
@@ -74,7 +74,7 @@ def without_onnx(context: Context, checkpoint: Any, name: str, precision: str = 
     """A bundle for the torch backend alone: it names its graphs, but no ONNX file was exported."""
     from sana_export.contract import GRAPHS
     from sana_export.export.bundle import choose_options, model_info
-    from sana_export.export.modules import graph_spec
+    from sana_export.export.example_inputs import graph_spec
     from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
     from sana_export.manifest import FileEntry, GraphEntry, Manifest, file_entry
 

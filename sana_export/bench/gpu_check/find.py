@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sana_export.bench.gpu_check.check import Context
-from sana_export.bench.machine import gpu_names
-from sana_export.trt.device import gpu_compute_capability
+from sana_export.bench.load_meter import gpu_names
+from sana_export.machine import gpu_compute_capability
 
 #: Seconds for one library to answer.
 _TIMEOUT = 30

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sana_export.bench.candidates import BASELINE, Job, find_row, resolve
+from sana_export.bench.candidates.table import BASELINE, Job, find_row, resolve
 from sana_export.bench.gpu_check.bundles import PRECISION, build, checkpoint_of, exported, without_onnx
 from sana_export.bench.gpu_check.check import CheckFailed, Context
 from sana_export.bench.gpu_check.parity import ENGINES

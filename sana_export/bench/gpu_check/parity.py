@@ -22,7 +22,7 @@ ENGINES = ("tensorrt", "tensorrt-rtx")
 
 def check(context: Context, *, backend: str, cases: Any = CASES, size: int = 256) -> Mapping[str, Any]:
     """Verify the bundle of every case. Found: worst graph and picture of each case. Raises CheckFailed where a limit is missed."""
-    from sana_export.export.verify import Sampling, verify_bundle
+    from sana_export.verify.bundle import Sampling, verify_bundle
 
     rows: dict[str, Any] = {}
     missed: list[str] = []

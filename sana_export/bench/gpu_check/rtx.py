@@ -74,7 +74,7 @@ def ask(context: Context, *, question: str) -> Mapping[str, Any]:
 
 
 def _build(module: Any, logger: Any, onnx: Path, spec: Any, choose: Callable[[Any, Any], None]) -> Any:
-    from sana_export.export.modules import CHECK_SIZES
+    from sana_export.export.example_inputs import CHECK_SIZES
     from sana_export.trt.build import DEFAULT_OPTIONS, configure
     from sana_export.trt.flavour import network_flags
 
@@ -94,7 +94,7 @@ def _run(context: Context, module: Any, engine: Any, spec: Any, bundle: Path) ->
     """Cosine of the engine's output with the torch module's on the same inputs; None where the library refuses to run it."""
     import torch
 
-    from sana_export.export.modules import CHECK_SIZES, random_inputs
+    from sana_export.export.example_inputs import CHECK_SIZES, random_inputs
     from sana_export.export.parity import cosine
     from sana_export.graphs.builders import build_graph
     from sana_export.manifest import Manifest

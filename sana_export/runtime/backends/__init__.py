@@ -47,7 +47,7 @@ class Session(Protocol):
 class Backend(Protocol):
     """Loads graphs of one bundle. `device` is "cpu" or "cuda". What has a body here is right for a backend that waits for its work.
 
-    A backend whose sessions only enqueue their work also is a `Capturing` one (runtime/loop.py).
+    A backend whose sessions only enqueue their work also is a `Capturing` one (runtime/sampling.py).
     """
 
     name: str
@@ -179,8 +179,8 @@ def open_backend(name: str, bundle: Path, manifest: Manifest) -> Backend:
 
 def _best(bundle: Path, manifest: Manifest) -> str:
     """The best backend that can run `bundle` here. Nothing of it is loaded."""
-    from sana_export.trt.choice import runnable
-    from sana_export.trt.fitness import here
+    from sana_export.trt.compatibility import here
+    from sana_export.trt.selection import runnable
 
     for name in ENGINE_BACKENDS:
         if any(engine.backend == name for engine in manifest.engines):

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from sana_export.commands import export_line
 from sana_export.errors import ArtifactError, DependencyError
+from sana_export.formats.onnx_weights import check_external_data
 from sana_export.manifest import Manifest, check_files
 from sana_export.runtime.backends import Array, Backend, Session
 from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
-from sana_export.runtime.external_data import check_external_data
-from sana_export.runtime.rebuild import export_line
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX: a bundle's engines on a GPU, tensors that stay there, everything enqueued in one order.
 
-One implementation for both: the module is a value. What talks to the GPU is `runtime/cuda.py` and `trt/engine.py`.
+One implementation for both: the module is a value. What talks to the GPU is `cuda.py` and `tensorrt_engine.py`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import EngineEntry, Manifest, check_files
 from sana_export.profiles import explain_outside
 from sana_export.runtime.backends import Array, Backend, DeviceTensor
-from sana_export.runtime.cuda import ALIGNMENT, CudaDevice, Device, Memory
-from sana_export.runtime.loop import Replay
+from sana_export.runtime.backends.cuda import ALIGNMENT, CudaDevice, Device, Memory
+from sana_export.runtime.backends.tensorrt_engine import LoadedEngine, SharedMemory
+from sana_export.runtime.backends.tensorrt_refit import EngineWeights
+from sana_export.runtime.memory import DTYPE_BYTES, needs, settle
 from sana_export.runtime.prompt import PromptEmbeddings
-from sana_export.trt.choice import runnable, typical_axes
-from sana_export.trt.engine import LoadedEngine, SharedMemory
-from sana_export.trt.fitness import Here, here
+from sana_export.runtime.sampling import Replay
+from sana_export.trt.compatibility import Here, here
 from sana_export.trt.flavour import load
-from sana_export.trt.memory import DTYPE_BYTES, needs, settle
-from sana_export.trt.refit import EngineWeights
+from sana_export.trt.selection import runnable, typical_axes
 
 LOG = logging.getLogger(__name__)
 
@@ -265,7 +265,7 @@ class TensorRTBackend(Backend):
     def wait(self) -> None:
         self.gpu.wait()
 
-    # What a loop that captures its steps asks for (runtime/loop.py).
+    # What a loop that captures its steps asks for (runtime/sampling.py).
 
     def empty(self, shape: Sequence[int], dtype: str) -> DeviceArray:
         """A new tensor of whatever values."""

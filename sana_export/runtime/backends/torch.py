@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from sana_export.adapters import Lora
+from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
+from sana_export.commands import export_line
 from sana_export.contract import GraphSpec
 from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.graphs.builders import build_graph
-from sana_export.graphs.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.graphs.denoiser import Block
 from sana_export.graphs.vae_decoder import EfficientViTBlock, ResBlock, Upsample
 from sana_export.manifest import Checkpoint, Manifest
 from sana_export.runtime.backends import Array, Backend, DeviceTensor
-from sana_export.runtime.rebuild import export_line
 
 log = logging.getLogger(__name__)
 

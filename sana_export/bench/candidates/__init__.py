@@ -1,0 +1,1 @@
+"""The backends that a benchmark compares, each in a process of its own."""

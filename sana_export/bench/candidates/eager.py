@@ -1,0 +1,188 @@
+"""The baseline: diffusers' own pipeline, eager, in the dtypes that its documentation tells, with a clock at the stages' borders."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from sana_export.adapters import Lora
+from sana_export.bench.candidates.table import Job, Sample
+from sana_export.bench.stages import StageTimes
+from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.errors import DependencyError
+from sana_export.manifest import Options
+from sana_export.runtime.request import Request
+
+#: The transformer's dtype on a GPU by what the weights are stored in; the rest runs in bfloat16 there
+#: (https://huggingface.co/docs/diffusers/api/pipelines/sana).
+GPU_TRANSFORMER = {"F32": "float16", "F16": "float16", "BF16": "bfloat16"}
+
+
+def load(job: Job) -> PipelineCandidate:
+    """diffusers' pipeline of the checkpoint, with PAG where the workload has a PAG scale, on the workload's device."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    pipeline = load_pipeline(job)
+    if job.workload.device == "cpu":
+        return PipelineCandidate(job, pipeline, "eager, float32 on the cpu", "fp32")
+    dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
+    return PipelineCandidate(job, pipeline, f"eager, {dtype} transformer, bfloat16 text encoder and decoder on the gpu", "bf16")
+
+
+def load_compiled(job: Job) -> PipelineCandidate:
+    """The same with its transformer and decoder under `torch.compile`. DependencyError without a compiler."""
+    import torch
+
+    _check_compiler(job.workload.device)
+    torch.set_num_threads(job.threads)
+    pipeline = load_pipeline(job)
+    on_cpu = job.workload.device == "cpu"
+    compiled: dict[str, Any] = {} if on_cpu else {"mode": "max-autotune"}
+    pipeline.transformer.forward = torch.compile(pipeline.transformer.forward, **compiled)
+    pipeline.vae.decoder.forward = torch.compile(pipeline.vae.decoder.forward, **compiled)
+    return PipelineCandidate(
+        job, pipeline, f"torch.compile, dtypes as eager, on the {'cpu' if on_cpu else 'gpu'}", "fp32" if on_cpu else "bf16"
+    )
+
+
+def _check_compiler(device: str) -> None:
+    """Raise DependencyError where `torch.compile` has nothing to compile with."""
+    if device != "cpu":
+        if importlib.util.find_spec("triton") is None:
+            raise DependencyError("torch.compile needs Triton on a GPU", found="no module triton", fix="pip install triton")
+        return
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if not any(shutil.which(name) for name in compilers if name):
+        raise DependencyError("torch.compile needs a C++ compiler on a CPU", found="none", wanted="g++", fix="apt-get install g++")
+
+
+def load_pipeline(job: Job) -> Any:
+    """The reference pipeline of the job's checkpoint on the workload's device."""
+    from sana_export.verify.reference import load_reference
+
+    options = Options("fp32", job.clamp, tuple(job.pag_layers))
+    pipeline = load_reference(open_job(job), options, pag=job.workload.pag_scale > 0, dtypes=_dtypes(job))
+    return pipeline.to(job.workload.device)
+
+
+def open_job(job: Job) -> SanaCheckpoint:
+    """The job's checkpoint, which the parent has checked."""
+    return SanaCheckpoint(
+        Path(job.checkpoint),
+        job.checkpoint,
+        weights_variant=job.weights_variant,
+        transformer_file=None if job.transformer is None else Path(job.transformer),
+        loras=tuple(Lora(Path(path), scale) for path, scale in job.loras),
+    )
+
+
+def _dtypes(job: Job) -> Any:
+    """What `from_pretrained` takes for `torch_dtype` on the workload's device."""
+    import torch
+
+    if job.workload.device == "cpu":
+        return torch.float32
+    if not torch.cuda.is_available():
+        raise DependencyError("PyTorch finds no GPU", found=f"torch {torch.__version__}", wanted="CUDA", fix="--workload cpu")
+    stored = open_job(job).weights("transformer").dtype()
+    return {"transformer": getattr(torch, GPU_TRANSFORMER[stored]), "default": torch.bfloat16}
+
+
+class PipelineCandidate:
+    """A diffusers pipeline whose components tell a clock when they are called."""
+
+    def __init__(self, job: Job, pipeline: Any, how: str, precision: str) -> None:
+        self.job, self.pipeline, self.precision = job, pipeline, precision
+        self.description = f"diffusers {type(pipeline).__name__}, {how}"
+        self.clock: HostClock | CudaClock = CudaClock() if job.workload.device == "cuda" else HostClock()
+        pipeline.encode_prompt = self._marked(pipeline.encode_prompt, before="encode", after="encoded")
+        pipeline.transformer.forward = self._marked(pipeline.transformer.forward, before="step")
+        pipeline.vae.decode = self._marked(pipeline.vae.decode, before="decode")
+
+    def generate(self, prompt: str, seed: int) -> Sample:
+        import torch
+
+        from sana_export.verify.reference import call_reference
+
+        request = Request(prompt=prompt, **self.job.workload.sampling())
+        self.clock.start()
+        with torch.inference_mode():
+            images = call_reference(self.pipeline, request, seed)
+        self.clock.mark("done")
+        return Sample(images, stage_times(self.clock.read()))
+
+    def peak_device_bytes(self) -> int | None:
+        import torch
+
+        return int(torch.cuda.max_memory_reserved()) if self.job.workload.device == "cuda" else None
+
+    def _marked(self, function: Callable[..., Any], *, before: str, after: str | None = None) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.clock.mark(before)
+            result = function(*arguments, **options)
+            if after is not None:
+                self.clock.mark(after)
+            return result
+
+        return call
+
+
+class HostClock:
+    """Named moments on the host's monotonic clock, for work that is done when a call returns."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[str, float]] = []
+
+    def start(self) -> None:
+        self._marks.clear()
+
+    def mark(self, name: str) -> None:
+        self._marks.append((name, perf_counter()))
+
+    def read(self) -> list[tuple[str, float]]:
+        """Names and milliseconds since the first mark."""
+        return [(name, 1e3 * (moment - self._marks[0][1])) for name, moment in self._marks]
+
+
+class CudaClock:
+    """Named moments on the device's current stream: the host does not wait for it before `read`."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[str, Any]] = []
+
+    def start(self) -> None:
+        self._marks.clear()
+
+    def mark(self, name: str) -> None:
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((name, event))
+
+    def read(self) -> list[tuple[str, float]]:
+        """Names and milliseconds since the first mark, once the device has passed the last."""
+        self._marks[-1][1].synchronize()
+        return [(name, self._marks[0][1].elapsed_time(event)) for name, event in self._marks]
+
+
+def stage_times(marks: Sequence[tuple[str, float]]) -> StageTimes:
+    """The stages of one call of a diffusers pipeline from the moments (ms) that its components were called at.
+
+    A step lasts from one call of the transformer to the next, the last one to the decoder's call.
+    """
+    at = dict(marks)
+    steps = [moment for name, moment in marks if name == "step"] + [at["decode"]]
+    return {
+        "text_encoder": [at["encoded"] - at["encode"]],
+        "denoise_step": [after - before for before, after in pairwise(steps)],
+        "denoise_loop": [at["decode"] - steps[0]],
+        "vae_decoder": [at["done"] - at["decode"]],
+    }

@@ -1,0 +1,56 @@
+"""The runtime of this package on one of its backends."""
+
+from __future__ import annotations
+
+from sana_export.bench.candidates.table import Job, Sample
+from sana_export.bench.stages import StageTimes
+from sana_export.runtime.runtime import SanaRuntime, Timings
+
+
+def load(job: Job) -> RuntimeCandidate:
+    """The bundle in the backend that the job names."""
+    if job.backend == "onnxruntime":
+        limit_onnxruntime(job.threads)
+    return RuntimeCandidate(job, SanaRuntime.from_pretrained(job.bundle, backend=job.backend))
+
+
+class RuntimeCandidate:
+    """A `SanaRuntime` with the workload's settings."""
+
+    def __init__(self, job: Job, runtime: SanaRuntime) -> None:
+        self.job, self.runtime = job, runtime
+        self.precision = job.precision
+        self.description = f"SanaRuntime, {job.precision}, {runtime.backend.name} on the {runtime.backend.device}"
+
+    def generate(self, prompt: str, seed: int) -> Sample:
+        result = self.runtime(prompt, seed=seed, **self.job.workload.sampling())
+        assert isinstance(result.images, list)  # output_type is "pil"
+        return Sample(result.images, stage_times(result.timings))
+
+    def peak_device_bytes(self) -> int | None:
+        return None
+
+
+def stage_times(timings: Timings) -> StageTimes:
+    """The runtime's seconds as the bench's stages in milliseconds."""
+    return {
+        "text_encoder": [1e3 * timings.text_encoder],
+        "context": [1e3 * timings.context],
+        "denoise_step": [1e3 * seconds for seconds in timings.denoise],
+        "denoise_loop": [1e3 * timings.denoise_loop],
+        "vae_decoder": [1e3 * timings.vae_decoder],
+    }
+
+
+def limit_onnxruntime(threads: int) -> None:
+    """Give every ONNX Runtime session of this process `threads` threads: the backend itself leaves the number to ONNX Runtime."""
+    import onnxruntime
+
+    original = onnxruntime.SessionOptions
+
+    def session_options() -> onnxruntime.SessionOptions:
+        options = original()
+        options.intra_op_num_threads = threads
+        return options
+
+    onnxruntime.SessionOptions = session_options

@@ -1,0 +1,1 @@
+"""Time per layer, as each backend's own profiler reports it."""

@@ -1,0 +1,56 @@
+"""Layers of a graph in ONNX Runtime, from its own profile: the nodes as its optimiser left them."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from sana_export.bench.nvtx_ranges import nvtx_range
+from sana_export.bench.profile.profile import GraphRun, Layer
+from sana_export.runtime.backends.onnxruntime import session_options
+
+
+def layers(run: GraphRun) -> list[Layer]:
+    """Each node's median time, in a session like the backend's."""
+    import onnxruntime
+
+    options = session_options(onnxruntime)
+    options.intra_op_num_threads = run.threads
+    options.enable_profiling = True
+    path = run.bundle / run.manifest.graphs[run.graph].files[0].path
+    with tempfile.TemporaryDirectory(prefix="sana-export-profile-") as folder:
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        feeds = {name: tensor.numpy() for name, tensor in run.inputs.items()}
+        for _ in range(1 + run.runs):
+            with nvtx_range(run.graph):
+                session.run(None, feeds)
+        events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
+    return node_layers(events, run.runs)
+
+
+def node_layers(events: list[dict[str, Any]], runs: int) -> list[Layer]:
+    """A layer a node, its time the median of the last `runs` runs."""
+    found: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            found[event["name"].removesuffix("_kernel_time")].append((event["dur"], event["args"]))
+    result = []
+    for name, timed in found.items():
+        arguments = timed[-1][1]
+        moved = sum(int(arguments.get(key, 0)) for key in ("activation_size", "parameter_size", "output_size"))
+        microseconds = statistics.median(duration for duration, _ in timed[-runs:])
+        result.append(Layer(_shortened(name), arguments["op_name"], microseconds / 1e3, moved or None))
+    return result
+
+
+def _shortened(name: str) -> str:
+    """Names of fused nodes grow long and hold separators of the table."""
+    return re.sub(r"[|/]+", "/", name)[-60:]

@@ -1,0 +1,1 @@
+"""A benchmark's results as JSON, Markdown, HTML and plots, and the comparison of two reports."""

@@ -1,0 +1,117 @@
+"""The sizes of everything that one call runs, and from them the work of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sana_export.bench.stages import END_TO_END
+from sana_export.bench.work.count import Work
+from sana_export.bench.workload import Workload
+from sana_export.manifest import Manifest
+from sana_export.runtime.decoding import Window, plan_windows
+from sana_export.runtime.prompt import Float32, PromptEncoder
+from sana_export.runtime.request import Request, make_plan
+
+#: The work of a graph of the bundle's by its name, where its dynamic axes have these sizes.
+GraphWork = Callable[[str, Mapping[str, int]], Work]
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """One call: B images, K guidance branches, N steps.
+
+    encoder_runs: [rows, tokens, prefix tokens] of each run of the text encoder. text_tokens: rows of it that the denoiser gets.
+    padded_runs: tokens of each run of the text encoder as diffusers makes them, padded. windows: [rows, columns] in features of
+    each tile of the decoder; none where it decodes in one piece, and then `features` is [0, 0].
+    """
+
+    batch: int
+    branches: int
+    steps: int
+    latent_height: int
+    latent_width: int
+    encoder_runs: tuple[tuple[int, int, int], ...]
+    text_tokens: int
+    padded_runs: tuple[int, ...]
+    features: tuple[int, int] = (0, 0)
+    windows: tuple[tuple[int, int], ...] = ()
+
+
+def call_shape(bundle: Path, manifest: Manifest, work: Workload, prompt: str) -> CallShape:
+    """The sizes that the runtime comes to when it samples one prompt of `work` with `bundle`."""
+    plan = make_plan(Request(prompt=prompt, **work.sampling()), bundle, manifest)
+    text = PromptEncoder.load(bundle, manifest)
+    tokens = [
+        [text.tokenize(entry, max_sequence_length=plan.max_sequence_length, instruct=instruct) for entry in texts]
+        for texts, instruct in plan.texts
+    ]
+    runs: list[tuple[int, int, int]] = []
+
+    def note(embeds: Float32, prefix: Float32) -> Float32:
+        runs.append((embeds.shape[0], embeds.shape[1], prefix.shape[3]))
+        return np.zeros_like(embeds)
+
+    embeddings = text.encode(tokens, note)
+    batch, _, height, width = plan.latents_shape
+    model, features = manifest.model, (0, 0)
+    windows: tuple[Window, ...] = ()
+    if plan.decoder_tile:
+        scale = model.decoder_tile_scale
+        features = (height * model.vae_scale_factor // scale, width * model.vae_scale_factor // scale)
+        windows = plan_windows(*features, plan.decoder_tile // scale, model.decoder_tile_halo)
+    instruction = len(text.instruction.token_ids)
+    return CallShape(
+        batch,
+        len(plan.texts),
+        len(plan.schedule.timesteps),
+        height,
+        width,
+        tuple(runs),
+        embeddings.shape[2],
+        padded_runs(instruction, plan.max_sequence_length, negative=any(not instruct for _, instruct in plan.texts)),
+        features,
+        tuple((len(window.rows.index), len(window.columns.index)) for window in windows),
+    )
+
+
+def padded_runs(instruction: int, length: int, *, negative: bool) -> tuple[int, ...]:
+    """Tokens of the text encoder's runs in diffusers: the prompt after `instruction` tokens, and the negative prompt without."""
+    return (instruction + length - 2, *([length] if negative else []))
+
+
+def stage_work(shape: CallShape, graph_work: GraphWork) -> dict[str, Work]:
+    """Stage to the work of the deployment graphs in one call of `shape`."""
+    latents = {"batch": shape.batch, "latent_height": shape.latent_height, "latent_width": shape.latent_width}
+    text = {"branches": shape.branches, "text_tokens": shape.text_tokens}
+    step = graph_work("denoiser", {**latents, **text})
+    runs = [
+        graph_work("text_encoder", {"batch": rows, "tokens": tokens, "prefix_tokens": prefix})
+        for rows, tokens, prefix in shape.encoder_runs
+    ]
+    if shape.windows:
+        height, width = shape.features
+        features = {"batch": shape.batch, "feature_height": height, "feature_width": width}
+        tiles = [graph_work("vae_decoder_tail", {**features, "tile_height": h, "tile_width": w}) for h, w in shape.windows]
+        decoder = sum(tiles, graph_work("vae_decoder_head", latents))
+    else:
+        decoder = graph_work("vae_decoder", latents)
+    return with_totals(
+        {
+            "text_encoder": sum(runs, Work()),
+            "context": graph_work("context", {"batch": shape.batch, **text}),
+            "denoise_step": step,
+            "vae_decoder": decoder,
+        },
+        shape.steps,
+    )
+
+
+def with_totals(stages: Mapping[str, Work], steps: int) -> dict[str, Work]:
+    """`stages` with the loop of `steps` steps and the whole call."""
+    loop = stages["denoise_step"] * steps
+    whole = sum((work for stage, work in stages.items() if stage != "denoise_step"), loop)
+    return {**stages, "denoise_loop": loop, END_TO_END: whole}

@@ -1,0 +1,163 @@
+"""The least time of an image by counted work and published rates: no measurement, a page of what could be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sana_export.bench.stages import END_TO_END
+from sana_export.bench.work.call_shape import CallShape, padded_runs, stage_work
+from sana_export.bench.work.count import Rates, Work
+from sana_export.bench.work.networks import Configs, reference_work, restated_work
+from sana_export.manifest import Options
+from sana_export.profiles import DECODER_TILE
+from sana_export.runtime.decoding import UNTILED_AREA, plan_windows
+from sana_export.synth.recipes import RECIPES
+
+#: Dense fp16 products with fp32 accumulation and memory bandwidth, as NVIDIA publishes them; `_SOURCES` says where.
+CARDS = {
+    "H100 SXM": Rates(989.4e12, 3.35e12, "fp16", "published"),
+    "RTX 4090": Rates(165.2e12, 1.008e12, "fp16", "published"),
+    "RTX 4090 Laptop, 16 GB": Rates(85.8e12, 0.576e12, "fp16", "derived from published figures"),
+}
+#: Label: the recipe of the widths. Published for 512 and 1024 px (600M) and up to 4096 px (1600M); the work follows from the size.
+MODELS = {"600M": "sana-600m-1024px", "1600M": "sana-1600m-1024px"}
+SIDES = (512, 1024, 2048, 4096)
+STEPS, BRANCHES = 20, 2
+#: Tokens of a prompt after the instruction, about those of a sentence; and of the instruction.
+PROMPT_TOKENS, INSTRUCTION_TOKENS, TEXT_LENGTH = 20, 200, 300
+_TILE_HALO, _TILE_SCALE, _LATENT = 7, 8, 32
+STAGES = ("text_encoder", "context", "denoise_loop", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """One model at one size: the work of each stage, ours and diffusers'."""
+
+    model: str
+    side: int
+    ours: dict[str, Work]
+    reference: dict[str, Work]
+
+
+def floors() -> Iterator[Floor]:
+    """Every model at every size, one image with CFG."""
+    for label, recipe_name in MODELS.items():
+        recipe = RECIPES[recipe_name]
+        configs: Configs = {"transformer": recipe.transformer, "vae": recipe.vae, "text_encoder": recipe.text_encoder}
+        graph_work = restated_work(configs, Options("fp16", clamp=True))
+        for side in SIDES:
+            shape = image_shape(side)
+            half = {"transformer": "float16", "vae": "bfloat16", "text_encoder": "bfloat16"}
+            yield Floor(label, side, stage_work(shape, graph_work), reference_work(configs, shape, half))
+
+
+def image_shape(side: int) -> CallShape:
+    """One square image of `side` pixels, as the runtime samples it."""
+    latent, feature = side // _LATENT, side // _TILE_SCALE
+    tiled = side * side > UNTILED_AREA
+    windows = plan_windows(feature, feature, DECODER_TILE // _TILE_SCALE, _TILE_HALO) if tiled else ()
+    return CallShape(
+        1,
+        BRANCHES,
+        STEPS,
+        latent,
+        latent,
+        ((1, PROMPT_TOKENS, INSTRUCTION_TOKENS - 1),),
+        1 + PROMPT_TOKENS,
+        padded_runs(INSTRUCTION_TOKENS, TEXT_LENGTH, negative=True),
+        (feature, feature) if tiled else (0, 0),
+        tuple((len(window.rows.index), len(window.columns.index)) for window in windows),
+    )
+
+
+def markdown() -> str:
+    """The page benchmarks/floors.md."""
+    found = list(floors())
+    lines = [_HEAD.format(steps=STEPS, prompt=PROMPT_TOKENS, instruction=INSTRUCTION_TOKENS)]
+    lines += ["## Work of one image", "", *_work_table(found)]
+    for card, rates in CARDS.items():
+        lines += ["", f"## {card}", ""]
+        lines += [f"{rates.flop / 1e12:g} TFLOP/s, {rates.bytes / 1e9:g} GB/s ({rates.source}).", "", *_card_table(found, rates)]
+    return "\n".join(lines) + "\n" + _SOURCES
+
+
+def as_json() -> list[dict[str, object]]:
+    """One entry a model, size and card."""
+    return [
+        {
+            "computed": True,
+            "model": floor.model,
+            "side": floor.side,
+            "card": card,
+            "rates": rates.as_json(),
+            "floor_ms": {stage: 1e3 * work.floor_seconds(rates) for stage, work in floor.ours.items()},
+            "reference_floor_ms": {stage: 1e3 * work.floor_seconds(rates) for stage, work in floor.reference.items()},
+            "flop": {stage: work.flop for stage, work in floor.ours.items()},
+            "bytes": {stage: work.bytes for stage, work in floor.ours.items()},
+        }
+        for floor in floors()
+        for card, rates in CARDS.items()
+    ]
+
+
+_SOURCES = """
+## The rates
+
+Dense fp16 products with fp32 accumulation.
+
+- H100 SXM: NVIDIA's white paper "H100 Tensor Core GPU Architecture", peak rates (989.4 TFLOP/s), and the data sheet (3.35 TB/s).
+- RTX 4090: NVIDIA's white paper "Ada GPU Architecture", appendix A (165.2 TFLOP/s, 1008 GB/s): 128 multiprocessors of 512
+  operations a clock at 2.52 GHz.
+- RTX 4090 Laptop, 16 GB: NVIDIA gives no such figure. 85.8 TFLOP/s is its 686 "AI TOPS" by the RTX 4090's 1321, times 165.2: its
+  76 multiprocessors at 2.2 GHz, which is more than its published boost clock of 1.46 to 2.04 GHz (57 to 79 TFLOP/s). Laptops are
+  given different power, and most are slower than this floor. 256 bits at 18 Gbit/s are 576 GB/s.
+"""
+
+
+_HEAD = """# The floor: computed, not measured
+
+What one image would take if every matrix product and convolution ran at the card's published rate, or moved its operands at its
+published bandwidth, whichever takes longer, and all else were free. Everything here is **computed** from counted work and published
+rates; nothing was run. `sana-export bench --floor` writes this page.
+
+One image, {steps} steps, CFG (2 branches), a prompt of {prompt} tokens after an instruction of {instruction}; fp16 graphs. Work
+is counted by tracing the deployment graphs and diffusers' modules on torch's meta device; tests hold the count against the ONNX
+files and torch's own counter. Beyond 2048 px the decoder runs in tiles. Kernels that keep the result of one product on the chip
+for the next could be faster than this floor; what a run reaches of it stands in that run's report.
+
+"diffusers" is the floor of the work that diffusers does for the same image, so the last column is what the restated graphs take
+of it at equal efficiency. A share in brackets is the stage's part of the whole image.
+"""
+
+
+def _work_table(found: list[Floor]) -> list[str]:
+    lines = ["| model | px | one step | decoder | whole image | bytes, whole image | diffusers, whole image |", _rule(2, 5)]
+    for floor in found:
+        step, decoder, whole = (floor.ours[stage] for stage in ("denoise_step", "vae_decoder", END_TO_END))
+        lines.append(
+            f"| {floor.model} | {floor.side} | {step.flop / 1e12:.2f} TFLOP | {decoder.flop / 1e12:.2f} TFLOP "
+            f"| {whole.flop / 1e12:.1f} TFLOP | {whole.bytes / 1e9:.1f} GB | {floor.reference[END_TO_END].flop / 1e12:.1f} TFLOP |"
+        )
+    return lines
+
+
+def _card_table(found: list[Floor], rates: Rates) -> list[str]:
+    heads = " | ".join(f"{stage} (share)" for stage in STAGES)
+    lines = [f"| model | px | whole image, ms | one step, ms | {heads} | diffusers, ms | ours of it |", _rule(2, 4 + len(STAGES))]
+    for floor in found:
+        whole = floor.ours[END_TO_END].floor_seconds(rates)
+        theirs = floor.reference[END_TO_END].floor_seconds(rates)
+        parts = " | ".join(_part(floor.ours[stage].floor_seconds(rates), whole) for stage in STAGES)
+        step = floor.ours["denoise_step"].floor_seconds(rates)
+        head = f"| {floor.model} | {floor.side} | {1e3 * whole:.1f} | {1e3 * step:.2f} |"
+        lines.append(f"{head} {parts} | {1e3 * theirs:.1f} | {whole / theirs:.0%} |")
+    return lines
+
+
+def _part(seconds: float, whole: float) -> str:
+    return f"{1e3 * seconds:.2f} ({seconds / whole:.0%})"
+
+
+def _rule(text: int, numbers: int) -> str:
+    return f"|{'---|' * text}{'---:|' * numbers}"

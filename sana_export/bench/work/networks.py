@@ -1,0 +1,121 @@
+"""The work of a checkpoint's networks from their configs alone: modules on torch's meta device have shapes and no values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sana_export.bench.work.call_shape import CallShape, GraphWork, with_totals
+from sana_export.bench.work.count import Work
+from sana_export.bench.work.torch import torch_work
+from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.checkpoint.components import expected_shapes
+from sana_export.export.example_inputs import graph_spec
+from sana_export.graphs.builders import build_graph
+from sana_export.manifest import Options
+
+Configs = Mapping[str, Mapping[str, Any]]
+#: What `SanaPipeline` keeps of a prompt: its text tokens are padded to this many.
+TEXT_TOKENS = 300
+
+
+class MetaWeights(Mapping[str, Tensor]):
+    """Name to tensor on the meta device, in place of a checkpoint's weights where only shapes matter."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.empty(self.shapes[name], device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class MetaCheckpoint:
+    """What `build_graph` asks of a checkpoint, from the configs of "transformer", "vae" and "text_encoder"."""
+
+    def __init__(self, configs: Configs) -> None:
+        self.configs = configs
+
+    def config(self, component: str) -> dict[str, Any]:
+        if component != "text_encoder":
+            return dict(self.configs[component])
+        from transformers import Gemma2Config
+
+        return Gemma2Config.from_dict(dict(self.configs[component])).to_dict()  # with what a stored config.json holds
+
+    def weights(self, component: str) -> MetaWeights:
+        return MetaWeights(expected_shapes(component, self.configs[component]))
+
+
+def restated_work(configs: Configs, options: Options) -> GraphWork:
+    """The work of each deployment graph of a checkpoint with these configs."""
+    checkpoint = cast(SanaCheckpoint, MetaCheckpoint(configs))
+
+    @cache
+    def module(name: str) -> nn.Module:
+        return build_graph(name, checkpoint, options)
+
+    def work(name: str, sizes: Mapping[str, int]) -> Work:
+        spec = graph_spec(name, checkpoint, options)
+        with torch.device("meta"):
+            shapes = ([axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape] for tensor in spec.inputs)
+            inputs = [
+                torch.empty(shape, dtype=getattr(torch, tensor.dtype)) for shape, tensor in zip(shapes, spec.inputs, strict=True)
+            ]
+            return torch_work(lambda: module(name)(*inputs))
+
+    return work
+
+
+def reference_work(configs: Configs, shape: CallShape, dtypes: Mapping[str, str]) -> dict[str, Work]:
+    """Stage to the work of diffusers' modules in one call of `shape`, in the dtype of each network.
+
+    The text encoder runs over padded tokens and the transformer projects padded text in every step. Perturbed attention counts as
+    plain attention.
+    """
+    from diffusers import AutoencoderDC, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    config = {name: dict(content) for name, content in configs.items()}
+    dtype = {name: getattr(torch, name_of) for name, name_of in dtypes.items()}
+    rows = shape.branches * shape.batch
+    channels = config["transformer"]["in_channels"]
+    size = (shape.latent_height, shape.latent_width)
+    with torch.device("meta"):
+        encoder = _cast(Gemma2Model(Gemma2Config.from_dict(config["text_encoder"])), dtype["text_encoder"])
+        transformer = _cast(SanaTransformer2DModel.from_config(config["transformer"]), dtype["transformer"])
+        decoder = _cast(AutoencoderDC.from_config(config["vae"]), dtype["vae"])
+
+        def encode(tokens: int) -> Work:
+            ids = torch.empty(1, tokens, dtype=torch.long)
+            return torch_work(lambda: encoder(ids, attention_mask=torch.ones_like(ids), use_cache=False))
+
+        def step() -> Any:
+            latents = torch.empty(rows, channels, *size, dtype=dtype["transformer"])
+            text = torch.empty(rows, TEXT_TOKENS, config["transformer"]["caption_channels"], dtype=dtype["transformer"])
+            guidance = torch.empty(rows) if config["transformer"].get("guidance_embeds") else None
+            mask = torch.empty(rows, TEXT_TOKENS)
+            return transformer(latents, text, torch.empty(rows), guidance, encoder_attention_mask=mask)
+
+        return with_totals(
+            {
+                "text_encoder": sum(map(encode, shape.padded_runs), Work()),
+                "denoise_step": torch_work(step),
+                "vae_decoder": torch_work(lambda: decoder.decode(torch.empty(shape.batch, channels, *size, dtype=dtype["vae"]))),
+            },
+            shape.steps,
+        )
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """`model` in `dtype`; the models' own `to` warns of modules to be kept in float32, of which these have none."""
+    return nn.Module.to(model, dtype)

@@ -1,0 +1,254 @@
+"""A Sana checkpoint on disk, read component by component: configs as they are, weights mapped from safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from sana_export.adapters import Lora
+from sana_export.checkpoint.components import COMPONENTS, check_weights, select_weights
+from sana_export.checkpoint.fold_lora import fold_loras
+from sana_export.checkpoint.hub import INDEX, Hub, ReadJson, fetch, not_a_checkpoint, read_json
+from sana_export.checkpoint.single_file import open_single_file
+from sana_export.checkpoint.weights import Weights, read_headers
+from sana_export.environment import source_digest
+from sana_export.errors import ArtifactError, UsageError
+from sana_export.manifest import Checkpoint, Overlay, hash_file
+from sana_export.synth.checkpoint import MARKER
+from sana_export.variants import VARIANTS, Variant, find_variant, recognise, unknown_alias
+
+log = logging.getLogger(__name__)
+
+#: The folder of the checkpoints that are part of the package.
+EMBEDDED = Path(__file__).parents[1] / "models"
+PIPELINES = ("SanaPipeline", "SanaPAGPipeline", "SanaSprintPipeline")
+
+
+@dataclass(frozen=True)
+class SanaCheckpoint:
+    """A checked checkpoint folder, and what the user lays over it.
+
+    `source` is what the user named; `weights_variant` picks files such as *.fp16.safetensors. `rows` of variants.py: the one that
+    was named, or those whose configs these are. `transformer_file` holds the transformer's weights in place of the folder's.
+    """
+
+    folder: Path
+    source: str
+    revision: str | None = None
+    rows: tuple[Variant, ...] = ()
+    weights_variant: str | None = None
+    index: Mapping[str, Any] = field(default_factory=dict)
+    transformer_file: Path | None = None
+    loras: tuple[Lora, ...] = ()
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The component's config.json (scheduler_config.json for the scheduler)."""
+        return read_json(self.folder / _config_name(component))
+
+    def weights(self, component: str) -> Weights:
+        """The component's tensors under the names that diffusers or transformers gives them, with adapters folded in."""
+        base = self.base_weights(component)
+        return fold_loras(base, self.loras) if component == "transformer" else base
+
+    def base_weights(self, component: str) -> Weights:
+        """The same without adapters."""
+        if component == "transformer" and self.transformer_file is not None:
+            return open_single_file(self.transformer_file)
+        stored = read_headers(self.weight_files(component))
+        return Weights({name.removeprefix("model."): entry for name, entry in stored.items()})
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The component's safetensors files: one, or the shards that its index lists."""
+        if component == "transformer" and self.transformer_file is not None:
+            return [self.transformer_file]
+        names = {path.relative_to(self.folder).as_posix() for path in self.folder.glob("*/*")}
+        found = select_weights(component, names, self.weights_variant, lambda name: read_json(self.folder / name), self.source)
+        return [self.folder / name for name in found]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash over the contents of every config and weight file that an export reads, and the scales of adapters."""
+        parts = [(_config_name(component), self.folder / _config_name(component)) for component in (*COMPONENTS, "scheduler")]
+        parts += [(f"tokenizer/{path.name}", path) for path in sorted(self.folder.glob("tokenizer/*.json"))]
+        for component in COMPONENTS:
+            parts += [(f"{component}/{number}", path) for number, path in enumerate(self.weight_files(component))]
+        digest = hashlib.sha256()
+        for role, path in parts:
+            digest.update(f"{role}\0{hash_file(path)}\0".encode())
+        for lora in self.loras:
+            digest.update(f"lora\0{lora.scale!r}\0{lora.sha256}\0".encode())
+        return digest.hexdigest()
+
+    def record(self) -> Checkpoint:
+        """What a manifest says of this checkpoint."""
+        file = self.transformer_file
+        return Checkpoint(
+            self.source,
+            self.revision,
+            self.sha256,
+            self.variant.alias if self.variant else None,
+            self.synthetic,
+            self.weights_variant,
+            self.trained_with_clamp()[0],
+            None if file is None else Overlay(str(file), hash_file(file)),
+            tuple(Overlay(str(lora.path), lora.sha256, lora.scale) for lora in self.loras),
+        )
+
+    @property
+    def marker(self) -> Mapping[str, Any]:
+        """What a synthetic checkpoint says of itself; empty for any other."""
+        path = self.folder / MARKER
+        return read_json(path) if path.is_file() else {}
+
+    @property
+    def synthetic(self) -> bool:
+        return bool(self.marker.get("synthetic"))
+
+    @property
+    def variant(self) -> Variant | None:
+        """The row of variants.py that this is; None where none fits, or several that differ in nothing that can be seen."""
+        rows = self._family()
+        return rows[0] if len(rows) == 1 else None
+
+    @property
+    def kin(self) -> Variant | None:
+        """A row of variants.py of the same configs and family, whose defaults hold here too; None where there is none."""
+        return next(iter(self._family()), None)
+
+    def _family(self) -> list[Variant]:
+        clamp, _ = self.trained_with_clamp()
+        return [row for row in self.rows if row.clamp == clamp]
+
+    def trained_with_clamp(self) -> tuple[bool, str]:
+        """Whether self-attention outputs are clipped to +-65504 in this checkpoint's function, and how that is known."""
+        families = {row.clamp for row in self.rows}
+        if len(families) == 1:
+            return families.pop(), f"the table says so for {' and '.join(row.alias for row in self.rows)}"
+        stored = self.base_weights("transformer").dtype()
+        return stored == "F16", f"its transformer is stored as {stored}"
+
+
+def open_checkpoint(
+    model: str,
+    *,
+    revision: str | None = None,
+    weights_variant: str | None = None,
+    transformer: Path | None = None,
+    loras: Iterable[Lora] = (),
+    hub: Hub | None = None,
+) -> SanaCheckpoint:
+    """Find `model` (an alias, a local folder or a hub id) and check that it is a whole Sana checkpoint.
+
+    `transformer`: a safetensors file with the transformer's weights, in place of the checkpoint's own. `loras` are folded into
+    them. Raises UsageError for an unknown name, ArtifactError for what is not a Sana, not whole or does not fit together,
+    DependencyError where the hub cannot be reached.
+    """
+    if transformer is not None and not transformer.is_file():
+        raise UsageError(
+            f"there is no file {transformer}", found="no such file", wanted="a .safetensors file of a Sana transformer"
+        )
+    named = find_variant(model)
+    components = [name for name in COMPONENTS if transformer is None or name != "transformer"]
+    requested, local = weights_variant, Path(model).is_dir()
+    if named is not None and named.recipe is not None:
+        folder = _synthetic_folder(named.recipe)
+    elif named is not None and named.embedded:
+        folder = EMBEDDED / named.alias
+    elif local:
+        folder, named = Path(model), None
+    elif named is not None or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
+        weights_variant = weights_variant or (named.weights_variant if named else None)
+        repo = named.repo if named and named.repo else model
+        select = partial(_select, components=components, weights_variant=weights_variant, source=repo)
+        folder = fetch(repo, revision, hub or Hub(), partial(_check_index, source=repo), select)
+    else:
+        raise unknown_alias(model)
+    if not (folder / INDEX).is_file():
+        raise not_a_checkpoint(model, [path.name for path in folder.iterdir()], lambda name: read_json(folder / name))
+    index = read_json(folder / INDEX)
+    _check_index(index, model)
+    draft = SanaCheckpoint(folder, model, revision, (named,) if named else (), weights_variant, index, transformer, tuple(loras))
+    rows = draft.rows or _rows(draft)
+    checkpoint = SanaCheckpoint(folder, model, revision, rows, weights_variant, index, transformer, tuple(loras))
+    _check(checkpoint)
+    if requested and not any(f".{requested}" in path.name for name in components for path in checkpoint.weight_files(name)):
+        raise UsageError(
+            f"{model} has no weights of the variant {requested!r}",
+            found=", ".join(path.name for name in components for path in checkpoint.weight_files(name)),
+            wanted=f"files named *.{requested}.safetensors",
+            fix="leave out --variant",
+        )
+    return checkpoint
+
+
+def _config_name(component: str) -> str:
+    return "scheduler/scheduler_config.json" if component == "scheduler" else f"{component}/config.json"
+
+
+def _select(
+    names: Collection[str], read: ReadJson, *, components: Iterable[str], weights_variant: str | None, source: str
+) -> list[str]:
+    """The files of a hub repository that an export or its reference reads."""
+    small = [INDEX, MARKER, *(_config_name(component) for component in (*COMPONENTS, "scheduler"))]
+    found = [name for name in names if name in small or (name.startswith("tokenizer/") and name.count("/") == 1)]
+    for component in components:
+        found += select_weights(component, names, weights_variant, read, source)
+    return found
+
+
+def _check_index(index: Mapping[str, Any], source: str) -> None:
+    """Raise ArtifactError unless model_index.json is that of a Sana text-to-image pipeline with components of the known classes."""
+    if index.get("_class_name") not in PIPELINES:
+        raise ArtifactError(
+            f"{source} is not a Sana text-to-image checkpoint",
+            found=f"model_index.json names {index.get('_class_name')}",
+            wanted=" or ".join(PIPELINES),
+            fix="sana-export variants  (lists the published checkpoints)",
+        )
+    for name, component in COMPONENTS.items():
+        found = (index.get(name) or [None, None])[1]
+        if found not in component.classes:
+            raise ArtifactError(f"{source} has an unknown {name}", found=found, wanted=" or ".join(component.classes))
+
+
+def _rows(checkpoint: SanaCheckpoint) -> tuple[Variant, ...]:
+    """The rows that a checkpoint which the table does not name may be."""
+    marked = VARIANTS.get(str(checkpoint.marker.get("variant")))
+    return (marked,) if marked else recognise(checkpoint.config("transformer"), checkpoint.config("scheduler"))
+
+
+def _check(checkpoint: SanaCheckpoint) -> None:
+    checkpoint.config("scheduler")
+    for component in COMPONENTS:
+        file = checkpoint.transformer_file if component == "transformer" else None
+        check_weights(component, checkpoint.config(component), checkpoint.base_weights(component), str(file or checkpoint.source))
+    checkpoint.weights("transformer")
+    if not (checkpoint.folder / "tokenizer" / "tokenizer.json").is_file():
+        raise ArtifactError(
+            f"the tokenizer of {checkpoint.source} is missing",
+            found="no tokenizer/tokenizer.json",
+            wanted="the tokenizer's file in the format of the tokenizers library",
+            fix="download the checkpoint again",
+        )
+
+
+def cache_folder() -> Path:
+    """Where sana_export keeps what it makes for itself: $SANA_EXPORT_CACHE, or sana_export under the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("SANA_EXPORT_CACHE") or f"{root}/sana_export").expanduser()
+
+
+def _synthetic_folder(recipe: str) -> Path:
+    from sana_export.synth.checkpoint import make_checkpoint
+
+    folder = cache_folder() / "checkpoints" / f"{recipe}-{source_digest('synth')[:12]}"
+    if not (folder / INDEX).is_file():
+        log.info("making the synthetic checkpoint %s in %s", recipe, folder)
+        make_checkpoint(recipe, folder)
+    return folder

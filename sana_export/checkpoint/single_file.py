@@ -1,0 +1,84 @@
+"""A transformer in one safetensors file: the names that diffusers gives its tensors, or those of the original Sana code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from sana_export.checkpoint.weights import Stored, Weights, read_headers
+from sana_export.errors import ArtifactError
+from sana_export.weight_files import PICKLES
+
+PREFIX = "model.diffusion_model."
+#: In the original names only.
+ORIGINAL = "x_embedder.proj.weight"
+#: Original tensors that the network does not use for sampling. diffusers' converter wants the first two to be there.
+UNUSED = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias")
+#: Original names of SANA-1.5 and SANA-Sprint that diffusers' `convert_sana_transformer_to_diffusers` does not know.
+#: Source: diffusers' scripts/convert_sana_to_diffusers.py.
+FURTHER = (
+    (r"blocks\.(\d+)\.attn\.([qk])_norm\.weight", r"transformer_blocks.\1.attn1.norm_\2.weight"),
+    (r"blocks\.(\d+)\.cross_attn\.([qk])_norm\.weight", r"transformer_blocks.\1.attn2.norm_\2.weight"),
+    (r"cfg_embedder\.mlp\.0\.(weight|bias)", r"time_embed.guidance_embedder.linear_1.\1"),
+    (r"cfg_embedder\.mlp\.2\.(weight|bias)", r"time_embed.guidance_embedder.linear_2.\1"),
+)
+#: A guidance embedding changes the place of the time embedding's two layers.
+GUIDED = (r"time_embed\.emb\.(timestep_embedder\..*)", r"time_embed.\1")
+
+
+def open_single_file(path: Path) -> Weights:
+    """The tensors of the transformer in `path` under diffusers' names, `model.diffusion_model.` before them or not.
+
+    Raises ArtifactError for a damaged file, for weights of another kind of file, and for original names of which one is missing.
+    """
+    if path.suffix in PICKLES:
+        raise ArtifactError(
+            f"{path} is not a safetensors file",
+            found=f"a {path.suffix} file, which runs code when it is read",
+            wanted="weights as .safetensors",
+            fix="save its tensors with safetensors.torch.save_file",
+        )
+    headers = read_headers([path], fix="download the file again")
+    stored = {name.removeprefix(PREFIX): entry for name, entry in headers.items()}
+    return Weights(_converted(stored, path) if ORIGINAL in stored else stored)
+
+
+def _converted(stored: Mapping[str, Stored], path: Path) -> dict[str, Stored]:
+    """Original names to diffusers'.
+
+    diffusers' own converter renames tensors and cuts fused ones into rows. It is given row numbers in place of weights: what comes
+    out of it says which rows of which tensor each new one is, and no weight is read.
+    """
+    import torch
+    from diffusers.loaders.single_file_utils import convert_sana_transformer_to_diffusers
+
+    entries, stride = list(stored.values()), 2**32
+    numbered = enumerate(stored.items())
+    rows = {name: torch.arange(entry.shape[0]) + number * stride for number, (name, entry) in numbered if entry.shape}
+    for name in UNUSED[:2]:
+        rows.setdefault(name, torch.arange(1))
+    try:
+        converted = convert_sana_transformer_to_diffusers(rows)
+    except KeyError as error:
+        raise ArtifactError(
+            f"{path} lacks a tensor of the transformer",
+            found=f"no {error.args[0]}",
+            wanted="all tensors of a Sana transformer under the names of the original code",
+            fix="download the file again",
+        ) from error
+    result = {}
+    for name, numbers in converted.items():
+        owner, first = divmod(int(numbers[0]), stride)
+        result[name] = entries[owner].part(first, first + len(numbers))
+    for name in rows.keys() - set(UNUSED):  # the converter has taken out what it knows
+        result[_renamed(name, FURTHER)] = stored[name]
+    guided = any(name.startswith("time_embed.guidance_embedder.") for name in result)
+    return {_renamed(name, (GUIDED,)): entry for name, entry in result.items()} if guided else result
+
+
+def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in table:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name

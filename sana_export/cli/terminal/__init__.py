@@ -1,0 +1,1 @@
+"""What the command line shares: the console, standard output, interrupts and failures."""

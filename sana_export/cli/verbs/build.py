@@ -1,0 +1,179 @@
+"""`sana-export build`: the engines of a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sana_export.cli.bundle_text import bundle_document, bundle_summary
+from sana_export.cli.terminal.console import VERBOSE, Console
+from sana_export.cli.terminal.text import plural, table
+from sana_export.cli.verb import Answer, Verb, add_bundle, add_names, add_size, positive
+from sana_export.errors import UsageError
+from sana_export.manifest import EngineEntry, Manifest
+from sana_export.profiles import PROFILES, Profile, bin_profiles, custom_profile, profile_named
+from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions
+from sana_export.trt.bundle import build_bundle, plan_bundle
+from sana_export.trt.flavour import FLAVOURS
+from sana_export.trt.plan import KEY_CHARACTERS, PlannedEngine
+from sana_export.trt.progress import Progress
+
+#: The fields of `BuildOptions` that are options of the command line.
+BUILD_OPTIONS = ("refittable", "version_compatible", "hardware_compatible", "weight_streaming")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle(parser)
+    parser.add_argument("--backend", choices=tuple(FLAVOURS), required=True, help="what the engines are for")
+    profiles = "; ".join(f"{profile.name}: {profile.meaning}" for profile in PROFILES.values())
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        help=f"which shapes the engines serve (default: default). {profiles}; static-1024 or static-HEIGHTxWIDTH: that size",
+    )
+    parser.add_argument(
+        "--each-bin",
+        action="store_true",
+        help="engines of one size for every resolution bin of the checkpoint, instead of a profile",
+    )
+    add_size(parser, "the one image size that the engines serve, instead of a profile")
+    parser.add_argument("--batch", type=positive, metavar="N", help="up to N images at a time, with --height and --width")
+    add_names(parser, "--compute-capability", "CC", "GPUs to build for, for example 8.9 12.0 (default: portable, or the GPU here)")
+    add_names(parser, "--graphs", "GRAPH", "build only these graphs (default: all that the profile needs)")
+    parser.add_argument(
+        "--refittable",
+        action="store_true",
+        help="engines without weights, which they are given when they are loaded: one serves all fine-tunes of a checkpoint. To "
+        "build them needs a GPU",
+    )
+    parser.add_argument("--version-compatible", action="store_true", help="engines that later versions of the backend run too")
+    parser.add_argument(
+        "--hardware-compatible",
+        action="store_true",
+        help="engines that later GPUs run too, from compute capability 8.0 on; with tensorrt-rtx add --compute-capability 8.0",
+    )
+    parser.add_argument(
+        "--weight-streaming", action="store_true", help="engines whose weights may stay on the host: --memory streaming"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be built and why, and build nothing")
+
+
+def run(options: argparse.Namespace, console: Console) -> Answer:
+    bundle = Path(options.bundle)
+    manifest = Manifest.load(bundle)
+    profiles = choose_profiles(manifest, options)
+    settings: dict[str, Any] = {
+        "backend": options.backend,
+        "compute_capabilities": tuple(options.compute_capability),
+        "graphs": options.graphs or None,
+        "options": BuildOptions(**{name: getattr(options, name) for name in BUILD_OPTIONS}),
+    }
+    if options.dry_run:
+        # Engines that several profiles share are planned once.
+        planned = {engine.recipe.key: engine for profile in profiles for engine in plan_bundle(bundle, profile=profile, **settings)}
+        return Answer(_plan_document(bundle, [*planned.values()]), _plan_text(bundle, [*planned.values()]))
+    for profile in profiles:
+        manifest = build_engines(bundle, console, profile=profile, **settings)
+    return Answer(bundle_document(bundle, manifest), bundle_summary(bundle, manifest))
+
+
+def choose_profiles(manifest: Manifest, options: argparse.Namespace) -> list[Profile]:
+    """The profiles that the options ask for."""
+    if not options.each_bin:
+        return [choose_profile(manifest, options.profile, options.height, options.width, options.batch)]
+    if any(value is not None for value in (options.profile, options.height, options.width, options.batch)):
+        raise UsageError(
+            "--each-bin and --profile, --height, --width, --batch exclude each other",
+            found="--each-bin with one of these",
+            wanted="one of the two",
+        )
+    return bin_profiles(manifest.model)
+
+
+def choose_profile(manifest: Manifest, name: str | None, height: int | None, width: int | None, batch: int | None) -> Profile:
+    """The row `name`, or the profile of exactly one size; UsageError where both are asked for."""
+    exact = height is not None or width is not None or batch is not None
+    if name is not None and exact:
+        raise UsageError(
+            "--profile and --height, --width, --batch exclude each other",
+            found=f"--profile {name} with a size or a batch",
+            wanted="one of the two",
+        )
+    if exact:
+        return custom_profile(manifest.model, height=height, width=width, batch=batch or 1)
+    return profile_named(name or "default")
+
+
+def build_engines(
+    bundle: Path,
+    console: Console,
+    *,
+    backend: str,
+    profile: Profile,
+    compute_capabilities: tuple[str, ...],
+    graphs: Sequence[str] | None = None,
+    options: BuildOptions = DEFAULT_OPTIONS,
+) -> Manifest:
+    """Build the engines that are missing or stale, with progress on the console."""
+    settings: dict[str, Any] = {
+        "backend": backend,
+        "profile": profile,
+        "compute_capabilities": compute_capabilities,
+        "graphs": graphs or None,
+        "options": options,
+    }
+    total, done = sum(not engine.exists for engine in plan_bundle(bundle, **settings)), 0
+
+    def on_engine(engine: PlannedEngine, entry: EngineEntry | None) -> None:
+        nonlocal done
+        if entry is None:
+            console.step(f"{engine.recipe.graph} ({engine.reason})", done, total)
+        else:
+            done += 1
+
+    def on_progress(progress: Progress) -> None:
+        if console.live:
+            console.step(progress.graph, done, total, progress.fraction)
+
+    return build_bundle(bundle, **settings, on_engine=on_engine, on_progress=on_progress)
+
+
+def _plan_document(bundle: Path, planned: Sequence[PlannedEngine]) -> dict[str, Any]:
+    """The plan as JSON: every engine with all that its key is made of, where it would lie, and its reason."""
+    return {
+        "bundle": str(bundle),
+        "engines": [
+            {
+                **dataclasses.asdict(engine.recipe),
+                "key": engine.recipe.key,
+                "path": engine.recipe.path,
+                "profile": engine.profile,
+                "reason": engine.reason,
+                "exists": engine.exists,
+                "supersedes": [entry.file.path for entry in engine.superseded],
+            }
+            for engine in planned
+        ],
+    }
+
+
+def _plan_text(bundle: Path, planned: Sequence[PlannedEngine]) -> str:
+    rows = [(engine.recipe.graph, engine.recipe.key[:KEY_CHARACTERS], engine.reason) for engine in planned]
+    missing = sum(not engine.exists for engine in planned)
+    return "\n".join(
+        [f"{bundle}: {plural(missing, 'engine')} of {len(planned)} to build", table(rows, ("graph", "key", "reason"), "  ")]
+    )
+
+
+VERB = Verb(
+    name="build",
+    summary="the TensorRT or TensorRT-RTX engines of a bundle",
+    description="Builds the engines of a bundle that are missing or stale. TensorRT-RTX engines are built without a GPU.",
+    example="sana-export build bundle --backend tensorrt-rtx --profile laptop --compute-capability 8.9",
+    add_arguments=add_arguments,
+    run=run,
+    level=VERBOSE,
+)

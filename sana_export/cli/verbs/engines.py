@@ -1,0 +1,227 @@
+"""`sana-export engines`: a recipe from the checkpoint to engines, proof, image and latency; what is up to date is skipped."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sana_export.cli.bundle_text import bundle_document, bundle_summary
+from sana_export.cli.images import check_output
+from sana_export.cli.packages import require
+from sana_export.cli.recipe import Build, Recipe, load_recipe
+from sana_export.cli.stage_results import Ledger, stage_key
+from sana_export.cli.terminal.console import VERBOSE, Console
+from sana_export.cli.terminal.text import plural, seconds, table
+from sana_export.cli.verb import Answer, Verb, add_hub_options, model_options
+from sana_export.cli.verbs.bench import measure
+from sana_export.cli.verbs.build import build_engines, choose_profile
+from sana_export.cli.verbs.export import export_model
+from sana_export.cli.verbs.generate import sample
+from sana_export.cli.verbs.verify import compare
+from sana_export.errors import ArtifactError
+from sana_export.manifest import EngineEntry, Manifest
+from sana_export.trt.compatibility import here, why_not
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage that is over. `since` is the time of the answer where it is of an earlier run, "" where nothing had to be done."""
+
+    name: str
+    answer: Answer
+    seconds: float
+    since: str | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE.toml", help="what to make, for example engines/tiny.toml")
+    add_hub_options(parser)
+
+
+def run(options: argparse.Namespace, console: Console) -> Answer:
+    recipe = load_recipe(Path(options.recipe))
+    require("", "export")
+    if recipe.sample is not None:
+        check_output(recipe.sample.output)
+    ledger, stages = Ledger(recipe.output), []
+    for name, do in _plan(recipe, model_options(recipe, options), ledger, console):
+        started = time.monotonic()
+        console.prefix = f"{name} "
+        answer, since = do()
+        console.prefix = ""
+        stage = Stage(name, answer, time.monotonic() - started, since)
+        stages.append(stage)
+        if console.level <= VERBOSE:
+            console.line(f"{name}: {_time(stage)}")
+    return _report(recipe, stages)
+
+
+#: A stage's work: its answer, and the time of it where it is of an earlier run (see `Stage`).
+Work = Callable[[], tuple[Answer, str | None]]
+
+
+def _plan(recipe: Recipe, opening: Mapping[str, Any], ledger: Ledger, console: Console) -> list[tuple[str, Work]]:
+    """The stages of `recipe` by name, in order. `opening` is what `open_checkpoint` takes beside its model."""
+    stages: list[tuple[str, Work]] = [("export", lambda: _export(recipe, opening, console))]
+    for build in recipe.build:
+        name = f"build {build.backend} {', '.join(build.compute_capabilities) or 'portable'}"
+        stages.append((name, lambda build=build: _build(recipe, build, console)))  # type: ignore[misc]
+    work = {"verify": partial(_verify, opening), "sample": _sample, "bench": partial(_bench, opening)}
+    for name, do in work.items():
+        if getattr(recipe, name) is not None:
+            stages.append((name, lambda name=name, do=do: _once(name, do, recipe, ledger, console)))  # type: ignore[misc]
+    return stages
+
+
+def _export(recipe: Recipe, opening: Mapping[str, Any], console: Console) -> tuple[Answer, str | None]:
+    try:
+        before = Manifest.load(recipe.output).export_key
+    except ArtifactError:
+        before = None
+    manifest = export_model(
+        recipe.model,
+        recipe.output,
+        console,
+        opening,
+        precision=recipe.precision,
+        pag_layers=recipe.pag_layers,
+        clamp=recipe.clamp,
+        graphs=recipe.graphs,
+    )
+    answer = Answer(bundle_document(recipe.output, manifest), plural(len(manifest.graphs), "graph"))
+    return answer, "" if manifest.export_key == before else None
+
+
+def _build(recipe: Recipe, build: Build, console: Console) -> tuple[Answer, str | None]:
+    before = Manifest.load(recipe.output)
+    manifest = build_engines(
+        recipe.output,
+        console,
+        backend=build.backend,
+        profile=choose_profile(before, build.profile, build.height, build.width, build.batch),
+        compute_capabilities=build.compute_capabilities,
+        graphs=build.graphs,
+        options=build.options,
+    )
+    built = [engine for engine in manifest.engines if engine not in before.engines]
+    answer = Answer({"engines": [dataclasses.asdict(engine) for engine in built]}, plural(len(built), "engine"))
+    return answer, None if built else ""
+
+
+def _once(
+    name: str,
+    do: Callable[[Recipe, Manifest, Console], tuple[Answer, tuple[Path, ...]]],
+    recipe: Recipe,
+    ledger: Ledger,
+    console: Console,
+) -> tuple[Answer, str | None]:
+    """The recorded answer of a stage, or a new one, which is recorded unless it has missed a limit."""
+    manifest = Manifest.load(recipe.output)
+    key = stage_key(manifest.export_key, dataclasses.asdict(getattr(recipe, name)))
+    if (recorded := ledger.find(name, key)) is not None:
+        return recorded
+    answer, files = do(recipe, manifest, console)
+    if answer.exit_code == 0:
+        ledger.record(name, key, answer, files)
+    return answer, None
+
+
+def _verify(opening: Mapping[str, Any], recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answer, tuple[Path, ...]]:
+    settings = {name: value for name, value in dataclasses.asdict(_part(recipe.verify)).items() if value is not None}
+    return compare(recipe.output, recipe.model, console, opening, **settings), ()
+
+
+def _sample(recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answer, tuple[Path, ...]]:
+    from sana_export.runtime import SanaRuntime
+
+    part = _part(recipe.sample)
+    runtime = SanaRuntime.from_pretrained(recipe.output, backend=part.backend)
+    settings = {
+        "negative_prompt": part.negative_prompt,
+        "num_inference_steps": part.steps,
+        "guidance_scale": part.guidance_scale,
+        "pag_scale": part.pag_scale,
+        "height": part.height,
+        "width": part.width,
+        "seed": part.seed,
+        "num_images_per_prompt": part.images_per_prompt,
+        "use_resolution_binning": part.resolution_binning,
+    }
+    prompts = [part.prompt] if isinstance(part.prompt, str) else list(part.prompt)
+    answer = sample(runtime, prompts, settings, part.output, console, output_type=check_output(part.output))
+    return answer, tuple(Path(image["path"]) for image in answer.document["images"])
+
+
+def _bench(opening: Mapping[str, Any], recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answer, tuple[Path, ...]]:
+    part = _part(recipe.bench)
+    answer = measure(
+        recipe.output,
+        recipe.model,
+        console,
+        opening,
+        backends=part.backends,
+        workload=part.workload,
+        output=part.output,
+    )
+    return answer, ()
+
+
+def _part(part: Any) -> Any:
+    assert part is not None  # `_plan` leaves out the stages of missing parts
+    return part
+
+
+def _report(recipe: Recipe, stages: list[Stage]) -> Answer:
+    """The summary, with the exit code of the first stage that has missed a limit."""
+    manifest = Manifest.load(recipe.output)
+    not_run = _not_run(manifest)
+    document = {
+        "recipe": str(recipe.path),
+        "bundle": bundle_document(recipe.output, manifest),
+        "stages": [
+            {"name": stage.name, "seconds": stage.seconds, "up_to_date": stage.since is not None, "result": stage.answer.document}
+            for stage in stages
+        ],
+        "not_run_here": not_run,
+    }
+    parts = [bundle_summary(recipe.output, manifest)]
+    parts += [f"{stage.name}:\n{stage.answer.text}" for stage in stages if stage.name in ("verify", "sample", "bench")]
+    if not_run:
+        parts.append("not run here:\n" + "\n".join(f"  {what}: {reason}" for reason, what in not_run.items()))
+    total = sum(stage.seconds for stage in stages)
+    parts.append("time:\n" + table([*((stage.name, _time(stage)) for stage in stages), ("total", seconds(total))], indent="  "))
+    codes = [stage.answer.exit_code for stage in stages if stage.answer.exit_code]
+    return Answer(document, "\n\n".join(parts), codes[0] if codes else 0)
+
+
+def _not_run(manifest: Manifest) -> dict[str, str]:
+    """Reason to the engines that were built and cannot run on this machine for it."""
+    machine = here()
+    reasons: dict[str, list[EngineEntry]] = {}
+    for engine in manifest.engines:
+        if why := why_not(engine, machine):
+            reasons.setdefault("; ".join(why), []).append(engine)
+    return {reason: f"{plural(len(engines), 'engine')} of {engines[0].backend}" for reason, engines in reasons.items()}
+
+
+def _time(stage: Stage) -> str:
+    if stage.since is None:
+        return seconds(stage.seconds)
+    return "up to date" + (f", as of {stage.since}" if stage.since else "")
+
+
+VERB = Verb(
+    name="engines",
+    summary="all of a recipe: export, build, verify, sample, bench",
+    description="Exports, builds, verifies, samples and times as a recipe says. Stages that are up to date are skipped.",
+    example="sana-export engines engines/tiny.toml",
+    add_arguments=add_arguments,
+    run=run,
+    level=VERBOSE,
+)

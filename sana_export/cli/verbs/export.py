@@ -1,0 +1,85 @@
+"""`sana-export export`: a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sana_export.cli.bundle_text import bundle_document, bundle_summary
+from sana_export.cli.packages import require
+from sana_export.cli.terminal.console import VERBOSE, Console
+from sana_export.cli.terminal.text import seconds, size
+from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, model_options
+from sana_export.manifest import PRECISIONS, Manifest
+
+if TYPE_CHECKING:
+    from sana_export.export.bundle import Progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="alias (see variants), hub id, or local folder in diffusers' format")
+    parser.add_argument("-o", "--output", metavar="BUNDLE", required=True, help="the bundle's folder")
+    parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="fp16", help="precision of the graphs (default: fp16)")
+    add_names(
+        parser,
+        "--pag-layers",
+        "LAYER",
+        "layers that can sample with perturbed attention guidance, for example transformer_blocks.8, by blanks or commas",
+    )
+    add_names(parser, "--graphs", "GRAPH", "export only these graphs (default: all)")
+    parser.add_argument(
+        "--clamp",
+        action=argparse.BooleanOptionalAction,
+        help="clip self-attention outputs to +-65504, as the fp16 family was trained (default: what is known of the checkpoint)",
+    )
+    add_model_options(parser)
+
+
+def run(options: argparse.Namespace, console: Console) -> Answer:
+    output = Path(options.output)
+    manifest = export_model(
+        options.model,
+        output,
+        console,
+        model_options(options, options),
+        precision=options.dtype,
+        pag_layers=options.pag_layers,
+        clamp=options.clamp,
+        graphs=options.graphs,
+    )
+    return Answer(bundle_document(output, manifest), bundle_summary(output, manifest))
+
+
+def export_model(
+    model: str,
+    output: Path,
+    console: Console,
+    opening: Mapping[str, Any],
+    **options: Any,
+) -> Manifest:
+    """Open the checkpoint `model` as `opening` says (`model_options`) and export it with `options` (those of `export_bundle`)."""
+    require("", "export")
+    from sana_export.checkpoint.checkpoint import open_checkpoint
+    from sana_export.export.bundle import export_bundle
+
+    checkpoint = open_checkpoint(model, **opening)
+    return export_bundle(checkpoint, output, on_progress=lambda progress: _show(console, progress), **options)
+
+
+def _show(console: Console, progress: Progress) -> None:
+    written = f"{size(progress.bytes_done)} of {size(progress.bytes_total)} written"
+    left = "" if progress.seconds_left is None else f", about {seconds(progress.seconds_left)} left"
+    console.step(f"{progress.doing} ({written}{left})", progress.done, progress.total)
+
+
+VERB = Verb(
+    name="export",
+    summary="a checkpoint to a bundle of ONNX graphs",
+    description="Exports a Sana checkpoint to a bundle: ONNX graphs, tokenizer, embeddings and a manifest that binds them.",
+    example="sana-export export tiny -o bundle --dtype fp16 --pag-layers transformer_blocks.1",
+    add_arguments=add_arguments,
+    run=run,
+    level=VERBOSE,
+)

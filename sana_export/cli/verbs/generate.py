@@ -1,0 +1,149 @@
+"""`sana-export generate`: prompts to images from a bundle, without PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sana_export.cli.images import check_output, write_images
+from sana_export.cli.terminal.console import Console
+from sana_export.cli.terminal.text import seconds, table
+from sana_export.cli.verb import Answer, Verb, add_bundle, add_size, positive
+
+log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from sana_export.runtime import SanaRuntime
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle(parser)
+    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to draw; several prompts give several images")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT.png",
+        required=True,
+        help="the image (.png, .jpg, .webp, .npy); several images are written as OUT-0.png, OUT-1.png, ...",
+    )
+    parser.add_argument("--negative-prompt", metavar="TEXT", default="", help="what not to draw")
+    parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: the checkpoint's)")
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off (default: the checkpoint's)")
+    parser.add_argument("--pag-scale", type=float, metavar="P", default=0.0, help="perturbed attention guidance (default: 0, off)")
+    add_size(parser, "the image (default: the checkpoint's native size)")
+    parser.add_argument(
+        "--no-resolution-binning",
+        action="store_true",
+        help="sample at exactly this size, which must divide by 32, not at the nearest size of the training",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same image (default: a random one)")
+    parser.add_argument("--images-per-prompt", type=positive, metavar="N", default=1, help="images for each prompt (default: 1)")
+    parser.add_argument(
+        "--decoder-tile",
+        type=int,
+        metavar="PIXELS",
+        help="decode in tiles of this side, to the same image in less memory; 0 never (default: 1024 beyond 2048x2048 pixels)",
+    )
+    parser.add_argument(
+        "--lora",
+        metavar="PATH[:SCALE]",
+        action="append",
+        default=[],
+        help="a LoRA in the format of diffusers or PEFT, added to the bundle's weights; may be given several times",
+    )
+    parser.add_argument("--backend", metavar="B", default="auto", help="onnxruntime, tensorrt-rtx, tensorrt (default: auto)")
+    parser.add_argument(
+        "--memory",
+        metavar="MODE",
+        default="auto",
+        help="resident: everything stays loaded; staged: text encoder, denoiser and decoder in turn; streaming: weights on the host"
+        " (default: auto, the first that fits)",
+    )
+
+
+def run(options: argparse.Namespace, console: Console) -> Answer:
+    output = Path(options.output)
+    output_type = check_output(output)
+    from sana_export.adapters import parse_lora
+    from sana_export.runtime import SanaRuntime
+
+    loras = [parse_lora(text) for text in options.lora]
+    runtime = SanaRuntime.from_pretrained(options.bundle, backend=options.backend, memory=options.memory)
+    for lora in loras:
+        runtime.load_lora(lora.path, lora.scale)
+    settings = {
+        "negative_prompt": options.negative_prompt,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "pag_scale": options.pag_scale,
+        "height": options.height,
+        "width": options.width,
+        "num_images_per_prompt": options.images_per_prompt,
+        "seed": options.seed,
+        "use_resolution_binning": False if options.no_resolution_binning else None,
+        "decoder_tile": options.decoder_tile,
+    }
+    return sample(runtime, options.prompts, settings, output, console, output_type=output_type)
+
+
+def sample(
+    runtime: SanaRuntime,
+    prompts: list[str],
+    settings: dict[str, Any],
+    output: Path,
+    console: Console,
+    *,
+    output_type: str = "pil",
+) -> Answer:
+    """Draw `prompts` with `settings` (the parameters of `SanaRuntime.__call__`) and write the images."""
+    steps = settings.get("num_inference_steps") or runtime.manifest.model.default_steps
+    log.info("sampling %d steps on %s", steps, runtime.backend.name)
+
+    def on_step(_runtime: object, index: int, _timestep: float, _tensors: object) -> None:
+        console.step("denoise", index + 1, steps)
+
+    # A callback costs a copy of the latents, so there is one only where somebody looks.
+    watch = on_step if console.live else None
+    if console.live:
+        console.step("denoise", 0, steps)
+    result = runtime(prompts, output_type=output_type, callback_on_step_end=watch, **settings)
+    paths = write_images(result.images, output)
+    repeats = len(paths) // len(prompts)
+    document = {
+        "images": [{"path": str(path), "prompt": prompts[index // repeats]} for index, path in enumerate(paths)],
+        "seeds": list(result.seeds),
+        "height": result.height,
+        "width": result.width,
+        "steps": steps,
+        "backend": runtime.backend.name,
+        "device": runtime.backend.device,
+        "memory": runtime.memory,
+        "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in runtime.loras],
+        "seconds": dataclasses.asdict(result.timings),
+    }
+    timings = result.timings
+    times = table(
+        [
+            ("text encoder", seconds(timings.text_encoder)),
+            ("context", seconds(timings.context)),
+            ("denoise", f"{seconds(timings.denoise_loop)}, {steps} steps"),
+            ("vae decoder", seconds(timings.vae_decoder)),
+            ("total", seconds(timings.total)),
+        ],
+        indent="  ",
+    )
+    size = f"{result.height}x{result.width} px, seed {', '.join(map(str, result.seeds))}, {runtime.backend.name}"
+    return Answer(document, "\n".join([*(str(path) for path in paths), f"  {size}", times]))
+
+
+VERB = Verb(
+    name="generate",
+    summary="images from a bundle, without PyTorch",
+    description="Samples images from a bundle. The same seed gives the image that diffusers gives with a CPU generator.",
+    example='sana-export generate bundle "A cute 🐼 eating 🎋, ink drawing style" -o panda.png --steps 20 --seed 42',
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -1,0 +1,148 @@
+"""`sana-export inspect`: what is in a bundle, and what of it can run here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sana_export.cli.bundle_text import bundle_document, bundle_origin, graphs_table, peak, served, target, total_bytes
+from sana_export.cli.memory_text import memory_document, memory_needs, memory_text
+from sana_export.cli.terminal.console import Console
+from sana_export.cli.terminal.text import seconds, size, table
+from sana_export.cli.verb import Answer, Verb, add_bundle
+from sana_export.errors import ArtifactError
+from sana_export.machine import gpu_memory_bytes
+from sana_export.manifest import EngineEntry, FileEntry, Manifest, check_files
+from sana_export.profiles import describe_range
+from sana_export.trt.compatibility import Here, here, why_not
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """An engine with what is wrong with its file, and every reason why it does not run here."""
+
+    engine: EngineEntry
+    damage: str | None
+    reasons: tuple[str, ...]
+
+    @property
+    def runs_here(self) -> bool:
+        return self.damage is None and not self.reasons
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle(parser)
+
+
+def run(options: argparse.Namespace, console: Console) -> Answer:
+    bundle = Path(options.bundle)
+    manifest = Manifest.load(bundle)
+    files = [*manifest.files, *(file for graph in manifest.graphs.values() for file in graph.files)]
+    damaged = damaged_files(bundle, files)
+    machine = here()
+    engines = engine_states(bundle, manifest.engines, machine)
+    memory = memory_needs(bundle, manifest)
+    document = {
+        **bundle_document(bundle, manifest),
+        "damaged": damaged,
+        "runs_here": {"onnx": not damaged, "engines": any(state.runs_here for state in engines)},
+        "engines": [
+            {
+                **dataclasses.asdict(state.engine),
+                "damaged": state.damage,
+                "runs_here": state.runs_here,
+                "reasons": list(state.reasons),
+            }
+            for state in engines
+        ],
+        "memory": memory_document(memory),
+        "parity": manifest.parity,
+    }
+    hurt = damaged or any(state.damage for state in engines)
+    text = _text(bundle, manifest, damaged, engines, memory_text(memory, gpu_memory_bytes(machine.gpus)))
+    return Answer(document, text, ArtifactError.exit_code if hurt else 0)
+
+
+def damaged_files(bundle: Path, files: Iterable[FileEntry]) -> dict[str, str]:
+    """Path to what is wrong, of the `files` that are missing, changed or outside the bundle."""
+    damaged = {}
+    for file in {file.path: file for file in files}.values():
+        try:
+            check_files(bundle, [file], fix="")
+        except ArtifactError as error:
+            damaged[file.path] = f"{error.message}: {error.found}, wanted {error.wanted}"
+    return damaged
+
+
+def engine_states(bundle: Path, engines: Iterable[EngineEntry], machine: Here) -> list[EngineState]:
+    states = []
+    for engine in engines:
+        damage = damaged_files(bundle, [engine.file]).get(engine.file.path)
+        states.append(EngineState(engine, damage, tuple(why_not(engine, machine))))
+    return states
+
+
+def _text(bundle: Path, manifest: Manifest, damaged: dict[str, str], engines: Sequence[EngineState], memory: str) -> str:
+    parts = [
+        f"{bundle}: {size(total_bytes(manifest))}, written by sana-export {manifest.tool_version}",
+        bundle_origin(manifest),
+        graphs_table(manifest),
+    ]
+    parts.append("graphs: all files are whole" if not damaged else "graphs: DAMAGED")
+    parts += [f"  {text}" for text in damaged.values()]
+    parts.append(_engines_text(engines) if engines else f"engines: none (sana-export build {bundle} --backend tensorrt-rtx)")
+    parts += [memory] if memory else []
+    if manifest.parity is not None:
+        parts.append(f"parity: {_verdict(manifest.parity.get('passed'))} when it was last verified")
+    return "\n".join(parts)
+
+
+def _engines_text(engines: Sequence[EngineState]) -> str:
+    rows = [
+        (
+            state.engine.graph,
+            f"{state.engine.backend} {state.engine.backend_version}",
+            target(state.engine),
+            served(state.engine),
+            size(state.engine.file.bytes),
+            seconds(state.engine.build_seconds),
+            peak(state.engine.build_peak_bytes),
+            "yes" if state.runs_here else "no",
+        )
+        for state in engines
+    ]
+    parts = [table(rows, ("engine", "backend", "target", "profile", "size", "built in", "peak memory", "runs here"), "  ")]
+    reasons: dict[str, list[str]] = {}
+    for state in engines:
+        for reason in [state.damage] if state.damage else state.reasons:
+            reasons.setdefault(reason, []).append(state.engine.graph)
+    parts += [f"  not here: {reason} ({len(graphs)} of {len(engines)} engines)" for reason, graphs in reasons.items()]
+    parts += [f"  profile {name}: {shapes}" for name, shapes in _profiles(engines).items()]
+    return "engines:\n" + "\n".join(parts)
+
+
+def _profiles(engines: Sequence[EngineState]) -> dict[str, str]:
+    """Profile to what its engines serve: the ranges of batch and latent size, the latter in pixels of the latent."""
+    shown = ("batch", "latent_height", "latent_width")
+    profiles: dict[str, dict[str, str]] = {}
+    for state in engines:
+        axes = profiles.setdefault(state.engine.profile, {})
+        axes |= {axis: describe_range(values) for axis, values in state.engine.ranges.items() if axis in shown}
+    return {name: ", ".join(f"{axis} {axes[axis]}" for axis in shown if axis in axes) for name, axes in profiles.items()}
+
+
+def _verdict(passed: object) -> str:
+    return "within the limits" if passed else "LIMITS MISSED"
+
+
+VERB = Verb(
+    name="inspect",
+    summary="what is in a bundle, and what of it can run here",
+    description="Shows what is in a bundle, checks every file against the manifest and says which engines can run here.",
+    example="sana-export inspect bundle --json",
+    add_arguments=add_arguments,
+    run=run,
+)

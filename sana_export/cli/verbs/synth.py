@@ -1,0 +1,96 @@
+"""`sana-export synth`: seeded random weights in the exact config of a known checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from sana_export.cli.packages import require
+from sana_export.cli.terminal.console import VERBOSE, Console
+from sana_export.cli.terminal.text import size
+from sana_export.cli.verb import Answer, Verb
+from sana_export.manifest import PRECISIONS
+from sana_export.variants import VARIANTS
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_DEFAULT_SHARD = "2GB"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="VARIANT", help="alias or hub id of a row of `sana-export variants`")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the checkpoint's folder")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(PRECISIONS),
+        help="of the stored weights (default: what the checkpoint was published in; fp32 for the small ones)",
+    )
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the weights (default: 0)")
+    parser.add_argument(
+        "--shard-size",
+        type=_bytes,
+        default=_bytes(_DEFAULT_SHARD),
+        metavar="SIZE",
+        help=f"of a weight file at most, for example 500MB (default: {_DEFAULT_SHARD})",
+    )
+
+
+def run(options: argparse.Namespace, console: Console) -> Answer:
+    require("", "export")
+    from sana_export.synth.checkpoint import find_recipe, make_checkpoint
+
+    recipe = find_recipe(options.model)
+    dtype = options.dtype or VARIANTS[recipe.name].weights_variant or "fp32"
+    folder = make_checkpoint(
+        recipe,
+        Path(options.output),
+        dtype=PRECISIONS[dtype],
+        seed=options.seed,
+        shard_size=options.shard_size,
+        on_progress=console.step,
+    )
+    console.clear()
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    document = {
+        "checkpoint": str(folder),
+        "variant": recipe.name,
+        "synthetic": True,
+        "dtype": dtype,
+        "seed": options.seed,
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+    text = (
+        f"{folder}: {recipe.name}, synthetic: random weights of seed {options.seed}, {dtype}, {size(document['bytes'])}\n"
+        f"next: sana-export export {folder} -o BUNDLE"
+    )
+    return Answer(document, text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    """ "500MB" to 500000000."""
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.upper())
+    count = int(float(parts[1]) * _UNITS.get(parts[2], 0)) if parts else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 2GB")
+    return count
+
+
+VERB = Verb(
+    name="synth",
+    summary="a synthetic checkpoint: random weights in a known config",
+    description=(
+        "Writes a checkpoint with seeded random weights in the exact config of a known one, in diffusers' folder format and in "
+        "bounded memory. For benchmarks and tests, where weights do not matter: its pictures mean nothing."
+    ),
+    example="sana-export synth sana-600m-1024px -o checkpoints/600m --dtype fp16 --seed 0",
+    add_arguments=add_arguments,
+    run=run,
+    level=VERBOSE,
+)

@@ -1,0 +1,87 @@
+"""`sana-export variants`: the table of checkpoints that are known by name."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from sana_export.cli.terminal.console import Console
+from sana_export.cli.terminal.text import table
+from sana_export.cli.verb import Answer, Verb
+from sana_export.variants import VARIANTS, Variant
+
+_HEADER = ("alias", "size", "parameters", "layers", "trained in", "qk norm", "guidance", "positions", "shift", "steps", "source")
+_NOTES = (
+    "parameters: of the transformer. trained in: fp16 means under a clip of self-attention outputs, which an export keeps.",
+    "guidance: the default scale; embedded where the network takes it as an input (SANA-Sprint). positions: scale of the table.",
+    "Any other hub id or local folder in the format of diffusers works too, as long as it is a Sana.",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None beyond the common ones."""
+
+
+def run(options: argparse.Namespace, console: Console) -> Answer:
+    licenses = dict.fromkeys(variant.license for variant in VARIANTS.values())
+    notes = [*_NOTES, *(f"{_names(text)}: {text}." for text in licenses)]
+    document = {"variants": [_document(variant) for variant in VARIANTS.values()]}
+    return Answer(document, table(map(_row, VARIANTS.values()), _HEADER) + "\n\n" + "\n".join(notes))
+
+
+def _row(variant: Variant) -> tuple[object, ...]:
+    architecture = variant.architecture
+    return (
+        variant.alias,
+        f"{variant.native_size} px",
+        f"{architecture.parameters / 1e6:,.1f} M",
+        architecture.layers,
+        variant.weights_variant or "-",
+        "yes" if architecture.qk_norm else "no",
+        f"{variant.guidance_scale:g}" + (" embedded" if architecture.guidance_embeds else ""),
+        _number(variant.interpolation_scale),
+        _number(variant.flow_shift),
+        variant.steps,
+        variant.source,
+    )
+
+
+def _document(variant: Variant) -> dict[str, Any]:
+    """Everything that a row states and what follows from it."""
+    return {
+        "alias": variant.alias,
+        "source": variant.source,
+        "repo": variant.repo,
+        "recipe": variant.recipe,
+        "native_size": variant.native_size,
+        "clamp": variant.clamp,
+        "weights_variant": variant.weights_variant,
+        "architecture": dataclasses.asdict(variant.architecture),
+        "flow_shift": variant.flow_shift,
+        "interpolation_scale": variant.interpolation_scale,
+        "steps": variant.steps,
+        "guidance_scale": variant.guidance_scale,
+        "license": variant.license,
+        "transformer": variant.transformer,
+        "scheduler": variant.scheduler,
+    }
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
+def _names(license: str) -> str:
+    own = [variant.alias for variant in VARIANTS.values() if not variant.repo and variant.license == license]
+    return ", ".join(own) or "published checkpoints"
+
+
+VERB = Verb(
+    name="variants",
+    summary="the checkpoints that are known by name",
+    description="Lists the checkpoints that are known by name and what follows from each.",
+    example="sana-export variants --json",
+    add_arguments=add_arguments,
+    run=run,
+)

@@ -1,0 +1,82 @@
+"""Which of a bundle's engines this machine can run, and what speaks against each of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+from sana_export.environment import operating_system
+from sana_export.machine import Gpu, find_gpus
+from sana_export.manifest import EngineEntry
+from sana_export.trt.flavour import ANY_SYSTEM, FLAVOURS
+
+#: Compute capabilities that NVIDIA's support matrix of TensorRT-RTX lists.
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+#: The least compute capability that an engine built with --hardware-compatible runs on.
+HARDWARE_COMPATIBLE_FROM = (8, 0)
+
+
+@dataclass(frozen=True)
+class Here:
+    """What decides: the GPUs, the installed version of each engine backend (None: not installed) and the platform."""
+
+    gpus: Sequence[Gpu]
+    versions: Mapping[str, str | None]
+    operating_system: str
+
+
+def here() -> Here:
+    """This machine. A backend's distribution is named as the backend, so nothing is imported."""
+    return Here(find_gpus(), {backend: _installed_version(backend) for backend in FLAVOURS}, operating_system())
+
+
+def why_not(engine: EngineEntry, machine: Here) -> list[str]:
+    """The reasons why `engine` does not run on `machine`, with the fields of its manifest entry by name; empty where it does."""
+    flavour, version = FLAVOURS.get(engine.backend), machine.versions.get(engine.backend)
+    if flavour is None:
+        return [f"backend {engine.backend} is not known to this version of sana-export"]
+    reasons = []
+    if not machine.gpus:
+        reasons.append("no NVIDIA GPU and driver here")
+    if version is None:
+        reasons.append(f"{flavour.title} is not installed ({flavour.install})")
+    elif not _version_fits(engine, version):
+        reasons.append(f"backend_version: built with {flavour.title} {engine.backend_version}, here is {version}")
+    if engine.operating_system not in (ANY_SYSTEM, machine.operating_system):
+        reasons.append(f"operating_system: built on {engine.operating_system}, here is {machine.operating_system}")
+    present = [gpu.compute_capability for gpu in machine.gpus]
+    if present and not any(_gpu_fits(engine, capability) for capability in present):
+        reasons.append(f"compute_capabilities: built for {_built_for(engine)}, here is {', '.join(present)}")
+    return reasons
+
+
+def _version_fits(engine: EngineEntry, version: str) -> bool:
+    """Engines run on the version that built them; version-compatible ones also on later ones of its major version."""
+    if version == engine.backend_version:
+        return True
+    built, here = _numbers(engine.backend_version), _numbers(version)
+    return bool(engine.options.get("version_compatible")) and built[:1] == here[:1] and here >= built
+
+
+def _gpu_fits(engine: EngineEntry, capability: str) -> bool:
+    if engine.options.get("hardware_compatible"):
+        return _numbers(capability) >= HARDWARE_COMPATIBLE_FROM
+    return capability in (engine.compute_capabilities or RTX_CAPABILITIES)
+
+
+def _built_for(engine: EngineEntry) -> str:
+    if engine.options.get("hardware_compatible"):
+        return "{}.{} and later".format(*HARDWARE_COMPATIBLE_FROM)
+    return ", ".join(engine.compute_capabilities) or f"portable ({', '.join(RTX_CAPABILITIES)})"
+
+
+def _installed_version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())

@@ -1,0 +1,288 @@
+"""The proof of a bundle: every graph and whole pictures against diffusers and transformers in float32.
+
+On a CPU a half-precision bundle runs in the storage evaluator (evaluator.py), because ONNX Runtime would hide its overflows.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.commands import export_line, model_words
+from sana_export.errors import UsageError
+from sana_export.export.evaluator import Range, RangeMeter, StorageEvaluator
+from sana_export.export.parity import Array, Parity, compare_images, compare_tensors
+from sana_export.files import locked, manifest_lock
+from sana_export.formats.onnx_weights import check_external_data
+from sana_export.manifest import Manifest, ModelInfo, check_files
+from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends import AUTO, Backend
+from sana_export.runtime.request import Request, bins_resolution
+from sana_export.verify.graph_checks import GRAPH_CHECKS
+from sana_export.verify.quality import Meter, Quality, measure_quality
+from sana_export.verify.reference import call_reference, load_reference
+
+PROMPTS = ("a red apple on a table", "一只可爱的熊猫在吃竹子", "A cute 🐼 eating 🎋, ink drawing style", "")
+PAG_SCALE = 2.0
+SIZE = 256
+STEPS = 8
+
+Evaluator = type[StorageEvaluator] | type[RangeMeter]
+#: Called with what is about to be done, the count of steps done and of all steps.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is sampled: sizes in pixels without resolution binning. None: `SIZE`, or the checkpoint's own where that is less.
+
+    `steps` None: 8, or the checkpoint's own number where that is less. `guidance_scale` None: the checkpoint's own.
+    """
+
+    prompts: Sequence[str] = PROMPTS
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 42
+
+    def request(self, prompt: str, model: ModelInfo, pag_scale: float = 0.0) -> Request:
+        return Request(
+            prompt=prompt,
+            num_inference_steps=self.steps or min(STEPS, model.default_steps),
+            guidance_scale=model.default_guidance_scale if self.guidance_scale is None else self.guidance_scale,
+            pag_scale=pag_scale,
+            height=self.height or min(SIZE, model.native_size),
+            width=self.width or min(SIZE, model.native_size),
+            seed=self.seed,
+            use_resolution_binning=False,
+        )
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Parity of one bundle. `graphs` has a row an output, `latents` and `images` a row a sampled prompt."""
+
+    bundle: str
+    reference: str
+    precision: str
+    backend: str
+    graphs: tuple[Parity, ...]
+    latents: tuple[Parity, ...]
+    images: tuple[Parity, ...]
+    quality: Quality | None = None
+
+    @property
+    def passed(self) -> bool:
+        return all(row.passed for row in (*self.graphs, *self.images)) and (self.quality is None or self.quality.passed)
+
+    def as_json(self) -> dict[str, Any]:
+        rows = {kind: [row.as_json() for row in getattr(self, kind)] for kind in ("graphs", "latents", "images")}
+        head = {key: getattr(self, key) for key in ("bundle", "reference", "precision", "backend", "passed")}
+        return {**head, **rows} | ({} if self.quality is None else {"quality": self.quality.as_json()})
+
+    def as_text(self) -> str:
+        rows = [*self.graphs, *self.latents, *self.images]
+        width = max(len(row.name) for row in rows)
+        lines = [f"{self.bundle} ({self.precision}, {self.backend}) against {self.reference} in fp32"]
+        for row in rows:
+            mark = "ok    " if row.passed else "MISSED"
+            identical = "" if row.identical is None else f"  identical {row.identical:.4%}"
+            lines.append(
+                f"  {mark} {row.name:{width}}  cosine {row.cosine:.9f}  psnr {row.psnr_db:6.1f} dB  max {row.max_abs:.3g}"
+                f"{identical}  (limit: {row.limit})"
+            )
+        if self.quality is not None:
+            lines.append(self.quality.as_text())
+        lines.append("passed" if self.passed else "NOT passed")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class RangeReport:
+    """The largest magnitude of every half-precision tensor of a bundle over some prompts, the least headroom first."""
+
+    bundle: str
+    prompts: tuple[str, ...]
+    rows: tuple[Range, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [{**vars(row), "largest": min(row.largest, 1e39), "headroom": min(row.headroom, 1e39)} for row in self.rows]
+        return {"bundle": self.bundle, "prompts": list(self.prompts), "ranges": rows}
+
+    def as_text(self, count: int = 20) -> str:
+        lines = [f"{self.bundle}: largest magnitudes over {len(self.prompts)} prompts, least headroom first"]
+        lines += [
+            f"  {row.largest:12.5g}  headroom {row.headroom:10.3g}  {row.graph}: {row.operator} {row.tensor} ({row.dtype})"
+            for row in self.rows[:count]
+        ]
+        overflows = sum(row.headroom < 1 for row in self.rows)
+        return "\n".join([*lines, f"{overflows} of {len(self.rows)} tensors pass the largest number of their dtype"])
+
+
+class EvaluatorBackend(Backend):
+    """The runtime's backend interface over evaluators of this package: `evaluator` makes a session from an ONNX file."""
+
+    device = "cpu"
+
+    def __init__(self, bundle: Path, manifest: Manifest, evaluator: Evaluator, name: str) -> None:
+        self.bundle, self.manifest, self.name = bundle, manifest, name
+        self._evaluator = evaluator
+        self.sessions: dict[str, Any] = {}
+
+    def load(self, graph: str) -> Any:
+        fix = export_line(self.bundle, self.manifest)
+        path, *data = check_files(self.bundle, self.manifest.graphs[graph].files, fix=fix)
+        check_external_data(path, data, fix=fix)
+        self.sessions[graph] = self._evaluator(path)
+        return self.sessions[graph]
+
+    def to_device(self, array: Array) -> Array:
+        return array
+
+    def to_host(self, value: Array) -> Array:
+        return value
+
+
+def evaluator_backend(evaluator: Evaluator, name: str) -> Callable[[Path, Manifest], EvaluatorBackend]:
+    """A loader for `SanaRuntime.from_pretrained`."""
+    return lambda bundle, manifest: EvaluatorBackend(bundle, manifest, evaluator, name)
+
+
+def open_runtime(bundle: Path, backend: str = AUTO) -> SanaRuntime:
+    """The bundle in `backend`; for "auto" a half-precision bundle is evaluated with its intermediates stored in half precision."""
+    if backend == AUTO and (dtype := Manifest.load(bundle).options.dtype) != "float32":
+        return SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(StorageEvaluator, f"cpu, {dtype} intermediates"))
+    return SanaRuntime.from_pretrained(bundle, backend=backend)
+
+
+@torch.no_grad()
+def verify_bundle(
+    bundle: Path,
+    checkpoint: SanaCheckpoint,
+    sampling: Sampling = Sampling(),
+    *,
+    backend: str = AUTO,
+    quality: bool = False,
+    on_progress: Progress = lambda doing, done, total: None,
+) -> VerifyReport:
+    """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and pictures.
+
+    `quality` measures what the pictures show too (quality.py). A bundle with PAG layers is sampled with PAG as well. The report is
+    kept in the bundle's manifest. Raises UsageError where `checkpoint` is not the one that the bundle was made from.
+    """
+    runtime = open_runtime(bundle, backend)
+    manifest = runtime.manifest
+    if checkpoint.sha256 != manifest.checkpoint.sha256:
+        raise UsageError(
+            f"{bundle} was not exported from {checkpoint.source}",
+            found=f"weights and configs of hash {checkpoint.sha256[:16]}",
+            wanted=f"{shlex.join(model_words(manifest.checkpoint))}, of hash {manifest.checkpoint.sha256[:16]}",
+            fix=export_line(bundle, manifest),
+        )
+    prompts = sampling.prompts
+    scales = [0.0, PAG_SCALE] if manifest.options.pag_layers else [0.0]
+    # A decoder may be without its parts, in the bundle or among the engines.
+    held = [name for name in manifest.graphs if runtime.backend.ranges(name) is not None]
+    checks = {name: check for name, check in GRAPH_CHECKS.items() if name in held}
+    total = len(checks) + len(prompts) * len(scales)
+    pipeline = load_reference(checkpoint, manifest.options, pag=False)
+    graphs: list[Parity] = []
+    for done, (name, check) in enumerate(checks.items()):
+        on_progress(name, done, total)
+        found, wanted = check(runtime, pipeline, prompts, sampling.seed)
+        graphs.append(compare_tensors(name, found, wanted, manifest.options.precision))
+    latents: list[Parity] = []
+    images: list[Parity] = []
+    for scale in scales:
+        reference = load_reference(checkpoint, manifest.options, pag=True) if scale else pipeline
+        for prompt in prompts:
+            on_progress(f"sampling {prompt!r}" + (" with PAG" if scale else ""), len(graphs) + len(images), total)
+            pair = sample_both(runtime, reference, sampling.request(prompt, manifest.model, scale))
+            name = f"{prompt[:24]!r}" + (f" pag {scale:g}" if scale else "")
+            latents.append(compare_tensors(f"latents {name}", *pair.latents, manifest.options.precision))
+            images.append(compare_images(f"image {name}", *pair.images, manifest.options.precision))
+    measured = None
+    if quality:
+        measured = measure_quality(
+            runtime,
+            pipeline,
+            Meter.find(checkpoint.folder),
+            lambda request: sample_both(runtime, pipeline, request).images,
+            prompts=tuple(prompts),
+            steps=sampling.steps,
+            on_progress=on_progress,
+        )
+    report = VerifyReport(
+        str(bundle),
+        checkpoint.source,
+        manifest.options.precision,
+        runtime.backend.name,
+        tuple(graphs),
+        tuple(replace(row, passed=True, limit="none: the picture counts") for row in latents),
+        tuple(images),
+        measured,
+    )
+    with locked(manifest_lock(bundle)):
+        replace(Manifest.load(bundle), parity=report.as_json()).save(bundle)
+    return report
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Found and wanted latents [B, C, h, w] and pictures uint8 [B, H, W, 3] of one request."""
+
+    latents: tuple[Array, Array]
+    images: tuple[Array, Array]
+
+
+@torch.no_grad()
+def sample_both(runtime: SanaRuntime, pipeline: Any, request: Request) -> Pair:
+    """Sample one request, as complete as `call_reference` asks for, with the bundle and with diffusers."""
+    plan = runtime.plan(request)
+    *_, last = runtime.steps(plan, runtime.encode(plan))
+    found = np.array(runtime.backend.to_host(last.latents))
+    pictures = runtime.decode(plan, last.latents)
+
+    wanted = call_reference(pipeline, request, plan.seeds[0], output_type="latent")
+    image = pipeline.vae.decode(wanted / pipeline.vae.config.scaling_factor).sample
+    if bins_resolution(request, runtime.manifest.model.sample_size):
+        image = pipeline.image_processor.resize_and_crop_tensor(image, plan.output_width, plan.output_height)
+    reference = pipeline.image_processor.postprocess(image, output_type="pil")
+    return Pair((found, wanted.numpy()), (np.stack([*map(np.asarray, pictures)]), np.stack([*map(np.asarray, reference)])))
+
+
+@torch.no_grad()
+def measure_ranges(
+    bundle: Path, sampling: Sampling = Sampling(), *, on_progress: Progress = lambda doing, done, total: None
+) -> RangeReport:
+    """Sample the prompts in float32 with the bundle's half-precision graphs and report how large every tensor gets.
+
+    Raises UsageError for an fp32 bundle, which stores nothing in half precision.
+    """
+    manifest = Manifest.load(bundle)
+    if manifest.options.precision == "fp32":
+        raise UsageError(
+            f"{bundle} stores nothing in half precision",
+            found="fp32",
+            wanted="fp16 or bf16",
+            fix=export_line(bundle.with_name(f"{bundle.name}-fp16"), manifest, precision="fp16") + " --dtype fp16",
+        )
+    runtime = SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(RangeMeter, "float32 with ranges"))
+    sessions = cast(EvaluatorBackend, runtime.backend).sessions
+    prompts = sampling.prompts
+    for done, prompt in enumerate(prompts):
+        on_progress(f"sampling {prompt!r}", done, len(prompts))
+        plan = runtime.plan(sampling.request(prompt, manifest.model))
+        *_, last = runtime.steps(plan, runtime.encode(plan))
+        # Not runtime.decode, which refuses latents that overflowed: here that is what is looked for.
+        runtime._sessions["vae_decoder"].run({"latents": last.latents})
+    rows = [row for session in sessions.values() for row in session.ranges()]
+    return RangeReport(str(bundle), tuple(prompts), tuple(sorted(rows, key=lambda row: row.headroom)))

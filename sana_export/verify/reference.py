@@ -1,0 +1,124 @@
+"""The reference that graphs of the clamped fp16 family are compared with: diffusers with its trained clamp in any dtype.
+
+In the checkpoints trained in fp16 the output of self-attention reaches ten times what fp16 can hold, and training clipped it
+to +-65504. diffusers clips only while it runs in fp16 (`SanaLinearAttnProcessor2_0` and the two PAG processors in
+models/attention_processor.py), so the same weights in float32 or bfloat16 compute another function and draw broken images
+(https://github.com/huggingface/diffusers/issues/10336). The clip belongs to the function; these wrappers put it there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sana_export.errors import UsageError
+from sana_export.graphs.numerics import FP16_MAX
+from sana_export.verify.overlays import load_transformer, merge_lora
+
+if TYPE_CHECKING:
+    from sana_export.checkpoint.checkpoint import SanaCheckpoint
+    from sana_export.manifest import Options
+    from sana_export.runtime.request import Request
+
+_SANA = {False: "SanaPipeline", True: "SanaPAGPipeline"}
+#: The class that model_index.json names: whether PAG is wanted, and the class of diffusers that samples so.
+REFERENCES = {"SanaPipeline": _SANA, "SanaPAGPipeline": _SANA, "SanaSprintPipeline": {False: "SanaSprintPipeline"}}
+#: Parameters that diffusers' pipelines and `Request` have in common.
+_SHARED = (
+    *("prompt", "num_inference_steps", "guidance_scale", "height", "width"),
+    "num_images_per_prompt",
+)
+
+
+class ClampedLinearAttnProcessor:
+    """Calls `processor` (any of diffusers' self-attention processors for Sana) and clips its result to +-`FP16_MAX`.
+
+    In float16, where the processor clips already, it changes nothing.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Any,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+    ) -> Any:
+        """hidden_states [B, N, C] -> [B, N, C] in the same dtype."""
+        output = self.processor(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return output.clip(-FP16_MAX, FP16_MAX)
+
+
+def _clamped(processor: Any) -> ClampedLinearAttnProcessor:
+    return processor if isinstance(processor, ClampedLinearAttnProcessor) else ClampedLinearAttnProcessor(processor)
+
+
+def clamp_attention(transformer: Any) -> None:
+    """Clip the output of every self-attention (`attn1`) of a `SanaTransformer2DModel`, in place. Twice is the same as once."""
+    for block in transformer.transformer_blocks:
+        block.attn1.set_processor(_clamped(block.attn1.processor))
+
+
+def clamp_pag_processors(pipeline: Any) -> None:
+    """Clip the processors that a `SanaPAGPipeline` installs in its PAG layers during a call, in place.
+
+    The other layers keep the transformer's own processors: call `clamp_attention(pipeline.transformer)` for them as well.
+    """
+    pipeline._pag_attn_processors = tuple(map(_clamped, pipeline._pag_attn_processors))
+
+
+def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, dtypes: Any = None) -> Any:
+    """diffusers' pipeline of the checkpoint by `REFERENCES`, with PAG over the layers of `options`.
+
+    In float32 unless `dtypes` (what `from_pretrained` takes as dtype) says otherwise, clamped where the options are. The
+    attention of Gemma-2 is "eager", the only implementation that applies its soft-capping. Raises UsageError for PAG where
+    diffusers has none.
+    """
+    import diffusers
+    import torch
+
+    name = str(diffusers.DiffusionPipeline.load_config(checkpoint.folder, local_files_only=True)["_class_name"])
+    if pag not in REFERENCES[name]:
+        raise UsageError(
+            f"{checkpoint.source} cannot be sampled with PAG", found=name, wanted="a SanaPipeline", fix="sample without a PAG scale"
+        )
+    # Names match by regular expression: without the anchors "blocks.1" would also be "blocks.10".
+    layers = {"pag_applied_layers": [rf"^transformer_blocks\.{layer}\.attn1$" for layer in options.pag_layers]} if pag else {}
+    dtypes = torch.float32 if dtypes is None else dtypes
+    dtype = dtypes.get("transformer", dtypes["default"]) if isinstance(dtypes, dict) else dtypes
+    given = {} if checkpoint.transformer_file is None else {"transformer": load_transformer(checkpoint, dtype)}
+    pipeline = getattr(diffusers, REFERENCES[name][pag]).from_pretrained(
+        checkpoint.folder,
+        dtype=dtypes,
+        variant=checkpoint.weights_variant,
+        local_files_only=True,
+        **layers,
+        **given,
+    )
+    for lora in checkpoint.loras:
+        merge_lora(pipeline.transformer, lora)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.text_encoder.set_attn_implementation("eager")
+    if options.clamp:
+        clamp_attention(pipeline.transformer)
+        if pag:
+            clamp_pag_processors(pipeline)
+    return pipeline
+
+
+def call_reference(pipeline: Any, request: Request, seed: int, *, output_type: str = "pil") -> Any:
+    """What diffusers draws with one seed for a request that names its steps, guidance scale and size."""
+    import torch
+    from diffusers import SanaSprintPipeline
+
+    from sana_export.runtime.request import bins_resolution
+
+    arguments = {name: getattr(request, name) for name in _SHARED}
+    arguments["use_resolution_binning"] = bins_resolution(request, pipeline.transformer.config.sample_size)
+    # Some pipelines do not know these words.
+    arguments |= {name: value for name in ("negative_prompt", "pag_scale") if (value := getattr(request, name))}
+    if isinstance(pipeline, SanaSprintPipeline) and request.num_inference_steps != 2:
+        arguments["intermediate_timesteps"] = None  # its default is for two steps, and refused in any other number
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return pipeline(**arguments, generator=generator, output_type=output_type).images
