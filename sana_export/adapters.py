@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.manifest import hash_file
-from sana_export.weight_files import DTYPES, PICKLES
+from sana_export.files import hash_file
+from sana_export.formats.safetensors_file import DTYPES, PICKLES
 
 DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 #: What stands before the names of the transformer's layers, in PEFT's file and in any other.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
+from sana_export.adapters import Lora
 from sana_export.manifest import Checkpoint, Manifest
 from sana_export.variants import find_variant
 
@@ -13,9 +15,14 @@ DEFAULT_PRECISION = "fp16"
 
 
 def export_line(
-    bundle: Path, manifest: Manifest, *, precision: str | None = None, pag_layers: tuple[int, ...] | None = None
+    bundle: Path,
+    manifest: Manifest,
+    *,
+    precision: str | None = None,
+    pag_layers: tuple[int, ...] | None = None,
+    loras: Iterable[Lora] = (),
 ) -> str:
-    """`sana-export export MODEL -o BUNDLE` with the options that the bundle has, or with the ones given here instead."""
+    """The command that exports `bundle` again: with its own options, those given here in their place, and `loras` on top."""
     precision = manifest.options.precision if precision is None else precision
     layers = manifest.options.pag_layers if pag_layers is None else pag_layers
     model, *model_options = model_words(manifest.checkpoint)
@@ -26,6 +33,8 @@ def export_line(
         words.append("--clamp" if manifest.options.clamp else "--no-clamp")
     if layers:
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
+    for lora in loras:
+        words += ["--lora", f"{lora.path}:{lora.scale}"]
     return shlex.join(words)
 
 
@@ -42,3 +51,8 @@ def model_words(checkpoint: Checkpoint) -> list[str]:
     for lora in checkpoint.loras:
         words += ["--lora", f"{lora.path}:{lora.scale}"]
     return words
+
+
+def build_line(bundle: object, backend: str, *, height: int, width: int, batch: int = 1) -> str:
+    """The command that builds engines for one image size in pixels and up to `batch` images."""
+    return f"sana-export build {bundle} --backend {backend} --height {height} --width {width} --batch {batch}"

@@ -10,6 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+#: The longest instruction and prompt together; attention windows at least this wide never bind.
+MAX_TOKENS = 2048
+
+#: The graphs that decode images in one piece (False) and in tiles (True).
+DECODERS: dict[bool, set[str]] = {False: {"vae_decoder"}, True: {"vae_decoder_head", "vae_decoder_tail"}}
+
 PRECISION = "precision"
 
 #: Axes that a request chooses. Latent sizes are in latent pixels (1/32 of the image's), the others in what they name; a tile's are

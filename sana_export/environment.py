@@ -55,3 +55,9 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+def cache_folder() -> Path:
+    """Where sana_export keeps what it makes for itself: $SANA_EXPORT_CACHE, or sana_export under the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("SANA_EXPORT_CACHE") or f"{root}/sana_export").expanduser()

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
-from sana_export.errors import DependencyError
+from sana_export.errors import ArtifactError, DependencyError
+
+Content = bytes | bytearray | memoryview
 
 LOG = logging.getLogger(__name__)
 
@@ -88,8 +94,7 @@ def free_bytes(folder: Path) -> int:
     """Bytes free on the disk that holds `folder` or its nearest existing parent."""
     while not folder.exists():
         folder = folder.parent
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
+    return shutil.disk_usage(folder).free
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
@@ -122,3 +127,80 @@ else:
 
     def _lock_nonblocking(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: its path inside the bundle (posix), sha256 in hex and size in bytes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+def file_entry(bundle: Path, path: Path) -> FileEntry:
+    """The entry of the file at `path`, which lies inside `bundle`."""
+    return FileEntry(path.relative_to(bundle).as_posix(), hash_file(path), path.stat().st_size)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(bundle: Path, entries: Iterable[FileEntry], *, fix: str) -> list[Path]:
+    """The paths of `entries`, once each is inside the bundle, present, of its size and of its hash.
+
+    Raises ArtifactError naming the first file that is not, with `fix` as the line that mends it.
+    """
+    paths = []
+    for entry in entries:
+        path = resolve_inside(bundle, entry.path, fix=fix)
+        if not path.is_file():
+            raise ArtifactError(f"{entry.path} is missing from {bundle}", found="no such file", wanted=entry.path, fix=fix)
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise ArtifactError(f"{entry.path} is damaged", found=f"{size} bytes", wanted=f"{entry.bytes} bytes", fix=fix)
+        digest = hash_file(path)
+        if digest != entry.sha256:
+            raise ArtifactError(
+                f"{entry.path} is damaged or was replaced",
+                found=f"sha256 {digest[:16]}...",
+                wanted=f"sha256 {entry.sha256[:16]}...",
+                fix=fix,
+            )
+        paths.append(path)
+    return paths
+
+
+def resolve_inside(bundle: Path, relative: str, *, fix: str) -> Path:
+    """`bundle / relative`; raises ArtifactError where that leaves the bundle (`..`, an absolute path, a link)."""
+    path = bundle / PurePosixPath(relative)
+    if not path.resolve().is_relative_to(bundle.resolve()):
+        raise ArtifactError(f"the bundle {bundle} names a file outside itself", found=relative, wanted="a path inside it", fix=fix)
+    return path
+
+
+def write_whole(path: Path, content: str | Content | Callable[[BinaryIO], object]) -> None:
+    """Write `content` (text as UTF-8, bytes, or a function that writes into the open file) to `path`, whole or not at all.
+
+    The file is written under a temporary name beside `path` and then renamed, so that an interrupted write leaves the old file.
+    Raises DependencyError if the disk is full or the folder is not writable.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with disk_errors(path):
+        try:
+            with partial.open("wb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content.encode() if isinstance(content, str) else content)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def partial_path(destination: Path) -> Path:
+    """The temporary name of an engine while it is built. Another process knows it too, to remove what a killed build left."""
+    return destination.with_name(f".{destination.name}.partial")

@@ -11,25 +11,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from sana_export import __version__
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError
+from sana_export.files import FileEntry
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One file: its path inside the bundle (posix), sha256 in hex and size in bytes."""
-
-    path: str
-    sha256: str
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -235,50 +227,6 @@ class Manifest:
             return _parse(document)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is damaged", found=repr(error), wanted="a manifest", fix=rebuild) from error
-
-
-def file_entry(bundle: Path, path: Path) -> FileEntry:
-    """The entry of the file at `path`, which lies inside `bundle`."""
-    return FileEntry(path.relative_to(bundle).as_posix(), hash_file(path), path.stat().st_size)
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_files(bundle: Path, entries: Iterable[FileEntry], *, fix: str) -> list[Path]:
-    """The paths of `entries`, once each is inside the bundle, present, of its size and of its hash.
-
-    Raises ArtifactError naming the first file that is not, with `fix` as the line that mends it.
-    """
-    paths = []
-    for entry in entries:
-        path = resolve_inside(bundle, entry.path, fix=fix)
-        if not path.is_file():
-            raise ArtifactError(f"{entry.path} is missing from {bundle}", found="no such file", wanted=entry.path, fix=fix)
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise ArtifactError(f"{entry.path} is damaged", found=f"{size} bytes", wanted=f"{entry.bytes} bytes", fix=fix)
-        digest = hash_file(path)
-        if digest != entry.sha256:
-            raise ArtifactError(
-                f"{entry.path} is damaged or was replaced",
-                found=f"sha256 {digest[:16]}...",
-                wanted=f"sha256 {entry.sha256[:16]}...",
-                fix=fix,
-            )
-        paths.append(path)
-    return paths
-
-
-def resolve_inside(bundle: Path, relative: str, *, fix: str) -> Path:
-    """`bundle / relative`; raises ArtifactError where that leaves the bundle (`..`, an absolute path, a link)."""
-    path = bundle / PurePosixPath(relative)
-    if not path.resolve().is_relative_to(bundle.resolve()):
-        raise ArtifactError(f"the bundle {bundle} names a file outside itself", found=relative, wanted="a path inside it", fix=fix)
-    return path
 
 
 def _series(version: str) -> list[str]:

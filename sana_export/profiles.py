@@ -19,6 +19,9 @@ from sana_export.errors import UsageError
 from sana_export.manifest import ModelInfo
 from sana_export.resolutions import BINS, Size
 
+#: Image pixels up to which an image is decoded in one piece where nothing is asked for: every bin of checkpoints up to 2K.
+UNTILED_AREA = 2048 * 2048
+
 #: min, opt, max; `opt` is the shape that TensorRT tunes for.
 Range = tuple[int, int, int]
 
@@ -185,11 +188,6 @@ def describe_range(values: Range) -> str:
     """ "512 to 2048", or "only 1024" where there is no choice."""
     lowest, _, highest = values
     return f"only {lowest}" if lowest == highest else f"{lowest} to {highest}"
-
-
-def build_line(bundle: object, backend: str, *, height: int, width: int, batch: int = 1) -> str:
-    """The command that builds engines for one image size in pixels and up to `batch` images."""
-    return f"sana-export build {bundle} --backend {backend} --height {height} --width {width} --batch {batch}"
 
 
 def _check_divides(height: int, width: int, factor: int) -> None:

@@ -12,7 +12,8 @@ from sana_export import __version__
 from sana_export import manifest as manifest_module
 from sana_export.contract import GRAPHS, resolve
 from sana_export.errors import ArtifactError
-from sana_export.manifest import EngineEntry, FileEntry, Manifest, check_files
+from sana_export.files import FileEntry, check_files
+from sana_export.manifest import EngineEntry, Manifest
 
 
 @pytest.fixture

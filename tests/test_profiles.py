@@ -3,19 +3,11 @@ from itertools import product
 
 import pytest
 
+from sana_export.commands import build_line
 from sana_export.contract import DYNAMIC_AXES
 from sana_export.errors import UsageError
 from sana_export.manifest import ModelInfo
-from sana_export.profiles import (
-    DECODER_TILE,
-    PROFILES,
-    Profile,
-    build_line,
-    custom_profile,
-    explain_outside,
-    outside,
-    profile_named,
-)
+from sana_export.profiles import DECODER_TILE, PROFILES, Profile, custom_profile, explain_outside, outside, profile_named
 from sana_export.resolutions import BINS
 from sana_export.runtime.decoding import plan_windows
 

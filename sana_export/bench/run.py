@@ -18,7 +18,7 @@ import numpy as np
 from sana_export.bench.candidates.table import ALL, BASELINE, Job, check_names, find_row
 from sana_export.bench.candidates.worker import Worker, WorkerFailed
 from sana_export.bench.gpu_watch import GpuWatch
-from sana_export.bench.load_meter import LoadMeter, describe_machine, describe_versions
+from sana_export.bench.load_meter import LoadMeter
 from sana_export.bench.report.result import Agreement, BackendResult, BenchReport, SweepPoint
 from sana_export.bench.stages import Call, stage_results
 from sana_export.bench.work.ceiling import better
@@ -26,8 +26,10 @@ from sana_export.bench.work.count import Rates
 from sana_export.bench.work.workload import workload_work
 from sana_export.bench.workload import Workload, load_workload
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
-from sana_export.export.parity import IMAGE_PSNR_LIMITS, Array, psnr
+from sana_export.export.parity import IMAGE_PSNR_LIMITS, psnr
 from sana_export.files import disk_errors
+from sana_export.formats.arrays import Array
+from sana_export.machine import describe_machine, describe_versions
 from sana_export.manifest import Manifest
 
 log = logging.getLogger(__name__)

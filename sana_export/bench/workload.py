@@ -13,8 +13,8 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.load_meter import usable_cores
 from sana_export.errors import UsageError
+from sana_export.machine import usable_cores
 
 FOLDER = Path(__file__).with_name("workloads")
 PROMPTS = Path(__file__).with_name("prompts.toml")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,9 +16,10 @@ from sana_export.checkpoint.fold_lora import fold_loras
 from sana_export.checkpoint.hub import INDEX, Hub, ReadJson, fetch, not_a_checkpoint, read_json
 from sana_export.checkpoint.single_file import open_single_file
 from sana_export.checkpoint.weights import Weights, read_headers
-from sana_export.environment import source_digest
+from sana_export.environment import cache_folder, source_digest
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.manifest import Checkpoint, Overlay, hash_file
+from sana_export.files import hash_file
+from sana_export.manifest import Checkpoint, Overlay
 from sana_export.synth.checkpoint import MARKER
 from sana_export.variants import VARIANTS, Variant, find_variant, recognise, unknown_alias
 
@@ -117,7 +117,7 @@ class SanaCheckpoint:
         return rows[0] if len(rows) == 1 else None
 
     @property
-    def kin(self) -> Variant | None:
+    def defaults_from(self) -> Variant | None:
         """A row of variants.py of the same configs and family, whose defaults hold here too; None where there is none."""
         return next(iter(self._family()), None)
 
@@ -236,12 +236,6 @@ def _check(checkpoint: SanaCheckpoint) -> None:
             wanted="the tokenizer's file in the format of the tokenizers library",
             fix="download the checkpoint again",
         )
-
-
-def cache_folder() -> Path:
-    """Where sana_export keeps what it makes for itself: $SANA_EXPORT_CACHE, or sana_export under the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("SANA_EXPORT_CACHE") or f"{root}/sana_export").expanduser()
 
 
 def _synthetic_folder(recipe: str) -> Path:

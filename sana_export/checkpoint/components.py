@@ -9,7 +9,7 @@ from typing import Any
 
 from sana_export.checkpoint.weights import Stored, Weights
 from sana_export.errors import ArtifactError
-from sana_export.weight_files import DTYPES, PICKLES
+from sana_export.formats.safetensors_file import DTYPES, PICKLES
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sana_export.bench.load_meter import cpu_name, memory_bytes, usable_cores
 from sana_export.environment import operating_system
-from sana_export.machine import Gpu, find_gpus
+from sana_export.machine import Gpu, cpu_name, find_gpus, memory_bytes, usable_cores
 from sana_export.trt.flavour import FLAVOURS
 
 _TIMEOUT_SECONDS = 60

@@ -9,27 +9,27 @@ from typing import Any
 
 from sana_export.cli.terminal.text import size, table
 from sana_export.manifest import Manifest
-from sana_export.runtime.memory import Need, needs
+from sana_export.runtime.memory import MemoryRequirement, memory_requirements
 from sana_export.trt.selection import engine_set
 
 
-def memory_needs(bundle: Path, manifest: Manifest) -> dict[str, Mapping[str, Need]]:
+def memory_needs(bundle: Path, manifest: Manifest) -> dict[str, Mapping[str, MemoryRequirement]]:
     """Backend to memory mode to its need, with the engines that one image of the native size runs."""
-    found: dict[str, Mapping[str, Need]] = {}
+    found: dict[str, Mapping[str, MemoryRequirement]] = {}
     for backend in dict.fromkeys(engine.backend for engine in manifest.engines):
         entries = (engine for engine in manifest.engines if engine.backend == backend)
-        found[backend] = needs(manifest, engine_set(bundle, backend, entries).typical(manifest.model))
+        found[backend] = memory_requirements(manifest, engine_set(bundle, backend, entries).typical(manifest.model))
     return found
 
 
-def memory_document(found: Mapping[str, Mapping[str, Need]]) -> dict[str, Any]:
+def memory_document(found: Mapping[str, Mapping[str, MemoryRequirement]]) -> dict[str, Any]:
     return {
         backend: {mode: {**dataclasses.asdict(need), "total": need.total} for mode, need in modes.items()}
         for backend, modes in found.items()
     }
 
 
-def memory_text(found: Mapping[str, Mapping[str, Need]], gpu_bytes: int | None = None) -> str:
+def memory_text(found: Mapping[str, Mapping[str, MemoryRequirement]], gpu_bytes: int | None = None) -> str:
     """A row a backend and mode; with `gpu_bytes`, the memory of the GPU here, whether it fits. "" without engines."""
     rows = [
         (

@@ -18,8 +18,8 @@ from sana_export.cli.verbs.build import BUILD_OPTIONS
 from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS
 from sana_export.profiles import profile_named
-from sana_export.trt.build import BuildOptions
 from sana_export.trt.flavour import flavour_of
+from sana_export.trt.options import BuildOptions
 
 T = TypeVar("T")
 

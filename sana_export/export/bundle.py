@@ -30,20 +30,10 @@ from sana_export.export.graph_files import export_graphs, groups
 from sana_export.export.onnx import OPSET
 from sana_export.export.size import OVERHEAD, graph_bytes, text_bytes
 from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
-from sana_export.files import disk_errors, locked, require_free
+from sana_export.files import check_files, disk_errors, file_entry, locked, require_free
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
-from sana_export.manifest import (
-    FILE_NAME,
-    PRECISIONS,
-    GraphEntry,
-    Manifest,
-    ModelInfo,
-    Options,
-    check_files,
-    file_entry,
-    parse_graph,
-)
+from sana_export.manifest import FILE_NAME, PRECISIONS, GraphEntry, Manifest, ModelInfo, Options, parse_graph
 from sana_export.variants import SPRINT_STEPS, STEPS
 
 log = logging.getLogger(__name__)
@@ -278,7 +268,7 @@ def model_info(checkpoint: SanaCheckpoint, instruction: str) -> ModelInfo:
     transformer, vae, text = (checkpoint.config(component) for component in ("transformer", "vae", "text_encoder"))
     # The halo follows from the layers alone.
     layers = VaeDecoderTail(vae, checkpoint.weights("vae").on_meta(), NUMERICS["float32"])
-    variant, guidance_embeds = checkpoint.kin, bool(transformer.get("guidance_embeds"))
+    variant, guidance_embeds = checkpoint.defaults_from, bool(transformer.get("guidance_embeds"))
     return ModelInfo(
         sample_size=transformer["sample_size"],
         latent_channels=transformer["in_channels"],

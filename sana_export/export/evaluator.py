@@ -11,15 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnx import NodeProto, TensorProto, helper
 
-Array = npt.NDArray[Any]
+from sana_export.formats.arrays import Array
 
 HALF: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 LARGEST = {"float16": 65504.0, "bfloat16": float(np.finfo(np.float32).max)}

@@ -20,9 +20,10 @@ from sana_export.export.onnx import (
     parameter_count,
     run_module,
 )
+from sana_export.files import file_entry
 from sana_export.graphs.builders import build_graph, lora_targets
 from sana_export.graphs.storage import WeightFile, stored_in
-from sana_export.manifest import GraphEntry, LoraTarget, Options, file_entry
+from sana_export.manifest import GraphEntry, LoraTarget, Options
 
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from sana_export.formats.arrays import Array
 
 #: A graph against its reference, by precision: the least cosine similarity of an output.
 COSINE_LIMITS = {"fp32": 0.999999, "fp16": 0.9999, "bf16": 0.998}

@@ -1,18 +1,24 @@
-"""Which files an ONNX model reads its weights from: found without the onnx package, which the runtime does not need.
+"""The weights that an ONNX file keeps in other files, read without the onnx package, which building and running do not need.
 
-ONNX Runtime refuses locations outside the model's folder only in newer versions (1.32 does, 1.22 reads any file), so a bundle
-is checked here before a model is handed to it.
+ONNX Runtime refuses locations outside the model's folder only in newer versions (1.32 does, 1.22 reads any file), so
+`check_external_data` checks a model before anything else loads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from sana_export.errors import ArtifactError
+import numpy as np
 
-#: The messages of onnx.proto3 on the way to external data: message -> field number -> message. What is not named is skipped.
+from sana_export.errors import ArtifactError
+from sana_export.formats.arrays import Array, Bytes
+
+#: The fields of onnx.proto3 on the way to external data: message -> field number -> the message or text in it. All others are
+#: skipped.
 _MESSAGES: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
     "TrainingInfo": {1: "Graph", 2: "Graph"},
@@ -21,9 +27,11 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "Node": {5: "Attribute"},
     "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
-    "Tensor": {13: "Entry"},
+    "Tensor": {8: "name", 13: "Entry"},
     "Entry": {1: "key", 2: "value"},
 }
+#: The messages that lead to a graph's initializers.
+_TO_INITIALIZERS = ("Graph", "Tensor")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MOST_VARINT_BYTES = 10
 
@@ -42,17 +50,16 @@ def external_locations(model: bytes) -> set[str]:
     pending = [("Model", memoryview(model))]
     while pending:
         message, content = pending.pop()
-        fields = _MESSAGES[message]
-        parts: dict[str, str] = {}
         for number, _, value in message_fields(content):
-            if value is None or number not in fields:
+            field = _MESSAGES[message].get(number)
+            if field is None or value is None:
                 continue
-            if message == "Entry":
-                parts[fields[number]] = bytes(value).decode("utf-8")
-            else:
-                pending.append((fields[number], value))
-        if parts.get("key") == "location":
-            locations.add(parts.get("value", ""))
+            if field == "Entry":
+                key, text = _entry(value)
+                if key == "location":
+                    locations.add(text)
+            elif field in _MESSAGES:
+                pending.append((field, value))
     return locations
 
 
@@ -74,6 +81,110 @@ def check_external_data(model: Path, recorded: Sequence[Path], *, fix: str | Non
                 wanted=", ".join(path.name for path in recorded) or "no external data",
                 fix=fix,
             )
+
+
+@dataclass(frozen=True)
+class ExternalTensor:
+    """One initializer whose values lie in another file: `bytes` of them from `offset` on. `location` is relative to the model's."""
+
+    name: str
+    location: str
+    offset: int
+    bytes: int
+
+
+def external_tensors(model: bytes) -> tuple[ExternalTensor, ...]:
+    """The initializers of a serialized ModelProto that lie outside it, in its order. ValueError where it is not one."""
+    found: list[ExternalTensor] = []
+
+    def visit(message: str, content: memoryview) -> None:
+        name, entries = "", {}
+        for number, _, value in message_fields(content):
+            field = _MESSAGES[message].get(number)
+            if field is None or value is None:
+                continue
+            if field in _TO_INITIALIZERS:
+                visit(field, value)
+            elif field == "name":
+                name = bytes(value).decode("utf-8")
+            elif field == "Entry":
+                key, text = _entry(value)
+                entries[key] = text
+        if entries:
+            try:
+                found.append(ExternalTensor(name, entries["location"], int(entries.get("offset", 0)), int(entries["length"])))
+            except KeyError as error:
+                raise ValueError(f"{name} has external data without {error.args[0]!r}") from error
+
+    visit("Model", memoryview(model))
+    return tuple(found)
+
+
+def structure_sha256(model: bytes) -> str:
+    """sha256 in hex of a serialized ModelProto without where its external weights lie: equal for all weights of one graph.
+
+    Constants inside the file count, since an engine holds them. Offsets do not: a weight file that keeps equal tensors once has
+    other ones for every checkpoint.
+    """
+    digest = hashlib.sha256()
+
+    def visit(message: str, content: memoryview) -> None:
+        for number, raw, value in message_fields(content):
+            field = _MESSAGES[message].get(number)
+            if field in _TO_INITIALIZERS and value is not None:
+                digest.update(b"<")
+                visit(field, value)
+                digest.update(b">")
+            elif field != "Entry":
+                digest.update(len(raw).to_bytes(8, "little") + bytes(raw))
+
+    visit("Model", memoryview(model))
+    return digest.hexdigest()
+
+
+def read_tensors(onnx: Path, data: Iterable[Path]) -> dict[str, Bytes]:
+    """The bytes of every external weight of the ONNX file, by name, mapped from the disk and not read.
+
+    `data`: the files that the manifest binds to the model. Raises ArtifactError where the model reads another file, or beyond the
+    end of one.
+    """
+    maps = {path.resolve(): np.memmap(path, np.uint8, "r") for path in data}
+    tensors: dict[str, Bytes] = {}
+    for tensor in external_tensors(onnx.read_bytes()):
+        values = maps.get((onnx.parent / tensor.location).resolve())
+        if values is None or tensor.offset + tensor.bytes > values.size:
+            raise ArtifactError(
+                f"{onnx} does not fit its weights",
+                found=f"{tensor.name} at {tensor.offset} to {tensor.offset + tensor.bytes} of {tensor.location}",
+                wanted="a part of " + (", ".join(f"{path.name} ({file.size} bytes)" for path, file in maps.items()) or "no file"),
+                fix="export the bundle again: sana-export export MODEL -o BUNDLE",
+            )
+        tensors[tensor.name] = values[tensor.offset : tensor.offset + tensor.bytes]
+    return tensors
+
+
+def copies_of_shared(onnx: Path) -> Mapping[str, Array]:
+    """A copy of every external weight that lies where an earlier one does, by name.
+
+    The parser hands the compiler pointers into the file, and the compiler knows a weight by its pointer: two that share their bytes
+    would be one weight with the name of the last. Measured with TensorRT-RTX 1.7.
+    """
+    taken: set[tuple[str, int]] = set()
+    copies = {}
+    for tensor in external_tensors(onnx.read_bytes()):
+        if (place := (tensor.location, tensor.offset)) in taken:
+            copies[tensor.name] = np.fromfile(onnx.parent / tensor.location, np.uint8, tensor.bytes, offset=tensor.offset)
+        taken.add(place)
+    return copies
+
+
+def _entry(content: memoryview) -> tuple[str, str]:
+    """The key and the value of one entry of a tensor's external data."""
+    names = _MESSAGES["Entry"]
+    parts = {
+        names[field.number]: bytes(field.value or b"").decode("utf-8") for field in message_fields(content) if field.number in names
+    }
+    return parts.get("key", ""), parts.get("value", "")
 
 
 def message_fields(content: memoryview) -> Iterator[Field]:

@@ -17,9 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sana_export.errors import ArtifactError
+from sana_export.formats.arrays import Array, Float32
 
-Array = npt.NDArray[Any]
-Float32 = npt.NDArray[np.float32]
+#: dtypes that weights can be stored in, as safetensors names them.
+DTYPES = ("F32", "F16", "BF16")
+#: File name endings of weights that are pickles, which run code when they are read. They are refused.
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 #: How values lie in the file. numpy has no bfloat16: its bits are read as integers and decoded when they are asked for.
 _STORED: dict[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from sana_export.graphs.numerics import Linear, Numerics, parameter, rms_norm
+from sana_export.graphs.numerics import QK_NORM_EPS, Linear, Numerics, parameter, rms_norm
 
 CAPTION_NORM_EPS = 1e-5
-QK_NORM_EPS = 1e-5
 
 
 class Context(nn.Module):

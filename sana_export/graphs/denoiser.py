@@ -15,10 +15,19 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from sana_export.errors import ArtifactError
-from sana_export.graphs.context import QK_NORM_EPS
 from sana_export.graphs.gated_conv import gated_conv_halves
-from sana_export.graphs.numerics import FP16_MAX, Conv, Linear, Numerics, linear_attention, parameter, rms_norm, silu
-from sana_export.graphs.text_encoder import MASKED
+from sana_export.graphs.numerics import (
+    FP16_MAX,
+    MASKED,
+    QK_NORM_EPS,
+    Conv,
+    Linear,
+    Numerics,
+    linear_attention,
+    parameter,
+    rms_norm,
+    silu,
+)
 
 TIME_CHANNELS = 256
 

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 
 from sana_export.graphs.storage import keep
 
+QK_NORM_EPS = 1e-5
+
+#: Weight of a masked position before the softmax; exp(-10000) is exactly 0 in every precision.
+MASKED = -10000.0
+
 #: The largest finite float16. Self-attention outputs of the fp16 checkpoints were trained under a clip to it.
 FP16_MAX = 65504.0
 

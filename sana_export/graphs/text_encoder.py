@@ -13,13 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from sana_export.contract import MAX_TOKENS
 from sana_export.errors import ArtifactError
-from sana_export.graphs.numerics import NUMERICS, Linear, Numerics, parameter, rms_norm
-
-#: Weight of a masked position before the softmax; exp(-10000) is exactly 0 in every precision.
-MASKED = -10000.0
-#: The longest instruction and prompt together; attention windows at least this wide never bind.
-MAX_TOKENS = 2048
+from sana_export.graphs.numerics import MASKED, NUMERICS, Linear, Numerics, parameter, rms_norm
 
 
 class TextEncoder(nn.Module):

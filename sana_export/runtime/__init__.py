@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sana_export.runtime.pipeline import SanaRuntime as SanaRuntime
     from sana_export.runtime.request import Request as Request
-    from sana_export.runtime.runtime import SanaResult as SanaResult
-    from sana_export.runtime.runtime import SanaRuntime as SanaRuntime
+    from sana_export.runtime.results import SanaResult as SanaResult
 
 _HOMES = {
     "Request": "sana_export.runtime.request",
-    "SanaResult": "sana_export.runtime.runtime",
-    "SanaRuntime": "sana_export.runtime.runtime",
+    "SanaResult": "sana_export.runtime.pipeline",
+    "SanaRuntime": "sana_export.runtime.pipeline",
 }
 __all__ = list(_HOMES)
 

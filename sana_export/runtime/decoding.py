@@ -1,4 +1,4 @@
-"""The windows of a tiled decode, and the image that is put together from them.
+"""Latents to images: in one piece or in tiles.
 
 Only the last stages of the decoder, convolutions of finite reach, run in tiles (`vae_decoder_tail`); what attends to the whole
 image ran before (`vae_decoder_head`). A pixel at least the tail's halo away from those sides of its window that are no sides of the
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-import numpy.typing as npt
+from PIL import Image
 
-from sana_export.profiles import DECODER_TILE
-
-Float32 = npt.NDArray[np.float32]
-Index = npt.NDArray[np.int64]
-
-#: Image pixels up to which an image is decoded in one piece where nothing is asked for: every bin of checkpoints up to 2K.
-UNTILED_AREA = 2048 * 2048
+from sana_export.errors import ArtifactError
+from sana_export.formats.arrays import Array, Float32, Index
+from sana_export.runtime.backends.base import Backend, DeviceTensor
+from sana_export.runtime.request import Plan
+from sana_export.runtime.resolution import ResizePlan
+from sana_export.runtime.results import Images
+from sana_export.runtime.sessions import Sessions
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,6 @@ class Window:
     columns: Span
 
 
-def choose_tile(asked: int | None, height: int, width: int) -> int:
-    """The side of a decoder tile in image pixels for an image of `height` x `width`: 0 is one piece, `asked` None the default."""
-    if asked is not None:
-        return asked
-    return DECODER_TILE if height * width > UNTILED_AREA else 0
-
-
 def plan_windows(height: int, width: int, tile: int, halo: int) -> tuple[Window, ...]:
     """The windows over `height` x `width` features, all of one size: `tile` + 2 `halo`, or the image's side where that is shorter.
 
@@ -90,3 +83,58 @@ def _spans(size: int, tile: int, halo: int) -> list[Span]:
         spans.append(Span(start, start + length, first, last))
         first = last
     return spans
+
+
+def decode_latents(plan: Plan, latents: DeviceTensor | Array, backend: Backend, sessions: Sessions) -> DeviceTensor | Float32:
+    """Latents [B, C, h, w] to the decoder's image float32 [B, 3, H, W] in about [-1, 1], in one piece or in tiles as planned.
+
+    The features that tiles are cut from stay on the device; the tiles are put together on the host.
+    """
+    if not plan.decoder_tile:
+        return sessions["vae_decoder"].run({"latents": latents})["image"]
+    model = backend.manifest.model
+    features = sessions["vae_decoder_head"].run({"latents": latents})["features"]
+
+    def render(rows: Index, columns: Index) -> Float32:
+        feeds = {"features": features, "row_index": rows, "column_index": columns}
+        tile: Float32 = backend.to_host(sessions["vae_decoder_tail"].run(feeds)["image"])
+        return tile
+
+    batch, _, *size = plan.latents_shape
+    height, width = (side * model.vae_scale_factor for side in size)
+    scale = model.decoder_tile_scale
+    windows = plan_windows(height // scale, width // scale, plan.decoder_tile // scale, model.decoder_tile_halo)
+    return assemble(render, windows, np.empty((batch, 3, height, width), np.float32), scale)
+
+
+def finish_images(plan: Plan, image: DeviceTensor | Array, backend: Backend, sessions: Sessions) -> Images:
+    """The decoder's image [B, 3, H, W] to images of the plan's size and output type."""
+    # On a device the image would have to be copied for this; tiles are on the host already.
+    if backend.device == "cpu" or plan.output_type == "np" or plan.decoder_tile:
+        check_finite(backend.to_host(image), "an image", backend)
+    if plan.output_type == "np":
+        resized = _resize(backend.to_host(image), plan.resize)
+        return np.ascontiguousarray((resized * 0.5 + 0.5).clip(0, 1).transpose(0, 2, 3, 1))
+    pixels = sessions["postprocess"].run({"image": image, **vars(plan.resize)})["pixels"]
+    return [Image.fromarray(array) for array in np.array(backend.to_host(pixels))]
+
+
+def check_finite(values: Array, what: str, backend: Backend) -> None:
+    """Raise ArtifactError if `values`, which are `what`, hold NaN or infinity."""
+    if bad := int(np.count_nonzero(~np.isfinite(values))):
+        manifest = backend.manifest
+        raise ArtifactError(
+            f"sampling with {backend.bundle} gave {what} with NaN or infinite values",
+            found=f"{bad} of {values.size} values, with {manifest.options.precision} graphs on the backend {backend.name}",
+            wanted="finite values",
+            fix=f"sana-export verify {backend.bundle} --reference {manifest.checkpoint.source} --ranges"
+            "  (shows which tensor leaves the range of the precision)",
+        )
+
+
+def _resize(image: Array, plan: ResizePlan) -> Array:
+    """The `postprocess` graph's resampling on the host: float32 [B, 3, H, W] to [B, 3, H', W']."""
+    (top, bottom), (left, right) = plan.row_weight[..., None], plan.column_weight
+    rows = image[:, :, plan.row_index[0]] * top + image[:, :, plan.row_index[1]] * bottom
+    resized: Array = rows[..., plan.column_index[0]] * left + rows[..., plan.column_index[1]] * right
+    return resized

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from sana_export.adapters import Lora
 from sana_export.commands import export_line
 from sana_export.environment import return_free_memory
 from sana_export.errors import ArtifactError, DependencyError, UsageError
-from sana_export.manifest import Manifest, check_files
-from sana_export.runtime.backends import Session
-from sana_export.runtime.lora_values import Adapter, Array, Bytes, lora_values, read_adapter, touched
-from sana_export.trt.weights import read_tensors
+from sana_export.files import check_files
+from sana_export.formats.arrays import Array, Bytes
+from sana_export.formats.onnx_weights import read_tensors
+from sana_export.runtime.backends.base import Backend, Session
+from sana_export.runtime.lora_values import Adapter, lora_values, read_adapter, touched
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +25,9 @@ class LoraStack:
     Weights are always made from the bundle's own bytes, so what is unloaded leaves nothing behind.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, check_refit: Callable[[str], None]) -> None:
-        """`check_refit` is the backend's."""
-        self._bundle, self._manifest, self._check_refit = bundle, manifest, check_refit
-        self._targets = {name: graph.lora_targets for name, graph in manifest.graphs.items() if graph.lora_targets}
+    def __init__(self, backend: Backend) -> None:
+        self._backend, self._bundle, self._manifest = backend, backend.bundle, backend.manifest
+        self._targets = {name: graph.lora_targets for name, graph in self._manifest.graphs.items() if graph.lora_targets}
         self._adapters: tuple[Adapter, ...] = ()
         self._base: dict[str, dict[str, Bytes]] = {}
 
@@ -47,10 +46,17 @@ class LoraStack:
                 wanted="a bundle of this version",
                 fix=export_line(self._bundle, self._manifest),
             )
+        if not self._backend.can_refit:
+            raise DependencyError(
+                f"the backend {self._backend.name} cannot change weights after they are loaded",
+                found=f"the LoRA {lora.path}",
+                wanted="--backend onnxruntime, or engines that were built with --refittable",
+                fix=f"export with the LoRA folded in: {export_line(self._bundle, self._manifest, loras=(lora,))}",
+            )
         adapter = read_adapter(lora, [target for targets in self._targets.values() for target in targets])
         adapters = (*self._adapters, adapter)
         for graph in [name for name, targets in self._targets.items() if touched(targets, (adapter,))]:
-            self._check_refit(graph)
+            self._backend.check_refit(graph)
             if graph not in sessions:  # loaded later: whether its weights stay in range is better known now
                 self._values(graph, adapters, (adapter,))
         self._change(adapters, (adapter,), sessions)
@@ -62,7 +68,7 @@ class LoraStack:
     def refit(self, graph: str, session: Session) -> None:
         """Give a session of `graph` that was loaded just now what the others hold."""
         if values := self._values(graph, self._adapters, self._adapters):
-            _refit(graph, session, values)
+            session.refit(values)
 
     def _change(self, adapters: tuple[Adapter, ...], moved: Sequence[Adapter], sessions: Mapping[str, Session]) -> None:
         """From the adapters held now to `adapters`, which differ from those by `moved`."""
@@ -70,7 +76,7 @@ class LoraStack:
         for graph in [name for name in self._targets if name in sessions]:
             try:
                 if values := self._values(graph, adapters, moved):
-                    _refit(graph, sessions[graph], values)
+                    sessions[graph].refit(values)
                     done.append(graph)
             except BaseException as error:
                 self._take_back(done, moved, sessions, error)
@@ -84,7 +90,7 @@ class LoraStack:
         """Give `graphs` what they held before `moved`."""
         for graph in graphs:
             try:
-                _refit(graph, sessions[graph], self._values(graph, self._adapters, moved))
+                sessions[graph].refit(self._values(graph, self._adapters, moved))
             except Exception as error:
                 raise ArtifactError(
                     f"{graph} could not be given back the weights that it had, and holds other LoRAs than the rest of the model",
@@ -107,16 +113,3 @@ class LoraStack:
             )
             self._base[graph] = read_tensors(onnx, data)
         return self._base[graph]
-
-
-def _refit(graph: str, session: Session, values: Mapping[str, Array]) -> None:
-    refit = getattr(session, "refit", None)
-    if refit is None:
-        raise DependencyError(
-            "this backend cannot change weights after they are loaded",
-            found=f"a session of {graph} without refit",
-            wanted="--backend onnxruntime, or engines that were built with --refittable",
-            fix="fold the LoRA in when the bundle is made: sana-export export MODEL --lora PATH -o BUNDLE",
-        )
-    refit(values)
-    log.info("%s: %d weights refitted", graph, len(values))

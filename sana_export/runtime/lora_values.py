@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from sana_export.adapters import Fold, Lora, read_folds
 from sana_export.errors import ArtifactError
+from sana_export.formats.arrays import Array, Bytes, Float32
 from sana_export.formats.safetensors_file import StoredTensor, TensorFile, round_to_bfloat16, widen_bfloat16
 from sana_export.manifest import LoraTarget
-
-Array = npt.NDArray[Any]
-Float32 = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
 
 #: How weights that a LoRA may change lie in a bundle. numpy has no bfloat16: its bits are integers.
 STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}

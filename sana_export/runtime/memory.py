@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from sana_export.contract import GraphSpec
 from sana_export.errors import DependencyError
 from sana_export.manifest import EngineEntry, Manifest
-from sana_export.runtime.backends import AUTO
 
-#: The graphs that are loaded together where memory is short, in the order that they run in.
-STAGES = (
-    ("text_encoder", "context"),
-    ("denoiser", "sampler"),
-    ("vae_decoder", "vae_decoder_head", "vae_decoder_tail", "postprocess"),
-)
+AUTO = "auto"
+#: Where the graphs of a runtime are: resident, all at once; staged, those of one stage at a time (text, denoising, decoding);
+#: streaming, staged with weights that stay on the host and come as they are needed. "auto" takes the first that fits.
+MEMORY_MODES = (AUTO, "resident", "staged", "streaming")
+
+#: The graphs of a stage are loaded together if memory is short; stages in the order in which they run.
+TEXT_STAGE, DENOISING_STAGE = ("text_encoder", "context"), ("denoiser", "sampler")
+STAGES = (TEXT_STAGE, DENOISING_STAGE, ("vae_decoder", "vae_decoder_head", "vae_decoder_tail", "postprocess"))
+#: The graphs that every image needs. Which ones decode it depends on its size.
+SAMPLING_GRAPHS = (*TEXT_STAGE, *DENOISING_STAGE, "postprocess")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryRequirement:
     """Bytes of GPU memory. `weights`: of the engines; `work`: what the largest works in, at the largest shapes of its profile;
     `tensors`: inputs and outputs of the graph that has the most of them there. CUDA's own, a few hundred MB, comes on top."""
 
@@ -34,20 +37,22 @@ class Need:
         return self.weights + self.work + self.tensors
 
 
-def needs(manifest: Manifest, engines: Mapping[str, EngineEntry]) -> dict[str, Need]:
+def memory_requirements(manifest: Manifest, engines: Mapping[str, EngineEntry]) -> dict[str, MemoryRequirement]:
     """Memory mode to what it needs at the most with these engines, one for each graph."""
     stages = [[engines[graph] for graph in stage if graph in engines] for stage in STAGES]
-    staged = max((_need(manifest, stage) for stage in stages if stage), key=lambda need: need.total)
-    found = {"resident": _need(manifest, engines.values()), "staged": staged}
+    staged = max((_requirement(manifest, stage) for stage in stages if stage), key=lambda need: need.total)
+    found = {"resident": _requirement(manifest, engines.values()), "staged": staged}
     streamed = [
-        _need(manifest, stage, [entry for entry in stage if not entry.options.get("weight_streaming")]) for stage in stages if stage
+        _requirement(manifest, stage, [entry for entry in stage if not entry.options.get("weight_streaming")])
+        for stage in stages
+        if stage
     ]
     if any(entry.options.get("weight_streaming") for entry in engines.values()):
         found["streaming"] = max(streamed, key=lambda need: need.total)
     return found
 
 
-def settle(mode: str, wanted: Mapping[str, Need], free: int, bundle: object) -> tuple[str, str | None]:
+def choose_memory_mode(mode: str, wanted: Mapping[str, MemoryRequirement], free: int, bundle: object) -> tuple[str, str | None]:
     """The mode to run in where `mode` is asked for and `free` bytes are free, and a warning where it may be too little.
 
     "auto" takes the first mode that fits. A mode whose weights alone are too large raises DependencyError with the mode that fits,
@@ -80,12 +85,14 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def _need(manifest: Manifest, entries: Iterable[EngineEntry], held: Iterable[EngineEntry] | None = None) -> Need:
+def _requirement(
+    manifest: Manifest, entries: Iterable[EngineEntry], held: Iterable[EngineEntry] | None = None
+) -> MemoryRequirement:
     """Of `entries` together; `held` are those whose weights are on the device all the time (None: all)."""
     entries = tuple(entries)
     weights = sum(_weight_bytes(manifest, entry) for entry in (entries if held is None else held))
     work = max(entry.activation_bytes for entry in entries)
-    return Need(weights, work, max(_tensor_bytes(manifest.graphs[entry.graph].spec, entry) for entry in entries))
+    return MemoryRequirement(weights, work, max(_tensor_bytes(manifest.graphs[entry.graph].spec, entry) for entry in entries))
 
 
 def _weight_bytes(manifest: Manifest, entry: EngineEntry) -> int:

@@ -22,11 +22,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from sana_export.errors import UsageError
-
-Float32 = npt.NDArray[np.float32]
+from sana_export.formats.arrays import Float32
 
 #: Below this many values torch draws them one at a time.
 _VECTOR_SIZE = 16

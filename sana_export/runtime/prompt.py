@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from sana_export.errors import ArtifactError, UsageError
+from sana_export.formats.arrays import Float32
 from sana_export.formats.safetensors_file import StoredTensor, TensorFile
 from sana_export.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
-Float32 = npt.NDArray[np.float32]
 #: inputs_embeds [B, S, C], prefix [layers, 2, kv_heads, P, head_dim], float32 on the host -> prompt_embeds [B, S, C] of a backend.
 RunTextEncoder = Callable[[Float32, Float32], Any]
 
@@ -176,6 +175,13 @@ class PromptEncoder:
             self._warn(text, dropped, max_sequence_length)
         ids = ids[:limit]
         return PromptTokens(ids, first_kept, min(_common_length(ids, known), first_kept))
+
+    def tokenize_plan(self, texts: Sequence[tuple[Sequence[str], bool]], max_sequence_length: int) -> list[list[PromptTokens]]:
+        """The tokens of each guidance branch's prompts; `texts` as in `Plan.texts`."""
+        return [
+            [self.tokenize(text, max_sequence_length=max_sequence_length, instruct=instruct) for text in prompts]
+            for prompts, instruct in texts
+        ]
 
     def encode(self, branches: Sequence[Sequence[PromptTokens]], run: RunTextEncoder) -> PromptEmbeddings:
         """Embeddings of K branches of B prompts each; equal prompts are run once, all with the same prefix in one batch."""

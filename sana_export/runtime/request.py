@@ -19,14 +19,13 @@ import numpy.typing as npt
 
 from sana_export.commands import export_line
 from sana_export.errors import ArtifactError, UsageError
+from sana_export.formats.arrays import Float32
 from sana_export.manifest import Manifest
+from sana_export.profiles import DECODER_TILE, UNTILED_AREA
 from sana_export.resolutions import BINS
-from sana_export.runtime.decoding import choose_tile
 from sana_export.runtime.noise import TorchGenerator
 from sana_export.runtime.resolution import ResizePlan, check_size, choose_bin, make_resize_plan
 from sana_export.runtime.schedule import Schedule, make_schedule
-
-Float32 = npt.NDArray[np.float32]
 
 #: Pixels: the longest side of Sana's largest resolution bin, twice. What runs is bounded by memory long before.
 MAX_SIDE = 16384
@@ -80,7 +79,7 @@ class Plan:
 
     texts: the K branches' prompts with whether the instruction goes before them, one for each of the request's prompts.
     latents_shape: [B, C, h, w]. latents: what to start from, or None for noise. seeds: one, or one for each image.
-    perturbed: float32 [K], 1 where the branch takes perturbed attention. weights: float32 [N, K], a row for each step.
+    perturbed: float32 [K], 1 where the branch takes perturbed attention. guidance_weights: float32 [N, K], a row for each step.
     guidance: float32 [1], the guidance scale that the denoiser is fed, or None where it takes none.
     decoder_tile: side of a tile in image pixels, 0 for one piece. decoder_graphs: the graphs that decode.
     """
@@ -93,7 +92,7 @@ class Plan:
     seeds: tuple[int, ...]
     schedule: Schedule
     perturbed: Float32
-    weights: Float32
+    guidance_weights: Float32
     guidance: Float32 | None
     resize: ResizePlan
     output_height: int
@@ -147,7 +146,7 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
         seeds=_seeds(request.seed, batch),
         schedule=schedule,
         perturbed=np.array([branch == "perturbed" for branch in branches], dtype=np.float32),
-        weights=weights,
+        guidance_weights=weights,
         guidance=np.array([scale], dtype=np.float32) if model.guidance_embeds else None,
         resize=make_resize_plan(height, width, output_height, output_width),
         output_height=output_height,
@@ -163,6 +162,13 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
             fix=export_line(bundle, manifest),
         )
     return plan
+
+
+def choose_tile(asked: int | None, height: int, width: int) -> int:
+    """The side of a decoder tile in image pixels for an image of `height` x `width`: 0 is one piece, `asked` None the default."""
+    if asked is not None:
+        return asked
+    return DECODER_TILE if height * width > UNTILED_AREA else 0
 
 
 def checked_latents(latents: npt.ArrayLike, shape: tuple[int, ...]) -> Float32:
@@ -317,3 +323,21 @@ def _side(name: str, value: Any) -> int:
 
 def _default(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
+    """The axes of the plan's tensors (contract.DYNAMIC_AXES) that are known before its prompts are read."""
+    batch, _, height, width = plan.latents_shape
+    factor, scale = manifest.model.vae_scale_factor, manifest.model.decoder_tile_scale
+    return {
+        "batch": batch,
+        "branches": len(plan.perturbed),
+        "latent_height": height,
+        "latent_width": width,
+        "image_height": height * factor,
+        "image_width": width * factor,
+        "feature_height": height * factor // scale,
+        "feature_width": width * factor // scale,
+        "output_height": plan.output_height,
+        "output_width": plan.output_width,
+    }

@@ -1,100 +1,182 @@
-"""The sampling loop of a backend that enqueues its work: state that stays in place on the device, steps that are captured once.
+"""The sampling loop: the denoiser and the sampler in turn, once a step.
 
-Everything that changes from step to step (timestep, coefficients, guidance weights, fresh noise) lies in tables on the device, and
-the latents go to and fro between two buffers. So a step is the same work at the same addresses every time, and any run of steps
-can be captured as one CUDA graph and replayed for another prompt, seed or guidance scale of the same shapes.
+Two loops have one interface. `WaitingLoop` is for a backend whose sessions finish before they return. `CapturedLoop` is for a
+backend that enqueues its work. There everything that changes from step to step (timestep, coefficients, guidance weights, fresh
+noise) lies in tables on the device, and the latents alternate between two buffers, so that a step is the same work at the same
+addresses every time. Any run of steps can then be captured as one CUDA graph and replayed for another prompt, seed or guidance
+scale of the same shapes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
-from sana_export.runtime.backends import Array, DeviceTensor
+from sana_export.contract import COEFFICIENTS
+from sana_export.formats.arrays import Array, Float32
+from sana_export.runtime.backends.base import Backend, CapturingBackend, DeviceTensor, EnqueuedSession, Replay
+from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.request import Plan
+from sana_export.runtime.results import Conditioning
+from sana_export.runtime.sessions import Sessions
 
 LOG = logging.getLogger(__name__)
 
-Float32 = npt.NDArray[np.float32]
-#: Loops whose buffers and graphs are kept, the latest used last.
+#: Captured loops whose buffers and graphs are kept.
 KEPT_LOOPS = 4
-#: Enqueues captured work again.
-Replay = Callable[[], None]
-
-
-class EnqueuedSession(Protocol):
-    """A session whose `run` returns before the work is done, and which can be told where its outputs go."""
-
-    def run(
-        self, feeds: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor] | None = None
-    ) -> dict[str, DeviceTensor]:
-        """As `Session.run`; an output that `outputs` names is written there. With all of them given nothing is allocated."""
-        ...
-
-    @property
-    def capturable(self) -> bool:
-        """Whether the work of the last run can be captured."""
-        ...
-
-
-@runtime_checkable
-class Capturing(Protocol):
-    """What a backend offers whose sessions are `EnqueuedSession`s: everything happens in one order, that of the calls."""
-
-    def zeros(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
-        """A new tensor on the device; `dtype` as the contract names it."""
-        ...
-
-    def table(self, rows: int, shape: Sequence[int], dtype: str) -> Sequence[DeviceTensor]:
-        """`rows` tensors of `shape` in one block of memory, each where a session can read it."""
-        ...
-
-    def write(self, target: DeviceTensor, value: DeviceTensor | Array) -> None:
-        """Copy `value` into `target`, which has its shape and dtype."""
-        ...
-
-    def write_table(self, target: Sequence[DeviceTensor], rows: Array) -> None:
-        """Copy the rows of `rows` into a `table`, in one transfer."""
-        ...
-
-    def copy(self, value: DeviceTensor) -> DeviceTensor:
-        """A new tensor with the values of `value`."""
-        ...
-
-    def capture(self, work: Callable[[], None]) -> Replay:
-        """What `work` enqueues, as one graph; calling it enqueues all of it again. `work` itself is not run."""
-        ...
-
-    @property
-    def generation(self) -> int:
-        """Changes when memory that captured work uses has moved; what was captured before must not be replayed."""
-        ...
 
 
 @dataclass(frozen=True)
 class LoopShape:
-    """What a loop's buffers and captured steps depend on: B, C, h, w of the latents, K branches, L text tokens, N steps."""
+    """What the buffers and the captured steps of a loop depend on."""
 
+    #: [B, C, h, w].
     latents: tuple[int, int, int, int]
+    #: The context tensor's, see contract.CONTEXT.
     context: tuple[int, ...]
+    #: K guidance branches.
     branches: int
+    #: L tokens of the context.
     text_tokens: int
+    #: N.
     steps: int
+    #: Whether the schedule adds fresh noise in every step.
     needs_noise: bool
+    #: Whether the denoiser is fed the guidance scale.
     guided: bool
 
 
-class SamplingLoop:
-    """The steps of one shape on `backend`. `start` loads a request, then every step is run once, in order."""
+@dataclass(frozen=True, eq=False)
+class LoopInputs:
+    """One request for a loop."""
+
+    #: float32 [B, C, h, w], scaled as the schedule starts.
+    latents: Float32
+    #: The fresh noise of one step after another, float32 [B, C, h, w].
+    noise: Iterator[Float32]
+    #: float32 [N], as the denoiser is fed them.
+    timesteps: Float32
+    #: float32 [N, 6], the columns of contract.COEFFICIENTS.
+    coefficients: Float32
+    #: float32 [N, K].
+    guidance_weights: Float32
+    #: The denoiser's inputs that stay the same in every step, by name.
+    fixed: Mapping[str, DeviceTensor]
+
+
+def loop_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, timestep_scale: float) -> LoopInputs:
+    """What the loop needs to sample `plan`. Every call draws the same noise, in the order in which torch draws it."""
+    generators = [TorchGenerator(seed) for seed in plan.seeds]
+    start = randn_batch(plan.latents_shape, generators) if plan.latents is None else plan.latents
+    fixed = {
+        "context": conditioning.context,
+        "context_mask": conditioning.context_mask,
+        "perturbed": backend.to_device(plan.perturbed),
+    }
+    if plan.guidance is not None:
+        fixed["guidance"] = backend.to_device(plan.guidance)
+    return LoopInputs(
+        latents=start * np.float32(plan.schedule.initial_noise_scale),
+        noise=(randn_batch(plan.latents_shape, generators) for _ in plan.schedule.timesteps),
+        timesteps=plan.schedule.timesteps * np.float32(timestep_scale),
+        coefficients=plan.schedule.coefficients,
+        guidance_weights=plan.guidance_weights,
+        fixed=fixed,
+    )
+
+
+def sampler_feeds(
+    noise_pred: DeviceTensor | Array,
+    latents: DeviceTensor | Array,
+    previous_x0: DeviceTensor | Array,
+    noise: DeviceTensor | Array,
+    coefficients: DeviceTensor | Array,
+    guidance_weights: DeviceTensor | Array,
+) -> dict[str, DeviceTensor | Array]:
+    """The inputs of the graph `sampler` in one step, by name (contract.py has the shapes).
+
+    `coefficients` is one row of the schedule's table, `guidance_weights` one row of the plan's.
+    """
+    return {
+        "noise_pred": noise_pred,
+        "latents": latents,
+        "previous_x0": previous_x0,
+        "noise": noise,
+        "coefficients": coefficients,
+        "weights": guidance_weights,
+    }
+
+
+class SamplingLoop(ABC):
+    """The steps of one run. `start` loads a request, then `run` runs every step once, in order."""
+
+    @abstractmethod
+    def start(self, inputs: LoopInputs) -> None: ...
+
+    @abstractmethod
+    def run(self, first: int, stop: int) -> None:
+        """Run the steps from `first` up to but not including `stop`."""
+
+    @abstractmethod
+    def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
+        """The latents and x0 [B, C, h, w] after `step`, as tensors that no later step changes."""
+
+    @abstractmethod
+    def result(self) -> DeviceTensor:
+        """The latents [B, C, h, w] after the last step, until the loop starts again."""
+
+    @abstractmethod
+    def replace(self, step: int, latents: DeviceTensor | Array) -> None:
+        """Go on after `step` with `latents`."""
+
+
+class WaitingLoop(SamplingLoop):
+    """The loop of a backend whose sessions finish before they return."""
+
+    def __init__(self, backend: Backend, sessions: Sessions, plan: Plan) -> None:
+        self._backend, self._sessions, self._needs_noise = backend, sessions, plan.schedule.needs_noise
+
+    def start(self, inputs: LoopInputs) -> None:
+        self._inputs = inputs
+        self._latents = self._backend.to_device(inputs.latents)
+        self._x0 = self._noise = self._backend.to_device(np.zeros_like(inputs.latents))
+
+    def run(self, first: int, stop: int) -> None:
+        inputs = self._inputs
+        for index in range(first, stop):
+            if self._needs_noise:
+                self._noise = self._backend.to_device(next(inputs.noise))
+            timestep = inputs.timesteps[index : index + 1]
+            denoised = self._sessions["denoiser"].run({"latents": self._latents, "timestep": timestep, **inputs.fixed})
+            noise_pred = denoised["noise_pred"]
+            weights = inputs.guidance_weights[index]
+            feeds = sampler_feeds(noise_pred, self._latents, self._x0, self._noise, inputs.coefficients[index], weights)
+            sampled = self._sessions["sampler"].run(feeds)
+            self._latents, self._x0 = sampled["next_latents"], sampled["x0"]
+
+    def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
+        return self._latents, self._x0
+
+    def result(self) -> DeviceTensor:
+        return self._latents
+
+    def replace(self, step: int, latents: DeviceTensor | Array) -> None:
+        self._latents = latents
+
+
+class CapturedLoop(SamplingLoop):
+    """The loop of a backend that enqueues its work: state in place on the device, steps that are captured once.
+
+    `capture` False enqueues every step anew.
+    """
 
     def __init__(
         self,
-        backend: Capturing,
+        backend: CapturingBackend,
         denoiser: EnqueuedSession,
         sampler: EnqueuedSession,
         shape: LoopShape,
@@ -102,18 +184,18 @@ class SamplingLoop:
         *,
         capture: bool,
     ) -> None:
-        self.backend, self.denoiser, self.sampler, self.shape = backend, denoiser, sampler, shape
-        self._capture = capture
+        self.shape = shape
+        self._backend, self._denoiser, self._sampler, self._capture = backend, denoiser, sampler, capture
         batch, latents, rows = shape.latents[0], shape.latents, shape.steps
         zeros, table = backend.zeros, backend.table
-        self.latents = [zeros(latents, "float32") for _ in range(2)]
-        self.x0 = [zeros(latents, "float32") for _ in range(2)]
-        self.noise_pred = zeros((shape.branches, *latents), "float32")
-        self.timesteps = table(rows, (1,), "float32")
-        self.coefficients = table(rows, (6,), "float32")
-        self.weights = table(rows, (shape.branches,), "float32")
-        self.noise = table(rows if shape.needs_noise else 1, latents, "float32")
-        self.fixed = {
+        self._latents = [zeros(latents, "float32") for _ in range(2)]
+        self._x0 = [zeros(latents, "float32") for _ in range(2)]
+        self._noise_pred = zeros((shape.branches, *latents), "float32")
+        self._timesteps = table(rows, (1,), "float32")
+        self._coefficients = table(rows, (len(COEFFICIENTS),), "float32")
+        self._guidance_weights = table(rows, (shape.branches,), "float32")
+        self._noise = table(rows if shape.needs_noise else 1, latents, "float32")
+        self._fixed = {
             "context": zeros(shape.context, context_dtype),
             "context_mask": zeros((shape.branches, batch, shape.text_tokens), "float32"),
             "perturbed": zeros((shape.branches,), "float32"),
@@ -122,82 +204,105 @@ class SamplingLoop:
         self._replays: dict[tuple[int, int], Replay] = {}
         self._generation = -1
 
-    def start(
-        self, plan: Plan, latents: Float32, noise: Sequence[Float32], timesteps: Float32, fixed: Mapping[str, DeviceTensor | Array]
-    ) -> None:
-        """Load a request. `noise`: the fresh noise of every step where the schedule needs it; `fixed`: see `self.fixed`."""
-        write = self.backend.write
-        write(self.latents[0], latents)
-        write(self.x0[0], np.zeros_like(latents))
-        write_table = self.backend.write_table
-        write_table(self.timesteps, timesteps.reshape(-1, 1))
-        write_table(self.coefficients, plan.schedule.coefficients)
-        write_table(self.weights, plan.weights)
-        write_table(self.noise, np.stack(noise) if noise else np.zeros((1, *latents.shape), dtype=np.float32))
-        for name, target in self.fixed.items():
-            write(target, fixed[name])
+    def start(self, inputs: LoopInputs) -> None:
+        write, write_table = self._backend.write, self._backend.write_table
+        write(self._latents[0], inputs.latents)
+        write(self._x0[0], np.zeros_like(inputs.latents))
+        write_table(self._timesteps, inputs.timesteps.reshape(-1, 1))
+        write_table(self._coefficients, inputs.coefficients)
+        write_table(self._guidance_weights, inputs.guidance_weights)
+        noise = np.stack([*inputs.noise]) if self.shape.needs_noise else np.zeros((1, *self.shape.latents), np.float32)
+        write_table(self._noise, noise)
+        for name, target in self._fixed.items():
+            write(target, inputs.fixed[name])
 
     def run(self, first: int, stop: int) -> None:
-        """Enqueue the steps from `first` up to `stop`: replayed where they were captured, or captured now."""
+        """Replay the steps if they were captured, otherwise capture and replay them."""
         if not self._capture:
             self._enqueue(first, stop)
             return
-        if self._generation != self.backend.generation:
+        if self._generation != self._backend.generation:
             self._replays.clear()
         if (first, stop) not in self._replays and not self._prepare(first, stop):
             self._enqueue(first, stop)
             return
         self._replays[first, stop]()
 
-    def after(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
-        """The latents and x0 [B, C, h, w] after `step` (from 0), until the step after the next one."""
-        return self.latents[(step + 1) % 2], self.x0[(step + 1) % 2]
+    def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
+        after = (step + 1) % 2
+        return self._backend.copy(self._latents[after]), self._backend.copy(self._x0[after])
+
+    def result(self) -> DeviceTensor:
+        return self._latents[self.shape.steps % 2]
+
+    def replace(self, step: int, latents: DeviceTensor | Array) -> None:
+        self._backend.write(self._latents[(step + 1) % 2], latents)
 
     def _prepare(self, first: int, stop: int) -> bool:
-        """Capture the steps; False where the sessions cannot be captured."""
-        # A session settles what a new shape needs when it runs, which must not happen while it is captured. The step is run again
-        # from the same state afterwards: it does not write what it reads.
+        """Capture the steps; False if the sessions cannot be captured."""
+        # A session sets up a new shape when it first runs it, which must not happen during a capture. The step runs again from the
+        # same state afterwards: it does not write what it reads.
         self._enqueue(first, first + 1)
-        if not (self.denoiser.capturable and self.sampler.capturable):
+        if not (self._denoiser.capturable and self._sampler.capturable):
             LOG.warning("the steps cannot be captured as a CUDA graph: they are enqueued one by one")
             self._capture = False
             return False
-        self._generation = self.backend.generation
-        self._replays[first, stop] = self.backend.capture(lambda: self._enqueue(first, stop))
+        self._generation = self._backend.generation
+        self._replays[first, stop] = self._backend.capture(lambda: self._enqueue(first, stop))
         return True
 
     def _enqueue(self, first: int, stop: int) -> None:
         for index in range(first, stop):
             here, there = index % 2, (index + 1) % 2
-            self.denoiser.run(
-                {"latents": self.latents[here], "timestep": self.timesteps[index], **self.fixed},
-                {"noise_pred": self.noise_pred},
+            latents = self._latents[here]
+            self._denoiser.run(
+                {"latents": latents, "timestep": self._timesteps[index], **self._fixed}, {"noise_pred": self._noise_pred}
             )
-            self.sampler.run(
-                {
-                    "noise_pred": self.noise_pred,
-                    "latents": self.latents[here],
-                    "previous_x0": self.x0[here],
-                    "noise": self.noise[index if self.shape.needs_noise else 0],
-                    "coefficients": self.coefficients[index],
-                    "weights": self.weights[index],
-                },
-                {"next_latents": self.latents[there], "x0": self.x0[there]},
+            noise = self._noise[index if self.shape.needs_noise else 0]
+            coefficients, weights = self._coefficients[index], self._guidance_weights[index]
+            self._sampler.run(
+                sampler_feeds(self._noise_pred, latents, self._x0[here], noise, coefficients, weights),
+                {"next_latents": self._latents[there], "x0": self._x0[there]},
             )
 
 
-class Loops:
-    """The latest used loops of one runtime, by shape."""
+class LoopCache:
+    """The captured loops of one runtime that no run is using, by shape. A run owns its loop, so runs may overlap."""
 
     def __init__(self) -> None:
-        self._kept: dict[LoopShape, SamplingLoop] = {}
+        self._kept: dict[LoopShape, CapturedLoop] = {}
 
-    def get(self, shape: LoopShape, make: Callable[[], SamplingLoop]) -> SamplingLoop:
-        loop = self._kept.pop(shape, None) or make()
-        self._kept[shape] = loop
+    def take(self, shape: LoopShape, make: Callable[[], CapturedLoop]) -> CapturedLoop:
+        """A loop of `shape`, which belongs to the caller until it is given back."""
+        return self._kept.pop(shape, None) or make()
+
+    def give_back(self, loop: CapturedLoop) -> None:
+        """Keep `loop` for the next run of its shape, and drop the one that was not used for longest beyond `KEPT_LOOPS`."""
+        self._kept[loop.shape] = loop
         while len(self._kept) > KEPT_LOOPS:
             del self._kept[next(iter(self._kept))]
-        return loop
 
     def clear(self) -> None:
         self._kept.clear()
+
+
+def take_loop(plan: Plan, conditioning: Conditioning, backend: Backend, sessions: Sessions, cache: LoopCache) -> SamplingLoop:
+    """The loop that samples `plan`; a captured one comes from `cache` unless sessions are staged."""
+    if not isinstance(backend, CapturingBackend):
+        return WaitingLoop(backend, sessions, plan)
+    context = conditioning.context
+    shape = LoopShape(
+        latents=plan.latents_shape,
+        context=tuple(context.shape),
+        branches=len(plan.perturbed),
+        text_tokens=conditioning.context_mask.shape[-1],
+        steps=len(plan.schedule.timesteps),
+        needs_noise=plan.schedule.needs_noise,
+        guided=plan.guidance is not None,
+    )
+    denoiser, sampler = sessions["denoiser"], sessions["sampler"]
+    assert isinstance(denoiser, EnqueuedSession)  # a CapturingBackend loads no others
+    assert isinstance(sampler, EnqueuedSession)
+    if sessions.staged:  # what is loaded for one image is not worth capturing
+        return CapturedLoop(backend, denoiser, sampler, shape, context.dtype, capture=False)
+    return cache.take(shape, lambda: CapturedLoop(backend, denoiser, sampler, shape, context.dtype, capture=True))

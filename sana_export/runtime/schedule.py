@@ -23,8 +23,7 @@ import numpy.typing as npt
 
 from sana_export.contract import COEFFICIENTS
 from sana_export.errors import UsageError
-
-Float32 = npt.NDArray[np.float32]
+from sana_export.formats.arrays import Float32
 
 #: SANA-Sprint's timesteps, the defaults of diffusers' SanaSprintPipeline: the first one, and the second one of two steps.
 SPRINT_MAX_TIMESTEP = 1.57080

@@ -7,25 +7,24 @@ end it at once.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
 import logging
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError
-from sana_export.files import disk_errors
+from sana_export.files import disk_errors, partial_path
+from sana_export.formats.onnx_weights import copies_of_shared, external_tensors
 from sana_export.profiles import Range
+from sana_export.trt.engine_file import EngineFile
 from sana_export.trt.flavour import network_flags, set_compute_capabilities
 from sana_export.trt.logger import logger_for, readable
+from sana_export.trt.options import BUILDER_FLAGS, DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.progress import OnProgress, progress_monitor
-from sana_export.trt.weights import copies_of_shared, external_tensors
 
 LOG = logging.getLogger(__name__)
 
@@ -41,46 +40,10 @@ DATA_TYPES = {
 }
 
 
-#: The builder's flags of an option. A refittable engine holds no weights but those inside the ONNX file: exactly the external ones
-#: are marked and stripped.
-BUILDER_FLAGS = {
-    "refittable": ("REFIT_INDIVIDUAL", "STRIP_PLAN"),
-    "version_compatible": ("VERSION_COMPATIBLE",),
-    "weight_streaming": ("WEIGHT_STREAMING",),
-}
-
-
 class Cancelled(SanaExportError):
     """The caller asked the build to stop; nothing was written."""
 
     exit_code = 130
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What changes an engine beyond its graph, target and ranges.
-
-    `tf32`: fp32 products may run as TensorFloat-32 (10 bits of mantissa). TensorRT allows it unless told otherwise;
-    here it is off, since fp32 in a graph of ours stands where fp16 is not enough.
-    `refittable`: the engine is built without the graph's external weights and is given them after it is loaded
-    (`refit.EngineWeights`), so that it serves every checkpoint of one structure. TensorRT-RTX 1.4 to 1.7 need a GPU to build one.
-    `version_compatible`: it also runs on later versions of the same major one. `hardware_compatible`: it also runs on later GPUs,
-    from compute capability 8.0 on. `weight_streaming`: its weights may stay on the host and come as they are needed.
-    """
-
-    tf32: bool = False
-    refittable: bool = False
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    weight_streaming: bool = False
-
-    def recorded(self) -> dict[str, bool]:
-        """What of this is part of an engine's key: `tf32`, and the others only where they are asked for."""
-        asked = {field.name: True for field in dataclasses.fields(self) if getattr(self, field.name)}
-        return {"tf32": self.tf32, **asked}
-
-
-DEFAULT_OPTIONS = BuildOptions()
 
 
 @dataclass(frozen=True)
@@ -149,64 +112,6 @@ def build_engine(
     if timing_cache is not None:
         _save_timing_cache(config, timing_cache)
     return Built(file.sha256, file.bytes, time.monotonic() - started, logger.activation_bytes)
-
-
-class EngineFile:
-    """A file that grows under a partial name and takes its own name by `keep()`; it leaves nothing otherwise.
-
-    `refused` is what the disk said to a write; `keep` raises it as a DependencyError.
-    """
-
-    def __init__(self, destination: Path, cancelled: Callable[[], bool]) -> None:
-        self.destination, self.partial, self.cancelled = destination, partial_path(destination), cancelled
-        self.bytes = 0
-        self.refused: OSError | None = None
-        self._hash = hashlib.sha256()
-        self._file: BinaryIO | None = None
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-    def __enter__(self) -> EngineFile:
-        with disk_errors(self.destination):
-            self.destination.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.partial.open("wb")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # a failure to flush what is thrown away anyway
-            if self._file is not None:
-                self._file.close()
-        with contextlib.suppress(FileNotFoundError):  # it has its own name by now
-            self.partial.unlink()
-
-    def write(self, data: Any) -> int:
-        """Append `data`; returns the number of bytes taken: fewer than given where the disk refuses or the build is over."""
-        if self._file is None or self.refused is not None or self.cancelled():
-            return 0
-        try:
-            self._file.write(data)
-        except OSError as error:  # nothing may be raised through the builder, which calls this
-            self.refused = error
-            return 0
-        self._hash.update(data)
-        self.bytes += memoryview(data).nbytes
-        return memoryview(data).nbytes
-
-    def keep(self) -> None:
-        """Close the file and give it its name."""
-        with disk_errors(self.destination):
-            if self.refused is not None:
-                raise self.refused
-            if self._file is not None:
-                self._file.close()
-            self.partial.replace(self.destination)
-
-
-def partial_path(destination: Path) -> Path:
-    """Where an engine lies while it is written."""
-    return destination.with_name(f".{destination.name}.partial")
 
 
 def input_shapes(spec: GraphSpec, ranges: Mapping[str, Range]) -> dict[str, tuple[tuple[int, ...], ...]]:

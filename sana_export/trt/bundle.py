@@ -10,13 +10,14 @@ import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sana_export.files import disk_errors, locked, manifest_lock, require_free
+from sana_export.files import FileEntry, check_files, disk_errors, locked, manifest_lock, require_free
 from sana_export.formats.safetensors_file import TensorFile
-from sana_export.manifest import EngineEntry, FileEntry, GraphEntry, Manifest, check_files
+from sana_export.manifest import EngineEntry, GraphEntry, Manifest
 from sana_export.profiles import Profile
-from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions, Built
+from sana_export.trt.build import Built
 from sana_export.trt.flavour import flavour_of, load, target_for
-from sana_export.trt.plan import PlannedEngine, plan
+from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
+from sana_export.trt.plan import PlannedEngine, plan_engines
 from sana_export.trt.progress import OnProgress
 from sana_export.trt.worker import Job, build_in_child
 
@@ -84,7 +85,7 @@ def plan_bundle(
     """What `build_bundle` with the same arguments finds and would build, in its order. Nothing is written."""
     target = target_for(backend, load(backend), compute_capabilities)
     tokens = instruction_tokens or read_instruction_tokens(bundle)
-    return plan(bundle, Manifest.load(bundle), target, profile, instruction_tokens=tokens, options=options, graphs=graphs)
+    return plan_engines(bundle, Manifest.load(bundle), target, profile, instruction_tokens=tokens, options=options, graphs=graphs)
 
 
 def read_instruction_tokens(bundle: Path) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from sana_export.environment import operating_system
+from sana_export.errors import UsageError
 from sana_export.machine import Gpu, find_gpus
 from sana_export.manifest import EngineEntry
 from sana_export.trt.flavour import ANY_SYSTEM, FLAVOURS
@@ -18,7 +19,7 @@ HARDWARE_COMPATIBLE_FROM = (8, 0)
 
 
 @dataclass(frozen=True)
-class Here:
+class Host:
     """What decides: the GPUs, the installed version of each engine backend (None: not installed) and the platform."""
 
     gpus: Sequence[Gpu]
@@ -26,12 +27,25 @@ class Here:
     operating_system: str
 
 
-def here() -> Here:
-    """This machine. A backend's distribution is named as the backend, so nothing is imported."""
-    return Here(find_gpus(), {backend: _installed_version(backend) for backend in FLAVOURS}, operating_system())
+def detect_host(device: int | None = None) -> Host:
+    """This machine, with all its GPUs or only the one of index `device`.
+
+    A backend's distribution is named as the backend, so nothing is imported. Raises UsageError if there is no such GPU.
+    """
+    gpus = find_gpus()
+    if device is not None:
+        if not 0 <= device < len(gpus):
+            raise UsageError(
+                f"there is no GPU {device}",
+                found=", ".join(f"{index}: {gpu.name}" for index, gpu in enumerate(gpus)) or "no NVIDIA GPU",
+                wanted="the index of one of them",
+                fix="sana-export doctor",
+            )
+        gpus = gpus[device : device + 1]
+    return Host(gpus, {backend: _installed_version(backend) for backend in FLAVOURS}, operating_system())
 
 
-def why_not(engine: EngineEntry, machine: Here) -> list[str]:
+def incompatibilities(engine: EngineEntry, machine: Host) -> list[str]:
     """The reasons why `engine` does not run on `machine`, with the fields of its manifest entry by name; empty where it does."""
     flavour, version = FLAVOURS.get(engine.backend), machine.versions.get(engine.backend)
     if flavour is None:

@@ -15,24 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_export.contract import DYNAMIC_AXES, GRAPHS, GraphSpec
+from sana_export.contract import DECODERS, DYNAMIC_AXES, GRAPHS, GraphSpec
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.manifest import EngineEntry, GraphEntry, Manifest, check_files
-from sana_export.profiles import MAX_BRANCHES, Profile, Range
-from sana_export.runtime.decoding import UNTILED_AREA
-from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions
+from sana_export.files import check_files
+from sana_export.formats.onnx_weights import structure_sha256
+from sana_export.manifest import EngineEntry, GraphEntry, Manifest
+from sana_export.profiles import MAX_BRANCHES, UNTILED_AREA, Profile, Range
 from sana_export.trt.flavour import Target
-from sana_export.trt.weights import structure_sha256
-
-#: The graphs that decode images in one piece (False) and in tiles (True).
-DECODERS: dict[bool, set[str]] = {False: {"vae_decoder"}, True: {"vae_decoder_head", "vae_decoder_tail"}}
+from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
 
 #: Characters of the key that name an engine's folder.
 KEY_CHARACTERS = 12
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EngineSpec:
     """Everything that an engine is made from: the fields of its key, and of its `EngineEntry` under the same names."""
 
     graph: str
@@ -63,7 +60,7 @@ class PlannedEngine:
     `superseded` are the entries of the manifest that the new engine takes the place of.
     """
 
-    recipe: Recipe
+    recipe: EngineSpec
     profile: str
     reason: str
     superseded: tuple[EngineEntry, ...] = ()
@@ -73,7 +70,7 @@ class PlannedEngine:
         return self.reason == "exists"
 
 
-def plan(
+def plan_engines(
     bundle: Path,
     manifest: Manifest,
     target: Target,
@@ -92,18 +89,18 @@ def plan(
     """
     ranges = profile.ranges(manifest.model, instruction_tokens=instruction_tokens, branches=_most_branches(manifest))
     return [
-        _planned(bundle, manifest, recipe_for(bundle, manifest.graphs[name], target, ranges, options), profile.name)
+        _planned(bundle, manifest, engine_spec(bundle, manifest.graphs[name], target, ranges, options), profile.name)
         for name in _chosen(manifest, profile, graphs)
     ]
 
 
-def recipe_for(bundle: Path, graph: GraphEntry, target: Target, ranges: Mapping[str, Range], options: BuildOptions) -> Recipe:
+def engine_spec(bundle: Path, graph: GraphEntry, target: Target, ranges: Mapping[str, Range], options: BuildOptions) -> EngineSpec:
     """What the engine of `graph` is made from; of `ranges` only the axes of the graph's inputs count.
 
     A graph without external weights has nothing to refit: its engine is the same with `refittable` and without.
     """
     options = dataclasses.replace(options, refittable=options.refittable and bool(graph.data))
-    return Recipe(
+    return EngineSpec(
         graph=graph.spec.name,
         backend=target.backend,
         onnx_sha256=_structure(bundle, graph) if options.refittable else onnx_sha256(graph),
@@ -133,9 +130,9 @@ def dynamic_axes(spec: GraphSpec) -> tuple[str, ...]:
     return tuple(axis for axis in DYNAMIC_AXES if axis in used)
 
 
-def stale_fields(entry: EngineEntry, recipe: Recipe) -> list[str]:
+def stale_fields(entry: EngineEntry, recipe: EngineSpec) -> list[str]:
     """What differs between a recorded engine and the one wanted, as "<field> was X, is Y"; empty for the same engine."""
-    was, now = _flat(_recipe_of(entry)), _flat(recipe)
+    was, now = _flat(_spec_of(entry)), _flat(recipe)
     return [
         f"{name} was {was.get(name, 'not set')}, is {now.get(name, 'not set')}"
         for name in {**was, **now}
@@ -169,7 +166,7 @@ def _unused_decoders(manifest: Manifest, profile: Profile) -> set[str]:
     return set().union(*DECODERS.values()) - used if manifest.graphs.keys() >= used else set()
 
 
-def _planned(bundle: Path, manifest: Manifest, recipe: Recipe, profile: str) -> PlannedEngine:
+def _planned(bundle: Path, manifest: Manifest, recipe: EngineSpec, profile: str) -> PlannedEngine:
     key = recipe.key
     same = [entry for entry in manifest.engines if (entry.graph, entry.backend) == (recipe.graph, recipe.backend)]
     if exact := [entry for entry in same if entry.key == key]:
@@ -185,11 +182,11 @@ def _planned(bundle: Path, manifest: Manifest, recipe: Recipe, profile: str) -> 
     return PlannedEngine(recipe, profile, "stale: " + "; ".join(stale_fields(stale[-1], recipe)), stale)
 
 
-def _recipe_of(entry: EngineEntry) -> Recipe:
-    return Recipe(**{field.name: getattr(entry, field.name) for field in dataclasses.fields(Recipe)})
+def _spec_of(entry: EngineEntry) -> EngineSpec:
+    return EngineSpec(**{field.name: getattr(entry, field.name) for field in dataclasses.fields(EngineSpec)})
 
 
-def _flat(recipe: Recipe) -> dict[str, str]:
+def _flat(recipe: EngineSpec) -> dict[str, str]:
     """The recipe's fields as text, one for each range and option."""
     fields: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     ranges, options = fields.pop("ranges"), fields.pop("options")

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sana_export.commands import build_line
+from sana_export.contract import DECODERS
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import EngineEntry, Manifest, ModelInfo
-from sana_export.profiles import Range, build_line, describe_range, outside
-from sana_export.runtime.decoding import UNTILED_AREA
-from sana_export.trt.compatibility import Here, why_not
-from sana_export.trt.plan import DECODERS
+from sana_export.profiles import UNTILED_AREA, Range, describe_range, outside
+from sana_export.trt.compatibility import Host, incompatibilities
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class EngineSet:
     backend: str
     engines: Mapping[str, Sequence[EngineEntry]]
 
-    def serving(self, graph: str, axes: Mapping[str, int], *, refittable: bool = False) -> EngineEntry | None:
+    def engine_for(self, graph: str, axes: Mapping[str, int], *, refittable: bool = False) -> EngineEntry | None:
         """The first engine of `graph` whose ranges hold `axes`; axes that it does not have are not looked at.
 
         `refittable`: of those engines alone.
@@ -35,10 +35,10 @@ class EngineSet:
         """The engines of `graph` whose weights can be changed."""
         return [entry for entry in self.engines.get(graph, ()) if entry.refittable]
 
-    def admit(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
+    def check_supported(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
         """Raise UsageError, listing what is possible and the line that makes the rest so, unless each of `graphs` is served."""
         lacking = [graph for graph in graphs if not self.engines.get(graph)]
-        unserved = [graph for graph in graphs if graph not in lacking and self.serving(graph, axes) is None]
+        unserved = [graph for graph in graphs if graph not in lacking and self.engine_for(graph, axes) is None]
         if not lacking and not unserved:
             return
         height, width, batch = axes["image_height"], axes["image_width"], axes["batch"]
@@ -55,7 +55,7 @@ class EngineSet:
         axes = typical_axes(model)
         tiled = axes["image_height"] * axes["image_width"] > UNTILED_AREA
         unused = DECODERS[not tiled] if self.engines.keys() >= DECODERS[tiled] else set()
-        return {graph: self.serving(graph, axes) or entries[0] for graph, entries in self.engines.items() if graph not in unused}
+        return {graph: self.engine_for(graph, axes) or entries[0] for graph, entries in self.engines.items() if graph not in unused}
 
     def _possible(self, graph: str, axes: Mapping[str, int]) -> list[str]:
         """What each engine of `graph` can do, on the axes that are asked for; sizes of latents in pixels of the image."""
@@ -82,15 +82,15 @@ def typical_axes(model: ModelInfo) -> dict[str, int]:
     return {"batch": 1, "branches": 1 if model.guidance_embeds else 2, **axes}
 
 
-def runnable(bundle: Path, manifest: Manifest, backend: str, machine: Here) -> EngineSet:
+def runnable(bundle: Path, manifest: Manifest, backend: str, machine: Host) -> EngineSet:
     """The engines of `backend` that run on `machine`.
 
     Raises ArtifactError where a graph that every image needs has none, with what speaks against each engine and the line that makes
-    one. Which decoder an image needs depends on its size: `EngineSet.admit` tells.
+    one. Which decoder an image needs depends on its size: `EngineSet.check_supported` tells.
     """
     graphs = [graph for graph in manifest.graphs if graph not in set().union(*DECODERS.values())]
     entries = [entry for entry in manifest.engines if entry.backend == backend]
-    reasons = {entry.key: why_not(entry, machine) for entry in entries}
+    reasons = {entry.key: incompatibilities(entry, machine) for entry in entries}
     fit = engine_set(bundle, backend, (entry for entry in entries if not reasons[entry.key]))
     missing = [graph for graph in graphs if graph not in fit.engines]
     if missing:

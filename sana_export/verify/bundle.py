@@ -17,24 +17,25 @@ import torch
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.commands import export_line, model_words
 from sana_export.errors import UsageError
-from sana_export.export.evaluator import Range, RangeMeter, StorageEvaluator
-from sana_export.export.parity import Array, Parity, compare_images, compare_tensors
+from sana_export.export.evaluator import RangeMeter
+from sana_export.export.parity import Parity, compare_images, compare_tensors
 from sana_export.files import locked, manifest_lock
-from sana_export.formats.onnx_weights import check_external_data
-from sana_export.manifest import Manifest, ModelInfo, check_files
+from sana_export.formats.arrays import Array
+from sana_export.manifest import Manifest, ModelInfo
 from sana_export.runtime import SanaRuntime
-from sana_export.runtime.backends import AUTO, Backend
+from sana_export.runtime.memory import AUTO
 from sana_export.runtime.request import Request, bins_resolution
+from sana_export.verify.evaluator_backend import EvaluatorBackend, evaluator_backend, open_runtime
 from sana_export.verify.graph_checks import GRAPH_CHECKS
-from sana_export.verify.quality import Meter, Quality, measure_quality
+from sana_export.verify.quality import Meter, measure_quality
 from sana_export.verify.reference import call_reference, load_reference
+from sana_export.verify.report import RangeReport, VerifyReport
 
 PROMPTS = ("a red apple on a table", "一只可爱的熊猫在吃竹子", "A cute 🐼 eating 🎋, ink drawing style", "")
 PAG_SCALE = 2.0
 SIZE = 256
 STEPS = 8
 
-Evaluator = type[StorageEvaluator] | type[RangeMeter]
 #: Called with what is about to be done, the count of steps done and of all steps.
 Progress = Callable[[str, int, int], None]
 
@@ -64,103 +65,6 @@ class Sampling:
             seed=self.seed,
             use_resolution_binning=False,
         )
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """Parity of one bundle. `graphs` has a row an output, `latents` and `images` a row a sampled prompt."""
-
-    bundle: str
-    reference: str
-    precision: str
-    backend: str
-    graphs: tuple[Parity, ...]
-    latents: tuple[Parity, ...]
-    images: tuple[Parity, ...]
-    quality: Quality | None = None
-
-    @property
-    def passed(self) -> bool:
-        return all(row.passed for row in (*self.graphs, *self.images)) and (self.quality is None or self.quality.passed)
-
-    def as_json(self) -> dict[str, Any]:
-        rows = {kind: [row.as_json() for row in getattr(self, kind)] for kind in ("graphs", "latents", "images")}
-        head = {key: getattr(self, key) for key in ("bundle", "reference", "precision", "backend", "passed")}
-        return {**head, **rows} | ({} if self.quality is None else {"quality": self.quality.as_json()})
-
-    def as_text(self) -> str:
-        rows = [*self.graphs, *self.latents, *self.images]
-        width = max(len(row.name) for row in rows)
-        lines = [f"{self.bundle} ({self.precision}, {self.backend}) against {self.reference} in fp32"]
-        for row in rows:
-            mark = "ok    " if row.passed else "MISSED"
-            identical = "" if row.identical is None else f"  identical {row.identical:.4%}"
-            lines.append(
-                f"  {mark} {row.name:{width}}  cosine {row.cosine:.9f}  psnr {row.psnr_db:6.1f} dB  max {row.max_abs:.3g}"
-                f"{identical}  (limit: {row.limit})"
-            )
-        if self.quality is not None:
-            lines.append(self.quality.as_text())
-        lines.append("passed" if self.passed else "NOT passed")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class RangeReport:
-    """The largest magnitude of every half-precision tensor of a bundle over some prompts, the least headroom first."""
-
-    bundle: str
-    prompts: tuple[str, ...]
-    rows: tuple[Range, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        rows = [{**vars(row), "largest": min(row.largest, 1e39), "headroom": min(row.headroom, 1e39)} for row in self.rows]
-        return {"bundle": self.bundle, "prompts": list(self.prompts), "ranges": rows}
-
-    def as_text(self, count: int = 20) -> str:
-        lines = [f"{self.bundle}: largest magnitudes over {len(self.prompts)} prompts, least headroom first"]
-        lines += [
-            f"  {row.largest:12.5g}  headroom {row.headroom:10.3g}  {row.graph}: {row.operator} {row.tensor} ({row.dtype})"
-            for row in self.rows[:count]
-        ]
-        overflows = sum(row.headroom < 1 for row in self.rows)
-        return "\n".join([*lines, f"{overflows} of {len(self.rows)} tensors pass the largest number of their dtype"])
-
-
-class EvaluatorBackend(Backend):
-    """The runtime's backend interface over evaluators of this package: `evaluator` makes a session from an ONNX file."""
-
-    device = "cpu"
-
-    def __init__(self, bundle: Path, manifest: Manifest, evaluator: Evaluator, name: str) -> None:
-        self.bundle, self.manifest, self.name = bundle, manifest, name
-        self._evaluator = evaluator
-        self.sessions: dict[str, Any] = {}
-
-    def load(self, graph: str) -> Any:
-        fix = export_line(self.bundle, self.manifest)
-        path, *data = check_files(self.bundle, self.manifest.graphs[graph].files, fix=fix)
-        check_external_data(path, data, fix=fix)
-        self.sessions[graph] = self._evaluator(path)
-        return self.sessions[graph]
-
-    def to_device(self, array: Array) -> Array:
-        return array
-
-    def to_host(self, value: Array) -> Array:
-        return value
-
-
-def evaluator_backend(evaluator: Evaluator, name: str) -> Callable[[Path, Manifest], EvaluatorBackend]:
-    """A loader for `SanaRuntime.from_pretrained`."""
-    return lambda bundle, manifest: EvaluatorBackend(bundle, manifest, evaluator, name)
-
-
-def open_runtime(bundle: Path, backend: str = AUTO) -> SanaRuntime:
-    """The bundle in `backend`; for "auto" a half-precision bundle is evaluated with its intermediates stored in half precision."""
-    if backend == AUTO and (dtype := Manifest.load(bundle).options.dtype) != "float32":
-        return SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(StorageEvaluator, f"cpu, {dtype} intermediates"))
-    return SanaRuntime.from_pretrained(bundle, backend=backend)
 
 
 @torch.no_grad()
@@ -276,13 +180,13 @@ def measure_ranges(
             fix=export_line(bundle.with_name(f"{bundle.name}-fp16"), manifest, precision="fp16") + " --dtype fp16",
         )
     runtime = SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(RangeMeter, "float32 with ranges"))
-    sessions = cast(EvaluatorBackend, runtime.backend).sessions
+    evaluators = cast(EvaluatorBackend, runtime.backend).evaluators
     prompts = sampling.prompts
     for done, prompt in enumerate(prompts):
         on_progress(f"sampling {prompt!r}", done, len(prompts))
         plan = runtime.plan(sampling.request(prompt, manifest.model))
         *_, last = runtime.steps(plan, runtime.encode(plan))
         # Not runtime.decode, which refuses latents that overflowed: here that is what is looked for.
-        runtime._sessions["vae_decoder"].run({"latents": last.latents})
-    rows = [row for session in sessions.values() for row in session.ranges()]
+        runtime.run("vae_decoder", {"latents": last.latents})
+    rows = [row for evaluator in evaluators.values() for row in cast(RangeMeter, evaluator).ranges()]
     return RangeReport(str(bundle), tuple(prompts), tuple(sorted(rows, key=lambda row: row.headroom)))

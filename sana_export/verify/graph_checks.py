@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from sana_export.export.example_inputs import CHECK_SIZES, random_inputs
-from sana_export.export.parity import Array
+from sana_export.formats.arrays import Array
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.request import Request
 from sana_export.runtime.resolution import make_resize_plan
+from sana_export.runtime.sampling import sampler_feeds
 from sana_export.verify.reference import call_reference
 
 #: Of a size that is brought within what the backend serves: the checks that use it depend on none.
@@ -33,16 +34,12 @@ def _check_text_encoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[s
     for first in range(0, len(prompts), most):
         some = list(prompts[first : first + most])
         plan = runtime.plan(replace(_request(runtime), prompt=some))
-        tokens = [
-            [runtime.text.tokenize(text, max_sequence_length=plan.max_sequence_length, instruct=instruct) for text in texts]
-            for texts, instruct in plan.texts
-        ]
-        encoded = runtime.text.encode(tokens, runtime._run_text_encoder)
+        encoded = runtime.embed(plan)
         instruction = runtime.manifest.model.instruction.split("\n")
         wanted = pipeline.encode_prompt(some, complex_human_instruction=instruction)
         # Embeddings and mask of the prompts, then of the negative prompts, which our branches begin with.
         branches = [embeds[mask.bool()] for embeds, mask in zip(wanted[::2], wanted[1::2], strict=True)]
-        found.append(encoded.gather(runtime.backend.to_host)[encoded.context_mask > 0])
+        found.append(encoded.gather(runtime.to_host)[encoded.context_mask > 0])
         reference.append(torch.cat(branches[::-1]).numpy())
     return np.concatenate(found), np.concatenate(reference)
 
@@ -71,9 +68,9 @@ def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str],
     timesteps = runtime.plan(_request(runtime)).schedule.timesteps
     inputs["timestep"] = torch.from_numpy(timesteps[[seed % len(timesteps)]])
     latents, mask = inputs["latents"], inputs["context_mask"]
-    context = runtime._sessions["context"].run({"prompt_embeds": embeds.numpy()})["context"]
+    context = runtime.run("context", {"prompt_embeds": embeds.numpy()})["context"]
     feeds = {name: value.numpy() for name, value in inputs.items() if name != "context"}
-    found = runtime._sessions["denoiser"].run({**feeds, "context": context})["noise_pred"]
+    found = runtime.run("denoiser", {**feeds, "context": context})["noise_pred"]
     branches, batch = mask.shape[:2]
     guidance = {}
     if runtime.manifest.model.guidance_embeds:
@@ -86,14 +83,14 @@ def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str],
         timestep=inputs["timestep"].expand(branches * batch),
         **guidance,
     ).sample
-    return np.array(runtime.backend.to_host(found)), wanted.unflatten(0, (branches, batch)).numpy()
+    return runtime.to_host(found), wanted.unflatten(0, (branches, batch)).numpy()
 
 
 def _check_sampler(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
     """A whole trajectory of the pipeline's own loop with random predictions in place of its transformer's, with guidance."""
     request = replace(_request(runtime), num_inference_steps=runtime.manifest.model.default_steps)
     plan = runtime.plan(request)
-    shape, schedule, (steps, branches) = plan.latents_shape, plan.schedule, plan.weights.shape
+    shape, schedule, (steps, branches) = plan.latents_shape, plan.schedule, plan.guidance_weights.shape
     # Of another seed than the noise, from which a prediction could not be told otherwise.
     predictions = torch.randn((steps, branches, *shape), generator=torch.Generator().manual_seed(seed + 1))
 
@@ -106,21 +103,24 @@ def _check_sampler(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], 
         found = _run(
             runtime,
             "sampler",
-            {
-                "noise_pred": prediction,
-                "latents": latents,
-                "previous_x0": x0,
-                "noise": noise,
-                "coefficients": schedule.coefficients[index],
-                "weights": plan.weights[index],
-            },
+            sampler_feeds(prediction.numpy(), latents, x0, noise, schedule.coefficients[index], plan.guidance_weights[index]),
         )
         latents, x0 = found["next_latents"], found["x0"]
 
     answers = iter(predictions.flatten(1, 2))
-    with patch.object(pipeline.transformer, "forward", lambda *_, **__: (next(answers),)):
+    with replaced_forward(pipeline.transformer, lambda *_, **__: (next(answers),)):
         wanted = call_reference(pipeline, request, seed, output_type="latent")
     return latents, wanted.numpy()
+
+
+@contextlib.contextmanager
+def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module` computes `forward` meanwhile."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # the class's own is found again
 
 
 def _check_vae_decoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
@@ -143,7 +143,7 @@ def _check_decoder_parts(runtime: SanaRuntime, pipeline: Any, seed: int, tile: i
     plan = runtime.plan(replace(_request(runtime), decoder_tile=tile))
     latents = torch.randn(plan.latents_shape, generator=torch.Generator().manual_seed(seed))
     wanted = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-    return np.asarray(runtime._decode(plan, latents.numpy())), wanted.numpy()
+    return runtime.to_host(runtime.decode_raw(plan, latents.numpy())), wanted.numpy()
 
 
 def _check_postprocess(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
@@ -193,5 +193,5 @@ def _served(runtime: SanaRuntime, graph: str, axis: str, length: int) -> int:
 
 def _run(runtime: SanaRuntime, graph: str, inputs: dict[str, Any]) -> dict[str, Array]:
     feeds = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    outputs = runtime._sessions[graph].run(feeds)
-    return {name: np.array(runtime.backend.to_host(value)) for name, value in outputs.items()}
+    outputs = runtime.run(graph, feeds)
+    return {name: runtime.to_host(value) for name, value in outputs.items()}

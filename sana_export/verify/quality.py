@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from sana_export.errors import ArtifactError
-from sana_export.export.parity import Array, psnr, ssim
+from sana_export.export.parity import psnr, ssim
+from sana_export.formats.arrays import Array
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.request import Request
 
@@ -183,9 +184,9 @@ def _reconstruct(runtime: SanaRuntime, pipeline: Any, pictures: Array) -> tuple[
     for start in range(0, len(pictures), BATCH):
         part = torch.from_numpy(pictures[start : start + BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents = pipeline.vae.encode(part).latent * pipeline.vae.config.scaling_factor
-        ours = runtime.backend.to_host(runtime._sessions["vae_decoder"].run({"latents": latents.numpy()})["image"])
+        ours = runtime.to_host(runtime.run("vae_decoder", {"latents": latents.numpy()})["image"])
         reference = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-        for images, image in zip(decoded, (np.asarray(ours), reference.numpy()), strict=True):
+        for images, image in zip(decoded, (ours, reference.numpy()), strict=True):
             images.append(((image / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1))
     return np.concatenate(decoded[0]), np.concatenate(decoded[1])
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from sana_export.bench.candidates.runtime import RuntimeCandidate, limit_onnxruntime
+from sana_export.bench.candidates.runtime import RuntimeCandidate
 from sana_export.bench.candidates.table import Candidate, Job, Sample
 from sana_export.errors import DependencyError
-from sana_export.runtime.runtime import SanaRuntime
+from sana_export.runtime.pipeline import SanaRuntime
 
 #: The file that `notes_turns` writes its calls to.
 LOG = "FAKE_BACKENDS_LOG"
@@ -99,7 +99,7 @@ class Slowed(RuntimeCandidate):
 
     def __init__(self, job: Job, runtime: SanaRuntime) -> None:
         super().__init__(job, runtime)
-        denoiser, more = runtime._sessions["denoiser"], float(os.environ[SLOWER])
+        denoiser, more = runtime.sessions["denoiser"], float(os.environ[SLOWER])
 
         class Session:
             owed = 0.0
@@ -111,9 +111,8 @@ class Slowed(RuntimeCandidate):
                     denoiser.run(feeds)
                 return denoiser.run(feeds)
 
-        runtime._sessions["denoiser"] = Session()
+        runtime.sessions["denoiser"] = Session()
 
 
 def slowed(job: Job) -> Candidate:
-    limit_onnxruntime(job.threads)
-    return Slowed(job, SanaRuntime.from_pretrained(job.bundle, backend="onnxruntime"))
+    return Slowed(job, SanaRuntime.from_pretrained(job.bundle, backend="onnxruntime", threads=job.threads))

@@ -3,15 +3,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 
-from sana_export.bench.candidates.runtime import limit_onnxruntime
-from sana_export.bench.load_meter import busy_seconds, describe_machine, describe_versions, memory_bytes
+from sana_export.bench.load_meter import busy_seconds
 from sana_export.environment import peak_rss_bytes
+from sana_export.machine import describe_machine, describe_versions, memory_bytes
 
 CHILD = """
 from sana_export.environment import peak_rss_bytes
@@ -51,10 +50,3 @@ def test_the_machine_and_versions_are_told() -> None:
     assert machine["memory"] == memory_bytes() > peak_rss_bytes()
     assert versions["onnxruntime"] == onnxruntime.__version__
     assert "sana_export" in versions
-
-
-def test_onnxruntime_gets_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "SessionOptions", onnxruntime.SessionOptions)  # put back afterwards
-    default: Any = onnxruntime.SessionOptions()
-    limit_onnxruntime(3)
-    assert (default.intra_op_num_threads, onnxruntime.SessionOptions().intra_op_num_threads) == (0, 3)

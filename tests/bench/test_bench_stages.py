@@ -8,7 +8,7 @@ import pytest
 from sana_export.bench.candidates.eager import stage_times as pipeline_times
 from sana_export.bench.candidates.runtime import stage_times as runtime_times
 from sana_export.bench.stages import Call, pair_ratios, stage_results, summarize
-from sana_export.runtime.runtime import Timings
+from sana_export.runtime.results import Timings
 
 
 def test_summary_interpolates_between_neighbours() -> None:

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sana_export.bench.candidates.table import BUNDLE, REFERENCE
 from sana_export.bench.work.call_shape import call_shape, stage_work
-from sana_export.bench.work.count import Achieved, Product, Rates, Work
+from sana_export.bench.work.count import BUNDLE, REFERENCE, Achieved, Product, Rates, Work
 from sana_export.bench.work.networks import restated_work
 from sana_export.bench.work.onnx import onnx_products, onnx_work
 from sana_export.bench.work.torch import torch_work
@@ -24,7 +23,7 @@ from sana_export.errors import ArtifactError
 from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, Sizes, graph_spec, random_inputs
 from sana_export.graphs.builders import build_graph
 from sana_export.manifest import Manifest
-from sana_export.runtime.runtime import SanaRuntime
+from sana_export.runtime.pipeline import SanaRuntime
 
 GRAPHS = ("text_encoder", "context", "denoiser", "sampler", "vae_decoder", "vae_decoder_head", "vae_decoder_tail", "postprocess")
 WORK = Workload("test", 96, 128, 2, 4.5, ("a cute 🐼", "一只可爱的熊猫"), images_per_prompt=2)
@@ -98,10 +97,10 @@ def test_sizes_are_those_of_a_real_call(tile: int, tiny_bundle: Path, monkeypatc
     monkeypatch.setattr("sana_export.bench.workload.Workload.sampling", lambda work: {**sampling(work), "decoder_tile": tile})
     manifest = Manifest.load(tiny_bundle)
     runtime = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime")
-    runtime._sessions.need(("vae_decoder", "vae_decoder_head", "vae_decoder_tail"))
+    runtime.sessions.require(("vae_decoder", "vae_decoder_head", "vae_decoder_tail"))
     seen: dict[str, list[dict[str, tuple[int, ...]]]] = {}
-    for name, session in list(runtime._sessions.items()):
-        runtime._sessions[name] = Noting(session, seen.setdefault(name, []))
+    for name, session in list(runtime.sessions.items()):
+        runtime.sessions[name] = Noting(session, seen.setdefault(name, []))
     prompt = WORK.prompts[1]
     runtime(prompt, seed=0, **WORK.sampling())
     shape = call_shape(tiny_bundle, manifest, WORK, prompt)

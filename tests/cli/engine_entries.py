@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from sana_export.files import FileEntry
 from sana_export.machine import Gpu
-from sana_export.manifest import EngineEntry, FileEntry
-from sana_export.trt.compatibility import Here
+from sana_export.manifest import EngineEntry
+from sana_export.trt.compatibility import Host
 
 ADA, HOPPER = Gpu("NVIDIA RTX 4090", "8.9"), Gpu("NVIDIA H100", "9.0")
 ENGINE = EngineEntry(
@@ -19,4 +20,4 @@ ENGINE = EngineEntry(
     profile="default",
     ranges={"batch": (1, 1, 4), "latent_height": (4, 16, 64), "latent_width": (4, 16, 64)},
 )
-THERE = Here((ADA,), {"tensorrt-rtx": "1.7.1", "tensorrt": "11.0"}, "linux-x86_64")
+THERE = Host((ADA,), {"tensorrt-rtx": "1.7.1", "tensorrt": "11.0"}, "linux-x86_64")

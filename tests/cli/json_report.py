@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sana_export.bench.load_meter import describe_machine, describe_versions
+from sana_export.machine import describe_machine, describe_versions
 
 SCHEMA_VERSION = 1
 

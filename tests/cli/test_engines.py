@@ -13,7 +13,7 @@ from command_line import Cli
 from engine_entries import ENGINE, THERE
 from PIL import Image
 
-from sana_export.cli.stage_results import Ledger, stage_key
+from sana_export.cli.stage_cache import StageCache, stage_key
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import Answer
 from sana_export.cli.verbs import bench, engines, verify
@@ -127,9 +127,9 @@ def test_engines_that_do_not_run_here_are_listed_by_reason(tiny_bundle: Path, mo
 def test_ledger(tmp_path: Path) -> None:
     written = tmp_path / "x.png"
     written.write_bytes(b"image")
-    ledger = Ledger(tmp_path / "bundle")
-    ledger.record("sample", "key", Answer({"a": 1}, "text"), (written,))
-    again = Ledger(tmp_path / "bundle")
+    stage_cache = StageCache(tmp_path / "bundle")
+    stage_cache.record("sample", "key", Answer({"a": 1}, "text"), (written,))
+    again = StageCache(tmp_path / "bundle")
     found = again.find("sample", "key")
     assert found is not None
     assert found[0] == Answer({"a": 1}, "text")
@@ -140,7 +140,7 @@ def test_ledger(tmp_path: Path) -> None:
     written.unlink()
     assert again.find("sample", "key") is None
     (tmp_path / "bundle.stages.json").write_text("{")
-    assert Ledger(tmp_path / "bundle").find("sample", "key") is None
+    assert StageCache(tmp_path / "bundle").find("sample", "key") is None
 
 
 def test_a_stage_key_follows_the_bundle_and_the_settings() -> None:

@@ -13,13 +13,14 @@ from engine_entries import ADA, ENGINE, HOPPER, THERE
 
 from sana_export.cli.verbs import inspect as verb
 from sana_export.contract import GRAPHS
+from sana_export.files import file_entry
 from sana_export.machine import Gpu
-from sana_export.manifest import Manifest, file_entry
-from sana_export.trt.compatibility import RTX_CAPABILITIES, why_not
+from sana_export.manifest import Manifest
+from sana_export.trt.compatibility import RTX_CAPABILITIES, incompatibilities
 
 
 @pytest.mark.parametrize(
-    ("engine", "here", "reasons"),
+    ("engine", "detect_host", "reasons"),
     [
         ({}, {}, []),
         ({"compute_capabilities": ("8.9", "12.0")}, {}, []),
@@ -63,7 +64,7 @@ from sana_export.trt.compatibility import RTX_CAPABILITIES, why_not
     ],
 )
 def test_reasons(engine: dict[str, Any], here: dict[str, Any], reasons: list[str]) -> None:
-    assert why_not(dataclasses.replace(ENGINE, **engine), dataclasses.replace(THERE, **here)) == reasons
+    assert incompatibilities(dataclasses.replace(ENGINE, **engine), dataclasses.replace(THERE, **here)) == reasons
 
 
 def with_engine(bundle: Path, content: bytes = b"engine") -> None:
@@ -75,7 +76,7 @@ def with_engine(bundle: Path, content: bytes = b"engine") -> None:
 
 def test_document(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     with_engine(bundle_copy)
-    monkeypatch.setattr(verb, "here", lambda: THERE)
+    monkeypatch.setattr(verb, "detect_host", lambda: THERE)
     ran = cli("inspect", bundle_copy, "--json")
     manifest = Manifest.load(bundle_copy)
     assert ran.code == 0
@@ -91,7 +92,7 @@ def test_document(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) 
 
 def test_text_says_what_does_not_run_and_why(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     with_engine(bundle_copy)
-    monkeypatch.setattr(verb, "here", lambda: dataclasses.replace(THERE, gpus=(HOPPER,)))
+    monkeypatch.setattr(verb, "detect_host", lambda: dataclasses.replace(THERE, gpus=(HOPPER,)))
     ran = cli("inspect", bundle_copy)
     assert ran.code == 0
     assert "here is 9.0 (1 of 1 engines)" in ran.out
@@ -102,7 +103,7 @@ def test_text_says_what_does_not_run_and_why(bundle_copy: Path, cli: Cli, monkey
 def test_a_damaged_engine(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     with_engine(bundle_copy)
     (bundle_copy / ENGINE.file.path).write_bytes(b"another engine")
-    monkeypatch.setattr(verb, "here", lambda: THERE)
+    monkeypatch.setattr(verb, "detect_host", lambda: THERE)
     ran = cli("inspect", bundle_copy, "--json")
     assert ran.code == 4
     assert ran.json["engines"][0]["damaged"].startswith(f"{ENGINE.file.path} is damaged")
@@ -123,7 +124,7 @@ def test_time_memory_and_size_of_a_build_and_whether_it_holds_weights(
         build_peak_bytes=1_455_000_000,
     )
     Manifest.load(bundle_copy).with_engine(entry).save(bundle_copy)
-    monkeypatch.setattr(verb, "here", lambda: THERE)
+    monkeypatch.setattr(verb, "detect_host", lambda: THERE)
     (engine,) = cli("inspect", bundle_copy, "--json").json["engines"]
     assert (engine["build_seconds"], engine["build_peak_bytes"], engine["file"]["bytes"]) == (12.34, 1_455_000_000, 6)
     text = cli("inspect", bundle_copy).out
@@ -142,7 +143,7 @@ def test_what_the_engines_will_need_of_the_gpu(bundle_copy: Path, cli: Cli, monk
     )
     Manifest.load(bundle_copy).with_engine(entry).save(bundle_copy)
     gpu = dataclasses.replace(ADA, memory_bytes=4 << 30)
-    monkeypatch.setattr(verb, "here", lambda: dataclasses.replace(THERE, gpus=(gpu,)))
+    monkeypatch.setattr(verb, "detect_host", lambda: dataclasses.replace(THERE, gpus=(gpu,)))
     need = cli("inspect", bundle_copy, "--json").json["memory"]["tensorrt-rtx"]["resident"]
     # Latents of 4 images, 32 channels, 64x64: noise_pred three times, five others once.
     assert (need["weights"], need["work"]) == (6, 5 * 10**9)

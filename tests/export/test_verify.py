@@ -12,7 +12,8 @@ import pytest
 from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.errors import UsageError
 from sana_export.export.bundle import export_bundle
-from sana_export.manifest import Manifest, file_entry
+from sana_export.files import file_entry
+from sana_export.manifest import Manifest
 from sana_export.synth.checkpoint import make_checkpoint
 from sana_export.verify.bundle import Sampling, measure_ranges, verify_bundle
 from sana_export.verify.graph_checks import GRAPH_CHECKS

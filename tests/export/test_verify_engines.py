@@ -15,10 +15,10 @@ from sana_export.machine import Gpu
 from sana_export.manifest import Manifest
 from sana_export.profiles import custom_profile
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
-from sana_export.trt.compatibility import Here
+from sana_export.trt.compatibility import Host
 from sana_export.verify.bundle import Sampling, verify_bundle
 
-HERE = Here((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
+HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
 WHOLE = {"text_encoder", "context", "denoiser", "sampler", "vae_decoder", "postprocess"}
 
 

@@ -269,14 +269,14 @@ def test_where_rows_differ_in_the_clamp_the_stored_dtype_decides(folder, monkeyp
     assert found is clamp
     assert "stored as" in reason
     assert (checkpoint.variant and checkpoint.variant.alias) == alias  # two rows of the fp16 family fit: none is claimed
-    assert checkpoint.kin.clamp is clamp
+    assert checkpoint.defaults_from.clamp is clamp
 
 
 def test_where_rows_agree_on_the_clamp_it_is_known(folder, monkeypatch):
     recognised(folder, monkeypatch, *PUBLISHED[:2])
     checkpoint = open_checkpoint(str(folder))  # stored as F32
     assert checkpoint.trained_with_clamp() == (True, "the table says so for sana-1600m-1024px and sana-1600m-1024px-multiling")
-    assert checkpoint.kin is PUBLISHED[0]
+    assert checkpoint.defaults_from is PUBLISHED[0]
 
 
 def test_a_synthetic_checkpoint_names_its_row(folder):

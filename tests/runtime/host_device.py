@@ -91,7 +91,7 @@ class HostDevice:
         self.inside(address, size)
         self.enqueue(lambda: ctypes.memset(address, 0, size) and None)
 
-    def mark(self) -> list[float]:
+    def record_event(self) -> list[float]:
         """The time when the queue gets there."""
         reached: list[float] = []
         self.enqueue(lambda: reached.append(perf_counter()))

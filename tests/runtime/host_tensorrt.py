@@ -20,7 +20,8 @@ import onnx
 import onnxruntime
 
 from sana_export.contract import GraphSpec
-from sana_export.manifest import EngineEntry, Manifest, file_entry
+from sana_export.files import file_entry
+from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import PROFILES, Profile
 from sana_export.runtime.memory import DTYPE_BYTES
 from sana_export.trt.plan import dynamic_axes, onnx_sha256

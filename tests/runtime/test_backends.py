@@ -20,8 +20,9 @@ import torch
 
 from sana_export.commands import export_line
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
+from sana_export.files import file_entry
 from sana_export.formats.onnx_weights import check_external_data, external_locations
-from sana_export.manifest import Manifest, file_entry
+from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import BACKENDS, open_backend
 from sana_export.runtime.backends.onnxruntime import session_options

@@ -20,11 +20,11 @@ from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.cuda import CudaDevice, cuda_error
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
-from sana_export.trt.compatibility import Here
+from sana_export.trt.compatibility import Host
 
 WIDE = Profile("wide", (1, 1, 8), (1, 2, 3), ((32, 32), (512, 512)))
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 2, "seed": 1}
-HERE = Here((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
+HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def module() -> HostTensorRT:
     return HostTensorRT(HostDevice())
 
 
-def opened(bundle: Path, module: HostTensorRT, machine: Here = HERE, **options: Any) -> SanaRuntime:
+def opened(bundle: Path, module: HostTensorRT, machine: Host = HERE, **options: Any) -> SanaRuntime:
     def backend(bundle: Path, manifest: Any) -> TensorRTBackend:
         return TensorRTBackend(bundle, manifest, "tensorrt-rtx", module=module, device=module.device, machine=machine)
 
@@ -122,7 +122,7 @@ def test_auto_takes_engines_only_where_they_run(bundle: Path, monkeypatch: pytes
         {name: lambda *_, name=name: taken.append(name) for name in ("onnxruntime", "tensorrt-rtx", "tensorrt")},
     )
     for machine in (HERE, dataclasses.replace(HERE, gpus=())):
-        monkeypatch.setattr(fitness, "here", lambda machine=machine: machine)
+        monkeypatch.setattr(fitness, "detect_host", lambda machine=machine: machine)
         open_backend("auto", bundle, manifest)
     open_backend("auto", bundle, dataclasses.replace(manifest, engines=()))
     assert taken == ["tensorrt-rtx", "onnxruntime", "onnxruntime"]
@@ -175,7 +175,7 @@ def test_out_of_memory(bundle: Path, module: HostTensorRT, when: str) -> None:
 def test_no_memory_for_what_an_engine_works_in(bundle: Path) -> None:
     module = HostTensorRT(HostDevice())
     runtime = opened(bundle, module, memory="resident")
-    runtime._sessions.need(["vae_decoder"])
+    runtime.sessions.require(["vae_decoder"])
     module.device.capacity = module.device.used + 330_000  # the instruction fits
     with pytest.raises(DependencyError, match="out of GPU memory while running the engine of text_encoder"):
         runtime("fox", **SMALL)
@@ -198,7 +198,7 @@ def test_a_request_outside_all_profiles_is_told_what_is_possible(bundle: Path, m
 
 
 def test_shapes_beyond_an_engine_are_named(bundle: Path, module: HostTensorRT) -> None:
-    session = opened(bundle, module)._sessions["context"]
+    session = opened(bundle, module).sessions["context"]
     with pytest.raises(UsageError) as caught:
         session.run({"prompt_embeds": np.zeros((4, 9, 1, 64), np.float32)})
     text = told(caught.value)
@@ -225,13 +225,13 @@ def test_the_narrowest_engine_serves(bundle: Path, module: HostTensorRT) -> None
     loads = module.loads
     runtime("fox", **SMALL)
     # Those of the size were loaded beside the typical ones; text encoder and context do not depend on it.
-    assert {engine.entry.profile for engine in runtime._sessions["denoiser"]._loaded.values()} == {"wide", "exact"}
+    assert {engine.entry.profile for engine in runtime.sessions["denoiser"]._loaded.values()} == {"wide", "exact"}
     assert module.loads > loads
     after = module.loads
     runtime("fox", **{**SMALL, "height": 128})
     assert module.loads == after
     found = runtime.backend.engines
     axes = {"batch": 1, "branches": 2, "latent_height": 3, "latent_width": 5}
-    assert found.serving("denoiser", axes).profile == "exact"
-    assert found.serving("denoiser", {**axes, "branches": 3}).profile == "wide"
-    assert found.serving("denoiser", {**axes, "latent_height": 17}) is None
+    assert found.engine_for("denoiser", axes).profile == "exact"
+    assert found.engine_for("denoiser", {**axes, "branches": 3}).profile == "wide"
+    assert found.engine_for("denoiser", {**axes, "latent_height": 17}) is None

@@ -19,10 +19,10 @@ from sana_export.manifest import Manifest
 from sana_export.profiles import Profile
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
-from sana_export.trt.compatibility import Here
+from sana_export.trt.compatibility import Host
 
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
-HERE = Here((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
+HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
 WIDE, WIDE_TOO = (Profile(name, (1, 1, 8), (1, 2, 3), ((32, 32), (512, 512))) for name in ("wide", "wide too"))
 #: float32 in another order: text tokens are filled up to a multiple of 32 in engines.
 TOLERANCE = 2e-4

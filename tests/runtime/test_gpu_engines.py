@@ -62,10 +62,10 @@ def test_captured_work_is_done_again_with_new_values(device: CudaDevice) -> None
 
 def test_time_passes(device: CudaDevice) -> None:
     big = device.allocate(1 << 28)
-    start = device.mark()
+    start = device.record_event()
     for _ in range(10):
         device.clear(big.address, 1 << 28)
-    assert 0 < device.seconds(start, device.mark()) < 1
+    assert 0 < device.seconds(start, device.record_event()) < 1
 
 
 @pytest.fixture(scope="module")

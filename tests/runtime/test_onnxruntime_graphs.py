@@ -157,5 +157,5 @@ def test_there_is_an_end_to_what_is_captured(
 def test_on_the_cpu_nothing_is_captured_and_the_log_says_so(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     runtime = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime-cuda-graphs")
     assert runtime.backend.name == "onnxruntime-cuda-graphs"
-    assert type(runtime._sessions["denoiser"]).__name__ == "OnnxRuntimeSession"
+    assert type(runtime.sessions["denoiser"]).__name__ == "OnnxRuntimeSession"
     assert "it runs on the cpu" in caplog.text

@@ -99,7 +99,7 @@ def test_the_defaults_are_those_of_diffusers(tiny_runtime: SanaRuntime, tiny_pip
     plan = tiny_runtime.plan(Request("a red fox", height=300))
     assert (plan.output_height, plan.output_width) == (300, 512)
     assert len(plan.schedule.timesteps) == 20
-    np.testing.assert_array_equal(plan.weights, np.full((20, 2), [-3.5, 4.5], dtype=np.float32))
+    np.testing.assert_array_equal(plan.guidance_weights, np.full((20, 2), [-3.5, 4.5], dtype=np.float32))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_no_more_branches_run_than_guidance_needs(
     tiny_runtime: SanaRuntime, guidance_scale: float, pag_scale: float, weights: list[float], perturbed: list[float]
 ) -> None:
     plan = tiny_runtime.plan(Request("fox", guidance_scale=guidance_scale, pag_scale=pag_scale, num_inference_steps=2))
-    np.testing.assert_array_equal(plan.weights, np.array([weights, weights], dtype=np.float32))
+    np.testing.assert_array_equal(plan.guidance_weights, np.array([weights, weights], dtype=np.float32))
     np.testing.assert_array_equal(plan.perturbed, np.array(perturbed, dtype=np.float32))
     assert len(plan.texts) == len(weights)
 
@@ -317,7 +317,7 @@ def test_a_picture_with_nan_is_refused(tiny_runtime, monkeypatch) -> None:
         def run(self, feeds):
             return {"image": np.full((1, 3, 64, 64), np.nan, dtype=np.float32)}
 
-    monkeypatch.setitem(tiny_runtime._sessions, "vae_decoder", Broken())
+    monkeypatch.setitem(tiny_runtime.sessions, "vae_decoder", Broken())
     with pytest.raises(ArtifactError, match="an image with NaN") as caught:
         tiny_runtime("x", height=64, width=64, use_resolution_binning=False, num_inference_steps=1, seed=0)
     assert "--ranges" in caught.value.fix

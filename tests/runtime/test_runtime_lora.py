@@ -21,10 +21,10 @@ from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
 from sana_export.export.graph_files import export_graphs
 from sana_export.export.parity import compare_images
+from sana_export.formats.onnx_weights import read_tensors
 from sana_export.manifest import FILE_NAME, Manifest
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.lora_values import lora_values, read_adapter
-from sana_export.trt.weights import read_tensors
 from sana_export.verify.reference import load_reference
 
 PROMPT = "A cute 🐼 eating 🎋, 水墨画 style"
@@ -81,8 +81,8 @@ class Recorder:
 
 
 def record(runtime: SanaRuntime, **fails: int) -> dict[str, Recorder]:
-    recorders = {graph: Recorder(runtime._sessions[graph], fails.get(graph)) for graph in GRAPHS}
-    runtime._sessions.update(recorders)
+    recorders = {graph: Recorder(runtime.sessions[graph], fails.get(graph)) for graph in GRAPHS}
+    runtime.sessions.update(recorders)
     return recorders
 
 
@@ -180,7 +180,7 @@ def test_sessions_that_are_loaded_in_turn_have_the_lora(runtime: SanaRuntime, ti
 
 def test_what_sessions_loaded_later_could_not_take_is_said_at_once(tiny_bundle: Path, lora: Path) -> None:
     staged = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="staged")
-    assert not staged._sessions
+    assert not staged.sessions
     with pytest.raises(ArtifactError, match="leaves the range of float32"):
         staged.load_lora(lora, 3e38)
 
@@ -260,7 +260,7 @@ def test_a_backend_that_cannot_refit(runtime: SanaRuntime, lora: Path) -> None:
             self.run = session.run
 
     before = draw(runtime)
-    runtime._sessions["context"] = Fixed(runtime._sessions["context"])
+    runtime.sessions["context"] = Fixed(runtime.sessions["context"])
     with pytest.raises(DependencyError, match="cannot change weights") as caught:
         runtime.load_lora(lora)
     assert "--lora" in str(caught.value.fix)

@@ -12,7 +12,8 @@ import pytest
 
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.runtime import Request, SanaRuntime
-from sana_export.runtime.decoding import Span, assemble, choose_tile, plan_windows
+from sana_export.runtime.decoding import Span, assemble, plan_windows
+from sana_export.runtime.request import choose_tile
 
 #: What two orders of float32 summation make of an image, relative to its largest value.
 ROUNDING = 1e-5
@@ -80,7 +81,7 @@ def decode(runtime: SanaRuntime, latents: Any, tile: int | None) -> Any:
     batch, _, height, width = latents.shape
     request = Request(["a"] * batch, height=32 * height, width=32 * width, use_resolution_binning=False, decoder_tile=tile)
     plan = runtime.plan(request)
-    return np.array(runtime.backend.to_host(runtime._decode(plan, latents)))
+    return np.array(runtime.backend.to_host(runtime.decode_raw(plan, latents)))
 
 
 def random_latents(*shape: int) -> Any:
@@ -135,12 +136,12 @@ def test_tiled_pictures_after_binning(tiny_runtime: SanaRuntime) -> None:
 )
 def test_only_the_decoder_that_is_used_is_loaded(tiny_bundle: Any, tile: int | None, output_type: str, loaded: set[str]) -> None:
     runtime = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime")
-    first = set(runtime._sessions)
+    first = set(runtime.sessions)
     assert first == {"text_encoder", "context", "denoiser", "sampler", "postprocess"}
     runtime(
         "x", height=96, width=64, use_resolution_binning=False, num_inference_steps=1, decoder_tile=tile, output_type=output_type
     )
-    assert set(runtime._sessions) - first == loaded
+    assert set(runtime.sessions) - first == loaded
 
 
 @pytest.mark.parametrize(
@@ -210,6 +211,6 @@ def test_a_tile_with_nan_is_refused(tiny_runtime: SanaRuntime, monkeypatch: pyte
         def run(self, feeds: Any) -> dict[str, Any]:
             return {"image": np.full((1, 3, 8 * len(feeds["row_index"]), 8 * len(feeds["column_index"])), np.nan, np.float32)}
 
-    monkeypatch.setitem(tiny_runtime._sessions, "vae_decoder_tail", Broken())
+    monkeypatch.setitem(tiny_runtime.sessions, "vae_decoder_tail", Broken())
     with pytest.raises(ArtifactError, match="an image with NaN"):
         tiny_runtime("x", height=64, width=64, use_resolution_binning=False, num_inference_steps=1, seed=0, decoder_tile=8)

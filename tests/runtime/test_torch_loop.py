@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends.base import CapturingBackend
 from sana_export.runtime.backends.torch import CudaTorchBackend, reopen
-from sana_export.runtime.sampling import Capturing
 
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
 #: Latents reach about 10; this is what two orders of float32 summation make of them.
@@ -76,7 +76,7 @@ class OnTheCpu(CudaTorchBackend):
 
         return replay
 
-    def mark(self) -> Any:
+    def record_event(self) -> Any:
         return 0.0
 
     def seconds(self, start: Any, end: Any) -> float:
@@ -92,7 +92,7 @@ def load(bundle: Path, manifest: Manifest) -> OnTheCpu:
 @pytest.fixture
 def captured(tiny_bundle: Path) -> Iterator[SanaRuntime]:
     with SanaRuntime.from_pretrained(tiny_bundle, backend=load) as runtime:
-        assert isinstance(runtime.backend, Capturing)
+        assert isinstance(runtime.backend, CapturingBackend)
         yield runtime
 
 

@@ -11,7 +11,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sana_export.contract import GraphSpec, TensorSpec, resolve
-from sana_export.manifest import Checkpoint, GraphEntry, Manifest, ModelInfo, Options, file_entry
+from sana_export.files import file_entry
+from sana_export.manifest import Checkpoint, GraphEntry, Manifest, ModelInfo, Options
 
 DIMENSIONS = {"latent_channels": 4}
 TYPES = {

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sana_export.manifest import EngineEntry, Manifest, check_files
+from sana_export.files import check_files
+from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import custom_profile
 from sana_export.trt import flavour
 from sana_export.trt.bundle import read_instruction_tokens

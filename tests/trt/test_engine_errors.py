@@ -9,9 +9,9 @@ import pytest
 
 from sana_export import files as disk
 from sana_export.errors import ArtifactError, DependencyError, UsageError
+from sana_export.files import partial_path
 from sana_export.manifest import Manifest
 from sana_export.trt import bundle as bundle_module
-from sana_export.trt.build import partial_path
 from sana_export.trt.bundle import read_instruction_tokens
 from tests.trt.building import build, paths, tree
 

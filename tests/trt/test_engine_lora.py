@@ -1,7 +1,8 @@
 """Some weights of an engine that is whole: exactly those change, or none of them."""
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.errors import ArtifactError
 from sana_export.graphs.builders import build_graph
 from sana_export.manifest import Manifest
+from sana_export.runtime.backends.base import Backend
 from sana_export.runtime.backends.tensorrt_refit import EngineWeights, refit_named
 from sana_export.runtime.lora import LoraStack
 from tests.trt.refit_stand_in import Engine, arrays, module
@@ -90,7 +92,9 @@ def test_a_lora_reaches_the_engines_as_the_graphs_have_it_folded_in(
         engines[name] = Engine(base), base
         sessions[name] = EngineWeights(module(), engines[name][0], manifest.graphs[name], tiny_bundle)
         sessions[name].fill()
-    stack = LoraStack(tiny_bundle, manifest, lambda graph: None)
+    stack = LoraStack(
+        cast(Backend, SimpleNamespace(bundle=tiny_bundle, manifest=manifest, can_refit=True, check_refit=lambda graph: None))
+    )
     stack.add(lora, sessions)
     for name, (engine, base) in engines.items():
         changed = 0

@@ -12,17 +12,18 @@ from host_device import HostDevice
 from host_tensorrt import HostTensorRT, with_engines
 
 from sana_export.errors import DependencyError, UsageError
+from sana_export.files import FileEntry
 from sana_export.machine import Gpu
-from sana_export.manifest import EngineEntry, FileEntry, Manifest
+from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import Profile
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
-from sana_export.runtime.memory import Need, needs, settle
-from sana_export.trt.compatibility import Here
+from sana_export.runtime.memory import MemoryRequirement, choose_memory_mode, memory_requirements
+from sana_export.trt.compatibility import Host
 from sana_export.trt.selection import engine_set
 
 WIDE = Profile("wide", (1, 1, 2), (1, 2, 3), ((32, 32), (512, 512)))
-HERE = Here((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
+HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 2, "seed": 1}
 
 #: Engine and activation bytes a graph.
@@ -54,7 +55,7 @@ def manifest(tiny_bundle: Path) -> Manifest:
 
 
 def test_what_the_modes_need(manifest: Manifest) -> None:
-    found = needs(manifest, entries(manifest))
+    found = memory_requirements(manifest, entries(manifest))
     assert set(found) == {"resident", "staged"}
     assert (found["resident"].weights, found["resident"].work) == (9103, 4000)
     # The largest stage is the one that weights, work and tensors together make the largest: its images are.
@@ -64,14 +65,18 @@ def test_what_the_modes_need(manifest: Manifest) -> None:
     # postprocess: the image, tables of a delivered size of up to twice it, and its bytes.
     assert found["staged"].tensors == image + 2 * (2 * 1024 * (8 + 4)) + 2 * 1024 * 1024 * 3
     assert found["resident"].tensors == found["staged"].tensors
-    streaming = needs(manifest, entries(manifest, weight_streaming=True))["streaming"]
+    streaming = memory_requirements(manifest, entries(manifest, weight_streaming=True))["streaming"]
     assert (streaming.weights, streaming.work) == (0, 4000)
     given = sum(file.bytes for name in SIZES for file in manifest.graphs[name].data)
-    assert needs(manifest, entries(manifest, refittable=True))["resident"].weights == 9103 + given > 10**6
+    assert memory_requirements(manifest, entries(manifest, refittable=True))["resident"].weights == 9103 + given > 10**6
 
 
 GB = 10**9
-NEEDS = {"resident": Need(9 * GB, 2 * GB, GB), "staged": Need(5 * GB, 2 * GB, GB), "streaming": Need(GB, 2 * GB, GB)}
+NEEDS = {
+    "resident": MemoryRequirement(9 * GB, 2 * GB, GB),
+    "staged": MemoryRequirement(5 * GB, 2 * GB, GB),
+    "streaming": MemoryRequirement(GB, 2 * GB, GB),
+}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +94,7 @@ NEEDS = {"resident": Need(9 * GB, 2 * GB, GB), "staged": Need(5 * GB, 2 * GB, GB
     ],
 )
 def test_the_mode_that_fits(mode: str, free: int, settled: str, warned: bool) -> None:
-    found, warning = settle(mode, NEEDS, free * GB, "bundle")
+    found, warning = choose_memory_mode(mode, NEEDS, free * GB, "bundle")
     assert found == settled
     assert (warning is not None) is warned
     if warning:
@@ -105,9 +110,11 @@ def test_the_mode_that_fits(mode: str, free: int, settled: str, warned: bool) ->
         ("streaming", 9, {"staged": NEEDS["staged"]}, "--memory staged"),
     ],
 )
-def test_too_little_memory_is_told_with_the_mode_that_fits(mode: str, free: int, offered: dict[str, Need], fix: str) -> None:
+def test_too_little_memory_is_told_with_the_mode_that_fits(
+    mode: str, free: int, offered: dict[str, MemoryRequirement], fix: str
+) -> None:
     with pytest.raises(DependencyError) as caught:
-        settle(mode, offered, free * GB, "bundle")
+        choose_memory_mode(mode, offered, free * GB, "bundle")
     assert caught.value.fix == fix
     assert f"{free}.00 GB free" in str(caught.value)
     assert "staged: 5.00 GB of weights, 8.00 GB at the most" in str(caught.value)
@@ -148,7 +155,7 @@ def test_staged_holds_one_stage_at_a_time_and_draws_the_same(bundle: Path) -> No
 def test_a_gpu_that_is_too_small_is_told_before_anything_is_loaded(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
     big = tuple(dataclasses.replace(engine, file=dataclasses.replace(engine.file, bytes=4 * GB)) for engine in manifest.engines)
-    need = needs(manifest, engine_set(bundle, "tensorrt-rtx", big).typical(manifest.model))
+    need = memory_requirements(manifest, engine_set(bundle, "tensorrt-rtx", big).typical(manifest.model))
     assert (need["resident"].weights, need["staged"].weights) == (24 * GB, 8 * GB)
     device = HostDevice(capacity=6 * GB)
     dataclasses.replace(manifest, engines=big).save(bundle)
@@ -162,8 +169,8 @@ def test_weights_are_streamed_in_that_mode_alone(tiny_bundle: Path, tmp_path: Pa
     with_engines(copy, WIDE, options={"tf32": False, "weight_streaming": True})
     for mode, budget in (("streaming", 4321), ("staged", None)):
         runtime, _ = opened(copy, HostDevice(), memory=mode)
-        runtime._sessions.need(["denoiser"])
-        (engine,) = runtime._sessions["denoiser"]._loaded.values()
+        runtime.sessions.require(["denoiser"])
+        (engine,) = runtime.sessions["denoiser"]._loaded.values()
         assert engine.engine.weight_streaming_budget_v2 == budget
 
 
@@ -173,8 +180,8 @@ def test_modes_of_a_backend_without_a_gpu(tiny_bundle: Path) -> None:
     with pytest.raises(UsageError, match="the backend onnxruntime cannot stream weights"):
         SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="streaming")
     staged = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="staged")
-    assert not staged._sessions
+    assert not staged.sessions
     found = staged("fox", **SMALL).images
-    assert set(staged._sessions) == {"vae_decoder", "postprocess"}
+    assert set(staged.sessions) == {"vae_decoder", "postprocess"}
     wanted = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime")("fox", **SMALL).images
     assert found == wanted

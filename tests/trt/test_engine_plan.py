@@ -6,11 +6,12 @@ import onnx
 import pytest
 
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.manifest import EngineEntry, FileEntry, GraphEntry, Manifest, file_entry, hash_file
+from sana_export.files import FileEntry, file_entry, hash_file
+from sana_export.manifest import EngineEntry, GraphEntry, Manifest
 from sana_export.profiles import PROFILES, Profile, custom_profile
-from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.flavour import Target
-from sana_export.trt.plan import PlannedEngine, Recipe, dynamic_axes, onnx_sha256, plan, recipe_for, stale_fields
+from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
+from sana_export.trt.plan import EngineSpec, PlannedEngine, dynamic_axes, engine_spec, onnx_sha256, plan_engines, stale_fields
 from tests.trt.small_bundles import INSTRUCTION_TOKENS, model_info, write_bundle
 
 TARGET = Target("tensorrt-rtx", "1.7", ("8.9",), "any")
@@ -24,7 +25,7 @@ def graph(bundle: Path) -> GraphEntry:
 
 def key(graph: GraphEntry, target: Target = TARGET, options: BuildOptions = DEFAULT_OPTIONS, **ranges: Any) -> str:
     # The manifest says all that the key of an engine with weights needs: no file is read.
-    return recipe_for(Path("nowhere"), graph, target, {**RANGES, **ranges}, options).key
+    return engine_spec(Path("nowhere"), graph, target, {**RANGES, **ranges}, options).key
 
 
 def changed(file: FileEntry, **changes: Any) -> FileEntry:
@@ -60,7 +61,7 @@ def test_the_key_stays_with_all_that_does_not(graph: GraphEntry) -> None:
     assert key(moved) == first
     # The decoder has no text and no branches.
     assert key(graph, text_tokens=(1, 2, 3), branches=(1, 1, 1), tokens=(1, 1, 1), output_height=(1, 1, 1)) == first
-    assert recipe_for(Path("nowhere"), graph, TARGET, RANGES, BuildOptions()).ranges == {
+    assert engine_spec(Path("nowhere"), graph, TARGET, RANGES, BuildOptions()).ranges == {
         axis: RANGES[axis] for axis in ("batch", "latent_height", "latent_width")
     }
 
@@ -82,7 +83,7 @@ def record(bundle: Path, planned: PlannedEngine, **changes: Any) -> EngineEntry:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"engine of " + recipe.graph.encode())
     entry = EngineEntry(
-        **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)},
+        **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(EngineSpec)},
         key=recipe.key,
         file=FileEntry(recipe.path, hash_file(path), path.stat().st_size),
         profile=planned.profile,
@@ -94,7 +95,7 @@ def record(bundle: Path, planned: PlannedEngine, **changes: Any) -> EngineEntry:
 
 
 def planned(bundle: Path, target: Target = TARGET, profile: Profile = PROFILES["default"], **options: Any) -> dict:
-    engines = plan(bundle, Manifest.load(bundle), target, profile, instruction_tokens=INSTRUCTION_TOKENS, **options)
+    engines = plan_engines(bundle, Manifest.load(bundle), target, profile, instruction_tokens=INSTRUCTION_TOKENS, **options)
     return {engine.recipe.graph: engine for engine in engines}
 
 
@@ -206,7 +207,7 @@ def test_the_reason_survives_the_manifest_file(bundle: Path) -> None:
 
 
 def test_the_key_of_an_engine_with_weights_has_no_part_for_those_without(graph: GraphEntry) -> None:
-    recipe = recipe_for(Path("nowhere"), graph, TARGET, RANGES, BuildOptions())
+    recipe = engine_spec(Path("nowhere"), graph, TARGET, RANGES, BuildOptions())
     assert recipe.options == {"tf32": False}
     assert recipe.onnx_sha256 == onnx_sha256(graph)
 

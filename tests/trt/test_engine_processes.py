@@ -16,7 +16,8 @@ import pytest
 
 from sana_export.environment import peak_rss_bytes
 from sana_export.errors import ArtifactError, DependencyError
-from sana_export.manifest import EngineEntry, Manifest, check_files
+from sana_export.files import check_files
+from sana_export.manifest import EngineEntry, Manifest
 from sana_export.trt import worker
 from sana_export.trt.build import Cancelled
 from sana_export.trt.plan import PlannedEngine

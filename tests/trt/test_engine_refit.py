@@ -17,9 +17,10 @@ from sana_export.machine import gpu_compute_capability
 from sana_export.manifest import Manifest
 from sana_export.profiles import PROFILES
 from sana_export.runtime.backends.tensorrt_refit import EngineWeights
-from sana_export.trt.build import BuildOptions, build_engine, configure
+from sana_export.trt.build import build_engine, configure
 from sana_export.trt.bundle import build_bundle, read_instruction_tokens
 from sana_export.trt.logger import logger_for
+from sana_export.trt.options import BuildOptions
 from tests.trt.building import build, tree
 from tests.trt.refit_stand_in import Engine, arrays, module
 from tests.trt.small_bundles import write_bundle

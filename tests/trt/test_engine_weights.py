@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sana_export.errors import ArtifactError
+from sana_export.formats.onnx_weights import copies_of_shared, external_tensors, read_tensors, structure_sha256
 from sana_export.manifest import Manifest
-from sana_export.trt.weights import copies_of_shared, external_tensors, read_tensors, structure_sha256
 from tests.trt.small_bundles import slow, vae_decoder
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sana_export.runtime.request import Request
-from sana_export.verify.bundle import open_runtime
+from sana_export.verify.evaluator_backend import open_runtime
 from sana_export.verify.reference import call_reference
 from tools.train_small.evaluation import grid_prompts
 from tools.train_small.glyphs import FONT

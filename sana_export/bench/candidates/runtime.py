@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from sana_export.bench.candidates.table import Job, Sample
 from sana_export.bench.stages import StageTimes
-from sana_export.runtime.runtime import SanaRuntime, Timings
+from sana_export.runtime.pipeline import SanaRuntime
+from sana_export.runtime.results import Timings
 
 
 def load(job: Job) -> RuntimeCandidate:
     """The bundle in the backend that the job names."""
-    if job.backend == "onnxruntime":
-        limit_onnxruntime(job.threads)
-    return RuntimeCandidate(job, SanaRuntime.from_pretrained(job.bundle, backend=job.backend))
+    return RuntimeCandidate(job, SanaRuntime.from_pretrained(job.bundle, backend=job.backend, threads=job.threads))
 
 
 class RuntimeCandidate:
@@ -40,17 +39,3 @@ def stage_times(timings: Timings) -> StageTimes:
         "denoise_loop": [1e3 * timings.denoise_loop],
         "vae_decoder": [1e3 * timings.vae_decoder],
     }
-
-
-def limit_onnxruntime(threads: int) -> None:
-    """Give every ONNX Runtime session of this process `threads` threads: the backend itself leaves the number to ONNX Runtime."""
-    import onnxruntime
-
-    original = onnxruntime.SessionOptions
-
-    def session_options() -> onnxruntime.SessionOptions:
-        options = original()
-        options.intra_op_num_threads = threads
-        return options
-
-    onnxruntime.SessionOptions = session_options

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from PIL.Image import Image
 
 from sana_export.bench.stages import StageTimes
+from sana_export.bench.work.count import BUNDLE, REFERENCE
 from sana_export.bench.workload import Workload
 from sana_export.errors import UsageError
 from sana_export.runtime.backends import BACKENDS
@@ -19,8 +20,6 @@ from sana_export.runtime.backends import BACKENDS
 BASELINE = "eager"
 #: In place of names: every row; those that cannot run here are left out with their reason, and are no failure.
 ALL = "all"
-#: Whose work a row does (image_work.py).
-BUNDLE, REFERENCE = "bundle", "reference"
 
 
 @dataclass(frozen=True)

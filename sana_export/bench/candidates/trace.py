@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.bench.candidates.eager import PipelineCandidate, load_pipeline, open_job
-from sana_export.bench.candidates.runtime import limit_onnxruntime
 from sana_export.bench.candidates.table import Job
-from sana_export.checkpoint.checkpoint import cache_folder
+from sana_export.environment import cache_folder
 from sana_export.errors import UsageError
 from sana_export.verify.reference import REFERENCES
 
@@ -42,11 +41,11 @@ def load(job: Job) -> PipelineCandidate:
     import torch
 
     torch.set_num_threads(job.threads)
-    limit_onnxruntime(job.threads)
     runs = {}
     for part in PARTS:
         path = trace_folder(job) / f"{part}.onnx"
         options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = job.threads
         runs[part] = _runner(onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
     pipeline = _empty_pipeline(Path(job.checkpoint))
     pipeline.text_encoder.forward = lambda ids, attention_mask: (runs["text_encoder"](ids, attention_mask),)

@@ -20,8 +20,8 @@ from sana_export.bench.gpu_check.find import installed
 from sana_export.bench.gpu_check.parts import PARTS, Part
 from sana_export.bench.gpu_check.report import Report
 from sana_export.bench.gpu_check.runner import Here, Outcome, Runner
-from sana_export.bench.load_meter import describe_machine, describe_versions
 from sana_export.environment import source_digest
+from sana_export.machine import describe_machine, describe_versions
 
 #: Seconds for everything, from the moment that `--started` says.
 LIMIT = 480.0

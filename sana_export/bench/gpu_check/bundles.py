@@ -76,7 +76,8 @@ def without_onnx(context: Context, checkpoint: Any, name: str, precision: str = 
     from sana_export.export.bundle import choose_options, model_info
     from sana_export.export.example_inputs import graph_spec
     from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
-    from sana_export.manifest import FileEntry, GraphEntry, Manifest, file_entry
+    from sana_export.files import FileEntry, file_entry
+    from sana_export.manifest import GraphEntry, Manifest
 
     bundle = context.work / "bundles" / f"{name}-without-onnx"
     bundle.mkdir(parents=True, exist_ok=True)

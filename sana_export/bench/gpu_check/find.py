@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sana_export.bench.gpu_check.check import Context
-from sana_export.bench.load_meter import gpu_names
-from sana_export.machine import gpu_compute_capability
+from sana_export.machine import gpu_compute_capability, gpu_names
 
 #: Seconds for one library to answer.
 _TIMEOUT = 30

@@ -75,8 +75,9 @@ def ask(context: Context, *, question: str) -> Mapping[str, Any]:
 
 def _build(module: Any, logger: Any, onnx: Path, spec: Any, choose: Callable[[Any, Any], None]) -> Any:
     from sana_export.export.example_inputs import CHECK_SIZES
-    from sana_export.trt.build import DEFAULT_OPTIONS, configure
+    from sana_export.trt.build import configure
     from sana_export.trt.flavour import network_flags
+    from sana_export.trt.options import DEFAULT_OPTIONS
 
     builder = module.Builder(logger)
     network = builder.create_network(network_flags(module))

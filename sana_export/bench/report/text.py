@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from sana_export.bench.candidates.table import BASELINE, BUNDLE, REFERENCE
+from sana_export.bench.candidates.table import BASELINE
 from sana_export.bench.report.result import Agreement, BackendResult, BenchReport
 from sana_export.bench.stages import END_TO_END, STAGES, StageResult
-from sana_export.bench.work.count import Achieved
+from sana_export.bench.work.count import BUNDLE, REFERENCE, Achieved
 
 _COLUMNS = (
     *("stage", "backend", "n", "median ms", "p10 to p90", "first call", "times as fast as eager (p10 to p90)"),

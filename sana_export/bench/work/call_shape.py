@@ -11,9 +11,10 @@ import numpy as np
 from sana_export.bench.stages import END_TO_END
 from sana_export.bench.work.count import Work
 from sana_export.bench.workload import Workload
+from sana_export.formats.arrays import Float32
 from sana_export.manifest import Manifest
 from sana_export.runtime.decoding import Window, plan_windows
-from sana_export.runtime.prompt import Float32, PromptEncoder
+from sana_export.runtime.prompt import PromptEncoder
 from sana_export.runtime.request import Request, make_plan
 
 #: The work of a graph of the bundle's by its name, where its dynamic axes have these sizes.
@@ -45,10 +46,7 @@ def call_shape(bundle: Path, manifest: Manifest, work: Workload, prompt: str) ->
     """The sizes that the runtime comes to when it samples one prompt of `work` with `bundle`."""
     plan = make_plan(Request(prompt=prompt, **work.sampling()), bundle, manifest)
     text = PromptEncoder.load(bundle, manifest)
-    tokens = [
-        [text.tokenize(entry, max_sequence_length=plan.max_sequence_length, instruct=instruct) for entry in texts]
-        for texts, instruct in plan.texts
-    ]
+    tokens = text.tokenize_plan(plan.texts, plan.max_sequence_length)
     runs: list[tuple[int, int, int]] = []
 
     def note(embeds: Float32, prefix: Float32) -> Float32:

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+#: Whose work a row does (image_work.py).
+BUNDLE, REFERENCE = "bundle", "reference"
+
 
 @dataclass(frozen=True)
 class Rates:

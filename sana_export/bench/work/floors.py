@@ -10,8 +10,8 @@ from sana_export.bench.work.call_shape import CallShape, padded_runs, stage_work
 from sana_export.bench.work.count import Rates, Work
 from sana_export.bench.work.networks import Configs, reference_work, restated_work
 from sana_export.manifest import Options
-from sana_export.profiles import DECODER_TILE
-from sana_export.runtime.decoding import UNTILED_AREA, plan_windows
+from sana_export.profiles import DECODER_TILE, UNTILED_AREA
+from sana_export.runtime.decoding import plan_windows
 from sana_export.synth.recipes import RECIPES
 
 #: Dense fp16 products with fp32 accumulation and memory bandwidth, as NVIDIA publishes them; `_SOURCES` says where.

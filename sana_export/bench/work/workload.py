@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from sana_export.bench.candidates.table import BUNDLE, REFERENCE
 from sana_export.bench.work.call_shape import call_shape, stage_work
-from sana_export.bench.work.count import Work
+from sana_export.bench.work.count import BUNDLE, REFERENCE, Work
 from sana_export.bench.work.onnx import onnx_work
 from sana_export.bench.workload import Workload
 from sana_export.checkpoint.checkpoint import SanaCheckpoint

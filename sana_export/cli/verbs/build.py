@@ -15,9 +15,9 @@ from sana_export.cli.verb import Answer, Verb, add_bundle, add_names, add_size, 
 from sana_export.errors import UsageError
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import PROFILES, Profile, bin_profiles, custom_profile, profile_named
-from sana_export.trt.build import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.bundle import build_bundle, plan_bundle
 from sana_export.trt.flavour import FLAVOURS
+from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.plan import KEY_CHARACTERS, PlannedEngine
 from sana_export.trt.progress import Progress
 

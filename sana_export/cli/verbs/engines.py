@@ -15,7 +15,7 @@ from sana_export.cli.bundle_text import bundle_document, bundle_summary
 from sana_export.cli.images import check_output
 from sana_export.cli.packages import require
 from sana_export.cli.recipe import Build, Recipe, load_recipe
-from sana_export.cli.stage_results import Ledger, stage_key
+from sana_export.cli.stage_cache import StageCache, stage_key
 from sana_export.cli.terminal.console import VERBOSE, Console
 from sana_export.cli.terminal.text import plural, seconds, table
 from sana_export.cli.verb import Answer, Verb, add_hub_options, model_options
@@ -26,7 +26,7 @@ from sana_export.cli.verbs.generate import sample
 from sana_export.cli.verbs.verify import compare
 from sana_export.errors import ArtifactError
 from sana_export.manifest import EngineEntry, Manifest
-from sana_export.trt.compatibility import here, why_not
+from sana_export.trt.compatibility import detect_host, incompatibilities
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     require("", "export")
     if recipe.sample is not None:
         check_output(recipe.sample.output)
-    ledger, stages = Ledger(recipe.output), []
-    for name, do in _plan(recipe, model_options(recipe, options), ledger, console):
+    stage_cache, stages = StageCache(recipe.output), []
+    for name, do in _plan(recipe, model_options(recipe, options), stage_cache, console):
         started = time.monotonic()
         console.prefix = f"{name} "
         answer, since = do()
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
 Work = Callable[[], tuple[Answer, str | None]]
 
 
-def _plan(recipe: Recipe, opening: Mapping[str, Any], ledger: Ledger, console: Console) -> list[tuple[str, Work]]:
+def _plan(recipe: Recipe, opening: Mapping[str, Any], stage_cache: StageCache, console: Console) -> list[tuple[str, Work]]:
     """The stages of `recipe` by name, in order. `opening` is what `open_checkpoint` takes beside its model."""
     stages: list[tuple[str, Work]] = [("export", lambda: _export(recipe, opening, console))]
     for build in recipe.build:
@@ -75,7 +75,7 @@ def _plan(recipe: Recipe, opening: Mapping[str, Any], ledger: Ledger, console: C
     work = {"verify": partial(_verify, opening), "sample": _sample, "bench": partial(_bench, opening)}
     for name, do in work.items():
         if getattr(recipe, name) is not None:
-            stages.append((name, lambda name=name, do=do: _once(name, do, recipe, ledger, console)))  # type: ignore[misc]
+            stages.append((name, lambda name=name, do=do: _once(name, do, recipe, stage_cache, console)))  # type: ignore[misc]
     return stages
 
 
@@ -118,17 +118,17 @@ def _once(
     name: str,
     do: Callable[[Recipe, Manifest, Console], tuple[Answer, tuple[Path, ...]]],
     recipe: Recipe,
-    ledger: Ledger,
+    stage_cache: StageCache,
     console: Console,
 ) -> tuple[Answer, str | None]:
     """The recorded answer of a stage, or a new one, which is recorded unless it has missed a limit."""
     manifest = Manifest.load(recipe.output)
     key = stage_key(manifest.export_key, dataclasses.asdict(getattr(recipe, name)))
-    if (recorded := ledger.find(name, key)) is not None:
+    if (recorded := stage_cache.find(name, key)) is not None:
         return recorded
     answer, files = do(recipe, manifest, console)
     if answer.exit_code == 0:
-        ledger.record(name, key, answer, files)
+        stage_cache.record(name, key, answer, files)
     return answer, None
 
 
@@ -202,10 +202,10 @@ def _report(recipe: Recipe, stages: list[Stage]) -> Answer:
 
 def _not_run(manifest: Manifest) -> dict[str, str]:
     """Reason to the engines that were built and cannot run on this machine for it."""
-    machine = here()
+    machine = detect_host()
     reasons: dict[str, list[EngineEntry]] = {}
     for engine in manifest.engines:
-        if why := why_not(engine, machine):
+        if why := incompatibilities(engine, machine):
             reasons.setdefault("; ".join(why), []).append(engine)
     return {reason: f"{plural(len(engines), 'engine')} of {engines[0].backend}" for reason, engines in reasons.items()}
 

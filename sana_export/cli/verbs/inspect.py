@@ -14,10 +14,11 @@ from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, size, table
 from sana_export.cli.verb import Answer, Verb, add_bundle
 from sana_export.errors import ArtifactError
+from sana_export.files import FileEntry, check_files
 from sana_export.machine import gpu_memory_bytes
-from sana_export.manifest import EngineEntry, FileEntry, Manifest, check_files
+from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import describe_range
-from sana_export.trt.compatibility import Here, here, why_not
+from sana_export.trt.compatibility import Host, detect_host, incompatibilities
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     manifest = Manifest.load(bundle)
     files = [*manifest.files, *(file for graph in manifest.graphs.values() for file in graph.files)]
     damaged = damaged_files(bundle, files)
-    machine = here()
+    machine = detect_host()
     engines = engine_states(bundle, manifest.engines, machine)
     memory = memory_needs(bundle, manifest)
     document = {
@@ -77,11 +78,11 @@ def damaged_files(bundle: Path, files: Iterable[FileEntry]) -> dict[str, str]:
     return damaged
 
 
-def engine_states(bundle: Path, engines: Iterable[EngineEntry], machine: Here) -> list[EngineState]:
+def engine_states(bundle: Path, engines: Iterable[EngineEntry], machine: Host) -> list[EngineState]:
     states = []
     for engine in engines:
         damage = damaged_files(bundle, [engine.file]).get(engine.file.path)
-        states.append(EngineState(engine, damage, tuple(why_not(engine, machine))))
+        states.append(EngineState(engine, damage, tuple(incompatibilities(engine, machine))))
     return states
 
 

@@ -11,7 +11,7 @@ from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import Answer, Verb, add_bundle, add_model_options, add_size, model_options, positive
 from sana_export.errors import ParityError, UsageError
-from sana_export.runtime.backends import AUTO
+from sana_export.runtime.memory import AUTO
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sana_export.errors import DependencyError, SanaExportError
-
-Array = npt.NDArray[Any]
+from sana_export.formats.arrays import Array
 
 #: Bytes: TensorRT wants the address of a tensor to be a multiple of this.
 ALIGNMENT = 256
@@ -76,7 +75,7 @@ class Device(Protocol):
         """Set bytes to zero."""
         ...
 
-    def mark(self) -> Any:
+    def record_event(self) -> Any:
         """A point in the order of the work."""
         ...
 
@@ -163,7 +162,7 @@ class CudaDevice:
         self.enter()
         self._check(self._driver.cuMemsetD8Async(address, 0, size, self._handle))
 
-    def mark(self) -> Any:
+    def record_event(self) -> Any:
         self.enter()
         return self._stream.record(options=self._timed)
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sana_export.commands import export_line
-from sana_export.errors import ArtifactError, DependencyError
+from sana_export.errors import ArtifactError, DependencyError, UsageError
+from sana_export.files import check_files
+from sana_export.formats.arrays import Array
 from sana_export.formats.onnx_weights import check_external_data
-from sana_export.manifest import Manifest, check_files
-from sana_export.runtime.backends import Array, Backend, Session
+from sana_export.manifest import Manifest
+from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session
 from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
 
 log = logging.getLogger(__name__)
@@ -27,8 +30,10 @@ MISSING_PRECISIONS = {"cpu": ("bf16",), "cuda": ()}
 _ERRORS_ONLY = 3
 #: TensorProto.BFLOAT16, which numpy does not have.
 _BFLOAT16 = 16
-#: What an arena that gives back what a run took is called for each device, in a setting of a run.
-_ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0"}
+#: The name of each device's memory arena in the setting of a run that shrinks it afterwards.
+_ARENA = {"cpu": "cpu:0", "cuda": "gpu:{}"}
+#: The keys of `backend_options`.
+SESSION_OPTIONS, PROVIDER_OPTIONS_KEY = "session_options", "provider_options"
 #: Graphs that run once an image and need more memory than what runs after them: theirs is given back.
 _GIVING_BACK = ("vae_decoder_head",)
 #: float32 is exact: left to itself the CUDA provider rounds the factors of its products to TF32.
@@ -39,28 +44,44 @@ _CAPTURED = ("denoiser", "sampler")
 _OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "out of memory", "_alloc_failed")
 
 
-class OnnxRuntimeSession:
+class Place(NamedTuple):
+    """Where tensors live: "cpu" or "cuda", and the index of the GPU."""
+
+    device: str
+    number: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """An InferenceSession and the weights given to it, whose memory it may read as long as it lives."""
+
+    session: Any
+    weights: Sequence[Any] = ()
+
+
+class OnnxRuntimeSession(Session):
     """One ONNX file in an InferenceSession. Tensors are OrtValues; on the CPU arrays are fed and read without a copy."""
 
     def __init__(
-        self, session: Any, graph: str, device: str, run_options: Any = None, *, create: Callable[[Mapping[str, Any]], Any]
+        self, loaded: Loaded, graph: str, place: Place, run_options: Any, *, create: Callable[[Mapping[str, Array]], Loaded]
     ) -> None:
-        self._session, self._graph, self._device, self._run_options = session, graph, device, run_options
-        self._outputs = [output.name for output in session.get_outputs()]
+        """`create` loads the graph again with other weights."""
+        self._loaded, self._graph, self._place, self._run_options = loaded, graph, place, run_options
+        self._outputs = [output.name for output in loaded.session.get_outputs()]
         self._create, self._weights = create, dict[str, Array]()
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        binding = self._session.io_binding()
+        binding = self._loaded.session.io_binding()
         # The arrays behind the inputs have to live until the run is over.
-        values = {name: _to_device(value, self._device) for name, value in feeds.items()}
+        values = {name: _to_device(value, self._place) for name, value in feeds.items()}
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
-            binding.bind_output(name, self._device)
+            binding.bind_output(name, self._place.device, self._place.number)
         try:
-            self._session.run_with_iobinding(binding, self._run_options)
+            self._loaded.session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # ONNX Runtime's errors have no common base; all but one kind are raised again
-            _raise_out_of_memory(error, f"running {self._graph}", self._device)
+            _raise_out_of_memory(error, f"running {self._graph}", self._place.device)
             raise
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
@@ -68,7 +89,7 @@ class OnnxRuntimeSession:
         """ONNX Runtime fixes weights when it loads a graph: another session of the same files takes this one's place, and until it
         is there both are held."""
         replaced = {**self._weights, **weights}
-        self._session = self._create(replaced)
+        self._loaded = self._create(replaced)
         self._weights = replaced
 
 
@@ -80,7 +101,9 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Path, manifest: Manifest, *, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self, bundle: Path, manifest: Manifest, settings: BackendSettings = DEFAULT_SETTINGS, *, cuda_graphs: bool = False
+    ) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -90,14 +113,17 @@ class OnnxRuntimeBackend(Backend):
                 wanted="onnxruntime, or onnxruntime-gpu with an NVIDIA GPU",
                 fix='pip install "sana-export[cpu]"',
             ) from error
+        if cuda_graphs:
+            self.name = "onnxruntime-cuda-graphs"
+        self._settings = settings
+        self._check_options()
         self.bundle, self.manifest = bundle, manifest
         self._fix = export_line(bundle, manifest)
         self._onnxruntime = onnxruntime
         self._use(next(name for name in DEVICES if name in onnxruntime.get_available_providers()))
         self._cuda_graphs = cuda_graphs and self.device == "cuda"
-        if cuda_graphs:
-            self.name = "onnxruntime-cuda-graphs"
-            self.text_multiple = 32 if self._cuda_graphs else 1  # so that prompts of about one length share what is captured
+        if self._cuda_graphs:
+            self.text_multiple = 32  # so that prompts of about one length share what is captured
         if cuda_graphs and not self._cuda_graphs:
             log.warning("onnxruntime captures no CUDA graphs here: it runs on the %s", self.device)
 
@@ -109,7 +135,7 @@ class OnnxRuntimeBackend(Backend):
     def _load_captured(self, graph: str) -> GraphedSession | None:
         """A session that captures its work; None where ONNX Runtime makes none, for the reason in the log."""
         path, options = self._checked(graph)
-        providers = [(self._provider, {**_PROVIDER_OPTIONS[self.device], **PROVIDER_OPTIONS}), "CPUExecutionProvider"]
+        providers = [(self._provider, {**self._provider_options(), **PROVIDER_OPTIONS}), "CPUExecutionProvider"]
         try:
             session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base
@@ -117,22 +143,22 @@ class OnnxRuntimeBackend(Backend):
             log.warning("onnxruntime runs %s without a CUDA graph: %s", graph, _first_line(error))
             return None
         spec = self.manifest.graphs[graph].spec
-        return GraphedSession(self._onnxruntime, session, spec, self.device, lambda: self._load_plain(graph))
+        return GraphedSession(self._onnxruntime, session, spec, self._place, lambda: self._load_plain(graph))
 
     def _load_plain(self, graph: str) -> OnnxRuntimeSession:
-        session = self._create(graph, {})
+        loaded = self._create(graph, {})
         run_options = self._onnxruntime.RunOptions()
         if graph in _GIVING_BACK:
-            run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", _ARENAS[self.device])
-        return OnnxRuntimeSession(session, graph, self.device, run_options, create=partial(self._create, graph))
+            run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", _ARENA[self.device].format(self._place.number))
+        return OnnxRuntimeSession(loaded, graph, self._place, run_options, create=partial(self._create, graph))
 
-    def _create(self, graph: str, weights: Mapping[str, Array]) -> Any:
-        """An InferenceSession of `graph`, whose initializers named in `weights` have these values; their memory is shared."""
+    def _create(self, graph: str, weights: Mapping[str, Array]) -> Loaded:
+        """Load `graph` with these values for the initializers named in `weights`; their memory is shared."""
         path, options = self._checked(graph)
         values = [_as_initializer(value) for value in weights.values()]
         if weights:  # not by add_initializer: with weights in another file ONNX Runtime 1.32 then computes something else
             options.add_external_initializers(list(weights), values)
-        providers: list[Any] = [(self._provider, _PROVIDER_OPTIONS[self.device])]
+        providers: list[Any] = [(self._provider, self._provider_options())]
         if self.device == "cuda":
             providers.append("CPUExecutionProvider")
         try:
@@ -148,23 +174,56 @@ class OnnxRuntimeBackend(Backend):
         if (active := session.get_providers()[0]) != self._provider:
             log.warning("onnxruntime's %s did not start: %s runs on %s", self._provider, graph, active)
             self._use(active)
-        session.held_weights = values  # ONNX Runtime may read them as long as this session lives
-        return session
+        return Loaded(session, values)
 
     def _checked(self, graph: str) -> tuple[Path, Any]:
         """The graph's file once it and its weights are as recorded, and the options of a session of it."""
         path, *data = check_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
         check_external_data(path, data, fix=self._fix)
-        return path, session_options(self._onnxruntime)
+        options = session_options(self._onnxruntime, self._settings.threads)
+        for name, value in self._settings.options.get(SESSION_OPTIONS, {}).items():
+            if "." in name:
+                options.add_session_config_entry(name, str(value))
+            else:
+                setattr(options, name, value)
+        return path, options
+
+    def _provider_options(self) -> dict[str, str]:
+        index = {"device_id": str(self._place.number)} if self.device == "cuda" else {}
+        given = self._settings.options.get(PROVIDER_OPTIONS_KEY, {})
+        return {**_PROVIDER_OPTIONS[self.device], **index, **{name: str(value) for name, value in given.items()}}
+
+    def _check_options(self) -> None:
+        """Raise UsageError for options that ONNX Runtime does not have."""
+        known = (SESSION_OPTIONS, PROVIDER_OPTIONS_KEY)
+        unknown = [name for name in self._settings.options if name not in known]
+        attributes = vars(self._onnxruntime.SessionOptions)
+        given = self._settings.options.get(SESSION_OPTIONS, {})
+        unknown += [f"{SESSION_OPTIONS}.{name}" for name in given if "." not in name and name not in attributes]
+        if unknown:
+            raise UsageError(
+                f"unknown backend_options of {self.name}",
+                found=", ".join(unknown),
+                wanted=f"{SESSION_OPTIONS} (attributes of onnxruntime.SessionOptions, or configuration entries with a dot in their"
+                f" name) and {PROVIDER_OPTIONS_KEY}",
+            )
 
     def to_device(self, array: Array) -> Any:
-        return _to_device(array, self.device)
+        return _to_device(array, self._place)
 
     def to_host(self, value: Any) -> Array:
         return value if isinstance(value, np.ndarray) else value.numpy()
 
     def _use(self, provider: str) -> None:
         self._provider, self.device = provider, DEVICES[provider]
+        if self.device == "cpu" and self._settings.device is not None:
+            raise UsageError(
+                f"GPU {self._settings.device} was asked for, but onnxruntime runs on the CPU here",
+                found=f"the providers {', '.join(self._onnxruntime.get_available_providers())}",
+                wanted="onnxruntime-gpu with its CUDA libraries and an NVIDIA GPU, or no device",
+                fix='pip install "sana-export[cuda]", or leave out device (--device)',
+            )
+        self._place = Place(self.device, self._settings.device or 0)
         precision, missing = self.manifest.options.precision, MISSING_PRECISIONS[self.device]
         if precision in missing:
             raise ArtifactError(
@@ -175,10 +234,12 @@ class OnnxRuntimeBackend(Backend):
             )
 
 
-def session_options(onnxruntime: Any) -> Any:
-    """New options of a session of a bundle's graph. `onnxruntime` is the module."""
+def session_options(onnxruntime: Any, threads: int | None = None) -> Any:
+    """Options of a session of a bundle's graph. `onnxruntime` is the module, `threads` None leaves their number to it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
     # Planned reuse keeps a buffer until the last tensor that will ever use it, and most of one block's wait for the next block:
     # twice the memory, and no faster.
     options.enable_mem_reuse = False
@@ -187,13 +248,13 @@ def session_options(onnxruntime: Any) -> Any:
     return options
 
 
-def _to_device(value: Any, device: str) -> Any:
-    """An OrtValue on `device`: of an array (which it keeps alive), or `value` itself."""
+def _to_device(value: Any, place: Place) -> Any:
+    """An OrtValue at `place`: of an array (which it keeps alive), or `value` itself."""
     if not isinstance(value, np.ndarray):
         return value
     import onnxruntime
 
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), device, 0)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), place.device, place.number)
 
 
 def _as_initializer(values: Array) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from sana_export.contract import GraphSpec
-from sana_export.runtime.backends import Array, Session
+from sana_export.formats.arrays import Array
+from sana_export.runtime.backends.base import Session
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +39,13 @@ class Captured:
     fed: dict[str, Any] = field(default_factory=dict)
 
 
-class GraphedSession:
+class GraphedSession(Session):
     """As `OnnxRuntimeSession`. `plain` makes a session without graphs, for when one cannot be captured; the log says why."""
 
-    def __init__(self, onnxruntime: Any, session: Any, spec: GraphSpec, device: str, plain: Callable[[], Session]) -> None:
-        self._onnxruntime, self._session, self._spec, self._device, self._plain = onnxruntime, session, spec, device, plain
+    def __init__(
+        self, onnxruntime: Any, session: Any, spec: GraphSpec, place: tuple[str, int], plain: Callable[[], Session]
+    ) -> None:
+        self._onnxruntime, self._session, self._spec, self._place, self._plain = onnxruntime, session, spec, place, plain
         self._captured: dict[Shapes, Captured] = {}
         self._fallback: Session | None = None
 
@@ -117,7 +120,7 @@ class GraphedSession:
     def _empty(self, shape: list[int], dtype: Any) -> Any:
         """`dtype`: a name of the contract, or ONNX's number for it."""
         element = np.dtype(dtype).type if isinstance(dtype, str) else dtype
-        return self._onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element, self._device, 0)
+        return self._onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element, *self._place)
 
 
 def _shape(value: Any) -> tuple[int, ...]:

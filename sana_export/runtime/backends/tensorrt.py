@@ -16,16 +16,24 @@ from typing import Any
 import numpy as np
 
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.manifest import EngineEntry, Manifest, check_files
+from sana_export.files import check_files
+from sana_export.formats.arrays import Array
+from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import explain_outside
-from sana_export.runtime.backends import Array, Backend, DeviceTensor
+from sana_export.runtime.backends.base import (
+    DEFAULT_SETTINGS,
+    BackendSettings,
+    CapturingBackend,
+    DeviceTensor,
+    EnqueuedSession,
+    Replay,
+)
 from sana_export.runtime.backends.cuda import ALIGNMENT, CudaDevice, Device, Memory
 from sana_export.runtime.backends.tensorrt_engine import LoadedEngine, SharedMemory
 from sana_export.runtime.backends.tensorrt_refit import EngineWeights
-from sana_export.runtime.memory import DTYPE_BYTES, needs, settle
+from sana_export.runtime.memory import DTYPE_BYTES, choose_memory_mode, memory_requirements
 from sana_export.runtime.prompt import PromptEmbeddings
-from sana_export.runtime.sampling import Replay
-from sana_export.trt.compatibility import Here, here
+from sana_export.trt.compatibility import Host, detect_host
 from sana_export.trt.flavour import load
 from sana_export.trt.selection import runnable, typical_axes
 
@@ -64,7 +72,7 @@ class Table(Sequence[DeviceArray]):
         return len(self._rows)
 
 
-class EngineSession:
+class EngineSession(EnqueuedSession):
     """One graph: the engine for the shapes that it is fed, loaded when it is first needed, run on device tensors."""
 
     def __init__(self, backend: TensorRTBackend, graph: str) -> None:
@@ -134,7 +142,7 @@ class EngineSession:
             for axis, length in zip(self._inputs[name].shape, shape, strict=True)
             if isinstance(axis, str)
         }
-        entry = self._backend.engines.serving(self._graph, axes, refittable=bool(self._changed))
+        entry = self._backend.engines.engine_for(self._graph, axes, refittable=bool(self._changed))
         if entry is None:
             engines = self._backend.engines.engines[self._graph]
             # After a LoRA one that would serve may hold fixed weights.
@@ -153,7 +161,7 @@ def _save_caches(loaded: Mapping[str, LoadedEngine]) -> None:
         engine.save_cache()
 
 
-class TensorRTBackend(Backend):
+class TensorRTBackend(CapturingBackend):
     """The engines of `bundle` that were built by `name` ("tensorrt" or "tensorrt-rtx").
 
     `module`, `device` and `machine` are found where they are not given. Raises ArtifactError where no engines run here, with what
@@ -168,15 +176,17 @@ class TensorRTBackend(Backend):
         bundle: Path,
         manifest: Manifest,
         name: str,
+        settings: BackendSettings = DEFAULT_SETTINGS,
         *,
         module: Any = None,
         device: Device | None = None,
-        machine: Here | None = None,
+        machine: Host | None = None,
     ) -> None:
+        settings.reject_options(name)
         self.bundle, self.manifest, self.name = bundle, manifest, name
-        self.engines = runnable(bundle, manifest, name, machine or here())
+        self.engines = runnable(bundle, manifest, name, machine or detect_host(settings.device))
         self._module = load(name) if module is None else module
-        self.gpu = CudaDevice() if device is None else device
+        self.gpu = CudaDevice(settings.device or 0) if device is None else device
         self.shared = SharedMemory(self.gpu)
         self._checked: set[str] = set()
         self._stream_weights = False
@@ -184,9 +194,9 @@ class TensorRTBackend(Backend):
     def load(self, graph: str) -> EngineSession:
         typical = typical_axes(self.manifest.model)
         if not self.engines.engines.get(graph):
-            self.engines.admit([graph], typical)
+            self.engines.check_supported([graph], typical)
         session = EngineSession(self, graph)
-        session.engine(self.engines.serving(graph, typical) or self.engines.engines[graph][0])
+        session.engine(self.engines.engine_for(graph, typical) or self.engines.engines[graph][0])
         return session
 
     def load_engine(self, entry: EngineEntry) -> LoadedEngine:
@@ -239,27 +249,27 @@ class TensorRTBackend(Backend):
             self.gpu.copy(target.address + place, source.address + begin, (rows.stop - rows.start) * row_bytes)
         return target
 
-    def mark(self) -> Any:
-        return self.gpu.mark()
+    def record_event(self) -> Any:
+        return self.gpu.record_event()
 
     def seconds(self, start: Any, end: Any) -> float:
         return self.gpu.seconds(start, end)
 
-    def settle_memory(self, mode: str) -> str:
-        wanted = needs(self.manifest, self.engines.typical(self.manifest.model))
-        settled, warning = settle(mode, wanted, self.gpu.free_bytes(), self.bundle)
+    def choose_memory_mode(self, mode: str) -> str:
+        wanted = memory_requirements(self.manifest, self.engines.typical(self.manifest.model))
+        settled, warning = choose_memory_mode(mode, wanted, self.gpu.free_bytes(), self.bundle)
         if warning:
             LOG.warning("%s", warning)
         self._stream_weights = settled == "streaming"
         return settled
 
-    def admit(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
-        self.engines.admit(graphs, axes)
+    def check_supported(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
+        self.engines.check_supported(graphs, axes)
 
     def ranges(self, graph: str) -> Mapping[str, tuple[int, int, int]] | None:
         if graph not in self.engines.engines:
             return None
-        typical = self.engines.serving(graph, typical_axes(self.manifest.model)) or self.engines.engines[graph][0]
+        typical = self.engines.engine_for(graph, typical_axes(self.manifest.model)) or self.engines.engines[graph][0]
         return typical.ranges
 
     def wait(self) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError
+from sana_export.files import partial_path
 from sana_export.manifest import EngineEntry
 from sana_export.runtime.backends.cuda import Device, Memory
-from sana_export.trt.build import partial_path
 from sana_export.trt.logger import logger_for
 
 LOG = logging.getLogger(__name__)

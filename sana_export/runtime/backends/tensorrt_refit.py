@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from sana_export.errors import ArtifactError
-from sana_export.manifest import GraphEntry, check_files
+from sana_export.files import check_files
+from sana_export.formats.arrays import Array
+from sana_export.formats.onnx_weights import read_tensors
+from sana_export.manifest import GraphEntry
 from sana_export.trt.logger import logger_for
-from sana_export.trt.weights import read_tensors
-
-Array = npt.NDArray[Any]
 
 _SHOWN = 8
 
@@ -59,10 +58,10 @@ def refit_weights(module: Any, engine: Any, graph: str, tensors: Mapping[str, Ar
     """Set `tensors` (name to values) in `engine` and refit it. Raises ArtifactError unless they are exactly its weights."""
     refit = _Refit(module, engine, graph)
     wanted = refit.names
-    _none(graph, "it asks for weights that the bundle does not hold", wanted - set(tensors))
-    _none(graph, "the bundle holds weights that it has no place for", set(tensors) - wanted)
+    _require_empty(graph, "it asks for weights that the bundle does not hold", wanted - set(tensors))
+    _require_empty(graph, "the bundle holds weights that it has no place for", set(tensors) - wanted)
     refit.give(tensors)
-    _none(graph, "weights are missing", refit.missing())
+    _require_empty(graph, "weights are missing", refit.missing())
     refit.run()
 
 
@@ -75,11 +74,11 @@ def refit_named(module: Any, engine: Any, graph: str, weights: Mapping[str, Arra
     then holds what it held, or the message says that it does not.
     """
     refit = _Refit(module, engine, graph)
-    _none(graph, "it has no place for weights", set(weights) - refit.names)
+    _require_empty(graph, "it has no place for weights", set(weights) - refit.names)
     refit.give(weights)
     joined = {name: held[name] for name in refit.missing() if name in held}
     refit.give(joined)
-    _none(graph, "weights are missing", refit.missing())
+    _require_empty(graph, "weights are missing", refit.missing())
     try:
         refit.run()
     except ArtifactError as error:
@@ -120,10 +119,10 @@ class _Refit:
         prototypes = {name: self._refitter.get_weights_prototype(name) for name in values}
         sizes = ((name, prototypes[name].nbytes, values[name].nbytes) for name in values)
         wrong = [f"{name} ({theirs} bytes, the bundle's has {ours})" for name, theirs, ours in sizes if theirs != ours]
-        _none(self._graph, "weights have another size", wrong)
+        _require_empty(self._graph, "weights have another size", wrong)
         self._given |= values
         refused = [name for name in values if not self._set(name, prototypes[name], values[name])]
-        _none(self._graph, "it refuses weights", refused, self._logger.errors.take())
+        _require_empty(self._graph, "it refuses weights", refused, self._logger.errors.take())
 
     def run(self) -> None:
         if not self._refitter.refit_cuda_engine():
@@ -134,7 +133,7 @@ class _Refit:
         return bool(self._refitter.set_named_weights(name, weights))
 
 
-def _none(graph: str, what: str, names: Iterable[str], reasons: Iterable[str] = ()) -> None:
+def _require_empty(graph: str, what: str, names: Iterable[str], reasons: Iterable[str] = ()) -> None:
     if names := sorted(names):
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise _error(graph, what, "; ".join([", ".join(names[:_SHOWN]) + more, *reasons]))

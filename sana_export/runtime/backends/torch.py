@@ -25,11 +25,19 @@ from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.commands import export_line
 from sana_export.contract import GraphSpec
 from sana_export.errors import ArtifactError, DependencyError, UsageError
+from sana_export.formats.arrays import Array
 from sana_export.graphs.builders import build_graph
 from sana_export.graphs.denoiser import Block
-from sana_export.graphs.vae_decoder import EfficientViTBlock, ResBlock, Upsample
+from sana_export.graphs.vae_blocks import EfficientViTBlock, ResBlock, Upsample
 from sana_export.manifest import Checkpoint, Manifest
-from sana_export.runtime.backends import Array, Backend, DeviceTensor
+from sana_export.runtime.backends.base import (
+    DEFAULT_SETTINGS,
+    Backend,
+    BackendSettings,
+    CapturingBackend,
+    DeviceTensor,
+    EnqueuedSession,
+)
 
 log = logging.getLogger(__name__)
 
@@ -52,25 +60,29 @@ _ROUNDING: tuple[tuple[Any, str], ...] = (
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-class TorchSession:
+class TorchSession(EnqueuedSession):
     """One deployment graph on a device, without gradients."""
 
-    def __init__(self, spec: GraphSpec, module: nn.Module, device: str) -> None:
-        self.spec, self.module, self.device = spec, module, device
-        self.capturable = False
+    def __init__(self, spec: GraphSpec, module: nn.Module, device: str, threads: int | None = None) -> None:
+        self.spec, self.module, self.device, self.threads = spec, module, device, threads
+        self._has_run = False
+
+    @property
+    def capturable(self) -> bool:
+        """Whatever a first run compiles or allocates is there afterwards."""
+        return self._has_run
 
     def run(
         self, feeds: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor] | None = None
     ) -> dict[str, DeviceTensor]:
-        """As the backend's protocol says; an output that `outputs` names is written there."""
         inputs = [place(feeds[tensor.name], self.device) for tensor in self.spec.inputs]
         try:
-            with torch.no_grad(), exact_products():
+            with torch.no_grad(), exact_products(), cpu_threads(self.threads):
                 results = self.module(*inputs)
         except RuntimeError as error:
             raise_out_of_memory(error, f"running {self.spec.name}", self.device)
             raise
-        self.capturable = True  # whatever a first run compiles or allocates is there now
+        self._has_run = True
         found = dict(zip((tensor.name for tensor in self.spec.outputs), _tuple(results), strict=True))
         for name, target in (outputs or {}).items():
             found[name] = target.copy_(found[name])
@@ -85,33 +97,56 @@ class TorchSession:
                 targets[name].copy_(given.view(torch.bfloat16) if given.dtype == torch.uint16 else given)
 
 
+class TorchTable(Sequence[Tensor]):
+    """The rows of one tensor `whole`."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole, self._rows = whole, whole.unbind(0)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
 class TorchBackend(Backend):
     """The deployment graphs of a bundle's checkpoint in PyTorch, on the CPU. `compiled`: their blocks through torch.compile."""
 
     device = "cpu"
 
-    def __init__(self, bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, *, compiled: bool) -> None:
-        self.bundle, self.manifest, self.checkpoint, self.compiled = bundle, manifest, checkpoint, compiled
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        checkpoint: SanaCheckpoint,
+        settings: BackendSettings = DEFAULT_SETTINGS,
+        *,
+        compiled: bool,
+    ) -> None:
         self.name = "torch-compile" if compiled else "torch"
+        settings.reject_options(self.name)
+        self.bundle, self.manifest, self.checkpoint, self.compiled = bundle, manifest, checkpoint, compiled
+        self.torch_device, self._threads = torch_device(self.device, settings.device), settings.threads
 
     def load(self, graph: str) -> TorchSession:
         try:
-            module = build_graph(graph, self.checkpoint, self.manifest.options).to(self.device)
+            module = build_graph(graph, self.checkpoint, self.manifest.options).to(self.torch_device)
         except RuntimeError as error:
             raise_out_of_memory(error, f"loading {graph}", self.device)
             raise
         if self.compiled:
             compile_blocks(module)
-        return TorchSession(self.manifest.graphs[graph].spec, module, self.device)
+        return TorchSession(self.manifest.graphs[graph].spec, module, self.torch_device, self._threads)
 
     def to_device(self, array: Array) -> Tensor:
-        return place(array, self.device)
+        return place(array, self.torch_device)
 
     def to_host(self, value: Tensor | Array) -> Array:
         return value if isinstance(value, np.ndarray) else value.cpu().numpy()
 
 
-class CudaTorchBackend(TorchBackend):
+class CudaTorchBackend(TorchBackend, CapturingBackend):
     """The same on a GPU, where sessions only enqueue their work, and the sampling loop is captured as a CUDA graph."""
 
     device = "cuda"
@@ -121,18 +156,17 @@ class CudaTorchBackend(TorchBackend):
     generation = 0
 
     def zeros(self, shape: Sequence[int], dtype: str | torch.dtype) -> Tensor:
-        return torch.zeros(tuple(shape), dtype=_dtype(dtype), device=self.device)
+        return torch.zeros(tuple(shape), dtype=_dtype(dtype), device=self.torch_device)
 
     def table(self, rows: int, shape: Sequence[int], dtype: str | torch.dtype) -> Sequence[Tensor]:
-        return self.zeros((rows, *shape), dtype).unbind(0)
+        return TorchTable(self.zeros((rows, *shape), dtype))
 
     def write(self, target: Tensor, value: Tensor | Array) -> None:
         target.copy_(place(value, "cpu") if isinstance(value, np.ndarray) else value)
 
     def write_table(self, target: Sequence[Tensor], rows: Array) -> None:
-        whole = target[0]._base
-        assert whole is not None  # `table` made it
-        whole.copy_(place(rows, "cpu").view(whole.shape))
+        assert isinstance(target, TorchTable)  # `table` made it
+        target.whole.copy_(place(rows, "cpu").view(target.whole.shape))
 
     def copy(self, value: Tensor) -> Tensor:
         return value.clone()
@@ -140,16 +174,16 @@ class CudaTorchBackend(TorchBackend):
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.device(self.torch_device), torch.cuda.graph(graph):
                 work()
         except RuntimeError as error:
             raise_out_of_memory(error, "capturing the sampling loop", self.device)
             raise
         return graph.replay
 
-    def mark(self) -> Any:
+    def record_event(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.torch_device))
         return event
 
     def seconds(self, start: Any, end: Any) -> float:
@@ -157,7 +191,7 @@ class CudaTorchBackend(TorchBackend):
         return float(start.elapsed_time(end)) / 1e3
 
 
-def open_torch(bundle: Path, manifest: Manifest, *, compiled: bool) -> TorchBackend:
+def open_torch(bundle: Path, manifest: Manifest, settings: BackendSettings = DEFAULT_SETTINGS, *, compiled: bool) -> TorchBackend:
     """The backend `torch`, or `torch-compile`, on the GPU where PyTorch finds one.
 
     Raises ArtifactError where the checkpoint that the bundle was made from is not there any more, DependencyError where
@@ -167,7 +201,7 @@ def open_torch(bundle: Path, manifest: Manifest, *, compiled: bool) -> TorchBack
     if compiled:
         require_compiler(device)
     backend = CudaTorchBackend if device == "cuda" else TorchBackend
-    return backend(bundle, manifest, reopen(bundle, manifest), compiled=compiled)
+    return backend(bundle, manifest, reopen(bundle, manifest), settings, compiled=compiled)
 
 
 def reopen(bundle: Path, manifest: Manifest) -> SanaCheckpoint:
@@ -238,6 +272,30 @@ def exact_products() -> Iterator[None]:
     finally:
         for (owner, name), value in zip(_ROUNDING, before, strict=True):
             setattr(owner, name, value)
+
+
+def torch_device(kind: str, index: int | None) -> str:
+    """PyTorch's name of the device. Raises UsageError if there is no GPU of that index."""
+    count = torch.cuda.device_count() if kind == "cuda" else 0
+    if index is None:
+        return kind
+    if not 0 <= index < count:
+        raise UsageError(f"there is no GPU {index}", found=f"{count} GPUs that PyTorch can use", wanted="the index of one of them")
+    return f"{kind}:{index}"
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Run with `count` threads on the CPU. PyTorch's setting is the process's: it is restored afterwards."""
+    if count is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def place(value: DeviceTensor | Array, device: str) -> Tensor:

@@ -9,14 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.load_meter import describe_machine, describe_versions
 from sana_export.cli.verb import Answer
 from sana_export.environment import source_digest
-from sana_export.files import disk_errors
-from sana_export.manifest import hash_file
+from sana_export.files import disk_errors, hash_file
+from sana_export.machine import describe_machine, describe_versions
 
 
-class Ledger:
+class StageCache:
     """The file `<bundle>.stages.json`: for each stage the key of its inputs, its answer and when it was found."""
 
     def __init__(self, bundle: Path) -> None:

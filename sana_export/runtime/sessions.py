@@ -1,0 +1,36 @@
+"""The sessions of one runtime: loaded when they are first used, and dropped stage by stage if memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sana_export.environment import return_free_memory
+from sana_export.runtime.backends.base import Backend, Session
+from sana_export.runtime.lora import LoraStack
+
+
+class Sessions(dict[str, Session]):
+    """Sessions by the names of their graphs. Reading a graph's session loads it, with the LoRAs of `loras`."""
+
+    def __init__(self, backend: Backend, loras: LoraStack, *, staged: bool) -> None:
+        """`staged`: `require` drops the sessions that are not asked for."""
+        super().__init__()
+        self.staged = staged
+        self._backend, self._loras = backend, loras
+
+    def __missing__(self, graph: str) -> Session:
+        session = self._backend.load(graph)
+        self._loras.refit(graph, session)
+        self[graph] = session
+        return session
+
+    def require(self, graphs: Iterable[str]) -> None:
+        """Load those of `graphs` that are not loaded, after dropping all others if `staged`."""
+        graphs = tuple(graphs)
+        if self.staged and (others := self.keys() - set(graphs)):
+            self._backend.wait()
+            for graph in others:
+                del self[graph]
+            return_free_memory()
+        for graph in graphs:
+            self[graph]

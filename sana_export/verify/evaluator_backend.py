@@ -1,0 +1,66 @@
+"""A backend that runs a bundle's ONNX files with every intermediate stored in its own dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from sana_export.commands import export_line
+from sana_export.export.evaluator import RangeMeter, StorageEvaluator
+from sana_export.files import check_files
+from sana_export.formats.arrays import Array
+from sana_export.formats.onnx_weights import check_external_data
+from sana_export.manifest import Manifest
+from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends.base import Backend, Session
+from sana_export.runtime.memory import AUTO
+
+Evaluator = type[StorageEvaluator] | type[RangeMeter]
+
+
+class EvaluatorSession(Session):
+    """One ONNX file in an evaluator."""
+
+    def __init__(self, evaluator: StorageEvaluator | RangeMeter) -> None:
+        self.evaluator = evaluator
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        return self.evaluator.run(feeds)
+
+
+class EvaluatorBackend(Backend):
+    """The runtime's backend interface over evaluators of this package: `evaluator` makes a session from an ONNX file."""
+
+    device = "cpu"
+    can_refit = False
+
+    def __init__(self, bundle: Path, manifest: Manifest, evaluator: Evaluator, name: str) -> None:
+        self.bundle, self.manifest, self.name = bundle, manifest, name
+        self._evaluator = evaluator
+        #: By graph, once it is loaded.
+        self.evaluators: dict[str, StorageEvaluator | RangeMeter] = {}
+
+    def load(self, graph: str) -> EvaluatorSession:
+        fix = export_line(self.bundle, self.manifest)
+        path, *data = check_files(self.bundle, self.manifest.graphs[graph].files, fix=fix)
+        check_external_data(path, data, fix=fix)
+        self.evaluators[graph] = self._evaluator(path)
+        return EvaluatorSession(self.evaluators[graph])
+
+    def to_device(self, array: Array) -> Array:
+        return array
+
+    def to_host(self, value: Array) -> Array:
+        return value
+
+
+def evaluator_backend(evaluator: Evaluator, name: str) -> Callable[[Path, Manifest], EvaluatorBackend]:
+    """A loader for `SanaRuntime.from_pretrained`."""
+    return lambda bundle, manifest: EvaluatorBackend(bundle, manifest, evaluator, name)
+
+
+def open_runtime(bundle: Path, backend: str = AUTO) -> SanaRuntime:
+    """The bundle in `backend`; for "auto" a half-precision bundle is evaluated with its intermediates stored in half precision."""
+    if backend == AUTO and (dtype := Manifest.load(bundle).options.dtype) != "float32":
+        return SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(StorageEvaluator, f"cpu, {dtype} intermediates"))
+    return SanaRuntime.from_pretrained(bundle, backend=backend)

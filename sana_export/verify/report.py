@@ -1,0 +1,71 @@
+"""What a verification found, as text and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sana_export.export.evaluator import Range
+from sana_export.export.parity import Parity
+from sana_export.verify.quality import Quality
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Parity of one bundle. `graphs` has a row an output, `latents` and `images` a row a sampled prompt."""
+
+    bundle: str
+    reference: str
+    precision: str
+    backend: str
+    graphs: tuple[Parity, ...]
+    latents: tuple[Parity, ...]
+    images: tuple[Parity, ...]
+    quality: Quality | None = None
+
+    @property
+    def passed(self) -> bool:
+        return all(row.passed for row in (*self.graphs, *self.images)) and (self.quality is None or self.quality.passed)
+
+    def as_json(self) -> dict[str, Any]:
+        rows = {kind: [row.as_json() for row in getattr(self, kind)] for kind in ("graphs", "latents", "images")}
+        head = {key: getattr(self, key) for key in ("bundle", "reference", "precision", "backend", "passed")}
+        return {**head, **rows} | ({} if self.quality is None else {"quality": self.quality.as_json()})
+
+    def as_text(self) -> str:
+        rows = [*self.graphs, *self.latents, *self.images]
+        width = max(len(row.name) for row in rows)
+        lines = [f"{self.bundle} ({self.precision}, {self.backend}) against {self.reference} in fp32"]
+        for row in rows:
+            mark = "ok    " if row.passed else "MISSED"
+            identical = "" if row.identical is None else f"  identical {row.identical:.4%}"
+            lines.append(
+                f"  {mark} {row.name:{width}}  cosine {row.cosine:.9f}  psnr {row.psnr_db:6.1f} dB  max {row.max_abs:.3g}"
+                f"{identical}  (limit: {row.limit})"
+            )
+        if self.quality is not None:
+            lines.append(self.quality.as_text())
+        lines.append("passed" if self.passed else "NOT passed")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class RangeReport:
+    """The largest magnitude of every half-precision tensor of a bundle over some prompts, the least headroom first."""
+
+    bundle: str
+    prompts: tuple[str, ...]
+    rows: tuple[Range, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [{**vars(row), "largest": min(row.largest, 1e39), "headroom": min(row.headroom, 1e39)} for row in self.rows]
+        return {"bundle": self.bundle, "prompts": list(self.prompts), "ranges": rows}
+
+    def as_text(self, count: int = 20) -> str:
+        lines = [f"{self.bundle}: largest magnitudes over {len(self.prompts)} prompts, least headroom first"]
+        lines += [
+            f"  {row.largest:12.5g}  headroom {row.headroom:10.3g}  {row.graph}: {row.operator} {row.tensor} ({row.dtype})"
+            for row in self.rows[:count]
+        ]
+        overflows = sum(row.headroom < 1 for row in self.rows)
+        return "\n".join([*lines, f"{overflows} of {len(self.rows)} tensors pass the largest number of their dtype"])
