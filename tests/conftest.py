@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from typing import Any
 import pytest
 
 import sana_export
+from tests.support.bundles import PAG_LAYER, exported
+from tests.support.small_bundles import write_bundle
 
-#: The block that perturbed attention guidance acts on in the tiny bundle.
-PAG_LAYER = "transformer_blocks.1"
 KEPT_SECONDS = 24 * 3600
 
 
@@ -34,20 +33,6 @@ def build_cache(request: pytest.FixtureRequest) -> Path:
             shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     return folder
-
-
-def exported(checkpoint: Any, bundle: Path, **options: Any) -> Path:
-    """`bundle`, exported in float32 unless it is there."""
-    from sana_export.export.bundle import export_bundle
-
-    if not bundle.exists():
-        own = bundle.with_name(f"{bundle.name}-{os.getpid()}")
-        export_bundle(checkpoint, own, precision="fp32", **options)
-        try:
-            own.rename(bundle)
-        except OSError:  # another test run was faster
-            shutil.rmtree(own)
-    return bundle
 
 
 @pytest.fixture(scope="session")
@@ -120,3 +105,10 @@ def sprint_pipeline(sprint_checkpoint: Any) -> Any:
     pipeline = SanaSprintPipeline.from_pretrained(sprint_checkpoint.folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle with the graphs `sampler` and `vae_decoder` and no engines."""
+    write_bundle(tmp_path / "bundle")
+    return tmp_path / "bundle"

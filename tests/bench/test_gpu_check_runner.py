@@ -20,7 +20,7 @@ HERE = Here(gpu=True, modules=("numpy",), cuda_provider=False)
 
 def part(name: str, most: float = 20, least: float = 1, **more: Any) -> Part:
     more.setdefault("modules", ("numpy",))
-    return Part(name, f"gpu_parts:{name.partition('-')[0]}", most, least, **more)
+    return Part(name, f"tests.support.gpu_check_parts:{name.partition('-')[0]}", most, least, **more)
 
 
 def run(work: Path, *parts: Part, seconds: float = 60, **more: Any) -> dict[str, Outcome]:

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import Cli, Ran
 
 from sana_export.cli.main import main
+from tests.support.command_line import Cli, Ran
 
 
 @pytest.fixture

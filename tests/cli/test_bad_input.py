@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Cli, Ran
 
 from sana_export.manifest import FILE_NAME, Manifest
+from tests.support.command_line import Cli, Ran
 
 
 @pytest.fixture

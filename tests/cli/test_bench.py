@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Cli
 
 from sana_export.bench.run import run_bench
 from sana_export.bench.workload import Workload
+from tests.support.command_line import Cli
 
 
 def test_a_slowed_graph_is_caught(
@@ -21,7 +21,7 @@ def test_a_slowed_graph_is_caught(
     benchmarks/notes.md has the same on a quiet machine with an eighth more of a denoiser's work.
     """
     work = Workload("slowed", 128, 128, 4, 4.5, ("a cute 🐼",), repeats=5, threads=1)
-    names = ("eager", "fake_backends:slowed")
+    names = ("eager", "tests.support.fake_candidates:slowed")
     for name, times in (("before", "0"), ("again", "0"), ("slowed", "9")):
         monkeypatch.setenv("FAKE_BACKENDS_SLOWER", times)
         run_bench(tiny_bundle, tiny_checkpoint, backends=names, workload=work, output=tmp_path / name)

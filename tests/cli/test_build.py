@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Cli
 
 from sana_export.cli.terminal.text import size
 from sana_export.cli.verb import split_names
@@ -16,6 +15,7 @@ from sana_export.cli.verbs.build import choose_profile
 from sana_export.machine import gpu_compute_capability
 from sana_export.manifest import Manifest
 from sana_export.resolutions import BINS
+from tests.support.command_line import Cli
 
 pytest.importorskip("tensorrt_rtx")
 

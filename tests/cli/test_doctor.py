@@ -7,7 +7,6 @@ from importlib import metadata
 from typing import Any
 
 import pytest
-from command_line import Cli
 
 from sana_export import machine as device
 from sana_export.cli import packages
@@ -17,6 +16,7 @@ from sana_export.cli.verbs import doctor
 from sana_export.cli.verbs.doctor import judge
 from sana_export.errors import DependencyError
 from sana_export.machine import Gpu, find_gpus
+from tests.support.command_line import Cli
 
 NO_GPU = Machine("3.11", "python", "Linux", "linux-x86_64", "a processor", 2, 10**9, ())
 RTX = Builder("tensorrt-rtx", "1.7.1", ("8.9", "12.0"), None, None)

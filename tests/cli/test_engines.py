@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Cli
-from engine_entries import ENGINE, THERE
 from PIL import Image
 
 from sana_export.cli.stage_cache import StageCache, stage_key
@@ -18,6 +16,8 @@ from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import Answer
 from sana_export.cli.verbs import bench, engines, verify
 from sana_export.manifest import Manifest
+from tests.support.command_line import Cli
+from tests.support.engine_entries import ENGINE, THERE
 
 STAGES = ["export", "build tensorrt-rtx portable", "build tensorrt-rtx 8.9", "verify", "sample", "bench"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Cli
 from PIL import Image
 
 from sana_export.cli.images import write_images
+from tests.support.command_line import Cli
 
 SMALL = ("--height", 64, "--width", 96, "--no-resolution-binning", "--steps", 2)
 SETTINGS = {"height": 64, "width": 96, "use_resolution_binning": False, "num_inference_steps": 2}

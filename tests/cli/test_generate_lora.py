@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import Cli
 from PIL import Image
 from safetensors.torch import save_file
-from test_imports import heavy_modules, line
 
 from sana_export.runtime import SanaRuntime
+from tests.support.command_line import Cli
+from tests.support.imports import heavy_modules, line
 
 SMALL = ("--height", 64, "--width", 96, "--no-resolution-binning", "--steps", 2, "--seed", 7)
 SETTINGS: dict[str, Any] = {"height": 64, "width": 96, "use_resolution_binning": False, "num_inference_steps": 2, "seed": 7}

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Cli
-from engine_entries import ADA, ENGINE, HOPPER, THERE
 
 from sana_export.cli.verbs import inspect as verb
 from sana_export.contract import GRAPHS
@@ -17,10 +15,12 @@ from sana_export.files import file_entry
 from sana_export.machine import Gpu
 from sana_export.manifest import Manifest
 from sana_export.trt.compatibility import RTX_CAPABILITIES, incompatibilities
+from tests.support.command_line import Cli
+from tests.support.engine_entries import ADA, ENGINE, HOPPER, THERE
 
 
 @pytest.mark.parametrize(
-    ("engine", "detect_host", "reasons"),
+    ("engine", "host", "reasons"),
     [
         ({}, {}, []),
         ({"compute_capabilities": ("8.9", "12.0")}, {}, []),
@@ -63,8 +63,8 @@ from sana_export.trt.compatibility import RTX_CAPABILITIES, incompatibilities
         ({"backend": "openvino"}, {}, ["backend openvino is not known to this version of sana-export"]),
     ],
 )
-def test_reasons(engine: dict[str, Any], here: dict[str, Any], reasons: list[str]) -> None:
-    assert incompatibilities(dataclasses.replace(ENGINE, **engine), dataclasses.replace(THERE, **here)) == reasons
+def test_reasons(engine: dict[str, Any], host: dict[str, Any], reasons: list[str]) -> None:
+    assert incompatibilities(dataclasses.replace(ENGINE, **engine), dataclasses.replace(THERE, **host)) == reasons
 
 
 def with_engine(bundle: Path, content: bytes = b"engine") -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Cli, Ran, command, run_until
 
 from sana_export.manifest import FILE_NAME
+from tests.support.command_line import Cli, Ran, command, run_until
 
 
 def interrupted(ran: Ran) -> None:

@@ -36,7 +36,7 @@ def test_cannot_start(broken):
 def report(folder: Path, *options: str) -> tuple[int, Any]:
     (folder / "test_some.py").write_text(TESTS)
     path = folder / "out" / "report.json"
-    line = [sys.executable, "-m", "pytest", "-p", "tests.cli.json_report", f"--json-report={path}", "--rootdir", str(folder)]
+    line = [sys.executable, "-m", "pytest", "-p", "tests.support.json_report", f"--json-report={path}", "--rootdir", str(folder)]
     done = subprocess.run([*line, *options, str(folder)], cwd=ROOT, capture_output=True, timeout=120, check=False)
     return done.returncode, json.loads(path.read_text())
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from command_line import Cli
 
 from sana_export import __version__
 from sana_export.cli import main as module
@@ -24,6 +23,7 @@ from sana_export.cli.main import VERBS
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import Answer, Verb
 from sana_export.errors import ArtifactError, DependencyError, ParityError, UsageError
+from tests.support.command_line import Cli
 
 PROMISED = ("engines", "export", "build", "verify", "generate", "bench", "inspect", "doctor", "variants", "synth")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_line import Cli
 
 from sana_export.cli.recipe import Bench, Build, Recipe, Sample, Verify, load_recipe
 from sana_export.errors import UsageError
+from tests.support.command_line import Cli
 
 RECIPES = Path(__file__).parents[2] / "engines"
 HEAD = 'model = "tiny"\noutput = "x"\n'

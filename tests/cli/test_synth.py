@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import Cli
 from safetensors import safe_open
 
 from sana_export import files as disk
 from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.synth.shards import StoredWeights
+from tests.support.command_line import Cli
 
 
 def stored_dtypes(folder: Path) -> set[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Cli
 
 from sana_export.verify.bundle import Sampling
+from tests.support.command_line import Cli
 
 
 @dataclass

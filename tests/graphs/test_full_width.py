@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from full_width import assert_equal, assert_near, build, run_half
-from heat import cool_stream, heat_attention
-from transformer_cases import Graphs, draw_inputs, quieten, run_reference
 
 from sana_export.export.parity import relative_error
 from sana_export.variants import VARIANTS
 from sana_export.verify.reference import clamp_attention
+from tests.support.full_width import assert_equal, assert_near, build, run_half
+from tests.support.heat import cool_stream, heat_attention
+from tests.support.transformer_cases import Graphs, draw_inputs, quieten, run_reference
 
 BLOCKS = 3
 #: One checkpoint of every width and kind: the seed of its weights, and what is done to them. The first two are clipped.

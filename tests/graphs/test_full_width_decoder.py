@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from full_width import assert_equal, assert_near, build, run_half, seeded
-from heat import cool_decoder, heat_decoder
 
 from sana_export.architectures import AUTOENCODER
 from sana_export.graphs.numerics import FP16_MAX, NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoder
+from tests.support.full_width import assert_equal, assert_near, build, run_half, seeded
+from tests.support.heat import cool_decoder, heat_decoder
 
 #: What is done to sane weights, and height and width of the latents: 256 px, or so few that diffusers' attention takes its products
 #: in another order.

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from full_width import assert_equal, assert_near, build, run_half, seeded
-from heat import heat_text_encoder
 
 from sana_export.architectures import TEXT_ENCODER
 from sana_export.graphs.numerics import FP16_MAX, NUMERICS
 from sana_export.graphs.text_encoder import TextEncoder, encode_instruction
+from tests.support.full_width import assert_equal, assert_near, build, run_half, seeded
+from tests.support.heat import heat_text_encoder
 
 LAYERS = 4
 #: Few, since the graph takes rows of the embedding table.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from full_width import assert_equal, assert_near, build, run_half
-from heat import heat_attention
-from transformer_cases import Graphs, draw_inputs, quieten, run_reference
 
 from sana_export.variants import VARIANTS
 from sana_export.verify.reference import clamp_attention
+from tests.support.full_width import assert_equal, assert_near, build, run_half
+from tests.support.heat import heat_attention
+from tests.support.transformer_cases import Graphs, draw_inputs, quieten, run_reference
 
 VARIANT = VARIANTS["sana-600m-512px"]
 #: Latent height and width, and the prompt's tokens. Several branches and sizes: test_full_width.py.

@@ -12,7 +12,6 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper
-from origin_cases import TINY, graphs, matrices, shapes
 from safetensors.torch import save_file
 
 from sana_export.adapters import Lora
@@ -24,6 +23,7 @@ from sana_export.graphs.lora_targets import trace_origins
 from sana_export.manifest import LoraTarget
 from sana_export.runtime.backends.onnxruntime import _as_initializer
 from sana_export.runtime.lora_values import lora_values, read_adapter, touched
+from tests.support.lora_target_cases import TINY, graphs, matrices, shapes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import PAG_LAYER
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPAGPipeline, SanaPipeline
 
 from sana_export.contract import COEFFICIENTS
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.parity import compare_images
 from sana_export.runtime import Request, SanaResult, SanaRuntime
+from tests.support.bundles import PAG_LAYER
 
 PROMPTS = {
     "English": "A red fox, ink drawing style",

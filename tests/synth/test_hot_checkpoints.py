@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaPAGPipeline, SanaPipeline
-from hot_checkpoints import HOT_CHECKPOINTS, Range, measure_ranges
 
 from sana_export.verify.reference import clamp_attention, clamp_pag_processors
+from tests.support.hot_checkpoints import HOT_CHECKPOINTS, Range, measure_ranges
 
 PROMPT = "a cute 🐼 eating 🎋, ink drawing style"
 FP16_MAX = torch.finfo(torch.float16).max

@@ -8,10 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import host_tensorrt
 import pytest
-from host_device import HostDevice
-from host_tensorrt import HostTensorRT, with_engines
 
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.machine import gpu_compute_capability
@@ -20,6 +17,9 @@ from sana_export.profiles import static_profile
 from sana_export.runtime.backends.cuda import CudaDevice, Device
 from sana_export.runtime.backends.tensorrt_engine import LoadedEngine, SharedMemory
 from sana_export.trt.bundle import build_bundle
+from tests.support import host_tensorrt
+from tests.support.host_device import HostDevice
+from tests.support.host_tensorrt import HostTensorRT, with_engines
 
 real = pytest.importorskip("tensorrt_rtx")
 

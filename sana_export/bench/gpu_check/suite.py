@@ -19,7 +19,7 @@ def run(context: Context, *, select: str = "gpu", where: str = "tests") -> Mappi
     if not Path(where).exists():
         raise DependencyError("the tests are not here", found=f"no {where} in {Path.cwd()}", wanted="a checkout of the project")
     report = context.work / "gpu-tests.json"
-    arguments = ["-m", select, "-p", "tests.cli.json_report", f"--json-report={report}", "-p", "no:xdist", where]
+    arguments = ["-m", select, "-p", "tests.support.json_report", f"--json-report={report}", "-p", "no:xdist", where]
     code = pytest.main(arguments)
     tests = json.loads(report.read_text("utf-8"))["tests"]
     outcomes = Counter(test["outcome"] for test in tests.values())

@@ -1,7 +1,7 @@
 """One GPU in the few words that a session needs: memory, copies, order, time and graphs of work, on one stream.
 
 Over cuda-core and the driver's functions. `CudaDevice` needs a GPU and has not been run on one; the tests of what is built on it
-use a device of the same interface in the host's memory (tests/runtime/host_device.py).
+use a device of the same interface in the host's memory (tests/support/host_device.py).
 """
 
 from __future__ import annotations

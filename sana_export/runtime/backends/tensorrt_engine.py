@@ -2,7 +2,7 @@
 
 The module (`tensorrt` or `tensorrt_rtx`) comes as a value, and what only one of them or a later version offers is asked for with
 `hasattr`. Sources: NVIDIA's TensorRT and TensorRT-RTX documentation and the installed TensorRT-RTX 1.7. What runs here needs a GPU
-and has not been run on one: the tests use a module of the same interface that runs the ONNX file (tests/runtime/host_tensorrt.py).
+and has not been run on one: the tests use a module of the same interface that runs the ONNX file (tests/support/host_tensorrt.py).
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from sana_export.trt import worker
 from sana_export.trt.build import Cancelled
 from sana_export.trt.plan import PlannedEngine
 from sana_export.trt.progress import Progress
-from tests.trt.building import INTERRUPTED, build, built_graphs, start_slow_build, tree
-from tests.trt.small_bundles import write_bundle
+from tests.support.engine_builds import INTERRUPTED, build, built_graphs, start_slow_build, tree
+from tests.support.small_bundles import write_bundle
 
 
 def test_an_interrupted_build_goes_on_with_the_next_engine(bundle: Path) -> None:

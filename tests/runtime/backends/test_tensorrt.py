@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from host_device import HostDevice
-from host_tensorrt import CudaGraphStrategy, DynamicShapesKernelSpecializationStrategy, HostTensorRT, with_engines
 
 from sana_export.machine import Gpu
 from sana_export.profiles import Profile
@@ -23,6 +21,8 @@ from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
 from sana_export.runtime.request import Request
 from sana_export.trt.compatibility import Host
+from tests.support.host_device import HostDevice
+from tests.support.host_tensorrt import CudaGraphStrategy, DynamicShapesKernelSpecializationStrategy, HostTensorRT, with_engines
 
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
 HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lora_files import diffusers_lora, load_transformer, peft_lora, refusals, write
 from safetensors.torch import load_file, save_file
 
 from sana_export.adapters import Lora
@@ -26,6 +25,7 @@ from sana_export.manifest import FILE_NAME, Manifest
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.lora_values import lora_values, read_adapter
 from sana_export.verify.reference import load_reference
+from tests.support.lora_files import diffusers_lora, load_transformer, peft_lora, refusals, write
 
 PROMPT = "A cute 🐼 eating 🎋, 水墨画 style"
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heat import heat_text_encoder
 
 from sana_export.graphs.numerics import FP16_MAX
 from sana_export.synth.checkpoint import build_pipeline, write_pipeline
 from sana_export.synth.recipes import RECIPES
+from tests.support.heat import heat_text_encoder
 
 SEED = 0
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from host_device import HostDevice
-from host_tensorrt import EngineInvalidityDiagnostics, HostTensorRT, with_engines
 
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
 from sana_export.machine import Gpu, gpu_compute_capability
@@ -21,6 +19,8 @@ from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.cuda import CudaDevice, cuda_error
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
 from sana_export.trt.compatibility import Host
+from tests.support.host_device import HostDevice
+from tests.support.host_tensorrt import EngineInvalidityDiagnostics, HostTensorRT, with_engines
 
 WIDE = Profile("wide", (1, 1, 8), (1, 2, 3), ((32, 32), (512, 512)))
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 2, "seed": 1}

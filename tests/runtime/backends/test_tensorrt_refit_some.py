@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from lora_files import diffusers_lora, load_transformer
 
 from sana_export.adapters import Lora
 from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
@@ -16,7 +15,8 @@ from sana_export.manifest import Manifest
 from sana_export.runtime.backends.base import Backend
 from sana_export.runtime.backends.tensorrt_refit import EngineWeights, refit_named
 from sana_export.runtime.lora import LoraStack
-from tests.trt.refit_stand_in import Engine, arrays, module
+from tests.support.lora_files import diffusers_lora, load_transformer
+from tests.support.refit_stand_in import Engine, arrays, module
 
 NAMES = ("blocks.0.qkv", "blocks.1.out.weight")
 

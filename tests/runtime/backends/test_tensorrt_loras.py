@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from host_device import HostDevice
-from host_tensorrt import HostTensorRT, with_engines
 from safetensors.torch import save_file
 
 from sana_export.errors import ArtifactError
@@ -20,6 +18,8 @@ from sana_export.profiles import Profile
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
 from sana_export.trt.compatibility import Host
+from tests.support.host_device import HostDevice
+from tests.support.host_tensorrt import HostTensorRT, with_engines
 
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
 HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")

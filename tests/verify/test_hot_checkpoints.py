@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hot_checkpoints import HOT_CHECKPOINTS
 
 from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.export.bundle import export_bundle
 from sana_export.verify.bundle import Sampling, measure_ranges, verify_bundle
+from tests.support.hot_checkpoints import HOT_CHECKPOINTS
 
 SAMPLING = Sampling(prompts=["a red apple", "一只熊猫 🐼"], height=128, width=192)
 

@@ -22,13 +22,18 @@ from sana_export.errors import DependencyError, UsageError
 from sana_export.export.parity import psnr
 
 WORK = Workload("test", 96, 128, 2, 4.5, ("a cute 🐼",), seed=5, repeats=3)
-FAILING = ("fake_backends:cannot_load", "fake_backends:raises_later", "fake_backends:is_killed_later", "fake_backends:exits")
+FAILING = (
+    "tests.support.fake_candidates:cannot_load",
+    "tests.support.fake_candidates:raises_later",
+    "tests.support.fake_candidates:is_killed_later",
+    "tests.support.fake_candidates:exits",
+)
 
 
 @pytest.fixture(scope="module")
 def report(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> BenchReport:
     """Eager, ours, ours with another seed, and four that fail."""
-    names = ("onnxruntime", "eager", "fake_backends:other_seed", *FAILING)
+    names = ("onnxruntime", "eager", "tests.support.fake_candidates:other_seed", *FAILING)
     output = tmp_path_factory.mktemp("bench") / "report"
     found = run_bench(tiny_bundle, tiny_checkpoint, backends=names, workload=WORK, output=output)
     assert json.loads((output / "bench.json").read_text("utf-8")) == found.as_json()
@@ -68,13 +73,13 @@ def test_ratios_fit_the_medians(report: BenchReport) -> None:
 
 
 def test_only_the_baseline_s_images_agree(report: BenchReport, tiny_pipeline: Any, tiny_runtime: Any) -> None:
-    ours, other = report.backends["onnxruntime"].agreement, report.backends["fake_backends:other_seed"].agreement
+    ours, other = report.backends["onnxruntime"].agreement, report.backends["tests.support.fake_candidates:other_seed"].agreement
     assert ours is not None
     assert other is not None
     assert ours.agrees
     assert not other.agrees
     assert not report.agrees
-    assert report.backends["fake_backends:other_seed"].speedup is None
+    assert report.backends["tests.support.fake_candidates:other_seed"].speedup is None
     # The figure is that of the real images.
     settings = {"num_inference_steps": 2, "height": 96, "width": 128, "use_resolution_binning": False}
     generator = torch.Generator().manual_seed(WORK.seed)
@@ -110,12 +115,12 @@ def test_backends_take_turns(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: 
     found = run_bench(
         tiny_bundle,
         tiny_checkpoint,
-        backends=("fake_backends:notes_turns", "fake_backends:notes_turns_too"),
+        backends=("tests.support.fake_candidates:notes_turns", "tests.support.fake_candidates:notes_turns_too"),
         workload=work,
         on_progress=lambda *step: steps.append(step),
     )
     assert (tmp_path / "turns").read_text().split() == [f"{name}{index}" for index in range(6) for name in "ab"]
-    result = found.backends["fake_backends:notes_turns"]
+    result = found.backends["tests.support.fake_candidates:notes_turns"]
     assert result.agreement is None
     assert result.stages["denoise_step"].ratio is None
     assert (result.stages["end_to_end"].ms.n, result.stages["denoise_step"].ms.n) == (4, 12)
@@ -144,10 +149,10 @@ def test_all_leaves_out_what_cannot_run_and_says_why(
 ) -> None:
     """A row that lacks something is skipped under `all`, failed where it was asked for; one that crashes is failed in both."""
     rows = {
-        "eager": Row("fake_backends:notes_turns"),
-        "lacking": Row("fake_backends:lacks_a_package"),
-        "broken": Row("fake_backends:cannot_load"),
-        "slow": Row("fake_backends:notes_turns", slow_on_cpu="takes minutes"),
+        "eager": Row("tests.support.fake_candidates:notes_turns"),
+        "lacking": Row("tests.support.fake_candidates:lacks_a_package"),
+        "broken": Row("tests.support.fake_candidates:cannot_load"),
+        "slow": Row("tests.support.fake_candidates:notes_turns", slow_on_cpu="takes minutes"),
     }
     monkeypatch.setattr(candidates, "ROWS", rows)
     monkeypatch.setattr(run, "_rates", lambda job, steps: None)
@@ -207,7 +212,13 @@ def test_no_process_is_left_when_the_run_is_interrupted(
 
     monkeypatch.setattr(run, "Worker", Watched)
     with pytest.raises(KeyboardInterrupt):
-        run_bench(tiny_bundle, tiny_checkpoint, backends=("fake_backends:notes_turns",), workload=WORK, on_progress=interrupt)
+        run_bench(
+            tiny_bundle,
+            tiny_checkpoint,
+            backends=("tests.support.fake_candidates:notes_turns",),
+            workload=WORK,
+            on_progress=interrupt,
+        )
     assert [worker._process.poll() is not None for worker in started] == [True, True]  # one measured the ceiling
 
 

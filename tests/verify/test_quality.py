@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import exported
 
 import sana_export
 from sana_export.checkpoint.checkpoint import open_checkpoint
@@ -23,6 +22,7 @@ from sana_export.runtime.request import Request
 from sana_export.verify.bundle import sample_both
 from sana_export.verify.quality import Meter, Quality, measure_quality
 from sana_export.verify.reference import load_reference
+from tests.support.bundles import exported
 
 PACKAGE = Path(sana_export.__file__).parent
 

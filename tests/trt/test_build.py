@@ -21,7 +21,7 @@ from sana_export.trt.build import Built, Cancelled, build_engine, configure, inp
 from sana_export.trt.logger import logger_for
 from sana_export.trt.options import BuildOptions
 from sana_export.trt.progress import Progress
-from tests.trt.small_bundles import sampler, vae_decoder, write_onnx
+from tests.support.small_bundles import sampler, vae_decoder, write_onnx
 
 RANGES: dict[str, Range] = {
     "batch": (1, 1, 2),

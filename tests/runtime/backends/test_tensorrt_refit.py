@@ -21,9 +21,9 @@ from sana_export.trt.build import build_engine, configure
 from sana_export.trt.bundle import build_bundle, read_instruction_tokens
 from sana_export.trt.logger import logger_for
 from sana_export.trt.options import BuildOptions
-from tests.trt.building import build, tree
-from tests.trt.refit_stand_in import Engine, arrays, module
-from tests.trt.small_bundles import write_bundle
+from tests.support.engine_builds import build, tree
+from tests.support.refit_stand_in import Engine, arrays, module
+from tests.support.small_bundles import write_bundle
 
 REFITTABLE = BuildOptions(refittable=True)
 

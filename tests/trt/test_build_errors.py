@@ -13,7 +13,7 @@ from sana_export.files import partial_path
 from sana_export.manifest import Manifest
 from sana_export.trt import bundle as bundle_module
 from sana_export.trt.bundle import read_instruction_tokens
-from tests.trt.building import build, paths, tree
+from tests.support.engine_builds import build, paths, tree
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])

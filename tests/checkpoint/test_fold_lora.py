@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
-from lora_files import diffusers_lora, load_transformer, peft_lora, refusals, write
 from safetensors.torch import load_file, save_file
 
 from sana_export.adapters import Lora, parse_lora
@@ -18,6 +17,7 @@ from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.manifest import Options
 from sana_export.verify.reference import load_reference
+from tests.support.lora_files import diffusers_lora, load_transformer, peft_lora, refusals, write
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from full_width import seeded
 
 from sana_export.graphs.context import Context
 from sana_export.graphs.denoiser import Denoiser
 from sana_export.graphs.numerics import NUMERICS
+from tests.support.full_width import seeded
 
 Inputs = Mapping[str, torch.Tensor]
 

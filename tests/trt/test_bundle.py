@@ -12,8 +12,8 @@ from sana_export.trt import flavour
 from sana_export.trt.bundle import read_instruction_tokens
 from sana_export.trt.flavour import load
 from sana_export.trt.plan import PlannedEngine
-from tests.trt.building import build, built_graphs, paths, tree
-from tests.trt.small_bundles import model_info, write_bundle, write_instruction
+from tests.support.engine_builds import build, built_graphs, paths, tree
+from tests.support.small_bundles import model_info, write_bundle, write_instruction
 
 
 def test_every_engine_is_built_recorded_and_laid_out(bundle: Path) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from host_device import HostDevice
-from host_tensorrt import HostTensorRT, with_engines
 
 from sana_export.machine import Gpu
 from sana_export.manifest import Manifest
@@ -17,6 +15,8 @@ from sana_export.profiles import custom_profile
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
 from sana_export.trt.compatibility import Host
 from sana_export.verify.bundle import Sampling, verify_bundle
+from tests.support.host_device import HostDevice
+from tests.support.host_tensorrt import HostTensorRT, with_engines
 
 HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
 WHOLE = {"text_encoder", "context", "denoiser", "sampler", "vae_decoder", "postprocess"}

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from origin_cases import TINY, Weights, graphs, matrices, shapes
 from torch import Tensor, nn
 
 from sana_export.architectures import ARCHITECTURES
 from sana_export.graphs.lora_targets import trace_origins
 from sana_export.graphs.numerics import NUMERICS, parameter
 from sana_export.manifest import LoraTarget
+from tests.support.lora_target_cases import TINY, Weights, graphs, matrices, shapes
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},

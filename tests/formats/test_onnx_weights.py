@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sana_export.errors import ArtifactError
 from sana_export.formats.onnx_weights import copies_of_shared, external_tensors, read_tensors, structure_sha256
 from sana_export.manifest import Manifest
-from tests.trt.small_bundles import slow, vae_decoder
+from tests.support.small_bundles import slow, vae_decoder
 
 
 @pytest.fixture

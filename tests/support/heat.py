@@ -2,7 +2,7 @@
 or to such small ones that the epsilons of norms count.
 
 Each function changes a network with sane weights in place; that it gets there is asserted where it is used. For
-whole checkpoints at the widths of `tiny-random`: tests/hot_checkpoints.py.
+whole checkpoints at the widths of `tiny-random`: tests/support/hot_checkpoints.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from full_width import seeded
+
+from tests.support.full_width import seeded
 
 #: Channels into which hot self-attention writes.
 HOT_CHANNELS = (5, 37, 70, 101)

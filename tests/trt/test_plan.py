@@ -12,7 +12,7 @@ from sana_export.profiles import PROFILES, Profile, custom_profile
 from sana_export.trt.flavour import Target
 from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.plan import EngineSpec, PlannedEngine, dynamic_axes, engine_spec, onnx_sha256, plan_engines, stale_fields
-from tests.trt.small_bundles import INSTRUCTION_TOKENS, model_info, write_bundle
+from tests.support.small_bundles import INSTRUCTION_TOKENS, model_info, write_bundle
 
 TARGET = Target("tensorrt-rtx", "1.7", ("8.9",), "any")
 RANGES = PROFILES["default"].ranges(model_info(), instruction_tokens=INSTRUCTION_TOKENS)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PAG_LAYER
 from diffusers import SanaPAGPipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -28,6 +27,7 @@ from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends import torch as torch_backend
 from sana_export.synth.checkpoint import make_checkpoint
 from sana_export.verify.bundle import Sampling, verify_bundle
+from tests.support.bundles import PAG_LAYER
 
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
 PROMPT = "A cute 🐼 eating 🎋, 水墨画 style"

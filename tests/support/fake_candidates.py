@@ -1,4 +1,4 @@
-"""Backends for tests, named as "fake_backends:function": without a model, and each wrong in its own way."""
+"""Backends for tests, named as "tests.support.fake_candidates:function": without a model, and each wrong in its own way."""
 
 from __future__ import annotations
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from host_device import HostDevice
-from host_tensorrt import HostTensorRT, with_engines
 
 from sana_export.errors import DependencyError, UsageError
 from sana_export.files import FileEntry
@@ -21,6 +19,8 @@ from sana_export.runtime.backends.tensorrt import TensorRTBackend
 from sana_export.runtime.memory import MemoryRequirement, choose_memory_mode, memory_requirements
 from sana_export.trt.compatibility import Host
 from sana_export.trt.selection import engine_set
+from tests.support.host_device import HostDevice
+from tests.support.host_tensorrt import HostTensorRT, with_engines
 
 WIDE = Profile("wide", (1, 1, 2), (1, 2, 3), ((32, 32), (512, 512)))
 HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")

@@ -1,4 +1,4 @@
-"""A pytest plugin: `-p tests.cli.json_report --json-report=FILE` writes one JSON document on the run. `make gpu-check` uses it."""
+"""A pytest plugin: `-p tests.support.json_report --json-report=FILE` writes the outcome of a run. `make gpu-check` uses it."""
 
 from __future__ import annotations
 
