@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
+import importlib.util
 import re
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -66,6 +69,12 @@ def links(document: str) -> list[str]:
     return [first or second for first, second in LINK.findall(without_code(text_of(document)))]
 
 
+def python_blocks(document: str) -> list[str]:
+    return [
+        textwrap.dedent(block) for block in re.findall(r"^ *```python\n(.*?)^ *```", text_of(document), re.MULTILINE | re.DOTALL)
+    ]
+
+
 def rows(text: str) -> Iterator[list[str]]:
     """The cells of every line of every table."""
     for line in prose(text).splitlines():
@@ -106,6 +115,25 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head(document: str) -> No
         else:
             width = len(cells)
     assert not uneven
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if python_blocks(name)])
+def test_python_in_a_document_parses_and_imports_what_exists(document: str) -> None:
+    imports = [
+        (node.module, alias.name)
+        for block in python_blocks(document)
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "sana_export"
+        for alias in node.names
+    ]
+    missing = [f"{module}.{name}" for module, name in dict.fromkeys(imports) if not exists(module, name)]
+    assert not missing
+
+
+def exists(module: str, name: str) -> bool:
+    if importlib.util.find_spec(module) is None:
+        return False
+    return hasattr(importlib.import_module(module), name) or importlib.util.find_spec(f"{module}.{name}") is not None
 
 
 def test_every_document_is_in_the_index() -> None:
