@@ -104,7 +104,7 @@ def with_halo(tiny_runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch) -> Cal
     def change(by: int) -> None:
         manifest = tiny_runtime.manifest
         model = dataclasses.replace(manifest.model, decoder_tile_halo=manifest.model.decoder_tile_halo + by)
-        monkeypatch.setattr(tiny_runtime, "manifest", dataclasses.replace(manifest, model=model))
+        monkeypatch.setattr(tiny_runtime.backend, "manifest", dataclasses.replace(manifest, model=model))
 
     return change
 

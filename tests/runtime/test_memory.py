@@ -175,7 +175,7 @@ def test_weights_are_streamed_in_that_mode_alone(tiny_bundle: Path, tmp_path: Pa
 
 
 def test_modes_of_a_backend_without_a_gpu(tiny_bundle: Path) -> None:
-    with pytest.raises(UsageError, match="there is no memory mode 'small'"):
+    with pytest.raises(UsageError, match="unknown memory mode 'small'"):
         SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="small")
     with pytest.raises(UsageError, match="the backend onnxruntime cannot stream weights"):
         SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="streaming")
