@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sana_export.errors import DependencyError, UsageError
 from sana_export.files import require_free
+from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe
 from sana_export.synth.shards import StoredWeights
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 #: Written beside model_index.json; its presence means that the weights are random.
 MARKER = "sana_export.json"
-DTYPES = ("float32", "float16", "bfloat16")
 #: The stem of each network's weight files.
 STEMS = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 #: Bytes of a weight file at most, where the caller does not say.
@@ -160,8 +160,8 @@ def shapes_of(network: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _check_request(folder: Path, dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise UsageError("no such dtype for weights", found=dtype, wanted=", ".join(DTYPES))
+    if dtype not in WEIGHT_DTYPES:
+        raise UsageError("no such dtype for weights", found=dtype, wanted=", ".join(WEIGHT_DTYPES))
     if folder.exists() and not (folder / MARKER).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(
             "the folder holds something that is not a synthetic checkpoint",

@@ -18,7 +18,7 @@ from sana_export.adapters import Lora
 from sana_export.checkpoint.fold_lora import fold_loras
 from sana_export.checkpoint.weights import Weights, read_headers
 from sana_export.errors import ArtifactError
-from sana_export.formats.safetensors_file import round_to_bfloat16, widen_bfloat16
+from sana_export.formats.dtypes import round_to_bfloat16, widen_bfloat16
 from sana_export.graphs.lora_targets import trace_origins
 from sana_export.manifest import LoraTarget
 from sana_export.runtime.backends.onnxruntime import _as_initializer
