@@ -109,7 +109,7 @@ def check_targets(path: Path, model: onnx.ModelProto, targets: Iterable[LoraTarg
     outside the file: else refitting it would change something else, or nothing."""
     outside = {tensor.name: (tuple(tensor.dims), tensor.data_type) for tensor in model.graph.initializer if tensor.external_data}
     for target in targets:
-        wanted = (target.stored, DTYPES[target.dtype].onnx)
+        wanted = (target.initializer_shape, DTYPES[target.dtype].onnx)
         if (found := outside.get(target.initializer)) != wanted:
             raise ParityError(
                 f"{path} does not hold {target.module} where its graph has it",

@@ -74,13 +74,13 @@ def _stored(base: Mapping[str, Bytes], target: LoraTarget) -> Array:
             wanted=", ".join(WEIGHT_DTYPES),
             fix="export the bundle without quantisation, or fold the LoRA in: sana-export export MODEL --lora PATH -o BUNDLE",
         )
-    return base[target.initializer].view(WEIGHT_DTYPES[target.dtype].numpy).reshape(target.stored)
+    return base[target.initializer].view(WEIGHT_DTYPES[target.dtype].numpy).reshape(target.initializer_shape)
 
 
 def _add(array: Array, target: LoraTarget, folds: Sequence[Fold[StoredTensor]], adapters: Sequence[Adapter]) -> None:
     """Add `folds` to the slice of `array` that is the target's, in place."""
-    first, end = target.held or (0, target.shape[0])
-    rows = slice(target.first, target.first + end - first)
+    first, end = target.source_rows or (0, target.shape[0])
+    rows = slice(target.row_offset, target.row_offset + end - first)
     part = array[:, rows] if target.transposed else array[rows]
     dtype = WEIGHT_DTYPES[target.dtype]
     old = dtype.widen(part)
