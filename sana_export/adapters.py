@@ -18,7 +18,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import hash_file
-from sana_export.formats.safetensors_file import DTYPES, PICKLES
+from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
+from sana_export.formats.safetensors_file import PICKLES
 
 DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 #: What stands before the names of the transformer's layers, in PEFT's file and in any other.
@@ -262,11 +263,11 @@ def _check_layer(
                 wanted=f"{list(wanted)}, for {layer}.weight of {list(shape)}",
                 fix="name a LoRA that was trained on this checkpoint",
             )
-        if part.dtype not in DTYPES:
+        if part.dtype not in SAFETENSORS_WEIGHT_DTYPES:
             raise ArtifactError(
                 f"{name} in the LoRA {lora.path} is stored in a dtype that is not read",
                 found=part.dtype,
-                wanted=", ".join(DTYPES),
+                wanted=", ".join(SAFETENSORS_WEIGHT_DTYPES),
             )
 
 

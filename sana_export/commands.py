@@ -1,36 +1,50 @@
-"""The command that makes a bundle again, for the errors that ask for it."""
+"""The commands that error messages tell the user to run, with every option filled in."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from sana_export.adapters import Lora
-from sana_export.manifest import Checkpoint, Manifest
+from sana_export.records import Checkpoint, Options
 from sana_export.variants import find_variant
 
-#: What `export` takes where no precision is named.
+#: The precision that `export` uses if none is given.
 DEFAULT_PRECISION = "fp16"
+
+
+class Exported(Protocol):
+    """What an export was made from and how. Every manifest says this."""
+
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+
+    @property
+    def options(self) -> Options: ...
 
 
 def export_line(
     bundle: Path,
-    manifest: Manifest,
+    exported: Exported,
     *,
     precision: str | None = None,
     pag_layers: tuple[int, ...] | None = None,
     loras: Iterable[Lora] = (),
 ) -> str:
-    """The command that exports `bundle` again: with its own options, those given here in their place, and `loras` on top."""
-    precision = manifest.options.precision if precision is None else precision
-    layers = manifest.options.pag_layers if pag_layers is None else pag_layers
-    model, *model_options = model_words(manifest.checkpoint)
+    """The command that exports `bundle` again.
+
+    It repeats the bundle's own options, except for those given here. `loras` are added to its LoRAs.
+    """
+    precision = exported.options.precision if precision is None else precision
+    layers = exported.options.pag_layers if pag_layers is None else pag_layers
+    model, *model_options = model_words(exported.checkpoint)
     words = ["sana-export", "export", model, "-o", str(bundle), *model_options]
     if precision != DEFAULT_PRECISION:
         words += ["--dtype", precision]
-    if manifest.options.clamp != manifest.checkpoint.clamp:
-        words.append("--clamp" if manifest.options.clamp else "--no-clamp")
+    if exported.options.clamp != exported.checkpoint.clamp:
+        words.append("--clamp" if exported.options.clamp else "--no-clamp")
     if layers:
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
     for lora in loras:
@@ -39,7 +53,7 @@ def export_line(
 
 
 def model_words(checkpoint: Checkpoint) -> list[str]:
-    """MODEL and the options that say which of its files, and which overlays, a bundle was made from."""
+    """The words of a command that name a checkpoint: MODEL, then the options for its revision, files and overlays."""
     words = [checkpoint.source]
     if checkpoint.revision is not None:
         words += ["--revision", checkpoint.revision]
@@ -53,6 +67,7 @@ def model_words(checkpoint: Checkpoint) -> list[str]:
     return words
 
 
-def build_line(bundle: object, backend: str, *, height: int, width: int, batch: int = 1) -> str:
+def build_line(bundle: Path, backend: str, *, height: int, width: int, batch: int = 1) -> str:
     """The command that builds engines for one image size in pixels and up to `batch` images."""
-    return f"sana-export build {bundle} --backend {backend} --height {height} --width {width} --batch {batch}"
+    size = ["--height", str(height), "--width", str(width), "--batch", str(batch)]
+    return shlex.join(["sana-export", "build", str(bundle), "--backend", backend, *size])

@@ -1,7 +1,7 @@
-"""What a bundle is: the record of everything in it, bound by hashes.
+"""The manifest of a bundle: a record of everything in it, bound by hashes.
 
-A bundle is a folder with `manifest.json` at its top. Every other file that a bundle uses is a `FileEntry` of the manifest,
-addressed relative to the bundle. The manifest seals itself with the hash of its own content, so an edit by hand is noticed.
+A bundle is a folder with `manifest.json` at its top. The manifest lists every other file of the bundle as a `FileEntry`, with a
+path relative to the bundle. It contains a hash of its own content, so an edit by hand is noticed.
 """
 
 from __future__ import annotations
@@ -10,233 +10,165 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sana_export import __version__
+from sana_export.commands import export_line
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError
-from sana_export.files import FileEntry
+from sana_export.files import FileEntry, write_whole
+from sana_export.records import (
+    PRECISIONS,
+    Checkpoint,
+    EngineEntry,
+    GraphEntry,
+    LoraTarget,
+    ModelInfo,
+    Options,
+    Overlay,
+)
 
-FORMAT = 1
+__all__ = [
+    "FILE_NAME",
+    "FORMAT",
+    "PRECISIONS",
+    "Checkpoint",
+    "EngineEntry",
+    "GraphEntry",
+    "LoraTarget",
+    "Manifest",
+    "ModelInfo",
+    "Options",
+    "Overlay",
+    "parse_graph",
+    "parse_spec",
+]
+
+FORMAT = 2
 FILE_NAME = "manifest.json"
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class LoraTarget:
-    """Where a layer of the transformer lies in a graph, for a LoRA on it (runtime/lora.py).
-
-    `module` as diffusers names it, `shape` that of its weight there: [out, in] or [out, in, 1, 1]. The graph's `initializer`, an
-    array of shape `stored` and of `dtype`, holds `factor` times the weight's rows `held` (first and end; None: all) in the rows
-    from `first` on, or, where it is `transposed`, in the columns. A layer whose rows are apart has a target for each part.
-    """
-
-    module: str
-    shape: tuple[int, ...]
-    initializer: str
-    stored: tuple[int, ...]
-    dtype: str
-    first: int = 0
-    transposed: bool = False
-    factor: float = 1.0
-    held: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class GraphEntry:
-    """One exported graph: its resolved tensors, the ONNX file and the external data files it reads.
-
-    `lora_targets`: where each layer of the transformer lies in it; empty in bundles of before they were recorded.
-    """
-
-    spec: GraphSpec
-    onnx: FileEntry
-    data: tuple[FileEntry, ...]
-    opset: int
-    parameters: int
-    lora_targets: tuple[LoraTarget, ...] = ()
-
-    @property
-    def files(self) -> tuple[FileEntry, ...]:
-        return (self.onnx, *self.data)
-
-
-@dataclass(frozen=True)
-class EngineEntry:
-    """One serialized engine. `key` hashes all that changes it; `ranges` holds min, opt and max of every dynamic axis.
-
-    `onnx_sha256` hashes the graph's ONNX file and its data. A `refittable` engine holds no weights: there it hashes the structure
-    alone, and the weights that the engine needs when it is loaded are those in the `data` files of the graph's entry, whichever
-    checkpoint they are of. `activation_bytes`: of the GPU, what a run works in at the largest shapes (0: the builder did not say).
-    `build_seconds` and `build_peak_bytes` (host memory, 0: not measured) are of the process that built it.
-    """
-
-    graph: str
-    backend: str
-    key: str
-    file: FileEntry
-    onnx_sha256: str
-    backend_version: str
-    compute_capabilities: tuple[str, ...]
-    operating_system: str
-    profile: str
-    ranges: Mapping[str, tuple[int, int, int]]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    build_seconds: float = 0.0
-    build_peak_bytes: int = 0
-    activation_bytes: int = 0
-
-    @property
-    def refittable(self) -> bool:
-        return bool(self.options.get("refittable"))
-
-
-@dataclass(frozen=True)
-class Overlay:
-    """Weights that the user laid over a checkpoint: `path` as it was named, the hash of what of it was read, the factor on it."""
-
-    path: str
-    sha256: str
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where the weights came from. `sha256` hashes the contents of all weight and config files, with those of the overlays.
-
-    `variant` is its row of variants.py, `weights_variant` the files that were asked for (such as fp16), `clamp` how it was trained.
-    `transformer` stands in place of the checkpoint's own transformer weights; `loras` are folded into them.
-    """
-
-    source: str
-    revision: str | None
-    sha256: str
-    variant: str | None
-    synthetic: bool
-    weights_variant: str | None = None
-    clamp: bool = False
-    transformer: Overlay | None = None
-    loras: tuple[Overlay, ...] = ()
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the bundle was exported: `precision` is fp32, fp16 or bf16; `clamp`: self-attention output clipped to +-65504."""
-
-    precision: str
-    clamp: bool
-    pag_layers: tuple[int, ...] = ()
-
-    @property
-    def dtype(self) -> str:
-        return PRECISIONS[self.precision]
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What the runtime has to know of the checkpoint beyond its graphs' shapes.
-
-    `guidance_embeds`: the denoiser takes the guidance scale as an input (SANA-Sprint) in place of guidance branches.
-    `decoder_tile_scale`: image pixels a feature that `vae_decoder_head` gives. `decoder_tile_halo`: how many features beyond its
-    own an image pixel of `vae_decoder_tail` depends on, to each side.
-    """
-
-    sample_size: int
-    latent_channels: int
-    vae_scale_factor: int
-    timestep_scale: float
-    text_channels: int
-    embedding_rows: int
-    scheduler: Mapping[str, Any]
-    instruction: str
-    max_sequence_length: int
-    default_steps: int
-    default_guidance_scale: float
-    guidance_embeds: bool = False
-    decoder_tile_halo: int = 0
-    decoder_tile_scale: int = 1
-
-    @property
-    def native_size(self) -> int:
-        """Height and width in pixels that the checkpoint was trained for."""
-        return self.sample_size * self.vae_scale_factor
+#: What parsing a document of another shape can raise.
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole record. `parity` is the last report of `verify`, as its JSON says it."""
+    """The whole record."""
 
+    #: The checkpoint that the bundle was exported from.
     checkpoint: Checkpoint
+    #: How it was exported.
     options: Options
+    #: What the runtime has to know about the checkpoint.
     model: ModelInfo
+    #: The graphs by name.
     graphs: Mapping[str, GraphEntry]
+    #: The files that belong to no graph: tokenizer, instruction and embeddings.
     files: tuple[FileEntry, ...]
+    #: Hash of everything that decides what the export wrote.
     export_key: str
+    #: The engines, in the order in which they were built.
     engines: tuple[EngineEntry, ...] = ()
+    #: The last report of `verify`, as JSON.
     parity: Mapping[str, Any] | None = None
+    #: The version of sana_export that wrote the manifest.
     tool_version: str = __version__
+    #: The version of the manifest's format.
     format: int = FORMAT
 
     def with_engine(self, engine: EngineEntry) -> Manifest:
-        """A copy that holds `engine` in place of any engine with its graph, backend and key."""
+        """A copy with `engine`, which replaces an engine of the same graph, backend and key."""
         same = (engine.graph, engine.backend, engine.key)
         kept = tuple(entry for entry in self.engines if (entry.graph, entry.backend, entry.key) != same)
         return replace(self, engines=(*kept, engine))
 
     def save(self, bundle: Path) -> None:
-        """Write `manifest.json` under a temporary name, then rename it."""
+        """Write `manifest.json`, whole or not at all. Raises DependencyError if the disk refuses."""
         document = dataclasses.asdict(self)
-        document["sha256"] = _seal(document)
-        path = bundle / FILE_NAME
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")
-        temporary.replace(path)
+        document["sha256"] = seal(document)
+        write_whole(bundle / FILE_NAME, json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
 
     @classmethod
     def load(cls, bundle: Path) -> Manifest:
-        """Read and check `manifest.json`. Raises ArtifactError where it is missing, foreign, of another format or edited."""
-        path = bundle / FILE_NAME
-        rebuild = f"sana-export export MODEL -o {bundle}"
-        if not path.is_file():
+        """Read and check `manifest.json`. Raises ArtifactError if it is missing, damaged, edited or of another version."""
+        document = _read(bundle)
+        sealed = _check_version(bundle, document)
+        if (found := seal(document)) != sealed:
             raise ArtifactError(
-                f"{bundle} is not a bundle", found="no manifest.json", wanted="a folder made by export", fix=rebuild
-            )
-        try:
-            document = json.loads(path.read_text("utf-8"))
-            found_format, sealed = document["format"], document.pop("sha256")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{path} is damaged", found=repr(error), wanted="a manifest", fix=rebuild) from error
-        written_by = str(document.get("tool_version"))
-        if found_format != FORMAT or _series(written_by) != _series(__version__):
-            raise ArtifactError(
-                f"{path} was written by another version of sana-export",
-                found=f"format {found_format}, written by {written_by}",
-                wanted=f"format {FORMAT}, written by {__version__}",
-                fix=rebuild,
-            )
-        if _seal(document) != sealed:
-            raise ArtifactError(
-                f"{path} was edited after it was written",
-                found=f"content hash {_seal(document)[:16]}",
+                f"{bundle / FILE_NAME} was edited after it was written",
+                found=f"content hash {found[:16]}",
                 wanted=f"content hash {str(sealed)[:16]}",
-                fix=rebuild,
+                fix=_export_again(bundle, document),
             )
         try:
             return _parse(document)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path} is damaged", found=repr(error), wanted="a manifest", fix=rebuild) from error
+        except _MALFORMED as error:
+            raise _damaged(bundle, error, document) from error
+
+
+def seal(document: Mapping[str, Any]) -> str:
+    """The hash of a manifest's content, which is `document` without its key "sha256"."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(bundle: Path) -> Any:
+    path = bundle / FILE_NAME
+    if not path.is_file():
+        raise ArtifactError(
+            f"{bundle} is not a bundle",
+            found=f"no {FILE_NAME}",
+            wanted="a folder made by `sana-export export`",
+            fix=_export_again(bundle, None),
+        )
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise _damaged(bundle, error, None) from error
+
+
+def _check_version(bundle: Path, document: Any) -> object:
+    """Raise ArtifactError unless this version of sana_export reads `document`. Takes its hash out and returns it."""
+    try:
+        found, sealed, written_by = document["format"], document.pop("sha256"), str(document.get("tool_version"))
+    except _MALFORMED as error:
+        raise _damaged(bundle, error, document) from error
+    if found != FORMAT or _series(written_by) != _series(__version__):
+        raise ArtifactError(
+            f"{bundle / FILE_NAME} was written by another version of sana-export",
+            found=f"format {found}, written by {written_by}",
+            wanted=f"format {FORMAT}, written by {__version__}",
+            fix=_export_again(bundle, document),
+        )
+    return sealed
 
 
 def _series(version: str) -> list[str]:
-    """The part of a version that stands for one way to write bundles: major and minor."""
+    """Major and minor version. Patch releases read each other's bundles."""
     return version.split(".")[:2]
 
 
-def _seal(document: Mapping[str, Any]) -> str:
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _damaged(bundle: Path, error: Exception, document: Any) -> ArtifactError:
+    return ArtifactError(
+        f"{bundle / FILE_NAME} is damaged", found=repr(error), wanted="a manifest", fix=_export_again(bundle, document)
+    )
+
+
+def _export_again(bundle: Path, document: Any) -> str:
+    """The command that exports the bundle again, from as much of the manifest as can be read."""
+    try:
+        return export_line(bundle, _Origin(_parse_checkpoint(document["checkpoint"]), _parse_options(document["options"])))
+    except _MALFORMED:
+        return f"sana-export export MODEL -o {bundle}, with the checkpoint that it was exported from as MODEL"
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a bundle was exported from, and how."""
+
+    checkpoint: Checkpoint
+    options: Options
 
 
 def parse_spec(entry: Mapping[str, Any]) -> GraphSpec:
@@ -261,32 +193,36 @@ def parse_graph(entry: Mapping[str, Any]) -> GraphEntry:
 
 
 def _parse_target(entry: Mapping[str, Any]) -> LoraTarget:
-    held = entry.get("held")
-    tuples = {"shape": tuple(entry["shape"]), "stored": tuple(entry["stored"]), "held": None if held is None else tuple(held)}
-    return LoraTarget(**{**entry, **tuples})
+    rows = entry["source_rows"]
+    shapes = {name: tuple(entry[name]) for name in ("shape", "initializer_shape")}
+    return LoraTarget(**{**entry, **shapes, "source_rows": None if rows is None else tuple(rows)})
+
+
+def _parse_engine(entry: Mapping[str, Any]) -> EngineEntry:
+    ranges = {axis: tuple(values) for axis, values in entry["ranges"].items()}
+    capabilities = tuple(entry["compute_capabilities"])
+    return EngineEntry(**{**entry, "file": FileEntry(**entry["file"]), "ranges": ranges, "compute_capabilities": capabilities})
+
+
+def _parse_checkpoint(entry: Mapping[str, Any]) -> Checkpoint:
+    transformer, loras = entry.get("transformer"), entry.get("loras", ())
+    overlays = {"transformer": Overlay(**transformer) if transformer else None, "loras": tuple(Overlay(**lora) for lora in loras)}
+    return Checkpoint(**{**entry, **overlays})
+
+
+def _parse_options(entry: Mapping[str, Any]) -> Options:
+    return Options(**{**entry, "pag_layers": tuple(entry["pag_layers"])})
 
 
 def _parse(document: Mapping[str, Any]) -> Manifest:
-    def engine(entry: Mapping[str, Any]) -> EngineEntry:
-        ranges = {axis: tuple(values) for axis, values in entry["ranges"].items()}
-        capabilities = tuple(entry["compute_capabilities"])
-        file = FileEntry(**entry["file"])
-        return EngineEntry(**{**entry, "file": file, "ranges": ranges, "compute_capabilities": capabilities})
-
-    def checkpoint(entry: Mapping[str, Any]) -> Checkpoint:
-        transformer, loras = entry.get("transformer"), entry.get("loras", ())
-        overlay = Overlay(**transformer) if transformer else None
-        return Checkpoint(**{**entry, "transformer": overlay, "loras": tuple(Overlay(**lora) for lora in loras)})
-
-    options = document["options"]
     return Manifest(
-        checkpoint=checkpoint(document["checkpoint"]),
-        options=Options(**{**options, "pag_layers": tuple(options["pag_layers"])}),
+        checkpoint=_parse_checkpoint(document["checkpoint"]),
+        options=_parse_options(document["options"]),
         model=ModelInfo(**document["model"]),
         graphs={name: parse_graph(entry) for name, entry in document["graphs"].items()},
         files=tuple(FileEntry(**file) for file in document["files"]),
         export_key=document["export_key"],
-        engines=tuple(map(engine, document["engines"])),
+        engines=tuple(map(_parse_engine, document["engines"])),
         parity=document["parity"],
         tool_version=document["tool_version"],
         format=document["format"],

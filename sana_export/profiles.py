@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from sana_export.architectures import LATENT_STRIDE
 from sana_export.errors import UsageError
-from sana_export.manifest import ModelInfo
+from sana_export.records import ModelInfo
 from sana_export.resolutions import BINS, Size
 
 #: Image pixels up to which an image is decoded in one piece where nothing is asked for: every bin of checkpoints up to 2K.

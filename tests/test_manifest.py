@@ -9,11 +9,10 @@ import shutil
 import pytest
 
 from sana_export import __version__
-from sana_export import manifest as manifest_module
 from sana_export.contract import GRAPHS, resolve
 from sana_export.errors import ArtifactError
 from sana_export.files import FileEntry, check_files
-from sana_export.manifest import EngineEntry, Manifest
+from sana_export.manifest import FORMAT, EngineEntry, LoraTarget, Manifest, Overlay, seal
 
 
 @pytest.fixture
@@ -67,6 +66,41 @@ def test_another_version_names_both(bundle, changes):
     assert __version__ in caught.value.wanted
 
 
+#: Fields of `LoraTarget` in format 1.
+FORMAT_1_NAMES = {"source_rows": "held", "row_offset": "first", "initializer_shape": "stored"}
+
+
+def test_a_bundle_of_format_1_names_the_command_that_exports_it_again(bundle):
+    """Its LoRA targets have other names, so it cannot be read. Its checkpoint and options can."""
+    manifest = Manifest.load(bundle)
+    checkpoint = dataclasses.replace(
+        manifest.checkpoint, source="my models/fox", revision="v1", loras=(Overlay("style.safetensors", "0" * 64, 0.7),)
+    )
+    document = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(manifest, checkpoint=checkpoint, format=1))))
+    targets = [target for graph in document["graphs"].values() for target in graph["lora_targets"]]
+    assert targets
+    for target in targets:
+        for name, former in FORMAT_1_NAMES.items():
+            target[former] = target.pop(name)
+    (bundle / "manifest.json").write_text(json.dumps({**document, "sha256": seal(document)}))
+    with pytest.raises(ArtifactError, match="another version") as caught:
+        Manifest.load(bundle)
+    assert caught.value.found == f"format 1, written by {__version__}"
+    assert caught.value.wanted == f"format {FORMAT}, written by {__version__}"
+    assert caught.value.fix == (
+        f"sana-export export 'my models/fox' -o {bundle} --revision v1 --lora style.safetensors:0.7 "
+        "--dtype fp32 --pag-layers transformer_blocks.1"
+    )
+
+
+def test_lora_targets_read_back(bundle):
+    manifest = Manifest.load(bundle)
+    target = LoraTarget("layer", (8, 4, 1, 1), "weight", (4, 16), "float16", 8, True, 0.5, (2, 6))
+    graphs = {**manifest.graphs, "sampler": dataclasses.replace(manifest.graphs["sampler"], lora_targets=(target,))}
+    dataclasses.replace(manifest, graphs=graphs).save(bundle)
+    assert Manifest.load(bundle).graphs["sampler"].lora_targets == (target,)
+
+
 def test_a_patch_release_reads_older_bundles(bundle):
     series = ".".join(__version__.split(".")[:2])
     dataclasses.replace(Manifest.load(bundle), tool_version=f"{series}.99").save(bundle)
@@ -78,13 +112,13 @@ def test_an_unknown_field_is_damage_not_a_bug(bundle):
     document = json.loads(path.read_text("utf-8"))
     del document["sha256"]
     document["options"]["quantisation"] = "int4"
-    path.write_text(json.dumps({**document, "sha256": manifest_module._seal(document)}))
+    path.write_text(json.dumps({**document, "sha256": seal(document)}))
     with pytest.raises(ArtifactError, match="damaged"):
         Manifest.load(bundle)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\udcff".encode("utf-8", "surrogateescape")])
-def test_a_damaged_manifest_is_said(bundle, content):
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, "\udcff".encode("utf-8", "surrogateescape")])
+def test_a_damaged_manifest_is_reported(bundle, content):
     (bundle / "manifest.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ArtifactError, match="damaged"):
         Manifest.load(bundle)
@@ -103,9 +137,9 @@ def test_damaged_files_are_named(bundle, damage):
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"denoiser/model\.onnx\.data") as caught:
-        check_files(bundle, [entry], fix="the line that mends it")
+        check_files(bundle, [entry], fix="the command that fixes it")
     assert caught.value.exit_code == 4
-    assert caught.value.fix == "the line that mends it"
+    assert caught.value.fix == "the command that fixes it"
 
 
 @pytest.mark.parametrize("path", ["../outside", "/etc/hostname", "link"])

@@ -9,7 +9,8 @@ from typing import Any
 
 from sana_export.checkpoint.weights import Stored, Weights
 from sana_export.errors import ArtifactError
-from sana_export.formats.safetensors_file import DTYPES, PICKLES
+from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
+from sana_export.formats.safetensors_file import PICKLES
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,11 @@ def _check_tensor(name: str, found: Stored, shape: tuple[int, ...], owner: str) 
             wanted=list(shape),
             fix="name weights and a checkpoint of the same architecture (sana-export variants)",
         )
-    if found.dtype not in DTYPES:
+    if found.dtype not in SAFETENSORS_WEIGHT_DTYPES:
         raise ArtifactError(
             f"{name} in the {owner} is stored in a dtype that is not read",
             found=found.dtype,
-            wanted=", ".join(DTYPES),
+            wanted=", ".join(SAFETENSORS_WEIGHT_DTYPES),
             fix="take weights that are not quantised",
         )
 

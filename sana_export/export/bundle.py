@@ -15,8 +15,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,27 +33,13 @@ from sana_export.files import check_files, disk_errors, file_entry, locked, requ
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
 from sana_export.manifest import FILE_NAME, PRECISIONS, GraphEntry, Manifest, ModelInfo, Options, parse_graph
+from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.variants import SPRINT_STEPS, STEPS
 
 log = logging.getLogger(__name__)
 
 JOURNAL = "export.json"
 MAX_SEQUENCE_LENGTH = 300
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is about to be done, as step `done` + 1 of `total`, and how many bytes of the bundle are written by now.
-
-    `seconds_left` is an estimate from the bytes written so far in this run; None while there is none.
-    """
-
-    doing: str
-    done: int
-    total: int
-    bytes_done: int
-    bytes_total: int
-    seconds_left: float | None
 
 
 def export_bundle(
@@ -65,7 +50,7 @@ def export_bundle(
     pag_layers: Iterable[str | int] = (),
     clamp: bool | None = None,
     graphs: Iterable[str] = (),
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Manifest:
     """Export `checkpoint` to the bundle `output` and return its manifest.
 
@@ -81,9 +66,7 @@ def export_bundle(
         return _export(checkpoint, output, options, names, on_progress)
 
 
-def _export(
-    checkpoint: SanaCheckpoint, output: Path, options: Options, names: Sequence[str], on_progress: Callable[[Progress], None]
-) -> Manifest:
+def _export(checkpoint: SanaCheckpoint, output: Path, options: Options, names: Sequence[str], on_progress: OnProgress) -> Manifest:
     """`export_bundle`, once nobody else exports to `output`."""
     key = export_key(checkpoint, options, names)
     partial, old = output.with_name(output.name + ".partial"), output.with_name(output.name + ".old")
@@ -133,7 +116,7 @@ def _export(
 class _Meter:
     """Tells `on_progress` of every step, with the bytes that the steps before it wrote and the time that the rest will take."""
 
-    def __init__(self, sizes: Mapping[str, int], on_progress: Callable[[Progress], None]) -> None:
+    def __init__(self, sizes: Mapping[str, int], on_progress: OnProgress) -> None:
         self._sizes, self._tell, self._done = sizes, on_progress, dict[str, float]()
 
     @contextlib.contextmanager
@@ -156,7 +139,7 @@ class _Meter:
         written, total = sum(self._sizes[part] for part in parts[:index]), sum(self._sizes.values())
         timed = sum(self._sizes[part] for part in self._done)
         left = self.seconds / timed * (total - written) if timed and total > written else None
-        self._tell(Progress(doing, index, len(parts), written, total, left))
+        self._tell(Progress(doing, index, len(parts), left, bytes_done=written, bytes_total=total))
 
 
 def choose_options(checkpoint: SanaCheckpoint, precision: str, pag_layers: Iterable[str | int], clamp: bool | None) -> Options:

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import onnx
 import onnx_ir
 import torch
-from onnx import TensorProto
 from torch import Tensor, nn
 
 from sana_export.contract import GraphSpec
@@ -24,6 +23,7 @@ from sana_export.export.evaluator import StorageEvaluator
 from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, random_inputs
 from sana_export.export.half import WideProducts
 from sana_export.export.parity import compare_tensors
+from sana_export.formats.dtypes import DTYPES
 from sana_export.graphs.storage import WeightFile
 from sana_export.manifest import LoraTarget
 
@@ -32,13 +32,6 @@ log = logging.getLogger(__name__)
 OPSET = 20
 #: Constants up to this size stay in the ONNX file; larger ones are weights.
 INLINE_BYTES = 1024
-DTYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "int64": TensorProto.INT64,
-    "uint8": TensorProto.UINT8,
-}
 
 
 def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightFile) -> None:
@@ -105,7 +98,7 @@ def check_onnx(path: Path, spec: GraphSpec) -> onnx.ModelProto:
         ("output", model.graph.output, spec.outputs),
     ):
         described = [_describe(value) for value in found]
-        expected = [(tensor.name, DTYPES[tensor.dtype], tensor.shape) for tensor in wanted]
+        expected = [(tensor.name, DTYPES[tensor.dtype].onnx, tensor.shape) for tensor in wanted]
         if described != expected:
             raise ParityError(f"{path} has other {kind}s than its contract", found=described, wanted=expected)
     return model
@@ -116,7 +109,7 @@ def check_targets(path: Path, model: onnx.ModelProto, targets: Iterable[LoraTarg
     outside the file: else refitting it would change something else, or nothing."""
     outside = {tensor.name: (tuple(tensor.dims), tensor.data_type) for tensor in model.graph.initializer if tensor.external_data}
     for target in targets:
-        wanted = (target.stored, DTYPES[target.dtype])
+        wanted = (target.initializer_shape, DTYPES[target.dtype].onnx)
         if (found := outside.get(target.initializer)) != wanted:
             raise ParityError(
                 f"{path} does not hold {target.module} where its graph has it",

@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.manifest import Options
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TEXT = r"caption_|.*\.attn2\.(to_k|to_v|norm_k)\."
 
 
@@ -42,7 +42,7 @@ def graph_bytes(name: str, checkpoint: SanaCheckpoint, options: Options) -> int:
     part = PARTS[name]
     weights = checkpoint.weights(part.component)
     numbers = sum(math.prod(weights.shape(tensor)) for tensor in weights if re.match(part.pattern, tensor))
-    return int(numbers * part.growth) * ITEM_BYTES[options.dtype]
+    return int(numbers * part.growth) * WEIGHT_DTYPES[options.dtype].bytes
 
 
 def text_bytes(checkpoint: SanaCheckpoint) -> int:

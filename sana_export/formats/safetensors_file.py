@@ -18,14 +18,11 @@ import numpy.typing as npt
 
 from sana_export.errors import ArtifactError
 from sana_export.formats.arrays import Array, Float32
+from sana_export.formats.dtypes import BY_SAFETENSORS
 
-#: dtypes that weights can be stored in, as safetensors names them.
-DTYPES = ("F32", "F16", "BF16")
 #: File name endings of weights that are pickles, which run code when they are read. They are refused.
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
-#: How values lie in the file. numpy has no bfloat16: its bits are read as integers and decoded when they are asked for.
-_STORED: dict[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
 _LENGTH_BYTES = 8
 
 
@@ -49,21 +46,8 @@ class StoredTensor:
         return np.asarray(self._decode(self.stored[np.asarray(indices, dtype=np.int64)]), dtype=np.float32)
 
     def _decode(self, values: Array) -> Array:
-        if self.dtype == "BF16":
-            return widen_bfloat16(values)
-        return values.astype(np.float32, copy=False) if self.dtype.startswith("F") else values
-
-
-def widen_bfloat16(bits: Array) -> Float32:
-    """The float32 numbers that bfloat16 `bits` (uint16) stand for: bfloat16 is the upper half of a float32."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def round_to_bfloat16(values: Float32) -> npt.NDArray[np.uint16]:
-    """The bits of the bfloat16 numbers nearest to finite float32 `values`, of two equally near the one with an even last bit."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    carry = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return ((bits + carry) >> np.uint32(16)).astype(np.uint16)
+        dtype = BY_SAFETENSORS[self.dtype]
+        return dtype.widen(values) if dtype.floating else values
 
 
 class TensorFile(Mapping[str, StoredTensor]):
@@ -110,9 +94,9 @@ def _parse(data: npt.NDArray[np.uint8]) -> tuple[dict[str, StoredTensor], dict[s
 
 def _tensor(name: str, entry: Mapping[str, Any], values: npt.NDArray[np.uint8]) -> StoredTensor:
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _STORED:
-        raise ValueError(f"{name} is stored as {dtype}, which is none of {', '.join(_STORED)}")
-    stored = np.dtype(_STORED[dtype])
+    if dtype not in BY_SAFETENSORS:
+        raise ValueError(f"{name} is stored as {dtype}, which is none of {', '.join(BY_SAFETENSORS)}")
+    stored = np.dtype(BY_SAFETENSORS[dtype].numpy)
     if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape)):
         raise ValueError(f"{name} has the shape {shape} at {begin} to {end}")
     if not begin <= end <= values.size or end - begin != math.prod(shape) * stored.itemsize:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.graphs.context import Context
 from sana_export.graphs.denoiser import Denoiser
-from sana_export.graphs.lora_targets import trace_origins
+from sana_export.graphs.lora_targets import trace_lora_targets
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.postprocess import Postprocess
 from sana_export.graphs.sampler import Sampler
@@ -64,4 +64,6 @@ def lora_targets(name: str, checkpoint: SanaCheckpoint, options: Options) -> tup
     if BUILDERS[name].component != "transformer":
         return ()
     config = checkpoint.config("transformer")
-    return trace_origins(lambda weights: BUILDERS[name].make(config, weights, options), checkpoint.weights("transformer").on_meta())
+    return trace_lora_targets(
+        lambda weights: BUILDERS[name].make(config, weights, options), checkpoint.weights("transformer").on_meta()
+    )

@@ -15,11 +15,9 @@ import numpy as np
 from sana_export.adapters import Fold, Lora, read_folds
 from sana_export.errors import ArtifactError
 from sana_export.formats.arrays import Array, Bytes, Float32
-from sana_export.formats.safetensors_file import StoredTensor, TensorFile, round_to_bfloat16, widen_bfloat16
+from sana_export.formats.dtypes import WEIGHT_DTYPES
+from sana_export.formats.safetensors_file import StoredTensor, TensorFile
 from sana_export.manifest import LoraTarget
-
-#: How weights that a LoRA may change lie in a bundle. numpy has no bfloat16: its bits are integers.
-STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,28 +67,28 @@ def lora_values(
 
 def _stored(base: Mapping[str, Bytes], target: LoraTarget) -> Array:
     """The bundle's own array of a target, mapped."""
-    if target.dtype not in STORED:
+    if target.dtype not in WEIGHT_DTYPES:
         raise ArtifactError(
             f"{target.module} of this bundle cannot take a LoRA",
             found=f"weights in {target.dtype}",
-            wanted=", ".join(STORED),
+            wanted=", ".join(WEIGHT_DTYPES),
             fix="export the bundle without quantisation, or fold the LoRA in: sana-export export MODEL --lora PATH -o BUNDLE",
         )
-    return base[target.initializer].view(STORED[target.dtype]).reshape(target.stored)
+    return base[target.initializer].view(WEIGHT_DTYPES[target.dtype].numpy).reshape(target.initializer_shape)
 
 
 def _add(array: Array, target: LoraTarget, folds: Sequence[Fold[StoredTensor]], adapters: Sequence[Adapter]) -> None:
     """Add `folds` to the slice of `array` that is the target's, in place."""
-    first, end = target.held or (0, target.shape[0])
-    rows = slice(target.first, target.first + end - first)
+    first, end = target.source_rows or (0, target.shape[0])
+    rows = slice(target.row_offset, target.row_offset + end - first)
     part = array[:, rows] if target.transposed else array[rows]
-    old = widen_bfloat16(part) if target.dtype == "bfloat16" else part.astype(np.float32)
+    dtype = WEIGHT_DTYPES[target.dtype]
+    old = dtype.widen(part)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
         total = sum((_product(fold, slice(first, end)) for fold in folds), np.float32(0)) * np.float32(target.factor)
         new = old + (total.T if target.transposed else total).reshape(part.shape)
-        rounded = round_to_bfloat16(new) if target.dtype == "bfloat16" else new.astype(part.dtype)
-    wide = widen_bfloat16(rounded) if target.dtype == "bfloat16" else rounded
-    if not (np.isfinite(new).all() and np.isfinite(wide).all()):
+        rounded = dtype.round(new)
+    if not (np.isfinite(new).all() and np.isfinite(dtype.widen(rounded)).all()):
         paths = " and ".join(str(adapter.lora.path) for adapter in adapters)
         raise ArtifactError(
             f"{target.module} with the LoRA {paths} leaves the range of {target.dtype}",

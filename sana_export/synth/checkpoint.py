@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from sana_export.errors import DependencyError, UsageError
 from sana_export.files import require_free
+from sana_export.formats.dtypes import WEIGHT_DTYPES
+from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe
 from sana_export.synth.shards import StoredWeights
 from sana_export.synth.tokenizer import build_gemma_tokenizer
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
 #: Written beside model_index.json; its presence means that the weights are random.
 MARKER = "sana_export.json"
-DTYPES = ("float32", "float16", "bfloat16")
 #: The stem of each network's weight files.
 STEMS = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 #: Bytes of a weight file at most, where the caller does not say.
@@ -37,8 +38,6 @@ _SMALL_FILES = 10**6
 
 #: Gives the values of a parameter by its name, flat and in pieces.
 Values = Callable[[str], "Iterable[Tensor]"]
-#: (what is being written, its number, how many there are, how far it is from 0 to 1)
-OnProgress = Callable[[str, int, int, float], None]
 
 
 def find_recipe(name: str) -> SyntheticRecipe:
@@ -96,7 +95,7 @@ def make_checkpoint(
     seed: int = 0,
     variant: str | None = None,
     shard_size: int = SHARD_SIZE,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Path:
     """Write the synthetic checkpoint `recipe` to `folder` in diffusers' layout and return `folder`.
 
@@ -123,7 +122,7 @@ def write_pipeline(
     variant: str | None = None,
     shard_size: int = SHARD_SIZE,
     values: Mapping[str, Values] | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Path:
     """Write `pipeline` with its weights in `dtype` as the checkpoint `folder`, whole or not at all; return `folder`.
 
@@ -141,6 +140,7 @@ def write_pipeline(
             _write_configs(pipeline, fresh, dtype)
             for component, weights in stored.items():
                 weights.write(fresh / component, shard_size, variant, _counter(on_progress, component, weights.size))
+            on_progress(Progress("done", len(stored), len(stored)))
             (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
             if folder.exists():
                 folder.rename(Path(scratch, "old"))
@@ -160,8 +160,8 @@ def shapes_of(network: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _check_request(folder: Path, dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise UsageError("no such dtype for weights", found=dtype, wanted=", ".join(DTYPES))
+    if dtype not in WEIGHT_DTYPES:
+        raise UsageError("no such dtype for weights", found=dtype, wanted=", ".join(WEIGHT_DTYPES))
     if folder.exists() and not (folder / MARKER).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(
             "the folder holds something that is not a synthetic checkpoint",
@@ -192,14 +192,14 @@ def _write_configs(pipeline: Any, folder: Path, dtype: str) -> None:
     config.save_pretrained(folder / "text_encoder")
 
 
-def _counter(on_progress: OnProgress | None, component: str, total: int) -> Callable[[int], None]:
-    """Turns bytes written into the progress of one network."""
-    written = 0
+def _counter(on_progress: OnProgress, component: str, total: int) -> Callable[[int], None]:
+    """A function that is called with the number of bytes just written and reports how much of the network is done."""
+    written, finished = 0, list(STEMS).index(component)
 
     def count(more: int) -> None:
         nonlocal written
         written += more
-        if on_progress is not None:
-            on_progress(f"writing {component}", list(STEMS).index(component), len(STEMS), written / total)
+        if written < total:  # with its last byte the next network, or the end, is the news
+            on_progress(Progress(f"writing {component}", finished + written / total, len(STEMS)))
 
     return count

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sana_export.formats.dtypes import WEIGHT_DTYPES
+
 if TYPE_CHECKING:
     from torch import Tensor, dtype
-
-_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class StoredWeights:
         import torch
 
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        code, offset = _CODES[str(self.dtype).removeprefix("torch.")], 0
+        code, offset = WEIGHT_DTYPES[str(self.dtype).removeprefix("torch.")].safetensors, 0
         for name in sorted(names):
             end = offset + self._bytes(name)
             header[name] = {"dtype": code, "shape": list(self.shapes[name]), "data_offsets": [offset, end]}

@@ -6,7 +6,7 @@ On a CPU a half-precision bundle runs in the storage evaluator (evaluator.py), b
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from sana_export.export.parity import Parity, compare_images, compare_tensors
 from sana_export.files import locked, manifest_lock
 from sana_export.formats.arrays import Array
 from sana_export.manifest import Manifest, ModelInfo
+from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.memory import AUTO
 from sana_export.runtime.request import Request, bins_resolution
@@ -35,9 +36,6 @@ PROMPTS = ("a red apple on a table", "一只可爱的熊猫在吃竹子", "A cut
 PAG_SCALE = 2.0
 SIZE = 256
 STEPS = 8
-
-#: Called with what is about to be done, the count of steps done and of all steps.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def verify_bundle(
     *,
     backend: str = AUTO,
     quality: bool = False,
-    on_progress: Progress = lambda doing, done, total: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> VerifyReport:
     """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and pictures.
 
@@ -100,7 +98,7 @@ def verify_bundle(
     pipeline = load_reference(checkpoint, manifest.options, pag=False)
     graphs: list[Parity] = []
     for done, (name, check) in enumerate(checks.items()):
-        on_progress(name, done, total)
+        on_progress(Progress(name, done, total))
         found, wanted = check(runtime, pipeline, prompts, sampling.seed)
         graphs.append(compare_tensors(name, found, wanted, manifest.options.precision))
     latents: list[Parity] = []
@@ -108,7 +106,8 @@ def verify_bundle(
     for scale in scales:
         reference = load_reference(checkpoint, manifest.options, pag=True) if scale else pipeline
         for prompt in prompts:
-            on_progress(f"sampling {prompt!r}" + (" with PAG" if scale else ""), len(graphs) + len(images), total)
+            doing = f"sampling {prompt!r}" + (" with PAG" if scale else "")
+            on_progress(Progress(doing, len(graphs) + len(images), total))
             pair = sample_both(runtime, reference, sampling.request(prompt, manifest.model, scale))
             name = f"{prompt[:24]!r}" + (f" pag {scale:g}" if scale else "")
             latents.append(compare_tensors(f"latents {name}", *pair.latents, manifest.options.precision))
@@ -164,9 +163,7 @@ def sample_both(runtime: SanaRuntime, pipeline: Any, request: Request) -> Pair:
 
 
 @torch.no_grad()
-def measure_ranges(
-    bundle: Path, sampling: Sampling = Sampling(), *, on_progress: Progress = lambda doing, done, total: None
-) -> RangeReport:
+def measure_ranges(bundle: Path, sampling: Sampling = Sampling(), *, on_progress: OnProgress = ignore_progress) -> RangeReport:
     """Sample the prompts in float32 with the bundle's half-precision graphs and report how large every tensor gets.
 
     Raises UsageError for an fp32 bundle, which stores nothing in half precision.
@@ -183,7 +180,7 @@ def measure_ranges(
     evaluators = cast(EvaluatorBackend, runtime.backend).evaluators
     prompts = sampling.prompts
     for done, prompt in enumerate(prompts):
-        on_progress(f"sampling {prompt!r}", done, len(prompts))
+        on_progress(Progress(f"sampling {prompt!r}", done, len(prompts)))
         plan = runtime.plan(sampling.request(prompt, manifest.model))
         *_, last = runtime.steps(plan, runtime.encode(plan))
         # Not runtime.decode, which refuses latents that overflowed: here that is what is looked for.

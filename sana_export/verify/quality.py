@@ -23,6 +23,7 @@ from PIL import Image
 from sana_export.errors import ArtifactError
 from sana_export.export.parity import psnr, ssim
 from sana_export.formats.arrays import Array
+from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.request import Request
 
@@ -34,8 +35,6 @@ TOP1_LIMIT = 1.0
 
 #: Samples a request with the bundle and with diffusers: uint8 images [B, H, W, 3], found and wanted.
 SampleBoth = Callable[[Request], tuple[Array, Array]]
-#: Called with what is about to be done, the count of steps done and of all steps.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +134,7 @@ def measure_quality(
     *,
     prompts: tuple[str, ...] = (),
     steps: int | None = None,
-    on_progress: Progress = lambda doing, done, total: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Quality:
     """Sample the meter's prompts (without one, `prompts`) at the checkpoint's size and compare with diffusers' `pipeline`.
 
@@ -146,7 +145,7 @@ def measure_quality(
     found: list[Array] = []
     wanted: list[Array] = []
     for index, batch in enumerate(_batches(asked)):
-        on_progress("sampling for quality", index * BATCH, len(asked))
+        on_progress(Progress("sampling for quality", index * BATCH, len(asked)))
         request = Request(
             prompt=[text for text, _ in batch],
             num_inference_steps=steps or model.default_steps,

@@ -9,6 +9,7 @@ import pytest
 
 from sana_export.cli.terminal.console import QUIET, VERBOSE, Console, bar, logging_to, shortened
 from sana_export.cli.terminal.text import plural, seconds, size, table
+from sana_export.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -50,6 +51,17 @@ def test_a_terminal_shows_a_bar_and_whole_lines() -> None:
     assert stream.screen() == ["something happened", ""]
     console.step("sampler", 3, 4)
     console.step("done", 4, 4)
+    assert stream.screen()[-1] == ""
+
+
+def test_progress_is_shown_as_a_step_and_its_fraction_if_known() -> None:
+    stream = Terminal()
+    console = Console(stream, QUIET)
+    console.show(Progress("writing vae", 2.5, 4))
+    assert stream.screen() == ["[############........] [3/4] writing vae 50%"]
+    console.show(Progress("sampler", 3, 4))
+    assert stream.screen() == ["[###############.....] [4/4] sampler"]
+    console.show(Progress("done", 4, 4))
     assert stream.screen()[-1] == ""
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sana_export.architectures import ARCHITECTURES
-from sana_export.graphs.lora_targets import trace_origins
+from sana_export.graphs.lora_targets import trace_lora_targets
 from sana_export.graphs.numerics import NUMERICS, parameter
 from sana_export.manifest import LoraTarget
 from tests.support.lora_target_cases import TINY, Weights, graphs, matrices, shapes
@@ -39,7 +39,7 @@ def test_each_row_names_exactly_what_its_layer_changes(config: dict[str, Any], p
     found: dict[str, list[LoraTarget]] = {}
     for name, build in graphs(config, precision).items():
         before = dict(build(weights).named_parameters())
-        rows = trace_origins(build, {key: value.to("meta") for key, value in weights.items()})
+        rows = trace_lora_targets(build, {key: value.to("meta") for key, value in weights.items()})
         for module in {row.module: None for row in rows}:
             own = found[module] = [row for row in rows if row.module == module]
             delta = torch.randint(1, 4, own[0].shape, generator=generator).float()
@@ -55,22 +55,22 @@ def test_each_row_names_exactly_what_its_layer_changes(config: dict[str, Any], p
 
 def assert_whole(rows: list[LoraTarget]) -> None:
     """The targets of a layer hold each of its rows once, in order."""
-    parts = [row.held or (0, row.shape[0]) for row in rows]
-    assert [row.held is None for row in rows] == [len(rows) == 1] * len(rows)
+    parts = [row.source_rows or (0, row.shape[0]) for row in rows]
+    assert [row.source_rows is None for row in rows] == [len(rows) == 1] * len(rows)
     assert [first for first, _ in parts] == [0, *(end for _, end in parts[:-1])]
     assert parts[-1][1] == rows[0].shape[0]
 
 
 def assert_slice(before: Tensor, after: Tensor, row: LoraTarget, delta: Tensor) -> None:
     """The parameter differs by the row's factor times `delta` in the row's slice, and nowhere else."""
-    assert (tuple(before.shape), str(before.dtype)) == (row.stored, f"torch.{row.dtype}")
-    wanted = torch.zeros(row.stored)
-    delta = delta[slice(*(row.held or (None, None)))]
-    last = row.first + delta.shape[0]
+    assert (tuple(before.shape), str(before.dtype)) == (row.initializer_shape, f"torch.{row.dtype}")
+    wanted = torch.zeros(row.initializer_shape)
+    delta = delta[slice(*(row.source_rows or (None, None)))]
+    last = row.row_offset + delta.shape[0]
     if row.transposed:
-        wanted[:, row.first : last] = row.factor * delta.flatten(1).T
+        wanted[:, row.row_offset : last] = row.factor * delta.flatten(1).T
     else:
-        wanted[row.first : last] = row.factor * delta.reshape(-1, *row.stored[1:])
+        wanted[row.row_offset : last] = row.factor * delta.reshape(-1, *row.initializer_shape[1:])
     difference = after.float() - before.float()
     if math.log2(row.factor).is_integer():
         assert torch.equal(difference, wanted)
@@ -83,7 +83,7 @@ def assert_slice(before: Tensor, after: Tensor, row: LoraTarget, delta: Tensor) 
 def test_every_matrix_of_the_published_configs_has_a_place(name: str) -> None:
     config = ARCHITECTURES[name].transformer(1024)
     weights = shapes(config)
-    rows = [row for build in graphs(config, "float16").values() for row in trace_origins(build, weights)]
+    rows = [row for build in graphs(config, "float16").values() for row in trace_lora_targets(build, weights)]
     assert {row.module for row in rows} == matrices(weights)
     assert len(matrices(weights)) > 200
     halved = {module for module in matrices(weights) if module.endswith("conv_inverted")}
@@ -105,7 +105,7 @@ def test_what_cannot_be_followed_has_no_place() -> None:
             self.mixed = parameter(torch.cat([weights["d.weight"], torch.ones(2, 4)]), torch.float32)
 
     weights = {f"{name}.weight": torch.empty(4, 4, device="meta") for name in "abcd"}
-    assert [row.module for row in trace_origins(Graph, weights)] == ["a"]
+    assert [row.module for row in trace_lora_targets(Graph, weights)] == ["a"]
 
 
 def test_a_square_matrix_is_transposed_where_it_is() -> None:
@@ -118,6 +118,6 @@ def test_a_square_matrix_is_transposed_where_it_is() -> None:
             self.d = parameter(weights["d.weight"].transpose(0, 1), torch.float32)
 
     weights = {f"{name}.weight": torch.empty(4, 4, device="meta") for name in "abcd"}
-    rows = trace_origins(Graph, weights)
+    rows = trace_lora_targets(Graph, weights)
     found = {row.module: (row.transposed, row.factor) for row in rows}
     assert found == {"a": (True, 1.0), "b": (False, 3.0), "d": (True, 1.0)}  # c went through an operator that is not known

@@ -18,8 +18,8 @@ from sana_export.adapters import Lora
 from sana_export.checkpoint.fold_lora import fold_loras
 from sana_export.checkpoint.weights import Weights, read_headers
 from sana_export.errors import ArtifactError
-from sana_export.formats.safetensors_file import round_to_bfloat16, widen_bfloat16
-from sana_export.graphs.lora_targets import trace_origins
+from sana_export.formats.dtypes import round_to_bfloat16, widen_bfloat16
+from sana_export.graphs.lora_targets import trace_lora_targets
 from sana_export.manifest import LoraTarget
 from sana_export.runtime.backends.onnxruntime import _as_initializer
 from sana_export.runtime.lora_values import lora_values, read_adapter, touched
@@ -88,7 +88,7 @@ def test_an_array_with_some_of_a_layer_s_rows_takes_those_of_the_lora(tmp_path: 
     up, down = torch.arange(16.0).reshape(8, 2), torch.arange(24.0).reshape(2, 12)
     path = save_lora(tmp_path / "x.safetensors", {"layer": (up, down)})
     array = base.T.contiguous() if transposed else base
-    target = LoraTarget("layer", (8, 12), "w", tuple(array.shape), "float32", 1, transposed, held=(5, 8))
+    target = LoraTarget("layer", (8, 12), "w", tuple(array.shape), "float32", 1, transposed, source_rows=(5, 8))
     found = lora_values({"w": as_bytes(array)}, [target], [read_adapter(Lora(path), [target])], {"w"})["w"]
     wanted = base.clone()
     wanted[1:4] += (up @ down)[5:8]
@@ -110,7 +110,7 @@ def test_every_layer_equals_the_graph_with_the_lora_folded_in(tmp_path: Path, pr
     lora = Lora(save_lora(tmp_path / "x.safetensors", layers), 0.3)
     changed, differing, total = 0, 0, 0
     for build in graphs(TINY, precision).values():
-        targets = trace_origins(build, base.on_meta())
+        targets = trace_lora_targets(build, base.on_meta())
         own = {name: as_bytes(value) for name, value in build(base).named_parameters()}
         adapter = read_adapter(lora, [LoraTarget(layer, tuple(weights[f"{layer}.weight"].shape), "", (), "") for layer in layers])
         names = touched(targets, [adapter])

@@ -12,16 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sana_export.contract import GraphSpec, TensorSpec, resolve
 from sana_export.files import file_entry
+from sana_export.formats.dtypes import DTYPES
 from sana_export.manifest import Checkpoint, GraphEntry, Manifest, ModelInfo, Options
 
 DIMENSIONS = {"latent_channels": 4}
-TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "int64": TensorProto.INT64,
-    "uint8": TensorProto.UINT8,
-}
 INSTRUCTION_TOKENS = 24
 SLOW_WIDTH = 64
 
@@ -49,7 +43,7 @@ def write_onnx(path: Path, spec: GraphSpec, nodes: Iterable[Any], weights: dict[
     """
 
     def values(tensors: tuple[TensorSpec, ...]) -> list[Any]:
-        return [helper.make_tensor_value_info(tensor.name, TYPES[tensor.dtype], list(tensor.shape)) for tensor in tensors]
+        return [helper.make_tensor_value_info(tensor.name, DTYPES[tensor.dtype].onnx, list(tensor.shape)) for tensor in tensors]
 
     initializers = [
         value if isinstance(value, onnx.TensorProto) else numpy_helper.from_array(np.asarray(value), name)

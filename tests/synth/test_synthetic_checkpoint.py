@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from diffusers import SanaPAGPipeline, SanaPipeline
 
 from sana_export.errors import DependencyError, UsageError
+from sana_export.progress import Progress
 from sana_export.synth import checkpoint
 from sana_export.synth.checkpoint import MARKER, build_pipeline, make_checkpoint
 from sana_export.synth.recipes import RECIPES
@@ -271,6 +273,16 @@ def test_an_interrupted_make_leaves_the_old_checkpoint_and_nothing_else(tmp_path
     make_checkpoint("tiny-random", target, seed=5)
     assert json.loads((target / MARKER).read_text())["seed"] == 5
     assert [path.name for path in target.parent.iterdir()] == ["tiny-random"]
+
+
+def test_progress_counts_the_networks_and_how_much_of_each_is_written(tmp_path: Path) -> None:
+    reports: list[Progress] = []
+    make_checkpoint("tiny-random", tmp_path / "made", on_progress=reports.append)
+    *writing, last = reports
+    assert last == Progress("done", 3, 3)
+    assert list(dict.fromkeys(report.doing for report in writing)) == [f"writing {name}" for name in COMPONENTS]
+    assert all(report.doing == f"writing {COMPONENTS[int(report.done)]}" and report.total == 3 for report in writing)
+    assert all(before.done < after.done for before, after in pairwise(writing))
 
 
 def test_wrong_requests_say_what_is_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

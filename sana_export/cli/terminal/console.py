@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from sana_export.progress import Progress
+
 #: Levels of stderr by verbosity; a verb chooses VERBOSE or QUIET as its default.
 VERBOSE, QUIET, SILENT, EVERYTHING = logging.INFO, logging.WARNING, logging.ERROR, logging.DEBUG
 #: Packages that log what is of no use to a user of ours.
@@ -60,6 +62,11 @@ class Console:
                 return
             self._drawn = now
             self._draw(f"{bar((done + (fraction or 0.0)) / total)} {text}" + ("" if fraction is None else f" {fraction:.0%}"))
+
+    def show(self, progress: Progress) -> None:
+        """Show the current step of a running call; its fraction is shown only if it is known."""
+        done, fraction = divmod(progress.done, 1)
+        self.step(progress.doing, int(done), int(progress.total), fraction or None)
 
     def clear(self) -> None:
         """Take the line of progress off the terminal."""

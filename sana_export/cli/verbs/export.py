@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sana_export.cli.bundle_text import bundle_document, bundle_summary
 from sana_export.cli.packages import require
@@ -13,9 +14,7 @@ from sana_export.cli.terminal.console import VERBOSE, Console
 from sana_export.cli.terminal.text import seconds, size
 from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, model_options
 from sana_export.manifest import PRECISIONS, Manifest
-
-if TYPE_CHECKING:
-    from sana_export.export.bundle import Progress
+from sana_export.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +70,7 @@ def export_model(
 def _show(console: Console, progress: Progress) -> None:
     written = f"{size(progress.bytes_done)} of {size(progress.bytes_total)} written"
     left = "" if progress.seconds_left is None else f", about {seconds(progress.seconds_left)} left"
-    console.step(f"{progress.doing} ({written}{left})", progress.done, progress.total)
+    console.show(replace(progress, doing=f"{progress.doing} ({written}{left})"))
 
 
 VERB = Verb(

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         dtype=PRECISIONS[dtype],
         seed=options.seed,
         shard_size=options.shard_size,
-        on_progress=console.step,
+        on_progress=console.show,
     )
     console.clear()
     files = [file for file in folder.rglob("*") if file.is_file()]

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         require("", "export")
         from sana_export.verify.bundle import Sampling, measure_ranges
 
-        report = measure_ranges(bundle, Sampling(**settings), on_progress=console.step)
+        report = measure_ranges(bundle, Sampling(**settings), on_progress=console.show)
         return Answer(report.as_json(), report.as_text())
     if options.reference is None:
         raise UsageError(
@@ -98,7 +98,7 @@ def compare(
 
         disable_progress_bar()
     report = verify_bundle(
-        bundle, checkpoint, Sampling(**settings), backend=backend or AUTO, quality=quality, on_progress=console.step
+        bundle, checkpoint, Sampling(**settings), backend=backend or AUTO, quality=quality, on_progress=console.show
     )
     return Answer(report.as_json(), report.as_text(), 0 if report.passed else ParityError.exit_code)
 
