@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,15 +75,17 @@ def verify_bundle(
     sampling: Sampling = Sampling(),
     *,
     backend: str = AUTO,
+    device: int | None = None,
+    threads: int | None = None,
     quality: bool = False,
     on_progress: Progress = lambda doing, done, total: None,
 ) -> VerifyReport:
     """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and pictures.
 
-    `quality` measures what the pictures show too (quality.py). A bundle with PAG layers is sampled with PAG as well. The report is
+    `backend`, `device` and `threads` are those of `open_runtime`. `quality` measures what the pictures show too (quality.py). A bundle with PAG layers is sampled with PAG as well. The report is
     kept in the bundle's manifest. Raises UsageError where `checkpoint` is not the one that the bundle was made from.
     """
-    runtime = open_runtime(bundle, backend)
+    runtime = open_runtime(bundle, backend, device=device, threads=threads)
     manifest = runtime.manifest
     if checkpoint.sha256 != manifest.checkpoint.sha256:
         raise UsageError(
@@ -165,7 +168,11 @@ def sample_both(runtime: SanaRuntime, pipeline: Any, request: Request) -> Pair:
 
 @torch.no_grad()
 def measure_ranges(
-    bundle: Path, sampling: Sampling = Sampling(), *, on_progress: Progress = lambda doing, done, total: None
+    bundle: Path,
+    sampling: Sampling = Sampling(),
+    *,
+    threads: int | None = None,
+    on_progress: Progress = lambda doing, done, total: None,
 ) -> RangeReport:
     """Sample the prompts in float32 with the bundle's half-precision graphs and report how large every tensor gets.
 
@@ -179,7 +186,7 @@ def measure_ranges(
             wanted="fp16 or bf16",
             fix=export_line(bundle.with_name(f"{bundle.name}-fp16"), manifest, precision="fp16") + " --dtype fp16",
         )
-    runtime = SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(RangeMeter, "float32 with ranges"))
+    runtime = SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(partial(RangeMeter, threads=threads), "float32 with ranges"))
     evaluators = cast(EvaluatorBackend, runtime.backend).evaluators
     prompts = sampling.prompts
     for done, prompt in enumerate(prompts):
