@@ -9,6 +9,7 @@ import platform
 import re
 import sys
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -22,6 +23,20 @@ def source_digest(*folders: str) -> str:
     for path in sorted(found):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, from its metadata; None if it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, for comparison: "2.11.0+cu130" is (2, 11, 0), "5.0rc1" is (5, 0)."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def operating_system() -> str:

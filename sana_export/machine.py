@@ -5,16 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sana_export import __version__
+from sana_export.environment import installed_version
 
 PACKAGES = (
     "numpy",
@@ -97,13 +96,8 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_versions() -> dict[str, str]:
     """Package to version, for those of `PACKAGES` that are installed; read from their metadata, not by importing them."""
-    versions = {"sana_export": __version__}
-    for name in PACKAGES:
-        try:
-            versions[name.replace("-", "_")] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = ((name, installed_version(name)) for name in PACKAGES)
+    return {"sana_export": __version__, **{name.replace("-", "_"): version for name, version in found if version}}
 
 
 def cpu_name() -> str:
@@ -130,13 +124,5 @@ def memory_bytes() -> int:
 
 
 def gpu_names() -> list[str]:
-    """Name and driver version of each NVIDIA GPU, as nvidia-smi lists them; none without it."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+    """Name and driver version of each NVIDIA GPU."""
+    return [", ".join(filter(None, (gpu.name, gpu.driver))) for gpu in find_gpus()]

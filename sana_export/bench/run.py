@@ -26,6 +26,7 @@ from sana_export.bench.work.count import Rates
 from sana_export.bench.work.workload import workload_work
 from sana_export.bench.workload import Workload, load_workload
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.errors import UsageError
 from sana_export.export.parity import IMAGE_PSNR_LIMITS, psnr
 from sana_export.files import disk_errors
 from sana_export.formats.arrays import Array
@@ -87,6 +88,8 @@ def run_bench(
     backends: Sequence[str] = (BASELINE, "onnxruntime"),
     workload: str | Path | Workload = "cpu",
     output: Path | None = None,
+    device: int | None = None,
+    threads: int | None = None,
     on_progress: OnProgress = lambda doing, done, total: None,
 ) -> BenchReport:
     """Time `backends` (names of `candidates.ROWS`, or "all") on `bundle` and on the checkpoint that it was exported from.
@@ -94,18 +97,26 @@ def run_bench(
     A round is one call of each backend in turn for each prompt, with the same seed, so that whatever else the machine does falls
     on all alike; ratios are taken pair by pair. The machine's ceiling is measured before and after. A backend that fails is
     reported as failed, one that "all" named and that says what it lacks as skipped, and the others go on. `output` is a folder for
-    the report. Raises UsageError for an unknown backend or workload, ArtifactError for a bundle that cannot be read,
+    the report. `device` is the index of the GPU, for a workload on "cuda". `threads` replaces the workload's number. Raises UsageError for an unknown backend or workload, ArtifactError for a bundle that cannot be read,
     DependencyError where `output` cannot be written.
     """
     names = check_names(backends)
     asked = {BASELINE, *(name for name in backends if name != ALL)}
     work = workload if isinstance(workload, Workload) else load_workload(workload)
+    work = work if threads is None else dataclasses.replace(work, threads=threads)
+    if device is not None and work.device == "cpu":
+        raise UsageError(
+            f"the workload {work.name} runs on the CPU",
+            found=f"GPU {device}",
+            wanted='a workload with device = "cuda", or no GPU',
+            fix="leave out --device",
+        )
     manifest = Manifest.load(bundle)
     if output is not None:
         with disk_errors(output):  # before the minutes, not after them
             output.mkdir(parents=True, exist_ok=True)
     amounts = workload_work(bundle, manifest, checkpoint, work)
-    runs = [_jobs(names, bundle, checkpoint, manifest, point) for point in (work, *work.points())]
+    runs = [_jobs(names, bundle, checkpoint, manifest, point, device) for point in (work, *work.points())]
     steps = Steps(sum(len(jobs) + jobs[0].workload.warmup + jobs[0].workload.repeats for jobs in runs if jobs) + 2, on_progress)
     before = _rates(runs[0][0], steps)
     measured = _measure(runs[0], asked, steps)
@@ -140,8 +151,10 @@ def run_bench(
     return report
 
 
-def _jobs(names: Sequence[str], bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest, work: Workload) -> list[Job]:
-    return [_job(name, bundle, checkpoint, manifest, work) for name in names]
+def _jobs(
+    names: Sequence[str], bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest, work: Workload, device: int | None
+) -> list[Job]:
+    return [_job(name, bundle, checkpoint, manifest, work, device) for name in names]
 
 
 def _rates(job: Job, steps: Steps) -> Rates | None:
@@ -167,7 +180,7 @@ def _point(jobs: Sequence[Job], usable: set[str], steps: Steps) -> SweepPoint:
     return SweepPoint(work, _results(_measure(kept, set(), steps), work))
 
 
-def _job(name: str, bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest, work: Workload) -> Job:
+def _job(name: str, bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest, work: Workload, device: int | None = None) -> Job:
     return Job(
         backend=name,
         bundle=str(bundle.resolve()),
@@ -180,6 +193,7 @@ def _job(name: str, bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest
         workload=dataclasses.replace(work, sweep=()),
         transformer=None if checkpoint.transformer_file is None else str(checkpoint.transformer_file.resolve()),
         loras=tuple((str(lora.path.resolve()), lora.scale) for lora in checkpoint.loras),
+        device=device,
     )
 
 

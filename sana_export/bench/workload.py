@@ -9,12 +9,13 @@ import dataclasses
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sana_export.errors import UsageError
 from sana_export.machine import usable_cores
+from sana_export.toml_tables import parse_table, read_toml
 
 FOLDER = Path(__file__).with_name("workloads")
 PROMPTS = Path(__file__).with_name("prompts.toml")
@@ -62,17 +63,6 @@ class Workload:
         return {**same, "num_images_per_prompt": self.images_per_prompt, "use_resolution_binning": False}
 
 
-#: Annotation of a field: what the TOML may hold for it, and how the message calls that.
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "str": ((str,), "a string"),
-    "int": ((int,), "a whole number"),
-    "int | None": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-    "tuple[str, ...]": ((list,), "a list of strings"),
-    "tuple[Mapping[str, int], ...]": ((list,), "tables of whole numbers"),
-}
-#: What each item of a list has to be, by the field's annotation.
-_ITEMS: dict[str, type] = {"tuple[str, ...]": str, "tuple[Mapping[str, int], ...]": dict}
 #: What a point of a sweep may change.
 _SWEPT = ("height", "width", "images_per_prompt", "num_inference_steps", "warmup", "repeats")
 #: Field: the least value that makes sense.
@@ -105,26 +95,15 @@ def load_workload(name: str | Path) -> Workload:
             wanted=", ".join(near or known),
             fix=f"--workload {next(iter(near or known), 'FILE.toml')}",
         )
-    try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path} cannot be read as a workload", found=str(error), wanted="a TOML file") from error
-    return parse_workload(content, path)
+    return parse_workload(read_toml(path, "workload"), path)
 
 
 def parse_workload(content: dict[str, Any], path: Path) -> Workload:
     """The workload that a TOML document at `path` says; its name is the file's unless it gives one."""
-    fields = {field.name: field for field in dataclasses.fields(Workload)}
     content = {"name": path.stem, **content}
     if "prompt_sets" in content:
         content["prompts"] = list(prompts_of(content.pop("prompt_sets"), f"prompt_sets in {path}"))
-    for key in content:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=3, cutoff=0.5)
-            raise UsageError(f"{path} has an unknown key", found=key, wanted=", ".join(near or fields))
-    if missing := [name for name, field in fields.items() if field.default is MISSING and name not in content]:
-        raise UsageError(f"{path} is not a whole workload", found=f"no {', '.join(missing)}", wanted=", ".join(fields))
-    workload = Workload(**{key: _value(path, key, value, str(fields[key].type)) for key, value in content.items()})
+    workload = parse_table(Workload, content, str(path))
     _check(workload, path)
     return workload
 
@@ -138,17 +117,9 @@ def prompts_of(sets: Any, where: str) -> tuple[str, ...]:
     return tuple(" ".join(prompt.split()) for name in names for prompt in known[name])
 
 
-def _value(path: Path, key: str, value: Any, annotation: str) -> Any:
-    types, wanted = _TYPES[annotation]
-    fits = isinstance(value, types) and not isinstance(value, bool)
-    if isinstance(value, list):
-        fits = fits and bool(value) and all(isinstance(item, _ITEMS[annotation]) for item in value)
-    if not fits:
-        raise UsageError(f"{key} in {path} is of the wrong kind", found=repr(value), wanted=wanted)
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _check(workload: Workload, path: Path) -> None:
+    if not workload.prompts:
+        raise UsageError(f"prompts in {path} is empty", found="[]", wanted="a list of strings")
     for key, least in _LEAST.items():
         value = getattr(workload, key)
         if value is not None and value < least:

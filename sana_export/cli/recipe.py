@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import tomllib
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sana_export.bench.workload import load_workload
 from sana_export.cli.images import FORMATS
@@ -18,10 +13,9 @@ from sana_export.cli.verbs.build import BUILD_OPTIONS
 from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS
 from sana_export.profiles import profile_named
+from sana_export.toml_tables import parse_table, read_toml
 from sana_export.trt.flavour import flavour_of
 from sana_export.trt.options import BuildOptions
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -112,21 +106,16 @@ PARTS: dict[str, type[Build | Verify | Sample | Bench]] = {"build": Build, "veri
 
 def load_recipe(path: Path) -> Recipe:
     """Read and check the recipe at `path`. Raises UsageError for what it cannot mean, naming the key and what it may be."""
-    try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(
-            f"{path} cannot be read as a recipe", found=str(error), wanted="a TOML file such as engines/tiny.toml"
-        ) from error
+    content = read_toml(path, "recipe", "a TOML file such as engines/tiny.toml")
     parts: dict[str, Any] = {}
     for name, kind in PARTS.items():
         if name not in content:
             continue
         table = content.pop(name)
         tables = table if isinstance(table, list) and name == "build" else [table]
-        parsed = tuple(_parse(kind, one, f"[{name}] of {path}") for one in tables)
+        parsed = tuple(parse_table(kind, one, f"[{name}] of {path}") for one in tables)
         parts[name] = parsed if name == "build" else parsed[0]
-    recipe = dataclasses.replace(_parse(Recipe, content, str(path)), path=path, **parts)
+    recipe = dataclasses.replace(parse_table(Recipe, content, str(path)), path=path, **parts)
     _check(recipe)
     return recipe
 
@@ -147,46 +136,3 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.bench is not None:
         load_workload(recipe.bench.workload)
-
-
-def _parse(kind: type[T], table: object, where: str) -> T:
-    """`table` as a `kind`; its keys are the fields that are not parts, and each value has the field's type."""
-    if not isinstance(table, Mapping):
-        raise UsageError(f"{where} is not a table", found=repr(table), wanted="a TOML table")
-    fields = {
-        item.name: item
-        for item in dataclasses.fields(kind)  # type: ignore[arg-type]
-        if not item.metadata.get("hidden")
-    }
-    if unknown := [key for key in table if key not in fields]:
-        near = difflib.get_close_matches(unknown[0], fields, n=3, cutoff=0.5)
-        raise UsageError(f"unknown key in {where}", found=unknown[0], wanted=", ".join(near or fields))
-    required = [name for name, item in fields.items() if item.default is MISSING and item.default_factory is MISSING]
-    if missing := [name for name in required if name not in table]:
-        raise UsageError(f"{where} is not complete", found=f"no {', '.join(missing)}", wanted=", ".join(required))
-    hints = typing.get_type_hints(kind)
-    return kind(**{key: _value(value, hints[key], f"{key} in {where}") for key, value in table.items()})
-
-
-#: Type of a field: the TOML values that fit it, what makes the field's value of one, and how a message calls it.
-_KINDS: dict[Any, tuple[tuple[type, ...], Any, str]] = {
-    str: ((str,), str, "a string"),
-    Path: ((str,), Path, "a path"),
-    bool: ((bool,), bool, "true or false"),
-    int: ((int,), int, "a whole number"),
-    float: ((int, float), float, "a number"),
-    tuple[str, ...]: ((list,), tuple, "a list of strings"),
-}
-
-
-def _value(value: Any, hint: Any, where: str) -> Any:
-    wanted = []
-    for kind in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
-        if kind not in _KINDS:
-            continue
-        accepted, make, name = _KINDS[kind]
-        wanted.append(name)
-        fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
-        if fits and (not isinstance(value, list) or all(isinstance(item, str) for item in value)):
-            return make(value)
-    raise UsageError(f"{where} is of the wrong kind", found=repr(value), wanted=" or ".join(wanted))

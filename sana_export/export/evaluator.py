@@ -51,14 +51,14 @@ class StorageEvaluator:
     declares bfloat16, and as float16 where it declares that. A graph without half precision runs as it is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int | None = None) -> None:
         model = _load(path)
         if not _half_values(model):
-            self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(path, _options(threads), providers=["CPUExecutionProvider"])
             self._dtypes: Mapping[str, int] = {}
             return
         self._dtypes = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
-        self._session = _session(_widen(model, store=True), path.parent)
+        self._session = _session(_widen(model, store=True), path.parent, threads)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         names = [output.name for output in self._session.get_outputs()]
@@ -72,7 +72,7 @@ class StorageEvaluator:
 class RangeMeter:
     """Runs one ONNX file without rounding and keeps the largest magnitude of every half-precision intermediate tensor."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int | None = None) -> None:
         model = _load(path)
         self._graph = model.graph.name
         self._outputs = [output.name for output in model.graph.output]
@@ -93,7 +93,7 @@ class RangeMeter:
             )
             widened.graph.output.append(helper.make_tensor_value_info(f"{name}//max", TensorProto.FLOAT, []))
         self._largest = dict.fromkeys(measured, 0.0)
-        self._session = _session(widened, path.parent)
+        self._session = _session(widened, path.parent, threads)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The graph's outputs, computed wide; the magnitudes are added to what `ranges` reports."""
@@ -171,9 +171,17 @@ def _cast(source: str, target: str, dtype: int) -> NodeProto:
     return helper.make_node("Cast", [source], [target], to=dtype)
 
 
-def _session(model: onnx.ModelProto, folder: Path) -> onnxruntime.InferenceSession:
-    """A session that keeps every cast: ONNX Runtime's optimisations would drop them."""
+def _options(threads: int | None) -> onnxruntime.SessionOptions:
+    """Options of a session. `threads` None leaves their number to ONNX Runtime."""
     options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def _session(model: onnx.ModelProto, folder: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    """A session that keeps every cast: ONNX Runtime's optimizations would drop them."""
+    options = _options(threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.log_severity_level = 3

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 
-from sana_export.environment import operating_system
+from sana_export.environment import installed_version, operating_system, release
 from sana_export.errors import UsageError
 from sana_export.machine import Gpu, find_gpus
 from sana_export.manifest import EngineEntry
@@ -42,7 +41,7 @@ def detect_host(device: int | None = None) -> Host:
                 fix="sana-export doctor",
             )
         gpus = gpus[device : device + 1]
-    return Host(gpus, {backend: _installed_version(backend) for backend in FLAVOURS}, operating_system())
+    return Host(gpus, {backend: installed_version(backend) for backend in FLAVOURS}, operating_system())
 
 
 def incompatibilities(engine: EngineEntry, machine: Host) -> list[str]:
@@ -69,13 +68,13 @@ def _version_fits(engine: EngineEntry, version: str) -> bool:
     """Engines run on the version that built them; version-compatible ones also on later ones of its major version."""
     if version == engine.backend_version:
         return True
-    built, here = _numbers(engine.backend_version), _numbers(version)
+    built, here = release(engine.backend_version), release(version)
     return bool(engine.options.get("version_compatible")) and built[:1] == here[:1] and here >= built
 
 
 def _gpu_fits(engine: EngineEntry, capability: str) -> bool:
     if engine.options.get("hardware_compatible"):
-        return _numbers(capability) >= HARDWARE_COMPATIBLE_FROM
+        return release(capability) >= HARDWARE_COMPATIBLE_FROM
     return capability in (engine.compute_capabilities or RTX_CAPABILITIES)
 
 
@@ -83,14 +82,3 @@ def _built_for(engine: EngineEntry) -> str:
     if engine.options.get("hardware_compatible"):
         return "{}.{} and later".format(*HARDWARE_COMPATIBLE_FROM)
     return ", ".join(engine.compute_capabilities) or f"portable ({', '.join(RTX_CAPABILITIES)})"
-
-
-def _installed_version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdecimal())

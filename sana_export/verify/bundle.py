@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,15 +73,17 @@ def verify_bundle(
     sampling: Sampling = Sampling(),
     *,
     backend: str = AUTO,
+    device: int | None = None,
+    threads: int | None = None,
     quality: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> VerifyReport:
     """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and pictures.
 
-    `quality` measures what the pictures show too (quality.py). A bundle with PAG layers is sampled with PAG as well. The report is
+    `backend`, `device` and `threads` are those of `open_runtime`. `quality` measures what the pictures show too (quality.py). A bundle with PAG layers is sampled with PAG as well. The report is
     kept in the bundle's manifest. Raises UsageError where `checkpoint` is not the one that the bundle was made from.
     """
-    runtime = open_runtime(bundle, backend)
+    runtime = open_runtime(bundle, backend, device=device, threads=threads)
     manifest = runtime.manifest
     if checkpoint.sha256 != manifest.checkpoint.sha256:
         raise UsageError(
@@ -163,7 +166,13 @@ def sample_both(runtime: SanaRuntime, pipeline: Any, request: Request) -> Pair:
 
 
 @torch.no_grad()
-def measure_ranges(bundle: Path, sampling: Sampling = Sampling(), *, on_progress: OnProgress = ignore_progress) -> RangeReport:
+def measure_ranges(
+    bundle: Path,
+    sampling: Sampling = Sampling(),
+    *,
+    threads: int | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> RangeReport:
     """Sample the prompts in float32 with the bundle's half-precision graphs and report how large every tensor gets.
 
     Raises UsageError for an fp32 bundle, which stores nothing in half precision.
@@ -176,7 +185,9 @@ def measure_ranges(bundle: Path, sampling: Sampling = Sampling(), *, on_progress
             wanted="fp16 or bf16",
             fix=export_line(bundle.with_name(f"{bundle.name}-fp16"), manifest, precision="fp16") + " --dtype fp16",
         )
-    runtime = SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(RangeMeter, "float32 with ranges"))
+    runtime = SanaRuntime.from_pretrained(
+        bundle, backend=evaluator_backend(partial(RangeMeter, threads=threads), "float32 with ranges")
+    )
     evaluators = cast(EvaluatorBackend, runtime.backend).evaluators
     prompts = sampling.prompts
     for done, prompt in enumerate(prompts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from sana_export.commands import export_line
@@ -15,7 +16,8 @@ from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.base import Backend, Session
 from sana_export.runtime.memory import AUTO
 
-Evaluator = type[StorageEvaluator] | type[RangeMeter]
+#: Makes an evaluator of the ONNX file at a path.
+Evaluator = Callable[[Path], StorageEvaluator | RangeMeter]
 
 
 class EvaluatorSession(Session):
@@ -59,8 +61,12 @@ def evaluator_backend(evaluator: Evaluator, name: str) -> Callable[[Path, Manife
     return lambda bundle, manifest: EvaluatorBackend(bundle, manifest, evaluator, name)
 
 
-def open_runtime(bundle: Path, backend: str = AUTO) -> SanaRuntime:
-    """The bundle in `backend`; for "auto" a half-precision bundle is evaluated with its intermediates stored in half precision."""
-    if backend == AUTO and (dtype := Manifest.load(bundle).options.dtype) != "float32":
-        return SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(StorageEvaluator, f"cpu, {dtype} intermediates"))
-    return SanaRuntime.from_pretrained(bundle, backend=backend)
+def open_runtime(bundle: Path, backend: str = AUTO, *, device: int | None = None, threads: int | None = None) -> SanaRuntime:
+    """The bundle in `backend`. "auto" evaluates a half-precision bundle on the CPU with half-precision intermediates.
+
+    `device` and `threads` are those of `SanaRuntime.from_pretrained`. With a device, "auto" takes a backend that uses it.
+    """
+    if backend == AUTO and device is None and (dtype := Manifest.load(bundle).options.dtype) != "float32":
+        evaluator = partial(StorageEvaluator, threads=threads)
+        return SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(evaluator, f"cpu, {dtype} intermediates"))
+    return SanaRuntime.from_pretrained(bundle, backend=backend, device=device, threads=threads)

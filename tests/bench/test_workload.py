@@ -72,7 +72,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str, found: obj
         ("height = 256", "height = 250", "height in", 250),
         ('["one", "二"]', "[]", "prompts in", "[]"),
         ('["one", "二"]', '["one", 2]', "prompts in", "['one', 2]"),
-        ("guidance_scale = 2", "", "not a whole workload", "no guidance_scale"),
+        ("guidance_scale = 2", "", "is incomplete", "no guidance_scale"),
     ],
 )
 def test_a_bad_value_is_named(tmp_path: Path, old: str, new: str, message: str, found: object) -> None:

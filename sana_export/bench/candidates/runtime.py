@@ -10,7 +10,8 @@ from sana_export.runtime.results import Timings
 
 def load(job: Job) -> RuntimeCandidate:
     """The bundle in the backend that the job names."""
-    return RuntimeCandidate(job, SanaRuntime.from_pretrained(job.bundle, backend=job.backend, threads=job.threads))
+    runtime = SanaRuntime.from_pretrained(job.bundle, backend=job.backend, device=job.device, threads=job.threads)
+    return RuntimeCandidate(job, runtime)
 
 
 class RuntimeCandidate:

@@ -41,6 +41,8 @@ class Job:
     workload: Workload
     transformer: str | None = None
     loras: tuple[tuple[str, float], ...] = ()
+    #: Index of the GPU; None takes the first.
+    device: int | None = None
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Job:
