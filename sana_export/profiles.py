@@ -195,7 +195,7 @@ def _check_divides(height: int, width: int, factor: int) -> None:
         raise UsageError(
             "the image size does not fit the decoder",
             found=f"{height}x{width} (height x width)",
-            wanted=f"height and width that divide by {factor}",
+            wanted=f"height and width that are multiples of {factor}",
             fix=f"--height {_nearest(height, factor)} --width {_nearest(width, factor)}",
         )
 
