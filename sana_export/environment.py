@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import hashlib
 import os
 import platform
 import re
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -16,11 +18,55 @@ PACKAGE = Path(__file__).parent
 
 @cache
 def source_digest(*folders: str) -> str:
-    """Hash of the package's own code in these folders or modules ("." for all of it): what is made by other code is made again."""
+    """Hash of the package's source files in these folders or modules ("." for all of them)."""
+    return _digest(path for name in folders for path in (*(PACKAGE / name).rglob("*.py"), *PACKAGE.glob(f"{name}.py")))
+
+
+@cache
+def import_digest(module: str) -> str:
+    """Hash of the source files of `module` and of every module of the package that it imports, directly or not.
+
+    A cache of what `module` makes is valid as long as this is the same.
+    """
+    return _digest(PACKAGE.parent / path for path in imported_files(module, PACKAGE.parent))
+
+
+def imported_files(module: str, root: Path) -> set[str]:
+    """The files of `module` and of the modules of its package that it imports, directly or not, relative to the folder `root`.
+
+    They are found in the source, so nothing is imported, and imports inside functions count. The package's own `__init__.py` does
+    not: it only offers names of the package to users.
+    """
+    package = module.partition(".")[0]
+    found: set[str] = set()
+    pending = [module]
+    while pending:
+        path = Path(*pending.pop().split("."))
+        file = next((file for file in (path.with_suffix(".py"), path / "__init__.py") if (root / file).is_file()), None)
+        if file is None or file.as_posix() in found or file == Path(package, "__init__.py"):
+            continue
+        found.add(file.as_posix())
+        for node in ast.walk(ast.parse((root / file).read_bytes())):
+            names = _imported_names(node)
+            pending += [name for name in names if name.partition(".")[0] == package]
+    return found
+
+
+def _imported_names(node: ast.AST) -> list[str]:
+    """What an import statement may import: modules, the packages above them, and names of modules, some of which are modules."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+        return []
+    return [".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts) + 1)]
+
+
+def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    found = (path for name in folders for path in (*(PACKAGE / name).rglob("*.py"), *PACKAGE.glob(f"{name}.py")))
-    for path in sorted(found):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted(files):
+        digest.update(path.relative_to(PACKAGE.parent).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from sana_export.checkpoint.fold_lora import fold_loras
 from sana_export.checkpoint.hub import INDEX, Hub, ReadJson, fetch, not_a_checkpoint, read_json
 from sana_export.checkpoint.single_file import open_single_file
 from sana_export.checkpoint.weights import Weights, read_headers
-from sana_export.environment import cache_folder, source_digest
+from sana_export.environment import cache_folder, import_digest
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import hash_file
 from sana_export.manifest import Checkpoint, Overlay
@@ -241,7 +241,7 @@ def _check(checkpoint: SanaCheckpoint) -> None:
 def _synthetic_folder(recipe: str) -> Path:
     from sana_export.synth.checkpoint import make_checkpoint
 
-    folder = cache_folder() / "checkpoints" / f"{recipe}-{source_digest('synth')[:12]}"
+    folder = cache_folder() / "checkpoints" / f"{recipe}-{import_digest('sana_export.synth.checkpoint')[:12]}"
     if not (folder / INDEX).is_file():
         log.info("making the synthetic checkpoint %s in %s", recipe, folder)
         make_checkpoint(recipe, folder)
