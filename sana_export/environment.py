@@ -1,4 +1,4 @@
-"""Facts of this process and of this package's own code."""
+"""Facts about this process and about the package's own source."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 def operating_system() -> str:
-    """The platform that engines are bound to, for example "linux-x86_64"."""
+    """The platform, for example "linux-x86_64"."""
     return f"{platform.system().lower()}-{platform.machine().lower()}"
 
 
 def peak_rss_bytes(process: int | None = None) -> int:
-    """Largest resident size of this process, or of `process`, since it was started; 0 where the system does not tell.
+    """Peak resident memory of this process, or of the process with the id `process`. 0 if the system does not report it.
 
-    Linux keeps in `ru_maxrss` also what the parent had resident at the fork, so the program's own high-water mark is read instead.
+    On Linux this is VmHWM and not `ru_maxrss`, which also counts what the parent had resident at the fork.
     """
     try:
         status = Path(f"/proc/{process or 'self'}/status").read_text("utf-8")
@@ -97,13 +97,13 @@ def peak_rss_bytes(process: int | None = None) -> int:
 
 
 def return_free_memory() -> None:
-    """Give freed memory back to the system where the C library keeps it (glibc does, between blocks that are in use)."""
+    """Return freed memory to the system. glibc keeps it between blocks in use; with other C libraries this does nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
 
 
 def cache_folder() -> Path:
-    """Where sana_export keeps what it makes for itself: $SANA_EXPORT_CACHE, or sana_export under the user's cache folder."""
+    """The folder of sana_export's caches: $SANA_EXPORT_CACHE, or `sana_export` in the user's cache folder."""
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("SANA_EXPORT_CACHE") or f"{root}/sana_export").expanduser()

@@ -157,7 +157,7 @@ def test_custom_size_that_the_decoder_cannot_make_names_the_near_one(height: int
 
 
 def test_custom_batch_below_one_is_refused() -> None:
-    with pytest.raises(UsageError, match="at least one image"):
+    with pytest.raises(UsageError, match="a batch needs at least one image"):
         custom_profile(MODEL, batch=0)
 
 
