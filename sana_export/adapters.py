@@ -1,8 +1,8 @@
-"""LoRA files: what they are, what they may hold, and what each of them adds to which layer. Read without PyTorch.
+"""LoRA files: their formats, what they may contain, and what they add to each layer. Needs no PyTorch.
 
-Source: arXiv 2106.09685; the formats of diffusers (`SanaLoraLoaderMixin`) and of PEFT. A layer's weight W becomes
-W + scale * (alpha / r) * B A. For alpha / r stands alpha / sqrt(r) under use_rslora, and 1 where a file of diffusers says
-nothing of alpha. Who reads the tensors is left open: `export` folds them with torch, `runtime` with numpy.
+Source: arXiv 2106.09685; the formats of diffusers (`SanaLoraLoaderMixin`) and PEFT. A layer's weight W becomes W + scale * (alpha /
+r) * B A. With use_rslora, alpha / sqrt(r) replaces alpha / r. If a diffusers file gives no alpha, alpha / r is 1. The caller reads
+the tensors: `export` with torch, `runtime` with numpy.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
 from sana_export.formats.safetensors_file import PICKLES
 
 DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
-#: What stands before the names of the transformer's layers, in PEFT's file and in any other.
+#: The prefix of the transformer's layer names: True in PEFT's format, False in the format of diffusers.
 PREFIXES = {True: "base_model.model.", False: "transformer."}
-#: Ends of a tensor's name, and what it is of the layer before it.
+#: Suffixes of tensor names, and the role of such a tensor in its layer.
 ROLES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
@@ -32,23 +32,31 @@ ROLES = {
     ".lora.up.weight": "up",
     ".alpha": "alpha",
 }
-#: Where diffusers keeps the adapter's config in a safetensors file's own metadata, with "transformer." before each key.
+#: The key of a safetensors file's metadata under which diffusers stores the adapter's config. Its keys start with "transformer.".
 METADATA = "lora_adapter_metadata"
-#: lora_alpha of a config that does not say it.
+#: PEFT's default of lora_alpha.
 PEFT_ALPHA = 8
-#: Keys of a config under which an adapter is more than B A beside W.
-BEYOND = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "alora_invocation_tokens", "target_parameters", "use_bdlora")
-#: Values of init_lora_weights that leave the base weights as they were.
-PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-#: The depthwise convolution of every block, which no graph takes a LoRA for.
+#: Keys of a config that make an adapter more than a product B A added to W.
+UNSUPPORTED = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "use_bdlora",
+)
+#: Values of init_lora_weights that do not change the base weights.
+PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+#: The depthwise convolution of every block. No graph supports a LoRA on it.
 DEPTHWISE = "ff.conv_depth"
 
-#: The shape of a layer's weight, [out, in] or [out, in / groups, kh, kw]; None where the model has no such layer.
+#: The shape of a layer's weight, [out, in] or [out, in / groups, kh, kw]; None if the model has no such layer.
 ShapeOf = Callable[[str], tuple[int, ...] | None]
 
 
 class Matrix(Protocol):
-    """A tensor of a safetensors file, read when it is asked for."""
+    """A tensor of a safetensors file. Its values are read on demand."""
 
     @property
     def dtype(self) -> str: ...
@@ -64,58 +72,63 @@ M = TypeVar("M", bound=Matrix)
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter that the user named: a file or folder, and the factor on all of it."""
+    """A LoRA that the user asked for."""
 
+    #: The file, or the folder that contains it.
     path: Path
+    #: The factor on everything that it adds.
     scale: float = 1.0
 
     @property
     def peft(self) -> bool:
-        """Whether this is PEFT's format, and not that of diffusers."""
+        """Whether it is in PEFT's format rather than that of diffusers."""
         return self.weights.name == PEFT_FILE
 
     @property
     def weights(self) -> Path:
-        """The safetensors file. Raises UsageError where there is nothing, ArtifactError where there is something else."""
+        """The safetensors file. Raises UsageError if `path` does not exist, ArtifactError if it is something else."""
         return _weights_file(self.path)
 
     @property
     def sha256(self) -> str:
-        """Hash over all that is read."""
+        """Hash of everything that is read."""
         files = (self.weights, self.weights.with_name(PEFT_CONFIG)) if self.peft else (self.weights,)
         return hashlib.sha256("".join(map(hash_file, files)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Fold(Generic[M]):
-    """What one adapter adds to one weight: `factor` * up down, with the shapes [r, in, ...] of down and [out, r, ...] of up."""
+    """What one adapter adds to one weight: `factor` * up down."""
 
+    #: The matrix A, [r, in, ...].
     down: M
+    #: The matrix B, [out, r, ...].
     up: M
+    #: The adapter's scale times alpha / r.
     factor: float
 
 
 def parse_lora(text: str) -> Lora:
-    """The adapter that PATH or PATH:SCALE names."""
+    """Parse PATH or PATH:SCALE."""
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).exists():
         return Lora(Path(text))
     try:
         factor = float(scale)
     except ValueError:
-        return Lora(Path(text))  # a colon in the path, which then will not be found or is one of Windows
+        return Lora(Path(text))  # the colon is part of the path, such as that of a Windows drive
     if not path or not math.isfinite(factor):
         raise UsageError(
-            "a LoRA is a path and a scale", found=text, wanted="PATH or PATH:SCALE", fix="--lora style.safetensors:0.7"
+            "a LoRA is given as a path and a scale", found=text, wanted="PATH or PATH:SCALE", fix="--lora style.safetensors:0.7"
         )
     return Lora(Path(path), factor)
 
 
 def read_folds(lora: Lora, tensors: Mapping[str, M], metadata: Mapping[str, str], shape_of: ShapeOf) -> dict[str, Fold[M]]:
-    """What the adapter adds, by the layer that it is added to, once all of it is known to fit.
+    """What the adapter adds to each layer, by the layer's name.
 
-    `tensors` and `metadata` are those of `lora.weights`. Reads no matrix. Raises ArtifactError naming the tensor for an adapter of
-    another format, kind or model.
+    `tensors` and `metadata` are those of `lora.weights`; `shape_of` gives the shapes of the model's weights. No matrix is read.
+    Raises ArtifactError, naming the tensor, if the adapter's format or kind is not supported or it does not fit the model.
     """
     config = _config(lora, metadata)
     if config is not None:
@@ -145,7 +158,9 @@ def _weights_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise UsageError(
-            f"there is no LoRA at {path}", found="no such file or folder", wanted="a .safetensors file or a folder of one"
+            f"there is no LoRA at {path}",
+            found="no such file or folder",
+            wanted="a .safetensors file, or a folder that contains one",
         )
     for name in (PEFT_FILE, DIFFUSERS_FILE):
         if (path / name).is_file():
@@ -154,7 +169,7 @@ def _weights_file(path: Path) -> Path:
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         raise _pickle(path, pickles[0])
     raise ArtifactError(
-        f"{path} holds no LoRA",
+        f"{path} contains no LoRA",
         found=", ".join(names[:8]) or "an empty folder",
         wanted=f"{DIFFUSERS_FILE}, or {PEFT_FILE} with {PEFT_CONFIG}",
         fix="name the .safetensors file itself",
@@ -164,22 +179,22 @@ def _weights_file(path: Path) -> Path:
 def _pickle(path: Path, name: str) -> ArtifactError:
     return ArtifactError(
         f"the LoRA {path} is not stored as safetensors",
-        found=f"{name}, which runs code when it is read",
+        found=f"{name}, which can run code when it is loaded",
         wanted="a .safetensors file",
         fix="load it with diffusers and save it again: pipeline.save_lora_weights(folder, ..., safe_serialization=True)",
     )
 
 
 def _config(lora: Lora, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The adapter's LoraConfig as a dict, out of adapter_config.json or the file's metadata; None where diffusers wrote none."""
+    """The adapter's LoraConfig, from adapter_config.json or the file's metadata. None if a diffusers file has none."""
     if lora.peft:
         path = lora.weights.with_name(PEFT_CONFIG)
         if not path.is_file():
             raise ArtifactError(
-                f"the LoRA {lora.path} says nothing of its alpha",
-                found=f"no {PEFT_CONFIG} beside {PEFT_FILE}",
-                wanted="both files of PEFT's format",
-                fix=f"put {PEFT_CONFIG} beside it",
+                f"the LoRA {lora.path} is incomplete",
+                found=f"no {PEFT_CONFIG} next to {PEFT_FILE}",
+                wanted=f"both files of PEFT's format: {PEFT_CONFIG} contains alpha",
+                fix=f"put {PEFT_CONFIG} next to it",
             )
         text: str | bytes = path.read_bytes()
     elif METADATA in metadata:
@@ -193,37 +208,37 @@ def _config(lora: Lora, metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _check_config(lora: Lora, config: Mapping[str, Any]) -> None:
-    strange = [key for key in BEYOND if config.get(key)]
+    unsupported = [key for key in UNSUPPORTED if config.get(key)]
     if config.get("peft_type", "LORA") != "LORA":
-        strange.append("peft_type")
-    if config.get("init_lora_weights") not in PLAIN_STARTS:
-        strange.append("init_lora_weights")
-    if strange:
+        unsupported.append("peft_type")
+    if config.get("init_lora_weights") not in PLAIN_INITIALIZATIONS:
+        unsupported.append("init_lora_weights")
+    if unsupported:
         raise ArtifactError(
-            f"the LoRA {lora.path} is of a kind that cannot be folded in",
-            found=f"{strange[0]} = {config[strange[0]]!r}",
-            wanted="a plain LoRA: a product B A beside each weight",
+            f"the LoRA {lora.path} is of a kind that is not supported",
+            found=f"{unsupported[0]} = {config[unsupported[0]]!r}",
+            wanted="a plain LoRA: a product B A added to each weight",
             fix="merge it with PEFT and export the merged checkpoint",
         )
 
 
 def _parse(name: str, lora: Lora) -> tuple[str, str]:
-    """The layer that a tensor belongs to, and its role there."""
+    """The layer that a tensor belongs to, and the tensor's role in it."""
     if "lora_magnitude_vector" in name or "dora_scale" in name:
         raise ArtifactError(
-            f"the LoRA {lora.path} is a DoRA, which cannot be folded in",
+            f"the LoRA {lora.path} is a DoRA, which is not supported",
             found=name,
-            wanted="lora_A and lora_B alone",
+            wanted="only lora_A and lora_B",
             fix="train with use_dora=False, or merge it with PEFT and export the merged checkpoint",
         )
     prefix = PREFIXES[lora.peft]
     role = next((end for end in ROLES if name.endswith(end)), None)
     if not name.startswith(prefix) or role is None:
         raise ArtifactError(
-            f"the LoRA {lora.path} holds a tensor that is none of Sana's transformer",
+            f"the LoRA {lora.path} contains a tensor that does not belong to Sana's transformer",
             found=name,
             wanted=f"names like {prefix}transformer_blocks.0.attn1.to_q.lora_A.weight",
-            fix="name a LoRA in the format of diffusers or PEFT that was trained on this transformer",
+            fix="use a LoRA in the format of diffusers or PEFT that was trained on this transformer",
         )
     return name.removeprefix(prefix).removesuffix(role), ROLES[role]
 
@@ -231,27 +246,27 @@ def _parse(name: str, lora: Lora) -> tuple[str, str]:
 def _check_layer(
     lora: Lora, layer: str, parts: Mapping[str, str], tensors: Mapping[str, Matrix], shape: tuple[int, ...] | None
 ) -> None:
-    """Raise ArtifactError unless the model has the layer, with a weight of `shape`, and its matrices fit."""
+    """Raise ArtifactError unless the model has the layer and its matrices fit a weight of `shape`."""
     if shape is None and not layer.endswith(DEPTHWISE):
         raise ArtifactError(
             f"the LoRA {lora.path} belongs to another model",
             found=f"{layer}, which this transformer does not have",
             wanted="layers of this checkpoint's transformer",
-            fix="name a LoRA that was trained on this checkpoint",
+            fix="use a LoRA that was trained on this checkpoint",
         )
-    if lacking := [role for role in ("down", "up") if role not in parts]:
+    if missing := [role for role in ("down", "up") if role not in parts]:
         raise ArtifactError(
-            f"the LoRA {lora.path} is not whole",
-            found=f"no {'lora_A' if lacking == ['down'] else 'lora_B'} of {layer}",
+            f"the LoRA {lora.path} is incomplete",
+            found=f"no {'lora_A' if missing == ['down'] else 'lora_B'} of {layer}",
             wanted="lora_A and lora_B of each layer",
             fix="download the LoRA again",
         )
     if shape is None or (len(shape) == 4 and shape[1] == 1 < shape[0]):
         raise ArtifactError(
-            f"the LoRA {lora.path} changes a depthwise convolution, which cannot be folded in",
+            f"the LoRA {lora.path} changes a depthwise convolution, which is not supported",
             found=parts["down"],
             wanted="linear layers and convolutions without groups",
-            fix=f"train without {layer.rpartition('.')[2]}: a LoRA there mixes channels, which no depthwise weight does",
+            fix=f"train without {layer.rpartition('.')[2]}: a LoRA on it mixes channels, which a depthwise weight cannot",
         )
     rank = tensors[parts["down"]].shape[:1] or (0,)
     for role, wanted in (("down", (*rank, *shape[1:])), ("up", (*shape[:1], *rank, *(1 for _ in shape[2:])))):
@@ -261,18 +276,18 @@ def _check_layer(
                 f"{name} in the LoRA {lora.path} does not fit this checkpoint",
                 found=list(part.shape),
                 wanted=f"{list(wanted)}, for {layer}.weight of {list(shape)}",
-                fix="name a LoRA that was trained on this checkpoint",
+                fix="use a LoRA that was trained on this checkpoint",
             )
         if part.dtype not in SAFETENSORS_WEIGHT_DTYPES:
             raise ArtifactError(
-                f"{name} in the LoRA {lora.path} is stored in a dtype that is not read",
+                f"{name} in the LoRA {lora.path} has an unsupported dtype",
                 found=part.dtype,
                 wanted=", ".join(SAFETENSORS_WEIGHT_DTYPES),
             )
 
 
 def _alpha(layer: str, config: Mapping[str, Any] | None) -> float | None:
-    """alpha of a layer: the value of the config's first pattern that fits it (as PEFT matches), or the config's."""
+    """The layer's alpha: that of the first matching pattern of the config (matched as in PEFT), or else the config's own."""
     if config is None:
         return None
     for pattern, value in (config.get("alpha_pattern") or {}).items():

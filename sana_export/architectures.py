@@ -1,9 +1,8 @@
-"""The networks of the checkpoints: what tells their transformers apart, and the exact published configs (data only).
+"""The networks of the checkpoints: how their transformers differ, and the exact published configs (data only).
 
-A config holds what the checkpoint's config.json says of the network: keyword arguments of the class in diffusers or transformers.
+A config is the content of a config.json: keyword arguments of the class in diffusers or transformers.
 Sources: the scripts that made the published folders (scripts/convert_sana_to_diffusers.py and convert_dcae_to_diffusers.py of
-diffusers), NVlabs/Sana's configs/, and the classes' defaults for what those leave out; the tests compare these with the installed
-classes.
+diffusers), NVlabs/Sana's configs/, and the classes' own defaults, which the tests compare with the installed classes.
 """
 
 from __future__ import annotations
@@ -14,35 +13,40 @@ from typing import Any
 
 Config = dict[str, Any]
 
-#: One pixel of the latents stands for a square of this many pixels.
+#: Image pixels per latent pixel, in each direction.
 LATENT_STRIDE = 32
 QK_NORM = "rms_norm_across_heads"
-#: Scale of the sine-cosine position table by native size; where there is none the transformer has no position table.
+#: Scale of the sine-cosine position table by native size. Transformers of other sizes have no position table.
 INTERPOLATION_SCALE = {2048: 1.0, 4096: 2.0}
-#: `flow_shift` of the scheduler at the sizes where it is not 3.0.
+#: `flow_shift` of the scheduler by native size, if it is not 3.0.
 FLOW_SHIFT = {4096: 6.0}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One transformer. Cross-attention is as wide as self-attention, whose heads hold 32 channels each.
+    """One transformer. Self-attention heads have 32 channels, and cross-attention is as wide as self-attention."""
 
-    `parameters` counts the transformer's. `guidance_embeds` marks the distilled one (SANA-Sprint), which takes the guidance scale
-    as an input and samples with SCMScheduler.
-    """
-
+    #: Its name in this table.
     name: str
+    #: Number of blocks.
     layers: int
+    #: Heads of self-attention.
     heads: int
+    #: Heads of cross-attention.
     cross_heads: int
+    #: Channels of a cross-attention head.
     cross_head_dim: int
+    #: Number of parameters.
     parameters: int
+    #: The norm on queries and keys. None: no norm.
     qk_norm: str | None = None
+    #: Whether it is distilled (SANA-Sprint): it takes the guidance scale as an input and samples with SCMScheduler.
     guidance_embeds: bool = False
+    #: Width of the prompt embeddings.
     caption_channels: int = 2304
 
     def transformer(self, native_size: int) -> Config:
-        """transformer/config.json of `SanaTransformer2DModel` for images of `native_size` pixels a side."""
+        """transformer/config.json of `SanaTransformer2DModel`, trained on images of `native_size` x `native_size` pixels."""
         return TRANSFORMER_DEFAULTS | {
             "num_attention_heads": self.heads,
             "num_layers": self.layers,
@@ -57,7 +61,7 @@ class Architecture:
         }
 
     def scheduler(self, native_size: int) -> Config:
-        """scheduler/scheduler_config.json with its `_class_name`, as far as it differs from the class's defaults."""
+        """scheduler/scheduler_config.json: its `_class_name`, and the values that differ from the class's defaults."""
         if self.guidance_embeds:
             return {"_class_name": "SCMScheduler", "prediction_type": "trigflow", "sigma_data": 0.5}
         return {
@@ -84,7 +88,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     )
 }
 
-#: What `SanaTransformer2DModel` takes for a key that a config.json leaves out, as files of older releases do.
+#: The defaults of `SanaTransformer2DModel`, which apply to keys that the config.json of an older release does not have.
 TRANSFORMER_DEFAULTS: Config = {
     "in_channels": 32,
     "out_channels": 32,
@@ -113,7 +117,7 @@ _STAGES = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 _MULTISCALES = ((), (), (), (5,), (5,), (5,))
 _WIDTHS = (128, 256, 512, 512, 1024, 1024)
 
-#: vae/config.json of `AutoencoderDC`: the f32c32 autoencoder sana-1.1, the same in every published checkpoint.
+#: vae/config.json of `AutoencoderDC`: the f32c32 autoencoder sana-1.1, which every published checkpoint uses.
 AUTOENCODER: Config = {
     "in_channels": 3,
     "latent_channels": 32,
@@ -136,7 +140,7 @@ AUTOENCODER: Config = {
     "scaling_factor": 0.41407,
 }
 
-#: text_encoder/config.json of `Gemma2Model`: Gemma-2-2B-IT, the same in every published checkpoint.
+#: text_encoder/config.json of `Gemma2Model`: Gemma-2-2B-IT, which every published checkpoint uses.
 TEXT_ENCODER: Config = {
     "vocab_size": 256_000,
     "hidden_size": 2304,
@@ -154,14 +158,14 @@ TEXT_ENCODER: Config = {
     "rms_norm_eps": 1e-6,
 }
 
-#: The keys by which a checkpoint is recognised: those that change shapes or the function.
-_TOLD_APART_BY = (
+#: The keys that identify a checkpoint: those that change shapes or results.
+_IDENTIFYING_KEYS = (
     *("num_layers", "num_attention_heads", "attention_head_dim", "num_cross_attention_heads", "cross_attention_head_dim"),
     *("caption_channels", "sample_size", "interpolation_scale", "qk_norm", "guidance_embeds"),
 )
 
 
 def identity(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[object, ...]:
-    """What two checkpoints of one architecture, size and schedule have in common. Keys left out take the class's defaults."""
+    """A value that is equal for checkpoints of the same architecture, size and schedule. Missing keys get the class's defaults."""
     full = TRANSFORMER_DEFAULTS | dict(transformer)
-    return (*(full[key] for key in _TOLD_APART_BY), scheduler.get("_class_name"), scheduler.get("flow_shift"))
+    return (*(full[key] for key in _IDENTIFYING_KEYS), scheduler.get("_class_name"), scheduler.get("flow_shift"))

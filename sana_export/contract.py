@@ -1,8 +1,8 @@
-"""The tensors of every deployment graph: the one table that export, engine build and runtime all read.
+"""The tensors of every deployment graph: the one table that export, engine build and runtime use.
 
-A dimension is a name. Names in `DYNAMIC_AXES` stay symbolic in the ONNX graph; every other name is a property of the
-checkpoint and is replaced by its number (`resolve`). `PRECISION` stands for the dtype that the bundle was exported in.
-Everything that crosses to the host is float32 or an integer; what stays on the device between two graphs is in PRECISION.
+A dimension is a name. Names in `DYNAMIC_AXES` stay symbolic in the ONNX graph. All other names are properties of the checkpoint,
+and `resolve` replaces them with their numbers. The dtype `PRECISION` is the one that the bundle is exported in. Tensors that the
+host reads or writes are float32 or integers. Tensors that stay on the device between two graphs are in PRECISION.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-#: The longest instruction and prompt together; attention windows at least this wide never bind.
+#: The longest instruction and prompt together. An attention window of at least this width has no effect.
 MAX_TOKENS = 2048
 
 #: The graphs that decode images in one piece (False) and in tiles (True).
@@ -18,8 +18,8 @@ DECODERS: dict[bool, set[str]] = {False: {"vae_decoder"}, True: {"vae_decoder_he
 
 PRECISION = "precision"
 
-#: Axes that a request chooses. Latent sizes are in latent pixels (1/32 of the image's), the others in what they name; a tile's are
-#: in features, those of a tile_image in pixels.
+#: Axes whose lengths depend on the request. latent_* are in latent pixels (1/32 of the image's), feature_* and tile_* in features,
+#: and image_*, output_* and tile_image_* in image pixels.
 DYNAMIC_AXES = (
     "batch",
     "branches",
@@ -45,19 +45,25 @@ Shape = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named tensor; `shape` mixes axis names and numbers."""
+    """One input or output of a graph."""
 
+    #: Its name in the ONNX graph.
     name: str
+    #: Its dtype (formats/dtypes.py), or `PRECISION` before `resolve`.
     dtype: str
+    #: Names of axes, and numbers.
     shape: Shape
 
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One deployment graph: its inputs and outputs, in order."""
+    """One deployment graph."""
 
+    #: Its name.
     name: str
+    #: Its inputs in order.
     inputs: tuple[TensorSpec, ...]
+    #: Its outputs in order.
     outputs: tuple[TensorSpec, ...]
 
 
@@ -151,22 +157,22 @@ GRAPHS: dict[str, GraphSpec] = {
     )
 }
 
-#: Graphs whose weights are a part of another's: they lie in its folder and read its weight file.
+#: Graphs that use some of another graph's weights. They are in its folder and read its weight file.
 WEIGHTS_OF = {"vae_decoder_head": "vae_decoder", "vae_decoder_tail": "vae_decoder"}
 
-#: Tensors that a graph has only where the checkpoint has the feature: a switch of its transformer's config.
+#: Tensors that a graph has only if a switch of the transformer's config is on.
 FEATURE_TENSORS = {"guidance": "guidance_embeds"}
 
-#: The columns of a schedule's row, in the order of the sampler's `coefficients` input:
+#: The elements of the sampler's `coefficients` input, which are the columns of a schedule:
 #: x0 = x0_latents * latents + x0_noise_pred * noise_pred
 #: next_latents = latents * latents + x0 * x0 + previous_x0 * previous_x0 + noise * noise
 COEFFICIENTS = ("x0_latents", "x0_noise_pred", "latents", "x0", "previous_x0", "noise")
 
 
 def resolve(name: str, dimensions: Mapping[str, int], precision: str, features: Collection[str] = ()) -> GraphSpec:
-    """The graph `name` with the checkpoint's `dimensions` and `precision` ("float32", "float16", "bfloat16") filled in.
+    """The graph `name` with the checkpoint's `dimensions` and its `precision` ("float32", "float16", "bfloat16") filled in.
 
-    Tensors of features (`FEATURE_TENSORS`) that are not among `features` are left out.
+    `features` are the switches of `FEATURE_TENSORS` that are on. Tensors of the others are left out.
     """
     sizes = {"coefficients": len(COEFFICIENTS), **dimensions}
 

@@ -1,13 +1,15 @@
-"""Facts of this process and of this package's own code."""
+"""Facts about this process and about the package's own source."""
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import hashlib
 import os
 import platform
 import re
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -17,11 +19,55 @@ PACKAGE = Path(__file__).parent
 
 @cache
 def source_digest(*folders: str) -> str:
-    """Hash of the package's own code in these folders or modules ("." for all of it): what is made by other code is made again."""
+    """Hash of the package's source files in these folders or modules ("." for all of them)."""
+    return _digest(path for name in folders for path in (*(PACKAGE / name).rglob("*.py"), *PACKAGE.glob(f"{name}.py")))
+
+
+@cache
+def import_digest(module: str) -> str:
+    """Hash of the source files of `module` and of every module of the package that it imports, directly or not.
+
+    A cache of what `module` makes is valid as long as this is the same.
+    """
+    return _digest(PACKAGE.parent / path for path in imported_files(module, PACKAGE.parent))
+
+
+def imported_files(module: str, root: Path) -> set[str]:
+    """The files of `module` and of the modules of its package that it imports, directly or not, relative to the folder `root`.
+
+    They are found in the source, so nothing is imported, and imports inside functions count. The package's own `__init__.py` does
+    not: it only offers names of the package to users.
+    """
+    package = module.partition(".")[0]
+    found: set[str] = set()
+    pending = [module]
+    while pending:
+        path = Path(*pending.pop().split("."))
+        file = next((file for file in (path.with_suffix(".py"), path / "__init__.py") if (root / file).is_file()), None)
+        if file is None or file.as_posix() in found or file == Path(package, "__init__.py"):
+            continue
+        found.add(file.as_posix())
+        for node in ast.walk(ast.parse((root / file).read_bytes())):
+            names = _imported_names(node)
+            pending += [name for name in names if name.partition(".")[0] == package]
+    return found
+
+
+def _imported_names(node: ast.AST) -> list[str]:
+    """What an import statement may import: modules, the packages above them, and names of modules, some of which are modules."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+        return []
+    return [".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts) + 1)]
+
+
+def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    found = (path for name in folders for path in (*(PACKAGE / name).rglob("*.py"), *PACKAGE.glob(f"{name}.py")))
-    for path in sorted(found):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted(files):
+        digest.update(path.relative_to(PACKAGE.parent).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -40,14 +86,14 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def operating_system() -> str:
-    """The platform that engines are bound to, for example "linux-x86_64"."""
+    """The platform, for example "linux-x86_64"."""
     return f"{platform.system().lower()}-{platform.machine().lower()}"
 
 
 def peak_rss_bytes(process: int | None = None) -> int:
-    """Largest resident size of this process, or of `process`, since it was started; 0 where the system does not tell.
+    """Peak resident memory of this process, or of the process with the id `process`. 0 if the system does not report it.
 
-    Linux keeps in `ru_maxrss` also what the parent had resident at the fork, so the program's own high-water mark is read instead.
+    On Linux this is VmHWM and not `ru_maxrss`, which also counts what the parent had resident at the fork.
     """
     try:
         status = Path(f"/proc/{process or 'self'}/status").read_text("utf-8")
@@ -66,13 +112,13 @@ def peak_rss_bytes(process: int | None = None) -> int:
 
 
 def return_free_memory() -> None:
-    """Give freed memory back to the system where the C library keeps it (glibc does, between blocks that are in use)."""
+    """Return freed memory to the system. glibc keeps it between blocks in use; with other C libraries this does nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
 
 
 def cache_folder() -> Path:
-    """Where sana_export keeps what it makes for itself: $SANA_EXPORT_CACHE, or sana_export under the user's cache folder."""
+    """The folder of sana_export's caches: $SANA_EXPORT_CACHE, or `sana_export` in the user's cache folder."""
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("SANA_EXPORT_CACHE") or f"{root}/sana_export").expanduser()

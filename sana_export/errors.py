@@ -1,6 +1,6 @@
 """Errors that a user can act on.
 
-Every error says what was found, what was wanted and the line that mends it, and carries the exit code of the command line.
+An error says what was found, what was wanted and the command that fixes it. Its class decides the exit code of the command line.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class SanaExportError(Exception):
-    """Base of all errors raised on purpose. `str()` is the whole message for the user."""
+    """Base class of the errors that sana_export raises. `str()` gives the whole message."""
 
     exit_code = 1
 
@@ -26,31 +26,31 @@ class SanaExportError(Exception):
         super().__init__("\n".join(lines))
 
     def as_json(self) -> dict[str, str | None]:
-        """The error as JSON tells it: its type's name and its texts. `error_from_json` reads it back."""
+        """The name of the error's type, and its texts. `error_from_json` reads it back."""
         texts = {"message": self.message, "found": self.found, "wanted": self.wanted, "fix": self.fix}
         return {"type": type(self).__name__, **{name: None if text is None else str(text) for name, text in texts.items()}}
 
 
 class UsageError(SanaExportError):
-    """The request itself cannot be met: a bad option, size, prompt or model name."""
+    """The request is wrong: a bad option, size, prompt or model name."""
 
     exit_code = 2
 
 
 class DependencyError(SanaExportError):
-    """The machine lacks something: a package, a driver, disk space, permission, the network."""
+    """Something is missing on this machine: a package, a driver, disk space, a permission, or the network."""
 
     exit_code = 3
 
 
 class ArtifactError(SanaExportError):
-    """A checkpoint, bundle or engine is damaged, stale, foreign or unfit for this machine."""
+    """A checkpoint, bundle or engine is damaged, outdated, of another kind, or does not run on this machine."""
 
     exit_code = 4
 
 
 class ParityError(SanaExportError):
-    """A graph, an engine or an image differs from its reference by more than the stated limit."""
+    """A graph, an engine or an image differs from its reference by more than the limit."""
 
     exit_code = 5
 
@@ -59,7 +59,7 @@ _BY_NAME = {kind.__name__: kind for kind in (UsageError, DependencyError, Artifa
 
 
 def error_from_json(document: Mapping[str, Any]) -> SanaExportError:
-    """The error whose `as_json` is `document`, as the type of this file that it names."""
+    """The error whose `as_json` is `document`."""
     texts = dict(document)
     kind = _BY_NAME.get(texts.pop("type"), SanaExportError)
     return kind(texts.pop("message"), **texts)

@@ -1,4 +1,4 @@
-"""The disk under a bundle: its failures in the user's words, and locks between processes that write into one bundle."""
+"""Files of a bundle: hashes, whole-file writes, locks between processes, and disk errors in the user's words."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _BUSY = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 
 
+def is_disk_error(error: OSError) -> bool:
+    """Whether the disk refused: it is full or read-only, the folder is not writable, or a part of its path is a file."""
+    return error.errno in _FULL | _REFUSED | {errno.ENOTDIR}
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing `path` into a DependencyError that says what the disk lacks."""
+    """Turn an OSError raised while `path` is written into a DependencyError that names the cause."""
     try:
         yield
     except OSError as error:
@@ -37,14 +42,14 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"the disk is full: {path} was not written",
                 found=f"{free_bytes(path.parent)} bytes free",
                 wanted="more space",
-                fix="free some space and run the same command again: it goes on where it stopped",
+                fix="free some space and run the same command again: it continues where it stopped",
             ) from error
         reason = "not writable" if error.errno in _REFUSED else error.strerror or str(error)
         raise DependencyError(f"{path} cannot be written", found=reason, wanted=f"a writable folder {path.parent}") from error
 
 
 def require_free(folder: Path, wanted: int, what: str) -> None:
-    """Raise DependencyError unless the disk of `folder` has `wanted` bytes free for `what`."""
+    """Raise DependencyError unless `wanted` bytes are free for `what` on the disk of `folder`."""
     if (free := free_bytes(folder)) < wanted:
         raise DependencyError(
             f"there is too little disk space for {what}",
@@ -56,10 +61,10 @@ def require_free(folder: Path, wanted: int, what: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, on_wait: Callable[[], None] = lambda: None, *, remove: bool = False) -> Iterator[None]:
-    """Hold the lock file `path` against every other process and thread; the system frees it when a process dies.
+    """Hold an exclusive lock on the file `path`, against other processes and threads. If the process dies, the system frees it.
 
-    Waits for the holder and calls `on_wait` once before it does. Where the file system knows no locks it goes on
-    without, with a warning. `remove`: the file goes when the lock is given back.
+    If the lock is taken, `on_wait` is called once and this waits. If the file system does not support locks, this logs a warning
+    and continues without one. `remove`: delete the file when the lock is released.
     """
     waited = False
     while True:
@@ -72,13 +77,13 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None, *, remove: bo
                     on_wait()
                     waited = True
                 time.sleep(_POLL_SECONDS)
-            if not _is_file(descriptor, path):  # the holder removed it, and the next one locks another of that name
+            if not _is_file(descriptor, path):  # its former owner removed it, so this lock is on a deleted file
                 continue
             try:
                 yield
             finally:
                 if remove:
-                    with contextlib.suppress(OSError):  # Windows removes no file that is open; then it stays
+                    with contextlib.suppress(OSError):  # Windows does not remove an open file; it stays
                         path.unlink()
             return
         finally:
@@ -86,19 +91,19 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None, *, remove: bo
 
 
 def manifest_lock(bundle: Path) -> Path:
-    """The lock file to hold from loading a manifest to saving its successor."""
+    """The lock file to hold while a manifest is loaded, changed and saved."""
     return bundle / ".locks" / "manifest"
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes free on the disk that holds `folder` or its nearest existing parent."""
+    """Free bytes on the disk of `folder`, or of its nearest existing parent."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one that `path` names now."""
+    """Whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -111,7 +116,7 @@ def _try_lock(descriptor: int, path: Path) -> bool:
     except OSError as error:
         if error.errno in _BUSY:
             return False
-        LOG.warning("%s cannot be locked (%s): do not write into this bundle twice at a time", path, error)
+        LOG.warning("%s cannot be locked (%s): do not let two processes write to this bundle at once", path, error)
     return True
 
 
@@ -131,28 +136,31 @@ else:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file: its path inside the bundle (posix), sha256 in hex and size in bytes."""
+    """One file of a bundle."""
 
+    #: Its path relative to the bundle, with forward slashes.
     path: str
+    #: The sha256 of its content, in hex.
     sha256: str
+    #: Its size.
     bytes: int
 
 
 def file_entry(bundle: Path, path: Path) -> FileEntry:
-    """The entry of the file at `path`, which lies inside `bundle`."""
+    """The entry of the file at `path`, which is inside `bundle`."""
     return FileEntry(path.relative_to(bundle).as_posix(), hash_file(path), path.stat().st_size)
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file's content, in hex."""
+    """The sha256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_files(bundle: Path, entries: Iterable[FileEntry], *, fix: str) -> list[Path]:
-    """The paths of `entries`, once each is inside the bundle, present, of its size and of its hash.
+    """Check that each of `entries` is inside the bundle, exists, and has its size and hash. Returns the paths.
 
-    Raises ArtifactError naming the first file that is not, with `fix` as the line that mends it.
+    Raises ArtifactError for the first file that fails, with `fix` as the command that fixes it.
     """
     paths = []
     for entry in entries:
@@ -175,7 +183,7 @@ def check_files(bundle: Path, entries: Iterable[FileEntry], *, fix: str) -> list
 
 
 def resolve_inside(bundle: Path, relative: str, *, fix: str) -> Path:
-    """`bundle / relative`; raises ArtifactError where that leaves the bundle (`..`, an absolute path, a link)."""
+    """`bundle / relative`. Raises ArtifactError if that is outside the bundle (by `..`, an absolute path or a link)."""
     path = bundle / PurePosixPath(relative)
     if not path.resolve().is_relative_to(bundle.resolve()):
         raise ArtifactError(f"the bundle {bundle} names a file outside itself", found=relative, wanted="a path inside it", fix=fix)
@@ -183,9 +191,9 @@ def resolve_inside(bundle: Path, relative: str, *, fix: str) -> Path:
 
 
 def write_whole(path: Path, content: str | Content | Callable[[BinaryIO], object]) -> None:
-    """Write `content` (text as UTF-8, bytes, or a function that writes into the open file) to `path`, whole or not at all.
+    """Write `content` (text as UTF-8, bytes, or a function that writes to the open file) to `path`, whole or not at all.
 
-    The file is written under a temporary name beside `path` and then renamed, so that an interrupted write leaves the old file.
+    The file is written under a temporary name in the same folder and then renamed, so an interrupted write leaves the old file.
     Raises DependencyError if the disk is full or the folder is not writable.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -198,9 +206,10 @@ def write_whole(path: Path, content: str | Content | Callable[[BinaryIO], object
                     file.write(content.encode() if isinstance(content, str) else content)
             partial.replace(path)
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it must not replace the error of the write
+                partial.unlink()
 
 
 def partial_path(destination: Path) -> Path:
-    """The temporary name of an engine while it is built. Another process knows it too, to remove what a killed build left."""
+    """The temporary name of an engine during its build. It is fixed, so that the next build finds what a killed one left."""
     return destination.with_name(f".{destination.name}.partial")

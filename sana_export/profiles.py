@@ -1,10 +1,10 @@
-"""Which shapes an engine serves: min, opt and max of every dynamic axis of `contract.DYNAMIC_AXES`.
+"""The shapes that an engine is built for: minimum, optimum and maximum of every dynamic axis of `contract.DYNAMIC_AXES`.
 
-A TensorRT profile bounds every axis on its own, so it covers the box around its sizes, not only the sizes: the bins of a
-1024 px checkpoint reach from 512x2048 to 2048x512, and their engine also accepts 2048x2048. An execution context that
-reserves memory for the profile's largest shape reserves it for that: the builder states 4.5 GB of activations for the
-published decoder with "laptop" and 0.8 GB with "static" (TensorRT-RTX 1.7, fp16). One that asks for the memory of the
-actual shapes (`update_device_memory_size_for_shapes`) does not pay for the corner that no bin uses.
+A TensorRT profile limits each axis separately, so it covers the box around its sizes: the bins of a 1024 px checkpoint reach from
+512x2048 to 2048x512, and their engine also accepts 2048x2048. An execution context that reserves memory for the profile's largest
+shape reserves it for 2048x2048: the builder reports 4.5 GB of activations for the published decoder with "laptop" and 0.8 GB with
+"static" (TensorRT-RTX 1.7, fp16). A context that reserves memory for the actual shapes (`update_device_memory_size_for_shapes`)
+needs no memory for the corner that no bin uses.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from sana_export.errors import UsageError
 from sana_export.records import ModelInfo
 from sana_export.resolutions import BINS, Size
 
-#: Image pixels up to which an image is decoded in one piece where nothing is asked for: every bin of checkpoints up to 2K.
+#: The largest image, in pixels, that is decoded in one piece by default. Every bin of a checkpoint of up to 2K is smaller.
 UNTILED_AREA = 2048 * 2048
 
-#: min, opt, max; `opt` is the shape that TensorRT tunes for.
+#: Minimum, optimum and maximum of an axis. TensorRT tunes for the optimum.
 Range = tuple[int, int, int]
 
-#: Guidance branches: none, CFG or PAG, both.
+#: Most guidance branches of a request: 1 without guidance, 2 with CFG or PAG, 3 with both.
 MAX_BRANCHES = 3
 #: Smallest image side in pixels of the profile "default".
 SMALLEST_SIDE = 128
 #: Prompt tokens of the typical request.
 TYPICAL_TOKENS = 32
-#: Image pixels of a side of a decoder tile where none is asked for, without its halo.
+#: Default side of a decoder tile in image pixels, without its halo.
 DECODER_TILE = 1024
-#: How far the delivered image may be scaled up from the bin that was sampled.
+#: How much the image may be scaled up from the size that was sampled.
 LARGEST_UPSCALE = 2
 
 
@@ -47,65 +47,70 @@ def _native(model: ModelInfo) -> tuple[Size, ...]:
 
 
 def _any(model: ModelInfo) -> tuple[Size, ...]:
-    """The corners of the box from the smallest side to the longest side of any bin."""
+    """The smallest and the largest square from `SMALLEST_SIDE` to the longest side of any bin."""
     smallest = min(SMALLEST_SIDE, model.native_size)
     largest = max(max(size) for size in _bins(model))
     return ((smallest, smallest), (largest, largest))
 
 
-#: Rules for the sizes of a profile that depend on the checkpoint.
+#: Rules that choose a profile's sizes from the checkpoint.
 COVERAGE: dict[str, Callable[[ModelInfo], tuple[Size, ...]]] = {"bins": _bins, "native": _native, "any": _any}
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One row: `sizes` is a rule of `COVERAGE` or the (height, width) pairs themselves, in pixels of the sampled image.
+    """One set of shapes to build engines for."""
 
-    `decoder_tile`: sides of a decoder tile in image pixels, without its halo.
-    """
-
+    #: Its name on the command line.
     name: str
+    #: Images per request.
     batch: Range
+    #: Guidance branches.
     branches: Range
+    #: A rule of `COVERAGE`, or (height, width) pairs in pixels of the sampled image.
     sizes: str | tuple[Size, ...]
+    #: Its description for the user.
     meaning: str = ""
+    #: Side of a decoder tile in image pixels, without its halo.
     decoder_tile: Range = (DECODER_TILE // 4, DECODER_TILE, DECODER_TILE)
 
     def covered(self, model: ModelInfo) -> tuple[Size, ...]:
-        """The image sizes that this profile is made for, as (height, width) in pixels."""
+        """The image sizes that this profile is for, as (height, width) in pixels."""
         return COVERAGE[self.sizes](model) if isinstance(self.sizes, str) else self.sizes
 
     def ranges(self, model: ModelInfo, *, instruction_tokens: int, branches: int = MAX_BRANCHES) -> dict[str, Range]:
-        """min, opt and max of every axis of `contract.DYNAMIC_AXES`.
+        """The range of every axis of `contract.DYNAMIC_AXES`.
 
-        `instruction_tokens`: tokens of the stored prefix. `branches`: the most that the bundle's graphs are sampled
-        with (2 without PAG layers, 1 with embedded guidance). `tokens` reaches as far as a prompt that shares nothing with
-        the prefix but its first token.
+        `instruction_tokens` is the number of tokens of the stored instruction. `branches` is the most guidance branches that the
+        bundle can sample with (2 without PAG layers, 1 with embedded guidance). Raises UsageError if a size does not fit the model.
         """
+        for height, width in self.covered(model):
+            _check_multiples(height, width, model.vae_scale_factor)
         heights, widths = zip(*self.covered(model), strict=True)
-        height, width = _axis(heights, model.native_size), _axis(widths, model.native_size)
+        rows, columns = _axis(heights, model.native_size), _axis(widths, model.native_size)
         factor, text = model.vae_scale_factor, model.max_sequence_length
-        features = [_divided(side, model.decoder_tile_scale) for side in (height, width)]
+        features = [_divided(side, model.decoder_tile_scale) for side in (rows, columns)]
         tiles = [_windows(self.decoder_tile, side, model) for side in features]
         typical = min(TYPICAL_TOKENS, text)
         return {
             "batch": self.batch,
             "branches": _capped(self.branches, branches),
+            # The longest text is a prompt that shares only its first token with the instruction.
             "tokens": (1, typical, instruction_tokens + text),
             "prefix_tokens": (1, instruction_tokens, instruction_tokens),
             "text_tokens": (1, typical, text),
-            "latent_height": _divided(height, factor),
-            "latent_width": _divided(width, factor),
+            "latent_height": _divided(rows, factor),
+            "latent_width": _divided(columns, factor),
             "feature_height": features[0],
             "feature_width": features[1],
             "tile_height": tiles[0],
             "tile_width": tiles[1],
             "tile_image_height": _multiplied(tiles[0], model.decoder_tile_scale),
             "tile_image_width": _multiplied(tiles[1], model.decoder_tile_scale),
-            "image_height": height,
-            "image_width": width,
-            "output_height": (factor, height[1], LARGEST_UPSCALE * height[2]),
-            "output_width": (factor, width[1], LARGEST_UPSCALE * width[2]),
+            "image_height": rows,
+            "image_width": columns,
+            "output_height": (factor, rows[1], LARGEST_UPSCALE * rows[2]),
+            "output_width": (factor, columns[1], LARGEST_UPSCALE * columns[2]),
         }
 
 
@@ -127,12 +132,12 @@ PROFILES: dict[str, Profile] = {
 }
 
 
-#: Profiles of one size beyond the rows: "static-1024" or "static-HEIGHTxWIDTH", in pixels.
+#: Names of profiles for one size in pixels: "static-1024" or "static-HEIGHTxWIDTH".
 _STATIC = re.compile(r"static-(\d+)(?:x(\d+))?")
 
 
 def profile_named(name: str) -> Profile:
-    """The row `name`, or "static" for one size ("static-1024", "static-832x1216"). UsageError lists the rows for any other name."""
+    """The row `name`, or "static" for one size ("static-1024", "static-832x1216"). Raises UsageError for another name."""
     if match := _STATIC.fullmatch(name):
         return static_profile(int(match[1]), int(match[2] or match[1]))
     if name not in PROFILES:
@@ -146,8 +151,8 @@ def profile_named(name: str) -> Profile:
 
 
 def static_profile(height: int, width: int) -> Profile:
-    """The row "static" for one size in pixels: nothing but the text and the delivered size may change."""
-    _check_divides(height, width, LATENT_STRIDE)
+    """The row "static" for one sampled size in pixels. Only the text and the size of the final image may vary."""
+    _check_multiples(height, width, LATENT_STRIDE)
     side = f"{height}" if height == width else f"{height}x{width}"
     meaning = f"one image of {height}x{width} px, two guidance branches"
     return replace(PROFILES["static"], name=f"static-{side}", sizes=((height, width),), meaning=meaning)
@@ -159,24 +164,24 @@ def bin_profiles(model: ModelInfo) -> list[Profile]:
 
 
 def custom_profile(model: ModelInfo, *, height: int | None = None, width: int | None = None, batch: int = 1) -> Profile:
-    """Exactly one image size in pixels (the native side where it is not given) and 1 to `batch` images."""
+    """One image size in pixels, and 1 to `batch` images. The default of each side is the native size."""
     height = model.native_size if height is None else height
     width = model.native_size if width is None else width
-    _check_divides(height, width, model.vae_scale_factor)
+    _check_multiples(height, width, model.vae_scale_factor)
     if batch < 1:
-        raise UsageError("a batch holds at least one image", found=f"--batch {batch}", wanted="1 or more", fix="--batch 1")
+        raise UsageError("a batch needs at least one image", found=f"--batch {batch}", wanted="1 or more", fix="--batch 1")
     return Profile(f"{height}x{width}-b{batch}", (1, batch, batch), (1, 2, MAX_BRANCHES), ((height, width),))
 
 
 def outside(ranges: Mapping[str, Range], request: Mapping[str, int]) -> dict[str, Range]:
-    """The axes of `request` that lie outside `ranges`, with what is possible; axes that `ranges` lacks are not looked at."""
+    """The axes of `request` that are outside their ranges, with these ranges. Axes that are not in `ranges` are ignored."""
     return {
         axis: ranges[axis] for axis, value in request.items() if axis in ranges and not ranges[axis][0] <= value <= ranges[axis][2]
     }
 
 
 def explain_outside(ranges: Mapping[str, Range], request: Mapping[str, int]) -> str | None:
-    """What of `request` (axis to length) the engine cannot do and what it can, or None where all of it fits."""
+    """The axes of `request` that are outside `ranges`, as a text that says what is possible. None if there are none."""
     wrong = outside(ranges, request)
     if not wrong:
         return None
@@ -185,17 +190,17 @@ def explain_outside(ranges: Mapping[str, Range], request: Mapping[str, int]) -> 
 
 
 def describe_range(values: Range) -> str:
-    """ "512 to 2048", or "only 1024" where there is no choice."""
+    """For example "512 to 2048", or "only 1024" if minimum and maximum are equal."""
     lowest, _, highest = values
     return f"only {lowest}" if lowest == highest else f"{lowest} to {highest}"
 
 
-def _check_divides(height: int, width: int, factor: int) -> None:
+def _check_multiples(height: int, width: int, factor: int) -> None:
     if min(height, width) < factor or height % factor or width % factor:
         raise UsageError(
             "the image size does not fit the decoder",
             found=f"{height}x{width} (height x width)",
-            wanted=f"height and width that divide by {factor}",
+            wanted=f"height and width that are multiples of {factor}",
             fix=f"--height {_nearest(height, factor)} --width {_nearest(width, factor)}",
         )
 
@@ -206,7 +211,7 @@ def _axis(lengths: tuple[int, ...], native: int) -> Range:
 
 
 def _windows(tile: Range, features: Range, model: ModelInfo) -> Range:
-    """Sides in features of the windows that tiles of `tile` image pixels are decoded in, no longer than the image's."""
+    """Sides, in features, of the windows for tiles of `tile` image pixels. They are never longer than the image's."""
     lowest, typical, highest = (
         min(side // model.decoder_tile_scale + 2 * model.decoder_tile_halo, most) for side, most in zip(tile, features, strict=True)
     )

@@ -1,7 +1,7 @@
 """Sana's resolution bins: the sizes that a checkpoint was trained on, by aspect ratio (height / width).
 
-Source: diffusers' `ASPECT_RATIO_1024_BIN` (pipeline_pixart_alpha.py) and `ASPECT_RATIO_4096_BIN` (pipeline_sana.py); the 512
-and 2048 tables hold the same ratios at half the size.
+Source: diffusers' `ASPECT_RATIO_1024_BIN` (pipeline_pixart_alpha.py) and `ASPECT_RATIO_4096_BIN` (pipeline_sana.py). The tables for
+512 and 2048 have the same ratios and half the size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The checkpoints that sana_export knows by name, and what follows from each (data only).
+"""The checkpoints that sana_export knows by name (data only).
 
-A row states what tells a checkpoint from the others; sizes, schedules and configs follow from its architecture and native size.
+A row says only how a checkpoint differs from the others. Schedule and configs follow from its architecture and native size.
 Source: the model cards of Efficient-Large-Model on the hub.
 """
 
@@ -15,40 +15,44 @@ from sana_export.architectures import ARCHITECTURES, INTERPOLATION_SCALE, Archit
 from sana_export.errors import UsageError
 
 NVIDIA_LICENSE = "weights: NVIDIA's terms on the model card; text encoder: Google's Gemma terms"
-TRAINED_LICENSE = "Apache-2.0: trained by sana_export on pictures of Noto Color Emoji (SIL Open Font License 1.1)"
+TRAINED_LICENSE = "Apache-2.0: trained by sana_export on images of Noto Color Emoji (SIL Open Font License 1.1)"
 SYNTHETIC_LICENSE = "Apache-2.0: seeded random weights made by sana_export"
-#: What diffusers' SanaPipeline and SanaSprintPipeline take where no steps are given.
+#: The default steps of diffusers' SanaPipeline and SanaSprintPipeline.
 STEPS, SPRINT_STEPS = 20, 2
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One checkpoint. `clamp`: trained in fp16 under a clip of self-attention outputs to +-65504 (docs/numerics.md).
+    """One checkpoint: published, part of the package, or synthetic (seeded random weights, made on first use)."""
 
-    `repo` is the hub id of the diffusers folder, None for a small one of sana_export's own: trained and part of the package where
-    it is `embedded`, else seeded random weights that are made when they are asked for.
-    """
-
+    #: Its name on the command line.
     alias: str
+    #: Height and width in pixels that it was trained for.
     native_size: int
+    #: Whether it was trained in fp16 with self-attention outputs clipped to +-65504 (docs/numerics.md).
     clamp: bool
+    #: Its transformer.
     architecture: Architecture
+    #: The hub id of the published folder in diffusers' format. None if it is not published.
     repo: str | None = None
+    #: The default guidance scale.
     guidance_scale: float = 4.5
+    #: Whether its weights are part of the package.
     embedded: bool = False
 
     @property
     def recipe(self) -> str | None:
-        """The name of the synthetic recipe that stands behind this alias, None for a checkpoint with weights of its own."""
+        """The synthetic recipe that makes its weights. None if it was trained."""
         return None if self.repo or self.embedded else self.alias
 
     @property
     def source(self) -> str:
+        """Where its weights come from, for the user."""
         return self.repo or (f"embedded: {self.alias}" if self.embedded else f"synthetic: {self.recipe}")
 
     @property
     def weights_variant(self) -> str | None:
-        """What the names of the published weight files hold and the dtype of training: "fp16" or "bf16"."""
+        """The variant in the names of the published weight files, which is the dtype of training: "fp16" or "bf16"."""
         return ("fp16" if self.clamp else "bf16") if self.repo else None
 
     @property
@@ -58,25 +62,27 @@ class Variant:
 
     @property
     def scheduler(self) -> Config:
-        """scheduler/scheduler_config.json, as far as it differs from the class's defaults."""
+        """scheduler/scheduler_config.json: its `_class_name`, and the values that differ from the class's defaults."""
         return self.architecture.scheduler(self.native_size)
 
     @property
     def flow_shift(self) -> float | None:
-        """The shift of the flow's timesteps; None for SANA-Sprint, whose scheduler has none."""
+        """The shift of the flow's timesteps. None for SANA-Sprint, whose scheduler has none."""
         return self.scheduler.get("flow_shift")
 
     @property
     def interpolation_scale(self) -> float | None:
-        """Scale of the position table; None where the transformer has no such table."""
+        """Scale of the position table. None if the transformer has no such table."""
         return INTERPOLATION_SCALE.get(self.native_size)
 
     @property
     def steps(self) -> int:
+        """Default sampling steps."""
         return SPRINT_STEPS if self.architecture.guidance_embeds else STEPS
 
     @property
     def license(self) -> str:
+        """The terms of its weights."""
         return NVIDIA_LICENSE if self.repo else TRAINED_LICENSE if self.embedded else SYNTHETIC_LICENSE
 
 
@@ -123,7 +129,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def find_variant(model: str) -> Variant | None:
-    """The row whose alias, hub id or hub id without "_diffusers" is `model`; None where there is none."""
+    """The row whose alias, hub id or hub id without "_diffusers" is `model`. None if there is none."""
     for variant in VARIANTS.values():
         names = (variant.alias, variant.repo, (variant.repo or "").removesuffix("_diffusers"))
         if model in names:
@@ -131,11 +137,11 @@ def find_variant(model: str) -> Variant | None:
     return None
 
 
-def recognise(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[Variant, ...]:
-    """The published and embedded rows whose configs are those of a local folder or an unlisted fine-tune: none, one or several.
+def recognize(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[Variant, ...]:
+    """The published and embedded rows with the same configs as a local folder or a fine-tune.
 
-    `transformer` and `scheduler` hold its config.json and scheduler_config.json. Several rows of one config may differ in `clamp`
-    (Sana_1600M_1024px and its BF16 twin): then the configs do not tell the family.
+    `transformer` and `scheduler` are the contents of config.json and scheduler_config.json. There may be several rows, and they may
+    differ in `clamp`, which no config says (Sana_1600M_1024px and its BF16 twin).
     """
     wanted = identity(transformer, scheduler)
     return tuple(
@@ -146,11 +152,11 @@ def recognise(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> t
 
 
 def unknown_alias(model: str) -> UsageError:
-    """The error for a name that is no alias, no folder and no hub id; it lists the aliases near to it."""
+    """The error for a name that is neither an alias, a folder nor a hub id. It lists similar aliases."""
     near = difflib.get_close_matches(model.lower(), VARIANTS, n=4, cutoff=0.5)
     return UsageError(
         f"unknown model {model!r}",
-        found="no such alias or folder, and not a hub id (owner/name)",
+        found="not an alias, a folder or a hub id (owner/name)",
         wanted="one of " + ", ".join(near or VARIANTS),
         fix="sana-export variants",
     )

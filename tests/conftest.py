@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import sana_export
+from sana_export.environment import import_digest
 from tests.support.bundles import PAG_LAYER, exported
 from tests.support.small_bundles import write_bundle
 
@@ -21,13 +20,9 @@ KEPT_SECONDS = 24 * 3600
 
 @pytest.fixture(scope="session")
 def build_cache(request: pytest.FixtureRequest) -> Path:
-    """A folder for what tests build, kept between runs until something that an export depends on changes."""
-    package = Path(sana_export.__file__).parent
-    digest = hashlib.sha256(version("torch").encode())
-    for part in ("*.py", "graphs/*.py", "export/*.py", "synth/*.py"):
-        for source in sorted(package.glob(part)):
-            digest.update(source.read_bytes())
-    folder = request.config.cache.mkdir("built") / digest.hexdigest()[:16]
+    """A folder for what tests build, kept between runs until the code of the export or PyTorch changes."""
+    code = import_digest("sana_export.export.bundle")
+    folder = request.config.cache.mkdir("built") / f"{code[:16]}-torch-{version('torch')}"
     for old in folder.parent.iterdir():
         if old != folder and old.stat().st_mtime < time.time() - KEPT_SECONDS:
             shutil.rmtree(old, ignore_errors=True)

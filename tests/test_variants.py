@@ -11,7 +11,7 @@ import torch
 from transformers import Gemma2Config, Gemma2Model
 
 from sana_export.architectures import AUTOENCODER, TEXT_ENCODER, TRANSFORMER_DEFAULTS
-from sana_export.variants import VARIANTS, recognise
+from sana_export.variants import VARIANTS, recognize
 
 QK = "rms_norm_across_heads"
 #: The values of KEYS, and the flow shift (None: SCMScheduler).
@@ -120,11 +120,11 @@ def test_parameter_counts_in_the_real_classes() -> None:
 
 
 def found(transformer: dict[str, Any], scheduler: dict[str, Any]) -> set[str]:
-    return {(variant.repo or "").split("/")[1].removesuffix("_diffusers") for variant in recognise(transformer, scheduler)}
+    return {(variant.repo or "").split("/")[1].removesuffix("_diffusers") for variant in recognize(transformer, scheduler)}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_config_is_recognised(name: str) -> None:
+def test_a_published_config_is_recognized(name: str) -> None:
     variant = BY_NAME[name]
     twins = {other for other in PUBLISHED if PUBLISHED[other] == PUBLISHED[name]}
     full = dict(getattr(diffusers, variant.scheduler["_class_name"]).from_config(variant.scheduler).config)
@@ -139,7 +139,7 @@ def test_a_published_config_is_recognised(name: str) -> None:
 
 def test_what_configs_can_and_cannot_tell() -> None:
     def family(name: str) -> set[bool]:
-        return {variant.clamp for variant in recognise(BY_NAME[name].transformer, BY_NAME[name].scheduler)}
+        return {variant.clamp for variant in recognize(BY_NAME[name].transformer, BY_NAME[name].scheduler)}
 
     assert family("Sana_600M_1024px") == {True}
     assert family("Sana_1600M_512px") == {True}
@@ -163,15 +163,15 @@ def test_what_configs_can_and_cannot_tell() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_another_network_or_schedule_is_not_recognised(component: str, change: dict[str, Any]) -> None:
+def test_another_network_or_schedule_is_not_recognized(component: str, change: dict[str, Any]) -> None:
     variant = BY_NAME["Sana_1600M_1024px"]
     configs = {"transformer": variant.transformer, "scheduler": variant.scheduler}
-    assert len(recognise(**configs)) == 3
+    assert len(recognize(**configs)) == 3
     configs[component] = {**configs[component], **change}
-    assert recognise(**configs) == ()
+    assert recognize(**configs) == ()
 
 
 def test_the_small_synthetic_ones_are_no_published_ones() -> None:
     for alias in ("tiny-random", "tiny-sprint", "mid"):
-        assert recognise(VARIANTS[alias].transformer, VARIANTS[alias].scheduler) == ()
-    assert recognise({}, {}) == ()
+        assert recognize(VARIANTS[alias].transformer, VARIANTS[alias].scheduler) == ()
+    assert recognize({}, {}) == ()

@@ -1,4 +1,4 @@
-"""A Sana checkpoint on disk, read component by component: configs as they are, weights mapped from safetensors."""
+"""A Sana checkpoint on disk: its configs, and its weights mapped from safetensors, component by component."""
 
 from __future__ import annotations
 
@@ -16,35 +16,39 @@ from sana_export.checkpoint.fold_lora import fold_loras
 from sana_export.checkpoint.hub import INDEX, Hub, ReadJson, fetch, not_a_checkpoint, read_json
 from sana_export.checkpoint.single_file import open_single_file
 from sana_export.checkpoint.weights import Weights, read_headers
-from sana_export.environment import cache_folder, source_digest
+from sana_export.environment import cache_folder, import_digest
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import hash_file
 from sana_export.manifest import Checkpoint, Overlay
 from sana_export.synth.checkpoint import MARKER
-from sana_export.variants import VARIANTS, Variant, find_variant, recognise, unknown_alias
+from sana_export.variants import VARIANTS, Variant, find_variant, recognize, unknown_alias
 
 log = logging.getLogger(__name__)
 
-#: The folder of the checkpoints that are part of the package.
+#: The folder of the checkpoints that the package contains.
 EMBEDDED = Path(__file__).parents[1] / "models"
 PIPELINES = ("SanaPipeline", "SanaPAGPipeline", "SanaSprintPipeline")
 
 
 @dataclass(frozen=True)
 class SanaCheckpoint:
-    """A checked checkpoint folder, and what the user lays over it.
+    """A checkpoint folder that was checked, with the weights that the user adds to it."""
 
-    `source` is what the user named; `weights_variant` picks files such as *.fp16.safetensors. `rows` of variants.py: the one that
-    was named, or those whose configs these are. `transformer_file` holds the transformer's weights in place of the folder's.
-    """
-
+    #: The folder, in the layout of diffusers.
     folder: Path
+    #: The alias, hub id or folder that the user gave.
     source: str
+    #: The hub revision that the user gave.
     revision: str | None = None
+    #: The row of variants.py that the user named, or the rows that have the same configs.
     rows: tuple[Variant, ...] = ()
+    #: The variant of the weight files: "fp16" means files such as *.fp16.safetensors.
     weights_variant: str | None = None
+    #: The content of model_index.json.
     index: Mapping[str, Any] = field(default_factory=dict)
+    #: A file whose weights replace the folder's transformer.
     transformer_file: Path | None = None
+    #: The LoRAs that are folded into the transformer.
     loras: tuple[Lora, ...] = ()
 
     def config(self, component: str) -> dict[str, Any]:
@@ -52,12 +56,12 @@ class SanaCheckpoint:
         return read_json(self.folder / _config_name(component))
 
     def weights(self, component: str) -> Weights:
-        """The component's tensors under the names that diffusers or transformers gives them, with adapters folded in."""
+        """The component's tensors by their names in diffusers or transformers, with LoRAs folded in."""
         base = self.base_weights(component)
         return fold_loras(base, self.loras) if component == "transformer" else base
 
     def base_weights(self, component: str) -> Weights:
-        """The same without adapters."""
+        """The same without LoRAs."""
         if component == "transformer" and self.transformer_file is not None:
             return open_single_file(self.transformer_file)
         stored = read_headers(self.weight_files(component))
@@ -73,7 +77,7 @@ class SanaCheckpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash over the contents of every config and weight file that an export reads, and the scales of adapters."""
+        """Hash of every config and weight file that an export reads, and of the scales of LoRAs."""
         parts = [(_config_name(component), self.folder / _config_name(component)) for component in (*COMPONENTS, "scheduler")]
         parts += [(f"tokenizer/{path.name}", path) for path in sorted(self.folder.glob("tokenizer/*.json"))]
         for component in COMPONENTS:
@@ -86,7 +90,7 @@ class SanaCheckpoint:
         return digest.hexdigest()
 
     def record(self) -> Checkpoint:
-        """What a manifest says of this checkpoint."""
+        """The manifest's entry for this checkpoint."""
         file = self.transformer_file
         return Checkpoint(
             self.source,
@@ -102,23 +106,24 @@ class SanaCheckpoint:
 
     @property
     def marker(self) -> Mapping[str, Any]:
-        """What a synthetic checkpoint says of itself; empty for any other."""
+        """The marker file of a synthetic checkpoint. Empty for any other checkpoint."""
         path = self.folder / MARKER
         return read_json(path) if path.is_file() else {}
 
     @property
     def synthetic(self) -> bool:
+        """Whether its weights are random."""
         return bool(self.marker.get("synthetic"))
 
     @property
     def variant(self) -> Variant | None:
-        """The row of variants.py that this is; None where none fits, or several that differ in nothing that can be seen."""
+        """Its row of variants.py. None if no row fits, or if several do that the checkpoint's files do not tell apart."""
         rows = self._family()
         return rows[0] if len(rows) == 1 else None
 
     @property
     def defaults_from(self) -> Variant | None:
-        """A row of variants.py of the same configs and family, whose defaults hold here too; None where there is none."""
+        """A row of variants.py with the same configs and clamp, whose defaults apply to this checkpoint. None if there is none."""
         return next(iter(self._family()), None)
 
     def _family(self) -> list[Variant]:
@@ -126,10 +131,10 @@ class SanaCheckpoint:
         return [row for row in self.rows if row.clamp == clamp]
 
     def trained_with_clamp(self) -> tuple[bool, str]:
-        """Whether self-attention outputs are clipped to +-65504 in this checkpoint's function, and how that is known."""
+        """Whether the checkpoint was trained with self-attention outputs clipped to +-65504, and how that is known."""
         families = {row.clamp for row in self.rows}
         if len(families) == 1:
-            return families.pop(), f"the table says so for {' and '.join(row.alias for row in self.rows)}"
+            return families.pop(), f"the table of variants says so for {' and '.join(row.alias for row in self.rows)}"
         stored = self.base_weights("transformer").dtype()
         return stored == "F16", f"its transformer is stored as {stored}"
 
@@ -143,11 +148,11 @@ def open_checkpoint(
     loras: Iterable[Lora] = (),
     hub: Hub | None = None,
 ) -> SanaCheckpoint:
-    """Find `model` (an alias, a local folder or a hub id) and check that it is a whole Sana checkpoint.
+    """Find `model` (an alias, a local folder or a hub id) and check that it is a complete Sana checkpoint.
 
-    `transformer`: a safetensors file with the transformer's weights, in place of the checkpoint's own. `loras` are folded into
-    them. Raises UsageError for an unknown name, ArtifactError for what is not a Sana, not whole or does not fit together,
-    DependencyError where the hub cannot be reached.
+    `transformer` is a safetensors file whose weights replace the checkpoint's transformer. `loras` are folded into the transformer.
+    Raises UsageError for an unknown name, ArtifactError if the checkpoint is not a Sana, is incomplete or has parts that do not fit
+    together, and DependencyError if the hub cannot be reached.
     """
     if transformer is not None and not transformer.is_file():
         raise UsageError(
@@ -182,7 +187,7 @@ def open_checkpoint(
             f"{model} has no weights of the variant {requested!r}",
             found=", ".join(path.name for name in components for path in checkpoint.weight_files(name)),
             wanted=f"files named *.{requested}.safetensors",
-            fix="leave out --variant",
+            fix="omit --variant",
         )
     return checkpoint
 
@@ -194,7 +199,7 @@ def _config_name(component: str) -> str:
 def _select(
     names: Collection[str], read: ReadJson, *, components: Iterable[str], weights_variant: str | None, source: str
 ) -> list[str]:
-    """The files of a hub repository that an export or its reference reads."""
+    """The files of a hub repository that `export` and `verify` read."""
     small = [INDEX, MARKER, *(_config_name(component) for component in (*COMPONENTS, "scheduler"))]
     found = [name for name in names if name in small or (name.startswith("tokenizer/") and name.count("/") == 1)]
     for component in components:
@@ -203,7 +208,7 @@ def _select(
 
 
 def _check_index(index: Mapping[str, Any], source: str) -> None:
-    """Raise ArtifactError unless model_index.json is that of a Sana text-to-image pipeline with components of the known classes."""
+    """Raise ArtifactError unless model_index.json describes a Sana text-to-image pipeline with components of known classes."""
     if index.get("_class_name") not in PIPELINES:
         raise ArtifactError(
             f"{source} is not a Sana text-to-image checkpoint",
@@ -218,9 +223,9 @@ def _check_index(index: Mapping[str, Any], source: str) -> None:
 
 
 def _rows(checkpoint: SanaCheckpoint) -> tuple[Variant, ...]:
-    """The rows that a checkpoint which the table does not name may be."""
+    """The rows of variants.py that fit a checkpoint which is not one of them by name."""
     marked = VARIANTS.get(str(checkpoint.marker.get("variant")))
-    return (marked,) if marked else recognise(checkpoint.config("transformer"), checkpoint.config("scheduler"))
+    return (marked,) if marked else recognize(checkpoint.config("transformer"), checkpoint.config("scheduler"))
 
 
 def _check(checkpoint: SanaCheckpoint) -> None:
@@ -233,7 +238,7 @@ def _check(checkpoint: SanaCheckpoint) -> None:
         raise ArtifactError(
             f"the tokenizer of {checkpoint.source} is missing",
             found="no tokenizer/tokenizer.json",
-            wanted="the tokenizer's file in the format of the tokenizers library",
+            wanted="the tokenizer in the format of the tokenizers library",
             fix="download the checkpoint again",
         )
 
@@ -241,7 +246,7 @@ def _check(checkpoint: SanaCheckpoint) -> None:
 def _synthetic_folder(recipe: str) -> Path:
     from sana_export.synth.checkpoint import make_checkpoint
 
-    folder = cache_folder() / "checkpoints" / f"{recipe}-{source_digest('synth')[:12]}"
+    folder = cache_folder() / "checkpoints" / f"{recipe}-{import_digest('sana_export.synth.checkpoint')[:12]}"
     if not (folder / INDEX).is_file():
         log.info("making the synthetic checkpoint %s in %s", recipe, folder)
         make_checkpoint(recipe, folder)

@@ -1,4 +1,4 @@
-"""The parts of a checkpoint that hold weights: which files hold them, and which tensors these must hold."""
+"""The components of a checkpoint that have weights: their files, and the tensors that these must contain."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from sana_export.formats.safetensors_file import PICKLES
 
 @dataclass(frozen=True)
 class Component:
-    """`classes`: what model_index.json may name. `stem`: of the weight files. `read`: how names of exported tensors begin."""
+    """One component."""
 
+    #: The classes that model_index.json may name.
     classes: tuple[str, ...]
+    #: The stem of the weight files' names.
     stem: str
+    #: The prefix of the tensors that an export reads.
     read: str = ""
 
 
@@ -36,10 +39,10 @@ def select_weights(
     read_json: Callable[[str], Mapping[str, Any]],
     source: str,
 ) -> list[str]:
-    """The weight files of a component among `names`, all files of the checkpoint by their paths inside it.
+    """The weight files of a component. `names` are the paths of all files of the checkpoint, relative to its folder.
 
-    As diffusers and transformers do: the files of `weights_variant`, or the plain ones where it has none; one file, or the shards
-    of an index. Raises ArtifactError where there are none or a shard is missing.
+    As in diffusers and transformers, these are the files of `weights_variant`, or those without a variant if it has none: one file,
+    or the shards that an index lists. Raises ArtifactError if there are none or a shard is missing.
     """
     stem = COMPONENTS[component].stem
     for suffix in [f".{weights_variant}", ""] if weights_variant else [""]:
@@ -50,7 +53,7 @@ def select_weights(
             shards = [f"{component}/{name}" for name in sorted(set(_weight_map(read_json(index), index, source).values()))]
             if missing := [name for name in shards if name not in names]:
                 raise ArtifactError(
-                    f"{component} of {source} lacks {len(missing)} of {len(shards)} shards",
+                    f"{component} of {source} is missing {len(missing)} of {len(shards)} shards",
                     found=f"no {missing[0]}",
                     wanted=", ".join(shards),
                     fix="download the checkpoint again",
@@ -89,49 +92,49 @@ def _no_weights(component: str, names: Collection[str], weights_variant: str | N
 
 
 def check_weights(component: str, config: Mapping[str, Any], weights: Weights, source: str) -> None:
-    """Compare the headers with what the class makes of `config`.
+    """Compare the headers of `weights` with the tensors of the network that `config` describes.
 
-    Raises ArtifactError naming the first tensor that is missing, of another shape or stored in a dtype that is not read, and for
-    the transformer the first one that it has no place for, since such weights belong to another function.
+    Raises ArtifactError for the first tensor that is missing or has another shape or an unsupported dtype. In the transformer, a
+    tensor that the network does not have is an error too: the weights then belong to another network.
     """
     wanted = expected_shapes(component, config)
     if missing := [name for name in wanted if name not in weights]:
         raise ArtifactError(
-            f"{component} of {source} lacks {len(missing)} of {len(wanted)} tensors",
+            f"{component} of {source} is missing {len(missing)} of {len(wanted)} tensors",
             found=f"no {missing[0]}",
             wanted=f"{missing[0]} of shape {list(wanted[missing[0]])}",
-            fix="download the checkpoint again, or name weights that belong to its config",
+            fix="download the checkpoint again, or use weights that match its config",
         )
     for name, shape in wanted.items():
         _check_tensor(name, weights.stored[name], shape, f"{component} of {source}")
     if component == "transformer" and (foreign := [name for name in weights if name not in wanted]):
         raise ArtifactError(
-            f"{component} of {source} has {len(foreign)} tensors that its config has no place for",
+            f"{component} of {source} has {len(foreign)} tensors that its network does not have",
             found=foreign[0],
             wanted="weights of the network that config.json describes",
-            fix="name a base checkpoint of the same architecture (sana-export variants)",
+            fix="use a base checkpoint of the same architecture (sana-export variants)",
         )
 
 
 def _check_tensor(name: str, found: Stored, shape: tuple[int, ...], owner: str) -> None:
     if found.shape != shape:
         raise ArtifactError(
-            f"{name} in the {owner} has another shape than its config says",
+            f"{name} in the {owner} does not have the shape that follows from its config",
             found=list(found.shape),
             wanted=list(shape),
-            fix="name weights and a checkpoint of the same architecture (sana-export variants)",
+            fix="use weights and a checkpoint of the same architecture (sana-export variants)",
         )
     if found.dtype not in SAFETENSORS_WEIGHT_DTYPES:
         raise ArtifactError(
-            f"{name} in the {owner} is stored in a dtype that is not read",
+            f"{name} in the {owner} has an unsupported dtype",
             found=found.dtype,
             wanted=", ".join(SAFETENSORS_WEIGHT_DTYPES),
-            fix="take weights that are not quantised",
+            fix="use weights that are not quantized",
         )
 
 
 def expected_shapes(component: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name to shape of the tensors that an export reads, from the component's own class without memory for its weights."""
+    """The shapes of the tensors that an export reads, by name. They come from the component's class, built without its weights."""
     import torch
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""LoRA adapters folded into a transformer's weights, a tensor at a time when it is asked for (adapters.py says what they are)."""
+"""LoRAs folded into a transformer's weights, one tensor at a time and on demand (adapters.py has the formats)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class FoldedWeights(Weights):
-    """The tensors of `base` with adapters folded in; those that change are float32."""
+    """The tensors of `base` with LoRAs folded in. Those that a LoRA changes are float32."""
 
     def __init__(self, base: Weights, folds: Mapping[str, Sequence[Fold[Stored]]]) -> None:
         super().__init__(base.stored)
@@ -33,9 +33,10 @@ def delta(fold: Fold[Stored], shape: Sequence[int]) -> Tensor:
 
 
 def fold_loras(base: Weights, loras: Sequence[Lora]) -> Weights:
-    """`base` with all of `loras` folded in, once every one of them is known to fit. Reads no weights before they are asked for.
+    """`base` with all of `loras` folded in. This checks that they fit; weights are read on demand.
 
-    Raises UsageError for a path that is not there, ArtifactError naming the tensor for an adapter of another format, kind or model.
+    Raises UsageError if a path does not exist. Raises ArtifactError, naming the tensor, if a LoRA's format or kind is not supported
+    or it does not fit the model.
     """
 
     def shape_of(layer: str) -> tuple[int, ...] | None:
@@ -51,7 +52,7 @@ def fold_loras(base: Weights, loras: Sequence[Lora]) -> Weights:
 
 
 def read_metadata(lora: Lora) -> Mapping[str, str]:
-    """What the adapter's safetensors file says of itself."""
+    """The metadata of the LoRA's safetensors file."""
     from safetensors import safe_open
 
     with safe_open(lora.weights, framework="pt") as file:

@@ -1,8 +1,7 @@
-"""Checkpoints on the Hugging Face hub: fetch what an export reads, and nothing before it is known to be a Sana."""
+"""Checkpoints on the Hugging Face hub: downloads what an export reads, after checking that the repository is a Sana checkpoint."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -12,32 +11,35 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
-from sana_export.files import disk_errors
+from sana_export.files import disk_errors, is_disk_error
 
 log = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
-#: Reads a JSON file of the checkpoint by its path inside it.
+#: Reads a JSON file of the checkpoint, by its path relative to the checkpoint.
 ReadJson = Callable[[str], Mapping[str, Any]]
-#: What an export reads of a checkpoint, out of the names of all its files.
+#: Chooses the files that an export reads, from the names of all files of a checkpoint.
 Select = Callable[[Collection[str], ReadJson], list[str]]
 
 
 @dataclass(frozen=True)
 class Hub:
-    """How the hub may be asked: `token` None is what `hf auth login` or HF_TOKEN left, `cache_dir` None huggingface_hub's own."""
+    """How the hub is used."""
 
+    #: The access token. None: the one of `hf auth login` or HF_TOKEN, if any.
     token: str | None = field(default=None, repr=False)
+    #: The folder of downloaded files. None: huggingface_hub's default.
     cache_dir: Path | None = None
+    #: Use only files that are in the cache.
     offline: bool = False
 
 
 def fetch(repo: str, revision: str | None, hub: Hub, check_index: Callable[[Mapping[str, Any]], None], select: Select) -> Path:
-    """The folder of `repo` in huggingface_hub's cache with the files that `select` names, all of one commit.
+    """Download the files of `repo` that `select` chooses, all of one commit, and return their folder in huggingface_hub's cache.
 
-    model_index.json comes first and alone: `check_index` refuses another pipeline before anything else is downloaded. Raises
-    UsageError for an unknown repository or revision, ArtifactError for one that is not a diffusers checkpoint, DependencyError
-    where the hub is out of reach, refuses, or is not to be asked and the cache does not hold it all.
+    model_index.json is downloaded first, so that `check_index` can refuse another pipeline before anything else is downloaded.
+    Raises UsageError for an unknown repository or revision, ArtifactError if it is not a diffusers checkpoint, and DependencyError
+    if the hub cannot be reached or refuses, or if offline mode is on and a file is not in the cache.
     """
     import huggingface_hub
     import huggingface_hub.constants
@@ -71,7 +73,7 @@ def fetch(repo: str, revision: str | None, hub: Hub, check_index: Callable[[Mapp
 
 
 def not_a_checkpoint(source: str, names: Collection[str], read_json: ReadJson) -> ArtifactError:
-    """The error for a folder or repository without model_index.json, which says what it holds instead."""
+    """The error for a folder or repository without model_index.json. It says what is there instead."""
     found = f"no {INDEX}"
     if "config.json" in names and (kind := read_json("config.json").get("_class_name")):
         found += f", and a config.json of {kind}"
@@ -91,7 +93,7 @@ def _cached(repo: str, folder: Path, select: Select) -> Path:
         select(names, lambda name: read_json(folder / name))
     except ArtifactError as error:
         raise DependencyError(
-            f"{repo} is not whole in the cache, and the hub is not to be asked",
+            f"{repo} is incomplete in the cache, and offline mode is on",
             found=f"{error.message}: {error.found}",
             wanted="every file that the export reads",
             fix="run the same command once without --offline (and without HF_HUB_OFFLINE)",
@@ -100,7 +102,7 @@ def _cached(repo: str, folder: Path, select: Select) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ArtifactError where there is none."""
+    """The JSON object in `path`. Raises ArtifactError if there is none."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
@@ -114,33 +116,38 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Refusal:
-    """The user's error for one of huggingface_hub's. The texts may name {repo} and {revision}; `found` None is its own words."""
+    """The error to raise for one of huggingface_hub's. Its texts may contain {repo} and {revision}."""
 
+    #: Its class.
     kind: type[SanaExportError]
+    #: Its message.
     message: str
+    #: What was wanted.
     wanted: str
+    #: How to fix it.
     fix: str
+    #: What was found. None: the text of huggingface_hub's error.
     found: str | None = None
 
 
 _OFFLINE = _Refusal(
     DependencyError,
-    "{repo} is not in the cache, and the hub is not to be asked",
+    "{repo} is not in the cache, and offline mode is on",
     "a cached copy of model_index.json at this revision",
-    "run the same command once without --offline (and without HF_HUB_OFFLINE), or name the --cache-dir that holds it",
+    "run the same command once without --offline (and without HF_HUB_OFFLINE), or pass the --cache-dir that contains it",
     found="no such file in the cache",
 )
 _UNREACHABLE = _Refusal(
     DependencyError,
     "the hub cannot be reached for {repo}",
     "a connection to the hub",
-    "check the network and HF_ENDPOINT, add --offline if the checkpoint is cached, or name a local folder",
+    "check the network and HF_ENDPOINT, add --offline if the checkpoint is cached, or use a local folder",
 )
-#: By the name of huggingface_hub's class, the most special first.
+#: By the name of huggingface_hub's class, subclasses first.
 _REFUSALS = {
     "GatedRepoError": _Refusal(
         DependencyError,
-        "{repo} is gated: its owner gives it only to accounts that accepted its terms",
+        "{repo} is gated: only accounts that accepted its terms may download it",
         "the token of such an account",
         "accept the terms at https://huggingface.co/{repo}, then pass --token or run `hf auth login`",
         found="no token, or one without access",
@@ -149,7 +156,7 @@ _REFUSALS = {
         UsageError,
         "{repo} has no revision {revision!r}",
         "a branch, tag or commit of it",
-        "leave out --revision, or take one listed at https://huggingface.co/{repo}/commits/main",
+        "omit --revision, or use one listed at https://huggingface.co/{repo}/commits/main",
         found="revision not found",
     ),
     "RepositoryNotFoundError": _Refusal(
@@ -173,16 +180,16 @@ _REFUSALS = {
 
 @contextmanager
 def _hub_errors(repo: str, revision: str | None, offline: bool) -> Iterator[None]:
-    """Turn what huggingface_hub raises into the user's errors. Failures of the disk pass through."""
+    """Turn huggingface_hub's errors into ours. Disk errors pass through."""
     from huggingface_hub import errors
 
     names = ("HFValidationError", "EntryNotFoundError", "XetDownloadError", "FileMetadataError")
-    # The bases of HfHubHTTPError are those of the HTTP client, which differs between versions, and OSError.
+    # HfHubHTTPError's bases are OSError and the error class of the HTTP client, which differs between versions.
     kinds = (*errors.HfHubHTTPError.__bases__, *(getattr(errors, name) for name in names if hasattr(errors, name)))
     try:
         yield
     except kinds as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
+        if isinstance(error, OSError) and is_disk_error(error):
             raise
         ancestors = [kind.__name__ for kind in type(error).__mro__]
         refusal = next((row for name, row in _REFUSALS.items() if name in ancestors), _OFFLINE if offline else _UNREACHABLE)
@@ -194,6 +201,3 @@ def _hub_errors(repo: str, revision: str | None, offline: bool) -> Iterator[None
             wanted=refusal.wanted,
             fix=refusal.fix.format(**texts),
         ) from error
-
-
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}

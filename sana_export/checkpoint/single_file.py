@@ -1,4 +1,4 @@
-"""A transformer in one safetensors file: the names that diffusers gives its tensors, or those of the original Sana code."""
+"""A transformer in one safetensors file, with the tensor names of diffusers or of the original Sana code."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from sana_export.checkpoint.weights import Stored, Weights, read_headers
 from sana_export.errors import ArtifactError
 from sana_export.formats.safetensors_file import PICKLES
 
+#: A prefix that tensor names may have.
 PREFIX = "model.diffusion_model."
-#: In the original names only.
+#: A name that only the original code uses.
 ORIGINAL = "x_embedder.proj.weight"
-#: Original tensors that the network does not use for sampling. diffusers' converter wants the first two to be there.
+#: Original tensors that sampling does not use. diffusers' converter needs the first two.
 UNUSED = ("pos_embed", "y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias")
-#: Original names of SANA-1.5 and SANA-Sprint that diffusers' `convert_sana_transformer_to_diffusers` does not know.
+#: Original names of SANA-1.5 and SANA-Sprint that diffusers' `convert_sana_transformer_to_diffusers` does not convert.
 #: Source: diffusers' scripts/convert_sana_to_diffusers.py.
 FURTHER = (
     (r"blocks\.(\d+)\.attn\.([qk])_norm\.weight", r"transformer_blocks.\1.attn1.norm_\2.weight"),
@@ -23,19 +24,19 @@ FURTHER = (
     (r"cfg_embedder\.mlp\.0\.(weight|bias)", r"time_embed.guidance_embedder.linear_1.\1"),
     (r"cfg_embedder\.mlp\.2\.(weight|bias)", r"time_embed.guidance_embedder.linear_2.\1"),
 )
-#: A guidance embedding changes the place of the time embedding's two layers.
+#: A transformer with a guidance embedding has other names for the two layers of the time embedding.
 GUIDED = (r"time_embed\.emb\.(timestep_embedder\..*)", r"time_embed.\1")
 
 
 def open_single_file(path: Path) -> Weights:
-    """The tensors of the transformer in `path` under diffusers' names, `model.diffusion_model.` before them or not.
+    """The transformer's tensors in `path`, by their names in diffusers.
 
-    Raises ArtifactError for a damaged file, for weights of another kind of file, and for original names of which one is missing.
+    Raises ArtifactError if the file is damaged or not a safetensors file, or if it uses the original names and lacks a tensor.
     """
     if path.suffix in PICKLES:
         raise ArtifactError(
             f"{path} is not a safetensors file",
-            found=f"a {path.suffix} file, which runs code when it is read",
+            found=f"a {path.suffix} file, which can run code when it is loaded",
             wanted="weights as .safetensors",
             fix="save its tensors with safetensors.torch.save_file",
         )
@@ -45,10 +46,10 @@ def open_single_file(path: Path) -> Weights:
 
 
 def _converted(stored: Mapping[str, Stored], path: Path) -> dict[str, Stored]:
-    """Original names to diffusers'.
+    """The tensors of the original code by their names in diffusers.
 
-    diffusers' own converter renames tensors and cuts fused ones into rows. It is given row numbers in place of weights: what comes
-    out of it says which rows of which tensor each new one is, and no weight is read.
+    diffusers' converter renames tensors and splits fused ones by rows. It gets row numbers instead of weights, so its results say
+    which rows of which tensor each new tensor consists of, and no weight is read.
     """
     import torch
     from diffusers.loaders.single_file_utils import convert_sana_transformer_to_diffusers
@@ -62,16 +63,16 @@ def _converted(stored: Mapping[str, Stored], path: Path) -> dict[str, Stored]:
         converted = convert_sana_transformer_to_diffusers(rows)
     except KeyError as error:
         raise ArtifactError(
-            f"{path} lacks a tensor of the transformer",
+            f"{path} is missing a tensor of the transformer",
             found=f"no {error.args[0]}",
-            wanted="all tensors of a Sana transformer under the names of the original code",
+            wanted="all tensors of a Sana transformer, with the names of the original code",
             fix="download the file again",
         ) from error
     result = {}
     for name, numbers in converted.items():
         owner, first = divmod(int(numbers[0]), stride)
         result[name] = entries[owner].part(first, first + len(numbers))
-    for name in rows.keys() - set(UNUSED):  # the converter has taken out what it knows
+    for name in rows.keys() - set(UNUSED):  # the converter removed the names that it converted
         result[_renamed(name, FURTHER)] = stored[name]
     guided = any(name.startswith("time_embed.guidance_embedder.") for name in result)
     return {_renamed(name, (GUIDED,)): entry for name, entry in result.items()} if guided else result

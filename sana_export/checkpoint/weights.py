@@ -1,4 +1,4 @@
-"""Tensors of safetensors files under their names, read one at a time and let go again."""
+"""Tensors of safetensors files by name, read one at a time and not kept."""
 
 from __future__ import annotations
 
@@ -18,21 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: file, name in it, dtype as safetensors names it, shape. `rows`: only these of the file's tensor."""
+    """Where a tensor is stored."""
 
+    #: The safetensors file.
     path: Path
+    #: Its name in the file.
     name: str
+    #: Its dtype, as in the file's header.
     dtype: str
+    #: Its shape.
     shape: tuple[int, ...]
+    #: First and end of the rows of the file's tensor that it consists of. None: all of them.
     rows: tuple[int, int] | None = None
 
     @property
     def bytes(self) -> int:
+        """Its size in the file."""
         bits = re.search(r"\d+", self.dtype)  # of "F32", "BF16", "F8_E4M3"; a "BOOL" takes a byte
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
     def part(self, first: int, last: int) -> Stored:
-        """The rows from `first` up to, without, `last`."""
+        """The rows from `first` to `last`, which is not included."""
         if (first, last) == (0, self.shape[0]):
             return self
         return replace(self, shape=(last - first, *self.shape[1:]), rows=(first, last))
@@ -40,7 +46,7 @@ class Stored:
     def read(self) -> Tensor:
         """The tensor, mapped from the file.
 
-        Each is a map of its own and goes when the tensor goes; a file that stays open would keep every page that was ever read.
+        Each tensor has its own map, which is closed with it. A file that stays open would keep every page that was ever read.
         """
         from safetensors import safe_open
 
@@ -51,7 +57,7 @@ class Stored:
 
 
 class Weights(Mapping[str, "Tensor"]):
-    """The tensors of one component. Only headers are read until a tensor is asked for, and nothing of it is kept."""
+    """The tensors of one component. Each access reads the tensor from its file; only the headers are kept."""
 
     def __init__(self, stored: Mapping[str, Stored]) -> None:
         self.stored = dict(stored)
@@ -70,14 +76,14 @@ class Weights(Mapping[str, "Tensor"]):
         return self.stored[name].shape
 
     def on_meta(self) -> dict[str, Tensor]:
-        """Tensors of the same names and shapes without values, for what depends on shapes alone."""
+        """Tensors of the same names and shapes without values, on torch's meta device."""
         import torch
 
         return {name: torch.empty(entry.shape, device="meta") for name, entry in self.stored.items()}
 
     @property
     def bytes(self) -> int:
-        """What all tensors take as they are stored."""
+        """Size of all tensors in their files."""
         return sum(entry.bytes for entry in self.stored.values())
 
     def dtype(self) -> str:
@@ -89,7 +95,7 @@ class Weights(Mapping[str, "Tensor"]):
 
 
 def read_headers(files: Iterable[Path], *, fix: str = "download the checkpoint again") -> dict[str, Stored]:
-    """Every tensor of safetensors files by its name there. Raises ArtifactError for a file that is damaged or truncated."""
+    """Every tensor of the safetensors files, by name. Raises ArtifactError if a file is damaged or truncated."""
     from safetensors import SafetensorError, safe_open
 
     stored = {}

@@ -23,13 +23,13 @@ import torch
 from sana_export import __version__
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.contract import GRAPHS
-from sana_export.environment import peak_rss_bytes, source_digest
+from sana_export.environment import import_digest, peak_rss_bytes
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.graph_files import export_graphs, groups
 from sana_export.export.onnx import OPSET
 from sana_export.export.size import OVERHEAD, graph_bytes, text_bytes
 from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
-from sana_export.files import check_files, disk_errors, file_entry, locked, require_free
+from sana_export.files import check_files, disk_errors, file_entry, locked, require_free, write_whole
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
 from sana_export.manifest import FILE_NAME, PRECISIONS, GraphEntry, Manifest, ModelInfo, Options, parse_graph
@@ -182,7 +182,7 @@ def choose_graphs(names: Iterable[str]) -> list[str]:
 
 def export_key(checkpoint: SanaCheckpoint, options: Options, names: Iterable[str]) -> str:
     """Hash of all that decides what an export writes."""
-    code = source_digest("graphs", "export", "adapters")
+    code = import_digest(__name__)
     parts = [__version__, code, torch.__version__, OPSET, checkpoint.sha256, dataclasses.asdict(options), list(names)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -241,9 +241,7 @@ class Journal:
     def add(self, entries: Mapping[str, GraphEntry]) -> None:
         self.graphs |= entries
         document = {"key": self.key, "graphs": {name: dataclasses.asdict(graph) for name, graph in self.graphs.items()}}
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(document), "utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, json.dumps(document))
 
 
 def model_info(checkpoint: SanaCheckpoint, instruction: str) -> ModelInfo:

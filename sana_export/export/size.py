@@ -14,7 +14,7 @@ _TEXT = r"caption_|.*\.attn2\.(to_k|to_v|norm_k)\."
 
 
 @dataclass(frozen=True)
-class Part:
+class GraphWeights:
     """Which of a component's tensors become weights of a graph, and how many numbers the graph holds for each of theirs."""
 
     component: str
@@ -23,11 +23,11 @@ class Part:
 
 
 #: The graphs that hold weights of their own. The decoder's upsampling convolutions are four times 2x2 instead of 3x3.
-PARTS = {
-    "text_encoder": Part("text_encoder", r"(?!embed_tokens)"),
-    "context": Part("transformer", _TEXT),
-    "denoiser": Part("transformer", f"(?!{_TEXT})"),
-    "vae_decoder": Part("vae", r"decoder\.", growth=1.1),
+GRAPH_WEIGHTS = {
+    "text_encoder": GraphWeights("text_encoder", r"(?!embed_tokens)"),
+    "context": GraphWeights("transformer", _TEXT),
+    "denoiser": GraphWeights("transformer", f"(?!{_TEXT})"),
+    "vae_decoder": GraphWeights("vae", r"decoder\.", growth=1.1),
 }
 #: Room for the ONNX files, the tokenizer, alignment and whatever a file system adds.
 OVERHEAD = 64 << 20
@@ -37,9 +37,9 @@ _INSTRUCTION_TOKENS = 512
 
 def graph_bytes(name: str, checkpoint: SanaCheckpoint, options: Options) -> int:
     """Bytes of the weight file of the graph `name`; 0 for a graph without weights or with another's."""
-    if name not in PARTS:
+    if name not in GRAPH_WEIGHTS:
         return 0
-    part = PARTS[name]
+    part = GRAPH_WEIGHTS[name]
     weights = checkpoint.weights(part.component)
     numbers = sum(math.prod(weights.shape(tensor)) for tensor in weights if re.match(part.pattern, tensor))
     return int(numbers * part.growth) * WEIGHT_DTYPES[options.dtype].bytes

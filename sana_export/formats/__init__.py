@@ -1,1 +1,1 @@
-"""Readers of file formats: safetensors, and the weights that an ONNX file keeps outside itself."""
+"""File formats: the table of dtypes, safetensors files, and the external weights of ONNX files."""

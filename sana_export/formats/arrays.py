@@ -1,4 +1,4 @@
-"""Names for numpy arrays in signatures."""
+"""Type names of numpy arrays."""
 
 from __future__ import annotations
 

@@ -24,30 +24,30 @@ Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Builder:
+class GraphBuilder:
     """How a graph is made: of which component's config and weights (None: of none), and by what."""
 
     component: str | None
     make: Callable[[Config, Weights, Options], nn.Module]
 
 
-def _plain(component: str, graph: type[nn.Module]) -> Builder:
-    return Builder(component, lambda config, weights, options: graph(config, weights, NUMERICS[options.dtype]))
+def _plain(component: str, graph: type[nn.Module]) -> GraphBuilder:
+    return GraphBuilder(component, lambda config, weights, options: graph(config, weights, NUMERICS[options.dtype]))
 
 
 def _denoiser(config: Config, weights: Weights, options: Options) -> nn.Module:
     return Denoiser(config, weights, NUMERICS[options.dtype], clamp=options.clamp, pag_layers=options.pag_layers)
 
 
-BUILDERS: dict[str, Builder] = {
+BUILDERS: dict[str, GraphBuilder] = {
     "text_encoder": _plain("text_encoder", TextEncoder),
     "context": _plain("transformer", Context),
-    "denoiser": Builder("transformer", _denoiser),
-    "sampler": Builder(None, lambda config, weights, options: Sampler()),
+    "denoiser": GraphBuilder("transformer", _denoiser),
+    "sampler": GraphBuilder(None, lambda config, weights, options: Sampler()),
     "vae_decoder": _plain("vae", VaeDecoder),
     "vae_decoder_head": _plain("vae", VaeDecoderHead),
     "vae_decoder_tail": _plain("vae", VaeDecoderTail),
-    "postprocess": Builder(None, lambda config, weights, options: Postprocess()),
+    "postprocess": GraphBuilder(None, lambda config, weights, options: Postprocess()),
 }
 
 

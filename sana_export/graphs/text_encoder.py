@@ -33,7 +33,7 @@ class TextEncoder(nn.Module):
         self.embedding_scale = float(config["hidden_size"]) ** 0.5
         self.rotary = Rotary(config)
         self.layers = nn.ModuleList(
-            Layer(config, _layer_weights(weights, index), numerics) for index in range(config["num_hidden_layers"])
+            GemmaLayer(config, _layer_weights(weights, index), numerics) for index in range(config["num_hidden_layers"])
         )
         self.norm = Norm(weights["norm.weight"], config["rms_norm_eps"], numerics, scaled_input=True)
 
@@ -47,7 +47,7 @@ class TextEncoder(nn.Module):
         return self.norm(x).float()
 
 
-class Layer(nn.Module):
+class GemmaLayer(nn.Module):
     """One decoder layer; the residual stream is stored multiplied by `numerics.scale`."""
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
@@ -169,7 +169,7 @@ def encode_instruction(config: Mapping[str, Any], weights: Mapping[str, Tensor],
     x = inputs_embeds.unsqueeze(0) * float(config["hidden_size"]) ** 0.5
     prefix = []
     for index in range(config["num_hidden_layers"]):
-        x, own = Layer(config, _layer_weights(weights, index), numerics)(x, nothing, nothing, rotation, mask)
+        x, own = GemmaLayer(config, _layer_weights(weights, index), numerics)(x, nothing, nothing, rotation, mask)
         prefix.append(own[:, 0])
     last = Norm(weights["norm.weight"], config["rms_norm_eps"], numerics)(x)
     return torch.stack(prefix), last[0, 0]

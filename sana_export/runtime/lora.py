@@ -108,8 +108,7 @@ class LoraStack:
     def _own(self, graph: str) -> dict[str, Bytes]:
         """The bundle's own weights of `graph`, mapped from files that are checked once."""
         if graph not in self._base:
-            onnx, *data = check_files(
-                self._bundle, self._manifest.graphs[graph].files, fix=export_line(self._bundle, self._manifest)
-            )
-            self._base[graph] = read_tensors(onnx, data)
+            fix = export_line(self._bundle, self._manifest)
+            onnx, *data = check_files(self._bundle, self._manifest.graphs[graph].files, fix=fix)
+            self._base[graph] = read_tensors(onnx, data, fix=fix)
         return self._base[graph]

@@ -44,10 +44,11 @@ class Request:
         the layers that the bundle was exported with; pag_adaptive_scale lessens it at later steps. A SANA-Sprint checkpoint
         reads any guidance_scale itself, and takes neither a negative prompt nor PAG.
     height, width: pixels. With use_resolution_binning the image is sampled at the nearest size that the checkpoint was
-        trained on, then resized and cropped; without, they must divide by 32. None: with it where the checkpoint has a table of
-        such sizes, which those of other sample sizes than Sana's (`tiny`, of 128 px) do not.
+        trained on, then resized and cropped; without, they must be multiples of the manifest's `vae_scale_factor` (32 for Sana).
+        None: with it if the checkpoint has a table of such sizes. Those of other sample sizes than Sana's (`tiny`, of 128 px) do
+        not.
     seed: one for all images, as one `torch.Generator("cpu").manual_seed(seed)`, or one for each image. None draws one.
-    latents: float32 [images, channels, height / 32, width / 32] of the sampled size, instead of noise.
+    latents: float32 [images, channels, h, w] to start from instead of noise; h and w are the sampled size in latent pixels.
     complex_human_instruction: encode prompts after the checkpoint's instruction.
     max_sequence_length: tokens of a prompt that reach the denoiser; a longer prompt is truncated with a warning.
     output_type: "pil" (Pillow images), "np" (float32 [images, height, width, 3] in [0, 1], not rounded) or "latent".
@@ -132,7 +133,7 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     if bins_resolution(request, model.sample_size):
         height, width = choose_bin(output_height, output_width, model.sample_size)
     else:
-        check_size(output_height, output_width)
+        check_size(output_height, output_width, model.vae_scale_factor)
         height, width = output_height, output_width
     batch, factor = len(prompts) * images_per_prompt, model.vae_scale_factor
     shape = (batch, model.latent_channels, height // factor, width // factor)
@@ -181,7 +182,7 @@ def checked_latents(latents: npt.ArrayLike, shape: tuple[int, ...]) -> Float32:
         raise UsageError(
             "latents have the wrong shape for this request",
             found=array.shape,
-            wanted=f"{shape} (images, channels, height / 32, width / 32 of the sampled size)",
+            wanted=f"{shape} (images, channels, and the sampled height and width in latent pixels)",
         )
     if count := int(np.count_nonzero(~np.isfinite(array))):
         raise UsageError("latents must be finite", found=f"{count} of {array.size} values are NaN or infinite", wanted="numbers")

@@ -13,9 +13,6 @@ import numpy.typing as npt
 from sana_export.errors import UsageError
 from sana_export.resolutions import BINS, Size
 
-#: Pixels a latent pixel, in height and in width.
-LATENT_PIXELS = 32
-
 _NO_BINNING = "use_resolution_binning=False (--no-resolution-binning)"
 
 Axis = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
@@ -57,17 +54,20 @@ def choose_bin(height: int, width: int, sample_size: int) -> Size:
     return bins[min(bins, key=lambda candidate: abs(candidate - ratio))]
 
 
-def check_size(height: int, width: int) -> None:
-    """Raises UsageError, naming the nearest sizes that work, unless height and width divide by `LATENT_PIXELS`."""
+def check_size(height: int, width: int, factor: int) -> None:
+    """Raise UsageError, naming the nearest sizes that work, unless height and width are multiples of `factor`.
+
+    `factor` is the number of image pixels per latent pixel in each direction (`ModelInfo.vae_scale_factor`).
+    """
     _check_positive(height, width)
-    if height % LATENT_PIXELS == 0 and width % LATENT_PIXELS == 0:
+    if height % factor == 0 and width % factor == 0:
         return
-    near = [f"{h}x{w}" for h in _nearest(height) for w in _nearest(width)]
+    near = [f"{h}x{w}" for h in _nearest(height, factor) for w in _nearest(width, factor)]
     raise UsageError(
-        f"height and width must divide by {LATENT_PIXELS} without resolution binning",
+        f"height and width must be multiples of {factor} without resolution binning",
         found=f"{height}x{width} (height x width)",
         wanted="for example " + " or ".join(near),
-        fix="take one of these sizes, or turn resolution binning on",
+        fix="use one of these sizes, or turn resolution binning on",
     )
 
 
@@ -107,7 +107,7 @@ def _check_positive(height: int, width: int) -> None:
         raise UsageError("height and width must be positive", found=f"{height}x{width} (height x width)", wanted="1x1 or more")
 
 
-def _nearest(size: int) -> list[int]:
-    """The multiples of `LATENT_PIXELS` next to `size`: one if it is a multiple, else the one below (if any) and above."""
-    below = size // LATENT_PIXELS * LATENT_PIXELS
-    return [below] if below == size else [around for around in (below, below + LATENT_PIXELS) if around]
+def _nearest(size: int, factor: int) -> list[int]:
+    """The multiples of `factor` nearest to `size`: itself, or the one below (unless it is 0) and the one above."""
+    below = size // factor * factor
+    return [below] if below == size else [around for around in (below, below + factor) if around]

@@ -21,7 +21,7 @@ from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe
 from sana_export.synth.shards import StoredWeights
 from sana_export.synth.tokenizer import build_gemma_tokenizer
-from sana_export.synth.weights import Weights, fill
+from sana_export.synth.weights import RandomWeights, fill
 from sana_export.variants import find_variant
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def make_checkpoint(
     recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
     _check_request(folder, dtype)
     pipeline = _assemble(recipe, "meta")
-    values = {component: Weights(component, shapes_of(getattr(pipeline, component)), seed).pieces for component in STEMS}
+    values = {component: RandomWeights(component, shapes_of(getattr(pipeline, component)), seed).pieces for component in STEMS}
     marker = {"synthetic": True, "variant": recipe.name, "dtype": dtype, "seed": seed}
     return write_pipeline(
         pipeline, folder, marker, dtype=dtype, variant=variant, shard_size=shard_size, values=values, on_progress=on_progress

@@ -88,7 +88,7 @@ RULES = {"transformer": TRANSFORMER, "vae": AUTOENCODER, "text_encoder": TEXT_EN
 
 
 @dataclass(frozen=True)
-class Weights:
+class RandomWeights:
     """The float32 weights of the network `component` ("transformer", "vae", "text_encoder"), whose parameters have `shapes`."""
 
     component: str
@@ -144,7 +144,7 @@ def _piece_sizes(count: int) -> Iterator[int]:
     yield count
 
 
-def _tie_output_to_input(weights: Weights, output: Tensor, share: float = 1.2) -> Tensor:
+def _tie_output_to_input(weights: RandomWeights, output: Tensor, share: float = 1.2) -> Tensor:
     """Let the velocity hold about `share` of the latents, read back from the stream by the transposed patch embedding.
 
     A flow dx/dt = share * x + f(x, t, prompt) forgets the noise that it starts from, as a trained one does; without it the
@@ -155,13 +155,13 @@ def _tie_output_to_input(weights: Weights, output: Tensor, share: float = 1.2) -
     return output.add_(pseudo_inverse, alpha=share)
 
 
-def _centre_pixels(weights: Weights, output: Tensor) -> Tensor:
+def _centre_pixels(weights: RandomWeights, output: Tensor) -> Tensor:
     """Give each colour of the last convolution weights of mean zero, so that its relu'd input leaves no offset."""
     return output.sub_(output.mean(dim=(1, 2, 3), keepdim=True))
 
 
 #: What is done to a whole parameter after it is drawn.
-_FINISH: dict[tuple[str, str], Callable[[Weights, Tensor], Tensor]] = {
+_FINISH: dict[tuple[str, str], Callable[[RandomWeights, Tensor], Tensor]] = {
     ("transformer", "proj_out.weight"): _tie_output_to_input,
     ("vae", "decoder.conv_out.weight"): _centre_pixels,
 }
@@ -172,6 +172,6 @@ def fill(model: Any, component: str, seed: int) -> None:
     import torch
 
     parameters = dict(model.named_parameters())
-    weights = Weights(component, {name: tuple(value.shape) for name, value in parameters.items()}, seed)
+    weights = RandomWeights(component, {name: tuple(value.shape) for name, value in parameters.items()}, seed)
     for name, parameter in parameters.items():
         parameter.data.copy_(torch.cat(list(weights.pieces(name))).view(parameter.shape))

@@ -44,7 +44,7 @@ def test_sharded_weights_are_read_whole(folder, tiny_pipeline, tiny_checkpoint, 
     assert set(weights) == set(wanted)
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
     shards[1].unlink()
-    with pytest.raises(ArtifactError, match="lacks 1 of") as caught:
+    with pytest.raises(ArtifactError, match="is missing 1 of") as caught:
         open_checkpoint(str(folder), weights_variant=variant)
     assert shards[1].name in caught.value.found
     assert shards[0].name in caught.value.wanted
@@ -188,12 +188,12 @@ def test_tensors_that_are_missing_or_others_are_named(folder, tiny_checkpoint, c
     assert tensor in str(caught.value)
 
 
-def test_weights_that_the_config_has_no_place_for(folder):
+def test_weights_that_the_network_does_not_have(folder):
     name = "transformer_blocks.0.attn1.norm_q.weight"
     edit_weights(
         folder / "transformer" / "diffusion_pytorch_model.safetensors", lambda tensors: tensors.update({name: torch.ones(128)})
     )
-    with pytest.raises(ArtifactError, match="no place for") as caught:
+    with pytest.raises(ArtifactError, match="has 1 tensors that its network does not have") as caught:
         open_checkpoint(str(folder))
     assert caught.value.found == name
 
@@ -249,10 +249,10 @@ def test_an_empty_folder_is_no_checkpoint(tmp_path):
 PUBLISHED = VARIANTS["sana-1600m-1024px"], VARIANTS["sana-1600m-1024px-multiling"], VARIANTS["sana-1600m-1024px-bf16"]
 
 
-def recognised(folder, monkeypatch, *rows):
+def recognized(folder, monkeypatch, *rows):
     """Let `folder` be no longer marked as synthetic, and its configs be those of `rows`."""
     (folder / "sana_export.json").unlink()
-    monkeypatch.setattr("sana_export.checkpoint.checkpoint.recognise", lambda transformer, scheduler: rows)
+    monkeypatch.setattr("sana_export.checkpoint.checkpoint.recognize", lambda transformer, scheduler: rows)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_where_rows_differ_in_the_clamp_the_stored_dtype_decides(folder, monkeyp
         tensors.update({name: value.to(stored) for name, value in tensors.items()})
 
     edit_weights(folder / "transformer" / "diffusion_pytorch_model.safetensors", change)
-    recognised(folder, monkeypatch, *PUBLISHED)
+    recognized(folder, monkeypatch, *PUBLISHED)
     checkpoint = open_checkpoint(str(folder))
     found, reason = checkpoint.trained_with_clamp()
     assert found is clamp
@@ -273,9 +273,12 @@ def test_where_rows_differ_in_the_clamp_the_stored_dtype_decides(folder, monkeyp
 
 
 def test_where_rows_agree_on_the_clamp_it_is_known(folder, monkeypatch):
-    recognised(folder, monkeypatch, *PUBLISHED[:2])
+    recognized(folder, monkeypatch, *PUBLISHED[:2])
     checkpoint = open_checkpoint(str(folder))  # stored as F32
-    assert checkpoint.trained_with_clamp() == (True, "the table says so for sana-1600m-1024px and sana-1600m-1024px-multiling")
+    assert checkpoint.trained_with_clamp() == (
+        True,
+        "the table of variants says so for sana-1600m-1024px and sana-1600m-1024px-multiling",
+    )
     assert checkpoint.defaults_from is PUBLISHED[0]
 
 

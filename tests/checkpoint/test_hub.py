@@ -167,7 +167,7 @@ def test_a_missing_shard_is_named_before_any_weights_are_downloaded(hub, tiny_pi
     tiny_pipeline.transformer.save_pretrained(hub.source / "transformer", max_shard_size="1MB")
     sorted((hub.source / "transformer").glob("*-00002-of-*"))[0].unlink()
     message = refused(ArtifactError)
-    assert f"transformer of {REPO} lacks 1 of" in message
+    assert f"transformer of {REPO} is missing 1 of" in message
     assert "no transformer/diffusion_pytorch_model-00002-of-" in message
     assert not [name for name in hub.downloaded if name.endswith(".safetensors")]
 
@@ -186,7 +186,7 @@ def refused(kind: type[SanaExportError], **options: Any) -> str:
     ("error", "kind", "words"),
     [
         (http_error(errors.RepositoryNotFoundError, 404), UsageError, ("the hub has no repository", "--token", "hf auth login")),
-        (http_error(errors.RevisionNotFoundError, 404), UsageError, ("has no revision 'v9'", "leave out --revision")),
+        (http_error(errors.RevisionNotFoundError, 404), UsageError, ("has no revision 'v9'", "omit --revision")),
         (http_error(errors.GatedRepoError, 403), DependencyError, ("is gated", f"https://huggingface.co/{REPO}", "--token")),
         (
             http_error(errors.HfHubHTTPError, 503, "503 Service Unavailable"),
@@ -226,7 +226,7 @@ def test_offline_takes_the_cached_copy_and_asks_nothing(hub, tiny_checkpoint):
 
 def test_offline_without_a_cached_copy_is_said(hub, monkeypatch):
     message = refused(DependencyError, hub=Hub(offline=True))
-    assert "is not in the cache" in message
+    assert "is not in the cache, and offline mode is on" in message
     assert "without --offline" in message
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "is not in the cache" in refused(DependencyError)
@@ -236,7 +236,7 @@ def test_offline_with_half_a_copy_says_what_is_missing(hub):
     open_checkpoint(REPO)
     (hub.snapshot / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     message = refused(DependencyError, hub=Hub(offline=True))
-    assert "is not whole in the cache" in message
+    assert "is incomplete in the cache, and offline mode is on" in message
     assert f"vae of {REPO} has no weights" in message
     assert "without --offline" in message
 

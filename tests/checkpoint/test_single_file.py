@@ -115,9 +115,9 @@ def test_what_does_not_fit_is_named(tiny_checkpoint, tmp_path):
     shape = list(drawn(config)["transformer_blocks.0.attn2.to_q.weight"].shape)
     cases = (
         (wide, "transformer_blocks.0.attn2.to_q.weight", str([2 * shape[0], shape[1]]), str(shape)),
-        (deep, "no place for", f"transformer_blocks.{config['num_layers']}.", None),
-        (shallow, "lacks a tensor", "no blocks.1.attn.proj.bias", None),
-        ({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, "lacks", "no scale_shift_table", None),
+        (deep, "tensors that its network does not have", f"transformer_blocks.{config['num_layers']}.", None),
+        (shallow, "is missing a tensor", "no blocks.1.attn.proj.bias", None),
+        ({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, "is missing", "no scale_shift_table", None),
     )
     for tensors, message, found, wanted in cases:
         save_file(tensors, file)

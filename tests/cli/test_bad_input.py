@@ -65,7 +65,7 @@ def test_a_missing_shard(checkpoint_copy: Path, tmp_path: Path, cli: Cli) -> Non
     weights.rename(weights.with_name(names[0]))
     index = {"metadata": {}, "weight_map": {"a": names[0], "b": names[1]}}
     (checkpoint_copy / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    refused(cli("export", checkpoint_copy, "-o", tmp_path / "bundle"), 4, "lacks 1 of 2 shards", names[1])
+    refused(cli("export", checkpoint_copy, "-o", tmp_path / "bundle"), 4, "is missing 1 of 2 shards", names[1])
 
 
 @pytest.mark.parametrize(

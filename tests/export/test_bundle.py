@@ -18,7 +18,7 @@ from sana_export.errors import DependencyError, UsageError
 from sana_export.export import bundle as bundle_module
 from sana_export.export import graph_files
 from sana_export.export.bundle import export_bundle, parse_pag_layer
-from sana_export.export.size import OVERHEAD, PARTS, graph_bytes, text_bytes
+from sana_export.export.size import GRAPH_WEIGHTS, OVERHEAD, graph_bytes, text_bytes
 from sana_export.manifest import Manifest
 from sana_export.synth.checkpoint import MARKER, make_checkpoint
 
@@ -202,7 +202,7 @@ def test_too_little_disk_is_said_before_anything_is_written(tiny_checkpoint, tmp
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", GRAPH_WEIGHTS)
 def test_a_graph_is_as_large_as_was_said(tiny_bundle, tiny_checkpoint, name):
     """But for the start of each tensor at a page."""
     manifest = Manifest.load(tiny_bundle)

@@ -122,8 +122,9 @@ def test_all_else_is_structure(change: Any, model: Path) -> None:
 def test_a_model_that_reads_elsewhere_is_refused(values: dict[str, object], words: str, model: Path) -> None:
     model.with_name("other.data").write_bytes(bytes(1 << 21))
     edit(model, lambda graph: set_external(graph.initializer[1], **values))
-    with pytest.raises(ArtifactError, match="does not fit its weights") as caught:
-        read_tensors(model, [model.with_name("weights.data")])
+    with pytest.raises(ArtifactError, match="does not match its weight files") as caught:
+        read_tensors(model, [model.with_name("weights.data")], fix="the command that fixes it")
+    assert caught.value.fix == "the command that fixes it"
     assert words in str(caught.value)
 
 

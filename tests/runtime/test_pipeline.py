@@ -264,7 +264,7 @@ NAN = np.full((1, 32, 16, 16), np.nan, dtype=np.float32)
         ({"width": -64}, ["width", "1 or more"]),
         ({"width": "wide"}, ["width is not an integer"]),
         ({"height": True}, ["height"]),
-        ({"height": 100, "width": 70, "use_resolution_binning": False}, ["divide by 32", "96x64", "128x96"]),
+        ({"height": 100, "width": 70, "use_resolution_binning": False}, ["multiples of 32", "96x64", "128x96"]),
         ({"num_images_per_prompt": 0}, ["num_images_per_prompt", "1 or more"]),
         ({"seed": [1, 2]}, ["2 seeds for 1 images", "1 seed"]),
         ({"seed": []}, ["0 seeds for 1 images"]),

@@ -71,20 +71,28 @@ def test_size_must_be_positive(height: int, width: int) -> None:
     with pytest.raises(UsageError, match="positive"):
         choose_bin(height, width, 32)
     with pytest.raises(UsageError, match="positive"):
-        check_size(height, width)
+        check_size(height, width, 32)
     with pytest.raises(UsageError, match="positive"):
         make_resize_plan(512, 512, height, width)
 
 
 def test_check_size_names_the_nearest_sizes() -> None:
-    check_size(32, 32)
-    check_size(1024, 4096)
+    check_size(32, 32, 32)
+    check_size(1024, 4096, 32)
     with pytest.raises(UsageError, match=r"wanted: for example 992x512 or 1024x512\n"):
-        check_size(1000, 512)
+        check_size(1000, 512, 32)
     with pytest.raises(UsageError, match=r"wanted: for example 1024x32\n"):
-        check_size(1024, 31)
+        check_size(1024, 31, 32)
     with pytest.raises(UsageError, match=r"wanted: for example 96x64 or 96x96 or 128x64 or 128x96\n"):
-        check_size(100, 90)
+        check_size(100, 90, 32)
+
+
+def test_check_size_uses_the_factor_of_the_checkpoint() -> None:
+    check_size(1008, 16, 16)
+    with pytest.raises(UsageError, match=r"multiples of 16 .*\n.*\n.*wanted: for example 992x512 or 1008x512\n"):
+        check_size(1000, 512, 16)
+    with pytest.raises(UsageError, match=r"multiples of 64 .*\n.*\n.*wanted: for example 960x512 or 1024x512\n"):
+        check_size(992, 512, 64)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -80,7 +80,10 @@ def refusals(width: int) -> dict[str, tuple[dict[str, torch.Tensor], tuple[str, 
             {f"{LAYER}.lora_A.weight": torch.zeros(4, width), f"{LAYER}.lora_B.weight": torch.zeros(width, 3)},
             (f"{LAYER}.lora_B.weight", f"[{width}, 3]", f"[{width}, 4]"),
         ),
-        "half": ({f"{LAYER}.lora_A.weight": torch.zeros(4, width)}, ("not whole", "no lora_B of transformer_blocks.0.attn1.to_q")),
+        "half": (
+            {f"{LAYER}.lora_A.weight": torch.zeros(4, width)},
+            ("is incomplete", "no lora_B of transformer_blocks.0.attn1.to_q"),
+        ),
         "bias": ({**pair(width=width), f"{LAYER}.lora_B.bias": torch.zeros(width)}, (f"{LAYER}.lora_B.bias",)),
         "depthwise": (
             {f"{depthwise}.lora_A.weight": torch.zeros(4, 8, 3, 3), f"{depthwise}.lora_B.weight": torch.zeros(8, 4, 1, 1)},

@@ -22,7 +22,7 @@ from sana_export.errors import DependencyError, UsageError
 from sana_export.synth.checkpoint import MARKER, build_pipeline, find_recipe, make_checkpoint
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe
 from sana_export.synth.shards import StoredWeights
-from sana_export.synth.weights import BLOCK, PIECE, Weights
+from sana_export.synth.weights import BLOCK, PIECE, RandomWeights
 from sana_export.variants import VARIANTS
 
 SHARD_SIZE = 400_000
@@ -141,7 +141,7 @@ def test_pieces_join_to_what_one_draw_gives(extra: int) -> None:
     seed = int.from_bytes(hashlib.sha256(b"3/text_encoder/layers.0.mlp.up_proj.weight").digest()[:7], "little")
     whole = torch.randn(count, generator=torch.Generator().manual_seed(seed)) / count**0.5
     name = "layers.0.mlp.up_proj.weight"
-    pieces = list(Weights("text_encoder", {name: (1, count)}, 3).pieces(name))
+    pieces = list(RandomWeights("text_encoder", {name: (1, count)}, 3).pieces(name))
     assert max(map(len, pieces)) < PIECE + BLOCK
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-6, atol=0)
 
