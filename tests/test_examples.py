@@ -1,0 +1,245 @@
+"""Every program in `examples/`, run as a user runs it, makes what `SanaRuntime` makes with the same request."""
+
+from __future__ import annotations
+
+import ast
+import http.client
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sana_export import Request, SanaRuntime
+from tests.support.lora_files import diffusers_lora, load_transformer
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = sorted((ROOT / "examples").glob("*.py"))
+PROMPT = "A cute 🐼"
+#: More than a test waits for.
+ENDLESS = 100_000
+
+
+def command(program: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "examples" / program), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+
+
+def run(program: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(program, *arguments), env=environment(), capture_output=True, text=True, encoding="utf-8", timeout=120
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def pixels(image: Any) -> np.ndarray:
+    """The values of an image, or of the image in a file or in bytes."""
+    if isinstance(image, bytes):
+        image = io.BytesIO(image)
+    return np.asarray(image if isinstance(image, Image.Image) else Image.open(image))
+
+
+def drawn(runtime: SanaRuntime, prompt: Any = PROMPT, **options: Any) -> list[np.ndarray]:
+    return [pixels(image) for image in runtime(prompt, **{"num_inference_steps": 2, **options}).images]
+
+
+def test_generate(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
+    output = tmp_path / "panda.png"
+    done = run("generate.py", tiny_bundle, PROMPT, "-o", output, "--seed", 5, "--steps", 2, "--height", 64, "--width", 96)
+    np.testing.assert_array_equal(pixels(output), drawn(tiny_runtime, seed=5, height=64, width=96)[0])
+    assert f"{output}: 96x64, seed 5\n" in done.stdout
+    seconds = dict(re.findall(r"^(\w[\w ]*\w) +(\d+\.\d+) s$", done.stdout, re.MULTILINE))
+    assert list(seconds) == ["text encoder", "denoising", "decoder", "total"]
+    assert 0 < float(seconds["denoising"]) < float(seconds["total"])
+
+
+def test_generate_prints_the_seed_that_it_drew(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
+    done = run("generate.py", tiny_bundle, PROMPT, "-o", tmp_path / "x.png", "--steps", 2)
+    seed = int(re.findall(r"seed (\d+)", done.stdout)[0])
+    np.testing.assert_array_equal(pixels(tmp_path / "x.png"), drawn(tiny_runtime, seed=seed)[0])
+
+
+def test_generate_shows_an_error_without_a_traceback(tmp_path: Path) -> None:
+    done = run("generate.py", tmp_path / "nothing", PROMPT, code=1)
+    assert str(tmp_path / "nothing") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_batch(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
+    prompts = ["a red apple", "a green pear"]
+    done = run("batch.py", tiny_bundle, *prompts, "--images", 2, "--seed", 7, "--steps", 2, "-o", tmp_path / "fruit")
+    files = sorted((tmp_path / "fruit").iterdir())
+    assert [file.name for file in files] == [f"{index:03d}-seed-{7 + index}.png" for index in range(4)]
+    assert done.stdout.splitlines() == [f"{file}: seed {7 + index}, {prompts[index // 2]}" for index, file in enumerate(files)]
+    together = drawn(tiny_runtime, prompts, num_images_per_prompt=2, seed=[7, 8, 9, 10])
+    for file, wanted in zip(files, together, strict=True):
+        np.testing.assert_array_equal(pixels(file), wanted)
+    # Alone with its seed, an image differs by the order of float32 sums at most.
+    alone = drawn(tiny_runtime, prompts[1], seed=10)[0]
+    assert np.abs(pixels(files[3]).astype(int) - alone).max() <= 1
+    assert np.abs(together[0].astype(int) - alone).mean() > 1
+
+
+def test_preview(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
+    output = tmp_path / "apple.png"
+    done = run("preview.py", tiny_bundle, PROMPT, "-o", output, "--seed", 3, "--steps", 3)
+    request = Request(PROMPT, num_inference_steps=3, seed=3)
+    plan = tiny_runtime.plan(request)
+    steps = list(tiny_runtime.steps(plan, tiny_runtime.encode(plan)))
+    assert done.stdout.splitlines() == [f"step {step.index}, timestep {step.timestep:.1f}" for step in steps]
+    np.testing.assert_array_equal(pixels(output), drawn(tiny_runtime, seed=3, num_inference_steps=3)[0])
+    assert len(list(tmp_path.iterdir())) == 4
+    for step in steps:
+        wanted = tiny_runtime.decode(plan, step.latents)[0]
+        wanted.thumbnail((128, 128))
+        np.testing.assert_array_equal(pixels(tmp_path / f"apple-{step.index:02d}.png"), pixels(wanted))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to every process of a console")
+def test_preview_is_cancelled_by_ctrl_c(tiny_bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "apple.png"
+    arguments = command("preview.py", tiny_bundle, PROMPT, "-o", output, "--steps", ENDLESS)
+    with subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("step 0,")
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, errors) == (1, "cancelled\n")
+    assert (tmp_path / "apple-00.png").is_file()
+    assert not output.exists()
+
+
+def test_lora(tiny_bundle: Path, tiny_checkpoint: Any, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
+    lora = diffusers_lora(load_transformer(tiny_checkpoint), tmp_path / "style", r=4, lora_alpha=7)
+    done = run("lora.py", tiny_bundle, lora, PROMPT, "--scale", 0.7, "--seed", 7, "--steps", 2, "-o", tmp_path)
+    plain = drawn(tiny_runtime, seed=7)[0]
+    np.testing.assert_array_equal(pixels(tmp_path / "plain.png"), plain)
+    with SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime") as runtime:
+        runtime.load_lora(lora, 0.7)
+        np.testing.assert_array_equal(pixels(tmp_path / "with-lora.png"), drawn(runtime, seed=7)[0])
+    assert np.abs(pixels(tmp_path / "with-lora.png").astype(int) - plain).mean() > 5
+    assert done.stdout.splitlines() == [
+        f"{tmp_path / 'with-lora.png'}: LoRAs ['style']",
+        f"{tmp_path / 'plain.png'}: LoRAs []",
+    ]
+
+
+def test_own_backend(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
+    done = run("own_backend.py", tiny_bundle, PROMPT, tmp_path / "x.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "x.png"), drawn(tiny_runtime, seed=42, num_inference_steps=None)[0])
+    graphs = re.findall(r"^(\w+) +\d+\.\d ms$", done.stdout, re.MULTILINE)
+    steps = tiny_runtime.manifest.model.default_steps
+    assert (graphs.count("denoiser"), graphs.count("sampler"), graphs.count("vae_decoder")) == (steps, steps, 1)
+
+
+class Server:
+    """A running web_handler.py."""
+
+    def __init__(self, address: str) -> None:
+        host, port = re.fullmatch(r"http://([\d.]+):(\d+)/", address.strip()).groups()  # type: ignore[union-attr]
+        self.address = (host, int(port))
+
+    def get(self, target: str | None = None, **query: object) -> tuple[int, str | None, bytes]:
+        """Status, content type and body of the answer."""
+        client = http.client.HTTPConnection(*self.address, timeout=60)
+        client.request("GET", f"/?{urlencode({'prompt': PROMPT, 'steps': 2, **query})}" if target is None else target)
+        response = client.getresponse()
+        return response.status, response.getheader("Content-Type"), response.read()
+
+    def send(self, **query: object) -> socket.socket:
+        """A request whose answer nobody has read yet."""
+        client = socket.create_connection(self.address, timeout=60)
+        client.sendall(f"GET /?{urlencode({'prompt': PROMPT, **query})} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        return client
+
+    def get_until(self, status: int, **query: object) -> bytes:
+        """The body of the first answer with this status."""
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            found, _, body = self.get(**query)
+            if found == status:
+                return body
+            time.sleep(0.05)
+        pytest.fail(f"no answer had the status {status}")
+
+
+@contextmanager
+def serving(bundle: Path, *options: object) -> Iterator[Server]:
+    arguments = command("web_handler.py", bundle, "--port", 0, *options)
+    with subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield Server(process.stdout.readline())
+            if os.name != "nt":
+                process.send_signal(signal.SIGINT)
+                assert process.communicate(timeout=60) == ("", "")
+                assert process.returncode == 0
+        finally:
+            process.kill()
+
+
+def test_web_handler_answers_concurrent_requests(tiny_bundle: Path, tiny_runtime: SanaRuntime) -> None:
+    with serving(tiny_bundle, "--places", 2) as server, ThreadPoolExecutor(2) as clients:
+        answers = list(clients.map(lambda seed: server.get(seed=seed), (1, 2)))
+        assert [answer[:2] for answer in answers] == [(200, "image/png")] * 2
+        for seed, (_, _, body) in zip((1, 2), answers, strict=True):
+            np.testing.assert_array_equal(pixels(body), drawn(tiny_runtime, seed=seed)[0])
+        assert not np.array_equal(pixels(answers[0][2]), pixels(answers[1][2]))
+        assert server.get("/favicon.ico")[0] == 400
+        assert server.get(steps="many")[0] == 400
+        assert server.get(steps=51) == (400, "text/plain; charset=utf-8", b"at most 50 steps")
+        status, _, body = server.get(seed=-(2**80))
+        assert (status, b"seed" in body) == (400, True)
+
+
+def test_web_handler_refuses_when_all_places_are_taken_and_frees_those_of_clients_that_left(
+    tiny_bundle: Path, tiny_runtime: SanaRuntime
+) -> None:
+    with serving(tiny_bundle, "--places", 2, "--max-steps", ENDLESS, "--timeout", 600) as server:
+        first, second = server.send(steps=ENDLESS), server.send(steps=ENDLESS)
+        assert server.get_until(503, seed=3) == b"all places are taken"
+        assert server.get(seed=3)[0] == 503
+        first.close()  # this one draws
+        second.close()  # this one waits for its turn
+        np.testing.assert_array_equal(pixels(server.get_until(200, seed=3)), drawn(tiny_runtime, seed=3)[0])
+
+
+def test_web_handler_gives_up_after_the_timeout(tiny_bundle: Path, tiny_runtime: SanaRuntime) -> None:
+    with serving(tiny_bundle, "--places", 1, "--max-steps", ENDLESS, "--timeout", 3) as server:
+        started = time.monotonic()
+        assert server.get(steps=ENDLESS)[0] == 504
+        assert 3 <= time.monotonic() - started < 20
+        np.testing.assert_array_equal(pixels(server.get_until(200, seed=4)), drawn(tiny_runtime, seed=4)[0])
+
+
+def test_web_handler_stops_with_a_request_under_way(tiny_bundle: Path) -> None:
+    with serving(tiny_bundle, "--places", 1, "--max-steps", ENDLESS) as server, server.send(steps=ENDLESS):
+        server.get_until(503)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_every_program_says_how_to_run_it_and_is_in_the_table(program: Path) -> None:
+    described = ast.get_docstring(ast.parse(program.read_text("utf-8"))) or ""
+    assert f"\npython examples/{program.name} engines/out/tiny" in described
+    assert f"[{program.name}]({program.name})" in (ROOT / "examples/README.md").read_text("utf-8")
+    assert f"test_{program.stem}" in Path(__file__).read_text("utf-8")
