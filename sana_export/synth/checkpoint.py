@@ -141,11 +141,11 @@ def write_pipeline(
             _write_configs(pipeline, fresh, dtype)
             for component, weights in stored.items():
                 weights.write(fresh / component, shard_size, variant, _counter(on_progress, component, weights.size))
-            on_progress(Progress("done", len(stored), len(stored)))
             (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
             if folder.exists():
                 folder.rename(Path(scratch, "old"))
             fresh.rename(folder)
+            on_progress(Progress("done", len(stored), len(stored)))
     except OSError as error:
         raise DependencyError(
             "the checkpoint could not be written",

@@ -150,8 +150,7 @@ def _piece_sizes(count: int) -> Iterator[int]:
 
 
 def _tie_output_to_input(weights: RandomWeights, output: Tensor, share: float = 1.2) -> Tensor:
-    """Add about `share` of the latents to the velocity, by reading them from the residual stream with the transposed patch
-    embedding.
+    """Add about `share` of the latents to the velocity. The transposed patch embedding reads them from the residual stream.
 
     A flow dx/dt = share * x + f(x, t, prompt) forgets the noise that it starts from, as a trained one does. Otherwise the noise
     stays in the image.

@@ -1,4 +1,4 @@
-"""A backend that runs a bundle's ONNX files with every intermediate stored in its own dtype."""
+"""A backend that runs a bundle's ONNX files on a CPU and rounds every intermediate tensor to its declared dtype."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Evaluator = type[StorageEvaluator] | type[RangeMeter]
 
 
 class EvaluatorSession(Session):
-    """One ONNX file in an evaluator."""
+    """One ONNX file in an evaluator (export/evaluator.py)."""
 
     def __init__(self, evaluator: StorageEvaluator | RangeMeter) -> None:
         self.evaluator = evaluator
@@ -29,7 +29,7 @@ class EvaluatorSession(Session):
 
 
 class EvaluatorBackend(Backend):
-    """The runtime's backend interface over evaluators of this package: `evaluator` makes a session from an ONNX file."""
+    """A backend whose sessions are evaluators. `evaluator` makes one from an ONNX file."""
 
     device = "cpu"
     can_refit = False
@@ -37,7 +37,7 @@ class EvaluatorBackend(Backend):
     def __init__(self, bundle: Path, manifest: Manifest, evaluator: Evaluator, name: str) -> None:
         self.bundle, self.manifest, self.name = bundle, manifest, name
         self._evaluator = evaluator
-        #: By graph, once it is loaded.
+        #: The evaluators of the loaded graphs, by graph.
         self.evaluators: dict[str, StorageEvaluator | RangeMeter] = {}
 
     def load(self, graph: str) -> EvaluatorSession:
@@ -55,12 +55,12 @@ class EvaluatorBackend(Backend):
 
 
 def evaluator_backend(evaluator: Evaluator, name: str) -> Callable[[Path, Manifest], EvaluatorBackend]:
-    """A loader for `SanaRuntime.from_pretrained`."""
+    """The `backend` argument of `SanaRuntime.from_pretrained` for an evaluator."""
     return lambda bundle, manifest: EvaluatorBackend(bundle, manifest, evaluator, name)
 
 
 def open_runtime(bundle: Path, backend: str = AUTO) -> SanaRuntime:
-    """The bundle in `backend`; for "auto" a half-precision bundle is evaluated with its intermediates stored in half precision."""
+    """Open the bundle in `backend`. "auto" means an evaluator for a half-precision bundle, and the best backend otherwise."""
     if backend == AUTO and (dtype := Manifest.load(bundle).options.dtype) != "float32":
         return SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(StorageEvaluator, f"cpu, {dtype} intermediates"))
     return SanaRuntime.from_pretrained(bundle, backend=backend)
