@@ -1,4 +1,4 @@
-"""The tiny checkpoint, its bundle and both ways to run them, made once a session."""
+"""The small checkpoints, their bundles, and both ways to run them, made once per session."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_cache(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def own_cache(build_cache: Path) -> Iterator[None]:
-    """What sana_export makes for itself lies in `build_cache`."""
+    """sana_export's own cache is in `build_cache`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SANA_EXPORT_CACHE", str(build_cache))
         yield

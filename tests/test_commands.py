@@ -1,4 +1,4 @@
-"""The line that makes a bundle again names everything that it was made from."""
+"""The command that exports a bundle again repeats everything that the bundle was made from."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ PLAIN = Checkpoint("someone/sana", None, "0" * 64, None, False)
         ({"loras": (Overlay("a", "1", 0.7), Overlay("b:2", "2"))}, ["--lora", "a:0.7", "--lora", "b:2:1.0"]),
     ],
 )
-def test_what_says_which_checkpoint(changes: dict[str, Any], words: list[str]) -> None:
+def test_the_words_that_name_a_checkpoint(changes: dict[str, Any], words: list[str]) -> None:
     checkpoint = dataclasses.replace(PLAIN, **changes)
     assert model_words(checkpoint) == [checkpoint.source, *words]
 
 
-def test_the_line_is_read_back_as_it_was_meant(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_the_command_parses_to_the_options_of_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     overlays = {"transformer": Overlay("own t.safetensors", "1"), "loras": (Overlay("x:1", "2", 0.7), Overlay("y", "3"))}
     checkpoint = dataclasses.replace(PLAIN, revision="v1", weights_variant="bf16", **overlays)
     manifest = dataclasses.replace(Manifest.load(tiny_bundle), checkpoint=checkpoint, options=Options("bf16", True, (8,)))
@@ -49,7 +49,7 @@ def test_the_line_is_read_back_as_it_was_meant(tiny_bundle: Path, tmp_path: Path
     assert found["loras"] == (Lora(Path("x:1"), 0.7), Lora(Path("y")))
 
 
-def test_how_the_hub_is_asked_is_never_written_down() -> None:
+def test_hub_options_are_parsed_and_the_token_is_never_shown() -> None:
     words = ["export", "someone/sana", "-o", "b", "--token", "hf_secret", "--cache-dir", "c", "--offline"]
     options = parse(words)
     hub = model_options(options, options)["hub"]

@@ -1,4 +1,4 @@
-"""Which source files an export depends on."""
+"""The source files that an export depends on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sana_export.manifest import Options
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the package's source that the digests are taken of."""
+    """A copy of the package's source, which the digests use."""
     copy = shutil.copytree(
         PACKAGE, tmp_path / "sana_export", ignore=lambda _, names: [n for n in names if n in ("models", "__pycache__")]
     )
@@ -33,7 +33,7 @@ def key() -> str:
 
 
 def key_after(package: Path, changed: str) -> str:
-    """The key of an export with a comment added to the file `changed`."""
+    """The key of an export after a comment is added to the file `changed`."""
     with (package / changed).open("a", encoding="utf-8") as file:
         file.write("# changed\n")
     return key()
@@ -66,7 +66,7 @@ def test_a_changed_file_of_anything_else_does_not(package: Path, changed: str) -
     assert key_after(package, changed) == before
 
 
-def test_every_way_to_import_is_followed(tmp_path: Path) -> None:
+def test_every_kind_of_import_is_followed(tmp_path: Path) -> None:
     sources = {
         "__init__": "def __getattr__(name):\n    from p.unused import it\n",
         "top": "import os\nimport p.a\nfrom p import b\nfrom p.c import value\nfrom p.folder import d\nfrom other import p\n",

@@ -1,4 +1,4 @@
-"""The disk under a bundle: free space, and files that are written whole or not at all."""
+"""Free disk space, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sana_export.files import free_bytes, require_free, write_whole
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_free_space_is_asked_in_a_way_that_windows_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`os.statvfs` exists on POSIX systems alone. A folder that does not exist yet will lie on its parent's disk."""
+def test_free_space_does_not_need_statvfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has no `os.statvfs`. A folder that does not exist yet will be on its parent's disk."""
     asked: list[Path] = []
 
     def disk_usage(folder: Path) -> Usage:

@@ -1,4 +1,4 @@
-"""The manifest reads back what it wrote and notices every change that it did not make."""
+"""A manifest is read back as it was written, and changes by others are noticed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_an_edit_by_hand_is_noticed(bundle, change):
 
 
 @pytest.mark.parametrize("changes", [{"format": 99}, {"tool_version": "7.0.1"}])
-def test_another_version_names_both(bundle, changes):
+def test_a_bundle_of_another_version_names_both_versions(bundle, changes):
     dataclasses.replace(Manifest.load(bundle), **changes).save(bundle)
     with pytest.raises(ArtifactError, match="another version") as caught:
         Manifest.load(bundle)
@@ -71,7 +71,7 @@ FORMAT_1_NAMES = {"source_rows": "held", "row_offset": "first", "initializer_sha
 
 
 def test_a_bundle_of_format_1_names_the_command_that_exports_it_again(bundle):
-    """Its LoRA targets have other names, so it cannot be read. Its checkpoint and options can."""
+    """The fields of its LoRA targets have other names. Its checkpoint and options can still be read."""
     manifest = Manifest.load(bundle)
     checkpoint = dataclasses.replace(
         manifest.checkpoint, source="my models/fox", revision="v1", loras=(Overlay("style.safetensors", "0" * 64, 0.7),)
@@ -107,11 +107,11 @@ def test_a_patch_release_reads_older_bundles(bundle):
     Manifest.load(bundle)
 
 
-def test_an_unknown_field_is_damage_not_a_bug(bundle):
+def test_an_unknown_field_is_damage(bundle):
     path = bundle / "manifest.json"
     document = json.loads(path.read_text("utf-8"))
     del document["sha256"]
-    document["options"]["quantisation"] = "int4"
+    document["options"]["quantization"] = "int4"
     path.write_text(json.dumps({**document, "sha256": seal(document)}))
     with pytest.raises(ArtifactError, match="damaged"):
         Manifest.load(bundle)

@@ -35,7 +35,7 @@ def ranges_of(profile: Profile, sample_size: int = 32, **options: int) -> dict[s
 
 @pytest.mark.parametrize("name", PROFILES)
 @pytest.mark.parametrize("sample_size", [4, 8, 16, 32, 64, 128])
-def test_every_profile_bounds_every_axis_of_the_contract_in_order(name: str, sample_size: int) -> None:
+def test_every_profile_has_an_ordered_range_for_every_axis_of_the_contract(name: str, sample_size: int) -> None:
     ranges = ranges_of(PROFILES[name], sample_size)
 
     assert set(ranges) == set(DYNAMIC_AXES)
@@ -85,7 +85,7 @@ def test_default_reaches_from_128_px_to_the_longest_bin_side() -> None:
     assert ranges["branches"] == (1, 2, 3)
 
 
-def test_static_leaves_only_the_text_and_the_delivered_size_open() -> None:
+def test_static_varies_only_the_text_and_the_size_of_the_final_image() -> None:
     ranges = ranges_of(PROFILES["static"])
 
     open_axes = {axis for axis, (lowest, _, highest) in ranges.items() if lowest != highest}
@@ -96,7 +96,7 @@ def test_static_leaves_only_the_text_and_the_delivered_size_open() -> None:
 @pytest.mark.parametrize("name", PROFILES)
 @pytest.mark.parametrize("sample_size", BINS)
 def test_every_window_of_a_tiled_decode_fits(name: str, sample_size: int) -> None:
-    """The default tile in every profile, smaller ones where the profile has a range."""
+    """The default tile fits every profile, smaller ones fit if the profile has a range."""
     ranges = ranges_of(PROFILES[name], sample_size)
     covered = PROFILES[name].covered(dataclasses.replace(MODEL, sample_size=sample_size))
 
@@ -123,7 +123,7 @@ def test_windows_are_bounded_by_the_tile_not_by_the_image() -> None:
     assert ranges_of(PROFILES["static"], 16)["tile_height"] == (64, 64, 64)
 
 
-def test_text_axes_hold_the_longest_prompt_with_and_without_the_stored_prefix() -> None:
+def test_text_axes_fit_the_longest_prompt_with_and_without_the_stored_prefix() -> None:
     ranges = ranges_of(PROFILES["laptop"], instruction_tokens=180)
 
     assert ranges["prefix_tokens"] == (1, 180, 180)
@@ -138,7 +138,7 @@ def test_branches_are_capped_by_what_the_bundle_samples_with(branches: int) -> N
         assert 1 <= lowest <= typical <= highest == branches
 
 
-def test_custom_profile_is_one_size_and_every_batch_up_to_the_given() -> None:
+def test_custom_profile_is_one_size_and_every_batch_up_to_a_limit() -> None:
     ranges = ranges_of(custom_profile(MODEL, height=1152, width=896, batch=4))
 
     assert ranges["image_height"] == (1152, 1152, 1152)
@@ -148,7 +148,7 @@ def test_custom_profile_is_one_size_and_every_batch_up_to_the_given() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1000, 1024), (1024, 33), (0, 1024), (-32, 1024)])
-def test_custom_size_that_the_decoder_cannot_make_names_the_near_one(height: int, width: int) -> None:
+def test_custom_size_that_the_decoder_cannot_make_names_the_nearest_one(height: int, width: int) -> None:
     with pytest.raises(UsageError, match="multiples of 32") as caught:
         custom_profile(MODEL, height=height, width=width)
     assert f"{height}x{width}" in str(caught.value)
@@ -161,7 +161,7 @@ def test_custom_batch_below_one_is_refused() -> None:
         custom_profile(MODEL, batch=0)
 
 
-def test_unknown_profile_lists_the_table_and_the_near_name() -> None:
+def test_unknown_profile_lists_the_table_and_the_most_similar_name() -> None:
     with pytest.raises(UsageError) as caught:
         profile_named("labtop")
     assert all(name in str(caught.value) for name in PROFILES)
@@ -169,7 +169,7 @@ def test_unknown_profile_lists_the_table_and_the_near_name() -> None:
     assert profile_named("static") is PROFILES["static"]
 
 
-def test_a_request_outside_is_told_what_is_possible_for_each_axis() -> None:
+def test_a_request_outside_the_ranges_lists_what_is_possible() -> None:
     ranges = ranges_of(PROFILES["laptop"])
     request = {"image_height": 4096, "image_width": 512, "batch": 2, "branches": 0, "unheard_of": 9}
 

@@ -1,4 +1,4 @@
-"""The table of checkpoints: the published configs to the last key, parameter counts in the real classes, and recognition."""
+"""The table of checkpoints: the exact published configs, parameter counts of the real classes, and recognition."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BY_NAME = {
 }
 
 
-def test_the_table_holds_the_published_checkpoints() -> None:
+def test_the_table_has_the_published_checkpoints() -> None:
     assert {name for name in BY_NAME if name} == set(PUBLISHED)
     assert {name for name in PUBLISHED if BY_NAME[name].clamp} == CLAMPED
     assert len(CLAMPED) == 6
@@ -131,13 +131,13 @@ def test_a_published_config_is_recognized(name: str) -> None:
     stored = {"_class_name": variant.scheduler["_class_name"], "_diffusers_version": "0.32.0", **full}
     written = {**variant.transformer, "_class_name": "SanaTransformer2DModel", "_diffusers_version": "0.32.0"}
     assert found(written, stored) == twins
-    # Files of the first release leave out what it did not know.
+    # Files of the first release have fewer keys.
     if not variant.architecture.qk_norm:
         old = {key: value for key, value in written.items() if key not in {"qk_norm", "guidance_embeds", "timestep_scale"}}
         assert found(old, stored) == twins
 
 
-def test_what_configs_can_and_cannot_tell() -> None:
+def test_configs_identify_a_checkpoint_except_for_its_clamp() -> None:
     def family(name: str) -> set[bool]:
         return {variant.clamp for variant in recognize(BY_NAME[name].transformer, BY_NAME[name].scheduler)}
 
@@ -171,7 +171,7 @@ def test_another_network_or_schedule_is_not_recognized(component: str, change: d
     assert recognize(**configs) == ()
 
 
-def test_the_small_synthetic_ones_are_no_published_ones() -> None:
+def test_small_synthetic_checkpoints_are_not_published_ones() -> None:
     for alias in ("tiny-random", "tiny-sprint", "mid"):
         assert recognize(VARIANTS[alias].transformer, VARIANTS[alias].scheduler) == ()
     assert recognize({}, {}) == ()

@@ -1,7 +1,7 @@
-"""Makes a synthetic checkpoint: a folder that diffusers and everything after it load as they load a published one.
+"""Makes a synthetic checkpoint: a folder that diffusers loads like a published one, with random weights.
 
-A checkpoint of any size is written in bounded memory: the networks stand on torch's meta device, for the names and shapes of
-their parameters, and every parameter is drawn a piece at a time and goes straight to its file.
+A checkpoint of any size is written in bounded memory. The networks are built on torch's meta device, which gives the names and
+shapes of their parameters, and every parameter is drawn and written in pieces.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from sana_export.variants import find_variant
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Written beside model_index.json; its presence means that the weights are random.
+#: The file next to model_index.json that marks a checkpoint with random weights.
 MARKER = "sana_export.json"
-#: The stem of each network's weight files.
+#: The stem of the names of each network's weight files.
 STEMS = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-#: Bytes of a weight file at most, where the caller does not say.
+#: Default size limit of a weight file, in bytes.
 SHARD_SIZE = 2 * 10**9
-#: Bytes of everything beside the weights, rounded up.
+#: Size of everything except the weights, rounded up.
 _SMALL_FILES = 10**6
 
-#: Gives the values of a parameter by its name, flat and in pieces.
+#: Gives the values of a parameter by its name: flat, in pieces.
 Values = Callable[[str], "Iterable[Tensor]"]
 
 
 def find_recipe(name: str) -> SyntheticRecipe:
-    """The recipe of the variant `name` (an alias or a hub id). Raises `UsageError` with the nearest aliases."""
+    """The recipe of the variant `name` (an alias or a hub id). Raises UsageError, with similar aliases, if there is none."""
     variant = find_variant(name)
     if variant is None:
         near = difflib.get_close_matches(name.lower(), RECIPES, n=4) or list(RECIPES)
@@ -50,14 +50,14 @@ def find_recipe(name: str) -> SyntheticRecipe:
         raise UsageError(
             f"{variant.alias} is trained: its weights are part of sana_export",
             found=name,
-            wanted="a checkpoint to draw random weights for, for example tiny-random",
-            fix="name tiny-random",
+            wanted="a checkpoint without weights of its own, for example tiny-random",
+            fix="sana-export synth tiny-random -o tiny-random",
         )
     return RECIPES[variant.alias]
 
 
 def build_pipeline(recipe: SyntheticRecipe, seed: int = 0) -> Any:
-    """The recipe's pipeline in float32 in memory. Leaves torch's global random state as it was."""
+    """The recipe's pipeline in float32, in memory. torch's global random state does not change."""
     import torch
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -68,7 +68,7 @@ def build_pipeline(recipe: SyntheticRecipe, seed: int = 0) -> Any:
 
 
 def _assemble(recipe: SyntheticRecipe, device: str) -> Any:
-    """The recipe's pipeline with its networks on `device`, their parameters as their classes leave them."""
+    """The recipe's pipeline with its networks on `device` and the initial weights of their classes."""
     import diffusers
     import torch
     from transformers import Gemma2Config, Gemma2Model
@@ -100,8 +100,9 @@ def make_checkpoint(
     """Write the synthetic checkpoint `recipe` to `folder` in diffusers' layout and return `folder`.
 
     The same recipe, dtype, seed and shard size give the same bytes. `dtype` is that of the stored weights ("float32", "float16",
-    "bfloat16"); `variant` ("fp16") goes into their file names, of which none is larger than `shard_size` bytes unless one tensor
-    is. Memory stays bounded by a few pieces of `weights.PIECE` values. See `write_pipeline` for what happens to an older folder.
+    "bfloat16"). `variant` ("fp16") becomes part of the weight files' names. A weight file has at most `shard_size` bytes, unless a
+    single tensor is larger. This needs the memory of a few pieces of `weights.PIECE` values. An existing folder is treated as by
+    `write_pipeline`, which also has the errors.
     """
     recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
     _check_request(folder, dtype)
@@ -124,11 +125,11 @@ def write_pipeline(
     values: Mapping[str, Values] | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Path:
-    """Write `pipeline` with its weights in `dtype` as the checkpoint `folder`, whole or not at all; return `folder`.
+    """Write `pipeline` with its weights in `dtype` as the checkpoint `folder`, whole or not at all, and return `folder`.
 
-    `values` gives the values of each network's parameters (None: those that the pipeline holds). `marker` is what `MARKER` will
-    hold. An older synthetic checkpoint of that name is replaced; anything else there is kept and raises `UsageError`. Too little
-    disk space (told before anything is written), a full disk or a missing permission raises `DependencyError`.
+    `values` gives the values of each network's parameters (None: those of the pipeline). `marker` is the content of `MARKER`. An
+    existing synthetic checkpoint is replaced. Raises UsageError if `folder` contains anything else, and DependencyError if there is
+    too little disk space (before anything is written), the disk is full or a permission is missing.
     """
     _check_request(folder, dtype)
     stored = {component: _stored(getattr(pipeline, component), component, dtype, values) for component in STEMS}
@@ -140,34 +141,34 @@ def write_pipeline(
             _write_configs(pipeline, fresh, dtype)
             for component, weights in stored.items():
                 weights.write(fresh / component, shard_size, variant, _counter(on_progress, component, weights.size))
-            on_progress(Progress("done", len(stored), len(stored)))
             (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
             if folder.exists():
                 folder.rename(Path(scratch, "old"))
             fresh.rename(folder)
+            on_progress(Progress("done", len(stored), len(stored)))
     except OSError as error:
         raise DependencyError(
             "the checkpoint could not be written",
             found=error,
-            wanted=f"a writable disk with room for it at {folder.parent}",
+            wanted=f"a writable disk with enough space at {folder.parent}",
         ) from error
     return folder
 
 
 def shapes_of(network: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a network stores, in its own order."""
+    """The names and shapes of a network's stored tensors, in its order."""
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
 def _check_request(folder: Path, dtype: str) -> None:
     if dtype not in WEIGHT_DTYPES:
-        raise UsageError("no such dtype for weights", found=dtype, wanted=", ".join(WEIGHT_DTYPES))
+        raise UsageError("unsupported dtype", found=dtype, wanted=", ".join(WEIGHT_DTYPES))
     if folder.exists() and not (folder / MARKER).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(
-            "the folder holds something that is not a synthetic checkpoint",
-            found=folder,
-            wanted="a new folder",
-            fix="choose another name or remove it yourself",
+            f"{folder} is not a synthetic checkpoint, and was not changed",
+            found="an existing file or folder",
+            wanted="a new name, an empty folder or an older synthetic checkpoint",
+            fix="choose another name, or remove it yourself",
         )
 
 
@@ -181,7 +182,7 @@ def _stored(network: Any, component: str, dtype: str, values: Mapping[str, Value
 
 
 def _write_configs(pipeline: Any, folder: Path, dtype: str) -> None:
-    """Everything of the checkpoint but its weights."""
+    """Write everything except the weights."""
     pipeline.save_config(folder)
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     pipeline.scheduler.save_pretrained(folder / "scheduler")
@@ -193,13 +194,13 @@ def _write_configs(pipeline: Any, folder: Path, dtype: str) -> None:
 
 
 def _counter(on_progress: OnProgress, component: str, total: int) -> Callable[[int], None]:
-    """A function that is called with the number of bytes just written and reports how much of the network is done."""
+    """A function that gets the number of bytes just written and reports how much of the network is written."""
     written, finished = 0, list(STEMS).index(component)
 
     def count(more: int) -> None:
         nonlocal written
         written += more
-        if written < total:  # with its last byte the next network, or the end, is the news
+        if written < total:  # the next report follows the last byte: the next network, or the end
             on_progress(Progress(f"writing {component}", finished + written / total, len(STEMS)))
 
     return count

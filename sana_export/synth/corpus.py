@@ -1,7 +1,6 @@
-"""The text that the synthetic checkpoints' tokenizer is trained on: captions in English and Chinese, and emoji
-(data only).
+"""The text that the tokenizer of the synthetic checkpoints is trained on: captions in English and Chinese, and emoji (data only).
 
-A few hundred words are enough: whatever the vocabulary lacks falls back to bytes.
+A few hundred words are enough, because the tokenizer encodes unknown characters as bytes.
 """
 
 from __future__ import annotations

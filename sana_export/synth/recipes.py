@@ -1,4 +1,4 @@
-"""The configs of the synthetic checkpoints: those of every published one, and two that are small enough for tests (data only)."""
+"""The configs of the synthetic checkpoints: those of every published one, and small ones for tests and timings (data only)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class SyntheticRecipe:
-    """The configs of a checkpoint's components, as keyword arguments of their classes; the scheduler's with its `_class_name`.
+    """The configs of a checkpoint's components, as keyword arguments of their classes.
 
-    `vocab_size` of the text encoder may be left out: it is the tokenizer's then.
-    `dataclasses.replace(recipe, transformer={**recipe.transformer, "qk_norm": "rms_norm_across_heads"})` makes a variation.
+    A variation of it: `dataclasses.replace(recipe, transformer={**recipe.transformer, "qk_norm": "rms_norm_across_heads"})`.
     """
 
+    #: The alias of its row in variants.py.
     name: str
+    #: `SanaTransformer2DModel`.
     transformer: Config
+    #: `AutoencoderDC`.
     vae: Config
+    #: `Gemma2Model`. Without a `vocab_size`, it gets that of the tokenizer.
     text_encoder: Config
+    #: The class that `_class_name` names.
     scheduler: Config
 
     @property
@@ -32,7 +36,7 @@ class SyntheticRecipe:
         return "SanaSprintPipeline" if self.scheduler["_class_name"] == "SCMScheduler" else "SanaPipeline"
 
 
-#: Soft capping is part of Gemma-2, and only this implementation has it.
+#: Gemma-2 uses soft capping, which only this implementation has.
 _EAGER = {"attn_implementation": "eager"}
 _GEMMA = {key: value for key, value in TEXT_ENCODER.items() if key != "vocab_size"} | _EAGER
 
@@ -54,7 +58,7 @@ _TINY: dict[str, Config] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        # Unequal to head_dim, so that a graph that takes one for the other is found out.
+        # Not equal to head_dim, so that tests fail if a graph confuses the two.
         "query_pre_attn_scalar": 48,
     },
 }

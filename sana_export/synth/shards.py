@@ -1,8 +1,8 @@
-"""Weights to safetensors files a piece at a time, under the names and with the index that diffusers and transformers write.
+"""Writes weights to safetensors files in pieces, with the file names and the index that diffusers and transformers use.
 
-A safetensors file is the length of its header (8 bytes, little-endian), the header in JSON (padded with blanks to 8 bytes), and the
-tensors' bytes one after the other, in the order of their names. So a file of any size needs no more memory than one piece of one
-tensor. (The format: https://github.com/huggingface/safetensors.)
+A safetensors file consists of the length of its header (8 bytes, little-endian), the header in JSON (padded with spaces to a
+multiple of 8 bytes), and the bytes of the tensors in the order of their names. So writing a file of any size needs the memory of
+one piece of one tensor. Source: https://github.com/huggingface/safetensors, section "Format".
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """One network's weights on their way to disk.
+    """The weights of one network that are to be written."""
 
-    `stem` begins the names of its files, `shapes` are its tensors, and `pieces(name)` gives a tensor's values in order, flat and in
-    any dtype; they are stored as `dtype`.
-    """
-
+    #: The stem of its files' names.
     stem: str
+    #: The shapes of its tensors.
     shapes: Mapping[str, tuple[int, ...]]
+    #: Gives the values of a tensor by its name: in order, flat, in pieces of any dtype.
     pieces: Callable[[str], Iterable[Tensor]]
+    #: The dtype to store them in.
     dtype: dtype
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(map(self._bytes, self.shapes))
 
     def write(self, folder: Path, shard_size: int, variant: str | None, on_bytes: Callable[[int], None]) -> None:
-        """Write the file, or the shards of at most `shard_size` bytes and their index, into `folder`.
+        """Write one file, or shards of at most `shard_size` bytes and their index, to `folder`.
 
-        A tensor larger than that is a shard of its own. `on_bytes` is called with the bytes written since it was called last.
+        A larger tensor gets its own shard. `on_bytes` is called with the number of bytes written since the last call.
         """
         suffix = f".{variant}" if variant else ""
         shards = self._shards(shard_size)
@@ -60,7 +60,7 @@ class StoredWeights:
             path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _shards(self, shard_size: int) -> list[list[str]]:
-        """The names of the tensors of each shard: in the network's order, as many as fit."""
+        """The names of the tensors in each shard: as many as fit, in the network's order."""
         shards: list[list[str]] = [[]]
         filled = 0
         for name in self.shapes:

@@ -1,7 +1,7 @@
-"""A Gemma-style tokenizer: byte-pair merges over whole texts, spaces written as "▁", bytes for what has no token.
+"""A tokenizer like Gemma's: byte-pair merges over the whole text, "▁" for spaces, and bytes for characters without a token.
 
-Like Gemma's it never splits a text before merging, so what stands at the end of an instruction may merge with the first
-word of the prompt after it: "User Prompt: " ends in "▁", "User Prompt: a cat" holds "▁a" in its place.
+It never splits a text before merging. So the end of an instruction may merge with the first word of the prompt that follows:
+"User Prompt: " ends with "▁", but "User Prompt: a cat" has "▁a" at that place.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from sana_export.synth import corpus
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
-#: The most that training may reach; the corpus is used up before.
+#: Largest vocabulary. Training ends before that, when no pair occurs twice.
 VOCABULARY_LIMIT = 4096
 _ASCII = "".join(map(chr, range(32, 127))) + "\n\t"
 
 
 def _corpus() -> list[str]:
-    """Every line that the vocabulary is trained on. What stands in it twice becomes whole tokens, the rest parts of words."""
+    """Every line that the vocabulary is trained on. Lines that are in it twice become whole-word tokens."""
     english = [*instruction(), *corpus.ENGLISH.strip().split("\n"), " " + " ".join(corpus.ENGLISH_WORDS.split())]
     chinese = corpus.CHINESE_WORDS.split()
     return [*2 * english, *2 * chinese, *corpus.CHINESE.strip().split("\n"), *corpus.EMOJI.split(), *corpus.EMOJI_MODIFIERS]
@@ -37,14 +37,14 @@ def instruction() -> list[str]:
 
 @cache
 def _model() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """(ids by token, merges in order of their rank). Training breaks ties by id, so it learns the same every time."""
+    """The id of every token, and the merges in the order of their rank. Training is deterministic: it breaks ties by id."""
     import json
 
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
-    # A token is at most one word with the blank before it, or one run of Chinese characters.
+    # A token is at most one word with the space before it, or one run of Chinese characters.
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex("▁"), "merged_with_next"),
@@ -65,17 +65,17 @@ def _model() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def build_tokenizer() -> Any:
-    """The raw `tokenizers.Tokenizer`. The same vocabulary and bytes every time.
+    """The `tokenizers.Tokenizer`. It is the same every time, down to its bytes.
 
     Ids 0 to 4 are <pad>, <eos>, <bos>, <unk>, <mask>; 5 to 260 are the bytes. Encoding puts <bos> first.
-    Decoding gives back any text but "▁" itself, which comes back as a blank, as with Gemma's.
+    Decoding restores every text except "▁", which becomes a space, as with Gemma's tokenizer.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     vocabulary, merges = _model()
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    # The normalizer has left no blank to split at: the merges see the whole text. Gemma's file has this entry too.
+    # This never splits, because the normalizer leaves no space. Gemma's file has this entry too.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", vocabulary["<bos>"])]
@@ -90,5 +90,5 @@ def build_gemma_tokenizer() -> Any:
     from transformers import GemmaTokenizer
 
     vocabulary, merges = _model()
-    # The class keeps what it is given; its annotation of `merges` is narrower than what it takes.
+    # The class accepts more types of `merges` than its annotation says.
     return GemmaTokenizer(vocab=dict(vocabulary), merges=cast("Any", list(merges)), add_bos_token=True, add_eos_token=False)

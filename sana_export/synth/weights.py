@@ -1,9 +1,9 @@
-"""Seeded weights that keep activations at unit scale, for any config of the three networks, drawn a piece at a time.
+"""Seeded random weights that keep activations at unit scale, for any config of the three networks, drawn in pieces.
 
-Every parameter is drawn by the first rule whose pattern its name matches, from a generator seeded by its own name: a change
-of one config leaves the weights of everything else as they were. The rules are for networks with random weights: the scale
-of every branch is chosen so that the prompt, the guidance and each layer leave their mark on the image, while a sampling
-run stays bounded, because the velocity holds a share of the latents themselves (`_tie_output_to_input`).
+The first rule whose pattern matches a parameter's name decides its distribution. Its generator is seeded with its name, so a change
+of one config does not change the weights of anything else. The scale of every branch is chosen so that the prompt, the guidance and
+each layer have a visible effect on the image. Sampling stays bounded because a share of the latents is added to the velocity
+(`_tie_output_to_input`).
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from sana_export.errors import UsageError
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-#: Values drawn at a time, 16 MiB of them.
+#: Values that are drawn at a time: 16 MiB.
 PIECE = 1 << 22
-#: torch draws normal values in blocks of this many, so pieces that are multiples of it join to what one call draws.
+#: torch draws normal values in blocks of this size. Pieces that are multiples of it give the same values as one call.
 BLOCK = 16
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters whose name holds `pattern` are normal around `mean`, with deviation `std` (over sqrt(fan-in) if `fan_in`).
+    """The normal distribution of some parameters."""
 
-    `branch` marks the output of a transformer block's branch, which is divided by sqrt(layers) as well: the stream ends at the
-    same scale at any depth.
-    """
-
+    #: It applies to parameters whose name contains this regular expression.
     pattern: str
+    #: Standard deviation.
     std: float
+    #: Mean.
     mean: float = 0.0
+    #: Divide the deviation by sqrt(fan-in).
     fan_in: bool = False
+    #: The parameter is the output of a transformer block's branch: divide it by sqrt(layers), so that the residual stream has the
+    #: same scale at any depth.
     branch: bool = False
 
 
@@ -74,7 +76,7 @@ AUTOENCODER = (
     _BIASES,
 )
 
-#: The norms multiply by 1 + weight. Embeddings are multiplied by sqrt(hidden size) in the network.
+#: Gemma's norms multiply by 1 + weight, and it multiplies embeddings by sqrt(hidden size).
 TEXT_ENCODER = (
     _weight(r"embed_tokens\.weight$", 1.0),
     Rule(r"post_\w+_layernorm\.weight$", 0.1, mean=-0.4),
@@ -89,14 +91,17 @@ RULES = {"transformer": TRANSFORMER, "vae": AUTOENCODER, "text_encoder": TEXT_EN
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """The float32 weights of the network `component` ("transformer", "vae", "text_encoder"), whose parameters have `shapes`."""
+    """The float32 weights of one network."""
 
+    #: "transformer", "vae" or "text_encoder".
     component: str
+    #: The shapes of its parameters.
     shapes: Mapping[str, tuple[int, ...]]
+    #: The seed of all of them.
     seed: int
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """The values of the parameter `name`, flat, in pieces of about `PIECE`. Raises UsageError where no rule names it."""
+        """The values of the parameter `name`, flat, in pieces of about `PIECE`. Raises UsageError if no rule matches its name."""
         finish = _FINISH.get((self.component, name))
         if finish is None:
             yield from self._drawn(name)
@@ -122,7 +127,7 @@ class RandomWeights:
         rules = RULES[self.component]
         rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
         if rule is None:
-            raise UsageError("no rule to draw this parameter", found=name, wanted=[rule.pattern for rule in rules])
+            raise UsageError("there is no rule for this parameter", found=name, wanted=[rule.pattern for rule in rules])
         return rule
 
     def _layers(self) -> int:
@@ -137,7 +142,7 @@ def _generator(*key: object) -> Generator:
 
 
 def _piece_sizes(count: int) -> Iterator[int]:
-    """`count` as a sum of pieces. The last one is never shorter than a block, which torch would draw in another way."""
+    """`count` as a sum of pieces. The last one is never shorter than a block, because torch draws fewer values differently."""
     while count >= PIECE + BLOCK:
         yield PIECE
         count -= PIECE
@@ -145,30 +150,30 @@ def _piece_sizes(count: int) -> Iterator[int]:
 
 
 def _tie_output_to_input(weights: RandomWeights, output: Tensor, share: float = 1.2) -> Tensor:
-    """Let the velocity hold about `share` of the latents, read back from the stream by the transposed patch embedding.
+    """Add about `share` of the latents to the velocity. The transposed patch embedding reads them from the residual stream.
 
-    A flow dx/dt = share * x + f(x, t, prompt) forgets the noise that it starts from, as a trained one does; without it the
-    noise stays in the image and a sampling run only adds to it.
+    A flow dx/dt = share * x + f(x, t, prompt) forgets the noise that it starts from, as a trained one does. Otherwise the noise
+    stays in the image.
     """
     embedding = weights._whole("patch_embed.proj.weight").flatten(1)
     pseudo_inverse = embedding.T / embedding.pow(2).sum(0).unsqueeze(1)
     return output.add_(pseudo_inverse, alpha=share)
 
 
-def _centre_pixels(weights: RandomWeights, output: Tensor) -> Tensor:
-    """Give each colour of the last convolution weights of mean zero, so that its relu'd input leaves no offset."""
+def _center_pixels(weights: RandomWeights, output: Tensor) -> Tensor:
+    """Make the mean of each color's weights in the last convolution zero, so that its non-negative input adds no offset."""
     return output.sub_(output.mean(dim=(1, 2, 3), keepdim=True))
 
 
-#: What is done to a whole parameter after it is drawn.
+#: Changes to whole parameters after they are drawn.
 _FINISH: dict[tuple[str, str], Callable[[RandomWeights, Tensor], Tensor]] = {
     ("transformer", "proj_out.weight"): _tie_output_to_input,
-    ("vae", "decoder.conv_out.weight"): _centre_pixels,
+    ("vae", "decoder.conv_out.weight"): _center_pixels,
 }
 
 
 def fill(model: Any, component: str, seed: int) -> None:
-    """Overwrite every parameter of a network in memory in place."""
+    """Overwrite every parameter of the network `model`."""
     import torch
 
     parameters = dict(model.named_parameters())

@@ -1,6 +1,7 @@
-"""The proof of a bundle: every graph and whole pictures against diffusers and transformers in float32.
+"""Verification of a bundle: compares every graph and whole images with diffusers and transformers in float32.
 
-On a CPU a half-precision bundle runs in the storage evaluator (evaluator.py), because ONNX Runtime would hide its overflows.
+On a CPU, a half-precision bundle runs in the storage evaluator (export/evaluator.py), because ONNX Runtime would hide its
+overflows.
 """
 
 from __future__ import annotations
@@ -41,19 +42,23 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is sampled: sizes in pixels without resolution binning. None: `SIZE`, or the checkpoint's own where that is less.
+    """What is sampled, without resolution binning."""
 
-    `steps` None: 8, or the checkpoint's own number where that is less. `guidance_scale` None: the checkpoint's own.
-    """
-
+    #: One image is sampled for each.
     prompts: Sequence[str] = PROMPTS
+    #: Height in pixels. None: `SIZE`, or the native size if that is smaller.
     height: int | None = None
+    #: Width in pixels, with the same default.
     width: int | None = None
+    #: Sampling steps. None: `STEPS`, or the checkpoint's default if that is smaller.
     steps: int | None = None
+    #: Guidance scale. None: the checkpoint's default.
     guidance_scale: float | None = None
+    #: Seed of every image.
     seed: int = 42
 
     def request(self, prompt: str, model: ModelInfo, pag_scale: float = 0.0) -> Request:
+        """The request for one prompt, with every setting that diffusers needs."""
         return Request(
             prompt=prompt,
             num_inference_steps=self.steps or min(STEPS, model.default_steps),
@@ -78,10 +83,11 @@ def verify_bundle(
     quality: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> VerifyReport:
-    """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and pictures.
+    """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and images.
 
-    `backend`, `device` and `threads` are those of `open_runtime`. `quality` measures what the pictures show too (quality.py). A bundle with PAG layers is sampled with PAG as well. The report is
-    kept in the bundle's manifest. Raises UsageError where `checkpoint` is not the one that the bundle was made from.
+    `backend`, `device` and `threads` are those of `open_runtime`. `quality` also measures what the images show (quality.py). A
+    bundle with PAG layers is also sampled with PAG. The report is stored in the bundle's manifest. Raises UsageError if the bundle
+    was not exported from `checkpoint`.
     """
     runtime = open_runtime(bundle, backend, device=device, threads=threads)
     manifest = runtime.manifest
@@ -94,9 +100,9 @@ def verify_bundle(
         )
     prompts = sampling.prompts
     scales = [0.0, PAG_SCALE] if manifest.options.pag_layers else [0.0]
-    # A decoder may be without its parts, in the bundle or among the engines.
-    held = [name for name in manifest.graphs if runtime.backend.ranges(name) is not None]
-    checks = {name: check for name, check in GRAPH_CHECKS.items() if name in held}
+    # A bundle, or its engines, may lack the graphs of the tiled decoder.
+    present = [name for name in manifest.graphs if runtime.backend.ranges(name) is not None]
+    checks = {name: check for name, check in GRAPH_CHECKS.items() if name in present}
     total = len(checks) + len(prompts) * len(scales)
     pipeline = load_reference(checkpoint, manifest.options, pag=False)
     graphs: list[Parity] = []
@@ -132,7 +138,7 @@ def verify_bundle(
         manifest.options.precision,
         runtime.backend.name,
         tuple(graphs),
-        tuple(replace(row, passed=True, limit="none: the picture counts") for row in latents),
+        tuple(replace(row, passed=True, limit="none: the image counts") for row in latents),
         tuple(images),
         measured,
     )
@@ -143,26 +149,28 @@ def verify_bundle(
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Found and wanted latents [B, C, h, w] and pictures uint8 [B, H, W, 3] of one request."""
+    """The bundle's and diffusers' results for one request."""
 
+    #: Latents [B, C, h, w] of both.
     latents: tuple[Array, Array]
+    #: Images uint8 [B, H, W, 3] of both.
     images: tuple[Array, Array]
 
 
 @torch.no_grad()
 def sample_both(runtime: SanaRuntime, pipeline: Any, request: Request) -> Pair:
-    """Sample one request, as complete as `call_reference` asks for, with the bundle and with diffusers."""
+    """Sample one request with the bundle and with diffusers. It must be as complete as `call_reference` needs it."""
     plan = runtime.plan(request)
     *_, last = runtime.steps(plan, runtime.encode(plan))
     found = np.array(runtime.backend.to_host(last.latents))
-    pictures = runtime.decode(plan, last.latents)
+    images = runtime.decode(plan, last.latents)
 
     wanted = call_reference(pipeline, request, plan.seeds[0], output_type="latent")
     image = pipeline.vae.decode(wanted / pipeline.vae.config.scaling_factor).sample
     if bins_resolution(request, runtime.manifest.model.sample_size):
         image = pipeline.image_processor.resize_and_crop_tensor(image, plan.output_width, plan.output_height)
     reference = pipeline.image_processor.postprocess(image, output_type="pil")
-    return Pair((found, wanted.numpy()), (np.stack([*map(np.asarray, pictures)]), np.stack([*map(np.asarray, reference)])))
+    return Pair((found, wanted.numpy()), (np.stack([*map(np.asarray, images)]), np.stack([*map(np.asarray, reference)])))
 
 
 @torch.no_grad()
@@ -173,15 +181,15 @@ def measure_ranges(
     threads: int | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> RangeReport:
-    """Sample the prompts in float32 with the bundle's half-precision graphs and report how large every tensor gets.
+    """Sample the prompts with the bundle's half-precision graphs, computed in float32, and report how large every tensor gets.
 
-    Raises UsageError for an fp32 bundle, which stores nothing in half precision.
+    Raises UsageError for an fp32 bundle, which has no half-precision tensors.
     """
     manifest = Manifest.load(bundle)
     if manifest.options.precision == "fp32":
         raise UsageError(
-            f"{bundle} stores nothing in half precision",
-            found="fp32",
+            f"{bundle} has no half-precision tensors",
+            found="an fp32 bundle",
             wanted="fp16 or bf16",
             fix=export_line(bundle.with_name(f"{bundle.name}-fp16"), manifest, precision="fp16") + " --dtype fp16",
         )
@@ -194,7 +202,7 @@ def measure_ranges(
         on_progress(Progress(f"sampling {prompt!r}", done, len(prompts)))
         plan = runtime.plan(sampling.request(prompt, manifest.model))
         *_, last = runtime.steps(plan, runtime.encode(plan))
-        # Not runtime.decode, which refuses latents that overflowed: here that is what is looked for.
+        # Not runtime.decode, which raises an error if the latents overflowed: the report is about overflows.
         runtime.run("vae_decoder", {"latents": last.latents})
     rows = [row for evaluator in evaluators.values() for row in cast(RangeMeter, evaluator).ranges()]
     return RangeReport(str(bundle), tuple(prompts), tuple(sorted(rows, key=lambda row: row.headroom)))

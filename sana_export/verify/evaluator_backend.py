@@ -1,4 +1,4 @@
-"""A backend that runs a bundle's ONNX files with every intermediate stored in its own dtype."""
+"""A backend that runs a bundle's ONNX files on a CPU and rounds every intermediate tensor to its declared dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Evaluator = Callable[[Path], StorageEvaluator | RangeMeter]
 
 
 class EvaluatorSession(Session):
-    """One ONNX file in an evaluator."""
+    """One ONNX file in an evaluator (export/evaluator.py)."""
 
     def __init__(self, evaluator: StorageEvaluator | RangeMeter) -> None:
         self.evaluator = evaluator
@@ -31,7 +31,7 @@ class EvaluatorSession(Session):
 
 
 class EvaluatorBackend(Backend):
-    """The runtime's backend interface over evaluators of this package: `evaluator` makes a session from an ONNX file."""
+    """A backend whose sessions are evaluators. `evaluator` makes one from an ONNX file."""
 
     device = "cpu"
     can_refit = False
@@ -39,7 +39,7 @@ class EvaluatorBackend(Backend):
     def __init__(self, bundle: Path, manifest: Manifest, evaluator: Evaluator, name: str) -> None:
         self.bundle, self.manifest, self.name = bundle, manifest, name
         self._evaluator = evaluator
-        #: By graph, once it is loaded.
+        #: The evaluators of the loaded graphs, by graph.
         self.evaluators: dict[str, StorageEvaluator | RangeMeter] = {}
 
     def load(self, graph: str) -> EvaluatorSession:
@@ -57,7 +57,7 @@ class EvaluatorBackend(Backend):
 
 
 def evaluator_backend(evaluator: Evaluator, name: str) -> Callable[[Path, Manifest], EvaluatorBackend]:
-    """A loader for `SanaRuntime.from_pretrained`."""
+    """The `backend` argument of `SanaRuntime.from_pretrained` for an evaluator."""
     return lambda bundle, manifest: EvaluatorBackend(bundle, manifest, evaluator, name)
 
 

@@ -1,9 +1,8 @@
-"""One check for each deployment graph: its output in a loaded bundle next to what diffusers computes from the same inputs."""
+"""One check for each deployment graph: its output in a bundle, and what diffusers computes from the same inputs."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,16 +18,16 @@ from sana_export.runtime.resolution import make_resize_plan
 from sana_export.runtime.sampling import sampler_feeds
 from sana_export.verify.reference import call_reference
 
-#: Of a size that is brought within what the backend serves: the checks that use it depend on none.
+#: Its size is changed to one that the backend supports. The checks that use it work with every size.
 _REQUEST = Request(prompt="", height=256, width=256, use_resolution_binning=False, guidance_scale=4.5)
 
 
 def _check_text_encoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """The kept rows of every prompt, with the instruction, and of the empty negative prompt where there is one.
+    """The rows that are kept of every prompt with the instruction, and of the empty negative prompt if there is one.
 
-    As many prompts at a time as the backend serves.
+    It runs as many prompts at a time as the backend supports.
     """
-    most = _served(runtime, "text_encoder", "batch", len(prompts))
+    most = _supported(runtime, "text_encoder", "batch", len(prompts))
     found: list[Array] = []
     reference: list[Array] = []
     for first in range(0, len(prompts), most):
@@ -37,7 +36,7 @@ def _check_text_encoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[s
         encoded = runtime.embed(plan)
         instruction = runtime.manifest.model.instruction.split("\n")
         wanted = pipeline.encode_prompt(some, complex_human_instruction=instruction)
-        # Embeddings and mask of the prompts, then of the negative prompts, which our branches begin with.
+        # diffusers returns the embeddings and masks of the prompts first. Our branches start with the negative prompts.
         branches = [embeds[mask.bool()] for embeds, mask in zip(wanted[::2], wanted[1::2], strict=True)]
         found.append(encoded.gather(runtime.to_host)[encoded.context_mask > 0])
         reference.append(torch.cat(branches[::-1]).numpy())
@@ -61,7 +60,7 @@ def _check_context(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], 
 
 
 def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """Every branch without perturbation, prompts of unequal length in one batch; the graph `context` feeds it."""
+    """All branches without perturbation, with prompts of different lengths in one batch. `context` is the output of that graph."""
     embeds = _inputs(runtime, "context", seed + 1)["prompt_embeds"]
     inputs = _inputs(runtime, "denoiser", seed + 1)
     inputs["perturbed"] = torch.zeros_like(inputs["perturbed"])
@@ -87,11 +86,11 @@ def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str],
 
 
 def _check_sampler(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """A whole trajectory of the pipeline's own loop with random predictions in place of its transformer's, with guidance."""
+    """All steps of diffusers' own sampling loop with guidance, and random predictions instead of the transformer's."""
     request = replace(_request(runtime), num_inference_steps=runtime.manifest.model.default_steps)
     plan = runtime.plan(request)
     shape, schedule, (steps, branches) = plan.latents_shape, plan.schedule, plan.guidance_weights.shape
-    # Of another seed than the noise, from which a prediction could not be told otherwise.
+    # Their seed is not that of the noise: an error that confuses the two must show.
     predictions = torch.randn((steps, branches, *shape), generator=torch.Generator().manual_seed(seed + 1))
 
     generator = TorchGenerator(seed)
@@ -107,20 +106,27 @@ def _check_sampler(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], 
         )
         latents, x0 = found["next_latents"], found["x0"]
 
-    answers = iter(predictions.flatten(1, 2))
-    with replaced_forward(pipeline.transformer, lambda *_, **__: (next(answers),)):
-        wanted = call_reference(pipeline, request, seed, output_type="latent")
+    given = GivenPredictions(pipeline.transformer, predictions.flatten(1, 2))
+    wanted = call_reference(_with_transformer(pipeline, given), request, seed, output_type="latent")
     return latents, wanted.numpy()
 
 
-@contextlib.contextmanager
-def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module` computes `forward` meanwhile."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward  # the class's own is found again
+class GivenPredictions:
+    """Takes the place of a transformer in diffusers' pipeline. Each call returns the next of `predictions`."""
+
+    def __init__(self, transformer: Any, predictions: Iterable[torch.Tensor]) -> None:
+        self.config, self.dtype = transformer.config, transformer.dtype
+        self._predictions = iter(predictions)
+
+    def __call__(self, *_arguments: Any, **_options: Any) -> tuple[torch.Tensor]:
+        return (next(self._predictions),)
+
+
+def _with_transformer(pipeline: Any, transformer: GivenPredictions) -> Any:
+    """A pipeline of the same class and components, with another transformer."""
+    other = type(pipeline)(**{**pipeline.components, "transformer": transformer})
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 def _check_vae_decoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
@@ -130,12 +136,12 @@ def _check_vae_decoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[st
 
 
 def _check_vae_decoder_head(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """Its features, through the tail in one window."""
+    """Its features, decoded by the tail in one window."""
     return _check_decoder_parts(runtime, pipeline, seed, tile=1024)
 
 
 def _check_vae_decoder_tail(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """In windows that are put together."""
+    """Several windows, joined to one image."""
     return _check_decoder_parts(runtime, pipeline, seed, tile=128)
 
 
@@ -147,16 +153,17 @@ def _check_decoder_parts(runtime: SanaRuntime, pipeline: Any, seed: int, tile: i
 
 
 def _check_postprocess(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """A resize and crop as after resolution binning."""
+    """A resize and crop, as it follows resolution binning."""
     images, height, width = (
-        _served(runtime, "postprocess", axis, value) for axis, value in (("batch", 2), ("image_height", 96), ("image_width", 160))
+        _supported(runtime, "postprocess", axis, value)
+        for axis, value in (("batch", 2), ("image_height", 96), ("image_width", 160))
     )
     output_height, output_width = height + 4, width - 10
     image = torch.randn(images, 3, height, width, generator=torch.Generator().manual_seed(seed)).clamp(-1.5, 1.5)
     tables = vars(make_resize_plan(height, width, output_height, output_width))
     resized = pipeline.image_processor.resize_and_crop_tensor(image, output_width, output_height)
-    pictures = pipeline.image_processor.postprocess(resized, output_type="pil")
-    return _run(runtime, "postprocess", {"image": image, **tables})["pixels"], np.stack([*map(np.asarray, pictures)])
+    wanted = pipeline.image_processor.postprocess(resized, output_type="pil")
+    return _run(runtime, "postprocess", {"image": image, **tables})["pixels"], np.stack([*map(np.asarray, wanted)])
 
 
 GRAPH_CHECKS: dict[str, Callable[[SanaRuntime, Any, Sequence[str], int], tuple[Array, Array]]] = {
@@ -174,19 +181,22 @@ GRAPH_CHECKS: dict[str, Callable[[SanaRuntime, Any, Sequence[str], int], tuple[A
 def _request(runtime: SanaRuntime) -> Request:
     pixels = runtime.manifest.model.vae_scale_factor
     height, width = (
-        _served(runtime, "denoiser", f"latent_{side}", getattr(_REQUEST, side) // pixels) * pixels for side in ("height", "width")
+        _supported(runtime, "denoiser", f"latent_{side}", getattr(_REQUEST, side) // pixels) * pixels
+        for side in ("height", "width")
     )
     return replace(_REQUEST, height=height, width=width)
 
 
 def _inputs(runtime: SanaRuntime, graph: str, seed: int) -> dict[str, torch.Tensor]:
-    lengths = {axis: _served(runtime, graph, axis, CHECK_SIZES.of(axis)) for axis in vars(CHECK_SIZES) if axis != "spatial_ratio"}
+    lengths = {
+        axis: _supported(runtime, graph, axis, CHECK_SIZES.of(axis)) for axis in vars(CHECK_SIZES) if axis != "spatial_ratio"
+    }
     sizes = replace(CHECK_SIZES, **lengths, spatial_ratio=runtime.manifest.model.vae_scale_factor)
     return random_inputs(runtime.manifest.graphs[graph].spec, sizes, seed)
 
 
-def _served(runtime: SanaRuntime, graph: str, axis: str, length: int) -> int:
-    """The length next to `length` that the backend serves."""
+def _supported(runtime: SanaRuntime, graph: str, axis: str, length: int) -> int:
+    """The length nearest to `length` that the backend supports."""
     lowest, _, highest = (runtime.backend.ranges(graph) or {}).get(axis, (length, length, length))
     return min(max(length, lowest), highest)
 

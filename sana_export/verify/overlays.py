@@ -1,4 +1,4 @@
-"""What a user lays over a checkpoint, in the reference: by the loaders of diffusers and PEFT, not by `checkpoint/fold_lora.py`."""
+"""A user's transformer file and LoRAs in the reference, loaded by diffusers and PEFT and not by `checkpoint/fold_lora.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def load_transformer(checkpoint: SanaCheckpoint, dtype: Any) -> Any:
-    """diffusers' transformer of the checkpoint's config with the weights of its `transformer_file`, in `dtype`."""
+    """diffusers' transformer with the checkpoint's config and the weights of its `transformer_file`, in `dtype`."""
     from diffusers import SanaTransformer2DModel
 
     weights = checkpoint.base_weights("transformer")
@@ -26,15 +26,15 @@ def load_transformer(checkpoint: SanaCheckpoint, dtype: Any) -> Any:
 
 
 def merge_lora(transformer: Any, lora: Lora) -> None:
-    """Load an adapter into diffusers' transformer, merge it at its scale and take the adapter's modules out again, in place.
+    """Merge a LoRA, multiplied by its scale, into the weights of diffusers' transformer, in place.
 
-    Raises DependencyError where PEFT is not installed, which diffusers needs for this.
+    Raises DependencyError if PEFT is not installed, which diffusers needs for this.
     """
     try:
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
         raise DependencyError(
-            "the reference needs a package for LoRAs that is not installed",
+            "comparing a bundle with a LoRA needs a package that is not installed",
             found="no module peft",
             wanted="peft",
             fix="pip install peft",

@@ -1,9 +1,8 @@
-"""The quality meter: whether a bundle's pictures show what they should, next to those that diffusers draws in float32.
+"""The quality meter: whether a bundle's images show what they should, compared with those of diffusers in float32.
 
-A checkpoint that can be measured in full brings a folder `quality/` (the embedded `tiny` does): `meter.json` with the names of
-the concepts that it knows, prompts that ask for one concept each and the concepts of the renders; `renders.png`, real pictures
-side by side; and `classifier.onnx`, which tells the concepts apart. Of any other checkpoint only the distance of its pictures is
-measured.
+A full measurement needs a folder `quality/` in the checkpoint, which the embedded `tiny` has. It contains `meter.json` (the names
+of the concepts, prompts that ask for one concept each, and the concepts of the renders), `renders.png` (real images side by side)
+and `classifier.onnx`, which recognizes the concepts. For other checkpoints, only the distance between the images is measured.
 """
 
 from __future__ import annotations
@@ -28,31 +27,33 @@ from sana_export.runtime import SanaRuntime
 from sana_export.runtime.request import Request
 
 FOLDER = "quality"
-#: Prompts that are sampled in one batch; each batch has a seed of its own.
+#: Prompts that are sampled in one batch. The seed of a batch is its number.
 BATCH = 20
-#: Percentage points that a bundle's top-1 may lie beside that of eager diffusers.
+#: Largest allowed difference between the top-1 of a bundle and of diffusers, in percentage points.
 TOP1_LIMIT = 1.0
 
-#: Samples a request with the bundle and with diffusers: uint8 images [B, H, W, 3], found and wanted.
+#: Samples a request with the bundle and with diffusers and returns the images of both, uint8 [B, H, W, 3].
 SampleBoth = Callable[[Request], tuple[Array, Array]]
 
 
 @dataclass(frozen=True, eq=False)
 class Meter:
-    """What a checkpoint's folder `quality` holds. renders: uint8 [N, H, W, 3] of the concepts `render_concepts` [N].
+    """The content of a checkpoint's folder `quality`."""
 
-    prompts: (text, index of its concept).
-    """
-
+    #: The names of the concepts.
     concepts: tuple[str, ...]
+    #: Prompts, each with the index of its concept.
     prompts: tuple[tuple[str, int], ...]
+    #: Real images of the concepts, uint8 [N, H, W, 3].
     renders: Array
+    #: The index of each render's concept, [N].
     render_concepts: Array
+    #: The ONNX file of the classifier.
     classifier: Path
 
     @classmethod
     def find(cls, checkpoint: Path) -> Meter | None:
-        """The meter of the checkpoint in the folder `checkpoint`, None where it brings none. Raises ArtifactError if damaged."""
+        """The meter in the checkpoint's folder, or None if it has none. Raises ArtifactError if it is damaged."""
         folder = checkpoint / FOLDER
         if not folder.is_dir():
             return None
@@ -80,21 +81,27 @@ class Meter:
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured; None where it could not be. top1: shares in percent.
+    """What was measured. The fields that are None need a meter. "Reference" is diffusers in float32."""
 
-    reconstruction: the renders through the checkpoint's encoder in float32 and a decoder, the bundle's or diffusers' in float32.
-    image: the bundle's pictures against those of diffusers in float32, one value a picture, its mean and least.
-    """
-
+    #: Number of prompts.
     prompts: int
+    #: Mean PSNR of the bundle's images against the reference's.
     image_psnr_db: float
+    #: PSNR of the worst image.
     least_image_psnr_db: float
+    #: Mean SSIM of the bundle's images against the reference's.
     image_ssim: float
+    #: SSIM of the worst image.
     least_image_ssim: float
+    #: Percent of the bundle's images that the classifier recognizes.
     top1: float | None = None
+    #: The same of the reference's images.
     reference_top1: float | None = None
+    #: The same of the renders.
     renders_top1: float | None = None
+    #: PSNR of the renders after the reference's encoder and the bundle's decoder.
     reconstruction_psnr_db: float | None = None
+    #: PSNR of the renders after the reference's encoder and decoder.
     reference_reconstruction_psnr_db: float | None = None
 
     @property
@@ -108,18 +115,18 @@ class Quality:
 
     def as_text(self) -> str:
         lines = [
-            f"quality over {self.prompts} prompts, next to diffusers in fp32",
-            f"  image psnr {self.image_psnr_db:.1f} dB (least {self.least_image_psnr_db:.1f}), "
-            f"ssim {self.image_ssim:.4f} (least {self.least_image_ssim:.4f})",
+            f"quality over {self.prompts} prompts, compared with diffusers in fp32",
+            f"  image psnr {self.image_psnr_db:.1f} dB (worst {self.least_image_psnr_db:.1f}), "
+            f"ssim {self.image_ssim:.4f} (worst {self.least_image_ssim:.4f})",
         ]
         if self.top1 is None:
-            lines.append(f"  top-1 and reconstruction: not measured, the checkpoint brings no folder {FOLDER}/ (tiny does)")
+            lines.append(f"  top-1 and reconstruction: not measured, because the checkpoint has no folder {FOLDER}/ (tiny has one)")
             return "\n".join(lines)
         return "\n".join(
             [
                 *lines,
                 f"  {'ok    ' if self.passed else 'MISSED'} top-1 {self.top1:.1f}%, diffusers {self.reference_top1:.1f}% "
-                f"(limit: {TOP1_LIMIT:g} point apart), real renders {self.renders_top1:.1f}%",
+                f"(limit: {TOP1_LIMIT:g} point difference), real renders {self.renders_top1:.1f}%",
                 f"  reconstruction psnr {self.reconstruction_psnr_db:.2f} dB, "
                 f"diffusers {self.reference_reconstruction_psnr_db:.2f} dB",
             ]
@@ -136,9 +143,9 @@ def measure_quality(
     steps: int | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Quality:
-    """Sample the meter's prompts (without one, `prompts`) at the checkpoint's size and compare with diffusers' `pipeline`.
+    """Sample the meter's prompts at the checkpoint's native size and compare the images with those of diffusers' `pipeline`.
 
-    `steps` None: the checkpoint's own number.
+    Without a meter, `prompts` are sampled. `steps` None means the checkpoint's default.
     """
     model = runtime.manifest.model
     asked = [(text, -1) for text in prompts] if meter is None else meter.prompts
@@ -159,7 +166,7 @@ def measure_quality(
             images.extend(more)
     ratios = [psnr(ours, theirs, peak=255.0) for ours, theirs in zip(found, wanted, strict=True)]
     likeness = [ssim(ours, theirs) for ours, theirs in zip(found, wanted, strict=True)]
-    # Pictures without any difference count as 100 dB in the mean.
+    # Equal images count as 100 dB in the mean.
     distances = (float(np.minimum(ratios, 100.0).mean()), min(ratios), float(np.mean(likeness)), min(likeness))
     if meter is None:
         return Quality(len(asked), *distances)
@@ -177,11 +184,11 @@ def measure_quality(
 
 
 @torch.no_grad()
-def _reconstruct(runtime: SanaRuntime, pipeline: Any, pictures: Array) -> tuple[Array, Array]:
-    """Pictures uint8 [N, H, W, 3] through diffusers' encoder, then the bundle's decoder and diffusers' own: uint8 as well."""
+def _reconstruct(runtime: SanaRuntime, pipeline: Any, renders: Array) -> tuple[Array, Array]:
+    """Images uint8 [N, H, W, 3] after diffusers' encoder and the bundle's decoder, and after diffusers' encoder and decoder."""
     decoded: tuple[list[Array], list[Array]] = ([], [])
-    for start in range(0, len(pictures), BATCH):
-        part = torch.from_numpy(pictures[start : start + BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for start in range(0, len(renders), BATCH):
+        part = torch.from_numpy(renders[start : start + BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents = pipeline.vae.encode(part).latent * pipeline.vae.config.scaling_factor
         ours = runtime.to_host(runtime.run("vae_decoder", {"latents": latents.numpy()})["image"])
         reference = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample

@@ -1,9 +1,9 @@
-"""The reference that graphs of the clamped fp16 family are compared with: diffusers with its trained clamp in any dtype.
+"""The reference that bundles are compared with: diffusers' pipeline, in any dtype and with the clamp that it was trained with.
 
-In the checkpoints trained in fp16 the output of self-attention reaches ten times what fp16 can hold, and training clipped it
-to +-65504. diffusers clips only while it runs in fp16 (`SanaLinearAttnProcessor2_0` and the two PAG processors in
-models/attention_processor.py), so the same weights in float32 or bfloat16 compute another function and draw broken images
-(https://github.com/huggingface/diffusers/issues/10336). The clip belongs to the function; these wrappers put it there.
+In the checkpoints trained in fp16, the output of self-attention reaches ten times the largest fp16 number, and training clipped it
+to +-65504. diffusers clips only when it runs in fp16 (`SanaLinearAttnProcessor2_0` and the two PAG processors in
+models/attention_processor.py), so in float32 or bfloat16 the same weights give broken images
+(https://github.com/huggingface/diffusers/issues/10336). The processors of this module clip in every dtype.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from sana_export.runtime.request import Request
 
 _SANA = {False: "SanaPipeline", True: "SanaPAGPipeline"}
-#: The class that model_index.json names: whether PAG is wanted, and the class of diffusers that samples so.
+#: The class in model_index.json -> whether to sample with PAG -> the class of diffusers that does that.
 REFERENCES = {"SanaPipeline": _SANA, "SanaPAGPipeline": _SANA, "SanaSprintPipeline": {False: "SanaSprintPipeline"}}
-#: Parameters that diffusers' pipelines and `Request` have in common.
+#: Parameters that diffusers' pipelines and `Request` share.
 _SHARED = (
     *("prompt", "num_inference_steps", "guidance_scale", "height", "width"),
     "num_images_per_prompt",
@@ -32,7 +32,7 @@ _SHARED = (
 class ClampedLinearAttnProcessor:
     """Calls `processor` (any of diffusers' self-attention processors for Sana) and clips its result to +-`FP16_MAX`.
 
-    In float16, where the processor clips already, it changes nothing.
+    In float16 this changes nothing, because the processor clips too.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -55,25 +55,27 @@ def _clamped(processor: Any) -> ClampedLinearAttnProcessor:
 
 
 def clamp_attention(transformer: Any) -> None:
-    """Clip the output of every self-attention (`attn1`) of a `SanaTransformer2DModel`, in place. Twice is the same as once."""
+    """Clip the output of every self-attention (`attn1`) of a `SanaTransformer2DModel`, in place. Calling it again has no effect."""
     for block in transformer.transformer_blocks:
         block.attn1.set_processor(_clamped(block.attn1.processor))
 
 
 def clamp_pag_processors(pipeline: Any) -> None:
-    """Clip the processors that a `SanaPAGPipeline` installs in its PAG layers during a call, in place.
+    """Clip the output of the PAG layers of a `SanaPAGPipeline`, which have other processors during a call, in place.
 
-    The other layers keep the transformer's own processors: call `clamp_attention(pipeline.transformer)` for them as well.
+    The other layers keep the transformer's processors. `clamp_attention(pipeline.transformer)` is for them.
     """
-    pipeline._pag_attn_processors = tuple(map(_clamped, pipeline._pag_attn_processors))
+    from diffusers.models.attention_processor import PAGCFGSanaLinearAttnProcessor2_0, PAGIdentitySanaLinearAttnProcessor2_0
+
+    with_cfg, without_cfg = PAGCFGSanaLinearAttnProcessor2_0(), PAGIdentitySanaLinearAttnProcessor2_0()
+    pipeline.set_pag_applied_layers(pipeline.pag_applied_layers, (_clamped(with_cfg), _clamped(without_cfg)))
 
 
 def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, dtypes: Any = None) -> Any:
-    """diffusers' pipeline of the checkpoint by `REFERENCES`, with PAG over the layers of `options`.
+    """diffusers' pipeline of the checkpoint, with the clamp and, if `pag`, the PAG layers of `options`.
 
-    In float32 unless `dtypes` (what `from_pretrained` takes as dtype) says otherwise, clamped where the options are. The
-    attention of Gemma-2 is "eager", the only implementation that applies its soft-capping. Raises UsageError for PAG where
-    diffusers has none.
+    `dtypes` is the `dtype` argument of `from_pretrained`, by default float32. Gemma-2's attention is "eager", the only
+    implementation that applies its soft capping. Raises UsageError if diffusers cannot sample the checkpoint with PAG.
     """
     import diffusers
     import torch
@@ -83,7 +85,7 @@ def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, d
         raise UsageError(
             f"{checkpoint.source} cannot be sampled with PAG", found=name, wanted="a SanaPipeline", fix="sample without a PAG scale"
         )
-    # Names match by regular expression: without the anchors "blocks.1" would also be "blocks.10".
+    # Names are regular expressions: without the anchors, "blocks.1" would match "blocks.10" too.
     layers = {"pag_applied_layers": [rf"^transformer_blocks\.{layer}\.attn1$" for layer in options.pag_layers]} if pag else {}
     dtypes = torch.float32 if dtypes is None else dtypes
     dtype = dtypes.get("transformer", dtypes["default"]) if isinstance(dtypes, dict) else dtypes
@@ -108,7 +110,7 @@ def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, d
 
 
 def call_reference(pipeline: Any, request: Request, seed: int, *, output_type: str = "pil") -> Any:
-    """What diffusers draws with one seed for a request that names its steps, guidance scale and size."""
+    """The images that diffusers makes with one seed. The request must give steps, guidance scale and size."""
     import torch
     from diffusers import SanaSprintPipeline
 
@@ -116,9 +118,9 @@ def call_reference(pipeline: Any, request: Request, seed: int, *, output_type: s
 
     arguments = {name: getattr(request, name) for name in _SHARED}
     arguments["use_resolution_binning"] = bins_resolution(request, pipeline.transformer.config.sample_size)
-    # Some pipelines do not know these words.
+    # Some pipelines do not have these parameters.
     arguments |= {name: value for name in ("negative_prompt", "pag_scale") if (value := getattr(request, name))}
     if isinstance(pipeline, SanaSprintPipeline) and request.num_inference_steps != 2:
-        arguments["intermediate_timesteps"] = None  # its default is for two steps, and refused in any other number
+        arguments["intermediate_timesteps"] = None  # its default is valid for two steps only
     generator = torch.Generator("cpu").manual_seed(seed)
     return pipeline(**arguments, generator=generator, output_type=output_type).images

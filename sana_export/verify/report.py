@@ -1,4 +1,4 @@
-"""What a verification found, as text and as JSON."""
+"""The results of a verification, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -12,19 +12,28 @@ from sana_export.verify.quality import Quality
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Parity of one bundle. `graphs` has a row an output, `latents` and `images` a row a sampled prompt."""
+    """Parity of one bundle with diffusers."""
 
+    #: The bundle's path.
     bundle: str
+    #: The checkpoint that it was compared with.
     reference: str
+    #: The bundle's precision: fp32, fp16 or bf16.
     precision: str
+    #: The backend that ran it.
     backend: str
+    #: One row for each graph.
     graphs: tuple[Parity, ...]
+    #: One row for each sampled prompt. They have no limit.
     latents: tuple[Parity, ...]
+    #: One row for each sampled prompt.
     images: tuple[Parity, ...]
+    #: What the images show. None: not measured.
     quality: Quality | None = None
 
     @property
     def passed(self) -> bool:
+        """Whether no limit was missed."""
         return all(row.passed for row in (*self.graphs, *self.images)) and (self.quality is None or self.quality.passed)
 
     def as_json(self) -> dict[str, Any]:
@@ -35,7 +44,7 @@ class VerifyReport:
     def as_text(self) -> str:
         rows = [*self.graphs, *self.latents, *self.images]
         width = max(len(row.name) for row in rows)
-        lines = [f"{self.bundle} ({self.precision}, {self.backend}) against {self.reference} in fp32"]
+        lines = [f"{self.bundle} ({self.precision}, {self.backend}) compared with {self.reference} in fp32"]
         for row in rows:
             mark = "ok    " if row.passed else "MISSED"
             identical = "" if row.identical is None else f"  identical {row.identical:.4%}"
@@ -51,10 +60,13 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class RangeReport:
-    """The largest magnitude of every half-precision tensor of a bundle over some prompts, the least headroom first."""
+    """The largest magnitude of every half-precision tensor of a bundle, over some prompts."""
 
+    #: The bundle's path.
     bundle: str
+    #: The prompts that were sampled.
     prompts: tuple[str, ...]
+    #: One row for each tensor, lowest headroom first.
     rows: tuple[Range, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -62,10 +74,11 @@ class RangeReport:
         return {"bundle": self.bundle, "prompts": list(self.prompts), "ranges": rows}
 
     def as_text(self, count: int = 20) -> str:
-        lines = [f"{self.bundle}: largest magnitudes over {len(self.prompts)} prompts, least headroom first"]
+        """The `count` tensors with the lowest headroom, and how many overflow."""
+        lines = [f"{self.bundle}: largest magnitudes over {len(self.prompts)} prompts, lowest headroom first"]
         lines += [
             f"  {row.largest:12.5g}  headroom {row.headroom:10.3g}  {row.graph}: {row.operator} {row.tensor} ({row.dtype})"
             for row in self.rows[:count]
         ]
         overflows = sum(row.headroom < 1 for row in self.rows)
-        return "\n".join([*lines, f"{overflows} of {len(self.rows)} tensors pass the largest number of their dtype"])
+        return "\n".join([*lines, f"{overflows} of {len(self.rows)} tensors exceed the largest number of their dtype"])

@@ -1,4 +1,4 @@
-"""Checkpoints are checked before anything is made of them; what is wrong is named."""
+"""Checkpoints are checked before they are used, and errors name what is wrong."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_weights_are_what_diffusers_loads(tiny_checkpoint, tiny_pipeline):
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_sharded_weights_are_read_whole(folder, tiny_pipeline, tiny_checkpoint, variant):
+def test_sharded_weights_are_read_completely(folder, tiny_pipeline, tiny_checkpoint, variant):
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     tiny_pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size="1MB", variant=variant)
     shards = sorted((folder / "transformer").glob("*.safetensors"))
@@ -50,7 +50,7 @@ def test_sharded_weights_are_read_whole(folder, tiny_pipeline, tiny_checkpoint, 
     assert shards[0].name in caught.value.wanted
 
 
-def test_files_of_the_variant_come_before_plain_ones(folder, tiny_pipeline):
+def test_files_of_the_variant_are_preferred(folder, tiny_pipeline):
     tiny_pipeline.vae.save_pretrained(folder / "vae", variant="fp16")
     tiny_pipeline.text_encoder.save_pretrained(folder / "text_encoder", variant="fp16", max_shard_size="300KB")
     checkpoint = open_checkpoint(str(folder), weights_variant="fp16")
@@ -65,7 +65,7 @@ def test_files_of_the_variant_come_before_plain_ones(folder, tiny_pipeline):
     assert [path.name for path in open_checkpoint(str(folder)).weight_files("vae")] == ["diffusion_pytorch_model.safetensors"]
 
 
-def test_a_checkpoint_with_only_a_variant_says_how_to_take_it(folder):
+def test_a_checkpoint_with_only_a_variant_names_the_option_for_it(folder):
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_name("diffusion_pytorch_model.bf16.safetensors"))
     with pytest.raises(ArtifactError, match="no weights") as caught:
@@ -74,7 +74,7 @@ def test_a_checkpoint_with_only_a_variant_says_how_to_take_it(folder):
     assert "diffusion_pytorch_model.bf16.safetensors" in caught.value.found
 
 
-def test_headers_tell_shapes_and_bytes(tiny_checkpoint, tiny_pipeline):
+def test_headers_give_shapes_and_bytes(tiny_checkpoint, tiny_pipeline):
     weights, wanted = tiny_checkpoint.weights("transformer"), tiny_pipeline.transformer.state_dict()
     assert {name: weights.shape(name) for name in weights} == {name: tuple(value.shape) for name, value in wanted.items()}
     assert weights.bytes == sum(value.nbytes for value in wanted.values())
@@ -99,7 +99,7 @@ print(weights.bytes, peak, process.memory_info().rss - start)
 """
 
 
-def test_one_tensor_at_a_time_is_resident(tmp_path):
+def test_only_one_tensor_at_a_time_is_in_memory(tmp_path):
     size, count = 12_800_000, 40
     path = tmp_path / "large.safetensors"
     save_file({f"t{number}": torch.ones(size // 2, dtype=torch.float16) for number in range(count)}, path)
@@ -111,7 +111,7 @@ def test_one_tensor_at_a_time_is_resident(tmp_path):
     assert end < size / 2
 
 
-def test_the_hash_sees_weights_and_configs(folder, tiny_checkpoint):
+def test_the_hash_covers_weights_and_configs(folder, tiny_checkpoint):
     assert open_checkpoint(str(folder)).sha256 == tiny_checkpoint.sha256
     edit_json(folder / "scheduler" / "scheduler_config.json", flow_shift=6.0)
     assert open_checkpoint(str(folder)).sha256 != tiny_checkpoint.sha256
@@ -126,7 +126,7 @@ def test_other_pipelines_are_refused(folder, name):
     assert "sana-export variants" in caught.value.fix
 
 
-def test_a_controlnet_folder_is_no_checkpoint(folder):
+def test_a_controlnet_folder_is_not_a_checkpoint(folder):
     (folder / "model_index.json").unlink()
     (folder / "config.json").write_text(json.dumps({"_class_name": "SanaControlNetModel"}))
     with pytest.raises(ArtifactError, match="not a diffusers checkpoint") as caught:
@@ -134,7 +134,7 @@ def test_a_controlnet_folder_is_no_checkpoint(folder):
     assert caught.value.found == "no model_index.json, and a config.json of SanaControlNetModel"
 
 
-def test_weights_that_are_only_pickles(folder):
+def test_pickled_weights_are_refused(folder):
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
         (folder / "transformer" / name).unlink(missing_ok=True)
     (folder / "transformer" / "diffusion_pytorch_model.bin").touch()
@@ -144,7 +144,7 @@ def test_weights_that_are_only_pickles(folder):
     assert "safe_serialization=True" in caught.value.fix
 
 
-def test_a_folder_of_the_original_code_is_no_checkpoint(tmp_path):
+def test_a_folder_of_the_original_code_is_not_a_checkpoint(tmp_path):
     (tmp_path / "Sana_600M.pth").touch()
     with pytest.raises(ArtifactError, match="not a diffusers checkpoint") as caught:
         open_checkpoint(str(tmp_path))
@@ -166,7 +166,7 @@ def edit_weights(path, change):
     ],
 )
 @pytest.mark.parametrize("damage", ["missing", "shape", "dtype"])
-def test_tensors_that_are_missing_or_others_are_named(folder, tiny_checkpoint, component, tensor, damage):
+def test_missing_and_wrong_tensors_are_named(folder, tiny_checkpoint, component, tensor, damage):
     shape = list(tiny_checkpoint.weights(component).shape(tensor))
 
     def change(tensors):
@@ -188,7 +188,7 @@ def test_tensors_that_are_missing_or_others_are_named(folder, tiny_checkpoint, c
     assert tensor in str(caught.value)
 
 
-def test_weights_that_the_network_does_not_have(folder):
+def test_tensors_that_the_network_does_not_have_are_refused(folder):
     name = "transformer_blocks.0.attn1.norm_q.weight"
     edit_weights(
         folder / "transformer" / "diffusion_pytorch_model.safetensors", lambda tensors: tensors.update({name: torch.ones(128)})
@@ -223,7 +223,7 @@ def test_damage_is_named(folder, component, damage):
         open_checkpoint(str(folder))
 
 
-def test_a_variant_that_is_not_there_is_said(folder):
+def test_a_missing_variant_is_reported(folder):
     with pytest.raises(UsageError, match="nonsense") as caught:
         open_checkpoint(str(folder), weights_variant="nonsense")
     assert "diffusion_pytorch_model.safetensors" in caught.value.found
@@ -235,13 +235,13 @@ def test_a_missing_tokenizer_is_named(folder):
         open_checkpoint(str(folder))
 
 
-def test_an_unknown_alias_lists_the_near_ones():
+def test_an_unknown_alias_lists_similar_ones():
     with pytest.raises(UsageError, match=r"sana-1600m-1024px") as caught:
         open_checkpoint("sana-1600m-1024")
     assert caught.value.exit_code == 2
 
 
-def test_an_empty_folder_is_no_checkpoint(tmp_path):
+def test_an_empty_folder_is_not_a_checkpoint(tmp_path):
     with pytest.raises(ArtifactError, match="not a diffusers checkpoint"):
         open_checkpoint(str(tmp_path))
 
@@ -250,7 +250,7 @@ PUBLISHED = VARIANTS["sana-1600m-1024px"], VARIANTS["sana-1600m-1024px-multiling
 
 
 def recognized(folder, monkeypatch, *rows):
-    """Let `folder` be no longer marked as synthetic, and its configs be those of `rows`."""
+    """Make `folder` look like a checkpoint that is not synthetic and has the configs of `rows`."""
     (folder / "sana_export.json").unlink()
     monkeypatch.setattr("sana_export.checkpoint.checkpoint.recognize", lambda transformer, scheduler: rows)
 
@@ -258,7 +258,7 @@ def recognized(folder, monkeypatch, *rows):
 @pytest.mark.parametrize(
     ("stored", "clamp", "alias"), [(torch.float16, True, None), (torch.bfloat16, False, "sana-1600m-1024px-bf16")]
 )
-def test_where_rows_differ_in_the_clamp_the_stored_dtype_decides(folder, monkeypatch, stored, clamp, alias):
+def test_if_rows_differ_in_the_clamp_the_stored_dtype_decides(folder, monkeypatch, stored, clamp, alias):
     def change(tensors):
         tensors.update({name: value.to(stored) for name, value in tensors.items()})
 
@@ -268,11 +268,11 @@ def test_where_rows_differ_in_the_clamp_the_stored_dtype_decides(folder, monkeyp
     found, reason = checkpoint.trained_with_clamp()
     assert found is clamp
     assert "stored as" in reason
-    assert (checkpoint.variant and checkpoint.variant.alias) == alias  # two rows of the fp16 family fit: none is claimed
+    assert (checkpoint.variant and checkpoint.variant.alias) == alias  # two rows with the clamp fit, so it is neither
     assert checkpoint.defaults_from.clamp is clamp
 
 
-def test_where_rows_agree_on_the_clamp_it_is_known(folder, monkeypatch):
+def test_if_rows_agree_on_the_clamp_it_is_known(folder, monkeypatch):
     recognized(folder, monkeypatch, *PUBLISHED[:2])
     checkpoint = open_checkpoint(str(folder))  # stored as F32
     assert checkpoint.trained_with_clamp() == (
@@ -290,7 +290,7 @@ def test_a_synthetic_checkpoint_names_its_row(folder):
     assert checkpoint.record().variant == "sana1-5-1-6b-1024px"
 
 
-def test_the_table_is_sound():
+def test_the_table_is_consistent():
     for alias, variant in VARIANTS.items():
         assert alias == variant.alias
         assert [variant.repo is None, variant.recipe is None, not variant.embedded].count(False) == 1

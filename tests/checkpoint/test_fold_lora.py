@@ -1,4 +1,4 @@
-"""A LoRA folded in is what diffusers and PEFT compute with the same LoRA; one that does not fit is refused by name."""
+"""A folded LoRA gives what diffusers and PEFT compute with it, and one that does not fit is refused with the tensor's name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def output(transformer: Any) -> torch.Tensor:
 
 
 def folded(tiny_checkpoint: SanaCheckpoint, *loras: Lora) -> Any:
-    """diffusers' transformer over our folded weights."""
+    """diffusers' transformer with our folded weights."""
     weights = open_checkpoint(str(tiny_checkpoint.folder), loras=loras).weights("transformer")
     model = SanaTransformer2DModel.from_config(tiny_checkpoint.config("transformer"))
     model.load_state_dict({name: weights[name] for name in weights})
@@ -46,7 +46,7 @@ def folded(tiny_checkpoint: SanaCheckpoint, *loras: Lora) -> Any:
 
 
 def assert_same(found: torch.Tensor, wanted: torch.Tensor, plain: torch.Tensor) -> None:
-    """Equal to rounding, and not because the adapter did nothing."""
+    """Both are equal up to rounding, and the adapter changes the result."""
     assert (wanted - plain).abs().max() > 0.05 * wanted.abs().max()
     assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
@@ -122,7 +122,7 @@ def test_several_adapters_add_up_and_the_reference_has_them_too(tiny_checkpoint,
         assert_same(output(folded(tiny_checkpoint, *loras)), output(reference.transformer), plain)
 
 
-def test_the_hash_and_the_record_hold_files_and_scales(tiny_checkpoint, transformer, tmp_path):
+def test_the_hash_and_the_record_cover_files_and_scales(tiny_checkpoint, transformer, tmp_path):
     folder = peft_lora(transformer, tmp_path / "lora", r=4)
     hashes = {tiny_checkpoint.sha256}
     for lora in (Lora(folder), Lora(folder, 0.5)):
@@ -145,12 +145,12 @@ def test_the_hash_and_the_record_hold_files_and_scales(tiny_checkpoint, transfor
         ("x:y:2", "x:y", 2.0),
     ],
 )
-def test_a_path_and_its_scale(text, path, scale):
+def test_a_path_and_a_scale_are_parsed(text, path, scale):
     assert parse_lora(text) == Lora(Path(path), scale)
 
 
 @pytest.mark.parametrize("text", ["a:nan", "a:inf", ":1"])
-def test_a_scale_that_is_no_number(text):
+def test_a_scale_that_is_not_finite_is_refused(text):
     with pytest.raises(UsageError, match="PATH:SCALE"):
         parse_lora(text)
 
@@ -175,14 +175,14 @@ def refused(tiny_checkpoint: SanaCheckpoint, path: Path, kind: type[SanaExportEr
 @pytest.mark.parametrize(
     ("key", "value"), [("use_dora", True), ("init_lora_weights", "pissa"), ("peft_type", "LOHA"), ("lora_bias", True)]
 )
-def test_other_kinds_of_adapters_are_named(tiny_checkpoint, transformer, tmp_path, key, value):
+def test_unsupported_kinds_of_adapters_are_named(tiny_checkpoint, transformer, tmp_path, key, value):
     folder = peft_lora(transformer, tmp_path / "lora", r=4)
     config = folder / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
     assert f"{key} = {value!r}" in refused(tiny_checkpoint, folder)
 
 
-def test_files_that_are_not_there_or_not_safetensors(tiny_checkpoint, transformer, tmp_path):
+def test_missing_files_and_pickles_are_refused(tiny_checkpoint, transformer, tmp_path):
     assert "no LoRA" in refused(tiny_checkpoint, tmp_path / "nothing", UsageError)
     (tmp_path / "empty").mkdir()
     assert "an empty folder" in refused(tiny_checkpoint, tmp_path / "empty")

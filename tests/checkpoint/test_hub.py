@@ -1,4 +1,4 @@
-"""The hub: only what an export reads is downloaded, nothing before the pipeline is known, and every refusal is said. No network."""
+"""The hub, without a network: an export downloads only what it reads, checks the pipeline first, and reports every error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPO, COMMIT = "someone/sana-fine-tune", "0123456789abcdef0123456789abcdef012345
 
 
 class FakeHub:
-    """huggingface_hub's functions over a folder: what they are asked, what they hand out, and an error in place of it."""
+    """huggingface_hub's functions over a local folder. They record their calls, and raise an error on request."""
 
     def __init__(self, source: Path, cache: Path) -> None:
         self.source, self.snapshot = source, cache / "snapshots" / COMMIT
@@ -87,7 +87,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def add_what_is_not_read(folder: Path, tiny_pipeline: Any) -> None:
-    """Weights that a published repository holds beside: a variant, shards of it, pickles, pictures."""
+    """Other files of a published repository: a variant, its shards, pickles and images."""
     tiny_pipeline.transformer.save_pretrained(folder / "transformer", variant="fp16")
     tiny_pipeline.text_encoder.save_pretrained(folder / "text_encoder", variant="fp16", max_shard_size="300KB")
     for name in ("transformer/diffusion_pytorch_model.bin", "README.md", "asset/logo.png", "checkpoints/Sana.pth"):
@@ -95,7 +95,7 @@ def add_what_is_not_read(folder: Path, tiny_pipeline: Any) -> None:
         (folder / name).touch()
 
 
-def test_only_what_is_read_is_downloaded(hub, tiny_pipeline):
+def test_only_files_that_an_export_reads_are_downloaded(hub, tiny_pipeline):
     add_what_is_not_read(hub.source, tiny_pipeline)
     checkpoint = open_checkpoint(REPO, revision="main")
     weights = {name for name in hub.downloaded if name.endswith((".safetensors", ".bin", ".pth"))}
@@ -112,7 +112,7 @@ def test_only_what_is_read_is_downloaded(hub, tiny_pipeline):
     assert (checkpoint.source, checkpoint.revision) == (REPO, "main")
 
 
-def test_the_variants_files_come_first_and_plain_ones_where_it_has_none(hub, tiny_pipeline):
+def test_files_of_the_variant_are_preferred_and_others_used_if_it_has_none(hub, tiny_pipeline):
     add_what_is_not_read(hub.source, tiny_pipeline)
     checkpoint = open_checkpoint(REPO, weights_variant="fp16")
     weights = {name for name in hub.downloaded if name.endswith(".safetensors")}
@@ -123,12 +123,12 @@ def test_the_variants_files_come_first_and_plain_ones_where_it_has_none(hub, tin
     assert len(checkpoint.weight_files("text_encoder")) == len(shards)
 
 
-def test_with_a_transformer_of_the_users_own_that_of_the_hub_is_left_there(hub, tiny_checkpoint):
+def test_the_hubs_transformer_is_not_downloaded_if_the_user_has_one(hub, tiny_checkpoint):
     open_checkpoint(REPO, transformer=tiny_checkpoint.weight_files("transformer")[0])
     assert {name for name in hub.downloaded if name.startswith("transformer/")} == {"transformer/config.json"}
 
 
-def test_one_commit_token_and_cache_are_asked_for_everywhere(hub, tmp_path):
+def test_every_call_uses_the_same_commit_token_and_cache(hub, tmp_path):
     open_checkpoint(REPO, revision="v1", hub=Hub("hf_secret", tmp_path / "own"))
     assert hub.asked[0]["revision"] == "v1"
     assert {asked["revision"] for asked in hub.asked[1:]} == {COMMIT}
@@ -204,19 +204,19 @@ def refused(kind: type[SanaExportError], **options: Any) -> str:
     ],
     ids=["unknown", "revision", "gated", "refused", "unreachable", "timeout", "offline mode", "name"],
 )
-def test_every_refusal_of_the_hub_is_said(hub, error, kind, words):
+def test_every_error_of_the_hub_is_translated(hub, error, kind, words):
     hub.error = error
     message = refused(kind, revision="v9")
     assert all(word in message for word in words), message
 
 
-def test_a_full_disk_is_said(hub):
+def test_a_full_disk_is_reported(hub):
     hub.error = OSError(28, "No space left on device")
     with pytest.raises(DependencyError, match="the disk is full"):
         open_checkpoint(REPO)
 
 
-def test_offline_takes_the_cached_copy_and_asks_nothing(hub, tiny_checkpoint):
+def test_offline_mode_uses_the_cached_copy_and_no_network(hub, tiny_checkpoint):
     open_checkpoint(REPO)
     hub.asked.clear()
     checkpoint = open_checkpoint(REPO, hub=Hub(offline=True))
@@ -224,7 +224,7 @@ def test_offline_takes_the_cached_copy_and_asks_nothing(hub, tiny_checkpoint):
     assert [asked["local_files_only"] for asked in hub.asked] == [True]
 
 
-def test_offline_without_a_cached_copy_is_said(hub, monkeypatch):
+def test_offline_mode_without_a_cached_copy_is_reported(hub, monkeypatch):
     message = refused(DependencyError, hub=Hub(offline=True))
     assert "is not in the cache, and offline mode is on" in message
     assert "without --offline" in message
@@ -232,7 +232,7 @@ def test_offline_without_a_cached_copy_is_said(hub, monkeypatch):
     assert "is not in the cache" in refused(DependencyError)
 
 
-def test_offline_with_half_a_copy_says_what_is_missing(hub):
+def test_offline_mode_with_an_incomplete_copy_names_what_is_missing(hub):
     open_checkpoint(REPO)
     (hub.snapshot / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     message = refused(DependencyError, hub=Hub(offline=True))
@@ -242,7 +242,7 @@ def test_offline_with_half_a_copy_says_what_is_missing(hub):
 
 
 def test_a_closed_port_is_an_unreachable_hub(monkeypatch, tmp_path):
-    """huggingface_hub itself, against a port of this machine on which nobody listens."""
+    """The real huggingface_hub, with a port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""A transformer in one file is the same transformer, under the names of diffusers and of the original code."""
+"""A transformer in one file gives the same tensors, with the names of diffusers and of the original code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import Options
 from sana_export.verify.reference import load_reference
 
-#: diffusers' names to the original ones, from the forward direction of NVlabs/Sana's modules.
+#: Names in diffusers and in the original code, written down from NVlabs/Sana's modules.
 ORIGINAL = (
     (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.attn.proj"),
     (r"transformer_blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.proj"),
@@ -41,7 +41,7 @@ ORIGINAL = (
 
 
 def original(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights as the original code stores them: fused q, k, v, and what only it has."""
+    """The same weights as the original code stores them: q, k and v in one tensor, and tensors that only it has."""
     tensors, found = dict(tensors), {}
     for block in sorted({name.split(".")[1] for name in tensors if name.startswith("transformer_blocks.")}):
         own = f"transformer_blocks.{block}."
@@ -57,7 +57,7 @@ def original(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def drawn(config: dict, seed: int = 3) -> dict[str, torch.Tensor]:
-    """Fresh weights for a transformer of `config`, no two tensors alike."""
+    """New weights for a transformer of `config`, with no two equal tensors."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: value.shape for name, value in SanaTransformer2DModel.from_config(config).state_dict().items()}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -68,7 +68,7 @@ def drawn(config: dict, seed: int = 3) -> dict[str, torch.Tensor]:
 )
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("names", [dict, original])
-def test_both_names_give_the_same_tensors(tiny_checkpoint, tmp_path, kind, prefix, names):
+def test_both_kinds_of_names_give_the_same_tensors(tiny_checkpoint, tmp_path, kind, prefix, names):
     wanted = drawn({**tiny_checkpoint.config("transformer"), **kind})
     file = tmp_path / "transformer.safetensors"
     save_file({prefix + name: value for name, value in names(wanted).items()}, file)
@@ -80,7 +80,7 @@ def test_both_names_give_the_same_tensors(tiny_checkpoint, tmp_path, kind, prefi
 
 
 @pytest.mark.parametrize("names", [dict, original])
-def test_it_stands_in_place_of_the_checkpoints_own(tiny_checkpoint, tmp_path, names):
+def test_it_replaces_the_checkpoints_own_transformer(tiny_checkpoint, tmp_path, names):
     wanted = drawn(tiny_checkpoint.config("transformer"))
     file = tmp_path / "transformer.safetensors"
     save_file(names(wanted), file)
@@ -96,7 +96,7 @@ def test_it_stands_in_place_of_the_checkpoints_own(tiny_checkpoint, tmp_path, na
         assert torch.equal(value, own.state_dict()[name])
 
 
-def test_the_checkpoints_own_transformer_need_not_be_there(tiny_checkpoint, tmp_path):
+def test_the_checkpoint_needs_no_transformer_of_its_own(tiny_checkpoint, tmp_path):
     import shutil
 
     folder = shutil.copytree(tiny_checkpoint.folder, tmp_path / "base")
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_named(tiny_checkpoint, tmp_path):
         assert str(file) in str(caught.value)
 
 
-def test_files_that_are_damaged_or_something_else(tiny_checkpoint, tmp_path):
+def test_damaged_and_foreign_files_are_refused(tiny_checkpoint, tmp_path):
     file = tmp_path / "transformer.safetensors"
     with pytest.raises(UsageError, match="there is no file"):
         open_checkpoint(str(tiny_checkpoint.folder), transformer=file)
@@ -143,8 +143,8 @@ def test_files_that_are_damaged_or_something_else(tiny_checkpoint, tmp_path):
     assert ".pth" in caught.value.found
 
 
-def test_an_original_file_is_not_read_to_be_renamed(tiny_checkpoint, tmp_path, monkeypatch):
-    """Only headers: a reader that touches values fails here."""
+def test_renaming_reads_only_the_headers_of_an_original_file(tiny_checkpoint, tmp_path, monkeypatch):
+    """Reading values fails in this test."""
     file = tmp_path / "transformer.safetensors"
     wanted = drawn(tiny_checkpoint.config("transformer"))
     save_file(original(wanted), file)

@@ -1,4 +1,4 @@
-"""The table of dtypes against the libraries that it names."""
+"""The table of dtypes, compared with the libraries that it names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_row_agrees_with_torch_numpy_safetensors_and_onnx(row: DType, tmp_path
     assert stored.stored.dtype == np.dtype(row.numpy)
     assert stored.read().tolist() == values.tolist()
     assert row.onnx == TensorProto.DataType.Value({"float32": "FLOAT"}.get(row.name, row.name).upper())
-    if row.name != "bfloat16":  # which the onnx package knows under a numpy dtype of its own
+    if row.name != "bfloat16":  # for which the onnx package has its own numpy dtype
         assert helper.np_dtype_to_tensor_dtype(np.dtype(row.numpy)) == row.onnx
 
 

@@ -52,7 +52,7 @@ def test_values_are_mapped_not_loaded(tmp_path: Path) -> None:
     assert not stored.flags.writeable
 
 
-def test_a_file_cut_anywhere_is_damaged(tmp_path: Path) -> None:
+def test_a_truncated_file_is_damaged(tmp_path: Path) -> None:
     save_file({"a": torch.randn(5, 3), "b": torch.randn(2)}, tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()
     for size in [*range(0, len(whole) - 1, 7), len(whole) - 1]:
@@ -92,7 +92,7 @@ def test_a_damaged_header_is_an_artifact_error(tmp_path: Path, header: object) -
         TensorFile(write(tmp_path / "a.safetensors", header, b"\0" * 8))
 
 
-def test_the_header_of_these_tests_is_right_where_nothing_is_wrong(tmp_path: Path) -> None:
+def test_the_header_of_these_tests_is_right_without_the_damage(tmp_path: Path) -> None:
     values = np.array([1.5, -2.0], dtype="<f4")
     file = TensorFile(write(tmp_path / "a.safetensors", {"a": GOOD}, values.tobytes()))
     np.testing.assert_array_equal(file["a"].read(), values)
@@ -104,7 +104,7 @@ def test_a_wrong_header_length_is_an_artifact_error(tmp_path: Path, length: int)
         TensorFile(write(tmp_path / "a.safetensors", {"a": GOOD}, b"\0" * 8, length=length))
 
 
-def test_a_missing_file_and_a_missing_tensor_say_so(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_missing_tensor_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="No such file"):
         TensorFile(tmp_path / "none.safetensors")
     with pytest.raises(ArtifactError, match="no tensor 'b', but a"):

@@ -231,7 +231,7 @@ def refused(runtime: SanaRuntime, path: Path, scale: float = 1.0, kind: type[San
 def test_what_does_not_fit_is_named(runtime: SanaRuntime, tmp_path: Path, case: str) -> None:
     """The same words as when it is folded in at export, for the cases of that test."""
     tensors, words = refusals(128)[case]
-    if case == "quantised":  # the reader without PyTorch knows no such tensors at all
+    if case == "quantized":  # the reader without PyTorch refuses such files altogether
         words = ("I8",)
     message = refused(runtime, write(tmp_path / "lora", tensors))
     assert all(word in message for word in words), message

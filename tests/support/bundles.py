@@ -12,7 +12,7 @@ PAG_LAYER = "transformer_blocks.1"
 
 
 def exported(checkpoint: Any, bundle: Path, **options: Any) -> Path:
-    """`bundle`, exported in float32 unless it is there."""
+    """`bundle`, exported in float32 unless it exists."""
     from sana_export.export.bundle import export_bundle
 
     if not bundle.exists():

@@ -1,7 +1,7 @@
-"""Networks of the exact published widths with seeded weights, and what float16 stores of a graph, on a CPU in seconds.
+"""Networks with the published widths and seeded weights, and the float16 values of a graph, on a CPU in seconds.
 
-Nothing is downloaded: what is shown is that the graphs equal the reference at these shapes, with weights that keep activations in a
-sane range (`sana_export.synth`) and with hot ones (heat.py). That the configs are the published ones, tests/test_variants.py shows.
+Nothing is downloaded. The tests compare the graphs with the reference at these shapes, with weights that keep activations at unit
+scale (`sana_export.synth`) and with hot ones (heat.py). tests/test_variants.py shows that the configs are the published ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COSINE_LIMIT = 0.999999
 #: float32 in another order of operations; a cosine of 0.999999 alone would let an error of 1.4e-3 pass.
 RELATIVE_LIMIT = 1e-5
 PSNR_LIMIT = 40.0
-#: Beside it, because a few large channels raise the peak that a PSNR is measured by.
+#: In addition, because a few large channels raise the peak that PSNR is relative to.
 HALF_RELATIVE_LIMIT = 1e-2
 
 CLASSES: dict[str, Callable[..., torch.nn.Module]] = {
@@ -41,9 +41,9 @@ CLASSES: dict[str, Callable[..., torch.nn.Module]] = {
 
 @torch.no_grad()
 def build(component: str, config: Mapping[str, Any], seed: int) -> Any:
-    """The reference's network in float32 with seeded weights, drawn once: the classes' own initialisation is left out.
+    """The reference's network in float32 with seeded weights. The classes' own initialization is skipped.
 
-    A VAE is its decoder alone.
+    A VAE has only its decoder.
     """
     with init_empty_weights(include_buffers=False):
         model = CLASSES[component](**config).eval()
@@ -62,7 +62,7 @@ def seeded(*key: object) -> torch.Generator:
 
 
 class LargestHalf(TorchDispatchMode):
-    """Keeps the largest magnitude of every operator's float16 results; infinity where one overflowed."""
+    """Records the largest magnitude of every operator's float16 results, infinity if one overflowed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class LargestHalf(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = function(*args, **(kwargs or {}))
-        value = tree_leaves(results)[0]  # a layer norm's statistics, which follow, are no tensors of a graph
+        value = tree_leaves(results)[0]  # a layer norm also returns statistics, which are not tensors of a graph
         if torch.is_tensor(value) and value.dtype == torch.float16 and not function.is_view:
             name = function.overloadpacket.__name__
             self.largest[name] = max(value.abs().max().nan_to_num(torch.inf).item(), self.largest.get(name, 0.0))
@@ -78,7 +78,7 @@ class LargestHalf(TorchDispatchMode):
 
 
 def run_half(name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What the float16 graph `run` returns. Nothing in it may overflow, not even what is clipped after."""
+    """The result of the float16 graph `run`. Nothing in it may overflow, not even values that are clipped later."""
     with torch.no_grad(), WideProducts(), LargestHalf() as meter:
         found = run()
     operators = sorted(meter.largest.items(), key=lambda entry: -entry[1])
@@ -88,14 +88,14 @@ def run_half(name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def assert_equal(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """float32 against the float32 reference."""
+    """Compare float32 with the float32 reference."""
     near, error, _ = _measure(name, found, wanted)
     assert near >= COSINE_LIMIT
     assert error <= RELATIVE_LIMIT
 
 
 def assert_near(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """float16 against the float32 reference; the peak of the PSNR is the reference's range."""
+    """Compare float16 with the float32 reference, whose range is the peak of the PSNR."""
     _, error, ratio = _measure(name, found, wanted)
     assert ratio >= PSNR_LIMIT
     assert error <= HALF_RELATIVE_LIMIT

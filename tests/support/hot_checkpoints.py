@@ -1,7 +1,7 @@
-"""Turns the `tiny-random` recipe into checkpoints whose activations reach the ranges of the published ones, past what fp16 holds.
+"""Makes checkpoints from the `tiny-random` recipe whose activations exceed the range of fp16, as in the published ones.
 
-Each is a sane function when it is computed in float32 (the first one with its trained clamp), and all its weights are finite
-in fp16. What they reach is measured, never assumed: `measure_ranges`.
+Each gives a good image in float32 (the first one with its clamp), and all its weights are finite in fp16. Tests measure how large
+the activations get (`measure_ranges`).
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ import torch
 from sana_export.graphs.numerics import FP16_MAX
 from sana_export.synth.checkpoint import build_pipeline, write_pipeline
 from sana_export.synth.recipes import RECIPES
-from tests.support.heat import heat_text_encoder
+from tests.support.heat import HOT_CHANNELS, heat_text_encoder
 
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Range:
-    """What one module wrote over all calls: its largest magnitude (NaN if there was one) and the share of values past fp16."""
+    """The outputs of one module over all calls."""
 
+    #: Largest magnitude, or NaN if there was one.
     max_abs: float
+    #: Share of values that exceed the range of fp16.
     overflow_share: float
 
 
 def measure_ranges(model: torch.nn.Module, pattern: str, call: Any) -> dict[str, Range]:
-    """Run `call()` and return the range of the outputs of the modules of `model` whose name `pattern` matches, by name."""
+    """Run `call()` and return the range of the outputs of the modules of `model` whose names match `pattern`, by name."""
     seen: dict[str, list[torch.Tensor]] = {}
 
     def watch(name: str) -> Any:
@@ -59,16 +61,11 @@ def _write(pipeline: Any, folder: Path, kind: str, dtype: str) -> Path:
     return write_pipeline(pipeline, folder, marker, dtype=dtype)
 
 
-#: Channels of the stream that carry the large attention outputs. They are the same in all blocks, because the blocks share
-#: the rows of `time_embed.linear` that add to their gates.
-HOT_CHANNELS = (5, 37, 70, 101)
-
-
 @torch.no_grad()
 def make_hot_attention(folder: Path) -> Path:
-    """A checkpoint of the clamped family, stored in fp16: self-attention writes up to ten times 65504 into a few channels.
+    """A checkpoint with the clamp, stored in fp16: self-attention writes up to ten times 65504 to a few channels.
 
-    Their gates are about 1e-4, so the clamped values add a few units to the stream; unclamped ones would swamp it.
+    Their gates are about 1e-4, so the clamped values add a few units to the stream. Without the clamp they would dominate it.
     """
     pipeline = build_pipeline(RECIPES["tiny-random"], SEED)
     transformer = pipeline.transformer
@@ -89,9 +86,9 @@ def make_hot_attention(folder: Path) -> Path:
 
 @torch.no_grad()
 def make_hot_text_encoder(folder: Path) -> Path:
-    """A Gemma-2 with a residual stream up to 3e5, the most of it in two channels, and post-norm inputs past 65504.
+    """A Gemma-2 whose residual stream reaches 3e5, mostly in two channels, and whose post-norm inputs exceed 65504.
 
-    Every sublayer reads the stream through a norm, so the scale itself does not change the function; the hot channels do.
+    Every sublayer reads the stream through a norm, so the scale does not change the function. The hot channels do.
     """
     pipeline = build_pipeline(RECIPES["tiny-random"], SEED)
     heat_text_encoder(pipeline.text_encoder)
@@ -100,9 +97,9 @@ def make_hot_text_encoder(folder: Path) -> Path:
 
 @torch.no_grad()
 def make_hot_vae(folder: Path) -> Path:
-    """A DC-AE decoder whose stream and convolutions pass 65504 in every stage, up to about 5e5.
+    """A DC-AE decoder whose stream and convolutions exceed 65504 in every stage, up to about 5e5.
 
-    Gates and half of the channels inside the residual blocks stay far below that, so that silu is not merely relu.
+    Gates and half of the channels inside the residual blocks stay far below that, so that silu differs from relu.
     """
     pipeline = build_pipeline(RECIPES["tiny-random"], SEED)
     decoder = pipeline.vae.decoder

@@ -1,4 +1,4 @@
-"""LoRA files for tests: saved by PEFT and by diffusers, and those that have to be refused."""
+"""LoRA files for tests: saved by PEFT and by diffusers, and files that must be refused."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from safetensors.torch import save_file
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
 
-#: A linear layer and a 1x1 convolution of each kind that adapters are trained on.
+#: Linear layers and 1x1 convolutions of every kind that adapters are trained on.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1", "proj_out", "proj")
 
 
 def load_transformer(checkpoint: SanaCheckpoint) -> Any:
-    """diffusers' transformer of the checkpoint, for adapters to be made on."""
+    """diffusers' transformer of the checkpoint, to make adapters for."""
     return SanaTransformer2DModel.from_pretrained(checkpoint.folder, subfolder="transformer")
 
 
-def randomised(model: Any, seed: int = 0) -> Any:
-    """`model` with every adapter matrix drawn afresh, so that B is not zero."""
+def randomized(model: Any, seed: int = 0) -> Any:
+    """`model` with new random adapter matrices, so that B is not zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.named_parameters():
         if "lora_" in name:
@@ -33,7 +33,7 @@ def randomised(model: Any, seed: int = 0) -> Any:
 def peft_lora(transformer: Any, folder: Path, **options: Any) -> Path:
     """An adapter in PEFT's format, saved by PEFT."""
     config = LoraConfig(target_modules=list(TARGETS), init_lora_weights=True, **options)
-    randomised(get_peft_model(transformer, config)).save_pretrained(str(folder))
+    randomized(get_peft_model(transformer, config)).save_pretrained(str(folder))
     return folder
 
 
@@ -43,7 +43,7 @@ def diffusers_lora(transformer: Any, folder: Path, *, metadata: bool = True, **o
     from peft import get_peft_model_state_dict
 
     transformer.add_adapter(LoraConfig(target_modules=list(TARGETS), init_lora_weights=True, **options))
-    randomised(transformer)
+    randomized(transformer)
     extra = _collate_lora_metadata({"transformer": transformer}) if metadata else {}
     SanaPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(transformer), **extra)
     return folder
@@ -89,6 +89,6 @@ def refusals(width: int) -> dict[str, tuple[dict[str, torch.Tensor], tuple[str, 
             {f"{depthwise}.lora_A.weight": torch.zeros(4, 8, 3, 3), f"{depthwise}.lora_B.weight": torch.zeros(8, 4, 1, 1)},
             ("depthwise", f"{depthwise}.lora_A.weight", "train without conv_depth"),
         ),
-        "quantised": ({name: value.to(torch.int8) for name, value in pair(width=width).items()}, ("I8", "F32, F16, BF16")),
+        "quantized": ({name: value.to(torch.int8) for name, value in pair(width=width).items()}, ("I8", "F32, F16, BF16")),
         "empty": ({}, ("no tensors",)),
     }

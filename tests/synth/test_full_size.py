@@ -1,4 +1,4 @@
-"""Synthetic checkpoints of the published configs: the files' format, bounded memory, activations at depth, what can go wrong."""
+"""Synthetic checkpoints of the published configs: file format, bounded memory, scale of activations, and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOADERS = {"transformer": SanaTransformer2DModel, "vae": AutoencoderDC, "text_en
 
 
 def narrow(alias: str) -> SyntheticRecipe:
-    """A published recipe at the widths of `tiny-random`: its depth, norms, schedule and pipeline as they are."""
+    """A published recipe with the widths of `tiny-random` and its own depth, norms, schedule and pipeline."""
     recipe, tiny = RECIPES[alias], RECIPES["tiny-random"]
     widths = (
         "num_attention_heads",
@@ -56,7 +56,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(narrow("sana-sprint-0-6b-1024px"), folder, dtype="bfloat16", seed=7, shard_size=SHARD_SIZE)
 
 
-def test_recipes_hold_the_published_configs() -> None:
+def test_recipes_have_the_published_configs() -> None:
     assert list(RECIPES) == [alias for alias, variant in VARIANTS.items() if not variant.embedded]
     for alias, recipe in RECIPES.items():
         sprint = "sprint" in alias
@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_bytes(sharded: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_file_is_what_safetensors_writes(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_file_equals_what_safetensors_writes(tmp_path: Path, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape, generator=generator) for name, shape in {"b": (3, 5), "a.c": (7,), "a": (2, 1, 3, 3)}.items()
@@ -136,7 +136,7 @@ def test_a_file_is_what_safetensors_writes(tmp_path: Path, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("extra", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, PIECE, PIECE + 5])
-def test_pieces_join_to_what_one_draw_gives(extra: int) -> None:
+def test_pieces_equal_one_draw(extra: int) -> None:
     count = PIECE + extra
     seed = int.from_bytes(hashlib.sha256(b"3/text_encoder/layers.0.mlp.up_proj.weight").digest()[:7], "little")
     whole = torch.randn(count, generator=torch.Generator().manual_seed(seed)) / count**0.5
@@ -147,8 +147,8 @@ def test_pieces_join_to_what_one_draw_gives(extra: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_stays_bounded_whatever_is_written(tmp_path: Path) -> None:
-    """A tensor of 307 MB (614 MB as it is drawn) in a process of its own, after a checkpoint that is small in all else."""
+def test_memory_is_bounded_for_any_tensor(tmp_path: Path) -> None:
+    """A tensor of 307 MB (614 MB in float32), written in a new process after a small checkpoint."""
     program = f"""
 from dataclasses import replace
 from pathlib import Path
@@ -204,7 +204,7 @@ def test_activations_keep_their_scale_at_the_published_depth(alias: str) -> None
     assert all(value < 500 for value in largest.values()), largest
 
 
-def test_too_little_disk_is_told_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_is_reported_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "free_bytes", lambda folder: 10**9)
     monkeypatch.setattr(StoredWeights, "write", lambda *_: pytest.fail("it was begun"))
     with pytest.raises(DependencyError) as caught:
@@ -215,7 +215,7 @@ def test_too_little_disk_is_told_before_anything_is_drawn(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_variant_names_those_near_to_it() -> None:
+def test_an_unknown_variant_names_similar_ones() -> None:
     with pytest.raises(UsageError, match="sana-600m-1024px") as caught:
         find_recipe("sana-600m-1024")
     assert caught.value.fix == "sana-export variants"

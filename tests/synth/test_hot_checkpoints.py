@@ -1,4 +1,4 @@
-"""The hot checkpoints do what they are for: they leave fp16's range, stay sane in fp32, and break a naive run."""
+"""The hot checkpoints work as intended: they exceed the range of fp16, give a good image in fp32, and break a naive cast."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load(folder: Path, *, clamp: bool = False, half: str | None = None, pag: boo
 
 
 def sample(pipeline: Any, **options: Any) -> np.ndarray:
-    """[H, W, 3] in 0..1."""
+    """The image [H, W, 3], 0 to 1."""
     arguments = {"guidance_scale": 4.5, "num_inference_steps": 6, "height": 192, "width": 192, **options}
     images = pipeline(
         PROMPT,
@@ -50,7 +50,7 @@ def sample(pipeline: Any, **options: Any) -> np.ndarray:
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """NaN counts as no likeness at all."""
+    """PSNR, where NaN counts as no similarity at all."""
     error = float(np.mean((one - other) ** 2))
     return 10 * math.log10(1 / max(error, 1e-20)) if error == error else 0.0
 
@@ -67,14 +67,14 @@ def largest(ranges: dict[str, Range], part: str) -> float:
 
 
 @pytest.mark.parametrize("kind", HOT_CHECKPOINTS)
-def test_weights_themselves_fit_into_half(folders: dict[str, Path], kind: str) -> None:
+def test_the_weights_fit_into_fp16(folders: dict[str, Path], kind: str) -> None:
     pipeline = load(folders[kind])
     for component in ("text_encoder", "transformer", "vae"):
         for name, weight in getattr(pipeline, component).named_parameters():
             assert weight.abs().max() <= FP16_MAX, f"{component}.{name}"
 
 
-def test_attention_passes_ten_times_what_half_holds(folders: dict[str, Path]) -> None:
+def test_attention_exceeds_ten_times_the_range_of_fp16(folders: dict[str, Path]) -> None:
     from safetensors.torch import load_file
 
     stored = load_file(folders["attention"] / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -88,7 +88,7 @@ def test_attention_passes_ten_times_what_half_holds(folders: dict[str, Path]) ->
     assert largest(ranges, "to_out") >= 6e5
     assert 0.005 < sum(found.overflow_share for found in outputs.values()) / len(outputs) < 0.2
     assert all(found.overflow_share > 0.005 for found in outputs.values())
-    # The gates take it back: the stream that carries it stays small.
+    # The gates scale it down, so the residual stream stays small.
     assert max(found.max_abs for name, found in ranges.items() if name not in outputs) < 1e3
     assert_sane(images[0])
 
@@ -96,7 +96,7 @@ def test_attention_passes_ten_times_what_half_holds(folders: dict[str, Path]) ->
 def test_attention_without_the_clamp_is_another_image(folders: dict[str, Path]) -> None:
     reference = sample(load(folders["attention"], clamp=True))
     assert psnr(reference, sample(load(folders["attention"]))) < 30
-    # diffusers in fp16 clips by itself, and that is the function that the clamped float32 reference computes.
+    # diffusers clips in fp16, and the clamped float32 reference computes the same function.
     assert psnr(reference, sample(load(folders["attention"], half="transformer"))) > 40
 
 
@@ -117,13 +117,13 @@ def _half_pag(folder: Path) -> Any:
     return pipeline
 
 
-def test_text_encoder_stream_reaches_three_hundred_thousand(folders: dict[str, Path]) -> None:
+def test_text_encoder_stream_reaches_300000(folders: dict[str, Path]) -> None:
     pipeline = load(folders["text_encoder"])
     images: list[np.ndarray] = []
     ranges = measure_ranges(pipeline.text_encoder, r"layers\.\d$|o_proj|down_proj|^norm$", lambda: images.append(sample(pipeline)))
     stream = {name: found for name, found in ranges.items() if name.count(".") == 1}
     assert 3e5 <= max(found.max_abs for found in stream.values()) < 6e5
-    # In few channels: hardly any value of the stream is past fp16.
+    # Only few channels: hardly any value of the stream exceeds the range of fp16.
     assert all(found.overflow_share < 0.05 for found in stream.values())
     for layer in range(3):
         assert ranges[f"layers.{layer}.mlp.down_proj"].max_abs > FP16_MAX
@@ -132,7 +132,7 @@ def test_text_encoder_stream_reaches_three_hundred_thousand(folders: dict[str, P
     assert_sane(images[0])
 
 
-def test_vae_decoder_passes_half_in_every_stage(folders: dict[str, Path]) -> None:
+def test_vae_decoder_exceeds_the_range_of_fp16_in_every_stage(folders: dict[str, Path]) -> None:
     pipeline = load(folders["vae"])
     images: list[np.ndarray] = []
     ranges = measure_ranges(

@@ -1,4 +1,4 @@
-"""Synthetic checkpoints: reproducible, whole or absent, loaded as any checkpoint is, and alive in every parameter."""
+"""Synthetic checkpoints: they are reproducible, written whole or not at all, loadable, and every parameter has an effect."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_the_same_seed_gives_the_same_bytes_whatever_the_global_state(folder: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_for_any_global_state(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(123)
     before = torch.get_rng_state()
     again = make_checkpoint("tiny-random", tmp_path / "again")
@@ -103,7 +103,7 @@ def test_folder_is_small_and_marked_as_synthetic(folder: Path, pipeline: Any) ->
         ("mid", {"text_encoder": 20.6, "transformer": 60.1, "vae": 21.2}),
     ],
 )
-def test_recipes_have_the_sizes_that_they_state(pipeline: Any, name: str, millions: dict[str, float]) -> None:
+def test_recipes_have_the_documented_sizes(pipeline: Any, name: str, millions: dict[str, float]) -> None:
     from diffusers import AutoencoderDC, SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model
 
@@ -118,7 +118,7 @@ def test_recipes_have_the_sizes_that_they_state(pipeline: Any, name: str, millio
     assert counts == pytest.approx(millions, rel=0.02)
 
 
-def test_no_parameter_is_left_at_a_neutral_value(pipeline: Any) -> None:
+def test_no_parameter_has_a_neutral_value(pipeline: Any) -> None:
     for component in COMPONENTS:
         for name, parameter in getattr(pipeline, component).named_parameters():
             assert parameter.isfinite().all(), name
@@ -126,7 +126,7 @@ def test_no_parameter_is_left_at_a_neutral_value(pipeline: Any) -> None:
 
 
 def test_every_parameter_changes_the_result(pipeline: Any) -> None:
-    """The relative slope of the output along each parameter: what it would move if the parameter were scaled by 1 + h."""
+    """The relative slope of the output for each parameter: its change if the parameter is multiplied by 1 + h."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> torch.Tensor:
@@ -145,7 +145,7 @@ def test_every_parameter_changes_the_result(pipeline: Any) -> None:
         for (name, weight), slope in zip(named, slopes, strict=True):
             assert slope is not None, f"{component}.{name} is not used"
             if name.endswith("attn2.to_k.bias"):
-                continue  # It adds the same to all of a query's scores, which softmax takes out again.
+                continue  # It adds the same number to all scores of a query, which softmax cancels.
             assert (slope * weight).norm() > 1e-3 * output.norm(), f"{component}.{name} hardly matters"
 
 
@@ -183,7 +183,7 @@ def test_prompt_guidance_seed_and_perturbed_attention_all_matter(folder: Path, p
 
 
 def test_half_precision_computes_the_same_image(folder: Path, pipeline: Any) -> None:
-    """The untouched recipe is tame: whatever differs in fp16 is rounding."""
+    """The recipe stays within the range of fp16, so differences are rounding."""
     half = quiet(SanaPipeline.from_pretrained(folder, dtype=torch.float16))
     assert psnr(sample(pipeline), sample(half)) > 45
 
@@ -204,7 +204,7 @@ def test_half_precision_computes_the_same_image(folder: Path, pipeline: Any) -> 
     ],
     ids=lambda changes: "-".join(changes),
 )
-def test_variations_keep_their_scale(pipeline: Any, changes: dict[str, Any]) -> None:
+def test_variations_of_a_recipe_keep_their_scale(pipeline: Any, changes: dict[str, Any]) -> None:
     recipe = replace(TINY, transformer={**TINY.transformer, **changes})
     variation = build_pipeline(recipe)
     generator = torch.Generator().manual_seed(4)
@@ -217,10 +217,10 @@ def test_variations_keep_their_scale(pipeline: Any, changes: dict[str, Any]) -> 
         velocity = variation.transformer(latents, context, torch.tensor([900, 300]), guidance=guidance).sample
     assert 1 < stream[0].std() < 2.5
     assert 0.5 < velocity.std() < 3
-    # The share of the latents in it, by which a sampling run forgets its noise.
+    # The share of the latents in the velocity, which makes sampling forget its noise.
     share = (velocity * latents).sum() / latents.pow(2).sum()
     assert 0.3 < share < 1.2
-    # What the change does not touch is drawn as before.
+    # Parameters that the change does not affect stay the same.
     ours, theirs = variation.transformer.state_dict(), pipeline.transformer.state_dict()
     same = [name for name in ours if name in theirs and torch.equal(ours[name], theirs[name])]
     if "num_attention_heads" not in changes:
@@ -249,7 +249,7 @@ def test_weights_are_stored_in_the_dtype_and_under_the_variant(tmp_path: Path, p
             assert torch.equal(weight, full[name].to(getattr(torch, dtype)).float()), name
 
 
-def test_an_interrupted_make_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = make_checkpoint("tiny-random", tmp_path / "checkpoints" / "tiny-random")
     old = digests(target)
     write = StoredWeights.write

@@ -1,4 +1,4 @@
-"""The synthetic tokenizer: reproducible, lossless, and the same through `tokenizers`, transformers and a SanaPipeline."""
+"""The synthetic tokenizer: reproducible, lossless, and the same in `tokenizers`, transformers and a SanaPipeline."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def random_text(rng: random.Random) -> str:
-    """Code points of all planes, without surrogates and without "▁", which stands for a blank."""
+    """Code points of all planes, without surrogates and without "▁", which means a space."""
     ranges = ((0x20, 0x7F), (0xA0, 0x250), (0x3040, 0x3100), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF), (0x20, 0x10FFFF))
     points = (rng.randint(*rng.choice(ranges)) for _ in range(rng.randint(1, 60)))
     return "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000 and p != 0x2581).lower()
@@ -60,7 +60,7 @@ def test_another_process_builds_the_same_bytes(tokenizer: Tokenizer, folder: Pat
     assert build_tokenizer().to_str() == tokenizer.to_str()
 
 
-def test_special_and_byte_tokens_stand_where_gemma_has_them(tokenizer: Tokenizer) -> None:
+def test_special_and_byte_tokens_have_gemmas_ids(tokenizer: Tokenizer) -> None:
     assert [tokenizer.id_to_token(i) for i in range(5)] == ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     assert [tokenizer.id_to_token(5 + byte) for byte in (0, 0x41, 255)] == ["<0x00>", "<0x41>", "<0xFF>"]
     assert 2000 <= tokenizer.get_vocab_size() <= 4096
@@ -68,7 +68,7 @@ def test_special_and_byte_tokens_stand_where_gemma_has_them(tokenizer: Tokenizer
     assert tokenizer.encode("a cat<eos>").ids[-1] == 1
 
 
-def test_random_text_comes_back(tokenizer: Tokenizer) -> None:
+def test_random_text_is_restored(tokenizer: Tokenizer) -> None:
     rng = random.Random(7)
     texts = [*TEXTS, *(random_text(rng) for _ in range(500))]
     assert [tokenizer.decode(tokenizer.encode(text).ids) for text in texts] == texts
@@ -76,10 +76,10 @@ def test_random_text_comes_back(tokenizer: Tokenizer) -> None:
     assert not any(unknown in tokenizer.encode(text).ids for text in texts)
 
 
-def test_what_has_no_token_falls_back_to_its_utf8_bytes(tokenizer: Tokenizer) -> None:
+def test_characters_without_a_token_become_utf8_bytes(tokenizer: Tokenizer) -> None:
     expected = [f"<0x{byte:02X}>" for byte in "ꙮ".encode()]
     assert tokenizer.encode("ꙮ").tokens == ["<bos>", *expected]
-    # Text that merely looks like a byte token stays text.
+    # Text that looks like a byte token stays text.
     assert "<0x41>" not in tokenizer.encode("<0x41>").tokens
 
 
@@ -93,7 +93,7 @@ def test_three_scripts_have_tokens_of_their_own(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("prompt", "boundary"), [("a cat", ["▁a", "▁cat"]), ("熊猫", ["▁", "熊猫"]), ("🐼", ["▁", "🐼"]), ("", ["▁"])]
 )
-def test_the_instructions_last_blank_merges_with_a_latin_word(tokenizer: Tokenizer, prompt: str, boundary: list[str]) -> None:
+def test_the_instructions_last_space_merges_with_a_latin_word(tokenizer: Tokenizer, prompt: str, boundary: list[str]) -> None:
     text = "\n".join(instruction())
     alone, joined = tokenizer.encode(text).tokens, tokenizer.encode(text + prompt).tokens
     assert alone[-3:] == ["▁Prompt", ":", "▁"]
@@ -102,7 +102,7 @@ def test_the_instructions_last_blank_merges_with_a_latin_word(tokenizer: Tokeniz
 
 @pytest.mark.parametrize("class_name", ["GemmaTokenizer", "GemmaTokenizerFast"])
 def test_transformers_gives_the_ids_of_the_raw_file(tokenizer: Tokenizer, folder: Path, tmp_path: Path, class_name: str) -> None:
-    """`GemmaTokenizerFast` is what published checkpoints name."""
+    """Published checkpoints name `GemmaTokenizerFast`."""
     from transformers import AutoTokenizer, GemmaTokenizer
 
     copy = tmp_path / "tokenizer"

@@ -1,4 +1,4 @@
-"""The embedded `tiny` and the quality meter: that it draws what it is asked for, and that the meter would see if not."""
+"""The embedded `tiny` draws what the prompt says, and the quality meter notices if it does not."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_it_is_sampled_at_its_own_size_by_default(drawing: tuple[SanaRuntime, An
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
 
 
-def test_it_draws_what_it_is_asked_for(drawing: tuple[SanaRuntime, Any], meter: Meter) -> None:
-    """A share that a model without prompt or training would never reach: there are 84 concepts."""
+def test_it_draws_what_the_prompt_says(drawing: tuple[SanaRuntime, Any], meter: Meter) -> None:
+    """There are 84 concepts, so a model without training could not reach this share."""
     runtime, _ = drawing
     prompts = meter.prompts[:: len(meter.prompts) // 24]
     images = runtime([text for text, _ in prompts], seed=5).images
@@ -87,14 +87,14 @@ def test_it_draws_what_it_is_asked_for(drawing: tuple[SanaRuntime, Any], meter: 
     assert np.mean(found == [concept for _, concept in prompts]) >= 0.7
 
 
-def test_the_classifier_knows_the_real_renders(meter: Meter) -> None:
+def test_the_classifier_recognizes_the_real_renders(meter: Meter) -> None:
     assert len(meter.prompts) == 200
     assert meter.renders.shape == (len(meter.concepts), 128, 128, 3)
     assert np.mean(meter.classify(meter.renders) == meter.render_concepts) >= 0.98
 
 
-def test_the_measures_are_those_of_the_pictures(drawing: tuple[SanaRuntime, Any], meter: Meter) -> None:
-    """A sampler that gives the real renders is right every time, one that gives the next concept's never."""
+def test_measures_follow_the_images(drawing: tuple[SanaRuntime, Any], meter: Meter) -> None:
+    """A sampler that returns the right renders is always right. One that returns the next concept's is never right."""
     runtime, pipeline = drawing
     right = [meter.renders[concept] for _, concept in meter.prompts]
     wrong = [meter.renders[(concept + 1) % len(meter.concepts)] for _, concept in meter.prompts]
@@ -118,8 +118,8 @@ def test_the_measures_are_those_of_the_pictures(drawing: tuple[SanaRuntime, Any]
 def test_without_a_meter_only_distances_are_measured(drawing: tuple[SanaRuntime, Any], tmp_path: Path) -> None:
     runtime, pipeline = drawing
     assert Meter.find(tmp_path) is None
-    picture = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
-    measured = measure_quality(runtime, pipeline, None, lambda request: (picture, picture), prompts=("a cat",))
+    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    measured = measure_quality(runtime, pipeline, None, lambda request: (image, image), prompts=("a cat",))
     assert (measured.top1, measured.reconstruction_psnr_db, measured.passed) == (None, None, True)
     assert (measured.image_ssim, measured.image_psnr_db, measured.least_image_psnr_db) == (pytest.approx(1), 100.0, math.inf)
     assert "not measured" in measured.as_text()
@@ -134,17 +134,17 @@ def test_a_damaged_meter_is_named(meter: Meter, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ours", "theirs", "passed"), [(90.0, 91.0, True), (90.0, 91.5, False), (93.0, 91.5, False)])
-def test_a_bundle_may_be_one_point_beside_diffusers(ours: float, theirs: float, passed: bool) -> None:
+def test_a_bundle_may_differ_from_diffusers_by_one_point(ours: float, theirs: float, passed: bool) -> None:
     assert Quality(200, 40, 30, 1, 1, top1=ours, reference_top1=theirs).passed is passed
 
 
 def test_ssim() -> None:
-    """Of flat images it is (2 a b + c) / (a^2 + b^2 + c) by its definition; noise lowers it."""
+    """By its definition, SSIM of flat images is (2 a b + c) / (a^2 + b^2 + c). Noise lowers it."""
     a, b = (np.full((16, 20, 3), level, np.uint8) for level in (100, 120))
     c = (0.01 * 255) ** 2
     assert ssim(a, b) == pytest.approx((2 * 100 * 120 + c) / (100**2 + 120**2 + c))
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    slightly, wholly = (picture // 2 + 64 + rng.integers(0, size, picture.shape).astype(np.uint8) for size in (8, 60))
-    assert ssim(picture, picture) == pytest.approx(1)
-    assert ssim(picture, slightly) > ssim(picture, wholly)
+    image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    slightly, wholly = (image // 2 + 64 + rng.integers(0, size, image.shape).astype(np.uint8) for size in (8, 60))
+    assert ssim(image, image) == pytest.approx(1)
+    assert ssim(image, slightly) > ssim(image, wholly)

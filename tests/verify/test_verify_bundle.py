@@ -1,4 +1,4 @@
-"""verify finds what is wrong, and passes what is right."""
+"""verify finds wrong values and passes right ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_float32_bundle_passes_with_and_without_pag(tiny_bundle, tiny_checkp
 
 @pytest.mark.parametrize("graph", ["text_encoder", "context", "denoiser", "vae_decoder"])
 def test_a_changed_weight_is_found(tiny_bundle, tiny_checkpoint, tmp_path, graph):
-    """The manifest is resealed, so only the values tell."""
+    """The manifest gets new hashes, so only the values show it."""
     bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
     path = bundle / "onnx" / graph / "model.onnx"
     model = onnx.load(path)
@@ -71,14 +71,14 @@ def test_a_bfloat16_bundle_passes(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("top1", [90.0, 97.0])
-def test_quality_counts(tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch, top1):
-    """It is measured on request with both samplers and decides as the parity does; what it measures: test_quality.py."""
+def test_quality_decides_as_parity_does(tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch, top1):
+    """Quality is measured on request, with both samplers, and can fail the report. test_quality.py tests what it measures."""
     bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
 
     psnr = {"reconstruction_psnr_db": 25.0, "reference_reconstruction_psnr_db": 25.1}
 
     def measured(runtime, pipeline, meter, sample, **settings):
-        assert meter is None  # the random checkpoint brings none
+        assert meter is None  # the random checkpoint has none
         assert settings.pop("on_progress")
         assert settings == {"prompts": ("a red apple",), "steps": 3}
         found, wanted = sample(QUICK.request("a red apple", runtime.manifest.model))

@@ -1,4 +1,4 @@
-"""`verify` on engines: every check within the shapes that they were built for."""
+"""`verify` with engines: every check uses shapes that they were built for."""
 
 from __future__ import annotations
 

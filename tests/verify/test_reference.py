@@ -1,4 +1,4 @@
-"""The clamped reference: diffusers' own processors, clipped to what the fp16 family was trained with."""
+"""The clamped reference: diffusers' attention processors with the clip that the fp16 checkpoints were trained with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROCESSORS = (SanaLinearAttnProcessor2_0, PAGCFGSanaLinearAttnProcessor2_0, PAGI
 
 @pytest.fixture
 def pipeline() -> Any:
-    """Its self-attention outputs reach past the limit and its weights fit into half."""
+    """Its self-attention outputs exceed the limit, and its weights fit into fp16."""
     made = build_pipeline(RECIPES["tiny-random"])
     for block in made.transformer.transformer_blocks:
         block.attn1.to_out[0].weight.data *= 1e5
@@ -43,7 +43,7 @@ def test_every_processor_is_clipped_and_otherwise_unchanged(pipeline: Any, proce
     assert clamped.dtype == dtype
     assert torch.equal(clamped, plain.clip(-FP16_MAX, FP16_MAX))
     over = (plain.float().abs() > FP16_MAX).float().mean()
-    # Only in fp16 does diffusers clip by itself.
+    # diffusers clips in fp16 only.
     assert over == 0 if dtype == torch.float16 else 0.01 < over < 0.99
 
 
@@ -57,7 +57,7 @@ def test_clamp_reaches_every_self_attention_once(pipeline: Any) -> None:
             assert isinstance(processor.processor, SanaLinearAttnProcessor2_0)
 
 
-def test_pag_call_uses_clamped_processors_and_puts_ours_back(pipeline: Any) -> None:
+def test_a_pag_call_uses_clamped_processors_and_restores_the_others(pipeline: Any) -> None:
     pag = SanaPAGPipeline(**pipeline.components, pag_applied_layers="transformer_blocks.1")
     pag.set_progress_bar_config(disable=True)
     clamp_attention(pag.transformer)
