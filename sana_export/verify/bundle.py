@@ -82,8 +82,9 @@ def verify_bundle(
 ) -> VerifyReport:
     """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and pictures.
 
-    `backend`, `device` and `threads` are those of `open_runtime`. `quality` measures what the pictures show too (quality.py). A bundle with PAG layers is sampled with PAG as well. The report is
-    kept in the bundle's manifest. Raises UsageError where `checkpoint` is not the one that the bundle was made from.
+    `backend`, `device` and `threads` are those of `open_runtime`. `quality` measures what the pictures show too (quality.py). A
+    bundle with PAG layers is sampled with PAG as well. The report is kept in the bundle's manifest. Raises UsageError where
+    `checkpoint` is not the one that the bundle was made from.
     """
     runtime = open_runtime(bundle, backend, device=device, threads=threads)
     manifest = runtime.manifest
@@ -186,7 +187,9 @@ def measure_ranges(
             wanted="fp16 or bf16",
             fix=export_line(bundle.with_name(f"{bundle.name}-fp16"), manifest, precision="fp16") + " --dtype fp16",
         )
-    runtime = SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(partial(RangeMeter, threads=threads), "float32 with ranges"))
+    runtime = SanaRuntime.from_pretrained(
+        bundle, backend=evaluator_backend(partial(RangeMeter, threads=threads), "float32 with ranges")
+    )
     evaluators = cast(EvaluatorBackend, runtime.backend).evaluators
     prompts = sampling.prompts
     for done, prompt in enumerate(prompts):

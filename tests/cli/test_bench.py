@@ -42,13 +42,14 @@ def test_the_last_line_names_the_report(tiny_bundle: Path, tiny_checkpoint: Any,
         "[[sweep]]\nimages_per_prompt = 2\n"
     )
     common = ("bench", tiny_bundle, "--reference", tiny_checkpoint.folder, "--workload", workload, "--prompts", "short,emoji")
-    ran = cli(*common, "-o", tmp_path / "out")
+    ran = cli(*common, "-o", tmp_path / "out", "--threads", 1)
     assert ran.code == 0, ran.err
     path = Path(ran.out.splitlines()[-1])
     document = json.loads(path.read_text("utf-8"))
     assert path == tmp_path / "out" / "bench.json"
     assert document["workload"]["prompts"][0] == "a red apple"
     assert len(document["workload"]["prompts"]) == 3
+    assert document["workload"]["threads"] == 1
     assert [point["images_per_prompt"] for point in document["sweep"]] == [2]
     ran = cli(*common, "-o", tmp_path / "again", "--json")
     assert ran.code == 0, ran.err
@@ -76,7 +77,7 @@ def test_a_profile_lists_the_slowest_layers(tiny_bundle: Path, tiny_checkpoint: 
         (("bundle",), 2, "--reference MODEL"),
         (("--compare", "a.json"), 2, "--compare"),
         (("--compare", "a.json", "b.json"), 4, "a.json cannot be read"),
-        (("--compare", "a.json", "b.json", "--threshold", "much"), 2, "is no percentage"),
+        (("--compare", "a.json", "b.json", "--threshold", "much"), 2, "is not a percentage"),
         (("--floor", "--profile"), 2, "not allowed with"),
     ],
 )

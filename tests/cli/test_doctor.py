@@ -10,17 +10,16 @@ import pytest
 
 from sana_export import machine as device
 from sana_export.cli import packages
-from sana_export.cli.machine import Builder, Machine
 from sana_export.cli.packages import Package, exclusive_conflict, missing_package, require
-from sana_export.cli.verbs import doctor
-from sana_export.cli.verbs.doctor import judge
+from sana_export.cli.probe import BackendProbe
+from sana_export.cli.verbs.doctor import Ability, Machine, judge
 from sana_export.errors import DependencyError
 from sana_export.machine import Gpu, find_gpus
 from tests.support.command_line import Cli
 
 NO_GPU = Machine("3.11", "python", "Linux", "linux-x86_64", "a processor", 2, 10**9, ())
-RTX = Builder("tensorrt-rtx", "1.7.1", ("8.9", "12.0"), None, None)
-NO_TENSORRT = Builder("tensorrt", None, (), "no module tensorrt", 'pip install "tensorrt>=10.12"')
+RTX = BackendProbe("tensorrt-rtx", "1.7.1", ("8.9", "12.0"), None, None)
+NO_TENSORRT = BackendProbe("tensorrt", None, (), "no module tensorrt", 'pip install "tensorrt>=10.12"')
 
 
 @pytest.fixture
@@ -33,13 +32,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             raise metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(packages.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     return versions
 
 
-def abilities(gpus: tuple[Gpu, ...], *builders: Builder, found: list[Package] | None = None) -> dict[str, doctor.Ability]:
+def abilities(gpus: tuple[Gpu, ...], *probes: BackendProbe, found: list[Package] | None = None) -> dict[str, Ability]:
     here = Machine(**{**vars(NO_GPU), "gpus": gpus})
-    return {ability.name: ability for ability in judge(here, found or [], builders)}
+    return {ability.name: ability for ability in judge(here, found or [], probes)}
 
 
 def test_document_and_text(cli: Cli) -> None:
@@ -62,20 +61,20 @@ def test_the_builder_that_is_here_loads(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "builder", "builds", "runs", "word"),
+    ("gpus", "probe", "builds", "runs", "word"),
     [
         ((), RTX, True, False, "no NVIDIA GPU"),
         ((Gpu("a", "8.9"),), RTX, True, True, None),
-        ((Gpu("a", "9.0"),), RTX, True, False, "9.0 is not in NVIDIA's list"),
+        ((Gpu("a", "9.0"),), RTX, True, False, "NVIDIA does not list compute capability 9.0"),
         ((Gpu("a", "9.0"), Gpu("b", "12.0")), RTX, True, True, None),
         ((Gpu("a", "9.0"),), NO_TENSORRT, False, False, "no module tensorrt"),
-        ((), Builder("tensorrt", "11.0", (), None, None), False, False, "no NVIDIA GPU"),
-        ((Gpu("a", "9.0"),), Builder("tensorrt", "11.0", (), None, None), True, True, None),
+        ((), BackendProbe("tensorrt", "11.0", (), None, None), False, False, "no NVIDIA GPU"),
+        ((Gpu("a", "9.0"),), BackendProbe("tensorrt", "11.0", (), None, None), True, True, None),
     ],
 )
-def test_engines(gpus: tuple[Gpu, ...], builder: Builder, builds: bool, runs: bool, word: str | None) -> None:
-    title = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}[builder.backend]
-    found = abilities(gpus, builder)
+def test_engines(gpus: tuple[Gpu, ...], probe: BackendProbe, builds: bool, runs: bool, word: str | None) -> None:
+    title = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}[probe.backend]
+    found = abilities(gpus, probe)
     assert found[f"build {title} engines"].possible is builds
     run = found[f"run {title} engines"]
     assert run.possible is runs
@@ -86,7 +85,7 @@ def test_missing_and_old_packages_are_named_with_the_line_that_installs_them() -
     found = [Package("torch", "export", "2.9", "2.5.1+cu121"), Package("onnx", "export", "1.18", None)]
     ability = abilities((), found=found)["export"]
     assert not ability.possible
-    assert ability.reason == "lacks torch (older than 2.9), onnx (missing)"
+    assert ability.reason == "needs torch (older than 2.9), onnx (missing)"
     assert ability.fix == 'pip install "sana-export[export]"'
 
 

@@ -118,9 +118,9 @@ def test_an_output_that_cannot_be_written_is_found_first(recipe: Path, tmp_path:
 def test_engines_that_do_not_run_here_are_listed_by_reason(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = dataclasses.replace(ENGINE, graph="context")
     manifest = Manifest.load(tiny_bundle).with_engine(ENGINE).with_engine(other)
-    monkeypatch.setattr(engines, "here", lambda: dataclasses.replace(THERE, gpus=()))
+    monkeypatch.setattr(engines, "detect_host", lambda: dataclasses.replace(THERE, gpus=()))
     assert engines._not_run(manifest) == {"no NVIDIA GPU and driver here": "2 engines of tensorrt-rtx"}
-    monkeypatch.setattr(engines, "here", lambda: THERE)
+    monkeypatch.setattr(engines, "detect_host", lambda: THERE)
     assert engines._not_run(manifest) == {}
 
 

@@ -23,7 +23,7 @@ from sana_export.cli.main import VERBS
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import Answer, Verb
 from sana_export.errors import ArtifactError, DependencyError, ParityError, UsageError
-from tests.support.command_line import Cli
+from tests.support.command_line import Cli, command
 
 PROMISED = ("engines", "export", "build", "verify", "generate", "bench", "inspect", "doctor", "variants", "synth")
 
@@ -206,9 +206,7 @@ def noisy_program() -> str:
 def test_a_reader_that_left_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    process = subprocess.run(
-        [sys.executable, "-m", "sana_export.cli.main", "variants"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
-    )
+    process = subprocess.run(command("variants"), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert process.returncode == 0
     assert process.stderr == ""
@@ -284,7 +282,8 @@ def test_signals_are_the_callers_again(verb: Callable[..., None], cli: Cli) -> N
 
 STUBBORN = (
     "import sys, time\n"
-    "from sana_export.cli import interrupt, main as module\n"
+    "from sana_export.cli import main as module\n"
+    "from sana_export.cli.terminal import interrupt\n"
     "from sana_export.cli.verb import Answer, Verb\n"
     "interrupt.interruptible.__wrapped__.__defaults__ = (0.5,)\n"
     "def run(options, console):\n"

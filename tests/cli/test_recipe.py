@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sana_export.cli.recipe import Bench, Build, Recipe, Sample, Verify, load_recipe
+from sana_export.cli.recipe import BenchSection, BuildSection, Recipe, SampleSection, VerifySection, load_recipe
 from sana_export.errors import UsageError
 from tests.support.command_line import Cli
 
@@ -48,16 +48,20 @@ def test_everything_that_a_recipe_can_say(tmp_path: Path) -> None:
         prompts = ["a", "b"]
         steps = 4
         guidance_scale = 1
+        device = 1
         [sample]
         prompt = ["a cat", "a dog"]
         output = "out/x.png"
         seed = -1
         pag_scale = 2.0
         resolution_binning = false
+        threads = 3
         [bench]
         workload = "smoke"
         backends = ["onnxruntime"]
         output = "out/report"
+        device = 0
+        threads = 4
         """,
     )
     assert found == Recipe(
@@ -72,12 +76,12 @@ def test_everything_that_a_recipe_can_say(tmp_path: Path) -> None:
         transformer=Path("own.safetensors"),
         lora=("style.safetensors:0.7", "other"),
         build=(
-            Build("tensorrt", "laptop"),
-            Build(compute_capabilities=("8.9", "12.0"), height=512, width=768, batch=2, graphs=("sampler",)),
+            BuildSection("tensorrt", "laptop"),
+            BuildSection(compute_capabilities=("8.9", "12.0"), height=512, width=768, batch=2, graphs=("sampler",)),
         ),
-        verify=Verify("onnxruntime", ("a", "b"), steps=4, guidance_scale=1.0),
-        sample=Sample(("a cat", "a dog"), Path("out/x.png"), seed=-1, pag_scale=2.0, resolution_binning=False),
-        bench=Bench("smoke", ("onnxruntime",), Path("out/report")),
+        verify=VerifySection("onnxruntime", ("a", "b"), steps=4, guidance_scale=1.0, device=1),
+        sample=SampleSection(("a cat", "a dog"), Path("out/x.png"), seed=-1, pag_scale=2.0, resolution_binning=False, threads=3),
+        bench=BenchSection("smoke", ("onnxruntime",), Path("out/report"), device=0, threads=4),
         path=tmp_path / "recipe.toml",
     )
 
@@ -85,7 +89,7 @@ def test_everything_that_a_recipe_can_say(tmp_path: Path) -> None:
 def test_what_is_left_out_is_not_done(tmp_path: Path) -> None:
     found = recipe(tmp_path, HEAD)
     assert (found.build, found.verify, found.sample, found.bench) == ((), None, None, None)
-    assert recipe(tmp_path, HEAD + "[build]\n").build == (Build(),)
+    assert recipe(tmp_path, HEAD + "[build]\n").build == (BuildSection(),)
 
 
 @pytest.mark.parametrize("name", ["tiny", "mid"])
@@ -121,6 +125,9 @@ def test_the_recipes_of_this_repository(name: str) -> None:
         (HEAD + '[sample]\nprompt = "a"\noutput = "x.png"\nsteps = 2.5', "2.5", "a whole number"),
         (HEAD + '[sample]\nprompt = "a"\noutput = "x.png"\nsteps = true', "True", "a whole number"),
         (HEAD + '[bench]\nworkload = "smoek"', "'smoek'", "smoke"),
+        (HEAD + "[verify]\ndevice = -1", "-1", "0 or more"),
+        (HEAD + '[bench]\nworkload = "smoke"\nthreads = 0', "0", "1 or more"),
+        (HEAD + "[verify]\nthreads = 1.5", "1.5", "a whole number"),
         (HEAD + "[[verify]]\nsteps = 2", "[{'steps': 2}]", "a TOML table"),
         ("model = ", "Invalid value", "engines/tiny.toml"),
     ],

@@ -32,7 +32,7 @@ Cli = Callable[..., Ran]
 
 def command(*arguments: object) -> list[str]:
     """`sana-export ARGUMENTS...` as the arguments of a process."""
-    return [sys.executable, "-m", "sana_export.cli.main", *map(str, arguments)]
+    return [sys.executable, "-m", "sana_export", *map(str, arguments)]
 
 
 def run_until(marker: str, arguments: list[str], number: signal.Signals) -> Ran:
