@@ -1,4 +1,4 @@
-"""The command line in this process, and a bundle to damage."""
+"""Fixtures: the command line in this process, a bundle to damage, and the threads of ONNX Runtime's sessions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe is read into dataclasses, or refused with the key and what it may be."""
+"""A recipe is read into dataclasses, or refused with the wrong key and what is allowed there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def recipe(tmp_path: Path, text: str) -> Recipe:
     return load_recipe(path)
 
 
-def test_everything_that_a_recipe_can_say(tmp_path: Path) -> None:
+def test_every_key_of_a_recipe(tmp_path: Path) -> None:
     found = recipe(
         tmp_path,
         """
@@ -86,7 +86,7 @@ def test_everything_that_a_recipe_can_say(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_left_out_is_not_done(tmp_path: Path) -> None:
+def test_a_stage_without_a_section_is_left_out(tmp_path: Path) -> None:
     found = recipe(tmp_path, HEAD)
     assert (found.build, found.verify, found.sample, found.bench) == ((), None, None, None)
     assert recipe(tmp_path, HEAD + "[build]\n").build == (BuildSection(),)
@@ -132,14 +132,14 @@ def test_the_recipes_of_this_repository(name: str) -> None:
         ("model = ", "Invalid value", "engines/tiny.toml"),
     ],
 )
-def test_what_a_recipe_cannot_mean(text: str, found: str, wanted: str, tmp_path: Path) -> None:
+def test_wrong_recipes_are_refused(text: str, found: str, wanted: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         recipe(tmp_path, text)
     assert found in str(caught.value)
     assert wanted in str(caught.value)
 
 
-def test_a_missing_recipe_is_usage(tmp_path: Path, cli: Cli) -> None:
+def test_a_missing_recipe_is_a_usage_error(tmp_path: Path, cli: Cli) -> None:
     ran = cli("engines", tmp_path / "none.toml")
     assert ran.code == 2
     assert "none.toml cannot be read as a recipe" in ran.err

@@ -1,4 +1,4 @@
-"""`verify` and `bench` pass on what was asked for and turn a missed limit into an exit code."""
+"""`verify` and `bench` pass their options on and turn a missed limit into an exit code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULTS = {"backend": "auto", "device": None, "threads": None, "quality": False
 
 @dataclass
 class Report:
-    """Stands for both reports."""
+    """A stand-in for both reports."""
 
     passed: bool = True
     agrees: bool = True
@@ -31,7 +31,7 @@ class Report:
 
 @dataclass
 class Calls:
-    """Takes the place of a function and keeps what it was called with."""
+    """A stand-in for a function that records its calls."""
 
     report: Report
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -119,7 +119,7 @@ def test_bench(report: dict[str, Any], code: int, tiny_checkpoint: Any, cli: Cli
     }
 
 
-def test_bench_times_onnxruntime_beside_eager_by_default(tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_times_onnxruntime_against_eager_by_default(tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = replaced(monkeypatch, "sana_export.bench.run.run_bench")
     cli("bench", "bundle", "--reference", tiny_checkpoint.folder)
     found = calls.seen[0][1]
