@@ -1,22 +1,22 @@
-# Every target sets up what it needs; everything runs through the virtual environment in $(VENV).
+# Every target sets up what it needs. Everything runs in the virtual environment $(VENV).
 
 PYTHON ?= python3
 VENV   ?= .venv
 RECIPE ?= engines/tiny.toml
-# The recipe of `make bench`: its bundle is made where it is missing, then timed.
+# The recipe of `make bench`. Its bundle is exported if it is missing, then timed.
 BENCH_RECIPE ?= engines/mid.toml
 PIP_FLAGS ?=
-# More for pytest, for example -k generate.
+# Options for pytest, for example -k generate.
 TEST_FLAGS ?=
-# Test processes at a time, each of one thread.
+# Number of parallel test processes, each with one thread.
 TEST_WORKERS ?= 2
 GPU_REPORT ?= benchmarks/out/gpu-check.json
-# More for gpu-check, for example --resume, or --only 'parity/*'.
+# Options for gpu-check, for example --resume, or --only 'parity/*'.
 GPU_FLAGS ?=
-# A folder of wheels for gpu-check on a machine without a package index.
+# A folder of wheels, for gpu-check on a machine without network access.
 WHEELS ?=
 
-# gpu-check takes an environment that is there; its own sees all that PYTHON sees, such as the machine's PyTorch.
+# gpu-check uses an existing environment. If there is none, it creates one that sees all packages of PYTHON, such as PyTorch.
 GPU_VENV ?= $(if $(or $(wildcard $(VENV)/bin/python),$(filter-out file,$(origin VENV))),$(VENV),.venv-gpu)
 
 BIN   := $(VENV)/bin
@@ -30,31 +30,31 @@ help: ## list the targets
 	@echo
 	@echo "variables: PYTHON, VENV, RECIPE, BENCH_RECIPE, PIP_FLAGS, TEST_FLAGS, GPU_REPORT, GPU_FLAGS, WHEELS"
 
-setup: $(STAMP) ## make the virtual environment with the tested versions
+setup: $(STAMP) ## create the virtual environment with the tested versions
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[cpu,export,tensorrt-rtx,bench,dev]"
 	@touch $@
 
-engines: $(STAMP) ## checkpoint to bundle, engines, proof, image and latency (RECIPE=engines/tiny.toml)
+engines: $(STAMP) ## run a recipe: export, build, verify, sample, bench (RECIPE=engines/tiny.toml)
 	$(BIN)/sana-export engines $(RECIPE)
 
-bench: $(STAMP) ## latency beside eager diffusers, on a bundle of 100 million parameters
+bench: $(STAMP) ## latency against eager diffusers, on a checkpoint with 100 million parameters
 	$(BIN)/sana-export engines $(BENCH_RECIPE)
 
-test: $(STAMP) ## every test that needs no GPU
+test: $(STAMP) ## run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile $(TEST_FLAGS)
 
-lint: $(STAMP) ## style, types, import directions
+lint: $(STAMP) ## check style, types and import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-gpu-check: ## every check and timing that needs a GPU, in 8 minutes at most (WHEELS=DIR installs from it alone)
-	$(PYTHON) tools/gpu_check.py --venv $(GPU_VENV) $(if $(WHEELS),--wheels $(WHEELS)) --report $(GPU_REPORT) $(GPU_FLAGS)
+gpu-check: ## run every check and timing that needs a GPU, in at most 8 minutes (WHEELS=DIR: install only from DIR)
+	$(PYTHON) -m tools.gpu_check --venv $(GPU_VENV) $(if $(WHEELS),--wheels $(WHEELS)) --report $(GPU_REPORT) $(GPU_FLAGS)
 
-clean: ## remove what was built, but not the virtual environment
+clean: ## remove everything that was built, except the virtual environment
 	rm -rf engines/out benchmarks/out build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,16 +1,17 @@
-"""The source files that an export depends on."""
+"""The source files that an export depends on, and facts about installed packages."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from sana_export import environment
-from sana_export.environment import PACKAGE, import_digest, imported_files
+from sana_export.environment import PACKAGE, import_digest, imported_files, installed_version, release
 from sana_export.export.bundle import export_key
 from sana_export.manifest import Options
 
@@ -85,3 +86,27 @@ def test_every_kind_of_import_is_followed(tmp_path: Path) -> None:
     assert imported_files("p.top", tmp_path) == {
         "p/top.py", "p/a.py", "p/b.py", "p/c.py", "p/e.py", "p/folder/__init__.py", "p/folder/d.py"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [
+        ("2.11.0+cu130", (2, 11, 0)),
+        ("10.12.0.36", (10, 12, 0, 36)),
+        ("5.0rc1", (5, 0)),
+        ("2.9.0.dev20250901", (2, 9, 0)),
+        ("3", (3,)),
+        ("unknown", ()),
+    ],
+)
+def test_release(version: str, numbers: tuple[int, ...]) -> None:
+    assert release(version) == numbers
+
+
+def test_releases_compare_as_numbers() -> None:
+    assert release("2.11.0+cu130") > release("2.9") > release("2.8.9")
+
+
+def test_installed_version() -> None:
+    assert installed_version("numpy") == metadata.version("numpy")
+    assert installed_version("no-such-distribution") is None

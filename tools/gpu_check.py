@@ -1,7 +1,9 @@
-"""Prepares a Python environment for `python -m sana_export.bench.gpu_check` and runs it there. `make gpu-check` calls this.
+"""Prepares a virtual environment for `python -m sana_export.bench.gpu_check` and runs it there. `make gpu-check` calls this.
 
-Only what is missing is installed, into a virtual environment that sees all that this interpreter sees. What is there is not
-replaced: PyTorch least of all, which on a GPU machine is often the system's. With --wheels nothing is fetched.
+The environment sees every package of this interpreter, and only missing packages are installed into it. Installed packages are not
+replaced, least of all PyTorch, which on a GPU machine often belongs to the system. With --wheels nothing is downloaded.
+
+Run it as a module from the root of the source tree: `python -m tools.gpu_check --venv FOLDER`.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import site
 import subprocess
 import sys
@@ -21,16 +22,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sana_export.environment import release
+
 ROOT = Path(__file__).resolve().parent.parent
-#: Extras of pyproject.toml that every part needs, and packages beside them.
-EXTRAS, BESIDE = ("export",), ("pytest>=8", "safetensors")
-#: One of these is enough; the first that can be installed is taken. They must not be installed together.
+#: Extras of pyproject.toml that every part of the check needs, and other packages.
+EXTRAS, OTHERS = ("export",), ("pytest>=8", "safetensors")
+#: One of these is enough: the first that installs. They must not be installed together.
 ONNX_RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
-#: An extra whose packages are tried each on its own, and left out where they cannot be installed.
+#: An extra whose packages are installed one by one. Those that fail are left out.
 OPTIONAL = "tensorrt-rtx"
-#: Never installed in place of an older one that is there: it belongs to the machine's CUDA.
+#: Packages that are never replaced, however old: they belong to the machine's CUDA.
 KEPT = ("torch",)
-#: Seconds for all that is installed.
+#: Seconds for all installations together.
 SETUP_SECONDS = 150
 _VERSIONS = (
     "import json, sys; from importlib import metadata; print(json.dumps({(d.metadata['Name'] or '').lower().replace('_', '-'):"
@@ -39,15 +42,17 @@ _VERSIONS = (
 
 
 class Environment:
-    """The virtual environment in `folder`. `notes`: what the report should say of it."""
+    """The virtual environment in `folder`. Packages come from the folder `wheels`, or from pip's index if that is None."""
 
     def __init__(self, folder: Path, wheels: Path | None) -> None:
-        self.folder, self.wheels, self.notes = folder, wheels, list[str]()
+        self.folder, self.wheels = folder, wheels
+        #: What the report says about the environment.
+        self.notes: list[str] = []
         self.deadline = time.monotonic() + SETUP_SECONDS
         self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
     def make(self) -> None:
-        """Make it where it is not there. It sees all packages of the interpreter that runs this, a virtual environment's too."""
+        """Create it if it does not exist. It sees all packages of this interpreter, even those of a virtual environment."""
         if self.python.exists():
             return
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(self.folder)], check=True)
@@ -57,12 +62,12 @@ class Environment:
         (own / "seen-from-outside.pth").write_text("\n".join(path for path in seen if Path(path).is_dir()) + "\n", "utf-8")
 
     def versions(self) -> dict[str, str]:
-        """Package (lower case, with hyphens) to version."""
+        """Installed package (lower case, with hyphens) to version."""
         found: dict[str, str] = json.loads(subprocess.run([self.python, "-c", _VERSIONS], capture_output=True, check=True).stdout)
         return found
 
     def install(self, requirements: Iterable[str]) -> bool:
-        """Install, keeping the packages of `KEPT` as they are. A failure becomes a note."""
+        """Install without changing the packages of `KEPT`, and return whether it worked. A failure becomes a note."""
         wanted = list(requirements)
         have = self.versions()
         with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as pins:
@@ -75,7 +80,7 @@ class Environment:
             said = (done.stderr or done.stdout).strip().splitlines()
             failed = done.returncode != 0
         except subprocess.TimeoutExpired:
-            said, failed = [f"out of time: installing may take {SETUP_SECONDS} s in all"], True
+            said, failed = [f"out of time: all installations together may take {SETUP_SECONDS} s"], True
         finally:
             Path(pins.name).unlink()
         if failed:
@@ -83,36 +88,31 @@ class Environment:
         return not failed
 
     def _pip(self) -> list[str]:
-        """pip of the environment, or this interpreter's, told to work for the environment."""
+        """The environment's pip, or else this interpreter's, directed at the environment."""
         own = subprocess.run([self.python, "-m", "pip", "--version"], capture_output=True).returncode == 0
         return [str(self.python), "-m", "pip"] if own else [sys.executable, "-m", "pip", "--python", str(self.python)]
 
 
 def missing(requirements: Iterable[str], have: dict[str, str]) -> list[str]:
-    """Those of `requirements` ("name" or "name>=version") that are not met; a package of `KEPT` counts as met in any version."""
+    """Those of `requirements` ("name" or "name>=version") that are not met. Any version of a package of `KEPT` is enough."""
     found = []
     for requirement in requirements:
         name, _, least = requirement.partition(">=")
         version = have.get(name.lower().replace("_", "-"))
-        if version is None or (name not in KEPT and least and numbers(version) < numbers(least)):
+        if version is None or (name not in KEPT and least and release(version) < release(least)):
             found.append(requirement)
     return found
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """The release of a version: "2.11.0+cu130" to (2, 11, 0)."""
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
-
-
 def required() -> list[str]:
-    """What every part needs, from pyproject.toml."""
+    """Requirements of every part, from pyproject.toml."""
     project = read_project()
     extras = project["optional-dependencies"]
-    return [*project["dependencies"], *(name for extra in EXTRAS for name in extras[extra]), *BESIDE]
+    return [*project["dependencies"], *(name for extra in EXTRAS for name in extras[extra]), *OTHERS]
 
 
 def optional() -> list[str]:
-    """What some parts need."""
+    """Requirements of some parts."""
     found: list[str] = read_project()["optional-dependencies"][OPTIONAL]
     return found
 
@@ -124,11 +124,11 @@ def read_project() -> dict[str, Any]:
 
 
 def prepare(environment: Environment) -> dict[str, object]:
-    """Install what is missing and say what came of it."""
+    """Install what is missing and return what was installed, for the report."""
     environment.make()
     before = environment.versions()
     lacking = missing(required(), before)
-    # Together, or one by one where one of them cannot be had: parts are left out for what they lack, not all for one.
+    # All together. If that fails, one by one: a missing package then skips only the parts that need it.
     if lacking and not environment.install(lacking):
         for requirement in lacking if len(lacking) > 1 else ():
             environment.install([requirement])
@@ -145,11 +145,11 @@ def prepare(environment: Environment) -> dict[str, object]:
 
 
 def main() -> int:
-    """Prepare, then run the check with the options that are left, and end with its exit code."""
+    """Prepare the environment, run the check in it with the remaining options, and return its exit code."""
     started = time.time()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--venv", type=Path, required=True, help="the environment: taken as it is, or made")
-    parser.add_argument("--wheels", type=Path, help="a folder of wheels, to install from it alone")
+    parser.add_argument("--venv", type=Path, required=True, help="folder of the environment; created if it does not exist")
+    parser.add_argument("--wheels", type=Path, help="install only from this folder of wheels")
     options, rest = parser.parse_known_args()
     environment = Environment(options.venv.absolute(), options.wheels and options.wheels.absolute())
     if environment.wheels and not environment.wheels.is_dir():

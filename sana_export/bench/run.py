@@ -97,8 +97,10 @@ def run_bench(
     A round is one call of each backend in turn for each prompt, with the same seed, so that whatever else the machine does falls
     on all alike; ratios are taken pair by pair. The machine's ceiling is measured before and after. A backend that fails is
     reported as failed, one that "all" named and that says what it lacks as skipped, and the others go on. `output` is a folder for
-    the report. `device` is the index of the GPU, for a workload on "cuda". `threads` replaces the workload's number. Raises UsageError for an unknown backend or workload, ArtifactError for a bundle that cannot be read,
-    DependencyError where `output` cannot be written.
+    the report. `device` is the index of the GPU, for a workload on "cuda". `threads` replaces the workload's number.
+
+    Raises UsageError for an unknown backend or workload or a device that the workload does not use, ArtifactError for a bundle that
+    cannot be read, DependencyError where `output` cannot be written.
     """
     names = check_names(backends)
     asked = {BASELINE, *(name for name in backends if name != ALL)}

@@ -1,1 +1,1 @@
-"""The command line: one file a verb, one table of verbs, one place that turns errors into exit codes (`main`)."""
+"""The command line: one file for each verb, one table of verbs, and one place that turns errors into exit codes (`main`)."""

@@ -1,18 +1,21 @@
-"""What a bundle holds, as text and as a JSON document."""
+"""What is in a bundle and how much GPU memory its engines need, as text and as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sana_export.cli.terminal.text import plural, seconds, size, table
 from sana_export.contract import GRAPHS
 from sana_export.manifest import EngineEntry, Manifest
+from sana_export.runtime.memory import MemoryRequirement, memory_requirements
+from sana_export.trt.selection import engine_set
 
 
 def bundle_document(bundle: Path, manifest: Manifest) -> dict[str, Any]:
-    """The manifest's content, without the tensors' tables, and sizes in bytes."""
+    """The manifest without its tables of tensors, with sizes in bytes."""
     return {
         "bundle": str(bundle),
         "checkpoint": dataclasses.asdict(manifest.checkpoint),
@@ -35,14 +38,14 @@ def bundle_document(bundle: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def total_bytes(manifest: Manifest) -> int:
-    """Bytes of all files that the manifest names; a file that several graphs name counts once."""
+    """Bytes of all files in the manifest. A file that several graphs share counts once."""
     files = [*manifest.files, *(file for graph in manifest.graphs.values() for file in graph.files)]
     files += [engine.file for engine in manifest.engines]
     return sum({file.path: file.bytes for file in files}.values())
 
 
 def bundle_summary(bundle: Path, manifest: Manifest) -> str:
-    """Where the bundle is, what it was made from, its graphs and its engines."""
+    """The bundle's path and size, its checkpoint, graphs and engines."""
     parts = [f"{bundle}: {size(total_bytes(manifest))}", bundle_origin(manifest), graphs_table(manifest)]
     if manifest.engines:
         parts.append(engines_table(manifest.engines))
@@ -50,10 +53,10 @@ def bundle_summary(bundle: Path, manifest: Manifest) -> str:
 
 
 def bundle_origin(manifest: Manifest) -> str:
-    """One line: which checkpoint, with which options."""
+    """One line: the checkpoint and the options of the export."""
     checkpoint, options = manifest.checkpoint, manifest.options
     facts = [checkpoint.source + (f" at {checkpoint.revision}" if checkpoint.revision else "")]
-    facts += [f"transformer of {checkpoint.transformer.path}"] if checkpoint.transformer else []
+    facts += [f"transformer from {checkpoint.transformer.path}"] if checkpoint.transformer else []
     facts += [f"LoRA {lora.path} at {lora.scale:g}" for lora in checkpoint.loras]
     facts += ["synthetic: random weights"] if checkpoint.synthetic else []
     facts += [options.precision, f"{manifest.model.native_size} px"]
@@ -64,6 +67,7 @@ def bundle_origin(manifest: Manifest) -> str:
 
 
 def graphs_table(manifest: Manifest) -> str:
+    """One row for each graph."""
     order = [*(name for name in GRAPHS if name in manifest.graphs), *(name for name in manifest.graphs if name not in GRAPHS)]
     rows = []
     for name in order:
@@ -73,7 +77,7 @@ def graphs_table(manifest: Manifest) -> str:
 
 
 def engines_table(engines: tuple[EngineEntry, ...]) -> str:
-    """One row for the engines of one backend, target and profile, in the manifest's order."""
+    """One row for the engines of each backend, target and profile, in the manifest's order."""
     groups: dict[tuple[str, ...], list[EngineEntry]] = {}
     for engine in engines:
         key = (engine.backend, engine.backend_version, target(engine), served(engine))
@@ -97,10 +101,45 @@ def target(engine: EngineEntry) -> str:
 
 
 def served(engine: EngineEntry) -> str:
-    """The profile that an engine was built for, and whether it holds no weights."""
+    """The profile that an engine was built for, and whether it is refittable."""
     return engine.profile + (", refittable" if engine.refittable else "")
 
 
 def peak(count: int) -> str:
-    """Host memory of a build; a dash where it was not measured."""
+    """Peak host memory of a build; a dash if it was not measured."""
     return size(count) if count else "-"
+
+
+def memory_needs(bundle: Path, manifest: Manifest) -> dict[str, Mapping[str, MemoryRequirement]]:
+    """What the engines for one image of the native size need, by backend and memory mode."""
+    found: dict[str, Mapping[str, MemoryRequirement]] = {}
+    for backend in dict.fromkeys(engine.backend for engine in manifest.engines):
+        entries = (engine for engine in manifest.engines if engine.backend == backend)
+        found[backend] = memory_requirements(manifest, engine_set(bundle, backend, entries).typical(manifest.model))
+    return found
+
+
+def memory_document(found: Mapping[str, Mapping[str, MemoryRequirement]]) -> dict[str, Any]:
+    """`memory_needs` as JSON."""
+    return {
+        backend: {mode: {**dataclasses.asdict(need), "total": need.total} for mode, need in modes.items()}
+        for backend, modes in found.items()
+    }
+
+
+def memory_text(found: Mapping[str, Mapping[str, MemoryRequirement]], gpu_bytes: int | None = None) -> str:
+    """`memory_needs` as a table that says whether a GPU with `gpu_bytes` of memory is large enough. "" without engines."""
+    rows = [
+        (
+            f"{backend}, {mode}",
+            size(need.weights),
+            size(need.work),
+            size(need.total),
+            "-" if gpu_bytes is None else "yes" if need.total <= gpu_bytes else "no",
+        )
+        for backend, modes in found.items()
+        for mode, need in modes.items()
+    ]
+    if not rows:
+        return ""
+    return "GPU memory, at most:\n" + table(rows, ("engines, mode", "weights", "work", "total", "fits here"), "  ")

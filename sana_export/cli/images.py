@@ -1,28 +1,28 @@
-"""Where `generate` writes: names, formats, and files that appear only when they are whole."""
+"""Image files that `generate` writes: names, formats, and writing each file whole or not at all."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy.typing as npt
 
 from sana_export.errors import UsageError
-from sana_export.files import disk_errors
+from sana_export.files import disk_errors, write_whole
 
-#: Suffix of a file: the format that Pillow writes, or None for float32 values in [0, 1] as a numpy array.
+#: File suffix to Pillow's format. None: a numpy array of float32 values in [0, 1].
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".npy": None}
 #: Arguments of Pillow's `save`.
 SAVE_OPTIONS: dict[str | None, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
 
 
 def check_output(output: Path) -> str:
-    """The runtime's output type for `output`, once its name makes sense and its folder takes files. The folder is made.
+    """The runtime's output type for the file `output`. Creates its folder.
 
-    Raises UsageError for a name without a known suffix, DependencyError for a folder that cannot be written.
+    Raises UsageError if the suffix is not one of `FORMATS`, DependencyError if the folder is not writable.
     """
     if output.suffix.lower() not in FORMATS or output.is_dir():
         raise UsageError(
@@ -46,21 +46,14 @@ def output_paths(output: Path, count: int) -> list[Path]:
 
 
 def write_images(images: Sequence[Any] | npt.NDArray[Any], output: Path) -> list[Path]:
-    """Write Pillow images, or arrays [H, W, 3] for .npy, each under a temporary name that is then changed."""
+    """Write Pillow images, or arrays [H, W, 3] for .npy, and return their paths."""
     paths = output_paths(output, len(images))
     for path, image in zip(paths, images, strict=True):
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with disk_errors(path):
-            try:
-                with partial.open("wb") as file:
-                    _save(image, file, FORMATS[path.suffix.lower()])
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+        write_whole(path, partial(_save, image, FORMATS[path.suffix.lower()]))
     return paths
 
 
-def _save(image: Any, file: BinaryIO, format: str | None) -> None:
+def _save(image: Any, format: str | None, file: BinaryIO) -> None:
     if format is None:
         import numpy
 

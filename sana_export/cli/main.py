@@ -1,7 +1,7 @@
-"""`sana-export`: reads the command line, runs one verb, and turns whatever comes of it into output and an exit code.
+"""`sana-export`: parses the command line, runs one verb, and turns its result or its error into output and an exit code.
 
-Exit codes: 0 done, 1 a bug of ours, 2 usage, 3 environment or dependency, 4 artifact stale, damaged or unfit for this machine,
-5 parity or quality limit missed, 130 interrupted.
+Exit codes: 0 success, 1 a bug in sana-export, 2 usage, 3 environment or dependency, 4 artifact stale, damaged or not usable on
+this machine, 5 parity or quality limit missed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import argparse
 import contextlib
 import difflib
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from sana_export import __version__
@@ -28,21 +29,27 @@ from sana_export.errors import UsageError
 VERBS: dict[str, Verb] = {
     module.VERB.name: module.VERB for module in (engines, export, build, verify, generate, bench, inspect, doctor, variants, synth)
 }
-#: Verbosity by the count of -v minus the count of -q.
+#: Log level by the number of -v minus the number of -q. 0 is the verb's own level.
 LEVELS = {-1: SILENT, 1: VERBOSE, 2: EVERYTHING}
-#: Libraries that set their own level of logging when they are imported read it from here.
+#: Libraries read their log level from these variables when they are imported.
 QUIET_ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+NO_PROGRESS_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UsageError where argparse would print to stderr and exit."""
+    """Raises UsageError instead of printing to stderr and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, fix=f"{self.prog} --help")
 
+    def long_options(self) -> list[str]:
+        """Every option that starts with two dashes, from the lines of the help that begin with an option."""
+        lines = re.findall(r"^  (-\S.*?)(?:  |$)", self.format_help(), re.MULTILINE)
+        return re.findall(r"--[a-z][a-z-]*", " ".join(lines))
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (that of the process where it is None) and return its exit code."""
+    """Run the command line `argv` (None: the process's own) and return its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments or bool(os.environ.get("SANA_EXPORT_DEBUG"))
     stdout = Stdout(as_json="--json" in arguments)
@@ -68,23 +75,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, stdout: Stdout) -> Answer:
     verb = VERBS[options.verb]
     verbosity = max(-1, min(options.verbose - options.quiet, 2))
-    if verbosity <= 0:
-        for name, value in QUIET_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     console = Console(level=LEVELS.get(verbosity, verb.level))
-    with stdout.guarded(), logging_to(console, everything=verbosity > 0):
+    variables = {**(QUIET_ENVIRONMENT if verbosity <= 0 else {}), **({} if sys.stderr.isatty() else NO_PROGRESS_BARS)}
+    with stdout.guarded(), _default_environment(variables), logging_to(console, everything=verbosity > 0):
         return verb.run(options, console)
 
 
+@contextlib.contextmanager
+def _default_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set those environment variables that are not set yet, for the duration of the block."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line. Raises UsageError, for an unknown option with the one that is nearest to it."""
+    """The options of a command line. Raises UsageError, which suggests the most similar option if one is unknown."""
     parser, verbs = make_parser()
     options, unknown = parser.parse_known_args(arguments)
     if not unknown:
         return options
-    known = [option for action in verbs[options.verb]._actions for option in action.option_strings]
+    known = verbs[options.verb].long_options()
     near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
     raise UsageError(
         f"unrecognized argument {unknown[0]!r}",
@@ -94,10 +109,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the whole command line, and those of the verbs."""
+    """The parser of the whole command line, and the parsers of the verbs by name."""
     parser = Parser(
         prog="sana-export",
-        description="Takes a Sana checkpoint to ONNX graphs and TensorRT engines, and samples with them without PyTorch.",
+        description="Exports a Sana checkpoint to ONNX graphs, builds TensorRT engines and generates images without PyTorch.",
         epilog="example:\n  sana-export export tiny -o bundle\n  sana-export generate bundle 'a red apple' -o apple.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -121,14 +136,14 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     group: Any = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
-    group.add_argument("-q", "--quiet", action="count", default=0, help="only errors on stderr")
-    group.add_argument("-v", "--verbose", action="count", default=0, help="more on stderr; twice for everything")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group.add_argument("--json", action="store_true", help="print one JSON document on stdout and everything else on stderr")
+    group.add_argument("-q", "--quiet", action="count", default=0, help="print only errors on stderr")
+    group.add_argument("-v", "--verbose", action="count", default=0, help="print more on stderr; twice for everything")
+    group.add_argument("--debug", action="store_true", help="print the traceback of an error")
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads stderr
+    with contextlib.suppress(OSError):  # stderr is closed
         sys.stderr.write(f"sana-export: {text}\n")
 
 

@@ -1,4 +1,4 @@
-"""A recipe: what `sana-export engines` makes, as a TOML file says it."""
+"""A recipe: the TOML file that `sana-export engines` runs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sana_export.trt.options import BuildOptions
 
 
 @dataclass(frozen=True)
-class Build:
-    """Engines for one backend, target and profile; the options of `sana-export build`."""
+class BuildSection:
+    """[[build]]: engines for one backend, target and profile. The keys are options of `sana-export build`."""
 
     backend: str = "tensorrt-rtx"
     profile: str | None = None
@@ -36,12 +36,13 @@ class Build:
 
     @property
     def options(self) -> BuildOptions:
+        """The keys that are builder options."""
         return BuildOptions(**{name: getattr(self, name) for name in BUILD_OPTIONS})
 
 
 @dataclass(frozen=True)
-class Verify:
-    """The parity check; None means its default."""
+class VerifySection:
+    """[verify]: the comparison with diffusers. The keys are options of `sana-export verify`; None means its default."""
 
     backend: str | None = None
     prompts: tuple[str, ...] | None = None
@@ -50,13 +51,16 @@ class Verify:
     steps: int | None = None
     guidance_scale: float | None = None
     seed: int | None = None
+    device: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One image (or several prompts' images); the options of `sana-export generate`. `output` is relative to the current folder."""
+class SampleSection:
+    """[sample]: images of one or more prompts. The keys are options of `sana-export generate`."""
 
     prompt: str | tuple[str, ...]
+    #: Relative to the current folder.
     output: Path
     negative_prompt: str = ""
     steps: int | None = None
@@ -68,22 +72,27 @@ class Sample:
     images_per_prompt: int = 1
     resolution_binning: bool | None = None
     backend: str = "auto"
+    device: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The latency comparison; the options of `sana-export bench`."""
+class BenchSection:
+    """[bench]: the latency comparison. The keys are options of `sana-export bench`."""
 
     workload: str
     backends: tuple[str, ...] = ()
     output: Path | None = None
+    device: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. A part that the file leaves out is not done; `output` (the bundle) is relative to the current folder."""
+    """A whole recipe. A stage without a section is left out."""
 
     model: str
+    #: The bundle, relative to the current folder.
     output: Path
     precision: str = "fp16"
     pag_layers: tuple[str, ...] = ()
@@ -93,35 +102,41 @@ class Recipe:
     variant: str | None = None
     transformer: Path | None = None
     lora: tuple[str, ...] = ()
-    build: tuple[Build, ...] = ()
-    verify: Verify | None = None
-    sample: Sample | None = None
-    bench: Bench | None = None
+    build: tuple[BuildSection, ...] = ()
+    verify: VerifySection | None = None
+    sample: SampleSection | None = None
+    bench: BenchSection | None = None
+    #: The recipe's own file.
     path: Path = field(default=Path(), metadata={"hidden": True})
 
 
 #: The tables of a recipe.
-PARTS: dict[str, type[Build | Verify | Sample | Bench]] = {"build": Build, "verify": Verify, "sample": Sample, "bench": Bench}
+SECTIONS: dict[str, type[BuildSection | VerifySection | SampleSection | BenchSection]] = {
+    "build": BuildSection,
+    "verify": VerifySection,
+    "sample": SampleSection,
+    "bench": BenchSection,
+}
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read and check the recipe at `path`. Raises UsageError for what it cannot mean, naming the key and what it may be."""
+    """Read and check the recipe at `path`. Raises UsageError with the wrong key and what is allowed there."""
     content = read_toml(path, "recipe", "a TOML file such as engines/tiny.toml")
-    parts: dict[str, Any] = {}
-    for name, kind in PARTS.items():
+    sections: dict[str, Any] = {}
+    for name, kind in SECTIONS.items():
         if name not in content:
             continue
         table = content.pop(name)
         tables = table if isinstance(table, list) and name == "build" else [table]
         parsed = tuple(parse_table(kind, one, f"[{name}] of {path}") for one in tables)
-        parts[name] = parsed if name == "build" else parsed[0]
-    recipe = dataclasses.replace(parse_table(Recipe, content, str(path)), path=path, **parts)
+        sections[name] = parsed if name == "build" else parsed[0]
+    recipe = dataclasses.replace(parse_table(Recipe, content, str(path)), path=path, **sections)
     _check(recipe)
     return recipe
 
 
 def _check(recipe: Recipe) -> None:
-    """Find what would fail only after the long export."""
+    """Find errors now that would otherwise appear only after the long export."""
     if recipe.precision not in PRECISIONS:
         raise UsageError(f"unknown precision in {recipe.path}", found=recipe.precision, wanted=", ".join(PRECISIONS))
     for build in recipe.build:
@@ -136,3 +151,9 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.bench is not None:
         load_workload(recipe.bench.workload)
+    for name in ("verify", "sample", "bench"):
+        section = getattr(recipe, name)
+        for key, least in (("device", 0), ("threads", 1)):
+            value = getattr(section, key, None)
+            if value is not None and value < least:
+                raise UsageError(f"{key} in [{name}] of {recipe.path} is too small", found=value, wanted=f"{least} or more")

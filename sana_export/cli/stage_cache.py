@@ -1,4 +1,4 @@
-"""What the stages of a recipe came to, kept beside the bundle, so that a stage whose inputs have not changed is not run again."""
+"""Results of a recipe's stages, kept beside the bundle. A stage whose inputs have not changed is not run again."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from sana_export.cli.verb import Answer
 from sana_export.environment import source_digest
-from sana_export.files import disk_errors, hash_file
+from sana_export.files import hash_file, write_whole
 from sana_export.machine import describe_machine, describe_versions
 
 
 class StageCache:
-    """The file `<bundle>.stages.json`: for each stage the key of its inputs, its answer and when it was found."""
+    """The file `<bundle>.stages.json`: for each stage the key of its inputs, its answer, its files and when it finished."""
 
     def __init__(self, bundle: Path) -> None:
         self.path = bundle.with_name(bundle.name + ".stages.json")
@@ -27,7 +27,10 @@ class StageCache:
         self._entries: dict[str, Any] = content if isinstance(content, dict) else {}
 
     def find(self, stage: str, key: str) -> tuple[Answer, str] | None:
-        """The recorded answer of `stage` and its time (ISO), where its inputs were those of `key` and its files are whole."""
+        """The recorded answer of `stage` and its time (ISO 8601).
+
+        None if its key was another one, or a file that it wrote is missing or changed.
+        """
         entry = self._entries.get(stage)
         if not entry or entry["key"] != key:
             return None
@@ -44,13 +47,10 @@ class StageCache:
             "files": {str(path): hash_file(path) for path in files},
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        with disk_errors(self.path):
-            partial = self.path.with_suffix(".json.tmp")
-            partial.write_text(json.dumps(self._entries, indent=1), "utf-8")
-            partial.replace(self.path)
+        write_whole(self.path, json.dumps(self._entries, indent=1))
 
 
 def stage_key(export_key: str, settings: Mapping[str, Any]) -> str:
-    """Hash of all that a stage's answer rests on: the bundle, its settings, this package, its libraries and the machine."""
+    """Hash of everything that a stage's answer depends on: bundle, settings, this package, its libraries and the machine."""
     parts = [export_key, settings, source_digest("."), describe_versions(), describe_machine()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,41 +1,55 @@
-"""What a verb is and what it answers, and the options that several verbs share."""
+"""What a verb is and what it returns, and the options that several verbs share."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sana_export.cli.terminal.console import QUIET, Console
+from sana_export.commands import model_words
+from sana_export.errors import ArtifactError
+from sana_export.manifest import Manifest
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a verb found: `document` is the one that --json prints, `text` is for people. Both go to stdout."""
+    """The result of a verb, for stdout."""
 
+    #: What --json prints.
     document: Mapping[str, Any]
+    #: What a person reads.
     text: str
+    #: Exit code of the process.
     exit_code: int = 0
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One row of the table of verbs. `level` is the least level of log records that stderr shows without -v or -q."""
+    """One row of the table of verbs."""
 
+    #: The word on the command line.
     name: str
+    #: One line in `sana-export --help`.
     summary: str
+    #: First paragraph of the verb's own help.
     description: str
+    #: Complete commands, one a line.
     example: str
+    #: Adds the verb's arguments to its parser.
     add_arguments: Callable[[argparse.ArgumentParser], None]
+    #: Does the work.
     run: Callable[[argparse.Namespace, Console], Answer]
+    #: The lowest level of log records that stderr shows without -v and -q.
     level: int = QUIET
 
 
 class ListAction(argparse.Action):
-    """Collects names separated by blanks or commas, over all uses of the option, into one list."""
+    """Collects names separated by spaces or commas, over all uses of the option, into one list."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
@@ -50,48 +64,49 @@ def split_names(values: Iterable[str]) -> list[str]:
 
 
 def add_names(parser: argparse.ArgumentParser, option: str, metavar: str, help: str) -> None:
-    """An option that takes names separated by blanks or commas; its value is a list, empty where it is not given."""
+    """An option that takes names separated by spaces or commas. Its value is a list, empty by default."""
     parser.add_argument(option, nargs="+", action=ListAction, default=[], metavar=metavar, help=help)
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """The positional argument BUNDLE."""
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by `sana-export export`")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which files of a checkpoint are meant, what lies over them and how to get them."""
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
-    parser.add_argument("--variant", metavar="NAME", help="weight files to take, for example fp16: *.fp16.safetensors")
+    """The options that choose a checkpoint's files, overlay other weights and fetch from the hub."""
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id (default: the main branch)")
+    parser.add_argument("--variant", metavar="NAME", help="which weight files to use, for example fp16: *.fp16.safetensors")
     parser.add_argument(
         "--transformer",
         metavar="FILE",
         type=Path,
-        help="a .safetensors file with the transformer's weights, in place of the checkpoint's (diffusers' or the original names)",
+        help="a .safetensors file with weights that replace the checkpoint's transformer (diffusers' names or the original ones)",
     )
     parser.add_argument(
         "--lora",
         metavar="PATH[:SCALE]",
         action="append",
         default=[],
-        help="a LoRA in the format of diffusers or PEFT, folded into the transformer's weights; may be given several times",
+        help="a LoRA in diffusers' or PEFT's format, merged into the transformer's weights; can be given several times",
     )
     add_hub_options(parser)
 
 
 def add_hub_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say how a hub id is fetched."""
-    parser.add_argument("--token", metavar="TOKEN", help="the hub's access token (default: HF_TOKEN, or what `hf auth login` left)")
+    """The options for fetching a hub id."""
     parser.add_argument(
-        "--cache-dir", metavar="DIR", type=Path, help="where files of the hub are kept (default: huggingface_hub's)"
+        "--token", metavar="TOKEN", help="access token for the hub (default: HF_TOKEN, or the login saved by `hf auth login`)"
     )
-    parser.add_argument("--offline", action="store_true", help="take a hub id from the cache and do not ask the hub")
+    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help="folder for files from the hub (default: huggingface_hub's)")
+    parser.add_argument("--offline", action="store_true", help="use only cached files; never contact the hub")
 
 
 def model_options(files: Any, hub: Any) -> dict[str, Any]:
-    """What `open_checkpoint` takes beside MODEL.
+    """Keyword arguments of `open_checkpoint` from options.
 
-    `files` has the attributes revision, variant, transformer and lora (a recipe or parsed options), `hub` has token, cache_dir and
-    offline (parsed options). Raises UsageError for a LoRA's scale that is no number.
+    `files` has the attributes revision, variant, transformer and lora (parsed options or a recipe). `hub` has token, cache_dir and
+    offline (parsed options). Raises UsageError if a LoRA's scale is not a number.
     """
     from sana_export.adapters import parse_lora
     from sana_export.checkpoint.hub import Hub
@@ -105,13 +120,37 @@ def model_options(files: Any, hub: Any) -> dict[str, Any]:
     }
 
 
+def reference_options(bundle: Path) -> str:
+    """`--reference` with the checkpoint that `bundle` was exported from, for the command in an error."""
+    try:
+        return "--reference " + shlex.join(model_words(Manifest.load(bundle).checkpoint))
+    except ArtifactError:  # not a bundle; the corrected command will say so
+        return "--reference MODEL"
+
+
 def add_size(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """--height and --width of `meaning`."""
     for option in ("--height", "--width"):
         parser.add_argument(option, type=positive, metavar="PIXELS", help=f"{option[2:]} of {meaning}")
 
 
+def add_device(parser: argparse.ArgumentParser, threads: str = "the backend decides") -> None:
+    """--device and --threads of `SanaRuntime.from_pretrained`. `threads` says what the default number is."""
+    parser.add_argument("--device", type=index, metavar="N", help="index of the GPU (default: the first one)")
+    parser.add_argument("--threads", type=positive, metavar="N", help=f"threads for work on the CPU (default: {threads})")
+
+
 def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    """A whole number, 1 or more, for argparse."""
+    return _at_least(1, text)
+
+
+def index(text: str) -> int:
+    """A whole number, 0 or more, for argparse."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {least} or more")
     return int(text)

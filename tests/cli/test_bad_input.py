@@ -1,4 +1,4 @@
-"""Checkpoints and bundles that are not what they should be: the promised exit code, the thing by its name, no traceback."""
+"""Damaged and wrong checkpoints and bundles: the documented exit code, an error that names the cause, no traceback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refused(ran: Ran, code: int, *words: str) -> None:
         assert word in ran.err
 
 
-def test_unknown_alias_lists_the_near_ones(tmp_path: Path, cli: Cli) -> None:
+def test_an_unknown_alias_lists_similar_ones(tmp_path: Path, cli: Cli) -> None:
     ran = cli("export", "sana-1600m-1024", "-o", tmp_path / "bundle")
     refused(ran, 2, "unknown model 'sana-1600m-1024'", "sana-1600m-1024px", "sana-export variants")
 
@@ -75,19 +75,19 @@ def test_a_missing_shard(checkpoint_copy: Path, tmp_path: Path, cli: Cli) -> Non
         (("--graphs", "denoizer"), "denoiser"),
     ],
 )
-def test_export_options_that_make_no_sense(
+def test_export_options_that_do_not_fit_the_model(
     options: tuple[str, ...], word: str, tiny_checkpoint: Any, tmp_path: Path, cli: Cli
 ) -> None:
     refused(cli("export", tiny_checkpoint.folder, "-o", tmp_path / "bundle", *options), 2, word)
 
 
-def test_an_output_folder_that_cannot_be_written(tiny_checkpoint: Any, tmp_path: Path, cli: Cli) -> None:
+def test_an_output_folder_that_is_not_writable(tiny_checkpoint: Any, tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "file").write_text("not a folder")
     refused(cli("export", tiny_checkpoint.folder, "-o", tmp_path / "file" / "bundle", "-q"), 3, "cannot be written")
     refused(cli("export", tiny_checkpoint.folder, "-o", "/proc/nowhere/bundle", "-q"), 3, "cannot be written")
 
 
-def test_an_output_that_holds_something_else_is_left_alone(tiny_checkpoint: Any, tmp_path: Path, cli: Cli) -> None:
+def test_an_output_folder_with_other_files_is_not_changed(tiny_checkpoint: Any, tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     refused(cli("export", tiny_checkpoint.folder, "-o", tmp_path, "-q"), 2, "not a bundle")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
@@ -144,7 +144,7 @@ DAMAGE: list[Callable[[Path], str]] = [cut, flip, lose, lose_tokenizer, point_ou
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_bundle_is_not_sampled(damage: Callable[[Path], str], bundle_copy: Path, tmp_path: Path, cli: Cli) -> None:
+def test_generate_refuses_a_damaged_bundle(damage: Callable[[Path], str], bundle_copy: Path, tmp_path: Path, cli: Cli) -> None:
     name = damage(bundle_copy)
     ran = cli("generate", bundle_copy, "a cat", "-o", tmp_path / "x.png", "--steps", 1)
     refused(ran, 4, name, "sana-export export")
@@ -152,13 +152,17 @@ def test_a_damaged_bundle_is_not_sampled(damage: Callable[[Path], str], bundle_c
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_inspect_names_what_is_damaged(damage: Callable[[Path], str], bundle_copy: Path, cli: Cli) -> None:
-    assert cli("inspect", bundle_copy).code == 0
+def test_inspect_names_the_damaged_file(damage: Callable[[Path], str], bundle_copy: Path, cli: Cli) -> None:
+    intact = cli("inspect", bundle_copy)
+    assert (intact.code, "files: all match the manifest" in intact.out) == (0, True)
     name = damage(bundle_copy)
     ran = cli("inspect", bundle_copy, "--json")
     assert ran.code == 4
     assert list(ran.json["damaged"]) == [name]
     assert ran.json["runs_here"]["onnx"] is False
+    text = cli("inspect", bundle_copy).out
+    assert "files: DAMAGED" in text
+    assert f"fix: sana-export export tiny-random -o {bundle_copy} --dtype fp32 --pag-layers transformer_blocks.1" in text
 
 
 def edit(**changes: object) -> Callable[[Path], None]:
@@ -184,7 +188,7 @@ def truncate(bundle: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("verb", ["inspect", "generate", "build"])
-def test_a_manifest_that_cannot_be_trusted(
+def test_a_damaged_or_foreign_manifest(
     damage: Callable[[Path], None], words: tuple[str, ...], verb: str, bundle_copy: Path, tmp_path: Path, cli: Cli
 ) -> None:
     rest = {"generate": ("a cat", "-o", tmp_path / "x.png"), "build": ("--backend", "tensorrt-rtx")}.get(verb, ())
@@ -203,7 +207,12 @@ def test_an_unknown_profile_lists_the_known_ones(tiny_bundle: Path, cli: Cli) ->
 
 
 def test_verify_needs_a_reference(tiny_bundle: Path, cli: Cli) -> None:
-    refused(cli("verify", tiny_bundle), 2, "--reference")
+    refused(cli("verify", tiny_bundle), 2, f"sana-export verify {tiny_bundle} --reference tiny-random\n")
+    refused(cli("verify", "no-bundle"), 2, "sana-export verify no-bundle --reference MODEL")
+
+
+def test_bench_needs_a_reference(tiny_bundle: Path, cli: Cli) -> None:
+    refused(cli("bench", tiny_bundle), 2, f"sana-export bench {tiny_bundle} --reference tiny-random\n")
 
 
 def test_an_unknown_workload_lists_the_known_ones(tiny_bundle: Path, tiny_checkpoint: Any, cli: Cli) -> None:

@@ -1,4 +1,4 @@
-"""`sana-export bench` as a command: real runs, their files, and what --compare, --profile and --floor make of them."""
+"""`sana-export bench`: real runs, their reports, and --compare, --profile and --floor."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tests.support.command_line import Cli
 def test_a_slowed_graph_is_caught(
     tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three real runs: as it is, as it is, and with a denoiser ten times as slow, which a busy machine cannot hide.
+    """Three real runs: twice unchanged, then with a denoiser that takes ten times as long, which shows even on a busy machine.
 
-    benchmarks/notes.md has the same on a quiet machine with an eighth more of a denoiser's work.
+    benchmarks/notes.md has the same on a quiet machine, with a denoiser that does an eighth more work.
     """
     work = Workload("slowed", 128, 128, 4, 4.5, ("a cute 🐼",), repeats=5, threads=1)
     names = ("eager", "tests.support.fake_candidates:slowed")
@@ -42,13 +42,14 @@ def test_the_last_line_names_the_report(tiny_bundle: Path, tiny_checkpoint: Any,
         "[[sweep]]\nimages_per_prompt = 2\n"
     )
     common = ("bench", tiny_bundle, "--reference", tiny_checkpoint.folder, "--workload", workload, "--prompts", "short,emoji")
-    ran = cli(*common, "-o", tmp_path / "out")
+    ran = cli(*common, "-o", tmp_path / "out", "--threads", 1)
     assert ran.code == 0, ran.err
     path = Path(ran.out.splitlines()[-1])
     document = json.loads(path.read_text("utf-8"))
     assert path == tmp_path / "out" / "bench.json"
     assert document["workload"]["prompts"][0] == "a red apple"
     assert len(document["workload"]["prompts"]) == 3
+    assert document["workload"]["threads"] == 1
     assert [point["images_per_prompt"] for point in document["sweep"]] == [2]
     ran = cli(*common, "-o", tmp_path / "again", "--json")
     assert ran.code == 0, ran.err
@@ -76,17 +77,17 @@ def test_a_profile_lists_the_slowest_layers(tiny_bundle: Path, tiny_checkpoint: 
         (("bundle",), 2, "--reference MODEL"),
         (("--compare", "a.json"), 2, "--compare"),
         (("--compare", "a.json", "b.json"), 4, "a.json cannot be read"),
-        (("--compare", "a.json", "b.json", "--threshold", "much"), 2, "is no percentage"),
+        (("--compare", "a.json", "b.json", "--threshold", "much"), 2, "is not a percentage"),
         (("--floor", "--profile"), 2, "not allowed with"),
     ],
 )
-def test_a_bad_line_is_named(arguments: tuple[str, ...], code: int, words: str, cli: Cli) -> None:
+def test_wrong_arguments_are_named(arguments: tuple[str, ...], code: int, words: str, cli: Cli) -> None:
     ran = cli("bench", *arguments)
     assert ran.code == code
     assert words in ran.err
 
 
-def test_a_profile_is_of_one_known_backend(tiny_bundle: Path, tiny_checkpoint: Any, cli: Cli) -> None:
+def test_a_profile_takes_one_known_backend(tiny_bundle: Path, tiny_checkpoint: Any, cli: Cli) -> None:
     common = ("bench", tiny_bundle, "--reference", tiny_checkpoint.folder, "--workload", "smoke", "--profile")
     assert "one name" in cli(*common, "--backend", "torch", "onnxruntime").err
     assert "--backend torch" in cli(*common, "--backend", "torhc").err

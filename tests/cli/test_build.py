@@ -1,4 +1,4 @@
-"""`build` and `export` through the command line: what is made, and what is already there."""
+"""`build` and `export` on the command line: what they make, and what they skip because it exists."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytest.importorskip("tensorrt_rtx")
     ("values", "names"),
     [(["8.9", "12.0"], ["8.9", "12.0"]), (["8.9,12.0"], ["8.9", "12.0"]), (["a, b c", ",d"], ["a", "b", "c", "d"])],
 )
-def test_names_by_blanks_or_commas(values: list[str], names: list[str]) -> None:
+def test_names_are_separated_by_spaces_or_commas(values: list[str], names: list[str]) -> None:
     assert split_names(values) == names
 
 
@@ -55,7 +55,7 @@ def contents(bundle: Path) -> dict[str, bytes]:
     return {path.relative_to(bundle).as_posix(): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
 
 
-def test_a_dry_run_says_what_would_be_built_and_why_and_builds_nothing(bundle_copy: Path, cli: Cli) -> None:
+def test_a_dry_run_lists_what_would_be_built_and_why_and_builds_nothing(bundle_copy: Path, cli: Cli) -> None:
     arguments = ("build", bundle_copy, "--backend", "tensorrt-rtx", "--graphs", "sampler", "context", "denoiser", "postprocess")
     assert cli(*arguments[:4], "--graphs", "sampler", "context", "denoiser").code == 0
     engines = {engine.graph: engine for engine in Manifest.load(bundle_copy).engines}
@@ -128,7 +128,7 @@ def test_tensorrt_says_what_to_install(tiny_bundle: Path, cli: Cli, monkeypatch:
     assert 'pip install "tensorrt>=10.12"' in ran.err
 
 
-def test_the_profile_is_named_or_of_one_size(tiny_bundle: Path) -> None:
+def test_a_profile_by_name_or_for_one_size(tiny_bundle: Path) -> None:
     manifest = Manifest.load(tiny_bundle)
     assert choose_profile(manifest, None, None, None, None).name == "default"
     assert choose_profile(manifest, "laptop", None, None, None).name == "laptop"
@@ -156,7 +156,7 @@ def test_engines_of_one_size_and_of_every_bin(tiny_bundle: Path, cli: Cli) -> No
     assert "multiples of 32" in refused.err
 
 
-def test_what_an_engine_can_do_beyond_its_target(bundle_copy: Path, cli: Cli) -> None:
+def test_compatibility_options(bundle_copy: Path, cli: Cli) -> None:
     arguments = ("build", bundle_copy, "--backend", "tensorrt-rtx", "--graphs", "sampler", "--json")
     plain = cli(*arguments)
     more = cli(*arguments, "--hardware-compatible", "--weight-streaming", "--compute-capability", "8.0")
@@ -173,7 +173,7 @@ def test_what_an_engine_can_do_beyond_its_target(bundle_copy: Path, cli: Cli) ->
     assert len(Manifest.load(bundle_copy).engines) == 2
 
 
-def test_export_of_what_is_already_there_keeps_it(tiny_checkpoint: Any, bundle_copy: Path, cli: Cli) -> None:
+def test_exporting_again_keeps_the_bundle(tiny_checkpoint: Any, bundle_copy: Path, cli: Cli) -> None:
     before = (bundle_copy / "manifest.json").stat().st_mtime_ns
     options = ("--dtype", "fp32", "--pag-layers", "transformer_blocks.1")
     ran = cli("export", tiny_checkpoint.folder, "-o", bundle_copy, *options, "--json")

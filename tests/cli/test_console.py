@@ -1,4 +1,4 @@
-"""stderr: lines that are never mixed up with the line of progress."""
+"""stderr: whole lines are never mixed up with the progress line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
         return True
 
     def screen(self) -> list[str]:
-        """The lines that a reader sees in the end."""
+        """The lines that are visible in the end."""
         lines = []
         for line in self.getvalue().split("\n"):
             shown = line.split("\r\x1b[K")[-1]
@@ -25,7 +25,7 @@ class Terminal(io.StringIO):
         return lines
 
 
-def test_steps_are_lines_where_there_is_no_terminal() -> None:
+def test_steps_are_lines_without_a_terminal() -> None:
     stream = io.StringIO()
     console = Console(stream, VERBOSE)
     for done, name in enumerate(("context", "denoiser")):
@@ -65,7 +65,7 @@ def test_progress_is_shown_as_a_step_and_its_fraction_if_known() -> None:
     assert stream.screen()[-1] == ""
 
 
-def test_a_log_record_takes_the_bar_away() -> None:
+def test_a_log_record_replaces_the_bar() -> None:
     stream = Terminal()
     console = Console(stream, QUIET)
     with logging_to(console, everything=False):

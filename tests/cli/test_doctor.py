@@ -1,31 +1,31 @@
-"""`doctor` tells what is here and what mends what is not; `packages` reads it all from metadata."""
+"""`doctor` shows what is installed and how to install the rest; `packages` reads it from metadata."""
 
 from __future__ import annotations
 
 import subprocess
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sana_export import machine as device
 from sana_export.cli import packages
-from sana_export.cli.machine import Builder, Machine
 from sana_export.cli.packages import Package, exclusive_conflict, missing_package, require
-from sana_export.cli.verbs import doctor
-from sana_export.cli.verbs.doctor import judge
+from sana_export.cli.probe import BackendProbe
+from sana_export.cli.verbs.doctor import Ability, Machine, judge
 from sana_export.errors import DependencyError
 from sana_export.machine import Gpu, find_gpus
 from tests.support.command_line import Cli
 
 NO_GPU = Machine("3.11", "python", "Linux", "linux-x86_64", "a processor", 2, 10**9, ())
-RTX = Builder("tensorrt-rtx", "1.7.1", ("8.9", "12.0"), None, None)
-NO_TENSORRT = Builder("tensorrt", None, (), "no module tensorrt", 'pip install "tensorrt>=10.12"')
+RTX = BackendProbe("tensorrt-rtx", "1.7.1", ("8.9", "12.0"), None, None)
+NO_TENSORRT = BackendProbe("tensorrt", None, (), "no module tensorrt", 'pip install "tensorrt>=10.12"')
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The versions that the metadata seems to hold; the test fills it."""
+    """The versions of the installed packages, as the metadata states them. The test fills it."""
     versions: dict[str, str] = {}
 
     def version(name: str) -> str:
@@ -33,13 +33,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             raise metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(packages.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     return versions
 
 
-def abilities(gpus: tuple[Gpu, ...], *builders: Builder, found: list[Package] | None = None) -> dict[str, doctor.Ability]:
+def abilities(gpus: tuple[Gpu, ...], *probes: BackendProbe, found: list[Package] | None = None) -> dict[str, Ability]:
     here = Machine(**{**vars(NO_GPU), "gpus": gpus})
-    return {ability.name: ability for ability in judge(here, found or [], builders)}
+    return {ability.name: ability for ability in judge(here, found or [], probes)}
 
 
 def test_document_and_text(cli: Cli) -> None:
@@ -54,7 +54,7 @@ def test_document_and_text(cli: Cli) -> None:
         assert line in text
 
 
-def test_the_builder_that_is_here_loads(cli: Cli) -> None:
+def test_an_installed_backend_loads(cli: Cli) -> None:
     module = pytest.importorskip("tensorrt_rtx")
     (backend,) = [row for row in cli("doctor", "--json").json["backends"] if row["backend"] == "tensorrt-rtx"]
     assert backend["version"] == module.__version__
@@ -62,31 +62,31 @@ def test_the_builder_that_is_here_loads(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "builder", "builds", "runs", "word"),
+    ("gpus", "probe", "builds", "runs", "word"),
     [
         ((), RTX, True, False, "no NVIDIA GPU"),
         ((Gpu("a", "8.9"),), RTX, True, True, None),
-        ((Gpu("a", "9.0"),), RTX, True, False, "9.0 is not in NVIDIA's list"),
+        ((Gpu("a", "9.0"),), RTX, True, False, "NVIDIA does not list compute capability 9.0"),
         ((Gpu("a", "9.0"), Gpu("b", "12.0")), RTX, True, True, None),
         ((Gpu("a", "9.0"),), NO_TENSORRT, False, False, "no module tensorrt"),
-        ((), Builder("tensorrt", "11.0", (), None, None), False, False, "no NVIDIA GPU"),
-        ((Gpu("a", "9.0"),), Builder("tensorrt", "11.0", (), None, None), True, True, None),
+        ((), BackendProbe("tensorrt", "11.0", (), None, None), False, False, "no NVIDIA GPU"),
+        ((Gpu("a", "9.0"),), BackendProbe("tensorrt", "11.0", (), None, None), True, True, None),
     ],
 )
-def test_engines(gpus: tuple[Gpu, ...], builder: Builder, builds: bool, runs: bool, word: str | None) -> None:
-    title = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}[builder.backend]
-    found = abilities(gpus, builder)
+def test_engines(gpus: tuple[Gpu, ...], probe: BackendProbe, builds: bool, runs: bool, word: str | None) -> None:
+    title = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}[probe.backend]
+    found = abilities(gpus, probe)
     assert found[f"build {title} engines"].possible is builds
     run = found[f"run {title} engines"]
     assert run.possible is runs
     assert (run.reason is None) if word is None else (word in str(run.reason))
 
 
-def test_missing_and_old_packages_are_named_with_the_line_that_installs_them() -> None:
+def test_missing_and_old_packages_are_named_with_the_command_that_installs_them() -> None:
     found = [Package("torch", "export", "2.9", "2.5.1+cu121"), Package("onnx", "export", "1.18", None)]
     ability = abilities((), found=found)["export"]
     assert not ability.possible
-    assert ability.reason == "lacks torch (older than 2.9), onnx (missing)"
+    assert ability.reason == "needs torch (older than 2.9), onnx (missing)"
     assert ability.fix == 'pip install "sana-export[export]"'
 
 
@@ -98,7 +98,7 @@ def test_versions_compare_as_numbers(version: str | None, problem: str | None) -
     assert Package("torch", "export", "2.9", version).problem == problem
 
 
-def test_both_onnxruntimes_are_warned_about(installed: dict[str, str], cli: Cli) -> None:
+def test_two_onnxruntimes_give_a_warning(installed: dict[str, str], cli: Cli) -> None:
     installed["onnxruntime"] = "1.32.0"
     assert exclusive_conflict() is None
     (gpu,) = [package for package in packages.packages() if package.name == "onnxruntime-gpu"]
@@ -110,7 +110,7 @@ def test_both_onnxruntimes_are_warned_about(installed: dict[str, str], cli: Cli)
 
 
 @pytest.mark.parametrize("verb", ["export", "verify", "bench", "engines"])
-def test_a_verb_that_lacks_packages_says_which(verb: str, installed: dict[str, str], tmp_path: Any, cli: Cli) -> None:
+def test_a_verb_names_its_missing_packages(verb: str, installed: dict[str, str], tmp_path: Any, cli: Cli) -> None:
     installed |= {"numpy": "2.0", "pillow": "11.0", "tokenizers": "0.22", "diffusers": "0.42.1", "transformers": "5.0"}
     (tmp_path / "recipe.toml").write_text('model = "tiny-random"\noutput = "x"\n')
     arguments = {
@@ -127,8 +127,29 @@ def test_a_verb_that_lacks_packages_says_which(verb: str, installed: dict[str, s
     assert 'fix:    pip install "sana-export[export]"' in ran.err
 
 
-def test_require_is_content_with_what_is_here() -> None:
+def test_require_accepts_installed_packages() -> None:
     require("", "export")
+
+
+def test_a_source_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    def requires(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", requires)
+    assert packages.packages() == []
+    require("", "export")
+    assert missing_package(ModuleNotFoundError("", name="torch")) is None
+    assert "packages: sana-export runs from its source folder and is not installed" in cli("doctor").out
+
+
+def test_commands_name_the_bundle(tiny_bundle: Path, cli: Cli) -> None:
+    abilities = cli("doctor", tiny_bundle, "--json").json["abilities"]
+    fixes = [ability["fix"] for ability in abilities.values() if ability["fix"]]
+    assert all(str(tiny_bundle) in fix for fix in fixes if fix.startswith("sana-export"))
+    found = {ability.name: ability for ability in judge(NO_GPU, [], [RTX], "some/bundle")}
+    assert found["run TensorRT-RTX engines"].fix == (
+        "sana-export generate some/bundle 'a red apple' -o apple.png --backend onnxruntime"
+    )
 
 
 def test_missing_modules() -> None:
@@ -149,7 +170,7 @@ def test_gpus_as_nvidia_smi_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("capability", "gpus"), [(None, ()), ("9.0", (Gpu("an NVIDIA GPU", "9.0"),))])
-def test_the_driver_is_asked_where_nvidia_smi_is_missing(
+def test_the_driver_is_asked_if_nvidia_smi_is_missing(
     capability: str | None, gpus: tuple[Gpu, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(*_: object, **__: object) -> None:

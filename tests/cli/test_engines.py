@@ -1,4 +1,4 @@
-"""A recipe from end to end on the bundle of `tiny-random`, and what is skipped the second time."""
+"""A whole recipe on the bundle of `tiny-random`, and a second run that skips everything."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STAGES = ["export", "build tensorrt-rtx portable", "build tensorrt-rtx 8.9", "ve
 
 @pytest.fixture
 def recipe(bundle_copy: Path, tiny_checkpoint: Any, tmp_path: Path) -> Path:
-    """A recipe whose export is up to date from the start and whose other stages are small."""
+    """A recipe whose export is up to date and whose other stages are small."""
     path = tmp_path / "recipe.toml"
     path.write_text(
         f"""
@@ -70,8 +70,8 @@ def test_a_whole_recipe_and_again(
     assert {name for name, stage in stages.items() if stage["up_to_date"]} == {"export"}
     assert stages["verify"]["result"]["passed"] is True
     assert stages["bench"]["result"]["backends"]["onnxruntime"]["stages"]["end_to_end"]["ratio_to_eager"]["median"] > 0
-    picture = tiny_runtime("a 🐼", height=64, width=64, use_resolution_binning=False, num_inference_steps=2, seed=5).images[0]
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.asarray(picture))
+    image = tiny_runtime("a 🐼", height=64, width=64, use_resolution_binning=False, num_inference_steps=2, seed=5).images[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.asarray(image))
     assert json.loads((tmp_path / "report/bench.json").read_text())["agrees"] is True
     built = Manifest.load(bundle_copy).engines
     assert [(engine.graph, engine.compute_capabilities) for engine in built] == [("sampler", ()), ("sampler", ("8.9",))]
@@ -90,7 +90,7 @@ def test_a_whole_recipe_and_again(
     assert Manifest.load(bundle_copy).engines == built
 
 
-def test_a_missed_limit_is_reported_at_the_end_and_not_remembered(
+def test_a_missed_limit_is_reported_at_the_end_and_not_cached(
     recipe: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = recipe.read_text("utf-8")
@@ -110,21 +110,21 @@ def test_a_missed_limit_is_reported_at_the_end_and_not_remembered(
     assert (tmp_path / "x.png").is_file()
 
 
-def test_an_output_that_cannot_be_written_is_found_first(recipe: Path, tmp_path: Path, cli: Cli) -> None:
+def test_an_output_that_is_not_writable_is_found_first(recipe: Path, tmp_path: Path, cli: Cli) -> None:
     recipe.write_text(recipe.read_text("utf-8").replace(f"{tmp_path}/x.png", f"{recipe}/x.png"), "utf-8")
     assert cli("engines", recipe).code == 3
 
 
-def test_engines_that_do_not_run_here_are_listed_by_reason(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_that_cannot_run_are_listed_by_reason(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = dataclasses.replace(ENGINE, graph="context")
     manifest = Manifest.load(tiny_bundle).with_engine(ENGINE).with_engine(other)
-    monkeypatch.setattr(engines, "here", lambda: dataclasses.replace(THERE, gpus=()))
+    monkeypatch.setattr(engines, "detect_host", lambda: dataclasses.replace(THERE, gpus=()))
     assert engines._not_run(manifest) == {"no NVIDIA GPU and driver here": "2 engines of tensorrt-rtx"}
-    monkeypatch.setattr(engines, "here", lambda: THERE)
+    monkeypatch.setattr(engines, "detect_host", lambda: THERE)
     assert engines._not_run(manifest) == {}
 
 
-def test_ledger(tmp_path: Path) -> None:
+def test_stage_cache(tmp_path: Path) -> None:
     written = tmp_path / "x.png"
     written.write_bytes(b"image")
     stage_cache = StageCache(tmp_path / "bundle")
@@ -143,13 +143,13 @@ def test_ledger(tmp_path: Path) -> None:
     assert StageCache(tmp_path / "bundle").find("sample", "key") is None
 
 
-def test_a_stage_key_follows_the_bundle_and_the_settings() -> None:
+def test_a_stage_key_depends_on_the_bundle_and_the_settings() -> None:
     keys = {stage_key(bundle, settings) for bundle in ("a", "b") for settings in ({"steps": 1}, {"steps": 2})}
     assert len(keys) == 4
     assert stage_key("a", {"steps": 1, "seed": 2}) == stage_key("a", {"seed": 2, "steps": 1})
 
 
-def test_progress_of_stages_carries_their_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_of_a_stage_starts_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(level=20)
     console.prefix = "export "
     console.step("context", 1, 3)

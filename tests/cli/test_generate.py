@@ -1,4 +1,4 @@
-"""`generate` writes what the runtime draws, under the promised names."""
+"""`generate` writes the runtime's images under the documented names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pixels(path: Path) -> Any:
     return np.asarray(Image.open(path))
 
 
-def test_one_image_is_the_runtimes(tiny_bundle: Path, tiny_runtime: Any, tmp_path: Path, cli: Cli) -> None:
+def test_one_image_equals_the_runtimes(tiny_bundle: Path, tiny_runtime: Any, tmp_path: Path, cli: Cli) -> None:
     output = tmp_path / "new" / "panda.png"
     options = ("--seed", 7, "--guidance-scale", 3.5, "--pag-scale", 1.5, "--negative-prompt", "blurry")
     ran = cli("generate", tiny_bundle, "a 🐼", "-o", output, *SMALL, *options, "--json")
@@ -47,13 +47,13 @@ def test_several_images_are_numbered_prompt_by_prompt(tiny_bundle: Path, tiny_ru
     assert [image["prompt"] for image in ran.json["images"]] == ["a cat", "a cat", "a dog", "a dog"]
 
 
-def test_the_seed_that_was_drawn_gives_the_image_again(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+def test_a_reported_random_seed_gives_the_same_image(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
     first = cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "a.png", *SMALL, "--json").json
     cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "b.png", *SMALL, "--seed", first["seeds"][0])
     assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
 
 
-def test_npy_holds_floats_that_round_to_the_picture(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+def test_npy_holds_floats_that_round_to_the_image(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
     for name in ("x.npy", "x.png"):
         assert cli("generate", tiny_bundle, "a cat", "-o", tmp_path / name, *SMALL, "--seed", 3).code == 0
     values = np.load(tmp_path / "x.npy")
@@ -70,7 +70,7 @@ def test_the_suffix_chooses_the_format(suffix: str, format: str, tiny_bundle: Pa
 
 
 @pytest.mark.parametrize("name", ["x", "x.tif", "x.txt", "."])
-def test_an_output_that_is_no_image_is_usage(name: str, tmp_path: Path, cli: Cli) -> None:
+def test_an_output_that_is_not_an_image_file_is_a_usage_error(name: str, tmp_path: Path, cli: Cli) -> None:
     ran = cli("generate", tmp_path / "no bundle", "a cat", "-o", tmp_path / name)
     assert ran.code == 2
     assert ".png" in ran.err
@@ -100,7 +100,7 @@ def test_an_unknown_backend_lists_the_known_ones(tiny_bundle: Path, tmp_path: Pa
     assert "onnxruntime" in ran.err
 
 
-def test_an_over_long_prompt_is_truncated_with_a_warning(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+def test_a_prompt_that_is_too_long_is_truncated_with_a_warning(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
     ran = cli("generate", tiny_bundle, "word salad " * 200, "-o", tmp_path / "x.png", *SMALL)
     assert ran.code == 0
     assert "warning: " in ran.err

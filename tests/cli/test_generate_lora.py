@@ -1,4 +1,4 @@
-"""`generate --lora` draws what the runtime draws with these LoRAs, and still without PyTorch."""
+"""`generate --lora` gives the runtime's images with these LoRAs, without PyTorch."""
 
 from __future__ import annotations
 
@@ -32,20 +32,22 @@ def loras(tmp_path: Path) -> tuple[Path, Path]:
     return save_lora(tmp_path / "a.safetensors", "0.attn1.to_q", 1), save_lora(tmp_path / "b.safetensors", "1.attn2.to_v", 2)
 
 
-def test_the_image_is_the_runtimes_with_both_loras(tiny_bundle: Path, loras: tuple[Path, Path], tmp_path: Path, cli: Cli) -> None:
+def test_the_image_equals_the_runtimes_with_two_loras(
+    tiny_bundle: Path, loras: tuple[Path, Path], tmp_path: Path, cli: Cli
+) -> None:
     output = tmp_path / "x.png"
     options = ("--lora", f"{loras[0]}:0.8", "--lora", loras[1])
     ran = cli("generate", tiny_bundle, "a cat", "-o", output, *SMALL, *options, "--json")
     assert ran.code == 0
     assert ran.json["loras"] == [{"path": str(loras[0]), "scale": 0.8}, {"path": str(loras[1]), "scale": 1.0}]
     runtime = SanaRuntime.from_pretrained(tiny_bundle)
-    pictures = [np.asarray(runtime("a cat", **SETTINGS).images[0])]
+    images = [np.asarray(runtime("a cat", **SETTINGS).images[0])]
     for path, scale in zip(loras, (0.8, 1.0), strict=True):
         runtime.load_lora(path, scale)
-        pictures.append(np.asarray(runtime("a cat", **SETTINGS).images[0]))
-    assert not np.array_equal(pictures[0], pictures[1])
-    assert not np.array_equal(pictures[1], pictures[2])
-    np.testing.assert_array_equal(np.asarray(Image.open(output)), pictures[2])
+        images.append(np.asarray(runtime("a cat", **SETTINGS).images[0]))
+    assert not np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[1], images[2])
+    np.testing.assert_array_equal(np.asarray(Image.open(output)), images[2])
 
 
 def test_a_lora_needs_no_pytorch(tiny_bundle: Path, loras: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sampling, and every verb that does not need PyTorch, leaves it alone."""
+"""Sampling, and every verb that does not need PyTorch, does not import it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.support.imports import heavy_modules, line
 
 
-def test_the_check_finds_what_is_there() -> None:
+def test_the_check_finds_imported_modules() -> None:
     assert heavy_modules("import safetensors, onnx") == {"safetensors", "onnx"}
 
 

@@ -1,4 +1,4 @@
-"""`inspect`: what is there, and for every engine each reason why it does not run here."""
+"""`inspect`: what is in a bundle, and for every engine each reason why it cannot run."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_document(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) 
     assert (engine["graph"], engine["runs_here"], engine["reasons"]) == ("sampler", True, [])
 
 
-def test_text_says_what_does_not_run_and_why(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_names_what_cannot_run_and_why(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     with_engine(bundle_copy)
     monkeypatch.setattr(verb, "detect_host", lambda: dataclasses.replace(THERE, gpus=(HOPPER,)))
     ran = cli("inspect", bundle_copy)
@@ -110,9 +110,7 @@ def test_a_damaged_engine(bundle_copy: Path, cli: Cli, monkeypatch: pytest.Monke
     assert ran.json["runs_here"] == {"onnx": True, "engines": False}
 
 
-def test_time_memory_and_size_of_a_build_and_whether_it_holds_weights(
-    bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engines_build_time_memory_size_and_weights(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bundle_copy / ENGINE.file.path
     path.parent.mkdir(parents=True)
     path.write_bytes(b"engine")
@@ -131,7 +129,7 @@ def test_time_memory_and_size_of_a_build_and_whether_it_holds_weights(
     assert re.search(r"sampler +tensorrt-rtx 1\.7\.1 +portable +default, refittable +6 bytes +12\.3 s +1\.5 GB +yes", text)
 
 
-def test_what_the_engines_will_need_of_the_gpu(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_memory_that_the_engines_need(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bundle_copy / ENGINE.file.path
     path.parent.mkdir(parents=True)
     path.write_bytes(b"engine")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in the middle of a long verb: exit code 130, one line, and what was there before is still whole."""
+"""Ctrl-C and SIGTERM in the middle of a long verb: exit code 130, one line, and existing files stay intact."""
 
 from __future__ import annotations
 

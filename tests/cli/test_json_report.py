@@ -1,4 +1,4 @@
-"""The report of `make gpu-check`: every test with its outcome, and no failure where no test is meant for the machine."""
+"""The pytest plugin `json_report`: every test with its outcome; a run without tests does not fail."""
 
 from __future__ import annotations
 

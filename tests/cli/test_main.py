@@ -1,4 +1,4 @@
-"""One place turns what comes of a verb into output and an exit code."""
+"""Every result and every error of a verb becomes output and an exit code in one place."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from sana_export.cli.main import VERBS
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import Answer, Verb
 from sana_export.errors import ArtifactError, DependencyError, ParityError, UsageError
-from tests.support.command_line import Cli
+from tests.support.command_line import Cli, command
 
-PROMISED = ("engines", "export", "build", "verify", "generate", "bench", "inspect", "doctor", "variants", "synth")
+DOCUMENTED = ("engines", "export", "build", "verify", "generate", "bench", "inspect", "doctor", "variants", "synth")
 
 
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Replaces the work of `variants` by a function without arguments that returns an `Answer` or raises."""
+    """Replaces the work of `variants` with a function without arguments that returns an `Answer` or raises."""
 
     def replace(work: Callable[[], Any], level: int = logging.WARNING) -> None:
         def run(options: argparse.Namespace, console: Console) -> Answer:
@@ -49,11 +49,11 @@ def raising(error: BaseException) -> Callable[[], Any]:
     return work
 
 
-def test_the_verbs_are_those_of_the_promise() -> None:
-    assert tuple(VERBS) == PROMISED
+def test_the_documented_verbs_exist() -> None:
+    assert tuple(VERBS) == DOCUMENTED
 
 
-@pytest.mark.parametrize("name", PROMISED)
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_every_verb_has_help_with_an_example(name: str, cli: Cli) -> None:
     ran = cli(name, "--help")
     assert ran.code == 0
@@ -142,12 +142,13 @@ def test_the_traceback_of_a_bug_is_shown_only_on_request(
     assert "Traceback" in loud.err
 
 
-def test_an_unknown_option_names_the_nearest_one(cli: Cli) -> None:
+def test_an_unknown_option_suggests_the_most_similar_one(cli: Cli) -> None:
     ran = cli("generate", "bundle", "a cat", "-o", "x.png", "--hieght", "64")
     assert ran.code == 2
     assert "'--hieght'" in ran.err
-    assert "--height" in ran.err
+    assert "wanted: --height?" in ran.err
     assert "sana-export generate --help" in ran.err
+    assert "wanted: --output?" in cli("generate", "bundle", "a cat", "-o", "x.png", "--ouput", "y.png").err
 
 
 @pytest.mark.parametrize(
@@ -203,12 +204,10 @@ def noisy_program() -> str:
     )
 
 
-def test_a_reader_that_left_is_no_error() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    process = subprocess.run(
-        [sys.executable, "-m", "sana_export.cli.main", "variants"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
-    )
+    process = subprocess.run(command("variants"), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert process.returncode == 0
     assert process.stderr == ""
@@ -260,7 +259,7 @@ def test_other_packages_are_silent_unless_asked_for(verb: Callable[..., None], c
         assert cli("variants").err == ""
 
 
-def test_handlers_do_not_pile_up(verb: Callable[..., None], cli: Cli) -> None:
+def test_log_handlers_are_removed(verb: Callable[..., None], cli: Cli) -> None:
     verb(lambda: Answer({}, ""))
     before = list(logging.getLogger("sana_export").handlers)
     for _ in range(3):
@@ -268,9 +267,30 @@ def test_handlers_do_not_pile_up(verb: Callable[..., None], cli: Cli) -> None:
     assert logging.getLogger("sana_export").handlers == before
 
 
-def test_signals_are_the_callers_again(verb: Callable[..., None], cli: Cli) -> None:
+@pytest.mark.parametrize("flags", [[], ["-v"], ["-q"]])
+def test_levels_and_environment_are_restored(
+    flags: list[str], verb: Callable[..., None], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DIFFUSERS_VERBOSITY", "info")
+    loggers = [logging.getLogger(name) for name in ("sana_export", "transformers", "httpx")]
+    before = dict(os.environ), [logger.level for logger in loggers]
+    seen: dict[str, str | None] = {}
+
+    def work() -> Answer:
+        seen.update({name: os.environ.get(name) for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")})
+        return Answer({}, "")
+
+    verb(work)
+    cli("variants", *flags)
+    assert seen == {"TRANSFORMERS_VERBOSITY": None if flags == ["-v"] else "error", "DIFFUSERS_VERBOSITY": "info"}
+    assert (dict(os.environ), [logger.level for logger in loggers]) == before
+
+
+def test_the_callers_signal_handlers_are_restored(verb: Callable[..., None], cli: Cli) -> None:
     def own(number: int, frame: object) -> None:
-        """A handler of the caller's."""
+        """The caller's own handler."""
 
     before = {number: signal.signal(number, own) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -284,7 +304,8 @@ def test_signals_are_the_callers_again(verb: Callable[..., None], cli: Cli) -> N
 
 STUBBORN = (
     "import sys, time\n"
-    "from sana_export.cli import interrupt, main as module\n"
+    "from sana_export.cli import main as module\n"
+    "from sana_export.cli.terminal import interrupt\n"
     "from sana_export.cli.verb import Answer, Verb\n"
     "interrupt.interruptible.__wrapped__.__defaults__ = (0.5,)\n"
     "def run(options, console):\n"

@@ -1,4 +1,4 @@
-"""A recipe is read into dataclasses, or refused with the key and what it may be."""
+"""A recipe is read into dataclasses, or refused with the wrong key and what is allowed there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sana_export.cli.recipe import Bench, Build, Recipe, Sample, Verify, load_recipe
+from sana_export.cli.recipe import BenchSection, BuildSection, Recipe, SampleSection, VerifySection, load_recipe
 from sana_export.errors import UsageError
 from tests.support.command_line import Cli
 
@@ -20,7 +20,7 @@ def recipe(tmp_path: Path, text: str) -> Recipe:
     return load_recipe(path)
 
 
-def test_everything_that_a_recipe_can_say(tmp_path: Path) -> None:
+def test_every_key_of_a_recipe(tmp_path: Path) -> None:
     found = recipe(
         tmp_path,
         """
@@ -48,16 +48,20 @@ def test_everything_that_a_recipe_can_say(tmp_path: Path) -> None:
         prompts = ["a", "b"]
         steps = 4
         guidance_scale = 1
+        device = 1
         [sample]
         prompt = ["a cat", "a dog"]
         output = "out/x.png"
         seed = -1
         pag_scale = 2.0
         resolution_binning = false
+        threads = 3
         [bench]
         workload = "smoke"
         backends = ["onnxruntime"]
         output = "out/report"
+        device = 0
+        threads = 4
         """,
     )
     assert found == Recipe(
@@ -72,20 +76,20 @@ def test_everything_that_a_recipe_can_say(tmp_path: Path) -> None:
         transformer=Path("own.safetensors"),
         lora=("style.safetensors:0.7", "other"),
         build=(
-            Build("tensorrt", "laptop"),
-            Build(compute_capabilities=("8.9", "12.0"), height=512, width=768, batch=2, graphs=("sampler",)),
+            BuildSection("tensorrt", "laptop"),
+            BuildSection(compute_capabilities=("8.9", "12.0"), height=512, width=768, batch=2, graphs=("sampler",)),
         ),
-        verify=Verify("onnxruntime", ("a", "b"), steps=4, guidance_scale=1.0),
-        sample=Sample(("a cat", "a dog"), Path("out/x.png"), seed=-1, pag_scale=2.0, resolution_binning=False),
-        bench=Bench("smoke", ("onnxruntime",), Path("out/report")),
+        verify=VerifySection("onnxruntime", ("a", "b"), steps=4, guidance_scale=1.0, device=1),
+        sample=SampleSection(("a cat", "a dog"), Path("out/x.png"), seed=-1, pag_scale=2.0, resolution_binning=False, threads=3),
+        bench=BenchSection("smoke", ("onnxruntime",), Path("out/report"), device=0, threads=4),
         path=tmp_path / "recipe.toml",
     )
 
 
-def test_what_is_left_out_is_not_done(tmp_path: Path) -> None:
+def test_a_stage_without_a_section_is_left_out(tmp_path: Path) -> None:
     found = recipe(tmp_path, HEAD)
     assert (found.build, found.verify, found.sample, found.bench) == ((), None, None, None)
-    assert recipe(tmp_path, HEAD + "[build]\n").build == (Build(),)
+    assert recipe(tmp_path, HEAD + "[build]\n").build == (BuildSection(),)
 
 
 @pytest.mark.parametrize("name", ["tiny", "mid"])
@@ -121,18 +125,21 @@ def test_the_recipes_of_this_repository(name: str) -> None:
         (HEAD + '[sample]\nprompt = "a"\noutput = "x.png"\nsteps = 2.5', "2.5", "a whole number"),
         (HEAD + '[sample]\nprompt = "a"\noutput = "x.png"\nsteps = true', "True", "a whole number"),
         (HEAD + '[bench]\nworkload = "smoek"', "'smoek'", "smoke"),
+        (HEAD + "[verify]\ndevice = -1", "-1", "0 or more"),
+        (HEAD + '[bench]\nworkload = "smoke"\nthreads = 0', "0", "1 or more"),
+        (HEAD + "[verify]\nthreads = 1.5", "1.5", "a whole number"),
         (HEAD + "[[verify]]\nsteps = 2", "[{'steps': 2}]", "a TOML table"),
         ("model = ", "Invalid value", "engines/tiny.toml"),
     ],
 )
-def test_what_a_recipe_cannot_mean(text: str, found: str, wanted: str, tmp_path: Path) -> None:
+def test_wrong_recipes_are_refused(text: str, found: str, wanted: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         recipe(tmp_path, text)
     assert found in str(caught.value)
     assert wanted in str(caught.value)
 
 
-def test_a_missing_recipe_is_usage(tmp_path: Path, cli: Cli) -> None:
+def test_a_missing_recipe_is_a_usage_error(tmp_path: Path, cli: Cli) -> None:
     ran = cli("engines", tmp_path / "none.toml")
     assert ran.code == 2
     assert "none.toml cannot be read as a recipe" in ran.err

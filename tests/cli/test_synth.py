@@ -1,4 +1,4 @@
-"""`sana-export synth`: what it writes, says and refuses."""
+"""`sana-export synth`: what it writes, prints and refuses."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_it_writes_a_checkpoint_that_opens_as_synthetic(cli: Cli, tmp_path: Path
 
 
 @pytest.mark.parametrize(("alias", "dtype"), [("tiny-random", "F32"), ("tiny-sprint", "F32")])
-def test_the_small_ones_are_what_their_aliases_stand_for(cli: Cli, tmp_path: Path, alias: str, dtype: str) -> None:
+def test_the_small_checkpoints_have_the_dtype_of_their_aliases(cli: Cli, tmp_path: Path, alias: str, dtype: str) -> None:
     ran = cli("synth", alias, "-o", tmp_path / alias)
     assert ran.code == 0, ran.err
     assert "synthetic" in ran.out
-    assert f"sana-export export {tmp_path / alias}" in ran.out
+    assert f"next: sana-export export {tmp_path / alias} -o {tmp_path / alias}-bundle\n" in ran.out
     assert stored_dtypes(tmp_path / alias) == {dtype}
     assert "[2/3] writing transformer" in ran.err
 
@@ -58,12 +58,12 @@ def test_the_small_ones_are_what_their_aliases_stand_for(cli: Cli, tmp_path: Pat
         ("sana-sprint-1-6b-1024px", 9.07),
     ],
 )
-def test_too_little_disk_is_told_with_the_bytes_wanted(
+def test_too_little_disk_space_is_reported_with_the_bytes_wanted(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alias: str, gigabytes: float
 ) -> None:
-    """The sizes are those of half precision, so they tell the default dtype as well."""
+    """The sizes are those of half precision, so they also show the default dtype."""
     monkeypatch.setattr(disk, "free_bytes", lambda folder: 10**9)
-    monkeypatch.setattr(StoredWeights, "write", lambda *_: pytest.fail("it was begun"))
+    monkeypatch.setattr(StoredWeights, "write", lambda *_: pytest.fail("writing was started"))
     ran = cli("synth", alias, "-o", tmp_path / "out", "--json")
     assert ran.code == 3
     error = ran.json["error"]
@@ -91,7 +91,7 @@ def test_wrong_requests_are_refused(cli: Cli, tmp_path: Path, arguments: list[st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_something_else_is_kept(cli: Cli, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_changed(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     ran = cli("synth", "tiny-random", "-o", tmp_path)
     assert ran.code == 2

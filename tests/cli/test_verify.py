@@ -1,4 +1,4 @@
-"""`verify` and `bench` pass on what was asked for and turn a missed limit into an exit code."""
+"""`verify` and `bench` pass their options on and turn a missed limit into an exit code."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import pytest
 from sana_export.verify.bundle import Sampling
 from tests.support.command_line import Cli
 
+DEFAULTS = {"backend": "auto", "device": None, "threads": None, "quality": False}
+
 
 @dataclass
 class Report:
-    """Stands for both reports."""
+    """A stand-in for both reports."""
 
     passed: bool = True
     agrees: bool = True
@@ -29,7 +31,7 @@ class Report:
 
 @dataclass
 class Calls:
-    """Takes the place of a function and keeps what it was called with."""
+    """A stand-in for a function that records its calls."""
 
     report: Report
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -71,21 +73,21 @@ def test_verify(passed: bool, code: int, tiny_checkpoint: Any, cli: Cli, monkeyp
     assert bundle == Path("bundle")
     assert checkpoint.folder == tiny_checkpoint.folder
     assert sampling == Sampling(prompts=["a cat", "a dog"], height=64, width=96, steps=3, guidance_scale=1.0, seed=4)
-    assert settings == {"backend": "onnxruntime", "quality": True}
+    assert settings == {"backend": "onnxruntime", "device": None, "threads": None, "quality": True}
 
 
 def test_verify_leaves_the_defaults_to_the_check(tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = replaced(monkeypatch, "sana_export.verify.bundle.verify_bundle")
     ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder)
     ((_, _, sampling), settings) = calls.seen[0]
-    assert (ran.code, sampling, settings) == (0, Sampling(), {"backend": "auto", "quality": False})
+    assert (ran.code, sampling, settings) == (0, Sampling(), DEFAULTS)
 
 
 def test_ranges_need_no_reference(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = replaced(monkeypatch, "sana_export.verify.bundle.measure_ranges")
     ran = cli("verify", "bundle", "--ranges", "--prompt", "a cat", "--steps", 2)
     assert (ran.code, ran.out) == (0, "the report\n")
-    assert calls.seen == [((Path("bundle"), Sampling(prompts=["a cat"], steps=2)), {})]
+    assert calls.seen == [((Path("bundle"), Sampling(prompts=["a cat"], steps=2)), {"threads": None})]
 
 
 def test_ranges_of_a_float32_bundle(tiny_bundle: Path, cli: Cli) -> None:
@@ -112,10 +114,13 @@ def test_bench(report: dict[str, Any], code: int, tiny_checkpoint: Any, cli: Cli
         "backends": ("eager", "onnxruntime", "trace"),
         "workload": "smoke",
         "output": Path("report"),
+        "device": None,
+        "threads": None,
     }
 
 
-def test_bench_times_onnxruntime_beside_eager_by_default(tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_times_onnxruntime_against_eager_by_default(tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = replaced(monkeypatch, "sana_export.bench.run.run_bench")
     cli("bench", "bundle", "--reference", tiny_checkpoint.folder)
-    assert calls.seen[0][1] == {"backends": ("eager", "onnxruntime"), "workload": "cpu", "output": Path("benchmarks/out/cpu")}
+    found = calls.seen[0][1]
+    assert (found["backends"], found["workload"], found["output"]) == (("eager", "onnxruntime"), "cpu", Path("benchmarks/out/cpu"))

@@ -91,3 +91,22 @@ def test_ranges_are_measured_beyond_the_dtype(tmp_path):
     assert worst.largest == pytest.approx(1e5)
     assert worst.headroom == pytest.approx(0.65504)
     assert worst.dtype == "float16"
+
+
+@pytest.mark.parametrize("module", [Overflowing(), torch.nn.Linear(16, 4)], ids=["fp16", "fp32"])
+@pytest.mark.parametrize(("threads", "found"), [(None, 0), (2, 2)])
+def test_the_session_gets_the_threads(tmp_path, monkeypatch, module, threads, found):
+    sessions = []
+
+    class Recorded(onnxruntime.InferenceSession):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            sessions.append(self)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Recorded)
+    path = export(module, tmp_path / "model.onnx")
+    evaluators = [StorageEvaluator] if isinstance(module, torch.nn.Linear) else [StorageEvaluator, RangeMeter]
+    sessions.clear()
+    for evaluator in evaluators:
+        evaluator(path, threads=threads)
+    assert [session.get_session_options().intra_op_num_threads for session in sessions] == [found] * len(evaluators)

@@ -1,4 +1,4 @@
-"""What a command line came to, in this process or in one of its own."""
+"""Runs command lines and keeps their results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command line came to."""
+    """The result of a command line: exit code, stdout and stderr."""
 
     code: int
     out: str
@@ -31,12 +31,12 @@ Cli = Callable[..., Ran]
 
 
 def command(*arguments: object) -> list[str]:
-    """`sana-export ARGUMENTS...` as the arguments of a process."""
-    return [sys.executable, "-m", "sana_export.cli.main", *map(str, arguments)]
+    """The arguments of a process that runs `sana-export ARGUMENTS...`."""
+    return [sys.executable, "-m", "sana_export", *map(str, arguments)]
 
 
 def run_until(marker: str, arguments: list[str], number: signal.Signals) -> Ran:
-    """Run a command, send it the signal `number` once `marker` appears on stderr, and wait for its end."""
+    """Run a command, send it the signal `number` when `marker` appears on stderr, and wait until it ends."""
     process = subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
@@ -54,7 +54,7 @@ def run_until(marker: str, arguments: list[str], number: signal.Signals) -> Ran:
         for line in process.stderr:
             lines.append(line)
             if marker in line:
-                os.killpg(process.pid, number)  # as a terminal does, to all of the foreground
+                os.killpg(process.pid, number)  # to the whole group, as a terminal does
                 break
         out, err = process.communicate()
     finally:

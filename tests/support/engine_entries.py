@@ -1,4 +1,4 @@
-"""An engine and a machine that runs it; tests replace what they are about."""
+"""An engine's entry in a manifest and a machine that runs it. Tests change the fields that they are about."""
 
 from __future__ import annotations
 

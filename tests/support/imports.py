@@ -1,4 +1,4 @@
-"""What a program imports."""
+"""Finds out what a program imports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HEAVY = ("torch", "diffusers", "transformers", "accelerate", "onnx", "onnxscript
 
 
 def heavy_modules(program: str) -> set[str]:
-    """The roots of `HEAVY` that a fresh interpreter holds after `program`."""
+    """The packages of `HEAVY` that a fresh interpreter has imported after running `program`."""
     report = f"\nimport json, sys\nsys.stderr.write('\\n' + json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", program + report], capture_output=True, text=True, timeout=120, check=True)
     return set(json.loads(done.stderr.splitlines()[-1]))

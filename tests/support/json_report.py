@@ -1,4 +1,7 @@
-"""A pytest plugin: `-p tests.support.json_report --json-report=FILE` writes the outcome of a run. `make gpu-check` uses it."""
+"""A pytest plugin: `-p tests.support.json_report --json-report=FILE` writes the outcome of every test.
+
+`sana_export.bench.gpu_check` uses it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ SCHEMA_VERSION = 1
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--json-report", metavar="FILE", help="write the outcome of every test into this file")
+    parser.addoption("--json-report", metavar="FILE", help="write the outcome of every test to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class JsonReport:
-    """Collects the outcome of every test. A run that finds no test is no failure: there may be none for this machine."""
+    """Collects the outcome of every test. A run without tests does not fail: there may be none for this machine."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""The environment of gpu-check: what is there stays, only what is missing is installed, and a wheel folder is enough."""
+"""The environment of gpu-check: installed packages stay, only missing ones are installed, and a folder of wheels is enough."""
 
 from __future__ import annotations
 
@@ -15,23 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from tools import gpu_check as tool
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load_tool() -> Any:
-    spec = importlib.util.spec_from_file_location("gpu_check_tool", ROOT / "tools" / "gpu_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
-
-
 def write_wheel(folder: Path, name: str, version: str, *needs: str) -> None:
-    """A wheel of one empty module."""
+    """A wheel with one empty module."""
     info = f"{name}-{version}.dist-info"
     files = {
         f"{name}.py": "",
@@ -61,9 +51,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_what_is_missing() -> None:
     have = {"numpy": "2.4.6", "torch": "2.6.0+cu124", "tokenizers": "0.19", "onnx-ir": "1.0"}
     wanted = ["numpy>=1.26", "torch>=2.9", "tokenizers>=0.20", "onnx_ir", "diffusers>=0.42"]
-    assert tool.missing(wanted, have) == ["tokenizers>=0.20", "diffusers>=0.42"], "torch is the machine's, however old"
+    assert tool.missing(wanted, have) == ["tokenizers>=0.20", "diffusers>=0.42"], "any version of torch is enough"
     assert tool.missing(["torch>=2.9"], {}) == ["torch>=2.9"]
-    assert tool.numbers("2.11.0+cu130") == (2, 11, 0) > tool.numbers("2.9")
     names = {requirement.partition(">=")[0] for requirement in tool.required()}
     assert {"numpy", "torch", "diffusers", "transformers", "onnx", "pytest"} <= names
 
@@ -80,12 +69,12 @@ def test_wheels_are_installed_into_it_and_nothing_else_changes(environment: Any)
     before = environment.versions()
     assert environment.install(["small-thing"])
     assert environment.versions() == {**before, "small-thing": "1.2"}
-    assert importlib.util.find_spec("small_thing") is None, "not where this test runs"
+    assert importlib.util.find_spec("small_thing") is None, "this test's own environment is unchanged"
     assert subprocess.run([environment.python, "-c", "import small_thing"]).returncode == 0
 
 
 def test_torch_is_not_replaced(environment: Any) -> None:
-    """Not even where a package asks for another one and the folder has it."""
+    """Even if a package requires another version and the folder has it."""
     write_wheel(environment.wheels, "torch", "99.0")
     write_wheel(environment.wheels, "greedy", "1.0", "torch>=99")
     assert not environment.install(["greedy"])
@@ -95,7 +84,7 @@ def test_torch_is_not_replaced(environment: Any) -> None:
     assert "not-in-the-folder" in environment.notes[-1]
 
 
-def test_one_package_that_cannot_be_had_does_not_keep_out_the_others(environment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_package_that_fails_does_not_keep_out_the_others(environment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write_wheel(environment.wheels, "other_thing", "3.0")
     monkeypatch.setattr(tool, "required", lambda: ["nowhere>=1", "other_thing>=2"])
     monkeypatch.setattr(tool, "optional", list)
@@ -115,4 +104,4 @@ def test_the_whole_command_without_a_gpu(environment: Any, tmp_path: Path, monke
     document = json.loads(report.read_text("utf-8"))
     assert document["exit_code"] == 3
     assert document["parts"]["make/600m"]["reason"] == "no GPU"
-    assert document["setup"]["seconds"] <= document["seconds"], "installing counts"
+    assert document["setup"]["seconds"] <= document["seconds"], "the time of installing counts"

@@ -1,1 +1,1 @@
-"""What the command line shares: the console, standard output, interrupts and failures."""
+"""The terminal: the console on stderr, answers on stdout, interrupts and failures."""

@@ -1,4 +1,4 @@
-"""stderr as one writer: log records, and a line of progress that is redrawn where stderr is a terminal."""
+"""Everything on stderr: log records, and a progress line that is redrawn if stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from typing import TextIO
 
 from sana_export.progress import Progress
 
-#: Levels of stderr by verbosity; a verb chooses VERBOSE or QUIET as its default.
+#: Log levels of stderr by verbosity. A verb's default is VERBOSE or QUIET.
 VERBOSE, QUIET, SILENT, EVERYTHING = logging.INFO, logging.WARNING, logging.ERROR, logging.DEBUG
-#: Packages that log what is of no use to a user of ours.
+#: Packages whose log records are of no use to our users.
 NOISY = ("torch", "transformers", "diffusers", "onnxscript", "onnx_ir", "huggingface_hub", "httpx", "accelerate")
 _REDRAW_SECONDS = 0.1
 
 
 class Console:
-    """Writes whole lines to `stream`, over at most one line of progress. Thread-safe."""
+    """Writes whole lines to `stream`, above at most one progress line. Thread-safe."""
 
     def __init__(self, stream: TextIO | None = None, level: int = QUIET) -> None:
+        #: Where to write; stderr by default.
         self.stream = sys.stderr if stream is None else stream
+        #: The lowest level of log records to show.
         self.level = level
+        #: Whether progress is drawn as a bar.
         self.live = self.stream.isatty() and level < SILENT
+        #: Text in front of every step.
         self.prefix = ""
         self._shown = ""
         self._last: object = None
@@ -36,16 +40,16 @@ class Console:
         self._lock = threading.RLock()
 
     def line(self, text: str) -> None:
-        """Write `text` as lines of their own."""
+        """Write `text` as lines of its own."""
         with self._lock:
             self.clear()
             self.stream.write(text + "\n")
             self.stream.flush()
 
     def step(self, doing: str, done: int, total: int, fraction: float | None = None) -> None:
-        """Step `done` + 1 of `total` is under way and is called `doing`; `fraction` (0 to 1) says how far it is.
+        """Show that step `done` + 1 of `total`, called `doing`, is running and is `fraction` (0 to 1) complete.
 
-        A terminal shows it as a bar that is redrawn; elsewhere each step is one line, where the level lets it through.
+        A terminal shows a bar that is redrawn. Otherwise each step is one line, unless the level hides it.
         """
         text = f"{self.prefix}[{done + 1}/{total}] {doing}"
         with self._lock:
@@ -69,7 +73,7 @@ class Console:
         self.step(progress.doing, int(done), int(progress.total), fraction or None)
 
     def clear(self) -> None:
-        """Take the line of progress off the terminal."""
+        """Remove the progress line from the terminal."""
         with self._lock:
             if self._shown:
                 self.stream.write("\r\x1b[K")
@@ -84,7 +88,7 @@ class Console:
 
 
 def shortened(text: str, columns: int) -> str:
-    """As much of `text` as fits into `columns` of a terminal, where East Asian characters and emoji take two."""
+    """As much of `text` as fits into `columns` of a terminal. East Asian characters and emoji are two columns wide."""
     used = 0
     for index, character in enumerate(text):
         used += 2 if unicodedata.east_asian_width(character) in "WF" else 1
@@ -94,7 +98,7 @@ def shortened(text: str, columns: int) -> str:
 
 
 def bar(fraction: float, width: int = 20) -> str:
-    """A bar of `width` characters, `fraction` (0 to 1) of it full."""
+    """A bar of `width` characters, filled to `fraction` (0 to 1)."""
     full = round(width * min(max(fraction, 0.0), 1.0))
     return "[" + "#" * full + "." * (width - full) + "]"
 
@@ -111,19 +115,25 @@ class _Handler(logging.Handler):
 
 @contextmanager
 def logging_to(console: Console, *, everything: bool) -> Iterator[None]:
-    """Show the records of sana_export on `console` from its level on; of other packages only errors, unless `everything`."""
-    ours = logging.getLogger("sana_export")
-    handler, level = _Handler(console), ours.level
+    """Show sana_export's log records of the console's level and above. Unless `everything`, show only errors of other packages.
+
+    The levels of all loggers are restored at the end.
+    """
+    ours, handler = logging.getLogger("sana_export"), _Handler(console)
+    levels = {ours: console.level}
+    if not everything:
+        levels |= {logging.getLogger(name): logging.ERROR for name in NOISY}
+    previous = {logger: logger.level for logger in levels}
     ours.addHandler(handler)
-    ours.setLevel(console.level)
     try:
+        for logger, level in levels.items():
+            logger.setLevel(level)
         with warnings.catch_warnings():
             if not everything:
                 warnings.simplefilter("ignore")
-                for name in NOISY:
-                    logging.getLogger(name).setLevel(logging.ERROR)
             yield
     finally:
         console.clear()
         ours.removeHandler(handler)
-        ours.setLevel(level)
+        for logger, level in previous.items():
+            logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""What an error means to the user: the text, the JSON document and the exit code."""
+"""What an exception means to the user: the text, the JSON document and the exit code."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ from typing import Any
 from sana_export.cli.packages import missing_package
 from sana_export.errors import DependencyError, SanaExportError
 
-#: What an OSError means that the environment can mend, by its number; any other one is a bug of ours.
+#: Number of an OSError that the user can fix to its meaning. Any other one is a bug.
 SYSTEM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
-    errno.EMFILE: "too many files are open",
-    errno.ENOMEM: "there is too little memory",
+    errno.EMFILE: "too many open files",
+    errno.ENOMEM: "out of memory",
     errno.EIO: "the disk reports an error",
 }
 
 
 @dataclass(frozen=True)
 class Failure:
-    """`document` is the value of "error" in the JSON document of a failed command."""
+    """A failed command."""
 
+    #: The message on stderr.
     text: str
+    #: The value of "error" in the JSON document.
     document: dict[str, Any]
+    #: Exit code of the process.
     exit_code: int
 
 
 def describe(error: BaseException) -> Failure:
-    """The failure that `error` is: errors raised on purpose as they are, the environment's with exit code 3, bugs with 1."""
+    """The failure that `error` means: our own errors as they are, the system's with exit code 3, anything else as a bug with 1."""
     known = error if isinstance(error, SanaExportError) else _environment(error)
     if known is None:
         return _bug(error)
@@ -43,10 +46,11 @@ def describe(error: BaseException) -> Failure:
 
 
 def _environment(error: BaseException) -> SanaExportError | None:
+    """The error of the environment that `error` is; None if it is not one."""
     for kind, explain in _ENVIRONMENT.items():
         if isinstance(error, kind):
             return explain(error)
-    # Libraries written in Rust give a system error as the text of an exception of their own.
+    # Libraries written in Rust put the system's error into the text of an exception of their own.
     if number := re.search(r"\(os error (\d+)\)", str(error)):
         return _system(OSError(int(number[1]), os.strerror(int(number[1]))))
     return None
@@ -55,12 +59,12 @@ def _environment(error: BaseException) -> SanaExportError | None:
 def _system(error: Any) -> DependencyError | None:
     if error.errno not in SYSTEM:
         return None
-    where = f": {error.filename}" if error.filename else ""
-    return DependencyError(SYSTEM[error.errno] + where, found=error.strerror)
+    place = f": {error.filename}" if error.filename else ""
+    return DependencyError(SYSTEM[error.errno] + place, found=error.strerror)
 
 
 def _memory(error: Any) -> DependencyError:
-    return DependencyError("there is too little memory", found=str(error) or None, fix="sana-export doctor  (lists what is here)")
+    return DependencyError("out of memory", found=str(error) or None, fix="sana-export doctor  (shows this machine's memory)")
 
 
 _ENVIRONMENT: dict[type[BaseException], Callable[[Any], SanaExportError | None]] = {
@@ -73,6 +77,7 @@ _ENVIRONMENT: dict[type[BaseException], Callable[[Any], SanaExportError | None]]
 def _bug(error: BaseException) -> Failure:
     message = f"{type(error).__name__}: {error}"
     text = (
-        f"this is a bug in sana-export: {message}\n  fix:    please report it, with what the same command prints with --debug added"
+        f"this is a bug in sana-export: {message}\n"
+        "  fix:    please report it, with the output of the same command with --debug added"
     )
     return Failure(text, {"type": type(error).__name__, "message": message, "found": None, "wanted": None, "fix": None}, 1)

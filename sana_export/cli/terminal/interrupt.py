@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM end a command with one line and exit code 130, also while native code holds the interpreter.
+"""Ctrl-C and SIGTERM end a command with one line and exit code 130, even while native code is running.
 
-Python runs a signal's handler between two bytecodes, so a long call into native code (a compiler, a session's run) delays it, and
-code in between may swallow what it raises. A thread that reads the wake-up descriptor sees the signal at once, and ends the
-process itself when the main thread has not come back in time. That is safe at any moment: everything that this package writes
-gets its name only when it is whole.
+Python runs a signal handler between two bytecodes. A long call into native code (a compiler, an inference session) delays it, and
+library code may swallow the exception that it raises. Therefore a thread reads the wake-up descriptor, sees the signal at once, and
+ends the process if the main thread does not return in time. Ending it is always safe, because this package renames a file to its
+final name only after the file is complete.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def interruptible(on_giving_up: Callable[[], None], grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
     """Raise KeyboardInterrupt in the main thread on `SIGNALS`.
 
-    The process ends with `EXIT_CODE`, after `on_giving_up()`, where the block has not been left `grace_seconds` later, or on a
-    second signal. Outside the main thread this does nothing: signals are the caller's there.
+    If the block is still running `grace_seconds` later, or on a second signal, call `on_giving_up()` and end the process with
+    `EXIT_CODE`. Outside the main thread this does nothing, because Python delivers signals to the main thread only.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    before = {number: signal.signal(number, _raise) for number in SIGNALS}
-    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    previous_handlers = {number: signal.signal(number, _raise) for number in SIGNALS}
+    previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watch = threading.Thread(target=_watch, args=(reader, on_giving_up, grace_seconds), daemon=True)
     watch.start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(previous)
-        for number, handler in before.items():
+        signal.set_wakeup_fd(previous_descriptor)
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
         writer.close()
         watch.join()

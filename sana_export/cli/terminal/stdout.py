@@ -1,4 +1,4 @@
-"""stdout holds a verb's answer and nothing else, whatever libraries print: to `sys.stdout` or to file descriptor 1."""
+"""Keeps stdout for a verb's answer. What libraries print, to `sys.stdout` or to file descriptor 1, goes to stderr."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 
 class Stdout:
-    """Where the answer goes: as one JSON document, or as text for people."""
+    """Writes the answer as one JSON document or as text."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
@@ -20,11 +20,11 @@ class Stdout:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Send what anything else writes to stdout meanwhile to stderr."""
+        """Send everything else that is written to stdout in this block to stderr."""
         stream = self._stream
         try:
             descriptor = stream.fileno()
-        except (AttributeError, io.UnsupportedOperation):  # a caller's own stream in place of stdout
+        except (AttributeError, io.UnsupportedOperation):  # the caller replaced sys.stdout
             with redirect_stdout(sys.stderr):
                 yield
             return
@@ -40,7 +40,7 @@ class Stdout:
                 self._stream = stream
 
     def write(self, document: Mapping[str, Any], text: str) -> None:
-        """Write the answer. A reader that has gone (`| head`) is no error: it has read what it wanted."""
+        """Write the answer. A closed pipe (`| head`) is not an error."""
         content = json.dumps(document, indent=1, default=str) if self.as_json else text.rstrip("\n")
         if not content:
             return
@@ -49,7 +49,7 @@ class Stdout:
             self._stream.write(content.encode(encoding, "backslashreplace").decode(encoding) + "\n")
             self._stream.flush()
         except BrokenPipeError:
-            # The interpreter flushes stdout once more when it ends, which has to succeed.
+            # The interpreter flushes stdout once more at its end. That must not fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def write_json(self, document: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Numbers and tables as people read them."""
+"""Formats numbers and tables for people."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def seconds(value: float) -> str:
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = (), indent: str = "") -> str:
-    """Columns of text, left-aligned, two blanks between them."""
+    """Columns of text, left-aligned and two spaces apart."""
     cells = [[str(cell) for cell in row] for row in ([header] if header else []) + list(rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)

@@ -1,4 +1,4 @@
-"""`sana-export bench`: how long each backend takes beside eager diffusers, and what follows from such runs."""
+"""`sana-export bench`: times backends against eager diffusers, compares reports, profiles graphs and computes lower bounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import Console
-from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, model_options, positive
+from sana_export.cli.verb import Answer, Verb, add_device, add_model_options, add_names, model_options, positive, reference_options
 from sana_export.errors import DependencyError, ParityError, UsageError
 
 DEFAULT_BACKENDS = ("onnxruntime",)
@@ -27,37 +27,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--backend",
         "B",
-        f"what to time beside eager diffusers, or `all` that can run here (default: {', '.join(DEFAULT_BACKENDS)})",
+        f"backends to time against eager diffusers; `all` takes every one that runs here (default: {', '.join(DEFAULT_BACKENDS)})",
     )
     parser.add_argument(
-        "--workload", metavar="NAME", default=DEFAULT_WORKLOAD, help=f"name or TOML file (default: {DEFAULT_WORKLOAD})"
+        "--workload",
+        metavar="NAME",
+        default=DEFAULT_WORKLOAD,
+        help=f"a built-in workload or a TOML file (default: {DEFAULT_WORKLOAD})",
     )
-    add_names(parser, "--prompts", "SET", "sets of prompts in place of the workload's: short, long, chinese, emoji")
+    add_names(parser, "--prompts", "SET", "sets of prompts instead of the workload's: short, long, chinese, emoji")
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, help=f"folder for the report (default: {DEFAULT_OUTPUT}/WORKLOAD)"
     )
-    modes = parser.add_argument_group("in place of a run").add_mutually_exclusive_group()
+    add_device(parser, "the workload's, or every core")
+    modes = parser.add_argument_group("instead of a run").add_mutually_exclusive_group()
     modes.add_argument(
-        "--compare", metavar="REPORT", nargs=2, type=Path, help="what got better or worse from one bench.json to another"
+        "--compare", metavar="REPORT", nargs=2, type=Path, help="show what got better or worse between two bench.json files"
     )
-    modes.add_argument("--profile", action="store_true", help="the slowest layers of each graph in one backend")
-    modes.add_argument("--floor", action="store_true", help="least times of published models on known GPUs, computed")
+    modes.add_argument("--profile", action="store_true", help="show the slowest layers of each graph in one backend")
+    modes.add_argument("--floor", action="store_true", help="compute the shortest possible times of published models on known GPUs")
     parser.add_argument(
         "--threshold",
         metavar="PERCENT",
         type=percent,
         default=DEFAULT_THRESHOLD,
-        help=f"with --compare: what may get worse (default: {DEFAULT_THRESHOLD:.0%}%)",
+        help=f"with --compare: how much worse a time may get (default: {DEFAULT_THRESHOLD:.0%}%)",
     )
     add_names(parser, "--graphs", "GRAPH", "with --profile: only these graphs")
-    parser.add_argument("--top", metavar="N", type=positive, default=10, help="with --profile: layers a graph (default: 10)")
+    parser.add_argument(
+        "--top", metavar="N", type=positive, default=10, help="with --profile: layers to list for each graph (default: 10)"
+    )
     add_model_options(parser)
 
 
 def percent(text: str) -> float:
     """ "5%" or "5" as 0.05, for argparse."""
     if not re.fullmatch(r"\d+(\.\d+)?%?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage, for example 5%")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage such as 5%")
     return float(text.rstrip("%")) / 100
 
 
@@ -68,11 +74,15 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     require("", "export")
     if options.floor:
         return _floor()
-    for name, value in (("BUNDLE", options.bundle), ("--reference MODEL", options.reference)):
-        if value is None:
-            raise UsageError(f"bench needs {name}", wanted=VERB.example, fix="sana-export bench --help")
+    if options.bundle is None:
+        raise UsageError("bench needs BUNDLE", wanted=VERB.example, fix="sana-export bench --help")
+    if options.reference is None:
+        fix = f"sana-export bench {options.bundle} {reference_options(Path(options.bundle))}"
+        raise UsageError("bench needs --reference MODEL", wanted="the checkpoint that the bundle was exported from", fix=fix)
     opening = model_options(options, options)
     if options.profile:
+        if options.device is not None:
+            raise UsageError("--profile takes no --device", found=f"--device {options.device}", fix="leave out --device")
         return _profile(options, console, opening)
     output = DEFAULT_OUTPUT / Path(options.workload).stem if options.output is None else options.output
     return measure(
@@ -84,6 +94,8 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         workload=options.workload,
         output=output,
         prompts=tuple(options.prompts),
+        device=options.device,
+        threads=options.threads,
     )
 
 
@@ -97,11 +109,13 @@ def measure(
     workload: str,
     output: Path | None,
     prompts: tuple[str, ...] = (),
+    device: int | None = None,
+    threads: int | None = None,
 ) -> Answer:
-    """Time `backends` beside eager diffusers on `model`, opened as `opening` says (`model_options`).
+    """Time `backends` against eager diffusers on the checkpoint `model`, which is opened with `opening` (`model_options`).
 
-    The last line of the text, and `report` of the document, name the JSON file. Exit code 5 where an image differs from eager's,
-    3 where a backend failed.
+    `prompts` are sets of prompts that replace the workload's, and `threads` replaces its number of threads. The JSON file's path is
+    the last line of the text and `report` in the document. Exit code 5 if an image differs from eager's, 3 if a backend failed.
     """
     require("", "export")
     from sana_export.bench.candidates.table import BASELINE
@@ -114,7 +128,8 @@ def measure(
         work = dataclasses.replace(load_workload(workload), prompts=prompts_of(prompts, "--prompts"))
     checkpoint = open_checkpoint(model, **opening)
     names = (BASELINE, *(backends or DEFAULT_BACKENDS))
-    report = run_bench(bundle, checkpoint, backends=names, workload=work, output=output, on_progress=console.step)
+    settings: dict[str, Any] = {"backends": names, "workload": work, "output": output, "device": device, "threads": threads}
+    report = run_bench(bundle, checkpoint, **settings, on_progress=console.step)
     exit_code = DependencyError.exit_code if report.failed else 0
     path = None if output is None else str(output / "bench.json")
     text = report.as_text() + (f"\n{path}" if path else "")
@@ -122,7 +137,7 @@ def measure(
 
 
 def _compare(before: Path, after: Path, threshold: float) -> Answer:
-    """Exit code 5 where something got worse by more than the threshold and the spread, or a backend was lost."""
+    """Exit code 5 if something got worse by more than the threshold and the spread, or a backend is missing."""
     from sana_export.bench.report.compare import compare_files
 
     found = compare_files(before, after, threshold)
@@ -136,19 +151,20 @@ def _floor() -> Answer:
 
 
 def _profile(options: argparse.Namespace, console: Console, opening: Mapping[str, Any]) -> Answer:
-    """Exit code 3 where a graph could not be run."""
+    """Exit code 3 if a graph could not be run."""
     from sana_export.bench.profile.profile import run_profile
     from sana_export.bench.workload import load_workload
     from sana_export.checkpoint.checkpoint import open_checkpoint
 
     names = options.backend or list(DEFAULT_BACKENDS)
     if len(names) > 1:
-        raise UsageError("a profile is of one backend", found=", ".join(names), wanted="one name", fix=f"--backend {names[0]}")
+        raise UsageError("--profile takes one backend", found=", ".join(names), wanted="one name", fix=f"--backend {names[0]}")
+    workload = load_workload(options.workload)
     profile = run_profile(
         Path(options.bundle),
         open_checkpoint(options.reference, **opening),
         backend=names[0],
-        workload=load_workload(options.workload),
+        workload=workload if options.threads is None else dataclasses.replace(workload, threads=options.threads),
         graphs=options.graphs,
         on_progress=console.step,
     )
@@ -157,8 +173,8 @@ def _profile(options: argparse.Namespace, console: Console, opening: Mapping[str
 
 VERB = Verb(
     name="bench",
-    summary="latency of each backend beside eager diffusers, stage by stage",
-    description="Times backends beside eager diffusers in one run, taking turns, and checks that their images agree.",
+    summary="time backends against eager diffusers, stage by stage",
+    description="Times backends and eager diffusers in turns, in one run, and checks that their images agree.",
     example="sana-export bench bundle --reference mid --workload cpu -o report\n"
     "  sana-export bench --compare before/bench.json after/bench.json --threshold 5%\n"
     "  sana-export bench bundle --reference mid --profile --backend onnxruntime",

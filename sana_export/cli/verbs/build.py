@@ -1,4 +1,4 @@
-"""`sana-export build`: the engines of a bundle."""
+"""`sana-export build`: builds the engines of a bundle."""
 
 from __future__ import annotations
 
@@ -27,38 +27,47 @@ BUILD_OPTIONS = ("refittable", "version_compatible", "hardware_compatible", "wei
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
-    parser.add_argument("--backend", choices=tuple(FLAVOURS), required=True, help="what the engines are for")
+    parser.add_argument("--backend", choices=tuple(FLAVOURS), required=True, help="the library that will run the engines")
     profiles = "; ".join(f"{profile.name}: {profile.meaning}" for profile in PROFILES.values())
     parser.add_argument(
         "--profile",
         metavar="NAME",
-        help=f"which shapes the engines serve (default: default). {profiles}; static-1024 or static-HEIGHTxWIDTH: that size",
+        help=f"the shapes that the engines accept. {profiles}; static-1024 or static-HEIGHTxWIDTH: that size (default: default)",
     )
     parser.add_argument(
         "--each-bin",
         action="store_true",
-        help="engines of one size for every resolution bin of the checkpoint, instead of a profile",
+        help="build engines of one size for every resolution bin of the checkpoint, instead of a profile",
     )
-    add_size(parser, "the one image size that the engines serve, instead of a profile")
-    parser.add_argument("--batch", type=positive, metavar="N", help="up to N images at a time, with --height and --width")
-    add_names(parser, "--compute-capability", "CC", "GPUs to build for, for example 8.9 12.0 (default: portable, or the GPU here)")
+    add_size(parser, "the only image size of the engines, instead of a profile")
+    parser.add_argument("--batch", type=positive, metavar="N", help="at most N images at a time, instead of a profile (default: 1)")
+    add_names(
+        parser,
+        "--compute-capability",
+        "CC",
+        "GPUs to build for, such as 8.9 12.0 (default: tensorrt-rtx all that it supports, tensorrt this machine's GPU)",
+    )
     add_names(parser, "--graphs", "GRAPH", "build only these graphs (default: all that the profile needs)")
     parser.add_argument(
         "--refittable",
         action="store_true",
-        help="engines without weights, which they are given when they are loaded: one serves all fine-tunes of a checkpoint. To "
-        "build them needs a GPU",
+        help="build engines without weights; loading adds them, so that one engine serves all fine-tunes of a checkpoint. "
+        "Building requires a GPU",
     )
-    parser.add_argument("--version-compatible", action="store_true", help="engines that later versions of the backend run too")
+    parser.add_argument(
+        "--version-compatible", action="store_true", help="build engines that also run on later versions of the backend"
+    )
     parser.add_argument(
         "--hardware-compatible",
         action="store_true",
-        help="engines that later GPUs run too, from compute capability 8.0 on; with tensorrt-rtx add --compute-capability 8.0",
+        help="build engines that run on all GPUs of compute capability 8.0 or later; tensorrt-rtx: add --compute-capability 8.0",
     )
     parser.add_argument(
-        "--weight-streaming", action="store_true", help="engines whose weights may stay on the host: --memory streaming"
+        "--weight-streaming",
+        action="store_true",
+        help="build engines for --memory streaming: weights stay in host memory",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be built and why, and build nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be built and why, and build nothing")
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
@@ -81,26 +90,26 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
 
 
 def choose_profiles(manifest: Manifest, options: argparse.Namespace) -> list[Profile]:
-    """The profiles that the options ask for."""
+    """The profiles that the options select."""
     if not options.each_bin:
         return [choose_profile(manifest, options.profile, options.height, options.width, options.batch)]
     if any(value is not None for value in (options.profile, options.height, options.width, options.batch)):
         raise UsageError(
-            "--each-bin and --profile, --height, --width, --batch exclude each other",
-            found="--each-bin with one of these",
-            wanted="one of the two",
+            "--each-bin cannot be combined with --profile, --height, --width or --batch",
+            found="--each-bin and one of these",
+            wanted="only one of them",
         )
     return bin_profiles(manifest.model)
 
 
 def choose_profile(manifest: Manifest, name: str | None, height: int | None, width: int | None, batch: int | None) -> Profile:
-    """The row `name`, or the profile of exactly one size; UsageError where both are asked for."""
+    """The profile `name`, or one of exactly one size. Raises UsageError if both are given."""
     exact = height is not None or width is not None or batch is not None
     if name is not None and exact:
         raise UsageError(
-            "--profile and --height, --width, --batch exclude each other",
-            found=f"--profile {name} with a size or a batch",
-            wanted="one of the two",
+            "--profile cannot be combined with --height, --width or --batch",
+            found=f"--profile {name} and a size or a batch",
+            wanted="only one of them",
         )
     if exact:
         return custom_profile(manifest.model, height=height, width=width, batch=batch or 1)
@@ -142,7 +151,7 @@ def build_engines(
 
 
 def _plan_document(bundle: Path, planned: Sequence[PlannedEngine]) -> dict[str, Any]:
-    """The plan as JSON: every engine with all that its key is made of, where it would lie, and its reason."""
+    """The plan as JSON: every engine with everything that its key is made of, its path and its reason."""
     return {
         "bundle": str(bundle),
         "engines": [
@@ -170,8 +179,8 @@ def _plan_text(bundle: Path, planned: Sequence[PlannedEngine]) -> str:
 
 VERB = Verb(
     name="build",
-    summary="the TensorRT or TensorRT-RTX engines of a bundle",
-    description="Builds the engines of a bundle that are missing or stale. TensorRT-RTX engines are built without a GPU.",
+    summary="build the TensorRT or TensorRT-RTX engines of a bundle",
+    description="Builds the engines of a bundle that are missing or stale. Building TensorRT-RTX engines requires no GPU.",
     example="sana-export build bundle --backend tensorrt-rtx --profile laptop --compute-capability 8.9",
     add_arguments=add_arguments,
     run=run,

@@ -1,70 +1,87 @@
-"""`sana-export doctor`: what this machine has, what is missing, and the line that installs it."""
+"""`sana-export doctor`: shows what this machine has, what is missing, and the command that installs it."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import platform
+import sys
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sana_export import __version__
-from sana_export.cli.machine import Builder, Machine, probe_builder, this_machine
-from sana_export.cli.memory_text import memory_document, memory_needs, memory_text
-from sana_export.cli.packages import (
-    EXCLUSIVE,
-    PURPOSES,
-    Package,
-    exclusive_conflict,
-    install_line,
-    installed_version,
-    packages,
-)
+from sana_export.cli.bundle_text import memory_document, memory_needs, memory_text
+from sana_export.cli.packages import EXCLUSIVE, PURPOSES, Package, exclusive_conflict, install_command, packages
+from sana_export.cli.probe import BackendProbe, probe_backend
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import plural, size, table
 from sana_export.cli.verb import Answer, Verb
-from sana_export.machine import gpu_memory_bytes
+from sana_export.environment import installed_version, operating_system
+from sana_export.machine import Gpu, cpu_name, find_gpus, gpu_memory_bytes, memory_bytes, usable_cores
 from sana_export.manifest import Manifest
 from sana_export.trt.compatibility import RTX_CAPABILITIES
 from sana_export.trt.flavour import FLAVOURS
 
 
-@dataclasses.dataclass(frozen=True)
-class Ability:
-    """One thing that can be done here or not; `reason` says what is lacking and `fix` mends it."""
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has. The fields are keys of the JSON document."""
 
+    #: Version of Python.
+    python: str
+    #: Path of the interpreter.
+    executable: str
+    #: Name and version of the system.
+    platform: str
+    #: The platform that engines are bound to, for example "linux-x86_64".
+    operating_system: str
+    #: Name of the CPU.
+    processor: str
+    #: Logical cores that this process may use.
+    cores: int
+    #: Bytes of memory; 0 if unknown.
+    memory_bytes: int
+    #: The NVIDIA GPUs.
+    gpus: tuple[Gpu, ...]
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One thing that can or cannot be done on this machine."""
+
+    #: What it is, for example "export".
     name: str
+    #: Whether it can be done.
     possible: bool
+    #: What is missing.
     reason: str | None = None
+    #: The command that fixes it, or the alternative.
     fix: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="say what its engines will need of the GPU's memory")
+    parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="also show how much GPU memory the engines of this bundle need")
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
-    machine = this_machine()
-    try:
-        found = packages()
-    except PackageNotFoundError:
-        found = []
-    builders = [probe_builder(backend) for backend in FLAVOURS]
-    abilities = list(judge(machine, found, builders))
+    machine, found = this_machine(), packages()
+    probes = [probe_backend(backend) for backend in FLAVOURS]
+    abilities = list(judge(machine, found, probes, options.bundle or "BUNDLE"))
     conflict = exclusive_conflict()
     document: dict[str, Any] = {
         "sana_export": __version__,
         "machine": dataclasses.asdict(machine),
         "packages": [{**dataclasses.asdict(package), "problem": package.problem} for package in found],
-        "backends": [dataclasses.asdict(builder) for builder in builders],
+        "backends": [dataclasses.asdict(probe) for probe in probes],
         "abilities": {ability.name: dataclasses.asdict(ability) for ability in abilities},
         "warnings": [conflict] if conflict else [],
     }
     parts = [
         f"sana-export {__version__}",
         _machine_text(machine),
-        _packages_text(found) if found else "packages: sana-export is not installed, only its source is here",
+        _packages_text(found) if found else "packages: sana-export runs from its source folder and is not installed",
         table([(ability.name, _verdict(ability)) for ability in abilities]),
     ]
     if options.bundle is not None:
@@ -77,45 +94,63 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     return Answer(document, "\n\n".join(parts))
 
 
-def judge(machine: Machine, found: list[Package], builders: Iterable[Builder]) -> Iterable[Ability]:
-    """What can be done with `found` and `builders` on `machine`."""
+def this_machine() -> Machine:
+    """The machine that this process runs on."""
+    return Machine(
+        python=platform.python_version(),
+        executable=sys.executable,
+        platform=platform.platform(),
+        operating_system=operating_system(),
+        processor=cpu_name(),
+        cores=usable_cores(),
+        memory_bytes=memory_bytes(),
+        gpus=find_gpus(),
+    )
+
+
+def judge(machine: Machine, found: list[Package], probes: Iterable[BackendProbe], bundle: str = "BUNDLE") -> Iterable[Ability]:
+    """What can be done on `machine` with the packages `found` and the probed backends. Commands name `bundle`."""
     lacking = [package for package in found if package.extra == "export" and package.problem]
     yield Ability(
         "export",
         not lacking,
-        "lacks " + ", ".join(f"{package.name} ({package.problem})" for package in lacking) if lacking else None,
-        install_line("export") if lacking else None,
+        "needs " + ", ".join(f"{package.name} ({package.problem})" for package in lacking) if lacking else None,
+        install_command("export") if lacking else None,
     )
     onnxruntime = any(installed_version(name) for name in EXCLUSIVE)
-    yield Ability("sample on the CPU", onnxruntime, *((None, None) if onnxruntime else ("no ONNX Runtime", install_line("cpu"))))
-    for builder in builders:
-        yield _build_ability(builder, machine)
-        yield _run_ability(builder, machine)
+    yield Ability("sample on the CPU", onnxruntime, *((None, None) if onnxruntime else ("no ONNX Runtime", install_command("cpu"))))
+    for probe in probes:
+        yield _build_ability(probe, machine, bundle)
+        yield _run_ability(probe, machine, bundle)
 
 
-def _build_ability(builder: Builder, machine: Machine) -> Ability:
-    flavour = FLAVOURS[builder.backend]
-    reason, fix = builder.reason, builder.fix
+def _build_ability(probe: BackendProbe, machine: Machine, bundle: str) -> Ability:
+    flavour = FLAVOURS[probe.backend]
+    reason, fix = probe.reason, probe.fix
     if reason is None and not flavour.ahead_of_time and not machine.gpus:
-        reason, fix = "it builds only on a machine with a GPU", "sana-export build BUNDLE --backend tensorrt-rtx"
+        reason, fix = "building requires a GPU", f"sana-export build {bundle} --backend tensorrt-rtx"
     return Ability(f"build {flavour.title} engines", reason is None, reason, fix)
 
 
-def _run_ability(builder: Builder, machine: Machine) -> Ability:
+def _run_ability(probe: BackendProbe, machine: Machine, bundle: str) -> Ability:
     capabilities = [gpu.compute_capability for gpu in machine.gpus]
-    reasons, fix = [], builder.fix
+    reasons, fix = [], probe.fix
     if not capabilities:
-        reasons.append("no NVIDIA GPU and driver here")
-        fix = fix or "sana-export generate BUNDLE PROMPT -o OUT.png --backend onnxruntime"
-    if builder.reason is not None:
-        reasons.append(builder.reason)
-    if capabilities and builder.backend == "tensorrt-rtx" and not set(capabilities) & set(RTX_CAPABILITIES):
-        reasons.append(f"compute capability {', '.join(capabilities)} is not in NVIDIA's list ({', '.join(RTX_CAPABILITIES)})")
-    return Ability(f"run {FLAVOURS[builder.backend].title} engines", not reasons, "; ".join(reasons) or None, fix)
+        reasons.append("no NVIDIA GPU or no driver")
+        fix = fix or f"sana-export generate {bundle} 'a red apple' -o apple.png --backend onnxruntime"
+    if probe.reason is not None:
+        reasons.append(probe.reason)
+    if capabilities and probe.backend == "tensorrt-rtx" and not set(capabilities) & set(RTX_CAPABILITIES):
+        reasons.append(
+            f"NVIDIA does not list compute capability {', '.join(capabilities)} as supported ({', '.join(RTX_CAPABILITIES)})"
+        )
+    return Ability(f"run {FLAVOURS[probe.backend].title} engines", not reasons, "; ".join(reasons) or None, fix)
 
 
 def _verdict(ability: Ability) -> str:
-    return "yes" if ability.possible else f"no: {ability.reason} ({ability.fix})"
+    if ability.possible:
+        return "yes"
+    return f"no: {ability.reason}" + (f" ({ability.fix})" if ability.fix else "")
 
 
 def _machine_text(machine: Machine) -> str:
@@ -132,7 +167,7 @@ def _machine_text(machine: Machine) -> str:
         details += [f"driver {gpu.driver}"] if gpu.driver else []
         rows.append(("gpu", f"{gpu.name}, {', '.join(details)}"))
     if not machine.gpus:
-        rows.append(("gpu", "none (no NVIDIA driver answers)"))
+        rows.append(("gpu", "none (no NVIDIA driver found)"))
     return table(rows)
 
 
@@ -143,13 +178,13 @@ def _packages_text(found: list[Package]) -> str:
         if package.version and package.problem:
             state = f"{package.version} ({package.problem})"
         rows.append((package.name, state, PURPOSES.get(package.extra, package.extra), package.install if package.problem else ""))
-    return table(rows, ("package", "version", "needed to", "install with"))
+    return table(rows, ("package", "version", "needed for", "install with"))
 
 
 VERB = Verb(
     name="doctor",
-    summary="what this machine has, what is missing, and the line that installs it",
-    description="Shows what this machine has, what can be done with it, and the line that installs what is missing.",
+    summary="show what this machine has, what is missing, and the command that installs it",
+    description="Shows what this machine has, what it can do, and the command that installs what is missing.",
     example="sana-export doctor",
     add_arguments=add_arguments,
     run=run,

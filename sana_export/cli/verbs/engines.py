@@ -1,4 +1,4 @@
-"""`sana-export engines`: a recipe from the checkpoint to engines, proof, image and latency; what is up to date is skipped."""
+"""`sana-export engines`: runs a recipe from checkpoint to engines, parity, image and latency. Skips what is up to date."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sana_export.cli.bundle_text import bundle_document, bundle_summary
 from sana_export.cli.images import check_output
 from sana_export.cli.packages import require
-from sana_export.cli.recipe import Build, Recipe, load_recipe
+from sana_export.cli.recipe import BuildSection, Recipe, load_recipe
 from sana_export.cli.stage_cache import StageCache, stage_key
 from sana_export.cli.terminal.console import VERBOSE, Console
 from sana_export.cli.terminal.text import plural, seconds, table
@@ -28,19 +28,25 @@ from sana_export.errors import ArtifactError
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.trt.compatibility import detect_host, incompatibilities
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage that is over. `since` is the time of the answer where it is of an earlier run, "" where nothing had to be done."""
+    """One finished stage."""
 
+    #: Name in the report.
     name: str
+    #: Its result.
     answer: Answer
+    #: Duration in this run.
     seconds: float
+    #: Time of the earlier run that the answer comes from, "" if there was nothing to do, None if the stage ran now.
     since: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE.toml", help="what to make, for example engines/tiny.toml")
+    parser.add_argument("recipe", metavar="RECIPE.toml", help="the recipe, for example engines/tiny.toml")
     add_hub_options(parser)
 
 
@@ -62,12 +68,12 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     return _report(recipe, stages)
 
 
-#: A stage's work: its answer, and the time of it where it is of an earlier run (see `Stage`).
+#: A stage's work. Returns its answer and `Stage.since`.
 Work = Callable[[], tuple[Answer, str | None]]
 
 
 def _plan(recipe: Recipe, opening: Mapping[str, Any], stage_cache: StageCache, console: Console) -> list[tuple[str, Work]]:
-    """The stages of `recipe` by name, in order. `opening` is what `open_checkpoint` takes beside its model."""
+    """The stages of `recipe` by name, in order. `opening` are the arguments of `open_checkpoint` (`model_options`)."""
     stages: list[tuple[str, Work]] = [("export", lambda: _export(recipe, opening, console))]
     for build in recipe.build:
         name = f"build {build.backend} {', '.join(build.compute_capabilities) or 'portable'}"
@@ -98,7 +104,7 @@ def _export(recipe: Recipe, opening: Mapping[str, Any], console: Console) -> tup
     return answer, "" if manifest.export_key == before else None
 
 
-def _build(recipe: Recipe, build: Build, console: Console) -> tuple[Answer, str | None]:
+def _build(recipe: Recipe, build: BuildSection, console: Console) -> tuple[Answer, str | None]:
     before = Manifest.load(recipe.output)
     manifest = build_engines(
         recipe.output,
@@ -121,7 +127,7 @@ def _once(
     stage_cache: StageCache,
     console: Console,
 ) -> tuple[Answer, str | None]:
-    """The recorded answer of a stage, or a new one, which is recorded unless it has missed a limit."""
+    """The recorded answer of a stage, or a new one. A new one is recorded unless it missed a limit."""
     manifest = Manifest.load(recipe.output)
     key = stage_key(manifest.export_key, dataclasses.asdict(getattr(recipe, name)))
     if (recorded := stage_cache.find(name, key)) is not None:
@@ -133,52 +139,54 @@ def _once(
 
 
 def _verify(opening: Mapping[str, Any], recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answer, tuple[Path, ...]]:
-    settings = {name: value for name, value in dataclasses.asdict(_part(recipe.verify)).items() if value is not None}
+    settings = {name: value for name, value in dataclasses.asdict(_present(recipe.verify)).items() if value is not None}
     return compare(recipe.output, recipe.model, console, opening, **settings), ()
 
 
 def _sample(recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answer, tuple[Path, ...]]:
     from sana_export.runtime import SanaRuntime
 
-    part = _part(recipe.sample)
-    runtime = SanaRuntime.from_pretrained(recipe.output, backend=part.backend)
+    section = _present(recipe.sample)
+    runtime = SanaRuntime.from_pretrained(recipe.output, backend=section.backend, device=section.device, threads=section.threads)
     settings = {
-        "negative_prompt": part.negative_prompt,
-        "num_inference_steps": part.steps,
-        "guidance_scale": part.guidance_scale,
-        "pag_scale": part.pag_scale,
-        "height": part.height,
-        "width": part.width,
-        "seed": part.seed,
-        "num_images_per_prompt": part.images_per_prompt,
-        "use_resolution_binning": part.resolution_binning,
+        "negative_prompt": section.negative_prompt,
+        "num_inference_steps": section.steps,
+        "guidance_scale": section.guidance_scale,
+        "pag_scale": section.pag_scale,
+        "height": section.height,
+        "width": section.width,
+        "seed": section.seed,
+        "num_images_per_prompt": section.images_per_prompt,
+        "use_resolution_binning": section.resolution_binning,
     }
-    prompts = [part.prompt] if isinstance(part.prompt, str) else list(part.prompt)
-    answer = sample(runtime, prompts, settings, part.output, console, output_type=check_output(part.output))
+    prompts = [section.prompt] if isinstance(section.prompt, str) else list(section.prompt)
+    answer = sample(runtime, prompts, settings, section.output, console, output_type=check_output(section.output))
     return answer, tuple(Path(image["path"]) for image in answer.document["images"])
 
 
 def _bench(opening: Mapping[str, Any], recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answer, tuple[Path, ...]]:
-    part = _part(recipe.bench)
+    section = _present(recipe.bench)
     answer = measure(
         recipe.output,
         recipe.model,
         console,
         opening,
-        backends=part.backends,
-        workload=part.workload,
-        output=part.output,
+        backends=section.backends,
+        workload=section.workload,
+        output=section.output,
+        device=section.device,
+        threads=section.threads,
     )
     return answer, ()
 
 
-def _part(part: Any) -> Any:
-    assert part is not None  # `_plan` leaves out the stages of missing parts
-    return part
+def _present(section: T | None) -> T:
+    assert section is not None  # `_plan` leaves out the stages of missing sections
+    return section
 
 
 def _report(recipe: Recipe, stages: list[Stage]) -> Answer:
-    """The summary, with the exit code of the first stage that has missed a limit."""
+    """The summary, with the exit code of the first stage that missed a limit."""
     manifest = Manifest.load(recipe.output)
     not_run = _not_run(manifest)
     document = {
@@ -193,7 +201,7 @@ def _report(recipe: Recipe, stages: list[Stage]) -> Answer:
     parts = [bundle_summary(recipe.output, manifest)]
     parts += [f"{stage.name}:\n{stage.answer.text}" for stage in stages if stage.name in ("verify", "sample", "bench")]
     if not_run:
-        parts.append("not run here:\n" + "\n".join(f"  {what}: {reason}" for reason, what in not_run.items()))
+        parts.append("cannot run on this machine:\n" + "\n".join(f"  {what}: {reason}" for reason, what in not_run.items()))
     total = sum(stage.seconds for stage in stages)
     parts.append("time:\n" + table([*((stage.name, _time(stage)) for stage in stages), ("total", seconds(total))], indent="  "))
     codes = [stage.answer.exit_code for stage in stages if stage.answer.exit_code]
@@ -201,11 +209,11 @@ def _report(recipe: Recipe, stages: list[Stage]) -> Answer:
 
 
 def _not_run(manifest: Manifest) -> dict[str, str]:
-    """Reason to the engines that were built and cannot run on this machine for it."""
-    machine = detect_host()
+    """Reason why engines cannot run on this machine to the number of those engines."""
+    host = detect_host()
     reasons: dict[str, list[EngineEntry]] = {}
     for engine in manifest.engines:
-        if why := incompatibilities(engine, machine):
+        if why := incompatibilities(engine, host):
             reasons.setdefault("; ".join(why), []).append(engine)
     return {reason: f"{plural(len(engines), 'engine')} of {engines[0].backend}" for reason, engines in reasons.items()}
 
@@ -218,8 +226,8 @@ def _time(stage: Stage) -> str:
 
 VERB = Verb(
     name="engines",
-    summary="all of a recipe: export, build, verify, sample, bench",
-    description="Exports, builds, verifies, samples and times as a recipe says. Stages that are up to date are skipped.",
+    summary="run a recipe: export, build, verify, sample, bench",
+    description="Runs the stages of a recipe: export, build, verify, sample and bench. Skips stages that are up to date.",
     example="sana-export engines engines/tiny.toml",
     add_arguments=add_arguments,
     run=run,

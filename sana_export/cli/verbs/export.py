@@ -1,4 +1,4 @@
-"""`sana-export export`: a checkpoint to a bundle."""
+"""`sana-export export`: exports a checkpoint to a bundle."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from sana_export.progress import Progress
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="alias (see variants), hub id, or local folder in diffusers' format")
-    parser.add_argument("-o", "--output", metavar="BUNDLE", required=True, help="the bundle's folder")
+    parser.add_argument("-o", "--output", metavar="BUNDLE", required=True, help="folder of the bundle")
     parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="fp16", help="precision of the graphs (default: fp16)")
     add_names(
         parser,
         "--pag-layers",
         "LAYER",
-        "layers that can sample with perturbed attention guidance, for example transformer_blocks.8, by blanks or commas",
+        "layers that support perturbed attention guidance, for example transformer_blocks.8 (default: none)",
     )
     add_names(parser, "--graphs", "GRAPH", "export only these graphs (default: all)")
     parser.add_argument(
         "--clamp",
         action=argparse.BooleanOptionalAction,
-        help="clip self-attention outputs to +-65504, as the fp16 family was trained (default: what is known of the checkpoint)",
+        help="clip self-attention outputs to +-65504, as in the training of the fp16 checkpoints (default: on for those)",
     )
     add_model_options(parser)
 
@@ -58,7 +58,7 @@ def export_model(
     opening: Mapping[str, Any],
     **options: Any,
 ) -> Manifest:
-    """Open the checkpoint `model` as `opening` says (`model_options`) and export it with `options` (those of `export_bundle`)."""
+    """Open the checkpoint `model` with `opening` (`model_options`) and export it with `options` (those of `export_bundle`)."""
     require("", "export")
     from sana_export.checkpoint.checkpoint import open_checkpoint
     from sana_export.export.bundle import export_bundle
@@ -75,8 +75,8 @@ def _show(console: Console, progress: Progress) -> None:
 
 VERB = Verb(
     name="export",
-    summary="a checkpoint to a bundle of ONNX graphs",
-    description="Exports a Sana checkpoint to a bundle: ONNX graphs, tokenizer, embeddings and a manifest that binds them.",
+    summary="export a checkpoint to a bundle of ONNX graphs",
+    description="Exports a Sana checkpoint to a bundle: ONNX graphs, tokenizer, embeddings, and a manifest with their hashes.",
     example="sana-export export tiny -o bundle --dtype fp16 --pag-layers transformer_blocks.1",
     add_arguments=add_arguments,
     run=run,

@@ -1,4 +1,4 @@
-"""`sana-export generate`: prompts to images from a bundle, without PyTorch."""
+"""`sana-export generate`: generates images from a bundle, without PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from sana_export.cli.images import check_output, write_images
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
-from sana_export.cli.verb import Answer, Verb, add_bundle, add_size, positive
+from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, positive
+from sana_export.runtime.backends import BACKENDS
+from sana_export.runtime.memory import AUTO
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +23,13 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
-    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to draw; several prompts give several images")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to draw; one or more prompts")
     parser.add_argument(
         "-o",
         "--output",
         metavar="OUT.png",
         required=True,
-        help="the image (.png, .jpg, .webp, .npy); several images are written as OUT-0.png, OUT-1.png, ...",
+        help="the image file (.png, .jpg, .webp, .npy); several images are named OUT-0.png, OUT-1.png, ...",
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", default="", help="what not to draw")
     parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: the checkpoint's)")
@@ -37,30 +39,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-resolution-binning",
         action="store_true",
-        help="sample at exactly this size, which must divide by 32, not at the nearest size of the training",
+        help="sample at exactly this size (a multiple of 32) instead of the nearest size that the checkpoint was trained on",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same image (default: a random one)")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same image (default: random)")
     parser.add_argument("--images-per-prompt", type=positive, metavar="N", default=1, help="images for each prompt (default: 1)")
     parser.add_argument(
         "--decoder-tile",
         type=int,
         metavar="PIXELS",
-        help="decode in tiles of this side, to the same image in less memory; 0 never (default: 1024 beyond 2048x2048 pixels)",
+        help="decode in tiles of this size: same image, less memory; 0 turns tiles off (default: 1024 above 2048x2048 pixels)",
     )
     parser.add_argument(
         "--lora",
         metavar="PATH[:SCALE]",
         action="append",
         default=[],
-        help="a LoRA in the format of diffusers or PEFT, added to the bundle's weights; may be given several times",
+        help="a LoRA in diffusers' or PEFT's format, added to the bundle's weights; can be given several times",
     )
-    parser.add_argument("--backend", metavar="B", default="auto", help="onnxruntime, tensorrt-rtx, tensorrt (default: auto)")
+    parser.add_argument(
+        "--backend", metavar="B", default=AUTO, help=f"auto, {', '.join(BACKENDS)} (default: auto, the best one that runs here)"
+    )
+    add_device(parser)
     parser.add_argument(
         "--memory",
         metavar="MODE",
-        default="auto",
-        help="resident: everything stays loaded; staged: text encoder, denoiser and decoder in turn; streaming: weights on the host"
-        " (default: auto, the first that fits)",
+        default=AUTO,
+        help="resident: all graphs stay loaded; staged: text encoder, denoiser and decoder are loaded in turn; streaming: weights "
+        "stay in host memory (default: auto, the first that fits)",
     )
 
 
@@ -71,7 +76,9 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     from sana_export.runtime import SanaRuntime
 
     loras = [parse_lora(text) for text in options.lora]
-    runtime = SanaRuntime.from_pretrained(options.bundle, backend=options.backend, memory=options.memory)
+    runtime = SanaRuntime.from_pretrained(
+        options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
+    )
     for lora in loras:
         runtime.load_lora(lora.path, lora.scale)
     settings = {
@@ -98,18 +105,18 @@ def sample(
     *,
     output_type: str = "pil",
 ) -> Answer:
-    """Draw `prompts` with `settings` (the parameters of `SanaRuntime.__call__`) and write the images."""
+    """Generate images of `prompts` with `settings` (parameters of `SanaRuntime.__call__`) and write them."""
     steps = settings.get("num_inference_steps") or runtime.manifest.model.default_steps
     log.info("sampling %d steps on %s", steps, runtime.backend.name)
 
     def on_step(_runtime: object, index: int, _timestep: float, _tensors: object) -> None:
         console.step("denoise", index + 1, steps)
 
-    # A callback costs a copy of the latents, so there is one only where somebody looks.
-    watch = on_step if console.live else None
+    # A callback costs a copy of the latents in every step.
+    callback = on_step if console.live else None
     if console.live:
         console.step("denoise", 0, steps)
-    result = runtime(prompts, output_type=output_type, callback_on_step_end=watch, **settings)
+    result = runtime(prompts, output_type=output_type, callback_on_step_end=callback, **settings)
     paths = write_images(result.images, output)
     repeats = len(paths) // len(prompts)
     document = {
@@ -141,8 +148,8 @@ def sample(
 
 VERB = Verb(
     name="generate",
-    summary="images from a bundle, without PyTorch",
-    description="Samples images from a bundle. The same seed gives the image that diffusers gives with a CPU generator.",
+    summary="generate images from a bundle, without PyTorch",
+    description="Generates images from a bundle. A seed gives the same image as diffusers with a generator on the CPU.",
     example='sana-export generate bundle "A cute 🐼 eating 🎋, ink drawing style" -o panda.png --steps 20 --seed 42',
     add_arguments=add_arguments,
     run=run,

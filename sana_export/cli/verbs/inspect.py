@@ -1,4 +1,4 @@
-"""`sana-export inspect`: what is in a bundle, and what of it can run here."""
+"""`sana-export inspect`: shows what is in a bundle and which engines run on this machine."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sana_export.cli.bundle_text import bundle_document, bundle_origin, graphs_table, peak, served, target, total_bytes
-from sana_export.cli.memory_text import memory_document, memory_needs, memory_text
+from sana_export.cli.bundle_text import (
+    bundle_document,
+    bundle_origin,
+    graphs_table,
+    memory_document,
+    memory_needs,
+    memory_text,
+    peak,
+    served,
+    target,
+    total_bytes,
+)
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, size, table
 from sana_export.cli.verb import Answer, Verb, add_bundle
+from sana_export.commands import export_line
 from sana_export.errors import ArtifactError
 from sana_export.files import FileEntry, check_files
 from sana_export.machine import gpu_memory_bytes
@@ -23,14 +34,18 @@ from sana_export.trt.compatibility import Host, detect_host, incompatibilities
 
 @dataclass(frozen=True)
 class EngineState:
-    """An engine with what is wrong with its file, and every reason why it does not run here."""
+    """An engine and whether it runs on this machine."""
 
+    #: Its entry in the manifest.
     engine: EngineEntry
+    #: What is wrong with its file; None if nothing is.
     damage: str | None
+    #: Every reason why it does not run on this machine.
     reasons: tuple[str, ...]
 
     @property
     def runs_here(self) -> bool:
+        """Whether its file is intact and this machine can run it."""
         return self.damage is None and not self.reasons
 
 
@@ -43,8 +58,8 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     manifest = Manifest.load(bundle)
     files = [*manifest.files, *(file for graph in manifest.graphs.values() for file in graph.files)]
     damaged = damaged_files(bundle, files)
-    machine = detect_host()
-    engines = engine_states(bundle, manifest.engines, machine)
+    host = detect_host()
+    engines = engine_states(bundle, manifest.engines, host)
     memory = memory_needs(bundle, manifest)
     document = {
         **bundle_document(bundle, manifest),
@@ -62,13 +77,13 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         "memory": memory_document(memory),
         "parity": manifest.parity,
     }
-    hurt = damaged or any(state.damage for state in engines)
-    text = _text(bundle, manifest, damaged, engines, memory_text(memory, gpu_memory_bytes(machine.gpus)))
-    return Answer(document, text, ArtifactError.exit_code if hurt else 0)
+    anything_damaged = damaged or any(state.damage for state in engines)
+    text = _text(bundle, manifest, damaged, engines, memory_text(memory, gpu_memory_bytes(host.gpus)))
+    return Answer(document, text, ArtifactError.exit_code if anything_damaged else 0)
 
 
 def damaged_files(bundle: Path, files: Iterable[FileEntry]) -> dict[str, str]:
-    """Path to what is wrong, of the `files` that are missing, changed or outside the bundle."""
+    """Path to what is wrong, for those of `files` that are missing, changed or outside the bundle."""
     damaged = {}
     for file in {file.path: file for file in files}.values():
         try:
@@ -78,11 +93,12 @@ def damaged_files(bundle: Path, files: Iterable[FileEntry]) -> dict[str, str]:
     return damaged
 
 
-def engine_states(bundle: Path, engines: Iterable[EngineEntry], machine: Host) -> list[EngineState]:
+def engine_states(bundle: Path, engines: Iterable[EngineEntry], host: Host) -> list[EngineState]:
+    """The state of each engine on `host`."""
     states = []
     for engine in engines:
         damage = damaged_files(bundle, [engine.file]).get(engine.file.path)
-        states.append(EngineState(engine, damage, tuple(incompatibilities(engine, machine))))
+        states.append(EngineState(engine, damage, tuple(incompatibilities(engine, host))))
     return states
 
 
@@ -92,12 +108,15 @@ def _text(bundle: Path, manifest: Manifest, damaged: dict[str, str], engines: Se
         bundle_origin(manifest),
         graphs_table(manifest),
     ]
-    parts.append("graphs: all files are whole" if not damaged else "graphs: DAMAGED")
+    parts.append("files: all match the manifest" if not damaged else "files: DAMAGED")
     parts += [f"  {text}" for text in damaged.values()]
-    parts.append(_engines_text(engines) if engines else f"engines: none (sana-export build {bundle} --backend tensorrt-rtx)")
+    parts += [f"  fix: {export_line(bundle, manifest)}"] if damaged else []
+    parts.append(
+        _engines_text(engines) if engines else f"engines: none; to build some: sana-export build {bundle} --backend tensorrt-rtx"
+    )
     parts += [memory] if memory else []
     if manifest.parity is not None:
-        parts.append(f"parity: {_verdict(manifest.parity.get('passed'))} when it was last verified")
+        parts.append(f"parity: {_verdict(manifest.parity.get('passed'))} at the last verification")
     return "\n".join(parts)
 
 
@@ -120,13 +139,13 @@ def _engines_text(engines: Sequence[EngineState]) -> str:
     for state in engines:
         for reason in [state.damage] if state.damage else state.reasons:
             reasons.setdefault(reason, []).append(state.engine.graph)
-    parts += [f"  not here: {reason} ({len(graphs)} of {len(engines)} engines)" for reason, graphs in reasons.items()]
+    parts += [f"  cannot run: {reason} ({len(graphs)} of {len(engines)} engines)" for reason, graphs in reasons.items()]
     parts += [f"  profile {name}: {shapes}" for name, shapes in _profiles(engines).items()]
     return "engines:\n" + "\n".join(parts)
 
 
 def _profiles(engines: Sequence[EngineState]) -> dict[str, str]:
-    """Profile to what its engines serve: the ranges of batch and latent size, the latter in pixels of the latent."""
+    """Profile to the ranges of batch and latent size (in latent pixels) of its engines."""
     shown = ("batch", "latent_height", "latent_width")
     profiles: dict[str, dict[str, str]] = {}
     for state in engines:
@@ -141,8 +160,8 @@ def _verdict(passed: object) -> str:
 
 VERB = Verb(
     name="inspect",
-    summary="what is in a bundle, and what of it can run here",
-    description="Shows what is in a bundle, checks every file against the manifest and says which engines can run here.",
+    summary="show what is in a bundle and which engines run on this machine",
+    description="Shows what is in a bundle, checks every file against the manifest, and shows which engines run on this machine.",
     example="sana-export inspect bundle --json",
     add_arguments=add_arguments,
     run=run,

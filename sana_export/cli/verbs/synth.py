@@ -1,4 +1,4 @@
-"""`sana-export synth`: seeded random weights in the exact config of a known checkpoint."""
+"""`sana-export synth`: writes a checkpoint with seeded random weights in the exact config of a known one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import VERBOSE, Console
 from sana_export.cli.terminal.text import size
-from sana_export.cli.verb import Answer, Verb
+from sana_export.cli.verb import Answer, Verb, index
 from sana_export.manifest import PRECISIONS
 from sana_export.variants import VARIANTS
 
@@ -18,20 +18,20 @@ _DEFAULT_SHARD = "2GB"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="VARIANT", help="alias or hub id of a row of `sana-export variants`")
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the checkpoint's folder")
+    parser.add_argument("model", metavar="VARIANT", help="alias or hub id from `sana-export variants`")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder of the checkpoint")
     parser.add_argument(
         "--dtype",
         choices=tuple(PRECISIONS),
-        help="of the stored weights (default: what the checkpoint was published in; fp32 for the small ones)",
+        help="dtype of the weights (default: that of the published checkpoint; fp32 for the small ones)",
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the weights (default: 0)")
+    parser.add_argument("--seed", type=index, default=0, metavar="N", help="seed of the weights (default: 0)")
     parser.add_argument(
         "--shard-size",
         type=_bytes,
         default=_bytes(_DEFAULT_SHARD),
         metavar="SIZE",
-        help=f"of a weight file at most, for example 500MB (default: {_DEFAULT_SHARD})",
+        help=f"largest size of a weight file, for example 500MB (default: {_DEFAULT_SHARD})",
     )
 
 
@@ -62,15 +62,9 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     }
     text = (
         f"{folder}: {recipe.name}, synthetic: random weights of seed {options.seed}, {dtype}, {size(document['bytes'])}\n"
-        f"next: sana-export export {folder} -o BUNDLE"
+        f"next: sana-export export {folder} -o {folder}-bundle"
     )
     return Answer(document, text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
 
 
 def _bytes(text: str) -> int:
@@ -84,10 +78,10 @@ def _bytes(text: str) -> int:
 
 VERB = Verb(
     name="synth",
-    summary="a synthetic checkpoint: random weights in a known config",
+    summary="write a synthetic checkpoint: random weights in a known config",
     description=(
-        "Writes a checkpoint with seeded random weights in the exact config of a known one, in diffusers' folder format and in "
-        "bounded memory. For benchmarks and tests, where weights do not matter: its pictures mean nothing."
+        "Writes a checkpoint with seeded random weights in the exact config of a known one, in diffusers' folder format and with "
+        "bounded memory. For benchmarks and tests only: its images are meaningless."
     ),
     example="sana-export synth sana-600m-1024px -o checkpoints/600m --dtype fp16 --seed 0",
     add_arguments=add_arguments,

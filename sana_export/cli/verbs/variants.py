@@ -1,4 +1,4 @@
-"""`sana-export variants`: the table of checkpoints that are known by name."""
+"""`sana-export variants`: lists the checkpoints that are known by name."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sana_export.variants import VARIANTS, Variant
 
 _HEADER = ("alias", "size", "parameters", "layers", "trained in", "qk norm", "guidance", "positions", "shift", "steps", "source")
 _NOTES = (
-    "parameters: of the transformer. trained in: fp16 means under a clip of self-attention outputs, which an export keeps.",
-    "guidance: the default scale; embedded where the network takes it as an input (SANA-Sprint). positions: scale of the table.",
-    "Any other hub id or local folder in the format of diffusers works too, as long as it is a Sana.",
+    "parameters: of the transformer. trained in: fp16 means with clipped self-attention outputs; an export clips them too.",
+    "guidance: the default scale; embedded if it is an input of the network (SANA-Sprint). positions: scale of the position table.",
+    "Any other hub id or local folder in diffusers' format works too if it holds a Sana model.",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None beyond the common ones."""
+    """Only the common ones."""
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
@@ -48,7 +48,7 @@ def _row(variant: Variant) -> tuple[object, ...]:
 
 
 def _document(variant: Variant) -> dict[str, Any]:
-    """Everything that a row states and what follows from it."""
+    """Everything that a row states, and what is derived from it."""
     return {
         "alias": variant.alias,
         "source": variant.source,
@@ -79,8 +79,8 @@ def _names(license: str) -> str:
 
 VERB = Verb(
     name="variants",
-    summary="the checkpoints that are known by name",
-    description="Lists the checkpoints that are known by name and what follows from each.",
+    summary="list the checkpoints that are known by name",
+    description="Lists the checkpoints that are known by name, with their architecture and defaults.",
     example="sana-export variants --json",
     add_arguments=add_arguments,
     run=run,

@@ -1,15 +1,26 @@
-"""`sana-export verify`: a bundle against diffusers, or the ranges of its intermediate tensors."""
+"""`sana-export verify`: compares a bundle with diffusers, or measures the ranges of its intermediate tensors."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import Console
-from sana_export.cli.verb import Answer, Verb, add_bundle, add_model_options, add_size, model_options, positive
+from sana_export.cli.verb import (
+    Answer,
+    Verb,
+    add_bundle,
+    add_device,
+    add_model_options,
+    add_size,
+    model_options,
+    positive,
+    reference_options,
+)
 from sana_export.errors import ParityError, UsageError
 from sana_export.runtime.memory import AUTO
 
@@ -20,30 +31,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         metavar="B",
-        help="what runs the bundle (default: the best here; on a CPU fp16 and bf16 graphs run with every intermediate stored in "
-        "their precision, as on a GPU)",
+        help="what runs the bundle (default: for fp32 the best one that runs here; fp16 and bf16 graphs run on the CPU with every "
+        "intermediate rounded to their precision, as on a GPU, unless --device is given)",
     )
+    add_device(parser)
     either = parser.add_mutually_exclusive_group()
     either.add_argument(
         "--ranges",
         action="store_true",
-        help="instead: the largest magnitude of every intermediate tensor and its headroom to 65504, the worst first",
+        help="instead of comparing, list the largest magnitude of every intermediate tensor and its headroom to 65504, worst first",
     )
     either.add_argument(
         "--quality",
         action="store_true",
-        help="what the pictures show as well: PSNR and SSIM against fp32, and for `tiny` the top-1 of a classifier over 200 "
+        help="also measure image quality: PSNR and SSIM against fp32, and for `tiny` the top-1 accuracy of a classifier over 200 "
         "prompts and the reconstruction PSNR of the decoder",
     )
     parser.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="prompts to compare (default: a fixed set)")
-    add_size(parser, "the image (default: chosen by the check)")
-    parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: 8, or the checkpoint's if less)")
-    parser.add_argument("--guidance-scale", type=float, metavar="G", help="guidance of the image (default: the checkpoint's)")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the compared image (default: 42)")
+    add_size(parser, "the image (default: 256, or the native size if smaller)")
+    parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: 8, or the checkpoint's if fewer)")
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help="guidance scale (default: the checkpoint's)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the images (default: 42)")
     add_model_options(parser)
 
 
-#: Options of the command line that are passed on where they are given, by the name of the parameter.
+#: Parameter of `Sampling` to the option that sets it, if it is given.
 SETTINGS = {
     "prompts": "prompt",
     "height": "height",
@@ -62,17 +74,29 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         require("", "export")
         from sana_export.verify.bundle import Sampling, measure_ranges
 
-        report = measure_ranges(bundle, Sampling(**settings), on_progress=console.show)
+        if options.device is not None:
+            raise UsageError("--ranges runs on the CPU", found=f"--device {options.device}", fix="leave out --device")
+        report = measure_ranges(bundle, Sampling(**settings), threads=options.threads, on_progress=console.show)
         return Answer(report.as_json(), report.as_text())
     if options.reference is None:
         raise UsageError(
             "verify needs the checkpoint to compare with",
             found="no --reference",
             wanted="--reference MODEL, or --ranges",
-            fix=f"sana-export verify {options.bundle} --reference MODEL",
+            fix=f"sana-export verify {bundle} {reference_options(bundle)}",
         )
     opening = model_options(options, options)
-    return compare(bundle, options.reference, console, opening, options.backend, options.quality, **settings)
+    return compare(
+        bundle,
+        options.reference,
+        console,
+        opening,
+        backend=options.backend,
+        device=options.device,
+        threads=options.threads,
+        quality=options.quality,
+        **settings,
+    )
 
 
 def compare(
@@ -80,33 +104,54 @@ def compare(
     model: str,
     console: Console,
     opening: Mapping[str, Any],
+    *,
     backend: str | None = None,
+    device: int | None = None,
+    threads: int | None = None,
     quality: bool = False,
     **settings: Any,
 ) -> Answer:
-    """The parity report of `bundle` against `model`, which is opened as `opening` says (`model_options`).
+    """The parity report of `bundle` against the checkpoint `model`, which is opened with `opening` (`model_options`).
 
-    `settings` are those of `Sampling`. The exit code is 5 where a limit is missed.
+    `settings` are those of `Sampling`. Exit code 5 if a limit is missed.
     """
     require("", "export")
     from sana_export.checkpoint.checkpoint import open_checkpoint
     from sana_export.verify.bundle import Sampling, verify_bundle
 
     checkpoint = open_checkpoint(model, **opening)
-    if not console.live:
-        from diffusers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-    report = verify_bundle(
-        bundle, checkpoint, Sampling(**settings), backend=backend or AUTO, quality=quality, on_progress=console.show
-    )
+    with contextlib.nullcontext() if console.live else _without_progress_bars():
+        report = verify_bundle(
+            bundle,
+            checkpoint,
+            Sampling(**settings),
+            backend=backend or AUTO,
+            device=device,
+            threads=threads,
+            quality=quality,
+            on_progress=console.show,
+        )
     return Answer(report.as_json(), report.as_text(), 0 if report.passed else ParityError.exit_code)
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Turn off diffusers' progress bars for the duration of the block."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 VERB = Verb(
     name="verify",
-    summary="parity of a bundle with diffusers, graph by graph and for the image",
-    description="Compares a bundle with diffusers: every graph, the latents and the image. Exits with 5 where a limit is missed.",
+    summary="compare a bundle with diffusers, graph by graph and image by image",
+    description="Compares a bundle with diffusers: every graph, the latents and the images. Exits with 5 if a limit is missed.",
     example="sana-export verify bundle --reference tiny --steps 4",
     add_arguments=add_arguments,
     run=run,
