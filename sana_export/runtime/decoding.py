@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
-from sana_export.errors import ArtifactError
+from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Array, Float32, Index
 from sana_export.runtime.backends.base import Backend, DeviceTensor
 from sana_export.runtime.request import Plan
@@ -83,6 +83,18 @@ def _spans(size: int, tile: int, halo: int) -> list[Span]:
         spans.append(Span(start, start + length, first, last))
         first = last
     return spans
+
+
+def check_latents_shape(latents: DeviceTensor | Array, plan: Plan) -> None:
+    """Raise UsageError if `latents` have another shape than the plan's. Tensors that do not know their shape pass."""
+    shape = getattr(latents, "shape", None)
+    shape = shape() if callable(shape) else shape
+    if shape is not None and tuple(shape) != plan.latents_shape:
+        raise UsageError(
+            "these latents have the wrong shape for the plan",
+            found=tuple(shape),
+            wanted=f"{plan.latents_shape} (images, channels, and the sampled height and width in latent pixels)",
+        )
 
 
 def decode_latents(plan: Plan, latents: DeviceTensor | Array, backend: Backend, sessions: Sessions) -> DeviceTensor | Float32:

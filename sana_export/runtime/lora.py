@@ -30,6 +30,8 @@ class LoraStack:
         self._targets = {name: graph.lora_targets for name, graph in self._manifest.graphs.items() if graph.lora_targets}
         self._adapters: tuple[Adapter, ...] = ()
         self._base: dict[str, dict[str, Bytes]] = {}
+        #: Grows whenever the weights of a session may have changed.
+        self.version = 0
 
     @property
     def loras(self) -> tuple[Lora, ...]:
@@ -76,12 +78,14 @@ class LoraStack:
         for graph in [name for name in self._targets if name in sessions]:
             try:
                 if values := self._values(graph, adapters, moved):
+                    self.version += 1
                     sessions[graph].refit(values)
                     done.append(graph)
             except BaseException as error:
                 self._take_back(done, moved, sessions, error)
                 raise
         self._adapters = adapters
+        self.version += bool(moved)  # also if no session is loaded now
         return_free_memory()
 
     def _take_back(

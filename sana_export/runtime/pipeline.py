@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -16,20 +17,22 @@ import numpy.typing as npt
 from sana_export.adapters import Lora
 from sana_export.commands import export_line
 from sana_export.contract import GRAPHS, WEIGHTS_OF
-from sana_export.errors import ArtifactError, UsageError
+from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.files import check_files
 from sana_export.formats.arrays import Array, Float32
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
-from sana_export.runtime.decoding import check_finite, decode_latents, finish_images
+from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images
 from sana_export.runtime.lora import LoraStack
 from sana_export.runtime.memory import AUTO, DENOISING_STAGE, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
 from sana_export.runtime.prompt import PromptEmbeddings, PromptEncoder, PromptTokens
 from sana_export.runtime.request import Plan, Request, checked_latents, make_plan, request_axes
 from sana_export.runtime.results import Conditioning, Images, SanaResult, Step, Timings
-from sana_export.runtime.sampling import CapturedLoop, LoopCache, SamplingLoop, loop_inputs, take_loop
+from sana_export.runtime.sampling import CapturedLoop, LoopCache, SamplingLoop, check_conditioning, loop_inputs, take_loop
 from sana_export.runtime.sessions import Sessions
+
+LOG = logging.getLogger(__name__)
 
 #: Prefixes of the instruction that stay on the device. Most prompts share the same number of its tokens.
 KEPT_PREFIXES = 4
@@ -53,7 +56,6 @@ class SanaRuntime:
         self._loops = LoopCache()
         self._prefixes: dict[int, DeviceTensor] = {}
         self._loras = LoraStack(backend)
-        self._weights_version = 0
         self._closed = False
         #: The loaded graphs by name. Reading one loads it. `run` is the safe way to use them from several threads.
         self.sessions = Sessions(backend, self._loras, staged=memory != "resident")
@@ -107,16 +109,23 @@ class SanaRuntime:
             if self._closed:
                 return
             self._closed = True
-            self.backend.wait()
-            self._loops.clear()
-            self._prefixes.clear()
-            self.sessions.clear()
+            try:
+                self.backend.wait()
+            finally:
+                self._loops.clear()
+                self._prefixes.clear()
+                self.sessions.clear()
 
     def __enter__(self) -> SanaRuntime:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except SanaExportError as error:
+            if kind is None:
+                raise
+            LOG.warning("closing the runtime of %s failed after another error: %s", self.bundle, error)
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[None]:
@@ -205,13 +214,13 @@ class SanaRuntime:
     ) -> tuple[DeviceTensor | Array, list[Any]]:
         """The latents after all steps, and an event after each step if they ran one by one."""
         events: list[Any] = []
-        with self._loop(plan, conditioning) as loop:
+        with self._loop(plan, conditioning) as (loop, version):
             if callback is None and isinstance(loop, CapturedLoop):
                 loop.run(0, len(plan.schedule.timesteps))
             else:
-                for step in self._run_steps(plan, loop):
+                for step in self._run_steps(plan, loop, version):
                     if callback is not None:
-                        self._call_back(callback, step, plan)
+                        self._call_back(callback, step)
                     events.append(self.backend.record_event())
             return loop.result(), events
 
@@ -242,58 +251,66 @@ class SanaRuntime:
             encoded = self.backend.record_event()
             context = self.sessions["context"].run({"prompt_embeds": gathered})["context"]
             mask = self.backend.to_device(embeddings.context_mask)
-            return Conditioning(context, mask, (start, encoded, self.backend.record_event()))
+            events = (start, encoded, self.backend.record_event())
+            return Conditioning(context, mask, embeddings.shape[:3], events)
 
     def steps(self, plan: Plan, conditioning: Conditioning) -> Iterator[Step]:
         """The sampling loop: one `Step` after each step. The last one's latents are the result.
 
-        Every run draws the same noise, that of the plan's seeds. Close the iterator (`contextlib.closing`) to stop early. Raises
-        UsageError if a LoRA was loaded or unloaded since the run began.
+        Every run draws the same noise, that of the plan's seeds. Close the iterator (`contextlib.closing`) to stop early.
+
+        Raises UsageError if `conditioning` has another number of guidance branches or images, if latents of another shape were
+        assigned to a step, or if a LoRA was loaded or unloaded since the run began.
         """
-        with self._loop(plan, conditioning) as loop:
-            yield from self._run_steps(plan, loop)
+        with self._loop(plan, conditioning) as (loop, version):
+            yield from self._run_steps(plan, loop, version)
 
     @contextlib.contextmanager
-    def _loop(self, plan: Plan, conditioning: Conditioning) -> Iterator[SamplingLoop]:
-        """A loop that belongs to the caller, with the request loaded. The lock is held only to take it and to give it back."""
+    def _loop(self, plan: Plan, conditioning: Conditioning) -> Iterator[tuple[SamplingLoop, int]]:
+        """A loop that belongs to the caller, with the request loaded, and the version of the weights that it began with.
+
+        The lock is held only to take the loop and to give it back.
+        """
         with self._using():
-            version = self._weights_version
+            check_conditioning(plan, conditioning)
+            version = self._loras.version
             self.sessions.require(DENOISING_STAGE)
             loop = take_loop(plan, conditioning, self.backend, self.sessions, self._loops)
             loop.start(loop_inputs(plan, conditioning, self.backend, self.manifest.model.timestep_scale))
         try:
-            yield loop
+            yield loop, version
         finally:
             with self._lock:
-                keep = not self.sessions.staged and version == self._weights_version and not self._closed
+                keep = not self.sessions.staged and version == self._loras.version and not self._closed
                 if isinstance(loop, CapturedLoop) and keep:
                     self._loops.give_back(loop)
 
-    def _run_steps(self, plan: Plan, loop: SamplingLoop) -> Iterator[Step]:
-        version = self._weights_version
+    def _run_steps(self, plan: Plan, loop: SamplingLoop, version: int) -> Iterator[Step]:
         for index, timestep in enumerate(plan.schedule.timesteps):
             with self._using():
-                if version != self._weights_version:
+                if version != self._loras.version:
                     raise UsageError(
                         "the weights changed while steps were running",
                         found="a LoRA that was loaded or unloaded",
                         wanted="the same weights in every step",
                         fix="start again: runtime.steps(plan, runtime.encode(plan))",
                     )
+                self.sessions.require(DENOISING_STAGE)  # another call may have dropped them since the last step
                 loop.run(index, index + 1)
                 latents, x0 = loop.state(index)
             step = Step(index, float(timestep), latents, x0)
             yield step
             if step.latents is not latents:
                 with self._using():
-                    loop.replace(index, step.latents)
+                    loop.replace(index, self._assigned_latents(step.latents, latents, plan))
 
     def decode(self, plan: Plan, latents: DeviceTensor | Array) -> Images:
         """Latents [B, C, h, w] of the plan's shape to images of the plan's output type and size.
 
-        Raises ArtifactError if the latents are not finite.
+        Raises UsageError for latents of another shape, and ArtifactError if they are not finite.
         """
         with self._using():
+            check_latents_shape(latents, plan)
             if plan.output_type == "latent":
                 return np.array(self._finite_latents(latents))
             self.sessions.require((*plan.decoder_graphs, "postprocess"))
@@ -304,6 +321,7 @@ class SanaRuntime:
     def decode_raw(self, plan: Plan, latents: DeviceTensor | Array) -> DeviceTensor | Float32:
         """The decoder's own output for latents [B, C, h, w]: float32 [B, 3, H, W] in about [-1, 1], not resized and not checked."""
         with self._using():
+            check_latents_shape(latents, plan)
             self.sessions.require(plan.decoder_graphs)
             return decode_latents(plan, latents, self.backend, self.sessions)
 
@@ -346,7 +364,6 @@ class SanaRuntime:
         """Before weights change: captured work may read the old ones."""
         self.backend.wait()
         self._loops.clear()
-        self._weights_version += 1
 
     def _run_text_encoder(self, inputs_embeds: Float32, prefix: Float32) -> DeviceTensor:
         """Upload each prefix of the instruction's keys and values once. Its length identifies it."""
@@ -358,7 +375,7 @@ class SanaRuntime:
         feeds = {"inputs_embeds": inputs_embeds, "prefix": self._prefixes[shared]}
         return self.sessions["text_encoder"].run(feeds)["prompt_embeds"]
 
-    def _call_back(self, callback: StepCallback, step: Step, plan: Plan) -> None:
+    def _call_back(self, callback: StepCallback, step: Step) -> None:
         """Pass a copy of the latents to the callback, and take those that it returns."""
         returned = callback(self, step.index, step.timestep, {"latents": self.to_host(step.latents)})
         if returned is None:
@@ -367,7 +384,14 @@ class SanaRuntime:
             found = type(returned).__name__ if not isinstance(returned, Mapping) else ", ".join(map(str, unknown))
             raise UsageError("callback_on_step_end returned an unknown value", found=found, wanted='None or {"latents": array}')
         if "latents" in returned:
-            step.latents = self.backend.to_device(checked_latents(returned["latents"], plan.latents_shape))
+            step.latents = returned["latents"]
+
+    def _assigned_latents(self, assigned: Any, current: DeviceTensor, plan: Plan) -> DeviceTensor:
+        """Latents that the caller assigned to a step whose own are `current`, checked and on the device."""
+        if isinstance(assigned, type(current)) and not isinstance(assigned, np.ndarray):
+            check_latents_shape(assigned, plan)
+            return assigned
+        return self.backend.to_device(checked_latents(assigned, plan.latents_shape))
 
     def _finite_latents(self, latents: DeviceTensor | Array) -> Array:
         """The latents on the host. They are read after the decoder was enqueued, so that the device does not wait for it."""

@@ -51,7 +51,9 @@ class Conditioning:
 
     context: DeviceTensor
     context_mask: DeviceTensor
-    #: The backend's: before the text encoder, after it, and after the context graph.
+    #: (K, B, L): guidance branches, images and text tokens, the shape of `context_mask`.
+    shape: tuple[int, int, int]
+    #: Events of the backend: before the text encoder, after it, and after the context graph.
     events: tuple[Any, Any, Any]
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sana_export.contract import COEFFICIENTS
+from sana_export.errors import UsageError
 from sana_export.formats.arrays import Array, Float32
 from sana_export.runtime.backends.base import Backend, CapturingBackend, DeviceTensor, EnqueuedSession, Replay
 from sana_export.runtime.noise import TorchGenerator, randn_batch
@@ -66,6 +67,18 @@ class LoopInputs:
     guidance_weights: Float32
     #: The denoiser's inputs that stay the same in every step, by name.
     fixed: Mapping[str, DeviceTensor]
+
+
+def check_conditioning(plan: Plan, conditioning: Conditioning) -> None:
+    """Raise UsageError unless `conditioning` has the number of guidance branches and images of `plan`."""
+    wanted, found = (len(plan.perturbed), plan.latents_shape[0]), conditioning.shape[:2]
+    if found != wanted:
+        raise UsageError(
+            "the conditioning belongs to another plan",
+            found="{} guidance branches of {} images".format(*found),
+            wanted="{} guidance branches of {} images".format(*wanted),
+            fix="runtime.steps(plan, runtime.encode(plan))",
+        )
 
 
 def loop_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, timestep_scale: float) -> LoopInputs:
@@ -177,15 +190,14 @@ class CapturedLoop(SamplingLoop):
     def __init__(
         self,
         backend: CapturingBackend,
-        denoiser: EnqueuedSession,
-        sampler: EnqueuedSession,
+        sessions: Sessions,
         shape: LoopShape,
         context_dtype: str,
         *,
         capture: bool,
     ) -> None:
         self.shape = shape
-        self._backend, self._denoiser, self._sampler, self._capture = backend, denoiser, sampler, capture
+        self._backend, self._sessions, self._capture = backend, sessions, capture
         batch, latents, rows = shape.latents[0], shape.latents, shape.steps
         zeros, table = backend.zeros, backend.table
         self._latents = [zeros(latents, "float32") for _ in range(2)]
@@ -243,7 +255,7 @@ class CapturedLoop(SamplingLoop):
         # A session sets up a new shape when it first runs it, which must not happen during a capture. The step runs again from the
         # same state afterwards: it does not write what it reads.
         self._enqueue(first, first + 1)
-        if not (self._denoiser.capturable and self._sampler.capturable):
+        if not (self._session("denoiser").capturable and self._session("sampler").capturable):
             LOG.warning("the steps cannot be captured as a CUDA graph: they are enqueued one by one")
             self._capture = False
             return False
@@ -251,16 +263,23 @@ class CapturedLoop(SamplingLoop):
         self._replays[first, stop] = self._backend.capture(lambda: self._enqueue(first, stop))
         return True
 
+    def _session(self, graph: str) -> EnqueuedSession:
+        """The session of `graph`, looked up for each use: a staged runtime drops sessions, and a loop must not keep them alive."""
+        session = self._sessions[graph]
+        assert isinstance(session, EnqueuedSession)  # a CapturingBackend loads no others
+        return session
+
     def _enqueue(self, first: int, stop: int) -> None:
+        denoiser, sampler = self._session("denoiser"), self._session("sampler")
         for index in range(first, stop):
             here, there = index % 2, (index + 1) % 2
             latents = self._latents[here]
-            self._denoiser.run(
+            denoiser.run(
                 {"latents": latents, "timestep": self._timesteps[index], **self._fixed}, {"noise_pred": self._noise_pred}
             )
             noise = self._noise[index if self.shape.needs_noise else 0]
             coefficients, weights = self._coefficients[index], self._guidance_weights[index]
-            self._sampler.run(
+            sampler.run(
                 sampler_feeds(self._noise_pred, latents, self._x0[here], noise, coefficients, weights),
                 {"next_latents": self._latents[there], "x0": self._x0[there]},
             )
@@ -278,6 +297,7 @@ class LoopCache:
 
     def give_back(self, loop: CapturedLoop) -> None:
         """Keep `loop` for the next run of its shape, and drop the one that was not used for longest beyond `KEPT_LOOPS`."""
+        self._kept.pop(loop.shape, None)  # so that the loop goes to the end of the order
         self._kept[loop.shape] = loop
         while len(self._kept) > KEPT_LOOPS:
             del self._kept[next(iter(self._kept))]
@@ -295,14 +315,11 @@ def take_loop(plan: Plan, conditioning: Conditioning, backend: Backend, sessions
         latents=plan.latents_shape,
         context=tuple(context.shape),
         branches=len(plan.perturbed),
-        text_tokens=conditioning.context_mask.shape[-1],
+        text_tokens=conditioning.shape[2],
         steps=len(plan.schedule.timesteps),
         needs_noise=plan.schedule.needs_noise,
         guided=plan.guidance is not None,
     )
-    denoiser, sampler = sessions["denoiser"], sessions["sampler"]
-    assert isinstance(denoiser, EnqueuedSession)  # a CapturingBackend loads no others
-    assert isinstance(sampler, EnqueuedSession)
     if sessions.staged:  # what is loaded for one image is not worth capturing
-        return CapturedLoop(backend, denoiser, sampler, shape, context.dtype, capture=False)
-    return cache.take(shape, lambda: CapturedLoop(backend, denoiser, sampler, shape, context.dtype, capture=True))
+        return CapturedLoop(backend, sessions, shape, context.dtype, capture=False)
+    return cache.take(shape, lambda: CapturedLoop(backend, sessions, shape, context.dtype, capture=True))
