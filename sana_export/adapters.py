@@ -1,8 +1,13 @@
 """LoRA files: their formats, what they may contain, and what they add to each layer. Needs no PyTorch.
 
-Source: arXiv 2106.09685; the formats of diffusers (`SanaLoraLoaderMixin`) and PEFT. A layer's weight W becomes W + scale * (alpha /
-r) * B A. With use_rslora, alpha / sqrt(r) replaces alpha / r. If a diffusers file gives no alpha, alpha / r is 1. The caller reads
-the tensors: `export` with torch, `runtime` with numpy.
+A layer's weight W becomes
+
+    W + scale * (alpha / r) * B A
+
+With use_rslora, alpha / sqrt(r) replaces alpha / r. If a file of diffusers has no alpha, alpha / r is 1. The caller reads the
+tensors: `checkpoint/` with torch, `runtime/` with numpy.
+
+Source: arXiv 2106.09685; the formats of diffusers (`SanaLoraLoaderMixin`) and PEFT.
 """
 
 from __future__ import annotations

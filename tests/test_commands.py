@@ -12,7 +12,7 @@ import pytest
 from sana_export.adapters import Lora
 from sana_export.cli.main import parse
 from sana_export.cli.verb import model_options
-from sana_export.commands import export_line, model_words
+from sana_export.commands import build_line, export_line, model_words
 from sana_export.manifest import Checkpoint, Manifest, Options, Overlay
 
 PLAIN = Checkpoint("someone/sana", None, "0" * 64, None, False)
@@ -57,3 +57,9 @@ def test_hub_options_are_parsed_and_the_token_is_never_shown() -> None:
     assert "hf_secret" not in repr(hub)
     for verb in (["verify", "b"], ["bench", "b", "--reference", "m"], ["engines", "r.toml"]):
         assert parse([*verb, *words[4:]]).token == "hf_secret"
+
+
+def test_the_build_command_names_the_size_and_quotes_the_path() -> None:
+    line = build_line(Path("my bundles/tiny"), "tensorrt-rtx", height=2048, width=512, batch=2)
+    assert line == "sana-export build 'my bundles/tiny' --backend tensorrt-rtx --height 2048 --width 512 --batch 2"
+    assert parse(shlex.split(line)[1:]).bundle == "my bundles/tiny"

@@ -3,7 +3,6 @@ from itertools import product
 
 import pytest
 
-from sana_export.commands import build_line
 from sana_export.contract import DYNAMIC_AXES
 from sana_export.errors import UsageError
 from sana_export.manifest import ModelInfo
@@ -188,8 +187,3 @@ def test_the_limits_themselves_are_inside() -> None:
     assert outside(ranges, {axis: values[0] for axis, values in ranges.items()}) == {}
     assert outside(ranges, {axis: values[2] for axis, values in ranges.items()}) == {}
     assert set(outside(ranges, {axis: values[2] + 1 for axis, values in ranges.items()})) == set(ranges)
-
-
-def test_build_line_is_the_command_for_that_size() -> None:
-    line = build_line("out/tiny", "tensorrt-rtx", height=2048, width=512, batch=2)
-    assert line == "sana-export build out/tiny --backend tensorrt-rtx --height 2048 --width 512 --batch 2"

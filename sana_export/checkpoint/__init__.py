@@ -1,1 +1,1 @@
-"""Everything that reads checkpoints: the hub, folders, single files, weights and LoRAs that are folded into them."""
+"""Reads checkpoints from the hub, folders and single files, with LoRAs folded in."""

@@ -274,9 +274,7 @@ class CapturedLoop(SamplingLoop):
         for index in range(first, stop):
             here, there = index % 2, (index + 1) % 2
             latents = self._latents[here]
-            denoiser.run(
-                {"latents": latents, "timestep": self._timesteps[index], **self._fixed}, {"noise_pred": self._noise_pred}
-            )
+            denoiser.run({"latents": latents, "timestep": self._timesteps[index], **self._fixed}, {"noise_pred": self._noise_pred})
             noise = self._noise[index if self.shape.needs_noise else 0]
             coefficients, weights = self._coefficients[index], self._guidance_weights[index]
             sampler.run(

@@ -1,1 +1,1 @@
-"""Seeded synthetic Sana checkpoints: real classes and file formats, random weights. Nothing here is imported eagerly."""
+"""Synthetic Sana checkpoints: the real classes and file formats, with seeded random weights."""

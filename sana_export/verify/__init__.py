@@ -1,1 +1,1 @@
-"""Parity with the reference and the quality of images: where export and runtime meet."""
+"""Compares bundles with diffusers: parity of graphs and images, ranges of tensors, and the quality of images."""

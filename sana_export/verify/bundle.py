@@ -30,7 +30,7 @@ from sana_export.runtime.memory import AUTO
 from sana_export.runtime.request import Request, bins_resolution
 from sana_export.verify.evaluator_backend import EvaluatorBackend, evaluator_backend, open_runtime
 from sana_export.verify.graph_checks import GRAPH_CHECKS
-from sana_export.verify.quality import Meter, measure_quality
+from sana_export.verify.quality import Meter, Quality, measure_quality
 from sana_export.verify.reference import call_reference, load_reference
 from sana_export.verify.report import RangeReport, VerifyReport
 
@@ -90,25 +90,17 @@ def verify_bundle(
     was not exported from `checkpoint`.
     """
     runtime = open_runtime(bundle, backend, device=device, threads=threads)
-    manifest = runtime.manifest
-    if checkpoint.sha256 != manifest.checkpoint.sha256:
-        raise UsageError(
-            f"{bundle} was not exported from {checkpoint.source}",
-            found=f"weights and configs of hash {checkpoint.sha256[:16]}",
-            wanted=f"{shlex.join(model_words(manifest.checkpoint))}, of hash {manifest.checkpoint.sha256[:16]}",
-            fix=export_line(bundle, manifest),
-        )
-    prompts = sampling.prompts
-    scales = [0.0, PAG_SCALE] if manifest.options.pag_layers else [0.0]
-    # A bundle, or its engines, may lack the graphs of the tiled decoder.
-    present = [name for name in manifest.graphs if runtime.backend.ranges(name) is not None]
-    checks = {name: check for name, check in GRAPH_CHECKS.items() if name in present}
-    total = len(checks) + len(prompts) * len(scales)
+    manifest, prompts = runtime.manifest, sampling.prompts
+    _check_origin(bundle, manifest, checkpoint)
     pipeline = load_reference(checkpoint, manifest.options, pag=False)
+    # A bundle, or its engines, may lack the graphs of the tiled decoder.
+    names = [name for name in GRAPH_CHECKS if name in manifest.graphs and runtime.backend.ranges(name) is not None]
+    scales = [0.0, PAG_SCALE] if manifest.options.pag_layers else [0.0]
+    total = len(names) + len(prompts) * len(scales)
     graphs: list[Parity] = []
-    for done, (name, check) in enumerate(checks.items()):
-        on_progress(Progress(name, done, total))
-        found, wanted = check(runtime, pipeline, prompts, sampling.seed)
+    for name in names:
+        on_progress(Progress(name, len(graphs), total))
+        found, wanted = GRAPH_CHECKS[name](runtime, pipeline, prompts, sampling.seed)
         graphs.append(compare_tensors(name, found, wanted, manifest.options.precision))
     latents: list[Parity] = []
     images: list[Parity] = []
@@ -121,17 +113,7 @@ def verify_bundle(
             name = f"{prompt[:24]!r}" + (f" pag {scale:g}" if scale else "")
             latents.append(compare_tensors(f"latents {name}", *pair.latents, manifest.options.precision))
             images.append(compare_images(f"image {name}", *pair.images, manifest.options.precision))
-    measured = None
-    if quality:
-        measured = measure_quality(
-            runtime,
-            pipeline,
-            Meter.find(checkpoint.folder),
-            lambda request: sample_both(runtime, pipeline, request).images,
-            prompts=tuple(prompts),
-            steps=sampling.steps,
-            on_progress=on_progress,
-        )
+    measured = _measure_quality(runtime, pipeline, checkpoint, sampling, on_progress) if quality else None
     report = VerifyReport(
         str(bundle),
         checkpoint.source,
@@ -145,6 +127,30 @@ def verify_bundle(
     with locked(manifest_lock(bundle)):
         replace(Manifest.load(bundle), parity=report.as_json()).save(bundle)
     return report
+
+
+def _check_origin(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint) -> None:
+    if checkpoint.sha256 != manifest.checkpoint.sha256:
+        raise UsageError(
+            f"{bundle} was not exported from {checkpoint.source}",
+            found=f"weights and configs with the hash {checkpoint.sha256[:16]}",
+            wanted=f"{shlex.join(model_words(manifest.checkpoint))}, with the hash {manifest.checkpoint.sha256[:16]}",
+            fix=export_line(bundle, manifest),
+        )
+
+
+def _measure_quality(
+    runtime: SanaRuntime, pipeline: Any, checkpoint: SanaCheckpoint, sampling: Sampling, on_progress: OnProgress
+) -> Quality:
+    return measure_quality(
+        runtime,
+        pipeline,
+        Meter.find(checkpoint.folder),
+        lambda request: sample_both(runtime, pipeline, request).images,
+        prompts=tuple(sampling.prompts),
+        steps=sampling.steps,
+        on_progress=on_progress,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -148,11 +148,11 @@ def measure_quality(
     Without a meter, `prompts` are sampled. `steps` None means the checkpoint's default.
     """
     model = runtime.manifest.model
-    asked = [(text, -1) for text in prompts] if meter is None else meter.prompts
+    samples = [(text, -1) for text in prompts] if meter is None else meter.prompts
     found: list[Array] = []
     wanted: list[Array] = []
-    for index, batch in enumerate(_batches(asked)):
-        on_progress(Progress("sampling for quality", index * BATCH, len(asked)))
+    for index, batch in enumerate(_batches(samples)):
+        on_progress(Progress("sampling for quality", index * BATCH, len(samples)))
         request = Request(
             prompt=[text for text, _ in batch],
             num_inference_steps=steps or model.default_steps,
@@ -169,11 +169,11 @@ def measure_quality(
     # Equal images count as 100 dB in the mean.
     distances = (float(np.minimum(ratios, 100.0).mean()), min(ratios), float(np.mean(likeness)), min(likeness))
     if meter is None:
-        return Quality(len(asked), *distances)
-    concepts = np.array([concept for _, concept in asked])
+        return Quality(len(samples), *distances)
+    concepts = np.array([concept for _, concept in samples])
     ours, reference = _reconstruct(runtime, pipeline, meter.renders)
     return Quality(
-        len(asked),
+        len(samples),
         *distances,
         top1=_share(meter.classify(np.stack(found)), concepts),
         reference_top1=_share(meter.classify(np.stack(wanted)), concepts),
@@ -202,7 +202,7 @@ def _share(found: Array, wanted: Array) -> float:
     return 100.0 * float((found == wanted).mean())
 
 
-def _batches(asked: Any) -> Iterator[list[tuple[str, int]]]:
-    remaining = iter(asked)
+def _batches(samples: Iterable[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+    remaining = iter(samples)
     while batch := list(islice(remaining, BATCH)):
         yield batch

@@ -58,7 +58,7 @@ def test_another_checkpoint_is_refused(tiny_bundle, tmp_path):
 
 
 def test_ranges_of_a_float32_bundle_are_refused(tiny_bundle):
-    with pytest.raises(UsageError, match="half precision"):
+    with pytest.raises(UsageError, match="no half-precision tensors"):
         measure_ranges(tiny_bundle)
 
 
