@@ -41,7 +41,7 @@ def test_values_have_the_types_of_the_fields(tmp_path: Path) -> None:
         ([], "x.toml is not a table", "[]", "a TOML table"),
         ({}, "x.toml is incomplete", "no name", "name"),
         ({"name": "a", "cuont": 1}, "unknown key in x.toml", "cuont", "count"),
-        ({"name": "a", "source": "b"}, "unknown key in x.toml", "source", "count"),
+        ({"name": "a", "source": "b"}, "unknown key in x.toml", "source", "scale"),
         ({"name": 1}, "name in x.toml has the wrong type", "1", "a string"),
         ({"name": "a", "count": 1.5}, "count in x.toml has the wrong type", "1.5", "a whole number"),
         ({"name": "a", "count": True}, "count in x.toml has the wrong type", "True", "a whole number"),
