@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sana_export import machine as device
 from sana_export.cli import packages
 from sana_export.cli.packages import Package, exclusive_conflict, missing_package, require
 from sana_export.cli.probe import BackendProbe
 from sana_export.cli.verbs.doctor import Ability, Machine, judge
 from sana_export.errors import DependencyError
-from sana_export.machine import Gpu, find_gpus
+from sana_export.machine import Gpu
 from tests.support.command_line import Cli
 
 NO_GPU = Machine("3.11", "python", "Linux", "linux-x86_64", "a processor", 2, 10**9, ())
@@ -157,37 +155,3 @@ def test_missing_modules() -> None:
     assert isinstance(error, DependencyError)
     assert error.fix == 'pip install "sana-export[tensorrt-rtx]"'
     assert missing_package(ModuleNotFoundError("", name="antigravity2")) is None
-
-
-def test_gpus_as_nvidia_smi_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = "NVIDIA GeForce RTX 4090, 8.9, 24564, 560.35.03\nGraphics, odd name, 12.0, [N/A], 570.00\n"
-    done = subprocess.CompletedProcess((), 0, listed, "")
-    monkeypatch.setattr(device.subprocess, "run", lambda *_, **__: done)
-    assert find_gpus.__wrapped__() == (
-        Gpu("NVIDIA GeForce RTX 4090", "8.9", 24564 << 20, "560.35.03"),
-        Gpu("Graphics, odd name", "12.0", None, "570.00"),
-    )
-
-
-@pytest.mark.parametrize(("capability", "gpus"), [(None, ()), ("9.0", (Gpu("an NVIDIA GPU", "9.0"),))])
-def test_the_driver_is_asked_if_nvidia_smi_is_missing(
-    capability: str | None, gpus: tuple[Gpu, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(*_: object, **__: object) -> None:
-        raise FileNotFoundError("nvidia-smi")
-
-    monkeypatch.setattr(device.subprocess, "run", missing)
-    monkeypatch.setattr(device, "gpu_compute_capability", lambda: capability)
-    assert find_gpus.__wrapped__() == gpus
-
-
-def test_variants_list_every_row(cli: Cli) -> None:
-    from sana_export.variants import VARIANTS
-
-    rows = {row["alias"]: row for row in cli("variants", "--json").json["variants"]}
-    assert set(rows) == set(VARIANTS)
-    assert rows["sana-1600m-4kpx-bf16"]["flow_shift"] == 6.0
-    text = cli("variants").out
-    for variant in VARIANTS.values():
-        assert variant.alias in text
-        assert variant.source in text

@@ -119,9 +119,9 @@ def test_engines_that_cannot_run_are_listed_by_reason(tiny_bundle: Path, monkeyp
     other = dataclasses.replace(ENGINE, graph="context")
     manifest = Manifest.load(tiny_bundle).with_engine(ENGINE).with_engine(other)
     monkeypatch.setattr(engines, "detect_host", lambda: dataclasses.replace(THERE, gpus=()))
-    assert engines._not_run(manifest) == {"no NVIDIA GPU and driver here": "2 engines of tensorrt-rtx"}
+    assert engines.unusable_engines(manifest) == {"no NVIDIA GPU and driver here": "2 engines of tensorrt-rtx"}
     monkeypatch.setattr(engines, "detect_host", lambda: THERE)
-    assert engines._not_run(manifest) == {}
+    assert engines.unusable_engines(manifest) == {}
 
 
 def test_stage_cache(tmp_path: Path) -> None:

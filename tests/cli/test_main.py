@@ -307,7 +307,7 @@ STUBBORN = (
     "from sana_export.cli import main as module\n"
     "from sana_export.cli.terminal import interrupt\n"
     "from sana_export.cli.verb import Answer, Verb\n"
-    "interrupt.interruptible.__wrapped__.__defaults__ = (0.5,)\n"
+    "interrupt.GRACE_SECONDS = 0.5\n"
     "def run(options, console):\n"
     "    console.line('started')\n"
     "    for _ in range(100):\n"

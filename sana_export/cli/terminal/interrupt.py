@@ -17,15 +17,16 @@ from contextlib import contextmanager
 from types import FrameType
 
 EXIT_CODE = 130
+#: How long the main thread has after a signal.
 GRACE_SECONDS = 5.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def interruptible(on_giving_up: Callable[[], None], grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
+def interruptible(on_giving_up: Callable[[], None]) -> Iterator[None]:
     """Raise KeyboardInterrupt in the main thread on `SIGNALS`.
 
-    If the block is still running `grace_seconds` later, or on a second signal, call `on_giving_up()` and end the process with
+    If the block is still running `GRACE_SECONDS` later, or on a second signal, call `on_giving_up()` and end the process with
     `EXIT_CODE`. Outside the main thread this does nothing, because Python delivers signals to the main thread only.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -35,7 +36,7 @@ def interruptible(on_giving_up: Callable[[], None], grace_seconds: float = GRACE
     writer.setblocking(False)
     previous_handlers = {number: signal.signal(number, _raise) for number in SIGNALS}
     previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    watch = threading.Thread(target=_watch, args=(reader, on_giving_up, grace_seconds), daemon=True)
+    watch = threading.Thread(target=_watch, args=(reader, on_giving_up), daemon=True)
     watch.start()
     try:
         yield
@@ -52,13 +53,13 @@ def _raise(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _watch(reader: socket.socket, on_giving_up: Callable[[], None], grace_seconds: float) -> None:
+def _watch(reader: socket.socket, on_giving_up: Callable[[], None]) -> None:
     while received := reader.recv(1):
         if received[0] in SIGNALS:
             break
     else:
         return
-    reader.settimeout(grace_seconds)
+    reader.settimeout(GRACE_SECONDS)
     try:
         if not reader.recv(1):
             return

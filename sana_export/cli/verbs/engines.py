@@ -147,7 +147,6 @@ def _sample(recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answe
     from sana_export.runtime import SanaRuntime
 
     section = _present(recipe.sample)
-    runtime = SanaRuntime.from_pretrained(recipe.output, backend=section.backend, device=section.device, threads=section.threads)
     settings = {
         "negative_prompt": section.negative_prompt,
         "num_inference_steps": section.steps,
@@ -160,7 +159,9 @@ def _sample(recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answe
         "use_resolution_binning": section.resolution_binning,
     }
     prompts = [section.prompt] if isinstance(section.prompt, str) else list(section.prompt)
-    answer = sample(runtime, prompts, settings, section.output, console, output_type=check_output(section.output))
+    chosen: dict[str, Any] = {"backend": section.backend, "device": section.device, "threads": section.threads}
+    with SanaRuntime.from_pretrained(recipe.output, **chosen) as runtime:
+        answer = sample(runtime, prompts, settings, section.output, console, output_type=check_output(section.output))
     return answer, tuple(Path(image["path"]) for image in answer.document["images"])
 
 
@@ -188,7 +189,7 @@ def _present(section: T | None) -> T:
 def _report(recipe: Recipe, stages: list[Stage]) -> Answer:
     """The summary, with the exit code of the first stage that missed a limit."""
     manifest = Manifest.load(recipe.output)
-    not_run = _not_run(manifest)
+    not_run = unusable_engines(manifest)
     document = {
         "recipe": str(recipe.path),
         "bundle": bundle_document(recipe.output, manifest),
@@ -208,7 +209,7 @@ def _report(recipe: Recipe, stages: list[Stage]) -> Answer:
     return Answer(document, "\n\n".join(parts), codes[0] if codes else 0)
 
 
-def _not_run(manifest: Manifest) -> dict[str, str]:
+def unusable_engines(manifest: Manifest) -> dict[str, str]:
     """Reason why engines cannot run on this machine to the number of those engines."""
     host = detect_host()
     reasons: dict[str, list[EngineEntry]] = {}

@@ -76,11 +76,6 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     from sana_export.runtime import SanaRuntime
 
     loras = [parse_lora(text) for text in options.lora]
-    runtime = SanaRuntime.from_pretrained(
-        options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
-    )
-    for lora in loras:
-        runtime.load_lora(lora.path, lora.scale)
     settings = {
         "negative_prompt": options.negative_prompt,
         "num_inference_steps": options.steps,
@@ -93,7 +88,12 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         "use_resolution_binning": False if options.no_resolution_binning else None,
         "decoder_tile": options.decoder_tile,
     }
-    return sample(runtime, options.prompts, settings, output, console, output_type=output_type)
+    with SanaRuntime.from_pretrained(
+        options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
+    ) as runtime:
+        for lora in loras:
+            runtime.load_lora(lora.path, lora.scale)
+        return sample(runtime, options.prompts, settings, output, console, output_type=output_type)
 
 
 def sample(
