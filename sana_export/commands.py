@@ -38,6 +38,12 @@ def export_line(
     return shlex.join(words)
 
 
+def ranges_line(bundle: Path, manifest: Manifest) -> str:
+    """The command that reports which tensors of `bundle` leave the range of its precision."""
+    model, *options = model_words(manifest.checkpoint)
+    return shlex.join(["sana-export", "verify", str(bundle), "--reference", model, *options, "--ranges"])
+
+
 def model_words(checkpoint: Checkpoint) -> list[str]:
     """MODEL and the options that say which of its files, and which overlays, a bundle was made from."""
     words = [checkpoint.source]

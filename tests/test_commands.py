@@ -12,7 +12,7 @@ import pytest
 from sana_export.adapters import Lora
 from sana_export.cli.main import parse
 from sana_export.cli.verb import model_options
-from sana_export.commands import export_line, model_words
+from sana_export.commands import export_line, model_words, ranges_line
 from sana_export.manifest import Checkpoint, Manifest, Options, Overlay
 
 PLAIN = Checkpoint("someone/sana", None, "0" * 64, None, False)
@@ -57,3 +57,13 @@ def test_how_the_hub_is_asked_is_never_written_down() -> None:
     assert "hf_secret" not in repr(hub)
     for verb in (["verify", "b"], ["bench", "b", "--reference", "m"], ["engines", "r.toml"]):
         assert parse([*verb, *words[4:]]).token == "hf_secret"
+
+
+def test_the_ranges_command_names_the_whole_checkpoint(tiny_bundle: Path) -> None:
+    overlays = {"transformer": Overlay("own t.safetensors", "1"), "loras": (Overlay("x:1", "2", 0.7),)}
+    manifest = dataclasses.replace(Manifest.load(tiny_bundle), checkpoint=dataclasses.replace(PLAIN, revision="v1", **overlays))
+    options = parse(shlex.split(ranges_line(Path("a bundle"), manifest))[1:])
+    assert (options.verb, options.bundle, options.reference, options.ranges) == ("verify", "a bundle", "someone/sana", True)
+    found = model_options(options, options)
+    assert (found["revision"], found["transformer"]) == ("v1", Path("own t.safetensors"))
+    assert found["loras"] == (Lora(Path("x:1"), 0.7),)

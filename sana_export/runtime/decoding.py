@@ -14,6 +14,7 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
+from sana_export.commands import ranges_line
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Array, Float32, Index
 from sana_export.runtime.backends.base import Backend, DeviceTensor
@@ -126,12 +127,14 @@ def decode_latents(plan: Plan, latents: DeviceTensor | Array, backend: Backend, 
 
 def finish_images(plan: Plan, image: DeviceTensor | Array, backend: Backend, sessions: Sessions) -> Images:
     """The decoder's image [B, 3, H, W] to images of the plan's size and output type."""
-    # Not if the image would have to be copied from a GPU only for this. Tiles are on the host already.
-    if backend.device == "cpu" or plan.output_type == "np" or plan.decoder_tile:
-        check_finite(backend.to_host(image), "an image", backend)
     if plan.output_type == "np":
-        resized = _resize(backend.to_host(image), plan.resize)
+        host = backend.to_host(image)
+        check_finite(host, "an image", backend)
+        resized = _resize(host, plan.resize)
         return np.ascontiguousarray((resized * 0.5 + 0.5).clip(0, 1).transpose(0, 2, 3, 1))
+    # Not if the image would have to be copied from a GPU only for this. Tiles are on the host already.
+    if backend.device == "cpu" or plan.decoder_tile:
+        check_finite(backend.to_host(image), "an image", backend)
     pixels = sessions["postprocess"].run({"image": image, **vars(plan.resize)})["pixels"]
     return [Image.fromarray(array) for array in np.array(backend.to_host(pixels))]
 
@@ -144,8 +147,7 @@ def check_finite(values: Array, what: str, backend: Backend) -> None:
             f"sampling with {backend.bundle} gave {what} with NaN or infinite values",
             found=f"{bad} of {values.size} values, with {manifest.options.precision} graphs on the backend {backend.name}",
             wanted="finite values",
-            fix=f"sana-export verify {backend.bundle} --reference {manifest.checkpoint.source} --ranges"
-            "  (shows which tensor leaves the range of the precision)",
+            fix=f"{ranges_line(backend.bundle, manifest)} (shows which tensor leaves the range of the precision)",
         )
 
 

@@ -89,12 +89,12 @@ class SanaRuntime:
         bundle = Path(bundle)
         manifest = Manifest.load(bundle)
         fix = export_line(bundle, manifest)
-        wanted = [name for name in GRAPHS if name not in WEIGHTS_OF]
-        if missing := [name for name in wanted if name not in manifest.graphs]:
+        required = [name for name in GRAPHS if name not in WEIGHTS_OF]
+        if missing := [name for name in required if name not in manifest.graphs]:
             raise ArtifactError(
                 f"{bundle} is incomplete",
                 found=f"no {', '.join(missing)}",
-                wanted=f"the graphs {', '.join(wanted)}",
+                wanted=f"the graphs {', '.join(required)}",
                 fix=fix,
             )
         settings = BackendSettings(device, threads, backend_options or {})
@@ -134,6 +134,7 @@ class SanaRuntime:
             if self._closed:
                 raise UsageError(
                     f"the runtime of {self.bundle} is closed",
+                    found="a call after close()",
                     wanted="an open runtime",
                     fix=f"SanaRuntime.from_pretrained({str(self.bundle)!r})",
                 )

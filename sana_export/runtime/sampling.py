@@ -214,8 +214,8 @@ class CapturedLoop(SamplingLoop):
             "perturbed": zeros((shape.branches,), "float32"),
             **({"guidance": zeros((1,), "float32")} if shape.guided else {}),
         }
-        self._replays: dict[tuple[int, int], Replay] = {}
-        self._generation = -1
+        #: By first step and stop: the backend's generation at the capture, and the captured work.
+        self._replays: dict[tuple[int, int], tuple[int, Replay]] = {}
 
     def start(self, inputs: LoopInputs) -> None:
         write, write_table = self._backend.write, self._backend.write_table
@@ -230,16 +230,11 @@ class CapturedLoop(SamplingLoop):
             write(target, inputs.fixed[name])
 
     def run(self, first: int, stop: int) -> None:
-        """Replay the steps. Capture them first if they were not captured, or if memory that they use has moved since."""
-        if not self._capture:
+        replay = self._captured(first, stop) if self._capture else None
+        if replay is None:
             self._enqueue(first, stop)
-            return
-        if self._generation != self._backend.generation:
-            self._replays.clear()
-        if (first, stop) not in self._replays and not self._prepare(first, stop):
-            self._enqueue(first, stop)
-            return
-        self._replays[first, stop]()
+        else:
+            replay()
 
     def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
         after = (step + 1) % 2
@@ -251,18 +246,25 @@ class CapturedLoop(SamplingLoop):
     def replace(self, step: int, latents: DeviceTensor | Array) -> None:
         self._backend.write(self._latents[(step + 1) % 2], latents)
 
-    def _prepare(self, first: int, stop: int) -> bool:
-        """Capture the steps; False if the sessions cannot be captured."""
+    def _captured(self, first: int, stop: int) -> Replay | None:
+        """The steps as captured work, or None if the sessions cannot be captured.
+
+        They are captured if they were not before, or if memory that they use has moved since.
+        """
+        generation, replay = self._replays.get((first, stop), (None, None))
+        if replay is not None and generation == self._backend.generation:
+            return replay
         # A session sets up a new shape in its first run, which must not happen during a capture. The replay runs this step again
         # from the same state: a step does not write what it reads.
         self._enqueue(first, first + 1)
         if not (self._session("denoiser").capturable and self._session("sampler").capturable):
             LOG.warning("the steps cannot be captured as a CUDA graph: they are enqueued one by one")
             self._capture = False
-            return False
-        self._generation = self._backend.generation
-        self._replays[first, stop] = self._backend.capture(lambda: self._enqueue(first, stop))
-        return True
+            return None
+        generation = self._backend.generation
+        replay = self._backend.capture(lambda: self._enqueue(first, stop))
+        self._replays[first, stop] = generation, replay
+        return replay
 
     def _session(self, graph: str) -> EnqueuedSession:
         """The session of `graph`, looked up for each use: a staged runtime drops sessions, and a loop must not keep them alive."""
