@@ -52,6 +52,12 @@ def export_line(
     return shlex.join(words)
 
 
+def ranges_line(bundle: Path, exported: Exported) -> str:
+    """The command that reports which tensors of `bundle` leave the range of its precision."""
+    model, *options = model_words(exported.checkpoint)
+    return shlex.join(["sana-export", "verify", str(bundle), "--reference", model, *options, "--ranges"])
+
+
 def model_words(checkpoint: Checkpoint) -> list[str]:
     """The words of a command that name a checkpoint: MODEL, then the options for its revision, files and overlays."""
     words = [checkpoint.source]

@@ -12,7 +12,7 @@ import pytest
 from sana_export.adapters import Lora
 from sana_export.cli.main import parse
 from sana_export.cli.verb import model_options
-from sana_export.commands import build_line, export_line, model_words
+from sana_export.commands import build_line, export_line, model_words, ranges_line
 from sana_export.manifest import Checkpoint, Manifest, Options, Overlay
 
 PLAIN = Checkpoint("someone/sana", None, "0" * 64, None, False)
@@ -63,3 +63,13 @@ def test_the_build_command_names_the_size_and_quotes_the_path() -> None:
     line = build_line(Path("my bundles/tiny"), "tensorrt-rtx", height=2048, width=512, batch=2)
     assert line == "sana-export build 'my bundles/tiny' --backend tensorrt-rtx --height 2048 --width 512 --batch 2"
     assert parse(shlex.split(line)[1:]).bundle == "my bundles/tiny"
+
+
+def test_the_ranges_command_names_the_whole_checkpoint(tiny_bundle: Path) -> None:
+    overlays = {"transformer": Overlay("own t.safetensors", "1"), "loras": (Overlay("x:1", "2", 0.7),)}
+    manifest = dataclasses.replace(Manifest.load(tiny_bundle), checkpoint=dataclasses.replace(PLAIN, revision="v1", **overlays))
+    options = parse(shlex.split(ranges_line(Path("a bundle"), manifest))[1:])
+    assert (options.verb, options.bundle, options.reference, options.ranges) == ("verify", "a bundle", "someone/sana", True)
+    found = model_options(options, options)
+    assert (found["revision"], found["transformer"]) == ("v1", Path("own t.safetensors"))
+    assert found["loras"] == (Lora(Path("x:1"), 0.7),)

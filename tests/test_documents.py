@@ -165,9 +165,9 @@ def test_every_verb_and_option_is_documented() -> None:
 def test_every_key_of_a_recipe_is_documented() -> None:
     section = text_of("docs/cli.md").partition("## engines\n")[2].partition("\n## ")[0]
     described = " ".join(cell for cells in rows(section) for cell in cells)
-    kinds = (recipe.Recipe, *recipe.PARTS.values())
+    kinds = (recipe.Recipe, *recipe.SECTIONS.values())
     names = [field.name for kind in kinds for field in dataclasses.fields(kind) if not field.metadata.get("hidden")]
-    names = [f"[{name}]" if name in recipe.PARTS else name for name in names]
+    names = [f"[{name}]" if name in recipe.SECTIONS else name for name in names]
     assert not [name for name in dict.fromkeys(names) if f"`{name}`" not in described.replace("[[build]]", "[build]")]
 
 

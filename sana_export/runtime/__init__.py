@@ -1,7 +1,12 @@
-"""Sampling from a bundle without PyTorch: numpy, tokenizers, pillow and one backend."""
+"""The runtime: samples images from a bundle with numpy, tokenizers, Pillow and one backend, without PyTorch.
+
+`Request`, `SanaResult` and `SanaRuntime` are imported when they are first used, so that importing a module of this package does not
+import all of them.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,18 +14,16 @@ if TYPE_CHECKING:
     from sana_export.runtime.request import Request as Request
     from sana_export.runtime.results import SanaResult as SanaResult
 
-_HOMES = {
+#: The module that defines each name.
+_MODULES = {
     "Request": "sana_export.runtime.request",
-    "SanaResult": "sana_export.runtime.pipeline",
+    "SanaResult": "sana_export.runtime.results",
     "SanaRuntime": "sana_export.runtime.pipeline",
 }
-__all__ = list(_HOMES)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """The classes above, imported when they are first asked for: the modules beside this one need less."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

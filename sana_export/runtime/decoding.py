@@ -1,8 +1,8 @@
-"""Latents to images: in one piece or in tiles.
+"""Latents to images, in one piece or in tiles.
 
-Only the last stages of the decoder, convolutions of finite reach, run in tiles (`vae_decoder_tail`); what attends to the whole
-image ran before (`vae_decoder_head`). A pixel at least the tail's halo away from those sides of its window that are no sides of the
-image sees exactly what it sees in one piece. docs/numerics.md derives it.
+Only the last stages of the decoder run in tiles (`vae_decoder_tail`): they are convolutions of finite reach. The stages that attend
+to the whole image run before, in one piece (`vae_decoder_head`). A pixel depends on the features within the tail's halo. So a pixel
+that is at least the halo away from every inner side of its window has the same value as in one piece (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
+from sana_export.commands import ranges_line
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Array, Float32, Index
 from sana_export.runtime.backends.base import Backend, DeviceTensor
@@ -25,39 +26,44 @@ from sana_export.runtime.sessions import Sessions
 
 @dataclass(frozen=True)
 class Span:
-    """One axis of a window in features: it reads [start, stop); what it decodes is right, and wanted, on [first, last)."""
+    """One axis of a window, in features."""
 
+    #: First feature that the window reads.
     start: int
+    #: The feature after the last one that it reads.
     stop: int
+    #: First feature whose pixels are used.
     first: int
+    #: The feature after the last one whose pixels are used.
     last: int
 
     @property
     def index(self) -> Index:
-        """What the window reads, as an input of `vae_decoder_tail`."""
+        """The features that the window reads, as an input of `vae_decoder_tail`."""
         return np.arange(self.start, self.stop, dtype=np.int64)
 
     def source(self, scale: int) -> slice:
-        """The wanted part of the decoded window, in image pixels of the window."""
+        """The used pixels, counted in the decoded window."""
         return slice((self.first - self.start) * scale, (self.last - self.start) * scale)
 
     def target(self, scale: int) -> slice:
-        """Where that goes, in image pixels of the image."""
+        """The used pixels, counted in the image."""
         return slice(self.first * scale, self.last * scale)
 
 
 @dataclass(frozen=True)
 class Window:
-    """A part of the features that is decoded at once, and where its valid part goes."""
+    """A part of the features that is decoded at a time."""
 
     rows: Span
     columns: Span
 
 
 def plan_windows(height: int, width: int, tile: int, halo: int) -> tuple[Window, ...]:
-    """The windows over `height` x `width` features, all of one size: `tile` + 2 `halo`, or the image's side where that is shorter.
+    """The windows over `height` x `width` features. Their used parts cover every feature once.
 
-    Their wanted parts cover every feature once. On each side a window reads `halo` more than is wanted, or to the image's end.
+    All windows have the same size, `tile` + 2 `halo`, or the side of the image if that is shorter. On each side a window reads
+    `halo` features beyond its used part, or up to the end of the image.
     """
     return tuple(Window(rows, columns) for rows, columns in product(_spans(height, tile, halo), _spans(width, tile, halo)))
 
@@ -73,7 +79,7 @@ def assemble(render: Callable[[Index, Index], Float32], windows: Iterable[Window
 
 
 def _spans(size: int, tile: int, halo: int) -> list[Span]:
-    """Windows along one axis, each as far on as the halo of the one before allows."""
+    """The windows along one axis. Each begins as late as the halo of the one before allows."""
     length = min(tile + 2 * halo, size)
     spans: list[Span] = []
     first = 0
@@ -100,7 +106,7 @@ def check_latents_shape(latents: DeviceTensor | Array, plan: Plan) -> None:
 def decode_latents(plan: Plan, latents: DeviceTensor | Array, backend: Backend, sessions: Sessions) -> DeviceTensor | Float32:
     """Latents [B, C, h, w] to the decoder's image float32 [B, 3, H, W] in about [-1, 1], in one piece or in tiles as planned.
 
-    The features that tiles are cut from stay on the device; the tiles are put together on the host.
+    The features stay on the device. Tiles are assembled on the host.
     """
     if not plan.decoder_tile:
         return sessions["vae_decoder"].run({"latents": latents})["image"]
@@ -121,31 +127,32 @@ def decode_latents(plan: Plan, latents: DeviceTensor | Array, backend: Backend, 
 
 def finish_images(plan: Plan, image: DeviceTensor | Array, backend: Backend, sessions: Sessions) -> Images:
     """The decoder's image [B, 3, H, W] to images of the plan's size and output type."""
-    # On a device the image would have to be copied for this; tiles are on the host already.
-    if backend.device == "cpu" or plan.output_type == "np" or plan.decoder_tile:
-        check_finite(backend.to_host(image), "an image", backend)
     if plan.output_type == "np":
-        resized = _resize(backend.to_host(image), plan.resize)
+        host = backend.to_host(image)
+        check_finite(host, "an image", backend)
+        resized = _resize(host, plan.resize)
         return np.ascontiguousarray((resized * 0.5 + 0.5).clip(0, 1).transpose(0, 2, 3, 1))
+    # Not if the image would have to be copied from a GPU only for this. Tiles are on the host already.
+    if backend.device == "cpu" or plan.decoder_tile:
+        check_finite(backend.to_host(image), "an image", backend)
     pixels = sessions["postprocess"].run({"image": image, **vars(plan.resize)})["pixels"]
     return [Image.fromarray(array) for array in np.array(backend.to_host(pixels))]
 
 
 def check_finite(values: Array, what: str, backend: Backend) -> None:
-    """Raise ArtifactError if `values`, which are `what`, hold NaN or infinity."""
+    """Raise ArtifactError if `values` contain NaN or infinity. `what` names them in the message."""
     if bad := int(np.count_nonzero(~np.isfinite(values))):
         manifest = backend.manifest
         raise ArtifactError(
             f"sampling with {backend.bundle} gave {what} with NaN or infinite values",
             found=f"{bad} of {values.size} values, with {manifest.options.precision} graphs on the backend {backend.name}",
             wanted="finite values",
-            fix=f"sana-export verify {backend.bundle} --reference {manifest.checkpoint.source} --ranges"
-            "  (shows which tensor leaves the range of the precision)",
+            fix=f"{ranges_line(backend.bundle, manifest)} (shows which tensor leaves the range of the precision)",
         )
 
 
 def _resize(image: Array, plan: ResizePlan) -> Array:
-    """The `postprocess` graph's resampling on the host: float32 [B, 3, H, W] to [B, 3, H', W']."""
+    """The resampling of the `postprocess` graph, on the host: float32 [B, 3, H, W] to [B, 3, H', W']."""
     (top, bottom), (left, right) = plan.row_weight[..., None], plan.column_weight
     rows = image[:, :, plan.row_index[0]] * top + image[:, :, plan.row_index[1]] * bottom
     resized: Array = rows[..., plan.column_index[0]] * left + rows[..., plan.column_index[1]] * right

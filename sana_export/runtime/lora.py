@@ -1,10 +1,10 @@
-"""LoRAs on a loaded bundle: all of a change or none of it, over every graph that holds a part of the transformer."""
+"""LoRAs on a loaded bundle. A change is applied to every graph with a part of the transformer, or to none."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from sana_export.adapters import Lora
 from sana_export.commands import export_line
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class LoraStack:
-    """The LoRAs that the sessions of one bundle hold, in the order in which they were loaded; their effects add up.
+    """The LoRAs in the sessions of one bundle, in the order in which they were loaded. Their effects add up.
 
-    Weights are always made from the bundle's own bytes, so what is unloaded leaves nothing behind.
+    Weights are always computed from the bundle's own bytes, so an unloaded LoRA leaves nothing behind.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -38,28 +38,32 @@ class LoraStack:
         return tuple(adapter.lora for adapter in self._adapters)
 
     def add(self, lora: Lora, sessions: Mapping[str, Session]) -> None:
-        """Load `lora` on top of the others into `sessions` (by graph). Raises where it cannot be, and leaves them as they were."""
+        """Load `lora` into `sessions` (by graph), on top of the other LoRAs.
+
+        If it does not fit or a session refuses it, `sessions` keep the weights that they have. Raises UsageError, ArtifactError or
+        DependencyError then.
+        """
         if not math.isfinite(lora.scale):
-            raise UsageError(f"the scale of the LoRA {lora.path} is no number", found=lora.scale, wanted="a finite factor")
+            raise UsageError(f"the scale of the LoRA {lora.path} is not a number", found=lora.scale, wanted="a finite factor")
         if not self._targets:
             raise ArtifactError(
-                f"{self._bundle} does not say where the transformer's layers lie in its graphs",
+                f"{self._bundle} does not say where the transformer's layers are in its graphs",
                 found="no lora_targets in its manifest",
                 wanted="a bundle of this version",
-                fix=export_line(self._bundle, self._manifest),
+                fix=self._export_command(),
             )
         if not self._backend.can_refit:
             raise DependencyError(
                 f"the backend {self._backend.name} cannot change weights after they are loaded",
                 found=f"the LoRA {lora.path}",
                 wanted="--backend onnxruntime, or engines that were built with --refittable",
-                fix=f"export with the LoRA folded in: {export_line(self._bundle, self._manifest, loras=(lora,))}",
+                fix=f"export with the LoRA folded in: {self._export_command((lora,))}",
             )
         adapter = read_adapter(lora, [target for targets in self._targets.values() for target in targets])
         adapters = (*self._adapters, adapter)
         for graph in [name for name, targets in self._targets.items() if touched(targets, (adapter,))]:
             self._backend.check_refit(graph)
-            if graph not in sessions:  # loaded later: whether its weights stay in range is better known now
+            if graph not in sessions:  # it will be loaded later: check now that its weights stay in range
                 self._values(graph, adapters, (adapter,))
         self._change(adapters, (adapter,), sessions)
 
@@ -68,12 +72,12 @@ class LoraStack:
         self._change((), self._adapters, sessions)
 
     def refit(self, graph: str, session: Session) -> None:
-        """Give a session of `graph` that was loaded just now what the others hold."""
+        """Give a session of `graph` that was just loaded the LoRAs of the others."""
         if values := self._values(graph, self._adapters, self._adapters):
             session.refit(values)
 
     def _change(self, adapters: tuple[Adapter, ...], moved: Sequence[Adapter], sessions: Mapping[str, Session]) -> None:
-        """From the adapters held now to `adapters`, which differ from those by `moved`."""
+        """Replace the present adapters by `adapters`; `moved` are those that are added or removed."""
         done: list[str] = []
         for graph in [name for name in self._targets if name in sessions]:
             try:
@@ -91,28 +95,34 @@ class LoraStack:
     def _take_back(
         self, graphs: Sequence[str], moved: Sequence[Adapter], sessions: Mapping[str, Session], reason: BaseException
     ) -> None:
-        """Give `graphs` what they held before `moved`."""
+        """Undo a change of `moved` in `graphs`, after `reason` stopped it in another graph."""
         for graph in graphs:
             try:
                 sessions[graph].refit(self._values(graph, self._adapters, moved))
             except Exception as error:
                 raise ArtifactError(
-                    f"{graph} could not be given back the weights that it had, and holds other LoRAs than the rest of the model",
+                    f"the previous weights of {graph} could not be restored: it now has other LoRAs than the rest of the model",
                     found=f"{error}, after {reason}",
-                    wanted="one set of weights",
-                    fix="load the bundle again: SanaRuntime.from_pretrained(...)",
+                    wanted="the same LoRAs in every graph",
+                    fix=f"load the bundle again: SanaRuntime.from_pretrained({str(self._bundle)!r})",
                 ) from error
 
     def _values(self, graph: str, adapters: Sequence[Adapter], moved: Sequence[Adapter]) -> dict[str, Array]:
-        """The weights of `graph` that `moved` changes, as they are with `adapters`."""
+        """The weights of `graph` that `moved` changes, with the values that they have under `adapters`."""
         targets = self._targets.get(graph, ())
         names = touched(targets, moved)
-        return lora_values(self._own(graph), targets, adapters, names) if names else {}
+        if not names:
+            return {}
+        fix = f"export with the LoRA folded in: {self._export_command(adapter.lora for adapter in adapters)}"
+        return lora_values(self._own(graph), targets, adapters, names, fix=fix)
 
     def _own(self, graph: str) -> dict[str, Bytes]:
-        """The bundle's own weights of `graph`, mapped from files that are checked once."""
+        """The bundle's own weights of `graph`, memory-mapped. The files are checked once."""
         if graph not in self._base:
-            fix = export_line(self._bundle, self._manifest)
+            fix = self._export_command()
             onnx, *data = check_files(self._bundle, self._manifest.graphs[graph].files, fix=fix)
             self._base[graph] = read_tensors(onnx, data, fix=fix)
         return self._base[graph]
+
+    def _export_command(self, loras: Iterable[Lora] = ()) -> str:
+        return export_line(self._bundle, self._manifest, loras=loras)

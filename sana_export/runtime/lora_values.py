@@ -1,8 +1,8 @@
-"""What a LoRA makes of a bundle's weights: slices of stored arrays plus a product, in numpy.
+"""A bundle's weights with LoRAs added, computed in numpy.
 
-The manifest says where every layer of the transformer lies (`LoraTarget`). A graph's array holds f W of it, or of some of its
-rows, with a constant f, so a LoRA adds f * scale * (alpha / r) * B A there. The sum of all LoRAs and of what is stored is taken in
-float32 and rounded once to the array's dtype.
+The manifest says where in the graphs' arrays each layer of the transformer is (`LoraTarget`). An array contains f W, or some rows
+of it, for the layer's weight W and a constant f, so a LoRA adds f * scale * (alpha / r) * B A there. The stored values and all
+LoRAs are summed in float32, and the sum is rounded once to the array's dtype.
 """
 
 from __future__ import annotations
@@ -22,31 +22,39 @@ from sana_export.manifest import LoraTarget
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA that fits the bundle: what it adds, by layer. Its matrices are mapped, and read when they are needed."""
+    """A LoRA that fits the bundle."""
 
     lora: Lora
+    #: What it adds, by layer. The matrices are memory-mapped and read when they are needed.
     folds: Mapping[str, Fold[StoredTensor]]
 
 
 def read_adapter(lora: Lora, targets: Iterable[LoraTarget]) -> Adapter:
-    """The adapter in a file, once every layer that it changes is among `targets`. Errors are those of `read_folds`."""
+    """Read a LoRA, checking that every layer that it changes is among `targets`. Raises the errors of `read_folds`."""
     shapes = {target.module: target.shape for target in targets}
     file = TensorFile(lora.weights, fix="download the LoRA again")
     return Adapter(lora, read_folds(lora, file, file.metadata, shapes.get))
 
 
 def touched(targets: Iterable[LoraTarget], adapters: Sequence[Adapter]) -> set[str]:
-    """The initializers among `targets` that hold a layer which one of `adapters` changes."""
+    """The initializers among `targets` that contain a layer which one of `adapters` changes."""
     layers = {layer for adapter in adapters for layer in adapter.folds}
     return {target.initializer for target in targets if target.module in layers}
 
 
 def lora_values(
-    base: Mapping[str, Bytes], targets: Iterable[LoraTarget], adapters: Sequence[Adapter], names: Collection[str]
+    base: Mapping[str, Bytes],
+    targets: Iterable[LoraTarget],
+    adapters: Sequence[Adapter],
+    names: Collection[str],
+    *,
+    fix: str | None = None,
 ) -> dict[str, Array]:
     """The initializers `names` of a graph with `adapters` added to the bundle's own bytes `base`, by name.
 
-    Arrays of the stored shape and dtype, bfloat16 as uint16. Where no adapter changes one, it is the bundle's own, mapped.
+    Arrays have the stored shape and dtype (bfloat16 as uint16). One that no adapter changes is the bundle's own, memory-mapped.
+    `fix` is the advice if a target's dtype cannot be changed. Raises ArtifactError for such a dtype, and if a weight leaves its
+    range.
     """
     values: dict[str, Array] = {}
     changed = set()
@@ -55,7 +63,7 @@ def lora_values(
         if name not in names:
             continue
         if name not in values:
-            values[name] = _stored(base, target)
+            values[name] = _stored(base, target, fix)
         folds = [adapter.folds[target.module] for adapter in adapters if target.module in adapter.folds]
         if folds:
             if name not in changed:
@@ -65,26 +73,26 @@ def lora_values(
     return values
 
 
-def _stored(base: Mapping[str, Bytes], target: LoraTarget) -> Array:
-    """The bundle's own array of a target, mapped."""
+def _stored(base: Mapping[str, Bytes], target: LoraTarget, fix: str | None) -> Array:
+    """The bundle's own array of a target, memory-mapped."""
     if target.dtype not in WEIGHT_DTYPES:
         raise ArtifactError(
             f"{target.module} of this bundle cannot take a LoRA",
             found=f"weights in {target.dtype}",
             wanted=", ".join(WEIGHT_DTYPES),
-            fix="export the bundle without quantisation, or fold the LoRA in: sana-export export MODEL --lora PATH -o BUNDLE",
+            fix=fix,
         )
     return base[target.initializer].view(WEIGHT_DTYPES[target.dtype].numpy).reshape(target.initializer_shape)
 
 
 def _add(array: Array, target: LoraTarget, folds: Sequence[Fold[StoredTensor]], adapters: Sequence[Adapter]) -> None:
-    """Add `folds` to the slice of `array` that is the target's, in place."""
+    """Add `folds` to the target's slice of `array`, in place."""
     first, end = target.source_rows or (0, target.shape[0])
     rows = slice(target.row_offset, target.row_offset + end - first)
     part = array[:, rows] if target.transposed else array[rows]
     dtype = WEIGHT_DTYPES[target.dtype]
     old = dtype.widen(part)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
+    with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are found below
         total = sum((_product(fold, slice(first, end)) for fold in folds), np.float32(0)) * np.float32(target.factor)
         new = old + (total.T if target.transposed else total).reshape(part.shape)
         rounded = dtype.round(new)
@@ -94,13 +102,13 @@ def _add(array: Array, target: LoraTarget, folds: Sequence[Fold[StoredTensor]], 
             f"{target.module} with the LoRA {paths} leaves the range of {target.dtype}",
             found=f"a weight of {np.abs(new).max():.3g}, stored {target.factor:g} times",
             wanted=f"finite weights in {target.dtype}",
-            fix="load it with a smaller scale",
+            fix="load the LoRA with a smaller scale",
         )
     part[...] = rounded
 
 
 def _product(fold: Fold[StoredTensor], rows: slice) -> Float32:
-    """The rows of [out, in], in float32."""
+    """These rows of the product [out, in] of both matrices with its factor, in float32."""
     up, down = (part.read().reshape(part.shape[0], -1) for part in (fold.up, fold.down))
     product: Float32 = (up[rows] @ down) * np.float32(fold.factor)
     return product

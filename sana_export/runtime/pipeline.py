@@ -1,4 +1,4 @@
-"""Prompt to image from a bundle, in four calls that can also be made one by one: plan, encode, steps, decode."""
+"""From a prompt to an image with a bundle: plan, encode, steps, decode. The four can also be called one by one."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from sana_export.runtime.sessions import Sessions
 
 LOG = logging.getLogger(__name__)
 
-#: Prefixes of the instruction that stay on the device. Most prompts share the same number of its tokens.
+#: The number of the instruction's prefixes that stay on the device. Most prompts share the same number of its tokens.
 KEPT_PREFIXES = 4
-#: Called after each step with (runtime, step index, timestep, {"latents": float32 [B, C, h, w]}). It may return other latents
-#: to continue with, as {"latents": array}.
+#: Called after each step with (runtime, step index, timestep, {"latents": float32 [B, C, h, w]}). It may return {"latents": array}
+#: to continue with other latents.
 StepCallback = Callable[["SanaRuntime", int, float, dict[str, Array]], Mapping[str, Any] | None]
 
 
 class SanaRuntime:
     """A bundle loaded into a backend.
 
-    Threads may share a runtime. Every public method holds the runtime's lock while it uses the device, so that calls take turns.
-    Calling the runtime is one turn; in `steps`, each step is one. Runs of `steps` may overlap, on one thread or on several: each
+    Threads may share a runtime. Every public method holds the runtime's lock while it uses the device, so calls take turns. Calling
+    the runtime is one turn; in `steps`, each step is one. Runs of `steps` may overlap, on one thread or on several, because each
     has its own memory. Use tensors on the device only through the runtime's methods (`to_host`, `decode`, `run`).
     """
 
@@ -57,7 +57,7 @@ class SanaRuntime:
         self._prefixes: dict[int, DeviceTensor] = {}
         self._loras = LoraStack(backend)
         self._closed = False
-        #: The loaded graphs by name. Reading one loads it. `run` is the safe way to use them from several threads.
+        #: The sessions by graph. Reading one loads it. From several threads, use `run` instead.
         self.sessions = Sessions(backend, self._loras, staged=memory != "resident")
         if not self.sessions.staged:
             self.sessions.require(SAMPLING_GRAPHS)
@@ -75,26 +75,26 @@ class SanaRuntime:
     ) -> SanaRuntime:
         """Check the bundle in the folder `bundle` and load it.
 
-        backend: a name of `backends.BACKENDS`, "auto", or a function of `(bundle, manifest)` that returns a `Backend`.
+        backend: a name in `backends.BACKENDS`, "auto", or a function of `(bundle, manifest)` that returns a `Backend`.
         memory: one of `memory.MEMORY_MODES`.
-        device: index of the GPU; None takes the first.
-        threads: threads for work on the CPU; None leaves the number to the backend's library.
-        backend_options: options of the backend's library. ONNX Runtime takes {"session_options": {...}, "provider_options": {...}}.
+        device: index of the GPU. None: the first one.
+        threads: threads for work on the CPU. None: the default of the backend's library.
+        backend_options: options of the backend's library, for ONNX Runtime {"session_options": {...}, "provider_options": {...}}.
 
-        Raises ArtifactError if the bundle is damaged, incomplete or cannot run on this machine, UsageError for an unknown backend,
-        mode or option, and DependencyError if the backend's package, the GPU or memory is missing.
+        Raises ArtifactError if the bundle is damaged, incomplete or unfit for this machine; UsageError for an unknown backend, mode
+        or option; DependencyError if the backend's package, a GPU or memory is missing.
         """
         if memory not in MEMORY_MODES:
             raise UsageError(f"unknown memory mode {memory!r}", wanted=", ".join(MEMORY_MODES), fix=f"--memory {AUTO}")
         bundle = Path(bundle)
         manifest = Manifest.load(bundle)
         fix = export_line(bundle, manifest)
-        wanted = [name for name in GRAPHS if name not in WEIGHTS_OF]
-        if missing := [name for name in wanted if name not in manifest.graphs]:
+        required = [name for name in GRAPHS if name not in WEIGHTS_OF]
+        if missing := [name for name in required if name not in manifest.graphs]:
             raise ArtifactError(
                 f"{bundle} is incomplete",
                 found=f"no {', '.join(missing)}",
-                wanted=f"the graphs {', '.join(wanted)}",
+                wanted=f"the graphs {', '.join(required)}",
                 fix=fix,
             )
         settings = BackendSettings(device, threads, backend_options or {})
@@ -104,7 +104,7 @@ class SanaRuntime:
         return cls(opened, text, opened.choose_memory_mode(memory))
 
     def close(self) -> None:
-        """Release what the runtime holds. It cannot be used afterwards. A `with` statement does this at its end."""
+        """Release the memory of the runtime, which cannot be used afterwards. A `with` block does this at its end."""
         with self._lock:
             if self._closed:
                 return
@@ -129,11 +129,12 @@ class SanaRuntime:
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[None]:
-        """Hold the lock of an open runtime."""
+        """Hold the runtime's lock. Raises UsageError if the runtime is closed."""
         with self._lock:
             if self._closed:
                 raise UsageError(
                     f"the runtime of {self.bundle} is closed",
+                    found="a call after close()",
                     wanted="an open runtime",
                     fix=f"SanaRuntime.from_pretrained({str(self.bundle)!r})",
                 )
@@ -160,11 +161,11 @@ class SanaRuntime:
         decoder_tile: int | None = None,
         callback_on_step_end: StepCallback | None = None,
     ) -> SanaResult:
-        """Draw images for the prompt or prompts. `Request` documents the parameters.
+        """Draw images for one or more prompts. `Request` documents the parameters.
 
         callback_on_step_end: called after every step (`StepCallback`). Raise an exception in it to cancel the call.
 
-        Raises UsageError for a request that cannot be met, ArtifactError if sampling gives NaN or infinity, and DependencyError if
+        Raises UsageError for a request that cannot be met, ArtifactError if the result is NaN or infinite, and DependencyError if
         memory runs out.
         """
         request = Request(
@@ -192,7 +193,7 @@ class SanaRuntime:
         started, record_event = perf_counter(), self.backend.record_event
         plan = self.plan(request)
         if not self.sessions.staged:
-            self.sessions.require(plan.decoder_graphs)  # a damaged decoder is reported before sampling, not after
+            self.sessions.require(plan.decoder_graphs)  # report a damaged decoder before sampling, not after
         conditioning = self.encode(plan)
         before = record_event()
         latents, events = self._denoise(plan, conditioning, callback)
@@ -212,7 +213,7 @@ class SanaRuntime:
     def _denoise(
         self, plan: Plan, conditioning: Conditioning, callback: StepCallback | None
     ) -> tuple[DeviceTensor | Array, list[Any]]:
-        """The latents after all steps, and an event after each step if they ran one by one."""
+        """The latents after the last step, and an event after each step if they ran one by one."""
         events: list[Any] = []
         with self._loop(plan, conditioning) as (loop, version):
             if callback is None and isinstance(loop, CapturedLoop):
@@ -225,18 +226,22 @@ class SanaRuntime:
             return loop.result(), events
 
     def plan(self, request: Request) -> Plan:
-        """Check a request and compute everything that follows from it. Raises UsageError, also if no engine serves its shapes."""
+        """Check a request and compute everything that follows from it.
+
+        Raises UsageError if the checkpoint cannot meet the request or no engine supports its shapes, and ArtifactError if the
+        bundle lacks a graph for it.
+        """
         with self._using():
             plan = make_plan(request, self.bundle, self.manifest)
             self.backend.check_supported((*SAMPLING_GRAPHS, *plan.decoder_graphs), request_axes(plan, self.manifest))
             return plan
 
     def tokenize(self, plan: Plan) -> list[list[PromptTokens]]:
-        """The tokens of the plan's prompts, for each of its K guidance branches."""
+        """The tokens of the plan's prompts, for each guidance branch."""
         return self.text.tokenize_plan(plan.texts, plan.max_sequence_length)
 
     def embed(self, plan: Plan) -> PromptEmbeddings:
-        """Run the text encoder on the plan's prompts: their rows on the device, one prompt each."""
+        """Run the text encoder on the plan's prompts, each once, whatever `num_images_per_prompt` is."""
         with self._using():
             self.sessions.require(TEXT_STAGE)
             return self.text.encode(self.tokenize(plan), self._run_text_encoder)
@@ -257,7 +262,7 @@ class SanaRuntime:
     def steps(self, plan: Plan, conditioning: Conditioning) -> Iterator[Step]:
         """The sampling loop: one `Step` after each step. The last one's latents are the result.
 
-        Every run draws the same noise, that of the plan's seeds. Close the iterator (`contextlib.closing`) to stop early.
+        Every run draws the same noise, from the plan's seeds. Close the iterator (`contextlib.closing`) to stop early.
 
         Raises UsageError if `conditioning` has another number of guidance branches or images, if latents of another shape were
         assigned to a step, or if a LoRA was loaded or unloaded since the run began.
@@ -267,9 +272,9 @@ class SanaRuntime:
 
     @contextlib.contextmanager
     def _loop(self, plan: Plan, conditioning: Conditioning) -> Iterator[tuple[SamplingLoop, int]]:
-        """A loop that belongs to the caller, with the request loaded, and the version of the weights that it began with.
+        """A loop that no other run uses, started for the plan, and the version of the weights at its start.
 
-        The lock is held only to take the loop and to give it back.
+        The lock is held only while the loop is taken and given back.
         """
         with self._using():
             check_conditioning(plan, conditioning)
@@ -286,12 +291,13 @@ class SanaRuntime:
                     self._loops.give_back(loop)
 
     def _run_steps(self, plan: Plan, loop: SamplingLoop, version: int) -> Iterator[Step]:
+        """Run the steps one by one. The lock is held in each step, and not between two."""
         for index, timestep in enumerate(plan.schedule.timesteps):
             with self._using():
                 if version != self._loras.version:
                     raise UsageError(
                         "the weights changed while steps were running",
-                        found="a LoRA that was loaded or unloaded",
+                        found="a LoRA was loaded or unloaded",
                         wanted="the same weights in every step",
                         fix="start again: runtime.steps(plan, runtime.encode(plan))",
                     )
@@ -319,14 +325,14 @@ class SanaRuntime:
             return finish_images(plan, image, self.backend, self.sessions)
 
     def decode_raw(self, plan: Plan, latents: DeviceTensor | Array) -> DeviceTensor | Float32:
-        """The decoder's own output for latents [B, C, h, w]: float32 [B, 3, H, W] in about [-1, 1], not resized and not checked."""
+        """The decoder's output for latents [B, C, h, w]: float32 [B, 3, H, W] in about [-1, 1], not resized and not checked."""
         with self._using():
             check_latents_shape(latents, plan)
             self.sessions.require(plan.decoder_graphs)
             return decode_latents(plan, latents, self.backend, self.sessions)
 
     def run(self, graph: str, feeds: Mapping[str, DeviceTensor | Array]) -> dict[str, DeviceTensor]:
-        """Run one graph of the bundle on all its inputs by name (contract.py); its outputs stay on the device (`to_host`)."""
+        """Run one graph on its inputs by name (contract.py), arrays or tensors on the device. The outputs stay on the device."""
         with self._using():
             if graph not in self.manifest.graphs:
                 raise UsageError(f"{self.bundle} has no graph {graph!r}", wanted=", ".join(self.manifest.graphs))
@@ -344,29 +350,29 @@ class SanaRuntime:
         return self._loras.loras
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
-        """Add `scale` times the LoRA in the file or folder `path` to the weights, on top of those loaded before (docs/lora.md).
+        """Add `scale` times the LoRA in the file or folder `path` to the weights, on top of those already loaded (docs/lora.md).
 
-        A `Conditioning` that was encoded before keeps the old weights. Raises UsageError if nothing is at `path`, ArtifactError
-        naming the tensor if the LoRA does not fit or the weights cannot be changed, and DependencyError out of memory; the weights
-        are unchanged then.
+        A `Conditioning` that was encoded before keeps the old weights. Raises UsageError if there is no LoRA at `path`,
+        ArtifactError if it does not fit the checkpoint or the engines cannot change their weights, and DependencyError if the
+        backend cannot or memory runs out. The weights are unchanged then.
         """
         with self._using():
-            self._forget_loops()
+            self._drop_loops()
             self._loras.add(Lora(Path(path), scale), self.sessions)
 
     def unload_lora(self) -> None:
-        """Remove all LoRAs: the weights are the bundle's again, bit for bit."""
+        """Remove all LoRAs. The weights are the bundle's own again, bit for bit."""
         with self._using():
-            self._forget_loops()
+            self._drop_loops()
             self._loras.clear(self.sessions)
 
-    def _forget_loops(self) -> None:
-        """Before weights change: captured work may read the old ones."""
+    def _drop_loops(self) -> None:
+        """Drop the captured loops before weights change: they may read the old ones."""
         self.backend.wait()
         self._loops.clear()
 
     def _run_text_encoder(self, inputs_embeds: Float32, prefix: Float32) -> DeviceTensor:
-        """Upload each prefix of the instruction's keys and values once. Its length identifies it."""
+        """Run the text encoder. Each prefix of the instruction's keys and values is uploaded once; its length identifies it."""
         shared = prefix.shape[3]
         if shared not in self._prefixes:
             while len(self._prefixes) >= KEPT_PREFIXES:
@@ -376,7 +382,7 @@ class SanaRuntime:
         return self.sessions["text_encoder"].run(feeds)["prompt_embeds"]
 
     def _call_back(self, callback: StepCallback, step: Step) -> None:
-        """Pass a copy of the latents to the callback, and take those that it returns."""
+        """Pass a copy of the latents to the callback, and assign the ones that it returns to the step."""
         returned = callback(self, step.index, step.timestep, {"latents": self.to_host(step.latents)})
         if returned is None:
             return
@@ -387,14 +393,14 @@ class SanaRuntime:
             step.latents = returned["latents"]
 
     def _assigned_latents(self, assigned: Any, current: DeviceTensor, plan: Plan) -> DeviceTensor:
-        """Latents that the caller assigned to a step whose own are `current`, checked and on the device."""
+        """The latents that the caller assigned in place of `current`, on the device. Raises UsageError for another shape."""
         if isinstance(assigned, type(current)) and not isinstance(assigned, np.ndarray):
             check_latents_shape(assigned, plan)
             return assigned
         return self.backend.to_device(checked_latents(assigned, plan.latents_shape))
 
     def _finite_latents(self, latents: DeviceTensor | Array) -> Array:
-        """The latents on the host. They are read after the decoder was enqueued, so that the device does not wait for it."""
+        """The latents on the host, checked. Called after the decoder is enqueued, so that the device does not wait for the host."""
         host = self.backend.to_host(latents)
         check_finite(host, "latents", self.backend)
         return host

@@ -1,9 +1,9 @@
-"""Text to prompt embeddings: tokens, the rows of the embedding table, and as few rows of the text encoder as are exact.
+"""Text to prompt embeddings: tokens, their rows of the embedding table, and no more rows of the text encoder than are needed.
 
-The reference is `_get_gemma_prompt_embeds` and `encode_prompt` of diffusers' SanaPipeline. There every prompt is encoded after
-the instruction and padded to full length; of the result row 0 (BOS) and everything from the instruction's last token on are
-kept. Gemma-2 is causal, so rows that a prompt shares with the instruction are the same for every prompt. The bundle stores
-their keys and values, and only the rows after the first token that differs are run, without padding.
+The reference is `_get_gemma_prompt_embeds` and `encode_prompt` of diffusers' SanaPipeline. It encodes every prompt after the
+instruction, padded to full length, and keeps row 0 (BOS) and all rows from the instruction's last token on. Gemma-2 is causal, so
+the rows that a prompt shares with the instruction are the same for every prompt. The bundle stores their keys and values. Only the
+rows from the first token that differs are computed, without padding.
 """
 
 from __future__ import annotations
@@ -25,87 +25,93 @@ from sana_export.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
-#: inputs_embeds [B, S, C], prefix [layers, 2, kv_heads, P, head_dim], float32 on the host -> prompt_embeds [B, S, C] of a backend.
+#: From inputs_embeds [B, S, C] and prefix [layers, 2, kv_heads, P, head_dim], float32 on the host, to prompt_embeds [B, S, C], a
+#: tensor of a backend.
 RunTextEncoder = Callable[[Float32, Float32], Any]
 
-#: The most tokens in one text: attention windows, which the text encoder's graph leaves out, may bind beyond.
+#: The most tokens of one text. The text encoder's graph has no sliding attention windows, which could matter for longer texts.
 MAX_TOKENS = 2048
-#: Characters of a truncated prompt's end that the warning shows.
+#: The warning about a truncated prompt shows this many characters of its end.
 _SHOWN = 80
 
 
 @dataclass(frozen=True, eq=False)
 class Instruction:
-    """What the bundle knows of the instruction's n tokens.
+    """The instruction of n tokens, and what the bundle stores for it."""
 
-    text: the lines joined with newlines. token_ids: n ids, the first is BOS. prefix: float32 [layers, 2, kv_heads, n - 1,
-    head_dim], keys and values of all but the last token. bos_row: float32 [C], the text encoder's output at BOS.
-    """
-
+    #: Its lines, joined with newlines.
     text: str
+    #: n ids; the first is BOS.
     token_ids: tuple[int, ...]
+    #: float32 [layers, 2, kv_heads, n - 1, head_dim]: keys and values of all tokens but the last.
     prefix: Float32
+    #: float32 [C]: the text encoder's output at BOS.
     bos_row: Float32
 
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A prompt as the text encoder reads it: the rows that the denoiser gets are 0 and `first_kept` to the end of `ids`.
+    """A prompt as the text encoder reads it."""
 
-    The first `shared` ids are those of the instruction; 1 <= shared <= first_kept.
-    """
-
+    #: BOS first, and the instruction's if the prompt follows it.
     ids: tuple[int, ...]
+    #: The denoiser gets row 0 and the rows from this one to the end of `ids`.
     first_kept: int
+    #: The first `shared` ids are the instruction's; 1 <= shared <= first_kept.
     shared: int
 
     @property
     def kept_rows(self) -> int:
+        """Rows that the denoiser gets."""
         return 1 + max(len(self.ids) - self.first_kept, 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows `start` to `stop` of item `item` of `source` [n, S, C], a tensor of a backend or an array, and where they go:
-    branch, number and first row of prompt_embeds [K, B, L, C]."""
+    """Rows of one prompt, and their place in prompt_embeds [K, B, L, C]."""
 
+    #: [n, S, C]: a tensor of a backend, or an array.
     source: Any
+    #: Index into the first axis of `source`.
     item: int
+    #: First row in the item.
     start: int
+    #: The row after the last one.
     stop: int
+    #: Branch, number in the batch, and first row in prompt_embeds.
     place: tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class PromptEmbeddings:
-    """prompt_embeds [K, B, L, C] as the rows that it is put together from, with zeros elsewhere, and where there are any.
+    """prompt_embeds as the rows that it is assembled from; all other rows are zero.
 
-    shape: (K, B, L, C). context_mask: float32 [K, B, L], 1 on the rows of a prompt. The text encoder's outputs stay where they are
-    until the backend moves their rows.
+    The text encoder's outputs stay on the device until the backend copies their rows.
     """
 
+    #: (K, B, L, C).
     shape: tuple[int, int, int, int]
     rows: tuple[Rows, ...]
+    #: float32 [K, B, L]: 1 for the rows of a prompt.
     context_mask: Float32
 
     @property
     def sources(self) -> dict[int, Any]:
-        """What the rows are taken from, each once, by its id."""
+        """The distinct sources of the rows, by their `id`."""
         return {id(rows.source): rows.source for rows in self.rows}
 
     def gather(self, to_host: Callable[[Any], Any] = np.asarray) -> Float32:
-        """prompt_embeds float32 on the host."""
+        """prompt_embeds float32 [K, B, L, C] on the host."""
         embeds = np.zeros(self.shape, dtype=np.float32)
-        read = {key: to_host(source) for key, source in self.sources.items()}
+        sources = {key: to_host(source) for key, source in self.sources.items()}
         for rows in self.rows:
             branch, number, first = rows.place
-            embeds[branch, number, first : first + rows.stop - rows.start] = read[id(rows.source)][
-                rows.item, rows.start : rows.stop
-            ]
+            values = sources[id(rows.source)][rows.item, rows.start : rows.stop]
+            embeds[branch, number, first : first + len(values)] = values
         return embeds
 
     def repeated(self, count: int) -> PromptEmbeddings:
-        """Every prompt `count` times, side by side."""
+        """Each prompt `count` times in a row."""
         branches, batch, length, channels = self.shape
         rows = [
             replace(rows, place=(rows.place[0], rows.place[1] * count + copy, rows.place[2]))
@@ -117,7 +123,7 @@ class PromptEmbeddings:
         )
 
     def padded(self, multiple: int, most: int) -> PromptEmbeddings:
-        """With L filled up to a multiple of `multiple`, but not beyond `most`. Masked rows have weight 0, so this is exact."""
+        """With L padded to a multiple of `multiple`, but not beyond `most`. The padding is masked, so this is exact."""
         branches, batch, length, channels = self.shape
         longer = max(length, min(-(-length // multiple) * multiple, most))
         mask = np.zeros((branches, batch, longer), dtype=np.float32)
@@ -128,7 +134,7 @@ class PromptEmbeddings:
 class PromptEncoder:
     """Encodes prompts with a tokenizer, the stored instruction and the token embedding table [vocabulary, C].
 
-    Raises ArtifactError, with `fix` as the line that mends it, where these do not belong together.
+    Raises ArtifactError if these do not belong together. `fix` is the command that fixes the bundle then.
     """
 
     def __init__(self, tokenizer: Tokenizer, instruction: Instruction, embeddings: StoredTensor, *, fix: str | None = None) -> None:
@@ -139,7 +145,7 @@ class PromptEncoder:
 
     @classmethod
     def load(cls, bundle: Path, manifest: Manifest, *, fix: str | None = None) -> PromptEncoder:
-        """The encoder of a bundle, from its tokenizer/, instruction.safetensors and embeddings.safetensors."""
+        """The encoder of a bundle, from its files tokenizer/, instruction.safetensors and embeddings.safetensors."""
         path = bundle / "tokenizer" / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -156,9 +162,9 @@ class PromptEncoder:
         return cls(tokenizer, instruction, table, fix=fix)
 
     def tokenize(self, text: str, *, max_sequence_length: int, instruct: bool) -> PromptTokens:
-        """The tokens of `text`, after the instruction if `instruct`; logs a warning where it is longer than the limit.
+        """The tokens of `text`, after the instruction if `instruct`. A prompt of more than `max_sequence_length` rows is truncated.
 
-        At most `max_sequence_length` rows are kept. Raises UsageError where that allows more than `MAX_TOKENS` tokens.
+        Logs a warning for a truncated prompt. Raises UsageError if the limit allows more than `MAX_TOKENS` tokens.
         """
         known = self.instruction.token_ids
         first_kept = len(known) - 1 if instruct else 1
@@ -184,7 +190,7 @@ class PromptEncoder:
         ]
 
     def encode(self, branches: Sequence[Sequence[PromptTokens]], run: RunTextEncoder) -> PromptEmbeddings:
-        """Embeddings of K branches of B prompts each; equal prompts are run once, all with the same prefix in one batch."""
+        """Embeddings of K branches of B prompts each. Equal prompts run once; all with the same prefix run in one batch."""
         outputs = self._run(dict.fromkeys(tokens for branch in branches for tokens in branch), run)
         longest = max(tokens.kept_rows for branch in branches for tokens in branch)
         shape = (len(branches), len(branches[0]), longest)
@@ -202,7 +208,7 @@ class PromptEncoder:
         return PromptEmbeddings((*shape, bos_row.size), tuple(rows), mask)
 
     def _run(self, prompts: Iterable[PromptTokens], run: RunTextEncoder) -> dict[PromptTokens, tuple[Any, int]]:
-        """The output that holds the rows of each prompt, from the first that is not shared on, and its item there.
+        """For each prompt: the output with its rows, from the first that is not shared, and its index in that batch.
 
         A prompt of BOS alone has none.
         """
@@ -213,7 +219,7 @@ class PromptEncoder:
                 batches[tokens.shared].append(tokens)
         for shared, batch in batches.items():
             lengths = [len(tokens.ids) - shared for tokens in batch]
-            # Attention is causal: what stands in the padding after a prompt does not reach its rows.
+            # Attention is causal: the padding after a prompt does not reach its rows.
             embeds = np.zeros((len(batch), max(lengths), self.instruction.bos_row.size), dtype=np.float32)
             for row, tokens, length in zip(embeds, batch, lengths, strict=True):
                 row[:length] = self.embeddings.rows(tokens.ids[shared:])
@@ -242,13 +248,13 @@ class PromptEncoder:
         known, prefix = self.instruction, self.instruction.prefix
         if len(known.token_ids) < 2 or prefix.ndim != 5 or prefix.shape[3] != len(known.token_ids) - 1:
             raise self._error(
-                "the bundle's instruction does not fit its stored keys and values",
+                "the bundle's instruction does not match its stored keys and values",
                 found=f"{len(known.token_ids)} tokens, prefix {prefix.shape}",
                 wanted="2 or more tokens, prefix [layers, 2, heads, tokens - 1, dim]",
             )
         if known.bos_row.shape != self.embeddings.shape[1:]:
             raise self._error(
-                "the bundle's instruction does not fit its embedding table",
+                "the bundle's instruction does not match its embedding table",
                 found=f"bos_row {known.bos_row.shape}",
                 wanted=self.embeddings.shape[1:],
             )
@@ -262,7 +268,7 @@ class PromptEncoder:
     def _warn(self, text: str, dropped: tuple[int, ...], max_sequence_length: int) -> None:
         cut = self.tokenizer.decode(list(dropped))
         log.warning(
-            "a prompt of %d characters is longer than %d tokens: its last %d tokens are left out, which end in %r",
+            "a prompt of %d characters is longer than %d tokens: its last %d tokens are dropped, which end in %r",
             len(text),
             max_sequence_length,
             len(dropped),
@@ -274,7 +280,7 @@ class PromptEncoder:
 
 
 def _common_length(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many elements two sequences share at their start."""
+    """How many of their first elements two sequences share."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return index

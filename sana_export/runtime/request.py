@@ -1,8 +1,4 @@
-"""What is asked for, and what follows from it for one checkpoint: sizes, seeds, guidance branches, the schedule.
-
-Parameter names, defaults and meanings are those of diffusers' SanaPipeline and SanaPAGPipeline, for a checkpoint with
-`guidance_embeds` those of SanaSprintPipeline.
-"""
+"""A request, and the plan that follows from it for one checkpoint: sizes, seeds, guidance branches, the schedule."""
 
 from __future__ import annotations
 
@@ -27,97 +23,112 @@ from sana_export.runtime.noise import TorchGenerator
 from sana_export.runtime.resolution import ResizePlan, check_size, choose_bin, make_resize_plan
 from sana_export.runtime.schedule import Schedule, make_schedule
 
-#: Pixels: the longest side of Sana's largest resolution bin, twice. What runs is bounded by memory long before.
+#: Pixels: twice the longest side of Sana's largest resolution bin. Memory runs out long before.
 MAX_SIDE = 16384
 OUTPUT_TYPES = ("pil", "np", "latent")
-#: diffusers scales PAG by how far the timestep is from here.
+#: With `pag_adaptive_scale`, diffusers lowers PAG by the distance of the timestep from this one.
 _FIRST_TIMESTEP = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What the caller asks for. None means the default of the bundle's checkpoint.
+    """The parameters of one call. None means the default of the bundle's checkpoint.
 
-    prompt, negative_prompt: one text or several; one negative prompt serves all prompts. The negative one is not used without
-        guidance.
-    guidance_scale: above 1 turns classifier-free guidance on. pag_scale: above 0 turns perturbed attention guidance on, in
-        the layers that the bundle was exported with; pag_adaptive_scale lessens it at later steps. A SANA-Sprint checkpoint
-        reads any guidance_scale itself, and takes neither a negative prompt nor PAG.
-    height, width: pixels. With use_resolution_binning the image is sampled at the nearest size that the checkpoint was
-        trained on, then resized and cropped; without, they must be multiples of the manifest's `vae_scale_factor` (32 for Sana).
-        None: with it if the checkpoint has a table of such sizes. Those of other sample sizes than Sana's (`tiny`, of 128 px) do
-        not.
-    seed: one for all images, as one `torch.Generator("cpu").manual_seed(seed)`, or one for each image. None draws one.
-    latents: float32 [images, channels, h, w] to start from instead of noise; h and w are the sampled size in latent pixels.
-    complex_human_instruction: encode prompts after the checkpoint's instruction.
-    max_sequence_length: tokens of a prompt that reach the denoiser; a longer prompt is truncated with a warning.
-    output_type: "pil" (Pillow images), "np" (float32 [images, height, width, 3] in [0, 1], not rounded) or "latent".
-    decoder_tile: side in image pixels of the tiles that the image is decoded in, to the same values in less memory; 0 decodes in
-        one piece. None: in one piece up to 2048x2048 pixels of area, in tiles beyond.
+    Names, defaults and meanings are those of diffusers' SanaPipeline and SanaPAGPipeline, or of SanaSprintPipeline for a
+    SANA-Sprint checkpoint.
     """
 
+    #: One text, or a list of texts.
     prompt: str | Sequence[str]
+    #: One text for all prompts, or one for each. Unused without guidance. A SANA-Sprint checkpoint accepts none.
     negative_prompt: str | Sequence[str] = ""
+    #: Number of sampling steps.
     num_inference_steps: int | None = None
+    #: Above 1: classifier-free guidance. A SANA-Sprint checkpoint reads any value itself.
     guidance_scale: float | None = None
+    #: Above 0: perturbed attention guidance (PAG) in the layers that the bundle was exported with. A SANA-Sprint checkpoint accepts
+    #: only 0.
     pag_scale: float = 0.0
+    #: Lowers `pag_scale` at later steps.
     pag_adaptive_scale: float = 0.0
+    #: Height of the delivered images in pixels.
     height: int | None = None
+    #: Width of the delivered images in pixels.
     width: int | None = None
+    #: Images for each prompt.
     num_images_per_prompt: int = 1
+    #: One seed for all images, as in `torch.Generator("cpu").manual_seed(seed)`, or one for each image. None draws one.
     seed: int | Sequence[int] | None = None
+    #: float32 [images, channels, h, w] to start from instead of noise; h and w are the sampled size in latent pixels.
     latents: npt.ArrayLike | None = None
+    #: "pil": Pillow images. "np": float32 [images, height, width, 3] in [0, 1], not rounded. "latent": float32 latents.
     output_type: str = "pil"
+    #: True: sample at the nearest size that the checkpoint was trained on, then resize and crop. False: sample at exactly this
+    #: size; both sides must be multiples of the manifest's `vae_scale_factor` (32 for Sana). None: True if the checkpoint has a
+    #: table of sizes (`tiny`, of 128 px, has none).
     use_resolution_binning: bool | None = None
+    #: Encode the prompts after the checkpoint's instruction.
     complex_human_instruction: bool = True
+    #: Tokens of a prompt that reach the denoiser. A longer prompt is truncated with a warning.
     max_sequence_length: int | None = None
+    #: Side in image pixels of the tiles that the decoder works in: the same values in less memory. 0: one piece. None: one piece up
+    #: to 2048x2048 pixels of area, tiles above.
     decoder_tile: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A checked request. B images, K guidance branches, N steps.
+    """A checked request and what follows from it for one checkpoint. B images, K guidance branches, N steps."""
 
-    texts: the K branches' prompts with whether the instruction goes before them, one for each of the request's prompts.
-    latents_shape: [B, C, h, w]. latents: what to start from, or None for noise. seeds: one, or one for each image.
-    perturbed: float32 [K], 1 where the branch takes perturbed attention. guidance_weights: float32 [N, K], a row for each step.
-    guidance: float32 [1], the guidance scale that the denoiser is fed, or None where it takes none.
-    decoder_tile: side of a tile in image pixels, 0 for one piece. decoder_graphs: the graphs that decode.
-    """
-
+    #: For each branch: its prompts, one for each of the request's, and whether the instruction precedes them.
     texts: tuple[tuple[tuple[str, ...], bool], ...]
     images_per_prompt: int
     max_sequence_length: int
+    #: [B, C, h, w] as sampled.
     latents_shape: tuple[int, int, int, int]
+    #: What to start from; None for noise.
     latents: Float32 | None
+    #: One, or one for each image.
     seeds: tuple[int, ...]
     schedule: Schedule
+    #: float32 [K]: 1 for the branch with perturbed attention.
     perturbed: Float32
+    #: float32 [N, K]: the weight of each branch's prediction at each step.
     guidance_weights: Float32
+    #: float32 [1]: the guidance scale as an input of the denoiser; None if the denoiser has no such input.
     guidance: Float32 | None
+    #: How the sampled image becomes the delivered one.
     resize: ResizePlan
+    #: Height of the delivered images in pixels.
     output_height: int
+    #: Width of the delivered images in pixels.
     output_width: int
+    #: One of `OUTPUT_TYPES`.
     output_type: str
+    #: Side of a decoder tile in image pixels; 0 for one piece.
     decoder_tile: int
 
     @property
     def decoder_graphs(self) -> tuple[str, ...]:
+        """The graphs that decode the latents."""
         if self.output_type == "latent":
             return ()
         return ("vae_decoder_head", "vae_decoder_tail") if self.decoder_tile else ("vae_decoder",)
 
 
 def bins_resolution(request: Request, sample_size: int) -> bool:
-    """Whether the image is sampled at a size of the checkpoint's table; `sample_size` is that of its transformer config."""
-    asked = request.use_resolution_binning
-    return sample_size in BINS if asked is None else asked
+    """Whether the image is sampled at a size of the checkpoint's table. `sample_size` is that of its transformer config."""
+    binning = request.use_resolution_binning
+    return sample_size in BINS if binning is None else binning
 
 
 def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
-    """The plan of `request` for the checkpoint of `manifest`. Raises UsageError, listing what is possible."""
+    """The plan of `request` for the checkpoint of `manifest`.
+
+    Raises UsageError, saying what is possible, and ArtifactError if the bundle lacks the graphs that decode in tiles.
+    """
     model = manifest.model
-    prompts = _prompts(request.prompt)
+    prompts = _texts("prompt", request.prompt)
     negatives = _negative_prompts(request.negative_prompt, len(prompts))
     images_per_prompt = _integer("num_images_per_prompt", request.num_images_per_prompt)
     steps = _integer("num_inference_steps", _default(request.num_inference_steps, model.default_steps))
@@ -159,25 +170,43 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
         raise ArtifactError(
             f"{bundle} cannot decode an image of {height}x{width} (height x width) in tiles",
             found=f"no {', '.join(missing)}",
-            wanted="a bundle that holds them, or decoder_tile 0 (--decoder-tile 0), which decodes in one piece",
+            wanted="a bundle with these graphs, or decoder_tile 0 (--decoder-tile 0), which decodes in one piece",
             fix=export_line(bundle, manifest),
         )
     return plan
 
 
-def choose_tile(asked: int | None, height: int, width: int) -> int:
-    """The side of a decoder tile in image pixels for an image of `height` x `width`: 0 is one piece, `asked` None the default."""
-    if asked is not None:
-        return asked
+def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
+    """The axes of the plan's tensors (contract.DYNAMIC_AXES) that are known before its prompts are tokenized."""
+    batch, _, height, width = plan.latents_shape
+    factor, scale = manifest.model.vae_scale_factor, manifest.model.decoder_tile_scale
+    return {
+        "batch": batch,
+        "branches": len(plan.perturbed),
+        "latent_height": height,
+        "latent_width": width,
+        "image_height": height * factor,
+        "image_width": width * factor,
+        "feature_height": height * factor // scale,
+        "feature_width": width * factor // scale,
+        "output_height": plan.output_height,
+        "output_width": plan.output_width,
+    }
+
+
+def choose_tile(requested: int | None, height: int, width: int) -> int:
+    """The side in pixels of the tiles that an image of `height` x `width` is decoded in; 0 for one piece. None: the default."""
+    if requested is not None:
+        return requested
     return DECODER_TILE if height * width > UNTILED_AREA else 0
 
 
 def checked_latents(latents: npt.ArrayLike, shape: tuple[int, ...]) -> Float32:
-    """A float32 copy of latents that a caller gives. Raises UsageError for another shape or values that are not finite."""
+    """A float32 copy of latents from the caller. Raises UsageError for another shape or values that are not finite."""
     try:
         array = np.array(latents, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise UsageError("latents are no array of numbers", found=error, wanted=f"float32 {shape}") from error
+        raise UsageError("latents are not an array of numbers", found=error, wanted=f"float32 {shape}") from error
     if array.shape != shape:
         raise UsageError(
             "latents have the wrong shape for this request",
@@ -190,25 +219,25 @@ def checked_latents(latents: npt.ArrayLike, shape: tuple[int, ...]) -> Float32:
 
 
 def _check_embedded_guidance(request: Request, negatives: Sequence[str]) -> None:
-    """Raise UsageError for what a checkpoint cannot do whose one branch holds all guidance."""
-    for name, asked, found in (
+    """Raise UsageError for parameters that a checkpoint with distilled guidance does not have."""
+    for name, given, found in (
         ("negative_prompt", any(negatives), request.negative_prompt),
         ("pag_scale", request.pag_scale != 0, request.pag_scale),
     ):
-        if asked:
+        if given:
             raise UsageError(
-                f"this checkpoint takes no {name}: its guidance is distilled into one run a step (SANA-Sprint)",
+                f"this checkpoint accepts no {name}: its guidance is distilled into one branch (SANA-Sprint)",
                 found=f"{name} {found!r}",
-                wanted="guidance_scale alone",
+                wanted="only guidance_scale",
                 fix=f"leave out {name} (--{name.replace('_', '-')})",
             )
 
 
 def _guidance(scale: float, request: Request, schedule: Schedule, bundle: Path, manifest: Manifest) -> tuple[list[str], Float32]:
-    """The guidance branches, and the weight [N, K] of each one's prediction at each step.
+    """The guidance branches, and the weight [N, K] of each branch's prediction at each step.
 
-    Guidance is uncond + g * (cond - uncond) + p * (cond - perturbed), which is linear in the predictions; g = 1 without
-    classifier-free guidance. Source: diffusers `SanaPipeline.__call__` and `PAGMixin._apply_perturbed_attention_guidance`.
+    Guidance is uncond + g * (cond - uncond) + p * (cond - perturbed), which is linear in the predictions. Without classifier-free
+    guidance g is 1. Source: diffusers `SanaPipeline.__call__` and `PAGMixin._apply_perturbed_attention_guidance`.
     """
     pag_scale = _number("pag_scale", request.pag_scale, minimum=0.0)
     adaptive = _number("pag_adaptive_scale", request.pag_adaptive_scale, minimum=0.0)
@@ -221,7 +250,7 @@ def _guidance(scale: float, request: Request, schedule: Schedule, bundle: Path, 
         )
     guided = scale > 1
     branches = ["uncond"] * guided + ["cond"] + ["perturbed"] * (pag_scale > 0)
-    # A PAG scale of 0 leaves the adaptive term out too: there is no perturbed branch then.
+    # Without a PAG scale there is no perturbed branch, so the adaptive term does not apply either.
     p = np.maximum(pag_scale - adaptive * (_FIRST_TIMESTEP - schedule.timesteps.astype(np.float64)), 0) * (pag_scale > 0)
     g = scale if guided else 1.0
     weights = {"uncond": np.full_like(p, 1 - g), "cond": g + p, "perturbed": -p}
@@ -229,7 +258,7 @@ def _guidance(scale: float, request: Request, schedule: Schedule, bundle: Path, 
 
 
 def _checked_tile(decoder_tile: Any, scale: int) -> int | None:
-    """The side of a tile in image pixels; `scale` of them are one feature, which is not divided."""
+    """The requested side of a tile in image pixels. `scale` pixels are one feature, which cannot be divided."""
     if decoder_tile is None:
         return None
     pixels = _integer("decoder_tile", decoder_tile, minimum=0)
@@ -243,22 +272,22 @@ def _checked_tile(decoder_tile: Any, scale: int) -> int | None:
     return pixels
 
 
-def _prompts(prompt: Any) -> tuple[str, ...]:
-    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt) if isinstance(prompt, Sequence) else ()
-    if not prompts or not all(isinstance(text, str) for text in prompts):
-        raise UsageError("the prompt is not a text", found=repr(prompt), wanted="a str, or a list of one or more str")
-    for text in prompts:
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{name} is not text", found=repr(value), wanted="a str, or a list of one or more str")
+    for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UsageError("the prompt is not Unicode text", found=repr(text), wanted="UTF-8") from error
-    return prompts
+            raise UsageError(f"{name} is not Unicode text", found=repr(text), wanted="text without lone surrogates") from error
+    return texts
 
 
 def _negative_prompts(negative_prompt: Any, count: int) -> tuple[str, ...]:
     if negative_prompt is None:
         return ("",) * count
-    negatives = _prompts(negative_prompt)
+    negatives = _texts("negative_prompt", negative_prompt)
     if isinstance(negative_prompt, str):
         return negatives * count
     if len(negatives) != count:
@@ -310,12 +339,12 @@ def _number(name: str, value: Any, minimum: float | None = None) -> float:
 
 def _choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
-        raise UsageError(f"there is no {name} {value!r}", wanted=", ".join(choices))
+        raise UsageError(f"unknown {name} {value!r}", wanted=", ".join(choices))
     return str(value)
 
 
 def _side(name: str, value: Any) -> int:
-    """A side of the image in pixels."""
+    """A side of the delivered image in pixels."""
     pixels = _integer(name, value)
     if pixels > MAX_SIDE:
         raise UsageError(f"{name} is out of range", found=f"{pixels} pixels", wanted=f"at most {MAX_SIDE} pixels")
@@ -324,21 +353,3 @@ def _side(name: str, value: Any) -> int:
 
 def _default(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
-    """The axes of the plan's tensors (contract.DYNAMIC_AXES) that are known before its prompts are read."""
-    batch, _, height, width = plan.latents_shape
-    factor, scale = manifest.model.vae_scale_factor, manifest.model.decoder_tile_scale
-    return {
-        "batch": batch,
-        "branches": len(plan.perturbed),
-        "latent_height": height,
-        "latent_width": width,
-        "image_height": height * factor,
-        "image_width": width * factor,
-        "feature_height": height * factor // scale,
-        "feature_width": width * factor // scale,
-        "output_height": plan.output_height,
-        "output_width": plan.output_width,
-    }

@@ -1,6 +1,6 @@
-"""Image sizes: the bin that a request is sampled in, and the tables that bring the image back to the size asked for.
+"""Image sizes: the bin that a request is sampled in, and the tables that bring the image to the requested size.
 
-Restates `classify_height_width_bin` and `resize_and_crop_tensor` of diffusers' `PixArtImageProcessor` (image_processor.py).
+Equivalent to `classify_height_width_bin` and `resize_and_crop_tensor` of diffusers' `PixArtImageProcessor` (image_processor.py).
 """
 
 from __future__ import annotations
@@ -8,38 +8,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from sana_export.errors import UsageError
+from sana_export.formats.arrays import Float32, Index
 from sana_export.resolutions import BINS, Size
 
 _NO_BINNING = "use_resolution_binning=False (--no-resolution-binning)"
 
-Axis = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
-
 
 @dataclass(frozen=True, eq=False)
 class ResizePlan:
-    """A bilinear resize and centre crop as two rows and two columns of the image for each pixel, with their weights:
+    """A bilinear resize and center crop. Each output pixel is a weighted sum over two rows and two columns of the image:
 
         out[y, x] = sum over a, b of
             row_weight[a, y] * column_weight[b, x] * image[row_index[a, y], column_index[b, x]]
 
-    The rows' arrays are int64 and float32 [2, H_out], the columns' int64 and float32 [2, W_out]. Where no resize is
-    needed the weights are exactly 1 and 0. These are the inputs of the `postprocess` graph (contract.py).
+    Without a resize the weights are exactly 1 and 0. The fields are the inputs of the `postprocess` graph (contract.py).
     """
 
-    row_index: npt.NDArray[np.int64]
-    row_weight: npt.NDArray[np.float32]
-    column_index: npt.NDArray[np.int64]
-    column_weight: npt.NDArray[np.float32]
+    #: int64 [2, H_out].
+    row_index: Index
+    #: float32 [2, H_out].
+    row_weight: Float32
+    #: int64 [2, W_out].
+    column_index: Index
+    #: float32 [2, W_out].
+    column_weight: Float32
 
 
 def choose_bin(height: int, width: int, sample_size: int) -> Size:
-    """The (height, width) that Sana was trained on whose aspect ratio is the nearest to the request's.
+    """The trained (height, width) with the nearest aspect ratio. Of two equally near ones it is the first, as in diffusers.
 
-    `sample_size` is that of the checkpoint's transformer config. The first of two equally near bins wins, as in diffusers.
-    Raises UsageError for a sample size without a table of bins and for sizes below one pixel.
+    `sample_size` is that of the checkpoint's transformer config. Raises UsageError if it has no table of bins, or if a side is
+    below one pixel.
     """
     _check_positive(height, width)
     bins = BINS.get(sample_size)
@@ -48,7 +49,7 @@ def choose_bin(height: int, width: int, sample_size: int) -> Size:
             "resolution binning is not possible with this checkpoint",
             found=f"sample_size {sample_size}",
             wanted="a sample_size with a table of bins: " + ", ".join(map(str, BINS)),
-            fix=f"ask for the exact size with {_NO_BINNING}",
+            fix=f"sample at the exact size: {_NO_BINNING}",
         )
     ratio = height / width
     return bins[min(bins, key=lambda candidate: abs(candidate - ratio))]
@@ -72,11 +73,11 @@ def check_size(height: int, width: int, factor: int) -> None:
 
 
 def make_resize_plan(height: int, width: int, output_height: int, output_width: int) -> ResizePlan:
-    """The plan that scales an image of `height` x `width` until it covers the output, and then cuts out its centre.
+    """The plan that scales an image of `height` x `width` until it covers the output, and then crops to the center.
 
-    diffusers rounds the scaled size down, which by float64 rounding can make it one pixel smaller than the output
-    (256x944 from the bin 512x1856: int(1856 * (944 / 1856)) is 943) and then leaves an image one pixel wide or high.
-    Here the scaled size is at least the output's.
+    diffusers rounds the scaled size down. Float64 rounding can make it one pixel smaller than the output (256x944 from the bin
+    512x1856: int(1856 * (944 / 1856)) is 943), and the crop then leaves an image one pixel wide or high. This function scales to at
+    least the size of the output.
     """
     _check_positive(height, width)
     _check_positive(output_height, output_width)
@@ -86,12 +87,12 @@ def make_resize_plan(height: int, width: int, output_height: int, output_width: 
     return ResizePlan(row_index, row_weight, column_index, column_weight)
 
 
-def _axis(size: int, resized: int, output: int) -> Axis:
-    """Indices [2, output] and weights [2, output] that take `size` pixels to the central `output` of `resized` ones.
+def _axis(size: int, resized: int, output: int) -> tuple[Index, Float32]:
+    """Indices [2, output] and weights [2, output] that resize `size` pixels to `resized` and keep the `output` in the center.
 
-    As torch's `interpolate` (bilinear, align_corners False): pixel i lies at (i + 0.5) * size / resized - 0.5, but not
-    before the first pixel; the pixel after the last one is the last one. The roundings are torch's: size / resized to
-    float32, then a fused multiply-add.
+    As torch's `interpolate` (bilinear, align_corners False): pixel i is at (i + 0.5) * size / resized - 0.5, but not before the
+    first pixel; the pixel after the last one is the last one. The roundings are torch's: size / resized to float32, then a fused
+    multiply-add.
     """
     pixels = np.arange(output, dtype=np.float32) + np.float32((resized - output) // 2)
     scale = np.float32(size) / np.float32(resized)

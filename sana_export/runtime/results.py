@@ -15,18 +15,19 @@ Images = list[Image.Image] | Float32
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds; on a GPU measured by its events."""
+    """Seconds, measured with events on a GPU."""
 
-    #: Includes tokenizing.
+    #: Tokenizing and the text encoder.
     text_encoder: float
+    #: The context graph.
     context: float
     #: Each step, including callbacks. Empty if all steps ran as one CUDA graph.
     denoise: tuple[float, ...]
     #: All steps.
     denoise_loop: float
-    #: Includes resizing and rounding.
+    #: Decoding, resizing and rounding.
     vae_decoder: float
-    #: The whole call, on the host's clock.
+    #: The whole call, by the host's clock.
     total: float
 
 
@@ -34,22 +35,25 @@ class Timings:
 class SanaResult:
     """The images of one call, those of the first prompt first."""
 
-    #: Pillow images, float32 [B, height, width, 3] in [0, 1], or latents float32 [B, C, h, w], by `output_type`.
+    #: As `output_type` says: Pillow images, float32 [B, height, width, 3] in [0, 1], or latents float32 [B, C, h, w].
     images: Images
     #: Pass them as `seed` to get the same images again.
     seeds: tuple[int, ...]
-    #: Of the images, in pixels.
+    #: Height of the images in pixels.
     height: int
-    #: Of the images, in pixels.
+    #: Width of the images in pixels.
     width: int
+    #: Seconds of each stage.
     timings: Timings
 
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What the denoiser reads of the prompts, on the device (contract.py has the shapes)."""
+    """The encoded prompts, as inputs of the denoiser on the device (contract.py has the shapes)."""
 
+    #: Cross-attention keys and values.
     context: DeviceTensor
+    #: float32 [K, B, L]: 1 for the tokens of a prompt.
     context_mask: DeviceTensor
     #: (K, B, L): guidance branches, images and text tokens, the shape of `context_mask`.
     shape: tuple[int, int, int]
@@ -59,13 +63,13 @@ class Conditioning:
 
 @dataclass(eq=False)
 class Step:
-    """State after a sampling step."""
+    """The state after a sampling step."""
 
-    #: From 0.
+    #: Number of the step, from 0.
     index: int
-    #: The schedule's, as diffusers passes it to callbacks.
+    #: Timestep of the schedule, as diffusers passes it to callbacks.
     timestep: float
-    #: [B, C, h, w] on the device. Assign to it to go on with other latents.
+    #: [B, C, h, w] on the device. Assign an array, or a tensor on the device, to continue with other latents.
     latents: DeviceTensor | Array
-    #: The image that the model predicts now, as latents [B, C, h, w] on the device.
+    #: The image that the model predicts at this step, as latents [B, C, h, w] on the device.
     x0: DeviceTensor

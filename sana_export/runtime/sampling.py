@@ -1,10 +1,10 @@
-"""The sampling loop: the denoiser and the sampler in turn, once a step.
+"""The sampling loop: the denoiser and then the sampler, once for each step.
 
-Two loops have one interface. `WaitingLoop` is for a backend whose sessions finish before they return. `CapturedLoop` is for a
-backend that enqueues its work. There everything that changes from step to step (timestep, coefficients, guidance weights, fresh
-noise) lies in tables on the device, and the latents alternate between two buffers, so that a step is the same work at the same
-addresses every time. Any run of steps can then be captured as one CUDA graph and replayed for another prompt, seed or guidance
-scale of the same shapes.
+There are two loops with one interface. `WaitingLoop` is for a backend whose sessions finish before they return. `CapturedLoop` is
+for a backend that enqueues its work: everything that changes from step to step (timestep, coefficients, guidance weights, fresh
+noise) is in tables on the device, and the latents alternate between two buffers. So a step is the same work at the same addresses
+in every run, and any sequence of steps can be captured as one CUDA graph and replayed for another prompt, seed or guidance scale of
+the same shapes.
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ from sana_export.runtime.sessions import Sessions
 
 LOG = logging.getLogger(__name__)
 
-#: Captured loops whose buffers and graphs are kept.
+#: The number of captured loops that are kept for later runs, with their buffers and graphs.
 KEPT_LOOPS = 4
 
 
 @dataclass(frozen=True)
 class LoopShape:
-    """What the buffers and the captured steps of a loop depend on."""
+    """Everything that the buffers and the captured steps of a loop depend on."""
 
     #: [B, C, h, w].
     latents: tuple[int, int, int, int]
-    #: The context tensor's, see contract.CONTEXT.
+    #: Shape of the context tensor (contract.CONTEXT).
     context: tuple[int, ...]
-    #: K guidance branches.
+    #: K, the number of guidance branches.
     branches: int
-    #: L tokens of the context.
+    #: L, the number of text tokens in the context.
     text_tokens: int
-    #: N.
+    #: N, the number of steps.
     steps: int
     #: Whether the schedule adds fresh noise in every step.
     needs_noise: bool
-    #: Whether the denoiser is fed the guidance scale.
+    #: Whether the guidance scale is an input of the denoiser.
     guided: bool
 
 
 @dataclass(frozen=True, eq=False)
 class LoopInputs:
-    """One request for a loop."""
+    """The inputs of one run."""
 
-    #: float32 [B, C, h, w], scaled as the schedule starts.
+    #: float32 [B, C, h, w], scaled as the schedule requires.
     latents: Float32
-    #: The fresh noise of one step after another, float32 [B, C, h, w].
+    #: The fresh noise of each step, float32 [B, C, h, w].
     noise: Iterator[Float32]
-    #: float32 [N], as the denoiser is fed them.
+    #: float32 [N], scaled for the denoiser.
     timesteps: Float32
-    #: float32 [N, 6], the columns of contract.COEFFICIENTS.
+    #: float32 [N, 6], with the columns contract.COEFFICIENTS.
     coefficients: Float32
     #: float32 [N, K].
     guidance_weights: Float32
-    #: The denoiser's inputs that stay the same in every step, by name.
+    #: The denoiser's inputs that are the same in every step, by name.
     fixed: Mapping[str, DeviceTensor]
 
 
@@ -82,7 +82,7 @@ def check_conditioning(plan: Plan, conditioning: Conditioning) -> None:
 
 
 def loop_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, timestep_scale: float) -> LoopInputs:
-    """What the loop needs to sample `plan`. Every call draws the same noise, in the order in which torch draws it."""
+    """The inputs that sample `plan`. Every call draws the same noise, in torch's order."""
     generators = [TorchGenerator(seed) for seed in plan.seeds]
     start = randn_batch(plan.latents_shape, generators) if plan.latents is None else plan.latents
     fixed = {
@@ -110,9 +110,9 @@ def sampler_feeds(
     coefficients: DeviceTensor | Array,
     guidance_weights: DeviceTensor | Array,
 ) -> dict[str, DeviceTensor | Array]:
-    """The inputs of the graph `sampler` in one step, by name (contract.py has the shapes).
+    """The inputs of the graph `sampler` for one step, by name (contract.py has the shapes).
 
-    `coefficients` is one row of the schedule's table, `guidance_weights` one row of the plan's.
+    `coefficients` is a row of the schedule's table, `guidance_weights` a row of the plan's.
     """
     return {
         "noise_pred": noise_pred,
@@ -125,10 +125,11 @@ def sampler_feeds(
 
 
 class SamplingLoop(ABC):
-    """The steps of one run. `start` loads a request, then `run` runs every step once, in order."""
+    """Runs the steps of one run after another: `start`, then `run` for every step once, in order."""
 
     @abstractmethod
-    def start(self, inputs: LoopInputs) -> None: ...
+    def start(self, inputs: LoopInputs) -> None:
+        """Begin a run with these inputs."""
 
     @abstractmethod
     def run(self, first: int, stop: int) -> None:
@@ -136,15 +137,15 @@ class SamplingLoop(ABC):
 
     @abstractmethod
     def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
-        """The latents and x0 [B, C, h, w] after `step`, as tensors that no later step changes."""
+        """The latents and x0 [B, C, h, w] after `step`, in tensors that no later step changes."""
 
     @abstractmethod
     def result(self) -> DeviceTensor:
-        """The latents [B, C, h, w] after the last step, until the loop starts again."""
+        """The latents [B, C, h, w] after the last step. The tensor is valid until the next `start`."""
 
     @abstractmethod
     def replace(self, step: int, latents: DeviceTensor | Array) -> None:
-        """Go on after `step` with `latents`."""
+        """Continue after `step` with these latents [B, C, h, w]."""
 
 
 class WaitingLoop(SamplingLoop):
@@ -182,9 +183,9 @@ class WaitingLoop(SamplingLoop):
 
 
 class CapturedLoop(SamplingLoop):
-    """The loop of a backend that enqueues its work: state in place on the device, steps that are captured once.
+    """The loop of a backend that enqueues its work: fixed buffers on the device, steps that are captured once and then replayed.
 
-    `capture` False enqueues every step anew.
+    With `capture` False every step is enqueued again.
     """
 
     def __init__(
@@ -213,8 +214,8 @@ class CapturedLoop(SamplingLoop):
             "perturbed": zeros((shape.branches,), "float32"),
             **({"guidance": zeros((1,), "float32")} if shape.guided else {}),
         }
-        self._replays: dict[tuple[int, int], Replay] = {}
-        self._generation = -1
+        #: By first step and stop: the backend's generation at the capture, and the captured work.
+        self._replays: dict[tuple[int, int], tuple[int, Replay]] = {}
 
     def start(self, inputs: LoopInputs) -> None:
         write, write_table = self._backend.write, self._backend.write_table
@@ -229,16 +230,11 @@ class CapturedLoop(SamplingLoop):
             write(target, inputs.fixed[name])
 
     def run(self, first: int, stop: int) -> None:
-        """Replay the steps if they were captured, otherwise capture and replay them."""
-        if not self._capture:
+        replay = self._captured(first, stop) if self._capture else None
+        if replay is None:
             self._enqueue(first, stop)
-            return
-        if self._generation != self._backend.generation:
-            self._replays.clear()
-        if (first, stop) not in self._replays and not self._prepare(first, stop):
-            self._enqueue(first, stop)
-            return
-        self._replays[first, stop]()
+        else:
+            replay()
 
     def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
         after = (step + 1) % 2
@@ -250,18 +246,25 @@ class CapturedLoop(SamplingLoop):
     def replace(self, step: int, latents: DeviceTensor | Array) -> None:
         self._backend.write(self._latents[(step + 1) % 2], latents)
 
-    def _prepare(self, first: int, stop: int) -> bool:
-        """Capture the steps; False if the sessions cannot be captured."""
-        # A session sets up a new shape when it first runs it, which must not happen during a capture. The step runs again from the
-        # same state afterwards: it does not write what it reads.
+    def _captured(self, first: int, stop: int) -> Replay | None:
+        """The steps as captured work, or None if the sessions cannot be captured.
+
+        They are captured if they were not before, or if memory that they use has moved since.
+        """
+        generation, replay = self._replays.get((first, stop), (None, None))
+        if replay is not None and generation == self._backend.generation:
+            return replay
+        # A session sets up a new shape in its first run, which must not happen during a capture. The replay runs this step again
+        # from the same state: a step does not write what it reads.
         self._enqueue(first, first + 1)
         if not (self._session("denoiser").capturable and self._session("sampler").capturable):
             LOG.warning("the steps cannot be captured as a CUDA graph: they are enqueued one by one")
             self._capture = False
-            return False
-        self._generation = self._backend.generation
-        self._replays[first, stop] = self._backend.capture(lambda: self._enqueue(first, stop))
-        return True
+            return None
+        generation = self._backend.generation
+        replay = self._backend.capture(lambda: self._enqueue(first, stop))
+        self._replays[first, stop] = generation, replay
+        return replay
 
     def _session(self, graph: str) -> EnqueuedSession:
         """The session of `graph`, looked up for each use: a staged runtime drops sessions, and a loop must not keep them alive."""
@@ -272,19 +275,19 @@ class CapturedLoop(SamplingLoop):
     def _enqueue(self, first: int, stop: int) -> None:
         denoiser, sampler = self._session("denoiser"), self._session("sampler")
         for index in range(first, stop):
-            here, there = index % 2, (index + 1) % 2
-            latents = self._latents[here]
+            now, after = index % 2, (index + 1) % 2
+            latents = self._latents[now]
             denoiser.run({"latents": latents, "timestep": self._timesteps[index], **self._fixed}, {"noise_pred": self._noise_pred})
             noise = self._noise[index if self.shape.needs_noise else 0]
             coefficients, weights = self._coefficients[index], self._guidance_weights[index]
             sampler.run(
-                sampler_feeds(self._noise_pred, latents, self._x0[here], noise, coefficients, weights),
-                {"next_latents": self._latents[there], "x0": self._x0[there]},
+                sampler_feeds(self._noise_pred, latents, self._x0[now], noise, coefficients, weights),
+                {"next_latents": self._latents[after], "x0": self._x0[after]},
             )
 
 
 class LoopCache:
-    """The captured loops of one runtime that no run is using, by shape. A run owns its loop, so runs may overlap."""
+    """The captured loops of one runtime that no run is using, one for each shape. A run owns its loop, so runs may overlap."""
 
     def __init__(self) -> None:
         self._kept: dict[LoopShape, CapturedLoop] = {}
@@ -294,7 +297,7 @@ class LoopCache:
         return self._kept.pop(shape, None) or make()
 
     def give_back(self, loop: CapturedLoop) -> None:
-        """Keep `loop` for the next run of its shape, and drop the one that was not used for longest beyond `KEPT_LOOPS`."""
+        """Keep `loop` for the next run of its shape. Beyond `KEPT_LOOPS` the least recently used loop is dropped."""
         self._kept.pop(loop.shape, None)  # so that the loop goes to the end of the order
         self._kept[loop.shape] = loop
         while len(self._kept) > KEPT_LOOPS:
@@ -305,7 +308,7 @@ class LoopCache:
 
 
 def take_loop(plan: Plan, conditioning: Conditioning, backend: Backend, sessions: Sessions, cache: LoopCache) -> SamplingLoop:
-    """The loop that samples `plan`; a captured one comes from `cache` unless sessions are staged."""
+    """A loop for `plan`, from `cache` if it is captured."""
     if not isinstance(backend, CapturingBackend):
         return WaitingLoop(backend, sessions, plan)
     context = conditioning.context
@@ -318,6 +321,6 @@ def take_loop(plan: Plan, conditioning: Conditioning, backend: Backend, sessions
         needs_noise=plan.schedule.needs_noise,
         guided=plan.guidance is not None,
     )
-    if sessions.staged:  # what is loaded for one image is not worth capturing
+    if sessions.staged:  # sessions that are loaded for one image are not worth capturing
         return CapturedLoop(backend, sessions, shape, context.dtype, capture=False)
     return cache.take(shape, lambda: CapturedLoop(backend, sessions, shape, context.dtype, capture=True))

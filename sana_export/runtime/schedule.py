@@ -1,15 +1,15 @@
-"""Sampling schedules as tables: every solver that Sana uses is linear in its inputs, so a step is a row of six numbers.
+"""Sampling schedules as tables. Every solver that Sana uses is linear in its inputs, so a row of six numbers describes a step.
 
-A step computes, with the row's columns named as in `contract.COEFFICIENTS`,
+A step computes, with the columns of its row named as in `contract.COEFFICIENTS`,
 
     x0           = x0_latents * latents + x0_noise_pred * noise_pred
     next_latents = latents * latents + x0 * x0 + previous_x0 * previous_x0 + noise * noise
 
-where `previous_x0` is the x0 of the step before (zeros at the first step, whose column is 0) and `noise` is fresh standard
-normal noise (any finite value where its column is 0). After the last step latents and x0 are equal.
+where `previous_x0` is the x0 of the step before (at the first step zeros, and its column is 0) and `noise` is fresh standard normal
+noise (any finite value if its column is 0). After the last step latents and x0 are equal.
 
-The rows restate `step` of diffusers' scheduler of the same name. Sigmas, their logarithms and exponentials are rounded to
-float32 where diffusers computes them in float32; the rest is computed in float64 and rounded once.
+The rows are equivalent to `step` of diffusers' scheduler of the same name. Sigmas, their logarithms and exponentials are rounded to
+float32 if diffusers computes them in float32; everything else is computed in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -25,47 +25,48 @@ from sana_export.contract import COEFFICIENTS
 from sana_export.errors import UsageError
 from sana_export.formats.arrays import Float32
 
-#: SANA-Sprint's timesteps, the defaults of diffusers' SanaSprintPipeline: the first one, and the second one of two steps.
+#: The defaults of diffusers' SanaSprintPipeline: SANA-Sprint's first timestep, and the second of two.
 SPRINT_MAX_TIMESTEP = 1.57080
 SPRINT_INTERMEDIATE_TIMESTEP = 1.3
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """One sampling run of N steps.
+    """One sampling run of N steps."""
 
-    timesteps: float32 [N], what the denoiser is fed at each step, before any `timestep_scale`.
-    coefficients: float32 [N, 6], the rows for the sampler graph; columns `contract.COEFFICIENTS`.
-    initial_noise_scale: what standard normal noise (or latents given by the caller) is multiplied by before the first step.
-    needs_noise: whether the steps draw fresh noise. diffusers then draws it at every step, after the initial noise and from
-        the same generator.
-    """
-
+    #: float32 [N]: the denoiser's input at each step, before any `timestep_scale`.
     timesteps: Float32
+    #: float32 [N, 6]: the sampler's input at each step; columns `contract.COEFFICIENTS`.
     coefficients: Float32
+    #: Factor on the standard normal noise, or on the caller's latents, before the first step.
     initial_noise_scale: float
+    #: Whether fresh noise is drawn at every step, after the initial noise and from the same generator, as in diffusers.
     needs_noise: bool
 
 
 @dataclass(frozen=True)
 class _Option:
-    """What a key of scheduler_config.json may be; `default` is what diffusers takes for a missing key."""
+    """A key of scheduler_config.json with the values that are supported."""
 
+    #: What diffusers uses if the key is missing.
     default: object
     supported: tuple[object, ...]
 
 
 @dataclass(frozen=True)
 class _Solver:
+    """One of diffusers' schedulers."""
+
+    #: What must be checked in its config, by key.
     options: Mapping[str, _Option]
+    #: From the config and the number of steps.
     build: Callable[[Mapping[str, Any], int], Schedule]
 
 
 def make_schedule(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
-    """The schedule of `num_inference_steps` steps for the content of a checkpoint's scheduler_config.json.
+    """The schedule of `num_inference_steps` steps; `config` is the content of the checkpoint's scheduler_config.json.
 
-    Raises UsageError for fewer than 1 step, a scheduler class outside `SCHEDULERS`, and a setting that the table cannot
-    express.
+    Raises UsageError for fewer than 1 step, a scheduler that is not in `SCHEDULERS`, and a setting that the table cannot express.
     """
     name = config.get("_class_name")
     solver = _SOLVERS.get(str(name))
@@ -87,7 +88,7 @@ def _check_option(name: object, config: Mapping[str, Any], key: str, option: _Op
     if value not in option.supported:
         raise UsageError(
             f"this setting of the checkpoint's {name} is not supported",
-            found=f"{key} = {value!r}" + ("" if key in config else " (the key is missing, this is diffusers' default)"),
+            found=f"{key} = {value!r}" + ("" if key in config else " (diffusers' default: the key is missing)"),
             wanted=f"{key} = " + " or ".join(map(repr, option.supported)),
         )
 
@@ -100,7 +101,7 @@ def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def _table(num_inference_steps: int, **columns: npt.ArrayLike) -> Float32:
-    """The coefficients [N, 6] from columns of N values or one value; a column that is not named is 0."""
+    """The coefficients [N, 6] from columns of N values or one value each. Other columns are 0."""
     table = np.zeros((num_inference_steps, len(COEFFICIENTS)))
     for name, values in columns.items():
         table[:, COEFFICIENTS.index(name)] = values
@@ -108,18 +109,18 @@ def _table(num_inference_steps: int, **columns: npt.ArrayLike) -> Float32:
 
 
 def _rounded(function: Callable[[Any], Any], x: Float32) -> Float32:
-    """`function` of `x`, rounded to float32 from float64: as torch's float32 result to its last place, on any processor."""
+    """`function` of `x`, computed in float64 and rounded to float32: equal to torch's float32 result on any processor."""
     return np.asarray(function(x.astype(np.float64))).astype(np.float32)
 
 
 def _dpm_solver(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
     """DPM-Solver++ of order 1 or 2 (midpoint) over flow sigmas, ending at sigma 0: diffusers' DPMSolverMultistepScheduler.
 
-    `lower_order_final` and `euler_at_final` have no effect here: a last step to sigma 0 is always of order 1.
+    `lower_order_final` and `euler_at_final` have no effect: a last step to sigma 0 is always of order 1.
 
-    diffusers looks for its starting point by value and takes the second of two equal first timesteps, then runs out of
-    sigmas at the last step (IndexError). This happens from 501 steps at shift 3 and from 201 at shift 6; here such a
-    schedule starts at its first sigma like any other.
+    diffusers finds its starting point by value. If the first two timesteps are equal, it starts at the second and runs out of
+    sigmas at the last step (IndexError). This happens from 501 steps at shift 3 and from 201 at shift 6. The schedule of this
+    function always starts at the first sigma.
     """
     train_steps, shift = _positive(config, "num_train_timesteps", 1000), _positive(config, "flow_shift", 1.0)
     linear = 1.0 - np.linspace(1, 1 / train_steps, num_inference_steps + 1)
@@ -145,9 +146,9 @@ def _dpm_solver(config: Mapping[str, Any], num_inference_steps: int) -> Schedule
 
 
 def _flow_euler(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
-    """Euler steps of the flow, or with `stochastic_sampling` fresh noise on x0: diffusers' FlowMatchEulerDiscreteScheduler.
+    """Euler steps of the flow; with `stochastic_sampling`, fresh noise on x0: diffusers' FlowMatchEulerDiscreteScheduler.
 
-    As there, the shift is applied twice to the smallest sigma: once to find the range, once to the sigmas spread over it.
+    As in diffusers, the shift is applied twice to the smallest sigma: to find the range, and to the sigmas spread over it.
     """
     train_steps, shift = _positive(config, "num_train_timesteps", 1000), _positive(config, "shift", 1.0)
     ends = np.array([train_steps, 1], dtype=np.float32) / np.float32(train_steps)
@@ -173,22 +174,22 @@ def _sprint_timesteps(num_inference_steps: int) -> Float32:
 
 
 def _sprint(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
-    """SANA-Sprint: diffusers' SCMScheduler (trigflow) together with what SanaSprintPipeline does around it.
+    """SANA-Sprint: diffusers' SCMScheduler (trigflow) and what SanaSprintPipeline computes around it.
 
     With sd = sigma_data, angle t, s = sin t / (cos t + sin t) and n = sqrt(s^2 + (1 - s)^2), the pipeline feeds the denoiser
-    z = n * x / sd and s, makes v = sd * ((1 - 2s) * z + (1 - 2s + 2s^2) * noise_pred) / n of what comes out, and the
-    scheduler computes pred_x0 = cos t * x - sin t * v and the next x = cos t' * pred_x0 + sin t' * sd * noise. What is
-    decoded is pred_x0 / sd of the last step. All of it is linear, and sd cancels in these variables of the table:
+    z = n * x / sd and s, and computes v = sd * ((1 - 2s) * z + (1 - 2s + 2s^2) * noise_pred) / n from its output. The scheduler
+    computes pred_x0 = cos t * x - sin t * v and the next x = cos t' * pred_x0 + sin t' * sd * noise. The pipeline decodes
+    pred_x0 / sd of the last step. All of this is linear, and sd cancels in these variables of the table:
 
         latents = z (the first: n * standard normal noise), x0 = pred_x0 / sd, timesteps = s
 
-    diffusers takes only 2 steps unless the intermediate timestep is given as None; here every other number of steps
-    means that. The timesteps equal diffusers' for 1 and 2 steps, and to float32 rounding (2.5e-7) for more.
+    diffusers accepts only 2 steps unless the intermediate timestep is None; this function uses None for every other number of
+    steps. The timesteps are equal to diffusers' for 1 and 2 steps, and equal up to float32 rounding (2.5e-7) for more.
     """
     train_steps = _positive(config, "num_train_timesteps", 1000)
     if num_inference_steps > train_steps:
         raise UsageError(
-            "SCMScheduler has no more steps than it was trained with",
+            "SCMScheduler cannot have more steps than it was trained with",
             found=f"{num_inference_steps} steps",
             wanted=f"1 to {train_steps}",
         )
@@ -241,5 +242,5 @@ _SOLVERS: dict[str, _Solver] = {
     "SCMScheduler": _Solver({"prediction_type": _Option("trigflow", ("trigflow",))}, _sprint),
 }
 
-#: The names of the diffusers schedulers that `make_schedule` knows.
+#: The diffusers schedulers that `make_schedule` supports.
 SCHEDULERS = tuple(_SOLVERS)

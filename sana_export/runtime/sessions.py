@@ -1,4 +1,4 @@
-"""The sessions of one runtime: loaded when they are first used, and dropped stage by stage if memory is short."""
+"""The sessions of one runtime. They are loaded on first use; in a staged runtime, only those of one stage are loaded at a time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sana_export.runtime.lora import LoraStack
 
 
 class Sessions(dict[str, Session]):
-    """Sessions by the names of their graphs. Reading a graph's session loads it, with the LoRAs of `loras`."""
+    """Sessions by graph. Reading one loads it if it is not loaded, with the LoRAs of `loras`."""
 
     def __init__(self, backend: Backend, loras: LoraStack, *, staged: bool) -> None:
-        """`staged`: `require` drops the sessions that are not asked for."""
+        """`staged`: `require` drops the sessions of all other graphs."""
         super().__init__()
         self.staged = staged
         self._backend, self._loras = backend, loras
@@ -25,7 +25,7 @@ class Sessions(dict[str, Session]):
         return session
 
     def require(self, graphs: Iterable[str]) -> None:
-        """Load those of `graphs` that are not loaded, after dropping all others if `staged`."""
+        """Load the sessions of `graphs`. If the runtime is staged, drop all others first."""
         graphs = tuple(graphs)
         if self.staged and (others := self.keys() - set(graphs)):
             self._backend.wait()
@@ -33,4 +33,4 @@ class Sessions(dict[str, Session]):
                 del self[graph]
             return_free_memory()
         for graph in graphs:
-            self[graph]
+            self[graph]  # reading loads

@@ -1,6 +1,6 @@
-"""One runtime used from several threads, and by several runs of `steps` at a time.
+"""One runtime used by several threads, and by several runs of `steps` at a time.
 
-On the device in the host's memory, whose loops are captured and whose work is enqueued as on a GPU: there, runs of one shape would
+On the device in the host's memory, whose loops are captured and whose work is enqueued as on a GPU: runs of the same shape would
 overwrite each other's latents if they shared a loop.
 """
 
@@ -96,7 +96,7 @@ def test_stages_called_by_several_threads_do_not_mix(runtime: SanaRuntime) -> No
             np.testing.assert_array_equal(other_image, image)
 
 
-def test_runs_of_one_shape_may_overlap(runtime: SanaRuntime) -> None:
+def test_runs_of_the_same_shape_may_overlap(runtime: SanaRuntime) -> None:
     wanted = [draw(runtime, seed)[0] for seed in (1, 2)]
     plans = [runtime.plan(request_of(seed)) for seed in (1, 2)]
     runs = [runtime.steps(plan, runtime.encode(plan)) for plan in plans]
@@ -106,7 +106,7 @@ def test_runs_of_one_shape_may_overlap(runtime: SanaRuntime) -> None:
         np.testing.assert_array_equal(runtime.to_host(step.latents), latents)
 
 
-def test_a_call_inside_a_callback_does_not_disturb_the_one_around_it(runtime: SanaRuntime) -> None:
+def test_a_call_inside_a_callback_does_not_disturb_the_outer_one(runtime: SanaRuntime) -> None:
     plain = [runtime(f"prompt number {seed}", seed=seed, output_type="latent", **SMALL).images for seed in (1, 2)]
     inner = []
 
@@ -120,7 +120,7 @@ def test_a_call_inside_a_callback_does_not_disturb_the_one_around_it(runtime: Sa
         np.testing.assert_array_equal(images, plain[1])
 
 
-def test_a_run_that_is_closed_early_leaves_the_next_one_right(runtime: SanaRuntime) -> None:
+def test_a_run_that_is_closed_early_does_not_disturb_the_next_one(runtime: SanaRuntime) -> None:
     latents, _ = draw(runtime, 1)
     plan = runtime.plan(request_of(2))
     steps = runtime.steps(plan, runtime.encode(plan))
@@ -199,7 +199,7 @@ def test_assigned_latents_may_be_on_the_host_or_the_device(runtime: SanaRuntime)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"guidance_scale": 1.0}, {"num_images_per_prompt": 2}, {"prompt": ["a", "b"]}], ids=lambda value: [*value][0]
+    "changes", [{"guidance_scale": 1.0}, {"num_images_per_prompt": 2}, {"prompt": ["a", "b"]}], ids=lambda value: next(iter(value))
 )
 def test_the_conditioning_of_another_plan_is_refused(runtime: SanaRuntime, changes: dict[str, Any]) -> None:
     plan = runtime.plan(request_of(1))
@@ -211,7 +211,7 @@ def test_the_conditioning_of_another_plan_is_refused(runtime: SanaRuntime, chang
     assert caught.value.found == f"{len(other.texts)} guidance branches of {images} images"
 
 
-def test_the_loop_that_was_not_used_for_longest_is_dropped() -> None:
+def test_the_least_recently_used_loop_is_dropped() -> None:
     cache = LoopCache()
     loops = [SimpleNamespace(shape=shape) for shape in range(KEPT_LOOPS + 1)]
     for loop in (*loops[:-1], loops[0], loops[-1]):
@@ -236,7 +236,7 @@ def test_an_error_while_closing_does_not_replace_the_first_one(
     assert "waiting for the GPU failed" in caplog.text
 
 
-def test_a_closed_runtime_says_so(runtime: SanaRuntime) -> None:
+def test_a_closed_runtime_refuses_calls(runtime: SanaRuntime) -> None:
     plan = runtime.plan(request_of(1))
     runtime.close()
     runtime.close()

@@ -1,4 +1,4 @@
-"""Tiled decoding gives the image of one piece, and loads only what it needs."""
+"""Decoding in tiles gives the same image as in one piece, and loads only the graphs that it needs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sana_export.runtime import Request, SanaRuntime
 from sana_export.runtime.decoding import Span, assemble, plan_windows
 from sana_export.runtime.request import choose_tile
 
-#: What two orders of float32 summation make of an image, relative to its largest value.
+#: The rounding difference between two orders of float32 summation, relative to the largest value of the image.
 ROUNDING = 1e-5
 
 
 def spread(features: Any, scale: int, reach: int) -> Any:
-    """[H, W] to [1, 1, scale H, scale W]: every pixel is the sum of the features up to `reach` away, zero outside."""
+    """A convolution in place of the decoder, [H, W] to [1, 1, scale H, scale W]: sums over the features up to `reach` away."""
     padded = np.pad(features, reach)
     side = range(2 * reach + 1)
     sums = sum(padded[y : y + features.shape[0], x : x + features.shape[1]] for y in side for x in side)
@@ -46,9 +46,9 @@ def test_windows_cover_every_feature_once_with_the_halo_around_it(seed: int) -> 
     features = draw.integers(-1000, 1000, (height, width))
     wanted = spread(features, scale, halo)
 
-    def tiled(halo_of_plan: int) -> Any:
+    def tiled(planned_halo: int) -> Any:
         image = np.zeros(wanted.shape, np.float32)
-        planned = plan_windows(height, width, tile, halo_of_plan)
+        planned = plan_windows(height, width, tile, planned_halo)
         return assemble(lambda rows, columns: spread(features[np.ix_(rows, columns)], scale, halo), planned, image, scale)
 
     np.testing.assert_array_equal(tiled(halo), wanted)
@@ -57,7 +57,7 @@ def test_windows_cover_every_feature_once_with_the_halo_around_it(seed: int) -> 
 
 
 def test_no_more_windows_than_needed() -> None:
-    """Windows at the image's sides need no halo there, so what they decode is longer by it."""
+    """Windows at the sides of the image need no halo there, so their used part is longer."""
     assert [window.columns for window in plan_windows(1, 34, 8, 3)] == [
         Span(0, 14, 0, 11),
         Span(8, 22, 11, 19),
@@ -69,11 +69,11 @@ def test_no_more_windows_than_needed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "height", "width", "tile"),
+    ("requested", "height", "width", "tile"),
     [(None, 2048, 2048, 0), (None, 1024, 4096, 0), (None, 2080, 2048, 1024), (0, 4096, 4096, 0), (64, 32, 32, 64)],
 )
-def test_tiles_are_for_what_is_large_where_nothing_is_asked(asked: int | None, height: int, width: int, tile: int) -> None:
-    assert choose_tile(asked, height, width) == tile
+def test_only_large_images_are_decoded_in_tiles_by_default(requested: int | None, height: int, width: int, tile: int) -> None:
+    assert choose_tile(requested, height, width) == tile
 
 
 def decode(runtime: SanaRuntime, latents: Any, tile: int | None) -> Any:
@@ -99,7 +99,7 @@ def test_tiled_equals_untiled(tiny_runtime: SanaRuntime, batch: int, height: int
 
 @pytest.fixture
 def with_halo(tiny_runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Makes the runtime believe that its decoder's halo is longer by so much."""
+    """A function that changes the halo in the runtime's manifest by this many features."""
 
     def change(by: int) -> None:
         manifest = tiny_runtime.manifest
@@ -116,11 +116,11 @@ def test_the_halo_of_the_manifest_is_tight(tiny_runtime: SanaRuntime, with_halo:
     assert np.abs(decode(tiny_runtime, latents, 64) - wanted).max() > 10 * ROUNDING * np.abs(wanted).max()
 
 
-def test_tiled_pictures_after_binning(tiny_runtime: SanaRuntime) -> None:
+def test_tiled_images_after_binning(tiny_runtime: SanaRuntime) -> None:
     options: dict[str, Any] = {"height": 300, "width": 200, "num_inference_steps": 1, "seed": 1}
     whole, tiled = (tiny_runtime("a fox", decoder_tile=tile, **options).images[0] for tile in (0, 96))
     assert tiled.size == (200, 300)
-    # A value that lies on the edge between two levels may round the other way.
+    # A value on the edge between two levels may round the other way.
     assert np.abs(np.asarray(whole, int) - np.asarray(tiled, int)).max() <= 1
     assert (np.asarray(whole) != np.asarray(tiled)).mean() < 1e-3
 
@@ -155,34 +155,34 @@ def test_only_the_decoder_that_is_used_is_loaded(tiny_bundle: Any, tile: int | N
         ("big", ["decoder_tile is not an integer"]),
     ],
 )
-def test_tiles_that_cannot_be_are_refused(tiny_runtime: SanaRuntime, tile: Any, parts: list[str]) -> None:
+def test_invalid_tiles_are_refused(tiny_runtime: SanaRuntime, tile: Any, parts: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         tiny_runtime("fox", decoder_tile=tile)
     for part in parts:
         assert part in str(caught.value)
 
 
-def without_parts(runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+def remove_tiling_graphs(runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = {name: graph for name, graph in runtime.manifest.graphs.items() if not name.startswith("vae_decoder_")}
     monkeypatch.setattr(runtime, "manifest", dataclasses.replace(runtime.manifest, graphs=graphs))
 
 
-@pytest.mark.parametrize("asked", [{"decoder_tile": 64, "height": 64, "width": 64}, {"height": 4096, "width": 2048}])
-def test_a_bundle_without_head_and_tail_says_what_exports_them(
-    tiny_runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+@pytest.mark.parametrize("options", [{"decoder_tile": 64, "height": 64, "width": 64}, {"height": 4096, "width": 2048}])
+def test_without_head_and_tail_the_error_names_the_export_command(
+    tiny_runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    without_parts(tiny_runtime, monkeypatch)
+    remove_tiling_graphs(tiny_runtime, monkeypatch)
     with pytest.raises(ArtifactError, match="in tiles") as caught:
-        tiny_runtime.plan(Request("fox", use_resolution_binning=False, **asked))
+        tiny_runtime.plan(Request("fox", use_resolution_binning=False, **options))
     assert "no vae_decoder_head, vae_decoder_tail" in str(caught.value)
     assert "--decoder-tile 0" in str(caught.value)
     assert caught.value.fix is not None
     assert caught.value.fix.startswith(f"sana-export export tiny-random -o {tiny_runtime.bundle}")
-    for free in ({"decoder_tile": 0}, {"output_type": "latent"}):
-        tiny_runtime.plan(Request("fox", use_resolution_binning=False, **{**asked, **free}))
+    for possible in ({"decoder_tile": 0}, {"output_type": "latent"}):
+        tiny_runtime.plan(Request("fox", use_resolution_binning=False, **{**options, **possible}))
 
 
-def test_a_bundle_without_head_and_tail_is_loaded(tiny_bundle: Any, tmp_path: Any) -> None:
+def test_a_bundle_without_head_and_tail_decodes_in_one_piece(tiny_bundle: Any, tmp_path: Any) -> None:
     from sana_export.manifest import Manifest
 
     bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
@@ -193,7 +193,7 @@ def test_a_bundle_without_head_and_tail_is_loaded(tiny_bundle: Any, tmp_path: An
     assert runtime("x", height=64, width=64, use_resolution_binning=False, num_inference_steps=1).images[0].size == (64, 64)
 
 
-def test_a_damaged_part_is_said_before_sampling(tiny_bundle: Any, tmp_path: Any) -> None:
+def test_a_damaged_graph_is_reported_before_sampling(tiny_bundle: Any, tmp_path: Any) -> None:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
     runtime = SanaRuntime.from_pretrained(bundle, backend="onnxruntime")
     damaged = runtime.manifest.graphs["vae_decoder_tail"].onnx.path
@@ -206,7 +206,7 @@ def test_a_damaged_part_is_said_before_sampling(tiny_bundle: Any, tmp_path: Any)
     assert caught.value.fix.startswith("sana-export export tiny-random")
 
 
-def test_a_tile_with_nan_is_refused(tiny_runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tile_with_nan_is_an_artifact_error(tiny_runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def run(self, feeds: Any) -> dict[str, Any]:
             return {"image": np.full((1, 3, 8 * len(feeds["row_index"]), 8 * len(feeds["column_index"])), np.nan, np.float32)}

@@ -1,4 +1,4 @@
-"""A LoRA loaded at run time draws what diffusers draws with it, and leaves nothing behind when it is unloaded."""
+"""LoRAs loaded at run time: the same images as diffusers, no change if one is refused, and no trace after unloading."""
 
 from __future__ import annotations
 
@@ -57,27 +57,27 @@ def draw_reference(pipeline: Any) -> np.ndarray:
     return np.stack([np.asarray(image) for image in pipeline(PROMPT, generator=generator, **SMALL).images])
 
 
-def assert_same_picture(found: np.ndarray, wanted: np.ndarray, plain: np.ndarray) -> None:
-    """Within the limits of float32, and not because the LoRA did nothing."""
+def assert_same_image(found: np.ndarray, wanted: np.ndarray, plain: np.ndarray) -> None:
+    """Within the limits of float32, and different from the image without the LoRA."""
     assert np.abs(wanted.astype(int) - plain).mean() > 5
     parity = compare_images("image", found, wanted, "fp32")
     assert parity.passed, parity
 
 
 class Recorder:
-    """A session that remembers what it was refitted with; `fails` from the given refit on."""
+    """A session that records its refits. From refit number `fails` on, they fail."""
 
     def __init__(self, session: Any, fails: int | None = None) -> None:
-        self.session, self.fails, self.given = session, fails, list[dict[str, np.ndarray]]()
+        self.session, self.fails, self.refits = session, fails, list[dict[str, np.ndarray]]()
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         return self.session.run(feeds)
 
     def refit(self, weights: Mapping[str, np.ndarray]) -> None:
-        if self.fails is not None and len(self.given) >= self.fails:
+        if self.fails is not None and len(self.refits) >= self.fails:
             raise DependencyError("out of memory while loading", found="a test")
         self.session.refit(weights)
-        self.given.append({name: np.array(value) for name, value in weights.items()})
+        self.refits.append({name: np.array(value) for name, value in weights.items()})
 
 
 def record(runtime: SanaRuntime, **fails: int) -> dict[str, Recorder]:
@@ -92,21 +92,21 @@ def own_bytes(bundle: Path, graph: str) -> dict[str, np.ndarray]:
 
 
 def part_of(lora: Path, words: str, folder: Path) -> Path:
-    """A LoRA of the layers in whose names `words` are."""
+    """A LoRA with only the layers whose names contain `words`."""
     tensors = load_file(lora / "pytorch_lora_weights.safetensors")
     return write(folder / "part", {name: value for name, value in tensors.items() if words in name})
 
 
-def test_the_picture_is_that_of_diffusers_with_the_lora(runtime: SanaRuntime, tiny_checkpoint: SanaCheckpoint, lora: Path) -> None:
+def test_the_image_is_that_of_diffusers_with_the_lora(runtime: SanaRuntime, tiny_checkpoint: SanaCheckpoint, lora: Path) -> None:
     plain = draw(runtime)
     runtime.load_lora(lora, 0.7)
     pipeline = load_reference(tiny_checkpoint, runtime.manifest.options, pag=False)
     pipeline.load_lora_weights(str(lora), adapter_name="style")
     pipeline.set_adapters("style", 0.7)
-    assert_same_picture(draw(runtime), draw_reference(pipeline), plain)
+    assert_same_image(draw(runtime), draw_reference(pipeline), plain)
 
 
-def test_loras_stack_and_equal_an_export_with_both(
+def test_two_loras_add_up_and_equal_an_export_with_both(
     runtime: SanaRuntime, tiny_bundle: Path, tiny_checkpoint: SanaCheckpoint, lora: Path, second: Path, tmp_path: Path
 ) -> None:
     loras = (Lora(lora, 0.7), Lora(second, -0.4))
@@ -122,9 +122,9 @@ def test_loras_stack_and_equal_an_export_with_both(
     for one in loras:
         runtime.load_lora(one.path, one.scale)
     assert runtime.loras == loras
-    assert_same_picture(draw(runtime), draw(SanaRuntime.from_pretrained(bundle)), plain)
-    assert_same_picture(draw(runtime), draw_reference(load_reference(checkpoint, manifest.options, pag=False)), plain)
-    # Weight by weight: only the order of float32 sums differs.
+    assert_same_image(draw(runtime), draw(SanaRuntime.from_pretrained(bundle)), plain)
+    assert_same_image(draw(runtime), draw_reference(load_reference(checkpoint, manifest.options, pag=False)), plain)
+    # The weights differ only by the order of float32 sums.
     adapters = [read_adapter(one, [t for graph in manifest.graphs.values() for t in graph.lora_targets]) for one in loras]
     for graph in GRAPHS:
         names, wanted = {target.initializer for target in folded[graph].lora_targets}, own_bytes(bundle, graph)
@@ -134,7 +134,7 @@ def test_loras_stack_and_equal_an_export_with_both(
 
 
 def test_unloading_restores_every_bit(runtime: SanaRuntime, tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:
-    """Also of layers that only the first of two changed."""
+    """Also in layers that only the first of two LoRAs changed."""
     plain, recorders = draw(runtime), record(runtime)
     runtime.load_lora(lora)
     runtime.load_lora(part_of(lora, ".attn2.to_", tmp_path), 0.3)
@@ -143,30 +143,32 @@ def test_unloading_restores_every_bit(runtime: SanaRuntime, tiny_bundle: Path, l
     assert runtime.loras == ()
     np.testing.assert_array_equal(draw(runtime), plain)
     for graph, recorder in recorders.items():
-        first, more, last = recorder.given
-        assert set(last) == set(first) | set(more)
+        first, second, last = recorder.refits
+        assert set(last) == set(first) | set(second)
         wanted = own_bytes(tiny_bundle, graph)
         for name, value in last.items():
             assert hashlib.sha256(value.tobytes()).digest() == hashlib.sha256(wanted[name].tobytes()).digest(), name
-            assert any(given.get(name, value).tobytes() != value.tobytes() for given in (first, more)), name
+            assert any(refit.get(name, value).tobytes() != value.tobytes() for refit in (first, second)), name
 
 
-def test_only_what_the_lora_touches_is_refitted(runtime: SanaRuntime, tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:
-    """One layer's k: one array of q, k and v in one graph, of which a third changes."""
+def test_only_the_arrays_that_the_lora_changes_are_refitted(
+    runtime: SanaRuntime, tiny_bundle: Path, lora: Path, tmp_path: Path
+) -> None:
+    """The k of one layer is a third of one array, that of q, k and v, in one graph."""
     path = part_of(lora, ".1.attn1.to_k.", tmp_path)
     recorders = record(runtime)
     runtime.load_lora(path)
-    assert recorders["context"].given == []
-    (given,) = recorders["denoiser"].given
-    assert set(given) == {"blocks.1.qkv"}
+    assert recorders["context"].refits == []
+    (refit,) = recorders["denoiser"].refits
+    assert set(refit) == {"blocks.1.qkv"}
     old = own_bytes(tiny_bundle, "denoiser")["blocks.1.qkv"].view(np.float32).reshape(384, 128)
-    changed = given["blocks.1.qkv"] != old
+    changed = refit["blocks.1.qkv"] != old
     assert changed[128:256].mean() > 0.99
     assert not changed[:128].any()
     assert not changed[256:].any()
 
 
-def test_sessions_that_are_loaded_in_turn_have_the_lora(runtime: SanaRuntime, tiny_bundle: Path, lora: Path, second: Path) -> None:
+def test_the_sessions_of_a_staged_runtime_have_the_lora(runtime: SanaRuntime, tiny_bundle: Path, lora: Path, second: Path) -> None:
     plain = draw(runtime)
     runtime.load_lora(lora, 0.7)
     wanted = draw(runtime)
@@ -178,7 +180,7 @@ def test_sessions_that_are_loaded_in_turn_have_the_lora(runtime: SanaRuntime, ti
     np.testing.assert_array_equal(draw(staged), plain)
 
 
-def test_what_sessions_loaded_later_could_not_take_is_said_at_once(
+def test_a_lora_that_a_session_loaded_later_would_refuse_is_refused_at_once(
     tiny_bundle: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     staged = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="staged")
@@ -195,49 +197,49 @@ def test_what_sessions_loaded_later_could_not_take_is_said_at_once(
     assert staged.loras == ()
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_a_refit_that_fails_changes_nothing(runtime: SanaRuntime, lora: Path, second: Path, held: bool) -> None:
-    if held:
+@pytest.mark.parametrize("another", [False, True])
+def test_a_refit_that_fails_changes_nothing(runtime: SanaRuntime, lora: Path, second: Path, another: bool) -> None:
+    if another:
         runtime.load_lora(second)
     before, loras = draw(runtime), runtime.loras
     recorders = record(runtime, denoiser=0)
     with pytest.raises(DependencyError, match="out of memory"):
         runtime.load_lora(lora)
-    assert len(recorders["context"].given) == 2, "there and back"
+    assert len(recorders["context"].refits) == 2, "changed and restored"
     assert runtime.loras == loras
     np.testing.assert_array_equal(draw(runtime), before)
 
 
-def test_a_way_back_that_fails_is_said(runtime: SanaRuntime, lora: Path) -> None:
+def test_weights_that_cannot_be_restored_are_reported(runtime: SanaRuntime, lora: Path) -> None:
     record(runtime, context=1, denoiser=0)
-    with pytest.raises(ArtifactError, match="context could not be given back") as caught:
+    with pytest.raises(ArtifactError, match="previous weights of context could not be restored") as caught:
         runtime.load_lora(lora)
-    assert "from_pretrained" in str(caught.value.fix)
+    assert f"SanaRuntime.from_pretrained({str(runtime.bundle)!r})" in str(caught.value.fix)
 
 
 def refused(runtime: SanaRuntime, path: Path, scale: float = 1.0, kind: type[SanaExportError] = ArtifactError) -> str:
-    """The message of the error, after which the runtime is as it was."""
+    """The message of the error with which the LoRA is refused. The runtime must not change."""
     recorders, loras = record(runtime), runtime.loras
     with pytest.raises(kind) as caught:
         runtime.load_lora(path, scale)
     assert runtime.loras == loras
-    assert not any(recorder.given for recorder in recorders.values())
+    assert not any(recorder.refits for recorder in recorders.values())
     assert caught.value.found is not None
     assert caught.value.wanted is not None
     return str(caught.value)
 
 
 @pytest.mark.parametrize("case", sorted(refusals(64)))
-def test_what_does_not_fit_is_named(runtime: SanaRuntime, tmp_path: Path, case: str) -> None:
-    """The same words as when it is folded in at export, for the cases of that test."""
+def test_a_lora_that_does_not_fit_is_named(runtime: SanaRuntime, tmp_path: Path, case: str) -> None:
+    """With the same words as when it is folded in at export."""
     tensors, words = refusals(128)[case]
-    if case == "quantized":  # the reader without PyTorch refuses such files altogether
+    if case == "quantized":  # the reader without PyTorch does not support the dtype
         words = ("I8",)
     message = refused(runtime, write(tmp_path / "lora", tensors))
     assert all(word in message for word in words), message
 
 
-def test_one_layer_that_is_not_there_refuses_all(runtime: SanaRuntime, lora: Path, tmp_path: Path) -> None:
+def test_one_unknown_layer_refuses_the_whole_lora(runtime: SanaRuntime, lora: Path, tmp_path: Path) -> None:
     tensors = load_file(lora / "pytorch_lora_weights.safetensors")
     extra = "transformer.transformer_blocks.77.attn1.to_k"
     more = {f"{extra}.lora_A.weight": torch.ones(2, 128), f"{extra}.lora_B.weight": torch.ones(128, 2)}
@@ -267,7 +269,7 @@ def test_a_backend_that_cannot_refit(runtime: SanaRuntime, lora: Path, monkeypat
     np.testing.assert_array_equal(draw(runtime), before)
 
 
-def test_a_bundle_of_before_still_loads_and_says_what_it_lacks(tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:
+def test_an_older_bundle_loads_but_refuses_loras(tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     manifest = Manifest.load(bundle)
     graphs = {name: dataclasses.replace(graph, lora_targets=()) for name, graph in manifest.graphs.items()}
@@ -286,7 +288,7 @@ def test_a_bundle_of_before_still_loads_and_says_what_it_lacks(tiny_bundle: Path
     assert "sana-export export tiny-random -o" in message
 
 
-def test_damaged_weights_are_not_taken_back(tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:
+def test_damaged_weights_are_refused(tiny_bundle: Path, lora: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     runtime = SanaRuntime.from_pretrained(bundle)
     path = bundle / runtime.manifest.graphs["context"].data[0].path
@@ -307,11 +309,11 @@ def test_alpha_tensors_are_read(runtime: SanaRuntime, lora: Path, tmp_path: Path
     assert fold.factor == 0.5 * 6 / 4
 
 
-def test_the_torch_backend_takes_a_lora_and_gives_it_back(tiny_bundle: Path, runtime: SanaRuntime, lora: Path) -> None:
+def test_the_torch_backend_loads_and_unloads_a_lora(tiny_bundle: Path, runtime: SanaRuntime, lora: Path) -> None:
     torch_runtime = SanaRuntime.from_pretrained(tiny_bundle, backend="torch")
     plain = draw(torch_runtime)
     for loaded in (torch_runtime, runtime):
         loaded.load_lora(lora, 0.7)
-    assert_same_picture(draw(torch_runtime), draw(runtime), plain)
+    assert_same_image(draw(torch_runtime), draw(runtime), plain)
     torch_runtime.unload_lora()
     np.testing.assert_array_equal(draw(torch_runtime), plain)

@@ -1,4 +1,4 @@
-"""Slices of stored arrays with a LoRA added, in every precision, against torch and against the graphs that would be exported."""
+"""Slices of stored arrays with LoRAs added, in every precision, against torch and against graphs with the LoRA folded in."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def as_tensor(value: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def save_lora(path: Path, matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Path:
-    """A file in diffusers' format of B and A by layer."""
+    """A file in diffusers' format from the matrices (B, A) of each layer."""
     tensors = {}
     for layer, (up, down) in matrices.items():
         tensors |= {f"transformer.{layer}.lora_B.weight": up, f"transformer.{layer}.lora_A.weight": down}
@@ -61,7 +61,7 @@ def test_bfloat16_rounds_as_torch_does() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_slice_is_rounded_once(tmp_path: Path, dtype: str, transposed: bool, factor: float) -> None:
-    """Against float32 sums in torch: whole numbers in A and B, so that the product is exact in any order."""
+    """Against float32 sums in torch. A and B are integers, so that their product is exact in any order."""
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(24, 12, generator=generator).to(DTYPES[dtype])
     up, down = (torch.randint(-3, 4, size, generator=generator).float() for size in ((8, 4), (4, 12)))
@@ -79,11 +79,11 @@ def test_one_slice_is_rounded_once(tmp_path: Path, dtype: str, transposed: bool,
     wanted[8:16] = (base[8:16].float() + delta).to(base.dtype)
     assert torch.equal(found, wanted.T if transposed else wanted)
     assert not torch.equal(found, array)
-    assert np.array_equal(own, kept), "the bundle's own bytes stay"
+    assert np.array_equal(own, kept), "the bundle's own bytes must not change"
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_an_array_with_some_of_a_layer_s_rows_takes_those_of_the_lora(tmp_path: Path, transposed: bool) -> None:
+def test_an_array_with_some_rows_of_a_layer_gets_those_rows_of_the_lora(tmp_path: Path, transposed: bool) -> None:
     base = torch.arange(60.0).reshape(5, 12)
     up, down = torch.arange(16.0).reshape(8, 2), torch.arange(24.0).reshape(2, 12)
     path = save_lora(tmp_path / "x.safetensors", {"layer": (up, down)})
@@ -97,7 +97,7 @@ def test_an_array_with_some_of_a_layer_s_rows_takes_those_of_the_lora(tmp_path: 
 
 @pytest.mark.parametrize("precision", DTYPES)
 def test_every_layer_equals_the_graph_with_the_lora_folded_in(tmp_path: Path, precision: str) -> None:
-    """All layers of a transformer whose weights the precision holds exactly: then folding and refitting round the same sum."""
+    """With weights that the precision represents exactly, so that folding and refitting round the same sum."""
     generator = torch.Generator().manual_seed(5)
     weights = {name: torch.randint(-8, 9, value.shape, generator=generator).float() / 64 for name, value in shapes(TINY).items()}
     save_file(weights, tmp_path / "base.safetensors")
@@ -120,7 +120,7 @@ def test_every_layer_equals_the_graph_with_the_lora_folded_in(tmp_path: Path, pr
                 assert np.array_equal(own[name], as_bytes(wanted)), name
                 continue
             value = as_tensor(found[name], wanted.dtype).float()
-            # The factor comes before the sum there and after it here: at most the last bit of the stored number differs.
+            # Folding multiplies by the factor before the sum, refitting after it: at most the last stored bit differs.
             step = torch.finfo(wanted.dtype).eps * wanted.float().abs().clamp_min(2.0**-14)
             assert ((value - wanted.float()).abs() <= 1.01 * step + 1e-6).all(), name
             changed += 1
@@ -148,12 +148,14 @@ def test_weights_that_leave_the_range_are_named(tmp_path: Path) -> None:
 def test_weights_in_another_dtype_are_refused(tmp_path: Path) -> None:
     path = save_lora(tmp_path / "x.safetensors", {"layer": (torch.ones(2, 1), torch.ones(1, 2))})
     target = LoraTarget("layer", (2, 2), "w", (2, 2), "int8")
-    with pytest.raises(ArtifactError, match="weights in int8"):
-        lora_values({"w": np.zeros(4, np.uint8)}, [target], [read_adapter(Lora(path), [target])], {"w"})
+    adapters = [read_adapter(Lora(path), [target])]
+    with pytest.raises(ArtifactError, match="weights in int8") as caught:
+        lora_values({"w": np.zeros(4, np.uint8)}, [target], adapters, {"w"}, fix="sana-export export tiny -o bundle")
+    assert caught.value.fix == "sana-export export tiny -o bundle"
 
 
 def test_bfloat16_bits_reach_onnxruntime(tmp_path: Path) -> None:
-    """Its CPU has no kernels for bfloat16 but to cast it, which is enough to see the numbers."""
+    """Its CPU provider can only cast bfloat16, which is enough to compare the values."""
     values = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     (tmp_path / "w.data").write_bytes(bytes(512))
     tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.BFLOAT16, dims=[16, 16], data_location=1)

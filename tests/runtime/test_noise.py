@@ -1,4 +1,4 @@
-"""The torch-free generator against `torch.randn` and diffusers' `randn_tensor`."""
+"""The generator without torch against `torch.randn` and diffusers' `randn_tensor`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from sana_export.errors import UsageError
 from sana_export.runtime.noise import TorchGenerator, randn_batch
 
-#: torch's x86 kernels, whose roundings the module repeats; elsewhere only closeness can be asked for.
+#: Whether torch uses the x86 kernels whose roundings the module repeats. With others the values are only close.
 BIT_IDENTICAL = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
-#: Successive draws: both of torch's ways in turn, with odd and even counts of single values between the long ones.
+#: Successive draws: short and long ones in turn, with odd and even numbers of single values in between.
 SHAPES = [
     *((1,), (16,), (), (3,), (17,), (15,), (31,), (1, 32, 4, 6), (5,), (0,)),
     *((2, 32, 32, 32), (1,), (1, 3, 33), (2, 2), (1, 32, 16, 24)),
@@ -55,20 +55,21 @@ def test_four_million_values() -> None:
     size = 1 << 22
     ours, theirs = TorchGenerator(9).randn((size,)), torch.randn(size, generator=reference(9)).numpy()
     assert np.abs(ours - theirs).max() <= 1e-6
-    if BIT_IDENTICAL:  # a double rounding in the emulated fused multiply-add may change a bit once in many millions
+    if BIT_IDENTICAL:  # rounding twice in the emulated fused multiply-add may change a bit once in many millions
         assert np.count_nonzero(ours != theirs) <= 2
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
-def test_seed_outside_torch_range(seed: int) -> None:
+def test_a_seed_that_torch_refuses_is_refused(seed: int) -> None:
     with pytest.raises(ValueError, match="Overflow"):
         reference(seed)
-    with pytest.raises(UsageError, match="seed"):
+    with pytest.raises(UsageError, match="the seed is out of range") as caught:
         TorchGenerator(seed)
+    assert caught.value.found == seed
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 4, 6), (3, 2, 2, 2), (3, 32, 16, 17)])
-def test_one_seed_an_image(shape: tuple[int, ...]) -> None:
+def test_one_seed_for_each_image(shape: tuple[int, ...]) -> None:
     seeds = (5, 6, 2**40 + 5)
     ours, theirs = [TorchGenerator(seed) for seed in seeds], [reference(seed) for seed in seeds]
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The whole runtime on ONNX Runtime against diffusers' pipelines, both in float32 on the same checkpoint."""
+"""The runtime with ONNX Runtime against diffusers' pipelines, both in float32 on the same checkpoint."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ PROMPTS = {
     "empty": "",
     "long": "a very detailed painting of a house by the lake, " * 60,
 }
-#: A small non-square size, in few steps.
+#: A small size that is not square, in few steps.
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
-#: Latents reach about 10; this is what two orders of float32 summation make of them.
+#: Latents reach about 10; this is the rounding difference between two orders of float32 summation.
 LATENT_TOLERANCE = 2e-4
 
 
@@ -41,10 +41,10 @@ def pixels(images: Any) -> npt.NDArray[np.uint8]:
     return np.stack([np.asarray(image) for image in images])
 
 
-def assert_same_pictures(result: SanaResult, wanted: Any) -> None:
+def assert_same_images(result: SanaResult, wanted: Any) -> None:
     found, wanted = pixels(result.images), pixels(wanted)
     assert found.shape == wanted.shape == (len(wanted), result.height, result.width, 3)
-    assert wanted.std() > 20, "the reference draws something"
+    assert wanted.std() > 20, "the reference is not a flat image"
     parity = compare_images("image", found, wanted, "fp32")
     assert parity.passed, parity
 
@@ -67,7 +67,7 @@ def pag_pipeline(tiny_pipeline: Any) -> Any:
 def test_every_kind_of_prompt(tiny_runtime: SanaRuntime, tiny_pipeline: Any, prompt: str, guidance_scale: float) -> None:
     options = {**SMALL, "guidance_scale": guidance_scale}
     result = tiny_runtime(prompt, seed=7, **options)
-    assert_same_pictures(result, tiny_pipeline(prompt, generator=generator(7), **options).images)
+    assert_same_images(result, tiny_pipeline(prompt, generator=generator(7), **options).images)
     assert result.seeds == (7,)
     assert len(result.timings.denoise) == 3
     assert result.timings.total >= sum(result.timings.denoise) + result.timings.vae_decoder
@@ -86,16 +86,16 @@ def test_perturbed_attention_guidance(
         "negative_prompt": "blue",
     }
     result = tiny_runtime(PROMPTS["mixed"], seed=3, **options)
-    assert_same_pictures(result, pag_pipeline(PROMPTS["mixed"], generator=generator(3), **options).images)
+    assert_same_images(result, pag_pipeline(PROMPTS["mixed"], generator=generator(3), **options).images)
     without = tiny_runtime(PROMPTS["mixed"], seed=3, **{**options, "pag_scale": 0.0})
     assert np.abs(pixels(result.images).astype(int) - pixels(without.images)).max() > 10
 
 
 def test_the_defaults_are_those_of_diffusers(tiny_runtime: SanaRuntime, tiny_pipeline: Any) -> None:
-    """Native size, binning, guidance; the number of steps alone is less than the default 20."""
+    """Native size, binning and guidance. Only the number of steps is below the default 20."""
     result = tiny_runtime("a red fox", seed=1, num_inference_steps=2)
     wanted = tiny_pipeline("a red fox", generator=generator(1), num_inference_steps=2, height=512, width=512).images
-    assert_same_pictures(result, wanted)
+    assert_same_images(result, wanted)
     plan = tiny_runtime.plan(Request("a red fox", height=300))
     assert (plan.output_height, plan.output_width) == (300, 512)
     assert len(plan.schedule.timesteps) == 20
@@ -112,7 +112,7 @@ def test_the_defaults_are_those_of_diffusers(tiny_runtime: SanaRuntime, tiny_pip
         (4.0, 2.0, [-3, 6, -2], [0, 0, 1]),
     ],
 )
-def test_no_more_branches_run_than_guidance_needs(
+def test_only_the_branches_that_guidance_needs_run(
     tiny_runtime: SanaRuntime, guidance_scale: float, pag_scale: float, weights: list[float], perturbed: list[float]
 ) -> None:
     plan = tiny_runtime.plan(Request("fox", guidance_scale=guidance_scale, pag_scale=pag_scale, num_inference_steps=2))
@@ -125,7 +125,7 @@ def test_no_more_branches_run_than_guidance_needs(
 def test_binning_resizes_and_crops(tiny_runtime: SanaRuntime, tiny_pipeline: Any, height: int, width: int) -> None:
     options: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": 1}
     result = tiny_runtime("a red fox", seed=5, **options)
-    assert_same_pictures(result, tiny_pipeline("a red fox", generator=generator(5), **options).images)
+    assert_same_images(result, tiny_pipeline("a red fox", generator=generator(5), **options).images)
     array = tiny_runtime("a red fox", seed=5, output_type="np", **options).images
     wanted = tiny_pipeline("a red fox", generator=generator(5), output_type="np", **options).images
     assert array.dtype == np.float32
@@ -134,8 +134,8 @@ def test_binning_resizes_and_crops(tiny_runtime: SanaRuntime, tiny_pipeline: Any
     assert 0 <= array.min() <= array.max() <= 1
 
 
-def test_several_images_of_unequal_prompts_equal_single_runs(tiny_runtime: SanaRuntime, tiny_pipeline: Any) -> None:
-    """diffusers itself repeats the masks of such a batch in another order than the embeddings; its single runs are right."""
+def test_a_batch_of_different_prompts_equals_single_runs(tiny_runtime: SanaRuntime, tiny_pipeline: Any) -> None:
+    """In such a batch diffusers repeats the masks in another order than the embeddings. Its single runs are right."""
     prompts = ["fox", PROMPTS["mixed"], PROMPTS["Chinese"]]
     negatives = ["blurry, bad anatomy, watermark", "", "blue"]
     seeds = [11, 12, 13, 14, 15, 16]
@@ -145,7 +145,7 @@ def test_several_images_of_unequal_prompts_equal_single_runs(tiny_runtime: SanaR
         tiny_pipeline(prompts[i // 2], negative_prompt=negatives[i // 2], generator=generator(seed), **SMALL).images[0]
         for i, seed in enumerate(seeds)
     ]
-    assert_same_pictures(result, wanted)
+    assert_same_images(result, wanted)
 
 
 def test_one_seed_is_one_generator_for_the_batch(tiny_runtime: SanaRuntime, tiny_pipeline: Any) -> None:
@@ -156,7 +156,7 @@ def test_one_seed_is_one_generator_for_the_batch(tiny_runtime: SanaRuntime, tiny
         assert_same_latents(found, wanted)
 
 
-def test_a_random_seed_is_reported_and_draws_the_same_again(tiny_runtime: SanaRuntime) -> None:
+def test_a_random_seed_is_reported_and_reproduces_the_image(tiny_runtime: SanaRuntime) -> None:
     options = {**SMALL, "num_inference_steps": 1, "num_images_per_prompt": 2, "output_type": "latent"}
     first, second = tiny_runtime("fox", **options), tiny_runtime("fox", **options)
     assert first.seeds != second.seeds
@@ -164,7 +164,7 @@ def test_a_random_seed_is_reported_and_draws_the_same_again(tiny_runtime: SanaRu
     assert np.abs(first.images - second.images).max() > 0.1
 
 
-def test_given_latents_are_used_as_they_are(tiny_runtime: SanaRuntime, tiny_pipeline: Any) -> None:
+def test_latents_from_the_caller_are_not_scaled_or_changed(tiny_runtime: SanaRuntime, tiny_pipeline: Any) -> None:
     latents = torch.randn(2, 32, 3, 5) * 1.3
     options = {**SMALL, "num_images_per_prompt": 2, "output_type": "latent"}
     before = latents.clone()
@@ -203,11 +203,11 @@ def test_callbacks_see_and_replace_latents(tiny_runtime: SanaRuntime, tiny_pipel
         assert_same_latents(mine, reference)
     assert_same_latents(found, wanted)
 
-    def spoil(_: Any, index: int, timestep: float, values: dict[str, Any]) -> None:
+    def overwrite(_: Any, index: int, timestep: float, values: dict[str, Any]) -> None:
         values["latents"][:] = 9
 
     plain = tiny_runtime("fox", seed=4, **options).images
-    np.testing.assert_array_equal(tiny_runtime("fox", seed=4, callback_on_step_end=spoil, **options).images, plain)
+    np.testing.assert_array_equal(tiny_runtime("fox", seed=4, callback_on_step_end=overwrite, **options).images, plain)
 
 
 def test_the_loop_can_be_driven_by_the_caller(tiny_runtime: SanaRuntime) -> None:
@@ -219,7 +219,7 @@ def test_the_loop_can_be_driven_by_the_caller(tiny_runtime: SanaRuntime) -> None
     last = tiny_runtime.decode(plan, steps[-1].latents)
     np.testing.assert_array_equal(last, tiny_runtime("fox", output_type="latent", **options).images)
     np.testing.assert_array_equal(last, tiny_runtime.backend.to_host(steps[-1].x0))
-    # The first step is of first order: what it adds to the noise is what its x0 says.
+    # The first step is of first order: the next latents are a combination of the noise and x0.
     row = dict(zip(COEFFICIENTS, plan.schedule.coefficients[0], strict=True))
     noise = torch.randn(1, 32, 3, 5, generator=generator(8)).numpy()
     preview = tiny_runtime.decode(plan, steps[0].x0)
@@ -237,7 +237,7 @@ def test_another_scheduler(
     model = dataclasses.replace(tiny_runtime.manifest.model, scheduler=json.loads(scheduler.to_json_string()))
     monkeypatch.setattr(tiny_runtime, "manifest", dataclasses.replace(tiny_runtime.manifest, model=model))
     noise = generator(6)
-    # diffusers draws a step's noise from torch's global generator: let it go on with the one that made the latents.
+    # diffusers draws the noise of a step from torch's global generator: make it continue the one of the latents.
     monkeypatch.setattr(torch, "randn_like", lambda sample: torch.randn(sample.shape, generator=noise))
     wanted = pipeline("fox", generator=noise, output_type="latent", **SMALL).images
     assert_same_latents(tiny_runtime("fox", seed=6, output_type="latent", **SMALL).images, wanted)
@@ -250,10 +250,10 @@ NAN = np.full((1, 32, 16, 16), np.nan, dtype=np.float32)
     ("options", "parts"),
     [
         ({"prompt": []}, ["a str, or a list"]),
-        ({"prompt": 3}, ["found:  3", "a str, or a list"]),
+        ({"prompt": 3}, ["prompt is not text", "found:  3", "a str, or a list"]),
         ({"prompt": ["a", None]}, ["a str, or a list"]),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, ["1 negative prompts for 2 prompts", "a list of 2"]),
-        ({"negative_prompt": 1}, ["a str, or a list"]),
+        ({"negative_prompt": 1}, ["negative_prompt is not text", "a str, or a list"]),
         ({"num_inference_steps": 0}, ["num_inference_steps", "1 or more"]),
         ({"num_inference_steps": 2.5}, ["num_inference_steps is not an integer", "2.5"]),
         ({"guidance_scale": float("nan")}, ["guidance_scale", "finite"]),
@@ -272,8 +272,8 @@ NAN = np.full((1, 32, 16, 16), np.nan, dtype=np.float32)
         ({"seed": 2**70}, ["seed is out of range"]),
         ({"latents": np.zeros((1, 32, 16, 8), np.float32)}, ["(1, 32, 16, 8)", "(1, 32, 16, 16)"]),
         ({"latents": NAN}, ["8192 of 8192 values are NaN or infinite"]),
-        ({"latents": "noise"}, ["latents are no array of numbers"]),
-        ({"output_type": "png"}, ["'png'", "pil, np, latent"]),
+        ({"latents": "noise"}, ["latents are not an array of numbers"]),
+        ({"output_type": "png"}, ["unknown output_type 'png'", "pil, np, latent"]),
         ({"max_sequence_length": 0}, ["max_sequence_length", "1 or more"]),
         ({"max_sequence_length": 5000}, ["max_sequence_length is too large", "1 to "]),
         ({"callback_on_step_end": lambda *_: {"prompt_embeds": 1}}, ["prompt_embeds", '{"latents": array}']),
@@ -282,7 +282,7 @@ NAN = np.full((1, 32, 16, 16), np.nan, dtype=np.float32)
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
-def test_what_cannot_be_done_says_what_can(tiny_runtime: SanaRuntime, options: dict[str, Any], parts: list[str]) -> None:
+def test_an_invalid_request_says_what_is_possible(tiny_runtime: SanaRuntime, options: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         tiny_runtime(**{"prompt": "fox", "num_inference_steps": 1, **options})
     assert caught.value.exit_code == 2
@@ -302,7 +302,7 @@ def test_pag_needs_layers(tiny_runtime: SanaRuntime, monkeypatch: pytest.MonkeyP
     )
 
 
-def test_latents_that_overflow_are_an_artifact_error(tiny_runtime: SanaRuntime) -> None:
+def test_infinite_latents_are_an_artifact_error(tiny_runtime: SanaRuntime) -> None:
     with pytest.raises(ArtifactError, match="NaN or infinite") as caught:
         tiny_runtime("fox", latents=np.full((1, 32, 3, 5), 1e38, np.float32), **SMALL)
     assert "with fp32 graphs" in str(caught.value)
@@ -310,25 +310,27 @@ def test_latents_that_overflow_are_an_artifact_error(tiny_runtime: SanaRuntime) 
     assert caught.value.fix.startswith(f"sana-export verify {tiny_runtime.bundle} --reference tiny-random --ranges")
 
 
-def test_a_picture_with_nan_is_refused(tiny_runtime, monkeypatch) -> None:
-    """A decoder that overflows, as DC-AE is known to in a plain fp16 cast."""
+def test_an_image_with_nan_is_an_artifact_error(tiny_runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a decoder that overflows, which DC-AE does in a plain fp16 cast."""
 
     class Broken:
-        def run(self, feeds):
+        def run(self, feeds: Any) -> dict[str, Any]:
             return {"image": np.full((1, 3, 64, 64), np.nan, dtype=np.float32)}
 
     monkeypatch.setitem(tiny_runtime.sessions, "vae_decoder", Broken())
     with pytest.raises(ArtifactError, match="an image with NaN") as caught:
         tiny_runtime("x", height=64, width=64, use_resolution_binning=False, num_inference_steps=1, seed=0)
-    assert "--ranges" in caught.value.fix
+    assert "--ranges" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("size", [{"height": 10**9}, {"width": 16416}])
-def test_sizes_that_no_memory_holds_are_refused(tiny_runtime, size) -> None:
+def test_sizes_above_the_maximum_are_refused(tiny_runtime: SanaRuntime, size: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="out of range"):
         tiny_runtime("x", use_resolution_binning=False, **size)
 
 
-def test_a_prompt_that_is_no_unicode_is_refused(tiny_runtime) -> None:
-    with pytest.raises(UsageError, match="Unicode"):
+def test_a_prompt_must_be_unicode(tiny_runtime: SanaRuntime) -> None:
+    with pytest.raises(UsageError, match=r"^prompt is not Unicode text"):
         tiny_runtime("a \udcff")
+    with pytest.raises(UsageError, match=r"^negative_prompt is not Unicode text"):
+        tiny_runtime("a", negative_prompt="a \udcff")

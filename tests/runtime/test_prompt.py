@@ -1,3 +1,5 @@
+"""Tokens and prompt embeddings, with a small text encoder for every boundary case and against diffusers."""
+
 from __future__ import annotations
 
 import logging
@@ -14,15 +16,16 @@ from tokenizers import Tokenizer, models, processors
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.safetensors_file import StoredTensor
 from sana_export.manifest import Manifest
-from sana_export.runtime.prompt import MAX_TOKENS, Instruction, PromptEncoder, PromptTokens
+from sana_export.runtime.prompt import MAX_TOKENS, Instruction, PromptEncoder
+from sana_export.runtime.request import Request
 
 Float32 = npt.NDArray[np.float32]
 
 BOS = "<bos>"
 CHANNELS = 8
 INSTRUCTION = "ab cd"
-#: What stands at the end of the instruction may merge with what comes after it. Four ways, and what the prompts then share
-#: with the instruction's tokens <bos> a b _ c d: up to its last token, all but the last, less, next to nothing.
+#: The end of the instruction may merge with the start of a prompt. With each of these merges a prompt shares another number of the
+#: instruction's tokens <bos> a b _ c d.
 MERGES: dict[str, list[tuple[str, str]]] = {
     "none": [],
     "last": [("d", "x")],
@@ -40,14 +43,14 @@ def make_tokenizer(merges: list[tuple[str, str]], *, bos: bool = True) -> Tokeni
 
 
 class ToyEncoder:
-    """A causal text encoder: a token's keys are its embedding, its output a nonlinear function of all tokens up to it."""
+    """A causal text encoder. A token's keys are its embedding; its output is a nonlinear function of all tokens up to it."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, ...]] = []
 
     @staticmethod
     def outputs(embeds: Float32, first: int) -> Float32:
-        """Rows `first` on of the text encoder's output for the embeddings [S, C] of a whole text."""
+        """The output for the embeddings [S, C] of a whole text, from row `first` on."""
         position = np.arange(1, len(embeds) + 1, dtype=np.float32)[:, None]
         return np.tanh(np.cumsum(embeds * np.cos(position), axis=0))[first:].astype(np.float32)
 
@@ -68,12 +71,12 @@ def make_encoder(merges: str = "none", instruction: str = INSTRUCTION, **changes
         parts.pop("tokenizer", tokenizer),
         Instruction(instruction, parts["token_ids"], parts["prefix"], parts["bos_row"]),
         StoredTensor("F32", parts.get("table", table)),
-        fix="the line that mends it",
+        fix="sana-export export tiny -o bundle",
     )
 
 
 def reference(encoder: PromptEncoder, text: str, instruct: bool, length: int) -> tuple[Float32, Float32]:
-    """diffusers' way: pad to the full length, encode everything, keep row 0 and the last `length` - 1. Rows [L, C], mask [L]."""
+    """As diffusers: pad to the full length, encode, keep row 0 and the last `length` - 1. Rows [L, C] and mask [L]."""
     text = text.lower().strip()
     full = length
     if instruct:
@@ -119,7 +122,7 @@ def test_every_boundary_gives_the_rows_of_the_reference(merges: str, length: int
 
 
 @pytest.mark.parametrize(("merges", "shared"), [("none", 5), ("last", 5), ("two", 4), ("all", 1)])
-def test_no_more_of_the_prefix_is_used_than_the_prompt_shares(merges: str, shared: int) -> None:
+def test_the_prefix_ends_where_the_prompt_differs(merges: str, shared: int) -> None:
     encoder = make_encoder(merges)
     assert len(encoder.instruction.token_ids) == 6
     tokens = encoder.tokenize("xyz", max_sequence_length=10, instruct=True)
@@ -127,11 +130,11 @@ def test_no_more_of_the_prefix_is_used_than_the_prompt_shares(merges: str, share
     assert encoder.tokenize("yz", max_sequence_length=10, instruct=True).shared == 5
 
 
-def test_one_run_for_each_prefix_and_none_for_equal_or_empty_prompts() -> None:
+def test_one_run_for_each_prefix_and_none_for_repeated_or_empty_prompts() -> None:
     encoder = make_encoder("two")
     positive = [(text, True) for text in ("y", "yy", "xyzyz", "y")]
     toy = assert_equals_reference(encoder, [[("", False)] * 4, positive, positive], 20)
-    # "y" and "yy" after five tokens, "xyzyz" after four; the empty negative prompt is BOS alone.
+    # "y" and "yy" share five tokens, "xyzyz" four. The empty negative prompt is BOS alone.
     assert sorted(toy.batches) == [(1, 5, 4), (2, 3, 5)]
 
 
@@ -141,7 +144,7 @@ def test_without_the_instruction_only_bos_is_shared() -> None:
     assert toy.batches == [(3, 5, 1)]
 
 
-def test_a_prompt_over_the_limit_is_cut_and_the_end_of_it_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_prompt_over_the_limit_is_truncated_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     encoder = make_encoder()
     text = "Y" * 10 + " the end of a long prompt"
     with caplog.at_level(logging.WARNING):
@@ -150,14 +153,14 @@ def test_a_prompt_over_the_limit_is_cut_and_the_end_of_it_is_shown(caplog: pytes
     assert tokens.ids == tuple(encoder.tokenizer.encode(INSTRUCTION + "y" * 10).ids)
     assert tokens.kept_rows == 12
     (record,) = caplog.records
-    assert "last 25 tokens" in record.getMessage()
+    assert "last 25 tokens are dropped" in record.getMessage()
     assert "n g   p r o m p t'" in record.getMessage()
     caplog.clear()
     encoder.tokenize("y" * 10, max_sequence_length=12, instruct=True)
     assert not caplog.records
 
 
-def test_padding_and_truncation_kept_in_the_tokenizer_file_have_no_effect() -> None:
+def test_padding_and_truncation_in_the_tokenizer_file_have_no_effect() -> None:
     encoder = make_encoder()
     tokenizer = make_tokenizer([])
     tokenizer.enable_padding(length=40)
@@ -169,7 +172,7 @@ def test_padding_and_truncation_kept_in_the_tokenizer_file_have_no_effect() -> N
         )
 
 
-def test_a_limit_past_the_attention_window_is_refused() -> None:
+def test_a_limit_beyond_the_attention_window_is_refused() -> None:
     encoder = make_encoder()
     most = MAX_TOKENS - 5 + 1
     assert encoder.tokenize("y", max_sequence_length=most, instruct=True).kept_rows == 3
@@ -185,16 +188,16 @@ def test_a_limit_past_the_attention_window_is_refused() -> None:
             {"tokenizer": make_tokenizer([("c", "d")]), "table": np.zeros((200, CHANNELS), np.float32)},
             "does not belong to its stored instruction",
         ),
-        ({"token_ids": (0, 66, 67)}, "does not fit its stored keys and values"),
-        ({"prefix": np.zeros((1, 2, 1, 0, CHANNELS), np.float32), "token_ids": (0,)}, "does not fit its stored keys"),
-        ({"bos_row": np.zeros(3, np.float32)}, "does not fit its embedding table"),
+        ({"token_ids": (0, 66, 67)}, "does not match its stored keys and values"),
+        ({"prefix": np.zeros((1, 2, 1, 0, CHANNELS), np.float32), "token_ids": (0,)}, "does not match its stored keys"),
+        ({"bos_row": np.zeros(3, np.float32)}, "does not match its embedding table"),
         ({"table": np.zeros((50, CHANNELS), np.float32)}, "more tokens than its embedding table"),
     ],
 )
-def test_parts_that_do_not_belong_together_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_files_of_different_bundles_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ArtifactError, match=message) as caught:
         make_encoder(**changes)
-    assert caught.value.fix == "the line that mends it"
+    assert caught.value.fix == "sana-export export tiny -o bundle"
 
 
 def test_a_damaged_tokenizer_is_an_artifact_error(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -218,13 +221,8 @@ def test_embeddings_equal_those_of_diffusers(tiny_runtime: Any, tiny_pipeline: A
     embeds, mask, negative_embeds, negative_mask = tiny_pipeline.encode_prompt(
         prompts, negative_prompt=negatives, max_sequence_length=limit, complex_human_instruction=instruction
     )
-    text: PromptEncoder = tiny_runtime.text
-    tokens: list[list[PromptTokens]] = [
-        [text.tokenize(prompt, max_sequence_length=limit, instruct=instruct) for prompt in texts]
-        for texts, instruct in ((negatives, False), (prompts, True))
-    ]
-    result = text.encode(tokens, tiny_runtime._run_text_encoder)
-    found = result.gather(tiny_runtime.backend.to_host)
+    result = tiny_runtime.embed(tiny_runtime.plan(Request(prompts, negative_prompt=negatives, max_sequence_length=limit)))
+    found = result.gather(tiny_runtime.to_host)
     for branch, (wanted, wanted_mask) in enumerate(((negative_embeds, negative_mask), (embeds, mask))):
         length = result.context_mask.shape[-1]
         np.testing.assert_array_equal(result.context_mask[branch], wanted_mask[:, :length].numpy())

@@ -39,7 +39,7 @@ def assert_equal_to_diffusers(size: tuple[int, int], output: tuple[int, int]) ->
 
 
 def covered(size: tuple[int, int], output: tuple[int, int]) -> bool:
-    """Whether the size that diffusers scales to is at least the output's."""
+    """Whether diffusers scales to at least the size of the output."""
     ratio = max(output[0] / size[0], output[1] / size[1])
     return int(size[0] * ratio) >= output[0] and int(size[1] * ratio) >= output[1]
 
@@ -111,7 +111,7 @@ def test_resize_plan_equals_diffusers_on_requests(sample_size: int, output: tupl
 
 
 @pytest.mark.parametrize(("size", "output"), [((96, 64), (96, 64)), ((96, 64), (90, 64)), ((64, 96), (64, 51))])
-def test_plan_without_a_resize_picks_pixels(size: tuple[int, int], output: tuple[int, int]) -> None:
+def test_a_plan_without_a_resize_only_selects_pixels(size: tuple[int, int], output: tuple[int, int]) -> None:
     plan = make_resize_plan(*size, *output)
     for weight in (plan.row_weight, plan.column_weight):
         np.testing.assert_array_equal(weight[0], 1)
@@ -121,8 +121,8 @@ def test_plan_without_a_resize_picks_pixels(size: tuple[int, int], output: tuple
     np.testing.assert_array_equal(apply(plan, image.numpy()), theirs.numpy())
 
 
-def test_output_is_covered_where_diffusers_rounds_below_it() -> None:
-    """256x944 comes from the bin 512x1856, which diffusers scales to a width of 943 and then crops to one column."""
+def test_the_output_is_covered_when_diffusers_rounds_below_it() -> None:
+    """256x944 is sampled in the bin 512x1856. diffusers scales it to a width of 943 and then crops it to one column."""
     size, output = choose_bin(256, 944, 32), (256, 944)
     assert not covered(size, output)
     image = random_image(*size)

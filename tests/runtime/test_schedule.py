@@ -20,7 +20,7 @@ from sana_export.runtime.schedule import (
     make_schedule,
 )
 
-#: diffusers hands a tensor to np.array, which numpy 2 comments on.
+#: diffusers passes a tensor to np.array, for which numpy 2 has a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 STEPS = range(1, 51)
@@ -39,7 +39,7 @@ def config_of(scheduler: Any) -> dict[str, Any]:
 def advance(
     row: np.ndarray, latents: np.ndarray, output: np.ndarray, previous_x0: np.ndarray, noise: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sampler graph's formula in float32, columns taken by name: the next latents and x0."""
+    """The sampler graph's formula in float32, with columns by name: the next latents and x0."""
     c: Mapping[str, np.float32] = dict(zip(COEFFICIENTS, row, strict=True))
     x0 = c["x0_latents"] * latents + c["x0_noise_pred"] * output
     return c["latents"] * latents + c["x0"] * x0 + c["previous_x0"] * previous_x0 + c["noise"] * noise, x0
@@ -51,7 +51,7 @@ def difference(ours: np.ndarray, theirs: torch.Tensor) -> float:
 
 
 def compare(scheduler: Any, schedule: Schedule, seed: int = 0) -> float:
-    """Runs both over the same random latents, model outputs and noise; the worst difference of any step."""
+    """The largest difference of any step, with the same random latents, model outputs and noise."""
     generator, their_noise, our_noise = (torch.Generator().manual_seed(seed + i) for i in (0, 1, 1))
     theirs = torch.randn(SHAPE, generator=generator)
     ours, x0, worst = theirs.numpy(), np.zeros(SHAPE, np.float32), 0.0
@@ -101,7 +101,7 @@ def test_published_timesteps() -> None:
 
 @pytest.mark.parametrize(("shift", "num_inference_steps"), [(6.0, 201), (3.0, 501)])
 def test_equal_first_timesteps_start_at_the_first_sigma(shift: float, num_inference_steps: int) -> None:
-    """diffusers alone starts at the second and runs out of sigmas; told to begin at the first, it equals ours."""
+    """By itself diffusers starts at the second and runs out of sigmas. With begin index 0 it equals our schedule."""
     scheduler = DPMSolverMultistepScheduler(flow_shift=shift, **SANA)
     scheduler.set_timesteps(num_inference_steps - 1)
     assert scheduler.timesteps[0] != scheduler.timesteps[1]
@@ -124,13 +124,13 @@ def test_flow_euler_equals_diffusers(shift: float, options: dict[str, Any]) -> N
 
 
 def sprint_reference(scheduler: Any, angle: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What SanaSprintPipeline feeds the transformer: the rescaled timestep and latents."""
+    """The inputs of the transformer in SanaSprintPipeline: the rescaled timestep and latents."""
     s = torch.sin(angle) / (torch.cos(angle) + torch.sin(angle))
     return s, latents / scheduler.config.sigma_data * torch.sqrt(s**2 + (1 - s) ** 2)
 
 
 def sprint_velocity(scheduler: Any, s: torch.Tensor, model_input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """What SanaSprintPipeline hands to the scheduler."""
+    """The input of the scheduler in SanaSprintPipeline."""
     mixed = (1 - 2 * s) * model_input + (1 - 2 * s + 2 * s**2) * output
     return mixed / torch.sqrt(s**2 + (1 - s) ** 2) * scheduler.config.sigma_data
 
@@ -202,7 +202,7 @@ def test_unsupported_setting_is_named(name: str, key: str, value: object, suppor
     assert supported in str(caught.value.wanted)
 
 
-def test_missing_key_takes_the_default_of_diffusers() -> None:
+def test_a_missing_key_has_the_default_of_diffusers() -> None:
     with pytest.raises(UsageError, match=r"prediction_type = 'epsilon'.*missing"):
         make_schedule({"_class_name": DPM, "use_flow_sigmas": True}, 20)
     bare, full = {"_class_name": DPM, **SANA}, config_of(DPMSolverMultistepScheduler(**SANA))
@@ -223,6 +223,6 @@ def test_fewer_than_one_step(name: str, num_inference_steps: int) -> None:
         make_schedule(config, num_inference_steps)
 
 
-def test_sprint_has_no_more_steps_than_training() -> None:
+def test_sprint_cannot_have_more_steps_than_training() -> None:
     with pytest.raises(UsageError, match="1 to 1000"):
         make_schedule({"_class_name": SCM}, 1001)

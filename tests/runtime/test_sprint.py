@@ -17,9 +17,9 @@ from sana_export.runtime import Request, SanaResult, SanaRuntime
 from sana_export.runtime.schedule import SPRINT_INTERMEDIATE_TIMESTEP, SPRINT_MAX_TIMESTEP
 
 PROMPTS = {"English": "A red fox, ink drawing style", "Chinese": "一只可爱的熊猫在吃竹子", "emoji": "🐼🎋", "empty": ""}
-#: A small non-square size, sampled as it is.
+#: A small size that is not square, without binning.
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False}
-#: Parameters of SanaSprintPipeline that the runtime has too, and those that the schedule holds.
+#: Defaults of SanaSprintPipeline for the parameters of the runtime and of the schedule.
 DEFAULTS = inspect.signature(SanaSprintPipeline.__call__).parameters
 
 
@@ -31,20 +31,20 @@ def pixels(images: Any) -> npt.NDArray[np.uint8]:
     return np.stack([np.asarray(image) for image in images])
 
 
-def assert_same_pictures(result: SanaResult, wanted: Any) -> None:
+def assert_same_images(result: SanaResult, wanted: Any) -> None:
     found, wanted = pixels(result.images), pixels(wanted)
     assert found.shape == wanted.shape == (len(wanted), result.height, result.width, 3)
-    assert wanted.std() > 20, "the reference draws something"
+    assert wanted.std() > 20, "the reference is not a flat image"
     parity = compare_images("image", found, wanted, "fp32")
     assert parity.passed, parity
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 def test_every_kind_of_prompt(sprint_runtime: SanaRuntime, sprint_pipeline: Any, prompt: str) -> None:
-    """Two steps and guidance 4.5, which are the defaults of both."""
+    """With the defaults of both: two steps and guidance 4.5."""
     result = sprint_runtime(prompt, seed=7, **SMALL)
     assert len(result.timings.denoise) == 2
-    assert_same_pictures(result, sprint_pipeline(prompt, generator=generators(7), **SMALL).images)
+    assert_same_images(result, sprint_pipeline(prompt, generator=generators(7), **SMALL).images)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -52,41 +52,43 @@ def test_other_numbers_of_steps(sprint_runtime: SanaRuntime, sprint_pipeline: An
     options = {**SMALL, "num_inference_steps": steps}
     result = sprint_runtime("一只熊猫 🐼", seed=3, **options)
     wanted = sprint_pipeline("一只熊猫 🐼", generator=generators(3), intermediate_timesteps=None, **options)
-    assert_same_pictures(result, wanted.images)
+    assert_same_images(result, wanted.images)
 
 
 @pytest.mark.parametrize("guidance_scale", [-1.0, 0.0, 1.0, 8.0])
-def test_the_denoiser_reads_every_guidance_scale(sprint_runtime: SanaRuntime, sprint_pipeline: Any, guidance_scale: float) -> None:
+def test_every_guidance_scale_reaches_the_denoiser(
+    sprint_runtime: SanaRuntime, sprint_pipeline: Any, guidance_scale: float
+) -> None:
     options = {**SMALL, "guidance_scale": guidance_scale}
     result = sprint_runtime("a red fox", seed=5, **options)
-    assert_same_pictures(result, sprint_pipeline("a red fox", generator=generators(5), **options).images)
+    assert_same_images(result, sprint_pipeline("a red fox", generator=generators(5), **options).images)
     other = sprint_runtime("a red fox", seed=5, **{**SMALL, "guidance_scale": guidance_scale + 2.0})
     assert np.abs(pixels(result.images).astype(int) - pixels(other.images)).max() > 10
 
 
 def test_several_prompts_and_a_seed_for_each_image(sprint_runtime: SanaRuntime, sprint_pipeline: Any) -> None:
-    """Prompts of unlike length; noise is drawn for each image from its own generator, at the start and at every step."""
+    """Prompts of different lengths. Each image draws its noise from its own generator, at the start and at every step."""
     prompts = ["a red fox", "A cute 🐼 eating 🎋, 水墨画 style"]
     result = sprint_runtime(prompts, seed=[1, 2], **SMALL)
-    assert_same_pictures(result, sprint_pipeline(prompts, generator=generators(1, 2), **SMALL).images)
+    assert_same_images(result, sprint_pipeline(prompts, generator=generators(1, 2), **SMALL).images)
     one = sprint_runtime(prompts[0], num_images_per_prompt=2, seed=9, **SMALL)
-    assert_same_pictures(one, sprint_pipeline(prompts[0], num_images_per_prompt=2, generator=generators(9)[0], **SMALL).images)
+    assert_same_images(one, sprint_pipeline(prompts[0], num_images_per_prompt=2, generator=generators(9)[0], **SMALL).images)
 
 
-def test_given_latents(sprint_runtime: SanaRuntime, sprint_pipeline: Any) -> None:
-    """The generator then gives the noise of the steps alone."""
+def test_latents_from_the_caller(sprint_runtime: SanaRuntime, sprint_pipeline: Any) -> None:
+    """The generator then only gives the noise of the steps."""
     latents = torch.randn(1, 32, 3, 5, generator=torch.Generator().manual_seed(11))
     result = sprint_runtime("a fox", latents=latents.numpy(), seed=4, **SMALL)
-    assert_same_pictures(result, sprint_pipeline("a fox", latents=latents, generator=generators(4), **SMALL).images)
+    assert_same_images(result, sprint_pipeline("a fox", latents=latents, generator=generators(4), **SMALL).images)
 
 
 def test_resolution_binning(sprint_runtime: SanaRuntime, sprint_pipeline: Any) -> None:
-    """Sampled at 1024 px, brought to the size that was asked for."""
+    """Sampled in a bin of the 1024 px table, then resized to the requested size."""
     options = {"height": 150, "width": 280}
     plan = sprint_runtime.plan(Request("a fox", **options))
     assert plan.latents_shape == (1, 32, 22, 42)
     result = sprint_runtime("a fox", seed=2, **options)
-    assert_same_pictures(result, sprint_pipeline("a fox", generator=generators(2), **options).images)
+    assert_same_images(result, sprint_pipeline("a fox", generator=generators(2), **options).images)
 
 
 def test_the_defaults_are_those_of_diffusers(sprint_runtime: SanaRuntime) -> None:
@@ -103,7 +105,7 @@ def test_the_defaults_are_those_of_diffusers(sprint_runtime: SanaRuntime) -> Non
     assert DEFAULTS["intermediate_timesteps"].default == SPRINT_INTERMEDIATE_TIMESTEP
 
 
-def test_one_branch_runs_for_any_guidance(sprint_runtime: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
+def test_any_guidance_runs_one_branch(sprint_runtime: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
     plan = sprint_runtime.plan(Request("a fox", guidance_scale=6.0, num_inference_steps=3))
     np.testing.assert_array_equal(plan.guidance_weights, np.ones((3, 1), dtype=np.float32))
     np.testing.assert_array_equal(plan.perturbed, np.zeros(1, dtype=np.float32))
