@@ -1,1 +1,1 @@
-"""Export: deployment graphs to ONNX, and the proof that they equal their reference."""
+"""Exports deployment graphs to ONNX and checks that they equal their reference."""

@@ -1,9 +1,9 @@
-"""Checkpoint to bundle: everything that a bundle holds except engines, written aside and put in place whole.
+"""Exports a checkpoint to a bundle: everything in it except the engines.
 
-While it is written a bundle lives beside its final place as `<name>.partial`, with a journal of the graphs that are done, and
-`<name>.lock` keeps other exports to that place waiting (one that is killed leaves the file, which locks nothing then). An
-interrupted export leaves the old bundle as it was; the next export of the same checkpoint with the same options goes on after the
-last finished graph.
+The export writes into the folder `<name>.partial`, with a journal of the finished graphs, and renames it to `<name>` at the end.
+Meanwhile `<name>.lock` makes other exports to the same place wait. A killed export leaves the lock file behind, but the file no
+longer locks anything. An interrupted export leaves the old bundle unchanged, and the next export of the same checkpoint with the
+same options continues after the last finished graph.
 """
 
 from __future__ import annotations
@@ -54,10 +54,17 @@ def export_bundle(
 ) -> Manifest:
     """Export `checkpoint` to the bundle `output` and return its manifest.
 
-    `clamp` None: as the checkpoint was trained (variants.py, or the stored weights' dtype). `graphs` empty: all. A bundle that
-    already is this export is kept as it is, with its engines. Raises UsageError for options that make no sense and for an output
-    that holds something else, ParityError where a graph does not equal its module, DependencyError where the disk refuses. Waits
-    while another process exports to `output`.
+    `precision`: fp32, fp16 or bf16.
+    `pag_layers`: the transformer blocks that perturbed-attention guidance perturbs, as numbers or names.
+    `clamp`: whether to clip self-attention outputs to +-65504. None: as the checkpoint was trained (variants.py, or the dtype of
+    the stored weights).
+    `graphs`: the graphs to export. Empty: all.
+    `on_progress`: is called with a `Progress` at every step.
+
+    If `output` already is the result of this export, it is kept, with its engines. Waits if another process is exporting to
+    `output`. Raises UsageError for invalid options or if `output` contains something that is not a bundle, ArtifactError for a
+    checkpoint that the graphs do not support, ParityError if an exported graph does not equal its module, and DependencyError if
+    the disk is full or not writable.
     """
     options = choose_options(checkpoint, precision, pag_layers, clamp)
     names = choose_graphs(graphs)
@@ -67,7 +74,7 @@ def export_bundle(
 
 
 def _export(checkpoint: SanaCheckpoint, output: Path, options: Options, names: Sequence[str], on_progress: OnProgress) -> Manifest:
-    """`export_bundle`, once nobody else exports to `output`."""
+    """`export_bundle` while this process holds the lock on `output`."""
     key = export_key(checkpoint, options, names)
     partial, old = output.with_name(output.name + ".partial"), output.with_name(output.name + ".old")
     if old.exists() and not output.exists():
@@ -76,18 +83,18 @@ def _export(checkpoint: SanaCheckpoint, output: Path, options: Options, names: S
         if existing.export_key == key:
             log.info("%s is up to date", output)
             return existing
-        log.info("replacing %s, whose %d engines go with it", output, len(existing.engines))
-    parts = groups(names)
-    sizes = {"": text_bytes(checkpoint), **{owner: graph_bytes(owner, checkpoint, options) for owner in parts}}
+        log.info("replacing %s and deleting its %d engines", output, len(existing.engines))
+    grouped = groups(names)
+    sizes = {"": text_bytes(checkpoint), **{owner: graph_bytes(owner, checkpoint, options) for owner in grouped}}
     with disk_errors(output):
         journal = Journal(partial, key)
-        finished = {owner: done for owner, group in parts.items() if (done := journal.finished(group))}
+        finished = {owner: done for owner, group in grouped.items() if (done := journal.finished(group))}
         require_free(output.parent, sum(sizes[part] for part in sizes if part not in finished) + OVERHEAD, f"the bundle {output}")
         meter = _Meter(sizes, on_progress)
         with meter.step("", "tokenizer, instruction and embeddings"):
             instruction = write_text_files(checkpoint, partial)
         entries: dict[str, GraphEntry] = {}
-        for owner, group in parts.items():
+        for owner, group in grouped.items():
             if owner not in finished:
                 with meter.step(owner, ", ".join(group)):
                     finished[owner] = export_graphs(owner, group, checkpoint, options, partial)
@@ -109,41 +116,46 @@ def _export(checkpoint: SanaCheckpoint, output: Path, options: Options, names: S
         partial.rename(output)
         shutil.rmtree(old, ignore_errors=True)
     meter.done()
-    log.info("exported in %.0f s, at most %.2f GB of memory", meter.seconds, peak_rss_bytes() / 1e9)
+    log.info("exported in %.0f s with a peak of %.2f GB of memory", meter.seconds, peak_rss_bytes() / 1e9)
     return manifest
 
 
 class _Meter:
-    """Tells `on_progress` of every step, with the bytes that the steps before it wrote and the time that the rest will take."""
+    """Reports every step to `on_progress`, with the bytes written so far and an estimate of the remaining time.
+
+    `sizes` gives the bytes that each part of the bundle takes, in the order in which the parts are written.
+    """
 
     def __init__(self, sizes: Mapping[str, int], on_progress: OnProgress) -> None:
-        self._sizes, self._tell, self._done = sizes, on_progress, dict[str, float]()
+        self._sizes, self._on_progress, self._durations = sizes, on_progress, dict[str, float]()
 
     @contextlib.contextmanager
     def step(self, part: str, doing: str) -> Iterator[None]:
+        """Report that `part` starts, and measure how long the block takes."""
         self._report(doing, list(self._sizes).index(part))
         started = time.monotonic()
         yield
-        self._done[part] = time.monotonic() - started
+        self._durations[part] = time.monotonic() - started
 
     @property
     def seconds(self) -> float:
-        """What the steps took so far."""
-        return sum(self._done.values())
+        """The total duration of the finished steps."""
+        return sum(self._durations.values())
 
     def done(self) -> None:
+        """Report that all steps are finished."""
         self._report("done", len(self._sizes))
 
     def _report(self, doing: str, index: int) -> None:
         parts = list(self._sizes)
         written, total = sum(self._sizes[part] for part in parts[:index]), sum(self._sizes.values())
-        timed = sum(self._sizes[part] for part in self._done)
+        timed = sum(self._sizes[part] for part in self._durations)
         left = self.seconds / timed * (total - written) if timed and total > written else None
-        self._tell(Progress(doing, index, len(parts), left, bytes_done=written, bytes_total=total))
+        self._on_progress(Progress(doing, index, len(parts), left, bytes_done=written, bytes_total=total))
 
 
 def choose_options(checkpoint: SanaCheckpoint, precision: str, pag_layers: Iterable[str | int], clamp: bool | None) -> Options:
-    """Check the options against the checkpoint; say where the clamp comes from."""
+    """Check the options against the checkpoint, choose the clamp and log the reason."""
     if precision not in PRECISIONS:
         raise UsageError("unknown precision", found=precision, wanted=", ".join(PRECISIONS))
     trained, reason = checkpoint.trained_with_clamp()
@@ -151,66 +163,67 @@ def choose_options(checkpoint: SanaCheckpoint, precision: str, pag_layers: Itera
         clamp = trained
         log.info("self-attention outputs are %s: %s", "clipped to +-65504" if clamp else "not clipped", reason)
     elif clamp != trained:
-        log.warning("--%sclamp overrides what is known of this checkpoint: %s", "" if clamp else "no-", reason)
+        log.warning("--%sclamp contradicts how this checkpoint was trained: %s", "" if clamp else "no-", reason)
     transformer, names = checkpoint.config("transformer"), [*map(str, pag_layers)]
     if names and transformer.get("guidance_embeds"):
         raise UsageError(
-            f"{checkpoint.source} cannot be sampled with PAG: its guidance is distilled into one run a step (SANA-Sprint)",
+            f"{checkpoint.source} does not support PAG: its guidance is distilled into a single branch (SANA-Sprint)",
             found=f"--pag-layers {' '.join(names)}",
             wanted="no PAG layers",
-            fix="leave out --pag-layers",
+            fix="omit --pag-layers",
         )
     layers = transformer["num_layers"]
     return Options(precision, clamp, tuple(sorted({parse_pag_layer(name, layers) for name in names})))
 
 
 def parse_pag_layer(name: str, layers: int) -> int:
-    """The block that "transformer_blocks.8", "blocks.8" or "8" names, exactly; UsageError where there is none."""
+    """The number of the block that "transformer_blocks.8", "blocks.8" or "8" names. Raises UsageError if there is no such block."""
     number = name.removeprefix("transformer_").removeprefix("blocks.").removesuffix(".attn1")
     if not number.isdecimal() or int(number) >= layers:
-        raise UsageError("no such layer for PAG", found=name, wanted=f"transformer_blocks.0 to transformer_blocks.{layers - 1}")
+        raise UsageError("unknown PAG layer", found=name, wanted=f"transformer_blocks.0 to transformer_blocks.{layers - 1}")
     return int(number)
 
 
 def choose_graphs(names: Iterable[str]) -> list[str]:
-    """The graphs to export, in the table's order; all where `names` is empty."""
+    """The graphs to export, in the order of contract.GRAPHS. All of them if `names` is empty."""
     wanted = set(names) or set(GRAPHS)
     if unknown := wanted - set(GRAPHS):
-        raise UsageError("no such graph", found=", ".join(sorted(unknown)), wanted=", ".join(GRAPHS))
+        raise UsageError("unknown graph", found=", ".join(sorted(unknown)), wanted=", ".join(GRAPHS))
     return [name for name in GRAPHS if name in wanted]
 
 
 def export_key(checkpoint: SanaCheckpoint, options: Options, names: Iterable[str]) -> str:
-    """Hash of all that decides what an export writes."""
+    """Hash of everything that determines what an export writes."""
     code = import_digest(__name__)
     parts = [__version__, code, torch.__version__, OPSET, checkpoint.sha256, dataclasses.asdict(options), list(names)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def existing_bundle(output: Path) -> Manifest | None:
-    """The manifest of the whole bundle at `output`; None for nothing, an empty folder or a damaged bundle.
+    """The manifest of the bundle at `output`. None if `output` does not exist, is an empty folder or is a damaged bundle.
 
-    Raises UsageError for anything else.
+    Raises UsageError if it contains anything else.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / FILE_NAME).is_file():
         raise UsageError(
-            f"{output} holds something that is not a bundle, and is left alone",
+            f"{output} holds something that is not a bundle",
             found="no manifest.json in it",
-            wanted="a new name, an empty folder or an older bundle",
+            wanted="a path that does not exist, an empty folder or an older bundle",
+            fix="choose another output folder with -o",
         )
     try:
         manifest = Manifest.load(output)
         check_files(output, [*manifest.files, *(file for graph in manifest.graphs.values() for file in graph.files)], fix="")
     except ArtifactError as error:
-        log.warning("replacing a bundle that cannot be used: %s", error.message)
+        log.warning("replacing the unusable bundle %s: %s", output, error.message)
         return None
     return manifest
 
 
 class Journal:
-    """The graphs that an unfinished export in the folder `partial` has done. One of another key is thrown away."""
+    """The finished graphs of an unfinished export in the folder `partial`. An export with another key is deleted."""
 
     def __init__(self, partial: Path, key: str) -> None:
         self.path, self.key = partial / JOURNAL, key
@@ -221,13 +234,13 @@ class Journal:
             document = {}
         if document.get("key") == key:
             self.graphs = {name: parse_graph(entry) for name, entry in document["graphs"].items()}
-            log.info("going on after %s", ", ".join(self.graphs))
+            log.info("continuing after %s", ", ".join(self.graphs))
         else:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
     def finished(self, names: Iterable[str]) -> dict[str, GraphEntry] | None:
-        """The entries of graphs that share a folder, where all of them are done and whole."""
+        """The entries of the graphs `names`, which share a folder. None unless all are finished and their files are undamaged."""
         entries = {name: self.graphs[name] for name in names if name in self.graphs}
         if len(entries) < len(list(names)):
             return None
@@ -239,22 +252,23 @@ class Journal:
         return entries
 
     def add(self, entries: Mapping[str, GraphEntry]) -> None:
+        """Record finished graphs."""
         self.graphs |= entries
         document = {"key": self.key, "graphs": {name: dataclasses.asdict(graph) for name, graph in self.graphs.items()}}
         write_whole(self.path, json.dumps(document))
 
 
 def model_info(checkpoint: SanaCheckpoint, instruction: str) -> ModelInfo:
-    """The manifest's part on the model."""
+    """The manifest's entry for the model."""
     transformer, vae, text = (checkpoint.config(component) for component in ("transformer", "vae", "text_encoder"))
-    # The halo follows from the layers alone.
+    # The halo depends only on the layers, so the weights need no values.
     layers = VaeDecoderTail(vae, checkpoint.weights("vae").on_meta(), NUMERICS["float32"])
     variant, guidance_embeds = checkpoint.defaults_from, bool(transformer.get("guidance_embeds"))
     return ModelInfo(
         sample_size=transformer["sample_size"],
         latent_channels=transformer["in_channels"],
         vae_scale_factor=2 ** (len(vae["encoder_block_out_channels"]) - 1),
-        # SanaSprintPipeline does not apply it.
+        # SanaSprintPipeline does not apply the config's scale.
         timestep_scale=1.0 if guidance_embeds else transformer.get("timestep_scale", 1.0),
         text_channels=text["hidden_size"],
         embedding_rows=checkpoint.weights("text_encoder").shape("embed_tokens.weight")[0],

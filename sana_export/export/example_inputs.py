@@ -1,4 +1,4 @@
-"""What the exporter knows of each deployment graph: its tensors for a checkpoint, and inputs to trace and check it with."""
+"""The tensors of each deployment graph for a given checkpoint, and example inputs to trace and check the graph with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sana_export.manifest import Options
 
 
 def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> GraphSpec:
-    """The graph's tensors with this checkpoint's dimensions."""
+    """The graph's inputs and outputs with this checkpoint's dimensions."""
     transformer, text = checkpoint.config("transformer"), checkpoint.config("text_encoder")
     dimensions = {
         "latent_channels": transformer["in_channels"],
@@ -33,34 +33,49 @@ def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> Graph
 
 @dataclass(frozen=True)
 class Sizes:
-    """Values of the dynamic axes for one set of inputs; `spatial_ratio` is image pixels per latent pixel."""
+    """The sizes of the dynamic axes for one set of inputs."""
 
+    #: Images per batch.
     batch: int
+    #: Guidance branches.
     branches: int
+    #: Prompt tokens that the denoiser attends to.
     tokens: int
+    #: Tokens of the instruction before the prompt.
     prefix_tokens: int
+    #: Tokens that the text encoder reads after the instruction.
     text_tokens: int
+    #: Height of the latents.
     latent_height: int
+    #: Width of the latents.
     latent_width: int
+    #: Height of the decoder head's features.
     feature_height: int
+    #: Width of the decoder head's features.
     feature_width: int
+    #: Feature rows in a tile.
     tile_height: int
+    #: Feature columns in a tile.
     tile_width: int
+    #: Height of the final image in pixels.
     output_height: int
+    #: Width of the final image in pixels.
     output_width: int
+    #: Decoded pixels per latent pixel, in height and in width.
     spatial_ratio: int = 32
 
     def of(self, axis: str) -> int:
+        """The size of the contract's dynamic axis `axis`."""
         if axis.startswith("image_"):
             return self.spatial_ratio * int(getattr(self, axis.replace("image", "latent")))
         return int(getattr(self, axis))
 
 
-#: No two alike and none below 2, so that the tracer takes no size for a constant or for another's.
+#: The sizes to trace with. All differ and are at least 2, so that the tracer cannot take one for a constant or for another axis.
 TRACE_SIZES = Sizes(2, 3, 5, 9, 7, 4, 6, 12, 15, 8, 11, 100, 170)
-#: Others, to check with: what a traced constant or a swapped axis would fail on.
+#: The sizes to check with. They differ from the traced ones, so that a traced constant or a swapped axis fails the check.
 CHECK_SIZES = Sizes(3, 2, 8, 1, 11, 5, 3, 14, 9, 10, 6, 64, 131)
-#: Axis of an index: the axis that it points into.
+#: For the axis of an index tensor, the axis that its values index into.
 _INDEXED = {
     "output_height": "image_height",
     "output_width": "image_width",
@@ -70,7 +85,7 @@ _INDEXED = {
 
 
 def random_inputs(spec: GraphSpec, sizes: Sizes, seed: int) -> dict[str, Tensor]:
-    """Fresh seeded inputs for a graph, each in the range that the runtime feeds."""
+    """Random inputs for a graph by name, drawn with `seed`. Each is in the range that the runtime feeds."""
     generator = torch.Generator().manual_seed(seed)
     return {tensor.name: _random_input(tensor, sizes, generator) for tensor in spec.inputs}
 

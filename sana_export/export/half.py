@@ -1,4 +1,4 @@
-"""Half precision in torch on a CPU, at the speed of single precision."""
+"""Half precision in torch on a CPU at the speed of single precision."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
-#: The operators that a CPU without half-precision units is slow at.
+#: The operators that are slow on a CPU without half-precision units.
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.convolution.default}
 
 
 class WideProducts(TorchDispatchMode):
-    """Inside, products and convolutions of half-precision tensors run in float32 and are rounded once to their dtype.
+    """While this mode is active, half-precision products and convolutions run in float32 and are rounded once to their dtype.
 
-    torch's own kernels for half precision store the same: they accumulate in float32. Everything else runs as it is.
+    That is what torch's own half-precision kernels store, since they accumulate in float32. Other operators are unchanged.
     """
 
     def __torch_dispatch__(

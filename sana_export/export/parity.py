@@ -1,4 +1,4 @@
-"""How close is close: the measures of parity and the limits that a graph or an image has to meet."""
+"""Measures of parity, and the limits that a graph or an image has to meet."""
 
 from __future__ import annotations
 
@@ -10,36 +10,45 @@ import numpy as np
 
 from sana_export.formats.arrays import Array
 
-#: A graph against its reference, by precision: the least cosine similarity of an output.
+#: Minimum cosine similarity of a graph's output with its reference, by precision.
 COSINE_LIMITS = {"fp32": 0.999999, "fp16": 0.9999, "bf16": 0.998}
-#: The image against the float32 reference, by precision: the least PSNR in dB (fp32 images have the stricter limit below).
+#: Minimum PSNR in dB of an image against the float32 reference, by precision. fp32 images must meet the stricter limits below.
 IMAGE_PSNR_LIMITS = {"fp32": 60.0, "fp16": 40.0, "bf16": 25.0}
-#: A float32 image: the least share of identical values, and the largest difference in levels of 255.
+#: Minimum fraction of identical values in an fp32 image.
 IDENTICAL_LIMIT = 0.999
+#: Maximum difference of a value in an fp32 image, in levels of 0 to 255.
 LEVEL_LIMIT = 1
 
 
 @dataclass(frozen=True)
 class Parity:
-    """One comparison. `limit` is the text of what was asked, `passed` whether it was met."""
+    """The result of one comparison."""
 
+    #: What was compared.
     name: str
+    #: Largest absolute difference.
     max_abs: float
+    #: Cosine similarity.
     cosine: float
+    #: Peak signal-to-noise ratio in dB.
     psnr_db: float
+    #: The limits that apply, as text.
     limit: str
+    #: Whether the limits are met.
     passed: bool
+    #: Fraction of identical values. None if it was not measured.
     identical: float | None = None
 
     def as_json(self) -> dict[str, Any]:
+        """The fields that have a value, ready for JSON."""
         return {key: _finite(value) for key, value in asdict(self).items() if value is not None}
 
 
 def compare_tensors(name: str, found: Array, wanted: Array, precision: str) -> Parity:
-    """A graph's output against its reference, both of one shape.
+    """Compare a graph's output with its reference of the same shape.
 
-    Cosine does not see a wrong factor, so the relative error |found - wanted| / |wanted| has a limit too: the one that two
-    vectors of equal length have at the cosine's limit.
+    Cosine similarity does not see a wrong factor, so the relative error |found - wanted| / |wanted| has a limit too: the error of
+    two vectors of equal length at the cosine's limit.
     """
     limit = COSINE_LIMITS[precision]
     relative_limit = math.sqrt(2.0 * (1.0 - limit))
@@ -50,7 +59,7 @@ def compare_tensors(name: str, found: Array, wanted: Array, precision: str) -> P
 
 
 def compare_images(name: str, found: Array, wanted: Array, precision: str) -> Parity:
-    """uint8 images [B, H, W, 3] against the reference's."""
+    """Compare uint8 images [B, H, W, 3] with the reference's."""
     difference = np.abs(found.astype(np.int16) - wanted.astype(np.int16))
     identical, largest = float((difference == 0).mean()), int(difference.max(initial=0))
     ratio = psnr(found, wanted, peak=255.0)
@@ -64,6 +73,7 @@ def compare_images(name: str, found: Array, wanted: Array, precision: str) -> Pa
 
 
 def max_abs(found: Array, wanted: Array) -> float:
+    """Largest absolute difference; 0 for empty tensors."""
     return float(np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max(initial=0.0))
 
 
@@ -74,14 +84,14 @@ def relative_error(found: Array, wanted: Array) -> float:
 
 
 def cosine(found: Array, wanted: Array) -> float:
-    """Cosine similarity of two tensors as vectors; 1 for two tensors of zeros."""
+    """Cosine similarity of two tensors as vectors; 1 if both are zero, 0 if only one is."""
     a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
     norm = math.sqrt(float(a @ a)) * math.sqrt(float(b @ b))
     return float(a @ b) / norm if norm else float(np.array_equal(a, b))
 
 
 def psnr(found: Array, wanted: Array, peak: float | None = None) -> float:
-    """Peak signal-to-noise ratio in dB; the peak is the reference's range unless given. Infinite for equal tensors."""
+    """Peak signal-to-noise ratio in dB; infinite for equal tensors. `peak` None: the range of the reference's values."""
     a, b = found.astype(np.float64), wanted.astype(np.float64)
     peak = float(b.max(initial=0.0) - b.min(initial=0.0)) if peak is None else peak
     error = float(np.mean((a - b) ** 2))
@@ -91,9 +101,10 @@ def psnr(found: Array, wanted: Array, peak: float | None = None) -> float:
 
 
 def ssim(found: Array, wanted: Array) -> float:
-    """Structural similarity of two uint8 images [H, W, C]: 1 for equal ones. At least 11 pixels a side.
+    """Structural similarity of two uint8 images [H, W, C] with at least 11 pixels per side; 1 for equal images.
 
-    Gaussian windows of 11 pixels and deviation 1.5, each channel on its own (Wang et al. 2004, doi 10.1109/TIP.2003.819861).
+    Uses Gaussian windows of 11 pixels with standard deviation 1.5, channel by channel (Wang et al. 2004,
+    doi 10.1109/TIP.2003.819861).
     """
     window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
     window /= window.sum()
@@ -113,5 +124,5 @@ def ssim(found: Array, wanted: Array) -> float:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: it is written as the string that Python prints."""
+    """`value`, with infinity and NaN as strings, because JSON has neither."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""How many bytes a bundle takes, known from the checkpoint's headers before anything is written."""
+"""Estimates the size of a bundle from the checkpoint's headers, before anything is written."""
 
 from __future__ import annotations
 
@@ -15,38 +15,41 @@ _TEXT = r"caption_|.*\.attn2\.(to_k|to_v|norm_k)\."
 
 @dataclass(frozen=True)
 class GraphWeights:
-    """Which of a component's tensors become weights of a graph, and how many numbers the graph holds for each of theirs."""
+    """The weights of a graph, in terms of the checkpoint's tensors."""
 
+    #: The checkpoint component that they come from.
     component: str
+    #: A regular expression that matches the start of the names of its tensors.
     pattern: str
+    #: Numbers in the graph per number in the checkpoint.
     growth: float = 1.0
 
 
-#: The graphs that hold weights of their own. The decoder's upsampling convolutions are four times 2x2 instead of 3x3.
+#: The graphs with weights of their own. The decoder's upsampling convolutions become four 2x2 kernels instead of one 3x3.
 GRAPH_WEIGHTS = {
     "text_encoder": GraphWeights("text_encoder", r"(?!embed_tokens)"),
     "context": GraphWeights("transformer", _TEXT),
     "denoiser": GraphWeights("transformer", f"(?!{_TEXT})"),
     "vae_decoder": GraphWeights("vae", r"decoder\.", growth=1.1),
 }
-#: Room for the ONNX files, the tokenizer, alignment and whatever a file system adds.
+#: Bytes for the ONNX files, the tokenizer, alignment and the file system's own overhead.
 OVERHEAD = 64 << 20
-#: The instruction is about 250 tokens of Gemma-2.
+#: An upper bound. The instruction is about 250 Gemma-2 tokens.
 _INSTRUCTION_TOKENS = 512
 
 
 def graph_bytes(name: str, checkpoint: SanaCheckpoint, options: Options) -> int:
-    """Bytes of the weight file of the graph `name`; 0 for a graph without weights or with another's."""
+    """Bytes of the weight file of the graph `name`; 0 if it has no weights or shares those of another graph."""
     if name not in GRAPH_WEIGHTS:
         return 0
-    part = GRAPH_WEIGHTS[name]
-    weights = checkpoint.weights(part.component)
-    numbers = sum(math.prod(weights.shape(tensor)) for tensor in weights if re.match(part.pattern, tensor))
-    return int(numbers * part.growth) * WEIGHT_DTYPES[options.dtype].bytes
+    source = GRAPH_WEIGHTS[name]
+    weights = checkpoint.weights(source.component)
+    numbers = sum(math.prod(weights.shape(tensor)) for tensor in weights if re.match(source.pattern, tensor))
+    return int(numbers * source.growth) * WEIGHT_DTYPES[options.dtype].bytes
 
 
 def text_bytes(checkpoint: SanaCheckpoint) -> int:
-    """Bytes of the embedding table as it is stored, and of the instruction's keys and values in float32."""
+    """Bytes of the embedding table as stored plus the instruction's keys and values in float32."""
     config, weights = checkpoint.config("text_encoder"), checkpoint.weights("text_encoder")
     table = weights.stored["embed_tokens.weight"].bytes
     row = 2 * config["num_key_value_heads"] * config["head_dim"]

@@ -1,4 +1,4 @@
-"""The files of a bundle that turn a prompt into the text encoder's input: tokenizer, instruction, embedding table."""
+"""Writes the bundle's files that turn a prompt into the text encoder's input: tokenizer, instruction and embedding table."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ EMBEDDINGS = "embeddings.safetensors"
 
 
 def write_text_files(checkpoint: SanaCheckpoint, bundle: Path) -> str:
-    """Write the tokenizer, the instruction's keys and values and the embedding table.
+    """Write the tokenizer, the instruction's keys and values, and the embedding table. Returns the instruction's text.
 
-    Returns the instruction.
+    Raises ArtifactError if the tokenizer's file does not reproduce the tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -37,17 +37,18 @@ def write_text_files(checkpoint: SanaCheckpoint, bundle: Path) -> str:
     token_ids = torch.tensor(backend.encode(instruction).ids)
     if token_ids.tolist() != tokenizer.encode(instruction) or token_ids[0] != tokenizer.bos_token_id:
         raise ArtifactError(
-            "the tokenizer's file gives other ids than the tokenizer",
-            found=backend.encode(instruction).tokens[:4],
-            wanted=f"{tokenizer.bos_token} first, and the ids of {type(tokenizer).__name__}",
+            f"{path} encodes the instruction differently from the checkpoint's tokenizer",
+            found=f"tokens that start with {backend.encode(instruction).tokens[:4]}",
+            wanted=f"{tokenizer.bos_token} first, then the same token ids as {type(tokenizer).__name__}",
+            fix=f"replace {checkpoint.folder / 'tokenizer'} with the tokenizer of a published Sana checkpoint",
         )
     table = weights["embed_tokens.weight"]
     prefix, bos_row = encode_instruction(text, weights, table[token_ids].float())
-    # The last token of the instruction may merge with the prompt, so its keys and values are never reused.
+    # The instruction's last token may merge with the prompt, so its keys and values cannot be reused.
     tensors = {"token_ids": token_ids, "prefix": prefix[..., :-1, :].contiguous(), "bos_row": bos_row}
     for file, content in ((INSTRUCTION, tensors), (EMBEDDINGS, {"embed_tokens.weight": table})):
         save_file(content, bundle / file)
-        (bundle / file).chmod(0o644)  # save_file makes it private
+        (bundle / file).chmod(0o644)  # save_file makes it readable for the owner only
     return instruction
 
 

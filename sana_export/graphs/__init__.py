@@ -1,1 +1,1 @@
-"""Deployment graphs: the checkpoint's models restated for inference, one torch module a graph."""
+"""Deployment graphs: the checkpoint's models rewritten for inference, one torch module per graph."""

@@ -1,4 +1,4 @@
-"""What the prompt gives to the denoiser: cross-attention keys and values of every layer, computed once a prompt."""
+"""The cross-attention keys and values of every denoiser layer, computed once per prompt."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CAPTION_NORM_EPS = 1e-5
 
 
 class Context(nn.Module):
-    """prompt_embeds float32 [K, B, L, C_text] to context [layers, 2, K, B, heads, L, dim] in the graph's dtype.
+    """prompt_embeds float32 [K, B, L, C_text] -> context [layers, 2, K, B, heads, L, dim] in the graph's dtype.
 
-    Keys carry the softmax's factor dim ** -0.5, so the denoiser's logits are a plain product. Source: diffusers
+    The keys already include the softmax's factor dim ** -0.5, so the denoiser's logits are a plain product. Source: diffusers
     `SanaTransformer2DModel` (caption_projection, caption_norm) and `SanaAttnProcessor2_0`.
     """
 

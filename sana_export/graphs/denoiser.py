@@ -1,7 +1,7 @@
-"""Sana's linear diffusion transformer for one step: every guidance branch in one run.
+"""Sana's linear diffusion transformer for one step, with every guidance branch in one run.
 
-Source of the function: diffusers `SanaTransformer2DModel` and `SanaLinearAttnProcessor2_0`; for perturbed attention
-`PAGCFGSanaLinearAttnProcessor2_0` (arXiv 2403.17377), with the query-key norm that it leaves out.
+Source: diffusers `SanaTransformer2DModel` and `SanaLinearAttnProcessor2_0`. Perturbed attention follows
+`PAGCFGSanaLinearAttnProcessor2_0` (arXiv 2403.17377), plus the query-key norm that diffusers omits there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from sana_export.errors import ArtifactError
+from sana_export.graphs.config_errors import unsupported_config
 from sana_export.graphs.gated_conv import gated_conv_halves
 from sana_export.graphs.numerics import (
     FP16_MAX,
@@ -35,9 +36,9 @@ TIME_CHANNELS = 256
 class Denoiser(nn.Module):
     """latents [B, C, h, w], timestep [1], context, context_mask [K, B, L], perturbed [K] -> noise_pred [K, B, C, h, w].
 
-    A checkpoint with `guidance_embeds` (SANA-Sprint) takes guidance [1] as well: the guidance scale as the user knows it.
-    All float32 but `context` (see graphs/context.py). context_mask is 1 for tokens to attend to and 0 for padding. Where
-    perturbed[k] is 1, branch k takes identity attention in the layers of `pag_layers`. `clamp` clips self-attention outputs to
+    A checkpoint with `guidance_embeds` (SANA-Sprint) has one more input, guidance [1]: the guidance scale that the user sets.
+    All tensors are float32 except `context` (see graphs/context.py). context_mask is 1 for tokens to attend to and 0 for padding.
+    If perturbed[k] is 1, branch k uses identity attention in the layers `pag_layers`. `clamp` clips self-attention outputs to
     +-65504, as the fp16 checkpoints were trained. The residual stream is stored multiplied by `numerics.scale`.
     """
 
@@ -82,14 +83,14 @@ class Denoiser(nn.Module):
         if self.position is not None:
             x = x + self.position(height, width)
         mask = ((1.0 - context_mask) * MASKED).to(dtype).reshape(branches * batch, 1, 1, -1)
-        # [K] to [K * B, 1, 1]: the branch is the outer axis.
+        # [K] -> [K * B, 1, 1]: the branch is the outer axis.
         identity = (perturbed > 0.5).reshape(-1, 1).expand(-1, batch).reshape(-1, 1, 1)
         size = (height, width)
         for index, (module, keys_values) in enumerate(zip(self.blocks, context.flatten(2, 3).unbind(0), strict=True)):
             block = cast(Block, module)
             table = (block.scale_shift_table + modulation).unbind(0)
             if index == 0 and not block.perturbable:
-                # Until the first cross-attention all branches are alike.
+                # All branches are identical until the first cross-attention.
                 x = expand_branches(block.self_attention(x, table, identity), branches)
             else:
                 x = block.self_attention(x if index else expand_branches(x, branches), table, identity)
@@ -101,7 +102,7 @@ class Denoiser(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block over x [K * B, N, C]."""
+    """One transformer block. Its stream x is [K * B, N, C]."""
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class Block(nn.Module):
         self.cross_query = Linear(weights["attn2.to_q.weight"], None, numerics, 1.0 / scale)
         self.cross_query.bias = parameter(weights["attn2.to_q.bias"], numerics.dtype)
         self.cross_out = Linear(weights["attn2.to_out.0.weight"], weights["attn2.to_out.0.bias"], numerics, scale)
-        # The half that the gate multiplies carries the scale through to the stream.
+        # The value half applies the stream's scale, so the block's output is already scaled.
         self.halves = gated_conv_halves(weights, "ff.", numerics, factor=scale)
         self.point = Conv(weights["ff.conv_point.weight"], None, numerics)
 
@@ -169,7 +170,7 @@ class Block(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """timestep [1] and, with `guidance_embeds`, guidance [1], both float32 -> modulation [6, C] and embedding [1, C].
+    """timestep [1] and, if the config has `guidance_embeds`, guidance [1] (float32) -> modulation [6, C] and embedding [1, C].
 
     Source: diffusers `AdaLayerNormSingle` and `SanaCombinedTimestepGuidanceEmbeddings`.
     """
@@ -179,7 +180,7 @@ class TimeEmbedding(nn.Module):
         guided = config.get("guidance_embeds")
         prefix = "time_embed." if guided else "time_embed.emb."
         self.timestep = WaveEmbedding(weights, f"{prefix}timestep_embedder.linear_", numerics)
-        # The pipeline multiplies the guidance scale by this before the transformer sees it.
+        # diffusers' pipeline multiplies the guidance scale by this factor before it calls the transformer.
         factor = config.get("guidance_embeds_scale", 0.1)
         self.guidance = WaveEmbedding(weights, f"{prefix}guidance_embedder.linear_", numerics, factor) if guided else None
         self.linear = Linear(weights["time_embed.linear.weight"], weights["time_embed.linear.bias"], numerics)
@@ -192,7 +193,7 @@ class TimeEmbedding(nn.Module):
 
 
 class WaveEmbedding(nn.Module):
-    """A number, float32 [1], times `factor` -> [1, C]: cosines and sines of it, then two layers.
+    """A float32 number [1] -> [1, C]: cosines and sines of the number times `factor`, then two linear layers.
 
     Source: diffusers `Timesteps` and `TimestepEmbedding`.
     """
@@ -213,7 +214,10 @@ class WaveEmbedding(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Sinusoidal positions [h * w, C] in units of the native grid, for any size. Source: diffusers `get_2d_sincos_pos_embed`."""
+    """Sinusoidal position embedding [h * w, C] for any latent size, with coordinates in units of the native grid.
+
+    Source: diffusers `get_2d_sincos_pos_embed`.
+    """
 
     def __init__(self, config: Mapping[str, Any], numerics: Numerics) -> None:
         super().__init__()
@@ -229,7 +233,7 @@ class PositionTable(nn.Module):
         return torch.cat([columns, rows], dim=-1).flatten(0, 1)
 
     def axis(self, count: int) -> Tensor:
-        """[count, C / 2]: sine and cosine of one coordinate."""
+        """[count, C / 2]: sines and cosines along one axis."""
         coordinate = torch.arange(count, dtype=torch.float32, device=self.frequencies.device) * self.native / count
         angles = coordinate.unsqueeze(-1) * self.frequencies
         table = torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -247,7 +251,7 @@ def expand_branches(x: Tensor, branches: int) -> Tensor:
 
 
 def check_config(config: Mapping[str, Any], pag_layers: tuple[int, ...]) -> None:
-    """Raise ArtifactError where the transformer is not one that this graph restates."""
+    """Raise ArtifactError if this graph does not support the transformer's config or has no block for a PAG layer."""
     wanted = {
         "patch_size": 1,
         "attention_bias": False,
@@ -256,15 +260,16 @@ def check_config(config: Mapping[str, Any], pag_layers: tuple[int, ...]) -> None
     }
     for key, value in wanted.items():
         if config.get(key, value) not in (value, None):
-            raise ArtifactError(f"the transformer's config.json has an unsupported {key}", found=config[key], wanted=value)
+            raise unsupported_config("transformer", key, found=config[key], wanted=value)
     if config.get("qk_norm") not in (None, "rms_norm_across_heads"):
-        raise ArtifactError(
-            "the transformer's config.json has an unsupported qk_norm",
-            found=config["qk_norm"],
-            wanted="rms_norm_across_heads or none",
-        )
+        raise unsupported_config("transformer", "qk_norm", found=config["qk_norm"], wanted="rms_norm_across_heads or null")
     if beyond := [layer for layer in pag_layers if not 0 <= layer < config["num_layers"]]:
-        raise ArtifactError("no such transformer block for PAG", found=beyond, wanted=f"0 to {config['num_layers'] - 1}")
+        raise ArtifactError(
+            "the transformer has no such block for PAG",
+            found=", ".join(map(str, beyond)),
+            wanted=f"blocks from 0 to {config['num_layers'] - 1}",
+            fix="choose other PAG layers",
+        )
 
 
 def _block_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:

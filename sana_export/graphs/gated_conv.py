@@ -1,8 +1,8 @@
-"""The two halves of a gated convolution (diffusers `GLUMBConv`): each an inverted bottleneck of its own.
+"""The two halves of a gated convolution (diffusers `GLUMBConv`), each as an inverted bottleneck of its own.
 
-diffusers widens the input to both halves with one convolution, runs one depthwise convolution over them and cuts the result in two.
-No channel of one half meets the other before they are multiplied, so each half is computed from its own rows of the weights, and
-the widest tensors of the network are never cut, which is a copy (benchmarks/notes.md has what that takes).
+diffusers computes both halves with one wide convolution and one depthwise convolution, then splits the result. The halves do not
+interact until they are multiplied, so each one can be computed from its own rows of the weights. This avoids splitting the widest
+tensors of the network, which would be a copy (benchmarks/notes.md has the cost).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from sana_export.graphs.numerics import Conv, Numerics, silu
 
 
 class GatedConvHalf(nn.Module):
-    """1x1 convolution, SiLU, depthwise 3x3: [B, C, H, W] -> [B, hidden, H, W], one half of the block's channels.
+    """1x1 convolution, SiLU, depthwise 3x3: [B, C, H, W] -> [B, hidden, H, W], from the weights' `rows`.
 
-    The input is stored multiplied by `scale`, the output by `scale` and `factor`.
+    The input is stored multiplied by `scale`, the output multiplied by `scale * factor`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class GatedConvHalf(nn.Module):
 def gated_conv_halves(
     weights: Mapping[str, Tensor], name: str, numerics: Numerics, *, scale: float = 1.0, factor: float = 1.0
 ) -> nn.ModuleDict:
-    """The value and the gate of `name`conv_*; only the value is multiplied by `factor`."""
+    """The halves "value" and "gate" of the block whose weights start with `name`. `factor` applies to the value only."""
     hidden = weights[f"{name}conv_point.weight"].shape[1]
     return nn.ModuleDict(
         {

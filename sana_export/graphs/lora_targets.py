@@ -1,8 +1,8 @@
-"""Where the layers of a transformer went in a deployment graph: found by building the graph, not by a table beside it.
+"""Finds where each layer's weight ends up in a deployment graph by watching the graph being built.
 
-A graph joins, scales and transposes weights on its way to its parameters. `trace_lora_targets` builds it on the meta device, where
-tensors are shapes without values, watches the operators that the constructors call, and follows each weight through those that
-only move or scale numbers. A tensor that any other operator made has no composition, so nothing is claimed that was not seen.
+A graph's constructors concatenate, scale and transpose weights to make their parameters. `trace_lora_targets` builds the graph on
+the meta device (shapes without values), watches the operators, and follows each weight through those that only move or scale
+numbers. The result of any other operator has no known composition, so a layer that goes through one is left out.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from sana_export.graphs.storage import stored_in
 from sana_export.manifest import LoraTarget
 
 _ops = torch.ops.aten
-#: Operators that leave the numbers and their order in memory alone.
+#: Operators that keep the values and their order.
 _SAME = {_ops.detach.default, _ops._to_copy.default, _ops.clone.default, _ops.alias.default}
 _VIEWS = {_ops.view.default, _ops._unsafe_view.default, _ops.reshape.default, _ops.unsqueeze.default}
-#: Transpositions of a matrix, with their other arguments.
-_TURNS: dict[Any, tuple[tuple[Any, ...], ...]] = {
+#: Operators that transpose a matrix, with the arguments that follow the matrix when they do.
+_TRANSPOSES: dict[Any, tuple[tuple[Any, ...], ...]] = {
     _ops.t.default: ((),),
     _ops.numpy_T.default: ((),),
     _ops.permute.default: (([1, 0],),),
@@ -35,34 +35,35 @@ _TURNS: dict[Any, tuple[tuple[Any, ...], ...]] = {
 
 @dataclass(frozen=True)
 class _RowBlock:
-    """Some rows of a layer's weight, multiplied by a constant, as consecutive rows of a matrix."""
+    """Rows of a layer's weight, times a constant, that are consecutive rows of a matrix."""
 
     #: The layer's name in diffusers.
     module: str
     #: The shape of the layer's weight.
     shape: tuple[int, ...]
-    #: First and end of the weight's rows.
+    #: The first of the weight's rows, and the row after the last one.
     source_rows: tuple[int, int]
-    #: The row of the matrix that the first of them is.
+    #: The row of the matrix at which they start.
     row_offset: int = 0
-    #: The constant.
+    #: The constant that they are multiplied by.
     factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class _Composition:
-    """The row blocks that a matrix consists of."""
+    """The row blocks that make up a matrix."""
 
     #: The blocks from top to bottom.
     blocks: tuple[_RowBlock, ...]
-    #: Whether the matrix is transposed, with the blocks from left to right.
+    #: Whether the matrix is transposed, so that the blocks go from left to right.
     transposed: bool = False
 
 
 def trace_lora_targets(build: Callable[[Mapping[str, Tensor]], nn.Module], weights: Mapping[str, Tensor]) -> tuple[LoraTarget, ...]:
-    """The rows of each layer of `weights` (on the meta device, by name) that `build` takes as a matrix, in their order there.
+    """Where the graph that `build` makes stores each layer of `weights`, in the order of `weights`.
 
-    Layers are what a LoRA is for: a weight [out, in], or that of a 1x1 convolution [out, in, 1, 1].
+    `weights` are tensors on the meta device by name. A layer is what a LoRA can change: a weight [out, in] or the weight of a 1x1
+    convolution [out, in, 1, 1].
     """
     tracer = _Tracer()
     for name, value in weights.items():
@@ -81,12 +82,15 @@ def trace_lora_targets(build: Callable[[Mapping[str, Tensor]], nn.Module], weigh
 
 
 class _Tracer(TorchDispatchMode):
-    """Origins of the tensors made while it is entered, and a keeper of parameters (`stored_in`) that remembers theirs."""
+    """Follows the composition of every tensor that is made inside it.
+
+    It is also the storage for `stored_in`, so that it knows the composition of each parameter.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.compositions = WeakTensorKeyDictionary()
-        #: Layers of which something went where it cannot be followed.
+        #: Layers that went through an operator that is not followed.
         self.lost: set[str] = set()
         self._kept: list[tuple[Tensor, _Composition | None]] = []
 
@@ -102,13 +106,13 @@ class _Tracer(TorchDispatchMode):
         return result
 
     def keep(self, value: Tensor) -> Tensor:
-        """`value` without values, and without memory, so that the address it has is its own."""
+        """A stand-in for `value` that takes no memory but has an address of its own, by which `composition_of` recognizes it."""
         kept = torch.empty(1, dtype=value.dtype, device="cpu").expand(value.shape)
         self._kept.append((kept, self.compositions.get(value)))
         return kept
 
     def composition_of(self, parameter: Tensor) -> _Composition | None:
-        """That of the tensor which `keep` made `parameter` of."""
+        """The composition of the tensor that `keep` turned into `parameter`."""
         return next((composition for kept, composition in self._kept if kept.data_ptr() == parameter.data_ptr()), None)
 
     def _follow(self, func: Any, args: tuple[Any, ...], result: Tensor) -> _Composition | None:
@@ -126,7 +130,7 @@ class _Tracer(TorchDispatchMode):
         if func == _ops.slice.Tensor and len(args) == 4 and args[1] == 0 and not others and not composition.transposed:
             rows = range(*block.source_rows)[args[2] : args[3]]
             return _Composition((replace(block, source_rows=(rows.start, rows.stop)),))
-        if func in _TURNS and value.ndim == 2 and args[1:] in _TURNS[func]:
+        if func in _TRANSPOSES and value.ndim == 2 and args[1:] in _TRANSPOSES[func]:
             return replace(composition, transposed=not composition.transposed)
         return None
 
@@ -143,12 +147,12 @@ class _Tracer(TorchDispatchMode):
 
 
 def _is_matrix(shape: tuple[int, ...]) -> bool:
-    """Whether a weight is one of a linear layer or of a 1x1 convolution without groups (those of Sana with groups are larger)."""
+    """Whether a weight belongs to a linear layer or to a 1x1 convolution. (Sana's grouped convolutions are larger than 1x1.)"""
     return len(shape) == 2 or (len(shape) == 4 and tuple(shape[2:]) == (1, 1))
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """`shape` without the ones at its end."""
+    """`shape` without trailing ones."""
     sizes = list(shape)
     while sizes and sizes[-1] == 1:
         sizes.pop()

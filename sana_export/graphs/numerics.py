@@ -1,8 +1,8 @@
-"""Precision, stated once: what a graph computes in, and how half precision keeps to its range without changing the function.
+"""The precision that a graph computes in, and how half precision stays in range without changing the function.
 
-Tensors that are known to pass 65504 in published checkpoints (residual streams, attention outputs, convolution outputs) are
-stored multiplied by `Numerics.scale`, a power of two. The factor is moved into weights, biases, norm weights and norm epsilons,
-so no operation is added and no bit of a normal number is lost. docs/numerics.md derives each place.
+In published checkpoints some tensors exceed 65504: residual streams, attention outputs and convolution outputs. They are stored
+multiplied by `Numerics.scale`, a power of two. The factor is folded into weights, biases, norm weights and norm epsilons, so it
+adds no operation and normal numbers lose no bit. docs/numerics.md derives each case.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from sana_export.graphs.storage import keep
 
 QK_NORM_EPS = 1e-5
 
-#: Weight of a masked position before the softmax; exp(-10000) is exactly 0 in every precision.
+#: Added to the logit of a masked position. exp(-10000) is exactly 0 in every precision.
 MASKED = -10000.0
 
-#: The largest finite float16. Self-attention outputs of the fp16 checkpoints were trained under a clip to it.
+#: The largest finite float16. The fp16 checkpoints were trained with self-attention outputs clipped to it.
 FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """What a graph computes in. `scale` multiplies the tensors that would leave the range of `dtype`."""
+    """The precision of a graph."""
 
+    #: The dtype that the graph computes in.
     dtype: torch.dtype
+    #: Tensors that would leave the range of `dtype` are stored multiplied by this.
     scale: float = 1.0
 
     @property
     def narrow_range(self) -> bool:
+        """Whether the dtype's range is too small for Sana's largest tensors."""
         return self.scale != 1.0
 
 
-#: float16 holds 1/64 of a value up to 4.19e6, and down to 0.004 without losing precision to subnormals.
+#: At a scale of 1/64, float16 stores values up to 4.19e6, and down to 0.004 without losing precision to subnormals.
 NUMERICS = {
     "float32": Numerics(torch.float32),
     "bfloat16": Numerics(torch.bfloat16),
@@ -44,15 +47,15 @@ NUMERICS = {
 
 
 def parameter(value: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    """`value` as a constant of the graph, kept where storage.py says."""
+    """`value` as a constant of the graph, in the storage that `stored_in` selects (storage.py)."""
     return nn.Parameter(keep(value.detach().to(dtype).contiguous()), requires_grad=False)
 
 
 class Linear(nn.Module):
-    """y = x W^T + b over the last axis, with W and b multiplied by `scale` before they are rounded to the graph's dtype.
+    """y = x W^T + b over the last axis. W and b are multiplied by `scale` before they are rounded to the graph's dtype.
 
-    W is [out, in] as torch has it and stored as [in, out], which is how a product reads it: no transposition is left to a
-    tracer or a runtime, which would hold a second copy of the weights for it.
+    `weight` is [out, in], as in torch, but is stored as [in, out], the layout that the product reads. A tracer or runtime would
+    make a second copy of the weights to transpose them.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, numerics: Numerics, scale: float = 1.0) -> None:
@@ -67,7 +70,7 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """A stride-1 2D convolution that keeps the size, [B, C, H, W] -> [B, C', H, W]; the bias is multiplied by `bias_scale`."""
+    """A stride-1 2D convolution that keeps the size, [B, C, H, W] -> [B, C', H, W]. The bias is multiplied by `bias_scale`."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, numerics: Numerics, *, groups: int = 1, bias_scale: float = 1.0
@@ -87,13 +90,13 @@ def rms_norm(
 ) -> Tensor:
     """x / rms(x) * weight + bias over `axis`, computed in float32 and returned in x's dtype (arXiv 1910.07467).
 
-    x is stored multiplied by `scale`: then `weight` has to hold the norm's weight divided by `scale`. The mean square is put right
-    rather than epsilon, because the ONNX optimiser drops the addition of a constant below 1e-8.
+    If x is stored multiplied by `scale`, `weight` must be the norm's weight divided by `scale`. The mean square is corrected for
+    the scale, not epsilon, because the ONNX optimizer drops the addition of a constant below 1e-8.
     """
     wide = x.float()
     if axis == 1 and x.dtype == torch.float32:
-        # float32 graphs are what CPUs run: there a product with a row of 1/C reads memory four times as fast as a reduction over
-        # an outer axis. On a GPU, in half precision, a reduction fuses with its neighbours.
+        # float32 graphs run on CPUs, which read memory four times as fast in a product with a row of 1/C as in a reduction over
+        # an outer axis. On a GPU, in half precision, the reduction fuses with its neighbors.
         share = torch.full((1, x.shape[1]), 1.0 / x.shape[1], device=x.device)
         square = (share @ wide.square().flatten(2)).unflatten(-1, x.shape[2:])
     else:
@@ -107,21 +110,21 @@ def rms_norm(
 
 
 def silu(x: Tensor, scale: float = 1.0) -> Tensor:
-    """`scale` * SiLU(x / `scale`): SiLU of a tensor that is stored multiplied by `scale`."""
+    """`scale` * SiLU(x / `scale`), the SiLU of a tensor that is stored multiplied by `scale`."""
     if scale == 1.0:
         return x * torch.sigmoid(x)
     return x * torch.sigmoid(x.float() * (1.0 / scale)).to(x.dtype)
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, numerics: Numerics) -> Tensor:
-    """ReLU linear attention: out_i = (sum_j v_j (k_j . q_i)) / (sum_j k_j . q_i), 0 where that is 0 / 0; k and q after ReLU.
+    """ReLU linear attention: out_i = (sum_j v_j (k_j . q_i)) / (sum_j k_j . q_i), or 0 for 0 / 0, with k and q after ReLU.
 
-    All are [..., dim, tokens], channels first; so is the result. Source: diffusers `SanaLinearAttnProcessor2_0` and
-    `SanaMultiscaleLinearAttention`, which add 1e-15 to the denominator; here it is its floor (`rms_norm` says why).
+    All tensors, including the result, are [..., dim, tokens]. Source: diffusers `SanaLinearAttnProcessor2_0` and
+    `SanaMultiscaleLinearAttention`. They add 1e-15 to the denominator; this clamps it to at least 1e-15 (see `rms_norm`).
     """
     query, key = query.relu(), key.relu()
     if numerics.narrow_range:
-        return _normalised_linear_attention(query, key, value)
+        return _normalized_linear_attention(query, key, value)
     dtype = query.dtype
     query, key, value = query.float(), key.float(), value.float()
     numerator = (value @ key.transpose(-1, -2)) @ query
@@ -129,11 +132,11 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, numerics: Numeri
     return (numerator / denominator.clamp_min(1e-15)).to(dtype)
 
 
-def _normalised_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same, with both matrix products in half precision.
+def _normalized_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`linear_attention` with both matrix products in half precision.
 
-    With S_d = sum_j k_jd the result is sum_d (sum_j v_j k_jd / S_d) * (q_id S_d / sum_e q_ie S_e): an average of averages of v,
-    so nothing leaves v's range however many tokens there are. `spread` moves a power of two from v to k, which keeps k / S
+    With S_d = sum_j k_jd the result is sum_d (sum_j v_j k_jd / S_d) * (q_id S_d / sum_e q_ie S_e). This is an average of averages
+    of v, so no value leaves v's range, for any number of tokens. `spread` moves a power of two from v to k, which keeps k / S
     (about one over the number of tokens) out of the subnormals.
     """
     spread = 64.0

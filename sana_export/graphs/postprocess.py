@@ -1,4 +1,4 @@
-"""The decoder's image to pixels: resize, centre crop and rounding, so that only bytes leave the device."""
+"""Turns the decoder's image into pixels: resize, center crop and rounding on the device, so that only bytes are copied back."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 
 class Postprocess(nn.Module):
-    """Bilinear resampling by tables, then [-1, 1] to 0..255.
+    """Bilinear resampling by tables, then [-1, 1] to 0..255: image float32 [B, 3, H, W] -> uint8 [B, H', W', 3].
 
-    image float32 [B, 3, H, W]; output row y is the sum over a of row_weight[a, y] * image row row_index[a, y], columns likewise
-    (index int64 [2, n], weight float32 [2, n]). Returns uint8 [B, H', W', 3]. Source: diffusers `resize_and_crop_tensor` and
-    `VaeImageProcessor.postprocess`.
+    Output row y is the sum over a of row_weight[a, y] * (image row row_index[a, y]). Columns work the same way. An index is int64
+    [2, n], a weight float32 [2, n]. Source: diffusers `resize_and_crop_tensor` and `VaeImageProcessor.postprocess`.
     """
 
     def forward(self, image: Tensor, row_index: Tensor, row_weight: Tensor, column_index: Tensor, column_weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The solver's step: guidance and update of the latents, both linear in what they are given."""
+"""One solver step: guidance, then the update of the latents. Both are linear in their inputs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class Sampler(nn.Module):
-    """One step of any solver whose update is linear, driven by a row of coefficients (contract.COEFFICIENTS).
+    """One step of any solver with a linear update, which a row of coefficients defines (contract.COEFFICIENTS).
 
-    Inputs are float32: noise_pred [K, B, C, h, w], latents, previous_x0 and noise [B, C, h, w], coefficients [6], weights [K].
-    Guidance is the sum of the branches' predictions times `weights`. Returns next_latents and x0, both [B, C, h, w].
+    All inputs are float32: noise_pred [K, B, C, h, w]; latents, previous_x0 and noise [B, C, h, w]; coefficients [6]; weights [K].
+    Guidance is the sum over branches of prediction times weight. Returns next_latents and x0, both [B, C, h, w].
     """
 
     def forward(

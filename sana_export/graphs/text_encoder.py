@@ -1,7 +1,7 @@
-"""Gemma-2 as Sana uses it: causal, read once, with the instruction's keys and values computed ahead.
+"""Gemma-2 as Sana uses it: one causal pass over the prompt, with the keys and values of the instruction precomputed.
 
-Source of the function: transformers `modeling_gemma2.py` with attn_implementation "eager" (the only one that applies the
-attention soft-capping of the paper, arXiv 2408.00118).
+Source: transformers `modeling_gemma2.py` with attn_implementation "eager", the only one that applies the soft-capping of attention
+from the paper (arXiv 2408.00118).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from sana_export.contract import MAX_TOKENS
-from sana_export.errors import ArtifactError
+from sana_export.graphs.config_errors import unsupported_config
 from sana_export.graphs.numerics import MASKED, NUMERICS, Linear, Numerics, parameter, rms_norm
 
 
 class TextEncoder(nn.Module):
-    """Prompt tokens after a common prefix to the last hidden state.
+    """The last hidden state float32 [B, S, C] of prompt tokens that follow a common prefix.
 
     inputs_embeds: float32 [B, S, C], rows of the embedding table as stored. prefix: float32 [layers, 2, kv_heads, P, head_dim],
-    the keys (after rotation) and values of the P >= 1 tokens before, the same for the whole batch. Returns float32 [B, S, C].
-    Rows are padded on the right; attention is causal, so padding needs no mask.
+    the keys (after rotation) and values of the P >= 1 tokens before the prompt, the same for the whole batch. Prompts are padded on
+    the right. Attention is causal, so padding needs no mask.
     """
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
@@ -48,7 +48,7 @@ class TextEncoder(nn.Module):
 
 
 class GemmaLayer(nn.Module):
-    """One decoder layer; the residual stream is stored multiplied by `numerics.scale`."""
+    """One decoder layer. The residual stream is stored multiplied by `numerics.scale`."""
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
         super().__init__()
@@ -69,7 +69,10 @@ class GemmaLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, past_key: Tensor, past_value: Tensor, rotation: Rotation, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, C], past_key and past_value [kv_heads, P, D]; returns x and this layer's own [2, B, kv_heads, S, D]."""
+        """x is [B, S, C], past_key and past_value are [kv_heads, P, D].
+
+        Returns the next x, and the keys and values [2, B, kv_heads, S, D] that the layer computed from this one.
+        """
         attention, own = self.attention(self.input_norm(x), past_key, past_value, rotation, mask)
         x = x + self.attention_norm(self.out(attention))
         y = self.mlp_norm(x)
@@ -84,7 +87,7 @@ class GemmaLayer(nn.Module):
         query, key = rotate(query, query_table), rotate(key, key_table)
         all_keys = torch.cat([past_key.expand(batch, -1, -1, -1), key], dim=2)
         all_values = torch.cat([past_value.expand(batch, -1, -1, -1), value], dim=2)
-        # The query heads that share a key head lie next to each other: fold them into the rows of one product.
+        # Query heads that share a key head are adjacent, so they can be the rows of one product.
         groups = self.heads // self.kv_heads
         query = query.reshape(batch, self.kv_heads, groups * tokens, self.head_dim)
         logits = query @ all_keys.transpose(-1, -2)
@@ -97,7 +100,7 @@ class GemmaLayer(nn.Module):
 
 
 class Norm(nn.Module):
-    """Gemma's RMSNorm, x / rms(x) * (1 + weight), for an input and an output that may be stored multiplied by the scale."""
+    """Gemma's RMSNorm, x / rms(x) * (1 + weight). Input and output may be stored multiplied by the scale."""
 
     def __init__(
         self,
@@ -117,12 +120,12 @@ class Norm(nn.Module):
         return rms_norm(x, self.weight, self.eps, scale=self.scale)
 
 
-#: (cos, sin) for queries and for keys, each [S, D].
+#: (cos, sin) for queries, then for keys. Each is [S, D].
 Rotation = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Rotary(nn.Module):
-    """Rotary position tables. The logits' constant factor (query scale over soft cap) rides in the queries' table."""
+    """Rotary position tables. The queries' table includes the constant factor of the logits, query scale / soft cap."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -148,7 +151,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def causal_mask(tokens: int, past: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Additive mask [S, P + S]: 0 where key j <= P + i, `MASKED` elsewhere."""
+    """Additive mask [S, P + S]: 0 at (i, j) if j <= P + i, otherwise `MASKED`."""
     row = torch.arange(tokens, device=device).unsqueeze(-1) + past
     column = torch.arange(past + tokens, device=device).unsqueeze(0)
     return (column > row).to(dtype) * MASKED
@@ -156,10 +159,10 @@ def causal_mask(tokens: int, past: int, dtype: torch.dtype, device: torch.device
 
 @torch.no_grad()
 def encode_instruction(config: Mapping[str, Any], weights: Mapping[str, Tensor], inputs_embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of a whole sequence that starts at position 0, and its first row (BOS) of the last hidden state.
+    """Keys and values of a sequence that starts at position 0, and the first row (BOS) of its last hidden state.
 
-    inputs_embeds: float32 [S, C], rows of the embedding table. Returns float32 [layers, 2, kv_heads, S, D] and [C]. Computed in
-    float32, one layer in memory at a time.
+    inputs_embeds: float32 [S, C], rows of the embedding table. Returns float32 [layers, 2, kv_heads, S, D] and [C]. Computes in
+    float32 with one layer in memory at a time.
     """
     numerics = NUMERICS["float32"]
     tokens = inputs_embeds.shape[0]
@@ -176,13 +179,13 @@ def encode_instruction(config: Mapping[str, Any], weights: Mapping[str, Tensor],
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base, from the key of transformers 4 or of transformers 5."""
+    """The rotary base, from the config key of transformers 4 or of transformers 5."""
     parameters = config.get("rope_parameters") or {}
     return float(config.get("rope_theta") or parameters["rope_theta"])
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raise ArtifactError where the text encoder is not the Gemma-2 that this graph restates."""
+    """Raise ArtifactError if this graph does not support the text encoder's config."""
     wanted = {
         "model_type": ("gemma2",),
         "hidden_activation": ("gelu_pytorch_tanh",),
@@ -192,12 +195,13 @@ def check_config(config: Mapping[str, Any]) -> None:
     for key, values in wanted.items():
         found = config.get(key, values[0])
         if found not in values:
-            raise ArtifactError(f"the text encoder's config.json has an unsupported {key}", found=found, wanted=values[0])
+            raise unsupported_config("text_encoder", key, found=found, wanted=values[0])
     rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if rope_type != "default" or config.get("rope_scaling"):
-        raise ArtifactError("the text encoder's rotary embedding is scaled", found=rope_type, wanted="default")
+        scaling = rope_type if rope_type != "default" else config["rope_scaling"]
+        raise unsupported_config("text_encoder", "scaling of the rotary embedding", found=scaling, wanted="no scaling")
     if (window := config.get("sliding_window") or MAX_TOKENS) < MAX_TOKENS:
-        raise ArtifactError("the text encoder's attention window is too narrow", found=window, wanted=f">= {MAX_TOKENS}")
+        raise unsupported_config("text_encoder", "sliding_window", found=window, wanted=f"at least {MAX_TOKENS}")
 
 
 def _layer_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The blocks of the DC-AE decoder, restated for inference."""
+"""The blocks of the DC-AE decoder, rewritten for inference."""
 
 from __future__ import annotations
 
@@ -13,49 +13,48 @@ from sana_export.graphs.gated_conv import gated_conv_halves
 from sana_export.graphs.numerics import Conv, Numerics, linear_attention, parameter, rms_norm, silu
 
 NORM_EPS = 1e-5
-#: Parity: the taps of three that fall on the first and on the second low-resolution pixel.
+#: For each output parity, which of the kernel's three taps read the first and which the second low-resolution pixel.
 _TAPS = (([0], [1, 2]), ([0, 1], [2]))
 
 
 class Upsample(nn.Module):
-    """Twice the size, [B, C, H, W] -> [B, C', 2 H, 2 W], as one convolution at the low resolution.
+    """Doubles the size, [B, C, H, W] -> [B, C', 2 H, 2 W], with one convolution at the low resolution.
 
-    diffusers doubles the pixels, convolves 3x3 at the high resolution and adds a shortcut that moves channels to pixels
-    (`DCUpBlock2d`). Of the nine taps on doubled pixels only 2x2 different pixels are read, so each of the four output parities
-    is a 2x2 convolution with sums of taps: 4/9 of the work, and nothing is computed on repeated pixels. The shortcut is a 1 in
-    the tap of the pixel itself.
+    diffusers doubles the pixels, runs a 3x3 convolution at the high resolution and adds a shortcut that moves channels to pixels
+    (`DCUpBlock2d`). On doubled pixels the nine taps read only 2x2 distinct pixels. So each of the four output parities is a 2x2
+    convolution whose taps are sums of the original ones: 4/9 of the work. The shortcut adds 1 to the tap of the pixel itself.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], name: str, channels: int, out_channels: int, numerics: Numerics) -> None:
         super().__init__()
         kernel = weights[f"{name}.weight"].float()
         repeats = out_channels * 4 // channels
-        # One kernel a parity [C', 2, 2, C, 2, 2]: (output channel, row parity, column parity, input channel, tap, tap).
+        # One kernel per parity [C', 2, 2, C, 2, 2]: output channel, row parity, column parity, input channel, tap, tap.
         folded = torch.stack([torch.stack([_fold(kernel, row, column) for column in (0, 1)], dim=1) for row in (0, 1)], dim=1)
         for position in range(4 * out_channels):
             out, row, column = position // 4, position // 2 % 2, position % 2
             folded[out, row, column, position // repeats, 1 - row, 1 - column] += 1.0
-        # `pixel_shuffle` then lays the odd rows and columns first, one pixel off the border: see forward.
+        # The flip makes `pixel_shuffle` put odd rows and columns first; forward explains why.
         folded = folded.flip(1, 2).reshape(4 * out_channels, channels, 2, 2)
         self.weight = parameter(folded, numerics.dtype)
         self.bias = parameter((weights[f"{name}.bias"].float() * numerics.scale).repeat_interleave(4), numerics.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # With one pixel of padding, window (i, j) ends at pixel (i, j). An even output row 2i reads pixels i-1 and i (window i),
-        # an odd one, 2i + 1, pixels i and i + 1 (window i + 1): with the odd parity first, rows come out in order from row -1.
+        # With one pixel of padding, window (i, j) ends at pixel (i, j). The even output row 2 i reads pixels i - 1 and i, which is
+        # window i. The odd row 2 i + 1 reads pixels i and i + 1, window i + 1. With odd parities first, rows are in order from -1.
         windows = conv2d(x, self.weight, self.bias, padding=1)
-        # A padding of -1 takes the border off in one copy; two slices are two.
+        # A padding of -1 removes the border in one copy. Two slices would be two copies.
         return pad(pixel_shuffle(windows, 2), (-1, -1, -1, -1))
 
 
 def _fold(kernel: Tensor, row: int, column: int) -> Tensor:
-    """The 2x2 kernel [C', C, 2, 2] that a 3x3 `kernel` over doubled pixels is at one output parity."""
+    """The 2x2 kernel [C', C, 2, 2] that equals the 3x3 `kernel` on doubled pixels, for one output parity."""
     rows = torch.stack([kernel[:, :, taps].sum(2) for taps in _TAPS[row]], dim=2)
     return torch.stack([rows[..., taps].sum(-1) for taps in _TAPS[column]], dim=-1)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions, a norm over channels and the residual."""
+    """Two convolutions and a norm over channels, with a residual. It ignores `bands`."""
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
@@ -69,7 +68,7 @@ class ResBlock(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
-    """Multi-scale linear attention, then a gated convolution, each with its residual. `bands`: see `GatedConv`."""
+    """Multi-scale linear attention, then a gated convolution, each with a residual. `bands`: see `GatedConv`."""
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
@@ -82,10 +81,10 @@ class EfficientViTBlock(nn.Module):
 
 
 class MultiscaleAttention(nn.Module):
-    """ReLU linear attention over pixels, on q, k, v and on depthwise-aggregated copies of them.
+    """ReLU linear attention over pixels, on q, k, v and on depthwise aggregations of them.
 
-    diffusers turns to the same formula in another order of products at up to `attention_head_dim` pixels; this is that function
-    too, up to rounding.
+    For images of at most `attention_head_dim` pixels diffusers computes the products in another order. The results differ only by
+    rounding.
     """
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
@@ -107,12 +106,12 @@ class MultiscaleAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[2:]
         qkv = (self.qkv @ x.flatten(2)).unflatten(-1, size)
-        # Heads are independent, so each scale is done with before the next one is made.
+        # Heads are independent, so each scale is finished before the next one is computed.
         scales = [self.attend(qkv), *(self.attend(aggregate(qkv)) for aggregate in self.aggregations)]
         return self.norm((self.out @ torch.cat(scales, dim=1)).unflatten(-1, size))
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """[B, 3 C, H, W], q, k and v of a head side by side, to [B, C, H W]."""
+        """[B, 3 C, H, W] -> [B, C, H W]. The channels of each head are its q, k and v."""
         query, key, value = qkv.flatten(2).unflatten(1, (-1, 3, self.dim)).unbind(2)
         return linear_attention(query, key, value, self.numerics).flatten(1, 2)
 
@@ -120,9 +119,9 @@ class MultiscaleAttention(nn.Module):
 class GatedConv(nn.Module):
     """Inverted bottleneck with a gate and a norm over channels (diffusers `GLUMBConv`).
 
-    Inside, each half is four times as wide as outside, so it runs in `bands` bands of rows, which divide the height. A band
-    reads one row more on each side that is no side of the image, for the depthwise 3x3, and what comes of these rows is dropped:
-    nothing changes.
+    Each half is four times as wide as the input, so to save memory the block runs in `bands` bands of rows, which must divide the
+    height. For the depthwise 3x3, a band also reads the neighboring row on each side, unless that side is a border of the image,
+    and drops the outputs of these rows. The result is the same for any number of bands.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
@@ -145,8 +144,8 @@ class GatedConv(nn.Module):
         y, gate = self.halves["value"](x), self.halves["gate"](x)
         if not self.numerics.narrow_range:
             return self.norm(self.point(y * silu(gate)))
-        # A product of two large tensors has no safe constant scale. The norm makes every pixel's scale free: divide by its
-        # largest magnitude, and correct the norm's epsilon for it (the product carries scale squared).
+        # A product of two large tensors has no safe constant scale. The norm removes each pixel's scale, so divide the pixel by its
+        # largest magnitude and correct the norm's epsilon (the product carries the square of the scale).
         product = y.float() * silu(gate, scale).float()
         largest = product.abs().amax(1, keepdim=True).clamp_min(1e-12)
         out = self.point((product / largest).to(self.numerics.dtype))
@@ -154,7 +153,7 @@ class GatedConv(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """RMSNorm over channels of [B, C, H, W] with weight and bias; input and output stored multiplied by the scale."""
+    """RMSNorm over channels of [B, C, H, W] with weight and bias. Input and output may be stored multiplied by the scale."""
 
     def __init__(
         self,
@@ -176,9 +175,9 @@ class ChannelNorm(nn.Module):
 
 
 def _conv(weights: Mapping[str, Tensor], name: str, numerics: Numerics, *, groups: int = 1) -> Conv:
-    """The convolution `name` over a tensor stored multiplied by the scale: only its bias has to follow."""
+    """The convolution `name` for a tensor that is stored multiplied by the scale. Only the bias has to be scaled."""
     return Conv(weights[f"{name}.weight"], weights.get(f"{name}.bias"), numerics, groups=groups, bias_scale=numerics.scale)
 
 
-#: By the names of a VAE's config.
+#: The block classes, by their names in a VAE's config.
 BLOCKS: dict[str, type[nn.Module]] = {"ResBlock": ResBlock, "EfficientViTBlock": EfficientViTBlock}

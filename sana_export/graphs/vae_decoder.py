@@ -1,7 +1,7 @@
 """The DC-AE decoder (arXiv 2410.10733): latents to image.
 
-Source of the function: diffusers `AutoencoderDC` with ResBlock and EfficientViTBlock stages. Every stream, convolution and
-attention output is stored multiplied by `numerics.scale`; the RMSNorms that read them divide it out through their epsilon.
+Source: diffusers `AutoencoderDC` with ResBlock and EfficientViTBlock stages. Every stream, convolution and attention output is
+stored multiplied by `numerics.scale`. The RMSNorms that read them divide it out (see numerics.py).
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sana_export.errors import ArtifactError
+from sana_export.graphs.config_errors import unsupported_config
 from sana_export.graphs.numerics import Conv, Numerics
 from sana_export.graphs.vae_blocks import BLOCKS, ChannelNorm, Upsample
 
-#: Bands of rows that a gated convolution of the head is computed in, where its stage has that many rows a row of latents.
-MOST_BANDS = 4
+#: The largest number of bands in which the head computes a gated convolution. A stage with fewer rows per latent row has fewer.
+MAX_BANDS = 4
 
 
 class VaeDecoder(nn.Module):
-    """latents float32 [B, C, h, w], as the sampler leaves them, to image float32 [B, 3, 32 h, 32 w], about [-1, 1]."""
+    """latents float32 [B, C, h, w] -> image float32 [B, 3, 32 h, 32 w], values about [-1, 1].
+
+    The latents are the sampler's, before the division by the VAE's scaling factor.
+    """
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
         super().__init__()
@@ -33,14 +36,14 @@ class VaeDecoder(nn.Module):
 
 
 class VaeDecoderHead(nn.Module):
-    """The stages up to the last one with global attention: latents float32 [B, C, h, w] to features [B, C', f h, f w].
+    """The stages up to the last one with global attention: latents float32 [B, C, h, w] -> features [B, C', f h, f w].
 
-    Features are in the graph's precision and stored multiplied by its scale. Published: C' = 512, f = 4 (1/8 of the image).
-    `bands`: see `GatedConv`; they only save memory, which a decoder of images that fit in one piece has.
+    Features are in the graph's precision and stored multiplied by its scale. In the published decoder C' = 512 and f = 4, which is
+    1/8 of the image. `bands` save memory (see `GatedConv`). A decoder that decodes images in one piece has enough without them.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics, *, bands: int = MOST_BANDS
+        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics, *, bands: int = MAX_BANDS
     ) -> None:
         super().__init__()
         check_config(config)
@@ -56,11 +59,11 @@ class VaeDecoderHead(nn.Module):
 
 
 class VaeDecoderTail(nn.Module):
-    """The stages of convolutions and norms of single pixels: a window of the head's features to its part of the image.
+    """The stages without attention: a window of the head's features -> that part of the image.
 
-    features [B, C', H, W]; row_index int64 [n] and column_index int64 [m] are the window's rows and columns of them. Returns
-    float32 [B, 3, s n, s m] (published: s = 8): the untiled image, except within `tile_halo` features of a side of the window that
-    is no side of the features. There the convolutions' zero padding stands for pixels that the window lacks.
+    features are [B, C', H, W]. row_index int64 [n] and column_index int64 [m] select the window's rows and columns. Returns float32
+    [B, 3, s n, s m], with s = 8 in the published decoder. It equals the untiled image except within `tile_halo` features of a
+    window border that is not a border of the features: there the convolutions read zero padding instead of the missing pixels.
     """
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
@@ -76,42 +79,42 @@ class VaeDecoderTail(nn.Module):
         return self.image(features.index_select(2, row_index).index_select(3, column_index))
 
     def image(self, features: Tensor) -> Tensor:
-        """The image of all of `features`."""
+        """The image of the whole of `features`."""
         image: Tensor = self.conv_out(self.norm_out(self.stages(features)).relu()).float()
         return image
 
 
 def local_stages(config: Mapping[str, Any]) -> int:
-    """How many stages at the end of the decoder are without attention, so that a pixel of theirs reaches finitely far."""
+    """The number of stages at the end of the decoder without attention. Their outputs depend only on pixels near them."""
     kinds = stage_kinds(config)
     return next((stage for stage, kind in enumerate(kinds) if kind != "ResBlock"), len(kinds))
 
 
 def feature_channels(config: Mapping[str, Any]) -> int:
-    """Channels of what the head hands to the tail."""
+    """Channels of the features that go from the head to the tail."""
     channels = config["decoder_block_out_channels"]
     return int(channels[min(local_stages(config), len(channels) - 1)])
 
 
 def tile_scale(config: Mapping[str, Any]) -> int:
-    """Image pixels a feature of the head, in height and in width: every stage but the lowest doubles both."""
+    """Image pixels per feature, in height and in width. Every stage except the lowest doubles both."""
     return 2 ** min(local_stages(config), len(config["decoder_block_out_channels"]) - 1)
 
 
 def tile_halo(tail: VaeDecoderTail) -> int:
-    """How many features beyond its own an image pixel of `tail` depends on, to each side.
+    """The number of neighboring features, on each side of its own, that an image pixel of `tail` depends on.
 
-    Walks from the image back to the features. Where the n pixels that one feature covers at some resolution need r more to each
-    side of a layer's output, -r to n - 1 + r, of its input
+    Walks from the image back to the features. At some resolution one feature covers n pixels, 0 to n - 1. If the image needs r more
+    pixels of a layer's output on each side, -r to n - 1 + r, then of the layer's input
 
-    * a k x k convolution needs r + (k - 1) / 2;
+    * a k x k convolution needs r + (k - 1) / 2 more pixels on each side;
     * a norm over channels needs r;
-    * an upsampling (`Upsample`) reads for pixel p the low-resolution pixels floor((p - 1) / 2) to floor((p + 1) / 2). Over pixels
-      -r to 2 n - 1 + r that is floor((-r - 1) / 2) = -(floor(r / 2) + 1) to floor((2 n + r) / 2) = n - 1 + (floor(r / 2) + 1): on
-      both sides floor(r / 2) + 1, counted at the low resolution.
+    * an upsampling (`Upsample`) reads for pixel p the low-resolution pixels floor((p - 1) / 2) to floor((p + 1) / 2). For pixels
+      -r to 2 n - 1 + r these are floor((-r - 1) / 2) = -(floor(r / 2) + 1) to floor((2 n + r) / 2) = n - 1 + (floor(r / 2) + 1).
+      So it needs floor(r / 2) + 1 low-resolution pixels on each side.
 
-    A residual reaches as far as its longer branch, the convolutions. Published decoder: 1 (conv_out), then for each of three stages
-    six 3x3 convolutions and the upsampling: 7 -> 4, 10 -> 6, 12 -> 7 features, which is 56 image pixels.
+    A residual block reaches as far as its longer branch, the convolutions. For the published decoder: 1 (conv_out), then for each
+    of three stages six 3x3 convolutions and the upsampling, 7 -> 4, 10 -> 6, 12 -> 7 features, which is 56 image pixels.
     """
     reach = 0
     for layer in reversed([module for module in tail.modules() if not list(module.children())]):
@@ -120,7 +123,7 @@ def tile_halo(tail: VaeDecoderTail) -> int:
 
 
 def stage_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kind of block of every stage, the one at full resolution first."""
+    """The block type of each stage, from full resolution down."""
     kinds = config["decoder_block_types"]
     return (kinds,) * len(config["decoder_block_out_channels"]) if isinstance(kinds, str) else tuple(kinds)
 
@@ -130,7 +133,7 @@ def _decoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_shortcut(kernel: Tensor) -> Tensor:
-    """A 3x3 kernel [C', C, 3, 3] that adds the input, its channels repeated in place, to the convolution."""
+    """The 3x3 kernel [C', C, 3, 3] that also adds the input, with each channel repeated, to the convolution's output."""
     kernel = kernel.float().clone()
     out = torch.arange(kernel.shape[0])
     kernel[out, out * kernel.shape[1] // kernel.shape[0], 1, 1] += 1.0
@@ -140,21 +143,21 @@ def _with_shortcut(kernel: Tensor) -> Tensor:
 def build_stage(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], stage: int, numerics: Numerics, bands: int = 1
 ) -> nn.Sequential:
-    """Stage `stage` of the decoder (0 is the one at full resolution): its upsampling, then its blocks."""
+    """Stage `stage` of the decoder: its upsampling, then its blocks. Stage 0 is the one at full resolution."""
     blocks: list[nn.Module] = []
     channels = config["decoder_block_out_channels"]
     kind = stage_kinds(config)[stage]
     name = f"up_blocks.{stage}."
     if stage < len(channels) - 1:
         blocks.append(Upsample(weights, f"{name}0.conv", channels[stage + 1], channels[stage], numerics))
-    bands = min(bands, 2 ** (len(channels) - 1 - stage))  # the stage has that many rows a row of latents
+    bands = min(bands, 2 ** (len(channels) - 1 - stage))  # the rows that the stage has per latent row
     for _ in range(config["decoder_layers_per_block"][stage]):
         blocks.append(BLOCKS[kind](config, weights, f"{name}{len(blocks)}.", numerics, bands))
     return nn.Sequential(*blocks)
 
 
-#: The layers that a tail is made of: how far their input is needed for an output that is needed `reach` pixels far. `tile_halo`
-#: derives it.
+#: For each layer type of a tail: how far beyond a feature its input is needed, if its output is needed `reach` pixels beyond it.
+#: `tile_halo` derives the formulas.
 _REACH: dict[type[nn.Module], Callable[[Any, int], int]] = {
     Conv: lambda conv, reach: reach + conv.weight.shape[-1] // 2,
     ChannelNorm: lambda norm, reach: reach,
@@ -164,21 +167,21 @@ _REACH: dict[type[nn.Module], Callable[[Any, int], int]] = {
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raise ArtifactError where the autoencoder's decoder is not one that this graph restates."""
+    """Raise ArtifactError if this graph does not support the VAE's config."""
 
     def every(key: str) -> set[str]:
         value = config[key]
         return {value} if isinstance(value, str) else set(value)
 
-    found_and_wanted = {
-        "decoder_block_types": (every("decoder_block_types") - set(BLOCKS), set()),
-        "decoder_norm_types": (every("decoder_norm_types"), {"rms_norm"}),
-        "decoder_act_fns": (every("decoder_act_fns"), {"silu"}),
-        "upsample_block_type": (config["upsample_block_type"], "interpolate"),
-        "decoder_in_shortcut": (config.get("decoder_in_shortcut", True), True),
-        "decoder_conv_act_fn": (config.get("decoder_conv_act_fn", "relu"), "relu"),
-        "decoder_layers_per_block": (min(config["decoder_layers_per_block"]) > 0, True),
+    supported = {
+        "decoder_block_types": (every("decoder_block_types") <= set(BLOCKS), " or ".join(BLOCKS)),
+        "decoder_norm_types": (every("decoder_norm_types") == {"rms_norm"}, "rms_norm"),
+        "decoder_act_fns": (every("decoder_act_fns") == {"silu"}, "silu"),
+        "upsample_block_type": (config["upsample_block_type"] == "interpolate", "interpolate"),
+        "decoder_in_shortcut": (config.get("decoder_in_shortcut", True) is True, "true"),
+        "decoder_conv_act_fn": (config.get("decoder_conv_act_fn", "relu") == "relu", "relu"),
+        "decoder_layers_per_block": (min(config["decoder_layers_per_block"]) > 0, "at least 1 layer in every stage"),
     }
-    for key, (found, wanted) in found_and_wanted.items():
-        if found != wanted:
-            raise ArtifactError(f"the VAE's config.json has an unsupported {key}", found=config.get(key), wanted=wanted)
+    for key, (passed, wanted) in supported.items():
+        if not passed:
+            raise unsupported_config("vae", key, found=config.get(key), wanted=wanted)

@@ -1,4 +1,4 @@
-"""The denoiser and its context against diffusers' SanaTransformer2DModel, in float32, over several configs."""
+"""The context and denoiser graphs equal diffusers' SanaTransformer2DModel for several configs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_transformer(config: dict) -> torch.nn.Module:
 
 
 def draw_inputs(transformer, *, branches=3, batch=2, tokens=11, height=5, width=7) -> dict[str, torch.Tensor]:
-    """Fresh inputs, prompts of unequal length in one batch."""
+    """Random inputs. The prompts of a batch differ in length."""
     lengths = torch.randint(1, tokens + 1, (branches, batch, 1))
     return {
         "latents": torch.randn(batch, 32, height, width),
@@ -56,6 +56,7 @@ def draw_inputs(transformer, *, branches=3, batch=2, tokens=11, height=5, width=
 
 @torch.no_grad()
 def run_reference(transformer, inputs) -> torch.Tensor:
+    """diffusers' noise_pred [K, B, 32, h, w]."""
     branches, batch = inputs["context_mask"].shape[:2]
     config = transformer.config
     guidance = (inputs["guidance"] * config.guidance_embeds_scale).expand(branches * batch) if config.guidance_embeds else None
@@ -71,6 +72,7 @@ def run_reference(transformer, inputs) -> torch.Tensor:
 
 @torch.no_grad()
 def run_graphs(transformer, inputs, *, perturbed=None, clamp=False, pag_layers=(), dtype="float32") -> torch.Tensor:
+    """The graphs' noise_pred [K, B, 32, h, w]."""
     config, weights, numerics = dict(transformer.config), transformer.state_dict(), NUMERICS[dtype]
     context = Context(config, weights, numerics)(inputs["prompt_embeds"])
     denoiser = Denoiser(config, weights, numerics, clamp=clamp, pag_layers=pag_layers)
@@ -97,7 +99,7 @@ def test_equals_diffusers(config, height, width):
 
 @pytest.mark.parametrize("timestep", [0.9999, 0.78, 0.2])
 def test_guidance_in_half_precision(timestep):
-    """The timesteps of SANA-Sprint lie between 0 and 1."""
+    """With timesteps as SANA-Sprint uses them, between 0 and 1."""
     transformer = make_transformer(CONFIGS["guidance, its scale and qk_norm"])
     inputs = {**draw_inputs(transformer), "timestep": torch.tensor([timestep])}
     found, wanted = run_graphs(transformer, inputs, dtype="float16"), run_reference(transformer, inputs)
@@ -106,7 +108,7 @@ def test_guidance_in_half_precision(timestep):
     assert (other - found).abs().max() > 10 * (found - wanted).abs().max()
 
 
-def test_padding_can_be_left_out():
+def test_padding_does_not_change_the_result():
     transformer = make_transformer({})
     inputs = draw_inputs(transformer, branches=1, batch=1, tokens=9)
     inputs["context_mask"] = (torch.arange(9) < 4).float().reshape(1, 1, 9)
@@ -129,7 +131,7 @@ def test_perturbed_attention_equals_diffusers(layers):
 
 
 def test_perturbed_attention_keeps_the_query_key_norm_of_the_other_branches():
-    """diffusers' PAG processors leave the norm out; the graph does not."""
+    """diffusers' PAG processors omit the norm. The graph applies it."""
     transformer = make_transformer({"qk_norm": "rms_norm_across_heads"})
     inputs = draw_inputs(transformer)
     found = run_graphs(transformer, inputs, perturbed=torch.tensor([0.0, 0.0, 1.0]), pag_layers=(1,))
@@ -156,8 +158,18 @@ def test_clamp_equals_the_clamped_reference():
 
 
 @pytest.mark.parametrize(("key", "value"), [("patch_size", 2), ("attention_bias", True), ("qk_norm", "layer_norm")])
-def test_other_transformers_are_refused(key, value):
+def test_unsupported_configs_are_refused(key, value):
     transformer = make_transformer({})
     config = {**transformer.config, key: value}
-    with pytest.raises(ArtifactError, match=key):
+    with pytest.raises(ArtifactError, match=key) as raised:
         Denoiser(config, transformer.state_dict(), NUMERICS["float32"], clamp=False)
+    assert raised.value.found == value
+    assert "sana-export variants" in str(raised.value.fix)
+
+
+def test_a_missing_pag_layer_is_refused():
+    transformer = make_transformer({})
+    layers = transformer.config.num_layers
+    with pytest.raises(ArtifactError, match="no such block") as raised:
+        Denoiser(dict(transformer.config), transformer.state_dict(), NUMERICS["float32"], clamp=False, pag_layers=(0, layers))
+    assert (raised.value.found, raised.value.wanted) == (str(layers), f"blocks from 0 to {layers - 1}")

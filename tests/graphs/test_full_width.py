@@ -1,4 +1,4 @@
-"""Three transformer blocks of every published width against diffusers, in float32 and as float16 is stored."""
+"""Three transformer blocks of each published width equal diffusers in float32 and are close to it in float16."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.heat import cool_stream, heat_attention
 from tests.support.transformer_cases import Graphs, draw_inputs, quieten, run_reference
 
 BLOCKS = 3
-#: One checkpoint of every width and kind: the seed of its weights, and what is done to them. The first two are clipped.
+#: One checkpoint of each width and kind: the seed of its weights, and the change to them. The first two are clipped.
 CHECKPOINTS = {
     "sana-600m-512px": (1, heat_attention),
     "sana-1600m-1024px": (2, heat_attention),
@@ -23,13 +23,13 @@ CHECKPOINTS = {
 }
 #: Latent height and width.
 SIZES = ((6, 6), (3, 13), (9, 4))
-#: Tokens of the prompts of two guidance branches.
+#: Prompt tokens of the two guidance branches.
 LENGTHS = (3, 77)
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
 def case(request):
-    """A transformer with its inputs and what diffusers makes of them."""
+    """A transformer with inputs and diffusers' results."""
     variant, (seed, change) = VARIANTS[request.param], CHECKPOINTS[request.param]
     transformer = build("transformer", {**variant.transformer, "num_layers": BLOCKS}, seed)
     quieten(transformer)
@@ -41,7 +41,7 @@ def case(request):
         clamp_attention(transformer)
     wanted = {size: run_reference(transformer, inputs[size]) for size in SIZES}
     clipped = relative_error(unclipped.numpy(), wanted[SIZES[0]].numpy()) > 0.1
-    assert clipped == variant.clamp, "the clip has to count where there is one"
+    assert clipped == variant.clamp, "a clip must change the result, and without one nothing may change"
     return SimpleNamespace(variant=variant, transformer=transformer, inputs=inputs, wanted=wanted)
 
 

@@ -1,4 +1,4 @@
-"""The whole published DC-AE decoder (f32c32, sana-1.1) against diffusers, in float32 and as float16 is stored."""
+"""The whole published DC-AE decoder (f32c32, sana-1.1) equals diffusers in float32 and is close to it in float16."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sana_export.graphs.vae_decoder import VaeDecoder
 from tests.support.full_width import assert_equal, assert_near, build, run_half, seeded
 from tests.support.heat import cool_decoder, heat_decoder
 
-#: What is done to sane weights, and height and width of the latents: 256 px, or so few that diffusers' attention takes its products
-#: in another order.
-KINDS = {"sane": (None, (8, 8)), "hot": (heat_decoder, (3, 4)), "quiet": (cool_decoder, (4, 3))}
+#: The change to normal weights, and height and width of the latents: 256 px, or so small that diffusers' attention computes its
+#: products in another order.
+KINDS = {"normal": (None, (8, 8)), "hot": (heat_decoder, (3, 4)), "quiet": (cool_decoder, (4, 3))}
 
 
 @pytest.fixture(scope="module", params=KINDS)
 @torch.no_grad()
 def case(request):
-    """A decoder with latents and what diffusers makes of them; the hot one writes far more into its stream than fp16 holds."""
+    """A decoder with latents and diffusers' image. The stream of the hot decoder is far beyond the range of fp16."""
     vae = build("vae", AUTOENCODER, seed=6)
     change, size = KINDS[request.param]
     if change is not None:

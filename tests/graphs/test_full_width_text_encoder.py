@@ -1,4 +1,4 @@
-"""Four layers of the exact widths of Gemma-2-2B against transformers, in float32 and as float16 is stored."""
+"""Four layers with the widths of Gemma-2-2B equal transformers in float32 and are close to it in float16."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tests.support.full_width import assert_equal, assert_near, build, run_half,
 from tests.support.heat import heat_text_encoder
 
 LAYERS = 4
-#: Few, since the graph takes rows of the embedding table.
+#: Small, because the graph's inputs are rows of the embedding table, not token ids.
 VOCABULARY = 300
-#: Tokens of the instruction that all prompts share, and of the prompts.
+#: Tokens of the instruction that all prompts share, and tokens of each prompt.
 PREFIX, PROMPT = 40, 20
 
 
-@pytest.fixture(scope="module", params=["sane", "hot"])
+@pytest.fixture(scope="module", params=["normal", "hot"])
 @torch.no_grad()
 def case(request):
-    """An encoder with two prompts and what transformers makes of them; the hot one has a residual stream up to 3e5."""
+    """An encoder with two prompts and the result of transformers. The hot encoder's residual stream reaches 3e5."""
     cut = {"num_hidden_layers": LAYERS, "vocab_size": VOCABULARY, "attn_implementation": "eager"}
     encoder = build("text_encoder", {**TEXT_ENCODER, **cut}, seed=7)
     if request.param == "hot":

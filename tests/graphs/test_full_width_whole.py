@@ -1,4 +1,4 @@
-"""The whole Sana 600M, 28 layers, one step at 512 px, against diffusers, in float32 and as float16 is stored."""
+"""One step of the whole Sana 600M (28 layers, 512 px) equals diffusers in float32 and is close to it in float16."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tests.support.heat import heat_attention
 from tests.support.transformer_cases import Graphs, draw_inputs, quieten, run_reference
 
 VARIANT = VARIANTS["sana-600m-512px"]
-#: Latent height and width, and the prompt's tokens. Several branches and sizes: test_full_width.py.
+#: Latent height and width, and the prompt's tokens. test_full_width.py covers several branches and sizes.
 SIZE, LENGTHS = (16, 16), (120,)
 
 
 @pytest.fixture(scope="module")
 def case():
-    """The weights in float16, as they are published, with inputs and what diffusers makes of them in float32.
+    """The weights in float16, as published, with inputs and diffusers' result in float32.
 
-    Reference and graph are not in memory in float32 at once.
+    To save memory, the float32 weights of the reference are gone before the graph is built.
     """
     transformer = build("transformer", VARIANT.transformer, seed=5)
     quieten(transformer)

@@ -1,4 +1,4 @@
-"""Where a graph says that a layer went is where it went: proven for every layer by changing it alone."""
+"""Each layer's weight is where its LoraTarget says. To prove it, each layer is changed alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.lora_target_cases import TINY, Weights, graphs, matrices, sha
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "qk_norm and guidance": {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True},
-    # dim ** -0.5 of 112 is no power of two; positions as at 2K.
+    # 112 ** -0.5 is not a power of two. Positions as in the 2K checkpoint.
     "heads of 112": {
         "num_attention_heads": 7,
         "num_cross_attention_heads": 2,
@@ -31,7 +31,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("precision", NUMERICS)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_each_row_names_exactly_what_its_layer_changes(config: dict[str, Any], precision: str) -> None:
+def test_a_target_is_exactly_what_its_layer_changes(config: dict[str, Any], precision: str) -> None:
     config = {**TINY, **config}
     generator = torch.Generator().manual_seed(0)
     # Small whole numbers: sums and products with powers of two are exact in every precision.
@@ -54,7 +54,7 @@ def test_each_row_names_exactly_what_its_layer_changes(config: dict[str, Any], p
 
 
 def assert_whole(rows: list[LoraTarget]) -> None:
-    """The targets of a layer hold each of its rows once, in order."""
+    """The targets of a layer cover each of its rows once, in order."""
     parts = [row.source_rows or (0, row.shape[0]) for row in rows]
     assert [row.source_rows is None for row in rows] == [len(rows) == 1] * len(rows)
     assert [first for first, _ in parts] == [0, *(end for _, end in parts[:-1])]
@@ -62,7 +62,7 @@ def assert_whole(rows: list[LoraTarget]) -> None:
 
 
 def assert_slice(before: Tensor, after: Tensor, row: LoraTarget, delta: Tensor) -> None:
-    """The parameter differs by the row's factor times `delta` in the row's slice, and nowhere else."""
+    """The parameter changed by the target's factor times `delta` in the target's slice, and nowhere else."""
     assert (tuple(before.shape), str(before.dtype)) == (row.initializer_shape, f"torch.{row.dtype}")
     wanted = torch.zeros(row.initializer_shape)
     delta = delta[slice(*(row.source_rows or (None, None)))]
@@ -74,13 +74,13 @@ def assert_slice(before: Tensor, after: Tensor, row: LoraTarget, delta: Tensor) 
     difference = after.float() - before.float()
     if math.log2(row.factor).is_integer():
         assert torch.equal(difference, wanted)
-    else:  # both parameters are rounded to the dtype
+    else:  # both parameters were rounded to the dtype
         assert torch.equal(difference != 0, wanted != 0)
         assert (difference - wanted).abs().max() <= 2 * torch.finfo(before.dtype).eps * after.float().abs().max()
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name[0].isupper()])
-def test_every_matrix_of_the_published_configs_has_a_place(name: str) -> None:
+def test_every_matrix_of_the_published_configs_has_a_target(name: str) -> None:
     config = ARCHITECTURES[name].transformer(1024)
     weights = shapes(config)
     rows = [row for build in graphs(config, "float16").values() for row in trace_lora_targets(build, weights)]
@@ -92,8 +92,8 @@ def test_every_matrix_of_the_published_configs_has_a_place(name: str) -> None:
         assert_whole([row for row in rows if row.module == module])
 
 
-def test_what_cannot_be_followed_has_no_place() -> None:
-    """A graph that uses a layer once as it is and once through something else does not claim it."""
+def test_a_layer_that_cannot_be_followed_has_no_target() -> None:
+    """Neither has one that the graph uses twice, once directly and once through another operator."""
 
     class Graph(nn.Module):
         def __init__(self, weights: Weights) -> None:
@@ -108,7 +108,7 @@ def test_what_cannot_be_followed_has_no_place() -> None:
     assert [row.module for row in trace_lora_targets(Graph, weights)] == ["a"]
 
 
-def test_a_square_matrix_is_transposed_where_it_is() -> None:
+def test_transposed_square_matrices_are_recognized() -> None:
     class Graph(nn.Module):
         def __init__(self, weights: Weights) -> None:
             super().__init__()
@@ -120,4 +120,4 @@ def test_a_square_matrix_is_transposed_where_it_is() -> None:
     weights = {f"{name}.weight": torch.empty(4, 4, device="meta") for name in "abcd"}
     rows = trace_lora_targets(Graph, weights)
     found = {row.module: (row.transposed, row.factor) for row in rows}
-    assert found == {"a": (True, 1.0), "b": (False, 3.0), "d": (True, 1.0)}  # c went through an operator that is not known
+    assert found == {"a": (True, 1.0), "b": (False, 3.0), "d": (True, 1.0)}  # c's permutation is not one that transposes

@@ -1,4 +1,4 @@
-"""The position table that the denoiser computes, against diffusers' patch embedding at every size of the 2K and 4K checkpoints."""
+"""The denoiser's position table equals diffusers' at every size of the 2K and 4K checkpoints."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from sana_export.graphs.denoiser import PositionTable
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.resolutions import BINS
 
-#: Native side in latent pixels, interpolation_scale: Sana 2K and 4K. Few channels, of both the fastest and the slowest waves.
+#: Native side in latent pixels, and interpolation_scale, of Sana 2K and 4K.
 CHECKPOINTS = {"2K": (64, 1.0), "4K": (128, 2.0)}
+#: Few, but they include both the fastest and the slowest waves.
 CHANNELS = 64
-#: Angles reach 64 radians: this is what float32 leaves of them. diffusers computes them in float64 from float32 coordinates.
+#: The rounding of float32 angles up to 64 radians. diffusers computes angles in float64 from float32 coordinates.
 TOLERANCE = 1e-5
 
 
 def tables(name: str, precision: str):
-    """The denoiser's table, and diffusers' patch embedding with weights of zero, which leaves its table."""
+    """The denoiser's table, and diffusers' patch embedding with zero weights, which returns its table."""
     side, scale = CHECKPOINTS[name]
     transformer = SanaTransformer2DModel(
         sample_size=side,
@@ -34,7 +35,7 @@ def tables(name: str, precision: str):
 
 
 def sizes(name: str) -> list[tuple[int, int]]:
-    """Every bin of the checkpoint in latent pixels, and some that are none."""
+    """Every resolution bin of the checkpoint in latent pixels, and some other sizes."""
     bins = [(height // 32, width // 32) for height, width in BINS[CHECKPOINTS[name][0]].values()]
     return sorted({*bins, (CHECKPOINTS[name][0],) * 2, (8, 8), (33, 57), (1, 3)})
 
@@ -61,6 +62,6 @@ def test_every_bin_of_the_checkpoint(name):
 @pytest.mark.parametrize(("precision", "rounding"), [("float16", 2.0**-11), ("bfloat16", 2.0**-8)])
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @torch.no_grad()
-def test_half_precision_only_rounds_it(name, precision, rounding):
-    """The angles stay in float32: the error is that of storing a value of at most 1."""
+def test_half_precision_only_rounds_the_table(name, precision, rounding):
+    """The angles stay in float32, so the error is that of storing a value of at most 1."""
     assert worst(name, precision) < rounding / 2 + TOLERANCE

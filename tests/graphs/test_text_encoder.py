@@ -1,4 +1,4 @@
-"""The text encoder against transformers' Gemma2Model (attn_implementation "eager") in float32."""
+"""The text encoder equals transformers' Gemma2Model (attn_implementation "eager") in float32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BASE = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "query_pre_attn_scalar": 48,
-    # Low, so that a graph without the soft capping is far off.
+    # Low, so that a graph without soft-capping would be far off.
     "attn_logit_softcapping": 2.0,
     "attn_implementation": "eager",
 }
@@ -59,7 +59,7 @@ def test_equals_transformers_after_any_prefix(config, past):
 
 
 @torch.no_grad()
-def test_right_padding_changes_no_row_before_it():
+def test_right_padding_does_not_change_the_rows_before_it():
     model = make_model({})
     weights, stored = model.state_dict(), model.config.to_dict()
     ids = torch.randint(0, 300, (2, 12))
@@ -76,8 +76,17 @@ def test_right_padding_changes_no_row_before_it():
     assert (found[1, :4] - wanted[1, 1:5]).abs().max() <= 2e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize(("key", "value"), [("hidden_activation", "silu"), ("sliding_window", 64), ("model_type", "gemma3")])
-def test_other_text_encoders_are_refused(key, value):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_activation", "silu", "hidden_activation"),
+        ("sliding_window", 64, "sliding_window"),
+        ("model_type", "gemma3", "model_type"),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "rotary embedding"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, "rotary embedding"),
+    ],
+)
+def test_unsupported_configs_are_refused(key, value, message):
     model = make_model({})
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match=message):
         TextEncoder({**model.config.to_dict(), key: value}, model.state_dict(), NUMERICS["float32"])

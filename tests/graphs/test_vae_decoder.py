@@ -1,4 +1,4 @@
-"""The decoder against diffusers' AutoencoderDC in float32."""
+"""The decoder equals diffusers' AutoencoderDC in float32, whole and in tiles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIGS = {
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 8), (2, 4, 9), (1, 2, 3)])
 @torch.no_grad()
 def test_equals_diffusers(config, batch, height, width):
-    """The last size takes diffusers' quadratic path (at most 32 pixels) in its first stage."""
+    """At the last size the first stage has at most 32 pixels, for which diffusers uses its quadratic attention."""
     recipe = RECIPES["tiny-random"]
     vae = build_pipeline(replace(recipe, vae={**recipe.vae, **config})).vae
     latents = torch.randn(batch, 32, height, width)
@@ -42,15 +42,22 @@ def test_equals_diffusers(config, batch, height, width):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("upsample_block_type", "pixel_shuffle"), ("decoder_act_fns", "relu6"), ("decoder_norm_types", "batch_norm")],
+    [
+        ("upsample_block_type", "pixel_shuffle"),
+        ("decoder_act_fns", "relu6"),
+        ("decoder_norm_types", "batch_norm"),
+        ("decoder_block_types", ("ResBlock",) * 5 + ("AttnBlock",)),
+        ("decoder_in_shortcut", False),
+        ("decoder_layers_per_block", (1, 1, 0, 1, 1, 1)),
+    ],
 )
-def test_other_autoencoders_are_refused(key, value):
+def test_unsupported_configs_are_refused(key, value):
     vae = build_pipeline(RECIPES["tiny-random"]).vae
     with pytest.raises(ArtifactError, match=key):
         VaeDecoder({**vae.config, key: value}, vae.state_dict(), NUMERICS["float32"])
 
 
-#: Configuration: halo in features and image pixels a feature, by hand from the layers.
+#: Config, halo in features, and image pixels per feature. The numbers were derived by hand from the layers.
 TAILS = {
     "plain": ({}, 3, 8),
     "published structure": ({"decoder_layers_per_block": (3,) * 6}, 7, 8),
@@ -62,17 +69,18 @@ TAILS = {
     ),
     "no attention": ({"decoder_block_types": "ResBlock"}, 5, 32),
 }
-#: What two orders of float32 summation make of an image, relative to its largest value.
+#: Allowed difference for another order of float32 summation, relative to the image's largest value.
 ROUNDING = 1e-5
 
 
-def parts(config, weights):
+def build_graphs(config, weights):
+    """The whole decoder, its head and its tail."""
     return tuple(graph(config, weights, NUMERICS["float32"]) for graph in (VaeDecoder, VaeDecoderHead, VaeDecoderTail))
 
 
 @torch.no_grad()
 def tiled_error(whole, head, tail, latents, tile, halo, scale):
-    """Largest difference of the tiled image from the untiled one, relative to its largest value."""
+    """Largest difference between the tiled and the untiled image, relative to the image's largest value."""
     wanted, features = whole(latents).numpy(), head(latents)
     windows = plan_windows(*features.shape[2:], tile, halo)
     image = np.full(wanted.shape, np.nan, np.float32)
@@ -84,7 +92,7 @@ def tiled_error(whole, head, tail, latents, tile, halo, scale):
 def test_tiles_equal_the_whole_image(config, halo, scale):
     recipe = RECIPES["tiny-random"]
     vae = build_pipeline(replace(recipe, vae={**recipe.vae, **config})).vae
-    modules = parts(dict(vae.config), vae.state_dict())
+    modules = build_graphs(dict(vae.config), vae.state_dict())
     assert (tile_halo(modules[2]), tile_scale(vae.config)) == (halo, scale)
     for batch, height, width in ((2, 2, 5), (1, 6, 1)):
         latents = torch.randn(batch, 32, height, width)
@@ -95,9 +103,9 @@ def test_tiles_equal_the_whole_image(config, halo, scale):
 
 
 def reach_far(weights, corner, stages):
-    """Weights of a decoder whose image depends above all on the features that are farthest away towards `corner`.
+    """Weights of a decoder whose image depends mostly on the farthest features in the direction of `corner`.
 
-    Every 3x3 kernel of the tail is left its tap in that corner, and every residual outweighs what it is added to.
+    Every 3x3 kernel of the tail keeps only its tap in that corner, and every residual branch outweighs the stream.
     """
     tap = torch.zeros(3, 3)
     tap[corner] = 2.0
@@ -116,11 +124,11 @@ def reach_far(weights, corner, stages):
 
 @pytest.mark.parametrize("corner", [(0, 0), (0, 2), (2, 0), (2, 2)])
 @pytest.mark.parametrize("name", ["plain", "published structure"])
-def test_the_halo_is_what_the_layers_need_and_no_more(name, corner):
+def test_the_halo_is_sufficient_and_minimal(name, corner):
     config, halo, scale = TAILS[name]
     recipe = RECIPES["tiny-random"]
     vae = build_pipeline(replace(recipe, vae={**recipe.vae, **config})).vae
-    modules = parts(dict(vae.config), reach_far(vae.state_dict(), corner, 3))
+    modules = build_graphs(dict(vae.config), reach_far(vae.state_dict(), corner, 3))
     assert tile_halo(modules[2]) == halo
     latents = torch.randn(1, 32, 5, 5)
     assert tiled_error(*modules, latents, 4, halo, scale) < ROUNDING
@@ -129,7 +137,7 @@ def test_the_halo_is_what_the_layers_need_and_no_more(name, corner):
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 @torch.no_grad()
-def test_head_and_tail_are_the_decoder_in_half_precision(precision):
+def test_head_and_tail_equal_the_decoder_in_half_precision(precision):
     vae = build_pipeline(RECIPES["tiny-random"]).vae
     whole, head, tail = (
         graph(dict(vae.config), vae.state_dict(), NUMERICS[precision]) for graph in (VaeDecoder, VaeDecoderHead, VaeDecoderTail)

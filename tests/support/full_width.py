@@ -1,7 +1,8 @@
-"""Networks with the published widths and seeded weights, and the float16 values of a graph, on a CPU in seconds.
+"""Networks with the published widths and seeded weights, and the comparison of a float16 graph with its reference.
 
-Nothing is downloaded. The tests compare the graphs with the reference at these shapes, with weights that keep activations at unit
-scale (`sana_export.synth`) and with hot ones (heat.py). tests/test_variants.py shows that the configs are the published ones.
+Nothing is downloaded. Tests that use this show that the graphs equal the reference at these shapes, with weights that keep
+activations in a normal range (`sana_export.synth`) and with weights that do not (heat.py). tests/test_variants.py shows that the
+configs are the published ones. Everything runs on a CPU in seconds.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from sana_export.synth.weights import fill
 log = logging.getLogger(__name__)
 
 COSINE_LIMIT = 0.999999
-#: float32 in another order of operations; a cosine of 0.999999 alone would let an error of 1.4e-3 pass.
+#: For float32 with another order of operations. A cosine of 0.999999 alone would accept an error of 1.4e-3.
 RELATIVE_LIMIT = 1e-5
 PSNR_LIMIT = 40.0
-#: In addition, because a few large channels raise the peak that PSNR is relative to.
+#: Needed besides the PSNR, because a few large channels raise the peak that the PSNR is relative to.
 HALF_RELATIVE_LIMIT = 1e-2
 
 CLASSES: dict[str, Callable[..., torch.nn.Module]] = {
@@ -41,9 +42,9 @@ CLASSES: dict[str, Callable[..., torch.nn.Module]] = {
 
 @torch.no_grad()
 def build(component: str, config: Mapping[str, Any], seed: int) -> Any:
-    """The reference's network in float32 with seeded weights. The classes' own initialization is skipped.
+    """The reference's network in float32 with seeded weights. The encoder of a VAE is left out.
 
-    A VAE has only its decoder.
+    The classes' own initialization is skipped, so weights are drawn only once.
     """
     with init_empty_weights(include_buffers=False):
         model = CLASSES[component](**config).eval()
@@ -62,7 +63,7 @@ def seeded(*key: object) -> torch.Generator:
 
 
 class LargestHalf(TorchDispatchMode):
-    """Records the largest magnitude of every operator's float16 results, infinity if one overflowed."""
+    """Records the largest magnitude of each operator's float16 results; infinity if one overflowed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class LargestHalf(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = function(*args, **(kwargs or {}))
-        value = tree_leaves(results)[0]  # a layer norm also returns statistics, which are not tensors of a graph
+        value = tree_leaves(results)[0]  # a layer norm also returns its statistics, which a graph does not store
         if torch.is_tensor(value) and value.dtype == torch.float16 and not function.is_view:
             name = function.overloadpacket.__name__
             self.largest[name] = max(value.abs().max().nan_to_num(torch.inf).item(), self.largest.get(name, 0.0))
@@ -78,7 +79,7 @@ class LargestHalf(TorchDispatchMode):
 
 
 def run_half(name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The result of the float16 graph `run`. Nothing in it may overflow, not even values that are clipped later."""
+    """The result of the float16 graph `run`. Asserts that nothing in it overflows, not even before a clip."""
     with torch.no_grad(), WideProducts(), LargestHalf() as meter:
         found = run()
     operators = sorted(meter.largest.items(), key=lambda entry: -entry[1])
@@ -88,23 +89,24 @@ def run_half(name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def assert_equal(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Compare float32 with the float32 reference."""
-    near, error, _ = _measure(name, found, wanted)
-    assert near >= COSINE_LIMIT
+    """Compare a float32 result with the float32 reference."""
+    similarity, error, _ = _measure(name, found, wanted)
+    assert similarity >= COSINE_LIMIT
     assert error <= RELATIVE_LIMIT
 
 
 def assert_near(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Compare float16 with the float32 reference, whose range is the peak of the PSNR."""
+    """Compare a float16 result with the float32 reference. The peak of the PSNR is the reference's range."""
     _, error, ratio = _measure(name, found, wanted)
     assert ratio >= PSNR_LIMIT
     assert error <= HALF_RELATIVE_LIMIT
 
 
 def _measure(name: str, found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float, float]:
+    """Cosine similarity, relative error and PSNR."""
     assert found.shape == wanted.shape
     assert torch.isfinite(found).all()
     pair = found.numpy(), wanted.numpy()
-    near, error, ratio = cosine(*pair), relative_error(*pair), psnr(*pair)
-    log.info("%s: 1 - cosine %.3g, relative error %.3g, PSNR %.2f dB", name, 1.0 - near, error, ratio)
-    return near, error, ratio
+    similarity, error, ratio = cosine(*pair), relative_error(*pair), psnr(*pair)
+    log.info("%s: 1 - cosine %.3g, relative error %.3g, PSNR %.2f dB", name, 1.0 - similarity, error, ratio)
+    return similarity, error, ratio

@@ -1,8 +1,8 @@
-"""Changes weights so that activations exceed the range of float16, as in the published checkpoints, or become so small that the
-epsilons of norms matter.
+"""Changes the weights of networks with the published widths so that activations get very large or very small.
 
-Each function changes a network in place. The tests that use it assert that it has the effect. Whole checkpoints with the widths of
-`tiny-random` are in tests/support/hot_checkpoints.py.
+"Heat" gives them the magnitudes of the published checkpoints, beyond the range of float16. "Cool" makes them so small that the
+epsilons of norms matter. Each function changes a network with normal weights in place. The tests assert that it has the effect.
+tests/support/hot_checkpoints.py does the same to whole checkpoints with the widths of `tiny-random`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 
 from tests.support.full_width import seeded
 
-#: Channels that hot self-attention writes to.
+#: The channels in which hot self-attention writes its large outputs.
 HOT_CHANNELS = (5, 37, 70, 101)
-#: Their gates, which scale the clipped values to a few units.
+#: The size of these channels' gates. It makes the clipped outputs add a few units to the stream.
 HOT_GATE = 1e-4
 
 
 @torch.no_grad()
 def heat_attention(transformer: Any) -> None:
-    """Make self-attention write up to ten times the largest fp16 number to a few channels, as in the checkpoints that clip it."""
+    """Make self-attention write up to ten times the range of fp16 into a few channels, as in the checkpoints that clip it."""
     channels = torch.tensor(HOT_CHANNELS)
     blocks = transformer.transformer_blocks
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
@@ -38,9 +38,9 @@ def heat_attention(transformer: Any) -> None:
 
 @torch.no_grad()
 def cool_stream(transformer: Any) -> None:
-    """Divide the residual stream by 50, so that the epsilon of every norm that reads it matters.
+    """Make the stream 50 times smaller, so that the epsilon of every norm that reads it matters.
 
-    For transformers with qk_norm: in others, cross-attention reads the stream without a norm.
+    Only for transformers with qk_norm. In the others, cross-attention reads the stream without a norm.
     """
     outputs = [transformer.patch_embed.proj]
     for block in transformer.transformer_blocks:
@@ -53,7 +53,7 @@ def cool_stream(transformer: Any) -> None:
 
 @torch.no_grad()
 def heat_text_encoder(encoder: Any) -> None:
-    """Make the residual stream reach 3e5, mostly in two channels, and the inputs of the post-norms exceed 65504."""
+    """Make the residual stream reach 3e5, most of it in two channels, and the inputs of the post-norms exceed 65504."""
     scale = torch.full((encoder.config.hidden_size,), 6e3)
     scale[[11, 50]] *= 10
     encoder.embed_tokens.weight *= scale
@@ -68,10 +68,10 @@ def heat_text_encoder(encoder: Any) -> None:
 
 @torch.no_grad()
 def heat_decoder(decoder: Any) -> None:
-    """Make the stream and the convolutions of a DC-AE decoder exceed 65504 in every stage.
+    """Make the stream and the convolutions exceed 65504 in every stage of a DC-AE decoder.
 
-    Every other channel inside the residual blocks stays far below, so that silu differs from relu. So do the gates of every other
-    attention block; in the rest, even 1/4096 of the gated product exceeds the range of float16.
+    Every other channel inside the residual blocks stays far below, so that SiLU does not act like ReLU. The gates of every other
+    attention block stay small too. In the remaining blocks even 1/4096 of the gated product exceeds the range of float16.
     """
     stream, quiet, blocks = 1e4, 256, 0
     decoder.conv_in.weight *= stream
@@ -96,7 +96,7 @@ def heat_decoder(decoder: Any) -> None:
 
 @torch.no_grad()
 def cool_decoder(decoder: Any) -> None:
-    """Make the branches of a DC-AE decoder so small before their norm that its epsilon matters, as in flat areas of an image."""
+    """Make branches of a DC-AE decoder so small before their norm that its epsilon matters, as in flat areas of an image."""
     for module in decoder.modules():
         kind = type(module).__name__
         if kind == "ResBlock":
@@ -109,6 +109,6 @@ def cool_decoder(decoder: Any) -> None:
 
 
 def _norm(module: Any) -> Any:
-    """The norm at the end of a branch. None if `module` is not a branch."""
+    """The norm at the end of the branch `module`. None if `module` is not a branch."""
     name = {"ResBlock": "norm", "GLUMBConv": "norm", "SanaMultiscaleLinearAttention": "norm_out"}.get(type(module).__name__)
     return None if name is None else getattr(module, name)

@@ -1,4 +1,4 @@
-"""The graphs that hold a transformer's weights, and the layers of one that a LoRA can be trained on."""
+"""The graphs with a transformer's weights, and the transformer's layers that a LoRA can change."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ Weights = Mapping[str, Tensor]
 
 
 def graphs(config: Mapping[str, Any], precision: str) -> dict[str, Callable[[Weights], nn.Module]]:
+    """By name, functions that build the graphs of a transformer of `config` from its weights."""
     numerics = NUMERICS[precision]
     return {
         "context": lambda weights: Context(config, weights, numerics),
@@ -27,13 +28,13 @@ def graphs(config: Mapping[str, Any], precision: str) -> dict[str, Callable[[Wei
 
 
 def shapes(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """diffusers' transformer of `config` on the meta device."""
+    """The weights of diffusers' transformer of `config`, on the meta device."""
     with torch.device("meta"):
         return dict(SanaTransformer2DModel.from_config(dict(config)).state_dict())
 
 
 def matrices(weights: Weights) -> set[str]:
-    """The modules that a LoRA can be trained on, by what diffusers' transformer has, and not by what a graph says."""
+    """The modules that a LoRA can change, according to diffusers' transformer and independently of the graphs."""
     return {
         name.removesuffix(".weight")
         for name, value in weights.items()

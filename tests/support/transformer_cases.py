@@ -1,4 +1,4 @@
-"""One step of a Sana transformer of the published widths: inputs, and both ways to compute it, diffusers' and the graphs'."""
+"""One step of a Sana transformer with the published widths: random inputs, diffusers' result and the graphs' result."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Inputs = Mapping[str, torch.Tensor]
 def draw_inputs(
     config: Mapping[str, Any], size: tuple[int, int], lengths: tuple[int, ...], *key: object
 ) -> dict[str, torch.Tensor]:
-    """One image of latents of `size`, and one guidance branch for each of `lengths`, the tokens of its prompt.
+    """Inputs for one image with latents of `size`, and one guidance branch per prompt length (in tokens) in `lengths`.
 
-    The latents fade to 1/50 from left to right: where the stream is quiet, the norms' epsilon counts (`quieten`).
+    The latents fade to 1/50 from left to right. With `quieten` the norms' epsilon matters in the faint part.
     """
     generator = seeded(size, lengths, *key)
     tokens = max(lengths)
@@ -37,16 +37,16 @@ def draw_inputs(
 
 @torch.no_grad()
 def quieten(transformer: Any) -> None:
-    """Leave the stream of quiet latents quiet."""
+    """Shrink the bias of the patch embedding, so that faint latents give a small stream."""
     transformer.patch_embed.proj.bias *= 0.01
 
 
 @torch.no_grad()
 def run_reference(transformer: Any, inputs: Inputs) -> torch.Tensor:
-    """noise_pred [K, 1, 32, h, w]."""
+    """diffusers' noise_pred [K, 1, 32, h, w]."""
     branches = len(inputs["context_mask"])
     guidance = {}
-    if "guidance" in inputs:  # the pipeline multiplies it
+    if "guidance" in inputs:  # the factor is the pipeline's
         guidance["guidance"] = inputs["guidance"].expand(branches) * transformer.config.guidance_embeds_scale
     out = transformer(
         inputs["latents"].repeat(branches, 1, 1, 1),
@@ -59,7 +59,7 @@ def run_reference(transformer: Any, inputs: Inputs) -> torch.Tensor:
 
 
 class Graphs:
-    """The two graphs of a step."""
+    """The two graphs that compute a step: context and denoiser."""
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], precision: str, *, clamp: bool) -> None:
         self.context = Context(config, weights, NUMERICS[precision])
@@ -67,7 +67,7 @@ class Graphs:
 
     @torch.no_grad()
     def run(self, inputs: Inputs) -> torch.Tensor:
-        """noise_pred [K, 1, 32, h, w]."""
+        """The graphs' noise_pred [K, 1, 32, h, w]."""
         others = {key: value for key, value in inputs.items() if key != "prompt_embeds"}
         perturbed = torch.zeros(len(inputs["context_mask"]))
         return self.denoiser(context=self.context(inputs["prompt_embeds"]), perturbed=perturbed, **others)
