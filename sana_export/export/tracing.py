@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sana_export.contract import GraphSpec
 
 aten = torch.ops.aten
+#: A node of torch.fx, whose arguments are typed as everything that they might be.
+Node = Any
 #: The longest that an axis may be.
 LONGEST = 1 << 20
 
@@ -99,20 +101,22 @@ class _Sizes:
         self._nodes = {_key(node.meta["val"]): node for node in sorted(known, key=lambda node: len(node.users))}
 
     def of(self, node: Node) -> list[int | Node]:
-        """The shape of what `node` returns."""
+        """The shape of what `node` returns; -1 for an axis that a reshape is left to find out."""
         return [self._size(size, node) for size in node.meta["val"].shape]
 
     def _size(self, size: int | SymInt, node: Node) -> int | Node:
         if not isinstance(size, SymInt):
             return size
         if _key(size) not in self._nodes:
+            if node.target == aten.reshape.default:
+                return -1
             self._nodes[_key(size)] = self._computed(size, node)
         found = self._nodes[_key(size)]
         self._move_before(node, found)
         return found
 
     def _computed(self, size: SymInt, node: Node) -> Node:
-        """`size`, which is that of an axis of the input of `node` or of those that it flattens."""
+        """`size`, which is that of an axis of what `node` flattens or unflattens, or of those that it flattens."""
         source, first, last = (*node.args, -1)[:3]
         shape = source.meta["val"].shape
         keys = [_key(axis) if isinstance(axis, SymInt) else axis for axis in shape]
@@ -120,7 +124,6 @@ class _Sizes:
             with self._graph.inserting_before(node):
                 computed = self._graph.call_function(aten.sym_size.int, (source, keys.index(_key(size))))
         else:
-            assert node.target == aten.flatten.using_ints, f"nothing computes the size {size} of {node}"
             factors = [self._size(axis, node) for axis in shape[first : last % len(shape) + 1]]
             with self._graph.inserting_before(node):
                 computed = functools.reduce(lambda a, b: self._graph.call_function(operator.mul, (a, b)), factors)
@@ -134,21 +137,9 @@ class _Sizes:
                 self._move_before(node, source)
             node.prepend(size)
 
-    def _product(self, size: SymInt, node: Node) -> Node:
-        """`size` as the product of the axes that `node` flattens."""
-        assert node.target == aten.flatten.using_ints, f"{node} has a size that nothing computes: {size}"
-        source, first, last = (*node.args, -1)[:3]
-        shape = source.meta["val"].shape
-        axes = shape[first : last % len(shape) + 1]
-        with self._graph.inserting_before(node):
-            product = self._size(axes[0], node)
-            for axis in axes[1:]:
-                product = self._graph.call_function(operator.mul, (product, self._size(axis, node)))
-                product.meta["val"] = size
-        return product
-
 
 def _key(size: SymInt) -> Any:
+    """The expression of a size in those of the graph's inputs: equal for equal sizes."""
     return size.node.expr
 
 
@@ -188,14 +179,11 @@ def _writes(node: Node) -> bool:
 
 @contextlib.contextmanager
 def _frugal() -> Iterator[None]:
-    """Tracing without what a single trace does not need: remembered shapes of operators, and a stack trace of every node."""
-    import torch._dynamo.config as dynamo
-    import torch.fx.experimental._config as shapes
+    """Tracing without what a single trace does not need, and with the sizes 0 and 1 like any other, as torch.onnx does it.
 
-    stack_traces = torch.fx.config.do_not_emit_stack_traces
-    torch.fx.config.do_not_emit_stack_traces = True
-    try:
-        with dynamo.patch(fake_tensor_cache_enabled=False), shapes.patch(backed_size_oblivious=True):
-            yield
-    finally:
-        torch.fx.config.do_not_emit_stack_traces = stack_traces
+    To remember what operators make of symbolic shapes takes longer than it saves.
+    """
+    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    symbolic_shapes: Any = importlib.import_module("torch.fx.experimental._config")
+    with dynamo.patch(fake_tensor_cache_enabled=False), symbolic_shapes.patch(backed_size_oblivious=True):
+        yield
