@@ -23,6 +23,7 @@ from sana_export.export.evaluator import StorageEvaluator
 from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, random_inputs
 from sana_export.export.half import WideProducts
 from sana_export.export.parity import compare_tensors
+from sana_export.export.tracing import dynamic_shapes, trace
 from sana_export.formats.dtypes import DTYPES
 from sana_export.graphs.storage import WeightFile
 from sana_export.manifest import LoraTarget
@@ -41,16 +42,11 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightF
     tracing made stay in it where they are small and are added to `weights` where they are not.
     """
     inputs = random_inputs(spec, TRACE_SIZES, seed=0)
-    shapes = tuple(
-        {index: torch.export.Dim(axis, min=1, max=1 << 20) for index, axis in enumerate(tensor.shape) if isinstance(axis, str)}
-        for tensor in spec.inputs
-    )
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            module,
-            tuple(inputs.values()),
+            trace(module, spec, inputs),
             dynamo=True,
-            dynamic_shapes=shapes,
+            dynamic_shapes=dynamic_shapes(spec),
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             opset_version=OPSET,
