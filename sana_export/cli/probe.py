@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
+from sana_export.child_process import run_module
 from sana_export.errors import SanaExportError
 from sana_export.trt.flavour import FLAVOURS, load, offered_capabilities
 
@@ -37,16 +36,8 @@ class BackendProbe:
 
 def probe_backend(backend: str) -> BackendProbe:
     """Load the module of `backend` in a child process and report what came of it."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "sana_export.cli.probe", backend],
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_SECONDS,
-            check=True,
-            env=environment,
-        )
+        done = run_module("sana_export.cli.probe", backend, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True)
         answer = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         return BackendProbe(backend, None, (), f"loading it failed: {error}", FLAVOURS[backend].install)
