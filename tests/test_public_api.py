@@ -1,4 +1,4 @@
-"""The names that `sana_export` exports, and what importing them costs."""
+"""The public names of `sana_export`, and the packages that importing them loads."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def test_every_public_name_exists_and_is_documented(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TORCH_FREE)
-def test_running_needs_no_torch(name: str) -> None:
+def test_the_runtime_and_the_engine_builder_import_no_torch(name: str) -> None:
     assert heavy_modules(f"from sana_export import {name}") == set()
 
 
-def test_the_tools_that_read_checkpoints_import_torch_when_they_are_used() -> None:
+def test_torch_is_imported_only_by_the_names_that_need_it() -> None:
     assert heavy_modules("import sana_export") == set()
     assert "torch" in heavy_modules("from sana_export import export_bundle")
 
 
-def test_a_name_that_is_not_there() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'load_checkpoint'"):
         sana_export.load_checkpoint  # noqa: B018
     with pytest.raises(ImportError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -259,7 +259,7 @@ class SanaRuntime:
             events = (start, encoded, self.backend.record_event())
             return Conditioning(context, mask, embeddings.shape[:3], events)
 
-    def steps(self, plan: Plan, conditioning: Conditioning) -> Iterator[Step]:
+    def steps(self, plan: Plan, conditioning: Conditioning) -> Generator[Step, None, None]:
         """The sampling loop: one `Step` after each step. The last one's latents are the result.
 
         Every run draws the same noise, from the plan's seeds. Close the iterator (`contextlib.closing`) to stop early.

@@ -63,9 +63,8 @@ class Request:
     latents: npt.ArrayLike | None = None
     #: "pil": Pillow images. "np": float32 [images, height, width, 3] in [0, 1], not rounded. "latent": float32 latents.
     output_type: str = "pil"
-    #: True: sample at the nearest size that the checkpoint was trained on, then resize and crop. False: sample at exactly this
-    #: size; both sides must be multiples of the manifest's `vae_scale_factor` (32 for Sana). None: True if the checkpoint has a
-    #: table of sizes (`tiny`, of 128 px, has none).
+    #: True: sample at the nearest size that the checkpoint was trained on, then resize and crop. False: sample at this size, in
+    #: multiples of the manifest's `vae_scale_factor` (32 for Sana). None: True if the checkpoint has a table of sizes.
     use_resolution_binning: bool | None = None
     #: Encode the prompts after the checkpoint's instruction.
     complex_human_instruction: bool = True

@@ -6,6 +6,7 @@ overwrite each other's latents if they shared a loop.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import weakref
@@ -125,7 +126,7 @@ def test_a_run_that_is_closed_early_does_not_disturb_the_next_one(runtime: SanaR
     plan = runtime.plan(request_of(2))
     steps = runtime.steps(plan, runtime.encode(plan))
     next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     np.testing.assert_array_equal(draw(runtime, 1)[0], latents)
 
 
@@ -218,6 +219,28 @@ def test_the_least_recently_used_loop_is_dropped() -> None:
         cache.give_back(loop)  # type: ignore[arg-type]
     made = [cache.take(loop.shape, lambda: None) for loop in loops]  # type: ignore[arg-type, return-value]
     assert made == [loops[0], None, *loops[2:]]
+
+
+def test_work_is_captured_again_if_memory_moved_while_other_steps_were_captured(
+    engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_on_host_device(engines, "resident") as runtime:
+        wanted = runtime("prompt number 1", seed=1, output_type="latent", **SMALL).images  # captures all steps as one
+        gpu, shared, sampler = runtime.backend.gpu, runtime.backend.shared, runtime.sessions["sampler"]  # type: ignore[attr-defined]
+        captures, run, moves = gpu.captures, sampler.run, [1]
+
+        def move_once(*arguments: Any) -> Any:
+            shared.generation += moves.pop() if moves else 0
+            return run(*arguments)
+
+        monkeypatch.setattr(sampler, "run", move_once)
+        plan = runtime.plan(request_of(1))
+        with contextlib.closing(runtime.steps(plan, runtime.encode(plan))) as steps:
+            next(steps)  # captures the first step, in the same loop
+        assert gpu.captures == captures + 1
+        found = runtime("prompt number 1", seed=1, output_type="latent", **SMALL).images
+        assert gpu.captures == captures + 2
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_an_error_while_closing_does_not_replace_the_first_one(
