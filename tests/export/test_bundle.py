@@ -1,4 +1,4 @@
-"""A bundle is written whole or not at all, goes on after an interruption, and never takes the place of something else."""
+"""An export writes a whole bundle or none, continues after an interruption, and never replaces other files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def small_bundle(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def exported(monkeypatch):
-    """The names of the graphs that are exported from here on."""
+    """The names of the graphs that the test exports, in order."""
     names = []
     export_graphs = bundle_module.export_graphs
 
@@ -54,7 +54,7 @@ def exported(monkeypatch):
     return names
 
 
-def test_the_manifest_says_what_is_there(small_bundle, tiny_checkpoint):
+def test_the_manifest_lists_every_file(small_bundle, tiny_checkpoint):
     manifest = Manifest.load(small_bundle)
     named = {file.path for file in manifest.files} | {file.path for graph in manifest.graphs.values() for file in graph.files}
     assert named | {"manifest.json"} == set(snapshot(small_bundle))
@@ -70,7 +70,7 @@ def test_an_up_to_date_bundle_is_kept(small_bundle, tiny_checkpoint, exported):
     assert snapshot(small_bundle) == before
 
 
-def test_a_bundle_with_a_damaged_file_is_made_again(tiny_checkpoint, tmp_path, exported):
+def test_a_bundle_with_a_damaged_file_is_exported_again(tiny_checkpoint, tmp_path, exported):
     output = tmp_path / "b"
     small_export(tiny_checkpoint, output)
     before = snapshot(output)
@@ -81,7 +81,7 @@ def test_a_bundle_with_a_damaged_file_is_made_again(tiny_checkpoint, tmp_path, e
     assert len(snapshot(output)["onnx/sampler/model.onnx"]) > 1
 
 
-def test_other_options_replace_it(tiny_checkpoint, tmp_path, exported):
+def test_other_options_replace_the_bundle(tiny_checkpoint, tmp_path, exported):
     small_export(tiny_checkpoint, tmp_path / "b")
     small_export(tiny_checkpoint, tmp_path / "b", pag_layers=["transformer_blocks.1"])
     assert exported == [*SMALL, *SMALL]
@@ -89,7 +89,7 @@ def test_other_options_replace_it(tiny_checkpoint, tmp_path, exported):
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_an_interrupted_export_leaves_the_old_bundle_and_goes_on(tiny_checkpoint, tmp_path, monkeypatch, exported):
+def test_an_interrupted_export_keeps_the_old_bundle_and_continues(tiny_checkpoint, tmp_path, monkeypatch, exported):
     output = tmp_path / "b"
     small_export(tiny_checkpoint, output)
     before = snapshot(output)
@@ -109,7 +109,7 @@ def test_an_interrupted_export_leaves_the_old_bundle_and_goes_on(tiny_checkpoint
 
 
 def test_a_second_export_to_the_same_place_waits(tiny_checkpoint, tmp_path, exported):
-    """It finds the first one's bundle, and makes nothing."""
+    """It then finds the bundle of the first one and exports nothing."""
     inside, waiting = threading.Event(), threading.Event()
 
     class Waits(logging.Handler):
@@ -137,7 +137,7 @@ def test_a_second_export_to_the_same_place_waits(tiny_checkpoint, tmp_path, expo
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_a_journal_of_other_options_is_not_gone_on_with(tiny_checkpoint, tmp_path, exported):
+def test_an_export_with_other_options_does_not_continue_an_interrupted_one(tiny_checkpoint, tmp_path, exported):
     def interrupt(progress):
         if progress.doing == "postprocess":
             raise KeyboardInterrupt
@@ -148,7 +148,7 @@ def test_a_journal_of_other_options_is_not_gone_on_with(tiny_checkpoint, tmp_pat
     assert exported == ["sampler", "sampler", "postprocess"]
 
 
-def test_nothing_of_another_interrupted_export_is_kept(tiny_checkpoint, tmp_path):
+def test_the_files_of_another_interrupted_export_are_deleted(tiny_checkpoint, tmp_path):
     def interrupt(progress):
         if progress.doing == "postprocess":
             raise KeyboardInterrupt
@@ -159,7 +159,7 @@ def test_nothing_of_another_interrupted_export_is_kept(tiny_checkpoint, tmp_path
     assert [path.name for path in (tmp_path / "b" / "onnx").iterdir()] == ["postprocess"]
 
 
-def test_a_damaged_file_of_an_interrupted_export_is_not_gone_on_with(tiny_checkpoint, tmp_path, exported):
+def test_a_damaged_graph_of_an_interrupted_export_is_exported_again(tiny_checkpoint, tmp_path, exported):
     def interrupt(progress):
         if progress.doing == "postprocess":
             raise KeyboardInterrupt
@@ -171,7 +171,7 @@ def test_a_damaged_file_of_an_interrupted_export_is_not_gone_on_with(tiny_checkp
     assert exported == ["sampler", "sampler", "postprocess"]
 
 
-def test_a_full_disk_is_said_and_the_old_bundle_stays(tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_keeps_the_old_bundle(tiny_checkpoint, tmp_path, monkeypatch):
     output = tmp_path / "b"
     small_export(tiny_checkpoint, output)
     before = snapshot(output)
@@ -185,13 +185,13 @@ def test_a_full_disk_is_said_and_the_old_bundle_stays(tiny_checkpoint, tmp_path,
     assert snapshot(output) == before
 
 
-def test_a_folder_that_cannot_be_written_is_said(tiny_checkpoint, tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(tiny_checkpoint, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(DependencyError, match="cannot be written"):
         small_export(tiny_checkpoint, tmp_path / "file" / "bundle")
 
 
-def test_too_little_disk_is_said_before_anything_is_written(tiny_checkpoint, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_anything_is_written(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "free_bytes", lambda folder: 1_000_000)
     with pytest.raises(DependencyError, match="too little disk space for the bundle") as raised:
         export_bundle(tiny_checkpoint, tmp_path / "b", precision="fp32")
@@ -203,28 +203,28 @@ def test_too_little_disk_is_said_before_anything_is_written(tiny_checkpoint, tmp
 
 
 @pytest.mark.parametrize("name", GRAPH_WEIGHTS)
-def test_a_graph_is_as_large_as_was_said(tiny_bundle, tiny_checkpoint, name):
-    """But for the start of each tensor at a page."""
+def test_the_estimate_of_a_graphs_size(tiny_bundle, tiny_checkpoint, name):
+    """The file may be larger, because each tensor starts at a page."""
     manifest = Manifest.load(tiny_bundle)
-    said = graph_bytes(name, tiny_checkpoint, manifest.options)
+    estimate = graph_bytes(name, tiny_checkpoint, manifest.options)
     (data,) = manifest.graphs[name].data
-    assert said * 0.9 <= data.bytes <= said + 4096 * 400
-    assert graph_bytes(name, tiny_checkpoint, dataclasses.replace(manifest.options, precision="fp16")) == said // 2
+    assert estimate * 0.9 <= data.bytes <= estimate + 4096 * 400
+    assert graph_bytes(name, tiny_checkpoint, dataclasses.replace(manifest.options, precision="fp16")) == estimate // 2
 
 
-def test_progress_tells_bytes_and_time(tiny_checkpoint, tmp_path):
-    told = []
-    export_bundle(tiny_checkpoint, tmp_path / "b", graphs=["context", "sampler"], precision="fp32", on_progress=told.append)
-    assert [progress.doing for progress in told] == ["tokenizer, instruction and embeddings", "context", "sampler", "done"]
-    assert [progress.done for progress in told] == [0, 1, 2, 3]
-    assert told[0].bytes_done == 0
-    assert told[0].seconds_left is None
-    assert told[1].bytes_done == text_bytes(tiny_checkpoint)
-    assert told[1].seconds_left > 0
-    assert told[2].bytes_done == told[2].bytes_total
+def test_progress_reports_bytes_and_time(tiny_checkpoint, tmp_path):
+    reports = []
+    export_bundle(tiny_checkpoint, tmp_path / "b", graphs=["context", "sampler"], precision="fp32", on_progress=reports.append)
+    assert [progress.doing for progress in reports] == ["tokenizer, instruction and embeddings", "context", "sampler", "done"]
+    assert [progress.done for progress in reports] == [0, 1, 2, 3]
+    assert reports[0].bytes_done == 0
+    assert reports[0].seconds_left is None
+    assert reports[1].bytes_done == text_bytes(tiny_checkpoint)
+    assert reports[1].seconds_left > 0
+    assert reports[2].bytes_done == reports[2].bytes_total
 
 
-def test_something_else_is_left_alone(tiny_checkpoint, tmp_path):
+def test_a_folder_with_other_files_is_refused(tiny_checkpoint, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="not a bundle"):
         small_export(tiny_checkpoint, tmp_path)
@@ -244,7 +244,7 @@ def test_a_damaged_bundle_is_replaced(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "variant", "clamp"), [("float16", None, True), ("float16", "fp16", True), ("bfloat16", None, False)]
 )
-def test_the_clamp_of_an_unknown_checkpoint_follows_the_stored_dtype(tmp_path, dtype, variant, clamp):
+def test_the_clamp_of_an_unknown_checkpoint_depends_on_its_stored_dtype(tmp_path, dtype, variant, clamp):
     (make_checkpoint("tiny-random", tmp_path / "c", dtype=dtype, variant=variant) / MARKER).unlink()
     checkpoint = open_checkpoint(str(tmp_path / "c"), weights_variant=variant)
     assert bundle_module.choose_options(checkpoint, "fp16", (), None).clamp is clamp
@@ -257,12 +257,12 @@ def test_pag_layer_names(name):
 
 
 @pytest.mark.parametrize("name", ["transformer_blocks.3", "mid", "transformer_blocks.1.", "-1"])
-def test_wrong_pag_layer_names(name):
+def test_unknown_pag_layers_are_refused(name):
     with pytest.raises(UsageError, match=r"transformer_blocks\.2"):
         parse_pag_layer(name, 3)
 
 
-def test_wrong_options(tiny_checkpoint, tmp_path):
+def test_unknown_options_are_refused(tiny_checkpoint, tmp_path):
     with pytest.raises(UsageError, match="precision"):
         export_bundle(tiny_checkpoint, tmp_path / "b", precision="int8")
     with pytest.raises(UsageError, match="graph"):

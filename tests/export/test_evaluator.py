@@ -1,4 +1,4 @@
-"""The storage evaluator shows what half precision does on a GPU, and the range meter what it would have to hold."""
+"""The storage evaluator rounds as a GPU in half precision does, and the range meter finds the largest values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sana_export.export.evaluator import RangeMeter, StorageEvaluator
 
 
 class Overflowing(torch.nn.Module):
-    """(x * 1000) / 1000, twice the same values unless 1000 x passes the range."""
+    """(x * 1000) / 1000, which is x unless 1000 x exceeds the range."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ((x.half() * 1000.0) * 0.001).float()
 
 
 class Chain(torch.nn.Module):
-    """Element-wise steps that every implementation of half precision rounds alike."""
+    """Element-wise steps that every implementation of half precision rounds the same way."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -37,11 +37,11 @@ def export(module: torch.nn.Module, path: Path, columns: int = 16) -> Path:
     return path
 
 
-def test_overflow_shows_where_onnxruntime_hides_it(tmp_path):
+def test_overflow_is_visible_although_onnxruntime_hides_it(tmp_path):
     path = export(Overflowing(), tmp_path / "model.onnx")
     x = np.full((4, 16), 100.0, dtype=np.float32)
     hidden = onnxruntime.InferenceSession(path).run(None, {"x": x})[0]
-    assert np.isfinite(hidden).all(), "if ONNX Runtime no longer hides it, the evaluator may not be needed"
+    assert np.isfinite(hidden).all(), "if ONNX Runtime no longer hides the overflow, the evaluator may be unnecessary"
     assert np.isinf(StorageEvaluator(path).run({"x": x})["y"]).all()
     assert np.isinf(Overflowing()(torch.from_numpy(x)).numpy()).all()
 
@@ -61,7 +61,7 @@ def test_every_step_is_rounded_as_torch_rounds_it(tmp_path, dtype):
     assert not np.array_equal(found, unrounded)
 
 
-def test_half_outputs_come_back_as_declared(tmp_path):
+def test_half_outputs_have_their_declared_dtype(tmp_path):
     class Half(torch.nn.Module):
         def forward(self, x):
             return x.half() * 3.0
@@ -82,7 +82,7 @@ def test_nan_counts_as_an_overflow(tmp_path):
     assert meter.ranges()[0].headroom == 0.0
 
 
-def test_ranges_are_measured_beyond_the_dtype(tmp_path):
+def test_magnitudes_beyond_the_dtypes_range_are_measured(tmp_path):
     path = export(Overflowing(), tmp_path / "model.onnx")
     meter = RangeMeter(path)
     meter.run({"x": np.full((4, 16), 100.0, dtype=np.float32)})

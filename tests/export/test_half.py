@@ -1,4 +1,4 @@
-"""Half precision computed wide: as torch's own half-precision kernels round it."""
+"""Half precision computed in float32 equals torch's own half-precision kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sana_export.export.half import WideProducts
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("product", ["linear", "matmul", "bmm", "conv"])
 def test_products_equal_those_of_the_exact_numbers(product, dtype):
-    """The exact product of the rounded factors, rounded once."""
+    """The result is the exact product of the rounded factors, rounded once."""
     x, w = torch.randn(4, 12, 12).to(dtype), torch.randn(4, 12, 12).to(dtype)
     bias = torch.randn(12).to(dtype)
     run = {
@@ -25,13 +25,13 @@ def test_products_equal_those_of_the_exact_numbers(product, dtype):
         found = run(x, w, bias)
     wanted = run(x.double(), w.double(), bias.double())
     assert found.dtype == dtype
-    # Rounded once, after a float32 sum of 13 terms at most: its error grows with their magnitudes, not with what is left of them.
+    # A float32 sum of at most 13 terms, rounded once. The sum's error grows with the magnitude of its terms, not of the result.
     summed = 13 * torch.finfo(torch.float32).eps * run(x.double().abs(), w.double().abs(), bias.double().abs())
     error = (found.double() - wanted).abs()
     assert (error <= torch.finfo(dtype).eps / 2 * wanted.abs() + summed).all()
     torch.testing.assert_close(found, run(x, w, bias), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
-def test_what_overflows_in_half_overflows_here():
+def test_overflow_is_kept():
     with WideProducts():
         assert (torch.full((2, 2), 300.0).half() @ torch.full((2, 2), 300.0).half()).isinf().all()

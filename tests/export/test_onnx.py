@@ -1,4 +1,4 @@
-"""Exported files are checked: tensors against the contract, values against the module, on random and on zero inputs."""
+"""The checks of exported files: tensors against the contract, and values against the module for random and zero inputs."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Scale(torch.nn.Module):
         return x * self.factor
 
 
-class Normalise(torch.nn.Module):
-    """An epsilon that the ONNX optimiser takes for zero."""
+class Normalize(torch.nn.Module):
+    """Has an epsilon that the ONNX optimizer takes for zero."""
 
     def forward(self, x):
         return x / (x.abs().sum(1, keepdim=True) + 1e-12)
@@ -55,7 +55,7 @@ def test_a_good_export_passes(tmp_path):
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
 
 
-def test_another_value_is_noticed(tmp_path):
+def test_a_changed_weight_is_detected(tmp_path):
     path = tmp_path / "model.onnx"
     module = Scale(0.5)
     export(module, SPEC, path)
@@ -64,15 +64,15 @@ def test_another_value_is_noticed(tmp_path):
         check(path, module, SPEC, "fp32")
 
 
-def test_a_lost_epsilon_is_noticed(tmp_path):
+def test_a_lost_epsilon_is_detected(tmp_path):
     path = tmp_path / "model.onnx"
-    export(Normalise(), SPEC, path)
+    export(Normalize(), SPEC, path)
     with pytest.raises(ParityError, match="zero inputs"):
-        check(path, Normalise(), SPEC, "fp32")
+        check(path, Normalize(), SPEC, "fp32")
 
 
 @pytest.mark.parametrize("change", ["name", "dtype", "axis"])
-def test_other_tensors_than_the_contract_are_noticed(tmp_path, change):
+def test_tensors_that_differ_from_the_contract_are_detected(tmp_path, change):
     path = tmp_path / "model.onnx"
     export(Scale(0.5), SPEC, path)
     model = onnx.load(path)
@@ -91,7 +91,7 @@ def test_other_tensors_than_the_contract_are_noticed(tmp_path, change):
         check_onnx(path, SPEC)
 
 
-def test_sizes_to_trace_and_to_check_with_tell_axes_apart():
+def test_the_sizes_for_tracing_and_checking_distinguish_all_axes():
     own = [axis for axis in DYNAMIC_AXES if "image_" not in axis]
     traced = [TRACE_SIZES.of(axis) for axis in own]
     assert len(set(traced)) == len(traced)

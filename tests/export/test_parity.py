@@ -1,4 +1,4 @@
-"""The measures of parity, and that their limits can be missed."""
+"""The measures of parity, and comparisons that just pass or just fail."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_tensors_pass_and_fail():
     assert not compare_tensors("x", broken, wanted, "fp16").passed
 
 
-def test_float32_images_may_differ_by_one_level_in_one_of_a_thousand():
+def test_float32_images_may_differ_by_one_level_in_one_value_of_a_thousand():
     wanted = np.random.default_rng().integers(1, 254, (1, 100, 100, 1), dtype=np.uint8)
 
     def changed(count, levels):

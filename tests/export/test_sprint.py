@@ -1,4 +1,4 @@
-"""SANA-Sprint from checkpoint to proven bundle."""
+"""SANA-Sprint from the checkpoint to a verified bundle."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sana_export.verify.reference import load_reference
 QUICK = Sampling(prompts=["a red apple", "A cute 🐼 eating 🎋, 水墨画 style"], height=96, width=128)
 
 
-def test_the_contract_names_guidance_where_the_checkpoint_has_it(sprint_bundle, tiny_bundle):
+def test_only_a_checkpoint_with_guidance_has_that_input(sprint_bundle, tiny_bundle):
     inputs = {tensor.name: tensor for tensor in Manifest.load(sprint_bundle).graphs["denoiser"].spec.inputs}
     assert (inputs["guidance"].dtype, inputs["guidance"].shape) == ("float32", (1,))
     assert "guidance" not in {tensor.name for tensor in Manifest.load(tiny_bundle).graphs["denoiser"].spec.inputs}
     sizes = dict.fromkeys(("latent_channels", "layers", "cross_attention_heads", "cross_attention_head_dim"), 2)
-    without, all_of_it = (resolve("denoiser", sizes, "float32", features) for features in ((), FEATURE_TENSORS.values()))
-    assert [tensor for tensor in all_of_it.inputs if tensor.name not in FEATURE_TENSORS] == list(without.inputs)
+    plain, full = (resolve("denoiser", sizes, "float32", features) for features in ((), FEATURE_TENSORS.values()))
+    assert [tensor for tensor in full.inputs if tensor.name not in FEATURE_TENSORS] == list(plain.inputs)
 
 
 def test_the_float32_bundle_passes(sprint_bundle, sprint_checkpoint, tmp_path):
@@ -42,7 +42,7 @@ def test_the_float32_bundle_passes(sprint_bundle, sprint_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("prompt", QUICK.prompts)
 @pytest.mark.parametrize(("steps", "guidance_scale"), [(1, 4.5), (2, 0.5), (2, 1.0), (2, 7.0), (4, 4.5)])
-def test_pictures(sprint_runtime, sprint_pipeline, prompt, steps, guidance_scale):
+def test_images_equal_the_reference(sprint_runtime, sprint_pipeline, prompt, steps, guidance_scale):
     sampling = dataclasses.replace(QUICK, steps=steps, guidance_scale=guidance_scale, seed=3)
     pair = sample_both(sprint_runtime, sprint_pipeline, sampling.request(prompt, sprint_runtime.manifest.model))
     assert pair.images[1].std() > 20
@@ -50,8 +50,8 @@ def test_pictures(sprint_runtime, sprint_pipeline, prompt, steps, guidance_scale
     assert parity.passed, parity
 
 
-def test_a_float16_bundle_of_a_variation_passes(tmp_path):
-    """An unlisted checkpoint. diffusers applies its scale of the guidance and no scale of the timesteps."""
+def test_the_float16_bundle_of_an_unlisted_checkpoint_passes(tmp_path):
+    """For a checkpoint that is not in the table. diffusers applies its guidance scale factor but no timestep scale."""
     recipe = RECIPES["tiny-sprint"]
     changed = {"guidance_embeds_scale": 0.25, "timestep_scale": 0.5}
     recipe = dataclasses.replace(recipe, transformer={**recipe.transformer, **changed})

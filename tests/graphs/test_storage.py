@@ -1,4 +1,4 @@
-"""Weights that live in a file: the same numbers, equal ones once, and only one of them in memory at a time."""
+"""Weights in a file have the same values as in memory, are stored once if equal, and take little memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_what_is_kept_is_what_was_given(tmp_path, name):
+def test_a_kept_tensor_has_the_same_values(tmp_path, name):
     value = VALUES[name]
     with WeightFile(tmp_path / "data") as file:
         file.keep(torch.randn(3))
@@ -46,7 +46,7 @@ def test_equal_tensors_are_written_once(tmp_path):
     assert file.place(value) is None
 
 
-def test_a_graph_computes_the_same_wherever_its_weights_are(tmp_path):
+def test_a_graph_with_weights_in_a_file_computes_the_same(tmp_path):
     weight, bias, x = torch.randn(6, 5), torch.randn(6), torch.randn(2, 5)
     in_memory = Linear(weight, bias, NUMERICS["float32"], scale=0.5)
     with WeightFile(tmp_path / "data") as file, stored_in(file):
@@ -57,7 +57,7 @@ def test_a_graph_computes_the_same_wherever_its_weights_are(tmp_path):
     torch.testing.assert_close(in_memory(x), 0.5 * torch.nn.functional.linear(x, weight, bias))
 
 
-def test_parameters_outside_are_in_memory(tmp_path):
+def test_parameters_made_outside_stored_in_stay_in_memory(tmp_path):
     with WeightFile(tmp_path / "data") as file:
         with stored_in(file):
             pass
@@ -79,7 +79,7 @@ with WeightFile(Path(sys.argv[1], "model.onnx.data")) as weights:
         with stored_in(weights):
             return torch.nn.Sequential(*(Linear(torch.randn(2048, 2048), None, NUMERICS["float32"]) for _ in range(layers)))
     path = Path(sys.argv[1], "model.onnx")
-    export_onnx(build(1), spec, path, weights)  # what tracing takes whatever it traces
+    export_onnx(build(1), spec, path, weights)  # the memory that any tracing needs
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     export_onnx(build(24), spec, path, weights)
     check_onnx(path, spec)
@@ -87,7 +87,7 @@ with WeightFile(Path(sys.argv[1], "model.onnx.data")) as weights:
 """
 
 
-def test_an_export_holds_a_few_of_its_weights_at_a_time(tmp_path):
+def test_an_export_needs_less_memory_than_its_weights(tmp_path):
     run = subprocess.run([sys.executable, "-c", EXPORT_IN_A_CHILD, tmp_path], capture_output=True, text=True, check=True)
     grown, written = np.array(run.stdout.split()[-2:], dtype=np.int64)
     assert written == 25 * 4 * 2048 * 2048
