@@ -1,6 +1,6 @@
-"""The weights that an ONNX file keeps in other files, read without the onnx package, which building and running do not need.
+"""The external weights of ONNX files, read without the onnx package, which building engines and running graphs do not need.
 
-ONNX Runtime refuses locations outside the model's folder only in newer versions (1.32 does, 1.22 reads any file), so
+Old versions of ONNX Runtime read external data from any place (1.22 does; 1.32 refuses files outside the model's folder), so
 `check_external_data` checks a model before anything else loads it.
 """
 
@@ -17,8 +17,7 @@ import numpy as np
 from sana_export.errors import ArtifactError
 from sana_export.formats.arrays import Array, Bytes
 
-#: The fields of onnx.proto3 on the way to external data: message -> field number -> the message or text in it. All others are
-#: skipped.
+#: The fields of onnx.proto3 that lead to external data: message -> field number -> its message or text. Other fields are skipped.
 _MESSAGES: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
     "TrainingInfo": {1: "Graph", 2: "Graph"},
@@ -37,15 +36,18 @@ _MOST_VARINT_BYTES = 10
 
 
 class Field(NamedTuple):
-    """One field of a protobuf message: `raw` is all of it, tag and length included; `value` the content where that is bytes."""
+    """One field of a protobuf message."""
 
+    #: Its number.
     number: int
+    #: All of its bytes, including tag and length.
     raw: memoryview
+    #: Its content if it is length-delimited: a text, bytes or a message.
     value: memoryview | None
 
 
 def external_locations(model: bytes) -> set[str]:
-    """The locations of all external data in a serialized ModelProto, as they are written. ValueError where it is not one."""
+    """The locations of all external data in a serialized ModelProto. Raises ValueError if `model` is damaged."""
     locations: set[str] = set()
     pending = [("Model", memoryview(model))]
     while pending:
@@ -66,7 +68,7 @@ def external_locations(model: bytes) -> set[str]:
 def check_external_data(model: Path, recorded: Sequence[Path], *, fix: str | None = None) -> None:
     """Raise ArtifactError unless every file that the ONNX file `model` reads weights from is one of `recorded`.
 
-    `recorded` are the files that the manifest binds to the model, so they lie in the bundle and were checked.
+    `recorded` are the model's data files in the manifest, which are inside the bundle and were checked.
     """
     try:
         locations = external_locations(model.read_bytes())
@@ -85,16 +87,20 @@ def check_external_data(model: Path, recorded: Sequence[Path], *, fix: str | Non
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """One initializer whose values lie in another file: `bytes` of them from `offset` on. `location` is relative to the model's."""
+    """One initializer whose values are in another file."""
 
+    #: The initializer's name.
     name: str
+    #: The file, relative to the model's folder.
     location: str
+    #: Where its values start in the file.
     offset: int
+    #: Size of its values.
     bytes: int
 
 
 def external_tensors(model: bytes) -> tuple[ExternalTensor, ...]:
-    """The initializers of a serialized ModelProto that lie outside it, in its order. ValueError where it is not one."""
+    """The external initializers of a serialized ModelProto, in its order. Raises ValueError if `model` is damaged."""
     found: list[ExternalTensor] = []
 
     def visit(message: str, content: memoryview) -> None:
@@ -121,10 +127,10 @@ def external_tensors(model: bytes) -> tuple[ExternalTensor, ...]:
 
 
 def structure_sha256(model: bytes) -> str:
-    """sha256 in hex of a serialized ModelProto without where its external weights lie: equal for all weights of one graph.
+    """The sha256, in hex, of a serialized ModelProto without its external weights: equal for every checkpoint of one structure.
 
-    Constants inside the file count, since an engine holds them. Offsets do not: a weight file that keeps equal tensors once has
-    other ones for every checkpoint.
+    Constants inside the file count, because an engine contains them. The locations of external weights do not: a weight file stores
+    equal tensors once, so the offsets depend on the checkpoint.
     """
     digest = hashlib.sha256()
 
@@ -142,11 +148,11 @@ def structure_sha256(model: bytes) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(onnx: Path, data: Iterable[Path]) -> dict[str, Bytes]:
-    """The bytes of every external weight of the ONNX file, by name, mapped from the disk and not read.
+def read_tensors(onnx: Path, data: Iterable[Path], *, fix: str | None = None) -> dict[str, Bytes]:
+    """The bytes of every external weight of the ONNX file, by name, mapped from the disk.
 
-    `data`: the files that the manifest binds to the model. Raises ArtifactError where the model reads another file, or beyond the
-    end of one.
+    `data` are the model's data files in the manifest, and `fix` is the command that exports the bundle again. Raises ArtifactError
+    if the model reads another file, or past the end of one.
     """
     maps = {path.resolve(): np.memmap(path, np.uint8, "r") for path in data}
     tensors: dict[str, Bytes] = {}
@@ -154,20 +160,20 @@ def read_tensors(onnx: Path, data: Iterable[Path]) -> dict[str, Bytes]:
         values = maps.get((onnx.parent / tensor.location).resolve())
         if values is None or tensor.offset + tensor.bytes > values.size:
             raise ArtifactError(
-                f"{onnx} does not fit its weights",
+                f"{onnx} does not match its weight files",
                 found=f"{tensor.name} at {tensor.offset} to {tensor.offset + tensor.bytes} of {tensor.location}",
-                wanted="a part of " + (", ".join(f"{path.name} ({file.size} bytes)" for path, file in maps.items()) or "no file"),
-                fix="export the bundle again: sana-export export MODEL -o BUNDLE",
+                wanted=", ".join(f"a range within {path.name} ({file.size} bytes)" for path, file in maps.items()) or "no weights",
+                fix=fix,
             )
         tensors[tensor.name] = values[tensor.offset : tensor.offset + tensor.bytes]
     return tensors
 
 
 def copies_of_shared(onnx: Path) -> Mapping[str, Array]:
-    """A copy of every external weight that lies where an earlier one does, by name.
+    """A copy of every external weight that shares its place in the file with an earlier one, by name.
 
-    The parser hands the compiler pointers into the file, and the compiler knows a weight by its pointer: two that share their bytes
-    would be one weight with the name of the last. Measured with TensorRT-RTX 1.7.
+    TensorRT's parser passes pointers into the file to the compiler, and the compiler identifies a weight by its pointer: two
+    weights at one place would become one weight with the name of the last. Seen with TensorRT-RTX 1.7.
     """
     taken: set[tuple[str, int]] = set()
     copies = {}
@@ -188,7 +194,7 @@ def _entry(content: memoryview) -> tuple[str, str]:
 
 
 def message_fields(content: memoryview) -> Iterator[Field]:
-    """Every field of one serialized protobuf message, in order; ValueError where it is damaged."""
+    """Every field of one serialized protobuf message, in order. Raises ValueError if it is damaged."""
     position = 0
     while position < len(content):
         begin = position
@@ -206,7 +212,7 @@ def message_fields(content: memoryview) -> Iterator[Field]:
         else:
             raise ValueError(f"a field of wire type {kind}")
         if position > len(content):
-            raise ValueError("a field that reaches past the end")
+            raise ValueError("a field that extends past the end")
         yield Field(tag >> 3, content[begin:position], value)
 
 
@@ -220,4 +226,4 @@ def _varint(content: memoryview, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << (7 * count)
         if byte < 0x80:
             return value, position + count + 1
-    raise ValueError("a number without an end")
+    raise ValueError("an unterminated number")

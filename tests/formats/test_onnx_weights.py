@@ -1,4 +1,4 @@
-"""The external weights of an ONNX file and its structure, read without the onnx package, against the onnx package."""
+"""The external weights and the structure of an ONNX file, compared with what the onnx package reads."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.support.small_bundles import slow, vae_decoder
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A file with two weights in one external file and one inside."""
+    """An ONNX file with two weights in one external file and one weight inside."""
     rng = np.random.default_rng(0)
     weights = {"a": rng.standard_normal((8, 16)), "b": rng.standard_normal((16, 4)), "small": rng.standard_normal((4,))}
     nodes = [
@@ -40,7 +40,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> str:
-    """The structure's hash after `change(graph)` of the file."""
+    """The hash of the structure after `change(graph)`."""
     model = onnx.load(path, load_external_data=False)
     change(model.graph)
     path.write_bytes(model.SerializeToString())
@@ -52,7 +52,7 @@ def set_external(tensor: Any, **values: object) -> None:
         entry.value = str(values.get(entry.key, entry.value))
 
 
-def test_places_are_those_that_the_file_names(model: Path) -> None:
+def test_places_are_those_in_the_file(model: Path) -> None:
     tensors = onnx.load(model, load_external_data=False).graph.initializer
     wanted = [(tensor.name, *(entry.value for entry in tensor.external_data if entry.key != "checksum")) for tensor in tensors][:2]
     found = external_tensors(model.read_bytes())
@@ -85,7 +85,7 @@ def test_every_graph_of_a_bundle_is_read_as_onnx_reads_it(tiny_bundle: Path) -> 
 
 
 @pytest.mark.parametrize("make", [vae_decoder, slow])
-def test_other_weights_outside_leave_the_structure_and_inside_they_do_not(make: Any, tmp_path: Path) -> None:
+def test_external_weights_are_not_part_of_the_structure_and_internal_ones_are(make: Any, tmp_path: Path) -> None:
     hashes = []
     for seed in range(2):
         make(tmp_path / "model.onnx", seed)
@@ -94,7 +94,7 @@ def test_other_weights_outside_leave_the_structure_and_inside_they_do_not(make: 
 
 
 @pytest.mark.parametrize("values", [{"offset": 8192}, {"length": 1}, {"location": "elsewhere.data"}])
-def test_where_weights_lie_is_no_structure(values: dict[str, object], model: Path) -> None:
+def test_the_place_of_weights_is_not_part_of_the_structure(values: dict[str, object], model: Path) -> None:
     before = structure_sha256(model.read_bytes())
     assert edit(model, lambda graph: set_external(graph.initializer[1], **values)) == before
 
@@ -112,7 +112,7 @@ def test_where_weights_lie_is_no_structure(values: dict[str, object], model: Pat
         lambda graph: graph.initializer.pop(),
     ],
 )
-def test_all_else_is_structure(change: Any, model: Path) -> None:
+def test_everything_else_is_part_of_the_structure(change: Any, model: Path) -> None:
     before = structure_sha256(model.read_bytes())
     assert edit(model, lambda graph: None) == before
     assert edit(model, change) != before
@@ -122,8 +122,9 @@ def test_all_else_is_structure(change: Any, model: Path) -> None:
 def test_a_model_that_reads_elsewhere_is_refused(values: dict[str, object], words: str, model: Path) -> None:
     model.with_name("other.data").write_bytes(bytes(1 << 21))
     edit(model, lambda graph: set_external(graph.initializer[1], **values))
-    with pytest.raises(ArtifactError, match="does not fit its weights") as caught:
-        read_tensors(model, [model.with_name("weights.data")])
+    with pytest.raises(ArtifactError, match="does not match its weight files") as caught:
+        read_tensors(model, [model.with_name("weights.data")], fix="the command that fixes it")
+    assert caught.value.fix == "the command that fixes it"
     assert words in str(caught.value)
 
 
@@ -138,7 +139,7 @@ def test_weights_that_share_their_bytes_are_copied(model: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"not an ONNX file", b"\x3a\x7f"])
-def test_what_is_no_model_is_a_value_error(damage: bytes) -> None:
+def test_a_damaged_model_is_a_value_error(damage: bytes) -> None:
     for read in (external_tensors, structure_sha256):
         with pytest.raises(ValueError, match=r"field|number"):
             read(damage)

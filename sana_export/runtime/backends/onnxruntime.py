@@ -116,10 +116,10 @@ class OnnxRuntimeBackend(Backend):
         if cuda_graphs:
             self.name = "onnxruntime-cuda-graphs"
         self._settings = settings
-        self._check_options()
         self.bundle, self.manifest = bundle, manifest
         self._fix = export_line(bundle, manifest)
         self._onnxruntime = onnxruntime
+        self._check_options()
         self._use(next(name for name in DEVICES if name in onnxruntime.get_available_providers()))
         self._cuda_graphs = cuda_graphs and self.device == "cuda"
         if self._cuda_graphs:
