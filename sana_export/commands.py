@@ -38,6 +38,11 @@ def export_line(
     return shlex.join(words)
 
 
+def engines_line(bundle: Path, backend: str, *options: str) -> str:
+    """The command that builds a bundle's engines for `backend`, with more options of `build`."""
+    return shlex.join(["sana-export", "build", str(bundle), "--backend", backend, *options])
+
+
 def model_words(checkpoint: Checkpoint) -> list[str]:
     """MODEL and the options that say which of its files, and which overlays, a bundle was made from."""
     words = [checkpoint.source]

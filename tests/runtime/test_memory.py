@@ -80,7 +80,7 @@ NEEDS = {
 
 
 @pytest.mark.parametrize(
-    ("mode", "free", "settled", "warned"),
+    ("mode", "free", "chosen", "warned"),
     [
         ("auto", 12, "resident", False),
         ("auto", 11, "staged", False),
@@ -93,9 +93,9 @@ NEEDS = {
         ("streaming", 30, "streaming", False),
     ],
 )
-def test_the_mode_that_fits(mode: str, free: int, settled: str, warned: bool) -> None:
-    found, warning = choose_memory_mode(mode, NEEDS, free * GB, "bundle")
-    assert found == settled
+def test_the_mode_that_fits(mode: str, free: int, chosen: str, warned: bool) -> None:
+    found, warning = choose_memory_mode(mode, NEEDS, free * GB, Path("bundle"), "tensorrt-rtx")
+    assert found == chosen
     assert (warning is not None) is warned
     if warning:
         assert f"{free}.00 GB of GPU memory are free" in warning
@@ -106,7 +106,7 @@ def test_the_mode_that_fits(mode: str, free: int, settled: str, warned: bool) ->
     [
         ("resident", 8, NEEDS, "--memory staged"),
         ("staged", 4, NEEDS, "--memory streaming"),
-        ("auto", 1, NEEDS, "sana-export build bundle --backend BACKEND --profile static --weight-streaming"),
+        ("auto", 1, NEEDS, "sana-export build bundle --backend tensorrt-rtx --profile static --weight-streaming"),
         ("streaming", 9, {"staged": NEEDS["staged"]}, "--memory staged"),
     ],
 )
@@ -114,10 +114,10 @@ def test_too_little_memory_is_told_with_the_mode_that_fits(
     mode: str, free: int, offered: dict[str, MemoryRequirement], fix: str
 ) -> None:
     with pytest.raises(DependencyError) as caught:
-        choose_memory_mode(mode, offered, free * GB, "bundle")
+        choose_memory_mode(mode, offered, free * GB, Path("bundle"), "tensorrt-rtx")
     assert caught.value.fix == fix
     assert f"{free}.00 GB free" in str(caught.value)
-    assert "staged: 5.00 GB of weights, 8.00 GB at the most" in str(caught.value)
+    assert "staged: 5.00 GB for weights, up to 8.00 GB in all" in str(caught.value)
 
 
 def opened(bundle: Path, device: HostDevice, **options: Any) -> tuple[SanaRuntime, HostTensorRT]:
@@ -170,12 +170,12 @@ def test_weights_are_streamed_in_that_mode_alone(tiny_bundle: Path, tmp_path: Pa
     for mode, budget in (("streaming", 4321), ("staged", None)):
         runtime, _ = opened(copy, HostDevice(), memory=mode)
         runtime.sessions.require(["denoiser"])
-        (engine,) = runtime.sessions["denoiser"]._loaded.values()
+        (engine,) = runtime.sessions["denoiser"].loaded.values()
         assert engine.engine.weight_streaming_budget_v2 == budget
 
 
 def test_modes_of_a_backend_without_a_gpu(tiny_bundle: Path) -> None:
-    with pytest.raises(UsageError, match="there is no memory mode 'small'"):
+    with pytest.raises(UsageError, match="unknown memory mode 'small'"):
         SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="small")
     with pytest.raises(UsageError, match="the backend onnxruntime cannot stream weights"):
         SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="streaming")

@@ -22,7 +22,7 @@ def build(bundle: Path, **options: Any) -> Manifest:
 def paths(bundle: Path) -> dict[str, str]:
     """graph to path of the engine that the default build makes."""
     engines = plan_bundle(bundle, backend="tensorrt-rtx", profile=DEFAULT)
-    return {engine.recipe.graph: engine.recipe.path for engine in engines}
+    return {engine.spec.graph: engine.spec.path for engine in engines}
 
 
 def tree(bundle: Path) -> dict[str, bytes]:
@@ -33,7 +33,7 @@ def tree(bundle: Path) -> dict[str, bytes]:
 
 def built_graphs(into: list[str]) -> Any:
     """An `on_engine` that notes the graphs that were built, in order."""
-    return lambda planned, entry: into.append(planned.recipe.graph) if entry is not None else None
+    return lambda planned, entry: into.append(planned.spec.graph) if entry is not None else None
 
 
 INTERRUPTED = """
@@ -45,7 +45,7 @@ seen = 0
 def report(progress):
     global seen
     seen += 1
-    print(progress.phase, flush=True)
+    print(progress.doing, flush=True)
 try:
     build_bundle(Path(sys.argv[1]), backend="tensorrt-rtx", profile=PROFILES["default"], on_progress=report)
 except KeyboardInterrupt:
@@ -64,7 +64,7 @@ def start_slow_build(bundle: Path) -> tuple[subprocess.Popen[str], psutil.Proces
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("Determining"):
+        if ": Determining" in line:
             break
     time.sleep(0.3)
     assert process.poll() is None

@@ -24,9 +24,7 @@ PSNR_LIMIT = 40.0
 @pytest.fixture(scope="module")
 def wanted(tiny_bundle: Path) -> SanaRuntime:
     def on_the_cpu(bundle: Path, manifest: Manifest) -> OnnxRuntimeBackend:
-        backend = OnnxRuntimeBackend(bundle, manifest)
-        backend._use("CPUExecutionProvider")
-        return backend
+        return OnnxRuntimeBackend(bundle, manifest, provider="CPUExecutionProvider")
 
     return SanaRuntime.from_pretrained(tiny_bundle, backend=on_the_cpu)
 

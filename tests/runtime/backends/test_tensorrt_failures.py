@@ -27,6 +27,11 @@ SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": F
 HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
 
 
+DOCTOR = "run sana-export doctor to see what was found, or use --backend onnxruntime, which needs no GPU"
+INSTALL = 'pip install "tensorrt-rtx>=1.2"'
+BUILD = "sana-export build {bundle} --backend tensorrt-rtx"
+
+
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
@@ -86,24 +91,27 @@ def test_what_the_driver_says(said: str, fix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "engine", "found"),
+    ("machine", "engine", "found", "fix"),
     [
-        ({"gpus": ()}, {}, "no NVIDIA GPU and driver here"),
-        ({"gpus": (Gpu("H100", "9.0"),)}, {}, "here is 9.0"),
-        ({"versions": {"tensorrt-rtx": "1.8"}}, {}, "built with TensorRT-RTX 1.7.1.116, here is 1.8"),
-        ({"versions": {}}, {}, "TensorRT-RTX is not installed"),
-        ({}, {"operating_system": "windows-amd64"}, "built on windows-amd64, here is linux-x86_64"),
+        ({"gpus": ()}, {}, "no NVIDIA GPU and driver here", DOCTOR),
+        ({"gpus": (Gpu("H100", "9.0"),)}, {}, "here is 9.0", BUILD),
+        ({"versions": {"tensorrt-rtx": "1.8"}}, {}, "built with TensorRT-RTX 1.7.1.116, here is 1.8", BUILD),
+        ({"versions": {}}, {}, "TensorRT-RTX is not installed", INSTALL),
+        ({"gpus": (), "versions": {}}, {}, "TensorRT-RTX is not installed", f"{DOCTOR}; {INSTALL}"),
+        ({}, {"operating_system": "windows-amd64"}, "built on windows-amd64, here is linux-x86_64", BUILD),
+        ({"gpus": ()}, {"operating_system": "windows-amd64"}, "no NVIDIA GPU and driver here", BUILD),
     ],
 )
 def test_engines_that_do_not_run_here(
-    tiny_bundle: Path, tmp_path: Path, module: HostTensorRT, machine: dict[str, Any], engine: dict[str, Any], found: str
+    tiny_bundle: Path, tmp_path: Path, module: HostTensorRT, machine: dict[str, Any], engine: dict[str, Any], found: str, fix: str
 ) -> None:
+    """If the machine lacks a GPU or a package, engines are built again only if the present ones would not run then either."""
     copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     with_engines(copy, WIDE, **engine)
     with pytest.raises(ArtifactError) as caught:
         opened(copy, module, dataclasses.replace(HERE, **machine))
     assert found in told(caught.value)
-    assert f"sana-export build {copy} --backend tensorrt-rtx" in told(caught.value)
+    assert caught.value.fix == fix.format(bundle=copy)
 
 
 def test_a_bundle_without_engines(tiny_bundle: Path, module: HostTensorRT) -> None:
@@ -113,7 +121,7 @@ def test_a_bundle_without_engines(tiny_bundle: Path, module: HostTensorRT) -> No
 
 
 def test_auto_takes_engines_only_where_they_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sana_export.trt import compatibility as fitness
+    from sana_export.trt import compatibility
 
     manifest = Manifest.load(bundle)
     taken: list[str] = []
@@ -122,7 +130,7 @@ def test_auto_takes_engines_only_where_they_run(bundle: Path, monkeypatch: pytes
         {name: lambda *_, name=name: taken.append(name) for name in ("onnxruntime", "tensorrt-rtx", "tensorrt")},
     )
     for machine in (HERE, dataclasses.replace(HERE, gpus=())):
-        monkeypatch.setattr(fitness, "detect_host", lambda machine=machine: machine)
+        monkeypatch.setattr(compatibility, "detect_host", lambda device, machine=machine: machine)
         open_backend("auto", bundle, manifest)
     open_backend("auto", bundle, dataclasses.replace(manifest, engines=()))
     assert taken == ["tensorrt-rtx", "onnxruntime", "onnxruntime"]
@@ -131,7 +139,7 @@ def test_auto_takes_engines_only_where_they_run(bundle: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("diagnostic", "kind", "word"),
     [
-        ("VERSION_MISMATCH", ArtifactError, "of another version"),
+        ("VERSION_MISMATCH", ArtifactError, "from another version"),
         ("UNSUPPORTED_CC", ArtifactError, "for another GPU"),
         ("MALFORMED_ENGINE", ArtifactError, "damaged"),
         ("OLD_CUDA_DRIVER", DependencyError, "update NVIDIA's driver"),
@@ -225,7 +233,7 @@ def test_the_narrowest_engine_serves(bundle: Path, module: HostTensorRT) -> None
     loads = module.loads
     runtime("fox", **SMALL)
     # Those of the size were loaded beside the typical ones; text encoder and context do not depend on it.
-    assert {engine.entry.profile for engine in runtime.sessions["denoiser"]._loaded.values()} == {"wide", "exact"}
+    assert {engine.entry.profile for engine in runtime.sessions["denoiser"].loaded.values()} == {"wide", "exact"}
     assert module.loads > loads
     after = module.loads
     runtime("fox", **{**SMALL, "height": 128})
