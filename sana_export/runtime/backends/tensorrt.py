@@ -9,7 +9,6 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from sana_export.runtime.backends.base import (
     EnqueuedSession,
     Replay,
 )
-from sana_export.runtime.backends.cuda import ALIGNMENT, CudaDevice, Device, Memory
+from sana_export.runtime.backends.cuda import ALIGNMENT, CudaDevice, Device
+from sana_export.runtime.backends.device_arrays import DeviceArray, DeviceTable
 from sana_export.runtime.backends.tensorrt_engine import LoadedEngine, SharedMemory
 from sana_export.runtime.backends.tensorrt_refit import EngineWeights
 from sana_export.runtime.memory import choose_memory_mode, memory_requirements
@@ -41,42 +41,9 @@ from sana_export.trt.selection import runnable, typical_axes
 
 LOG = logging.getLogger(__name__)
 
-#: Text tokens are padded to a multiple of this. A few more tokens cost almost nothing, and prompts of similar length can replay the
-#: same captured loop.
+#: Text tokens are padded to a multiple of this. With 2 or 3 guidance branches a few more tokens cost almost nothing in a step, and
+#: prompts of similar length can replay the same captured loop.
 TEXT_MULTIPLE = 32
-
-
-@dataclass(frozen=True, eq=False)
-class DeviceArray:
-    """A tensor in the device's memory."""
-
-    #: Where its values start.
-    address: int
-    #: Its shape.
-    shape: tuple[int, ...]
-    #: The contract's name of its dtype.
-    dtype: str
-    #: The memory that it is in, which lives as long as the tensor.
-    memory: Memory
-
-    @property
-    def nbytes(self) -> int:
-        """The size of its values."""
-        return math.prod(self.shape) * DTYPES[self.dtype].bytes
-
-
-class Table(Sequence[DeviceArray]):
-    """Tensors of one shape in one block of memory, each at an address that an engine can read."""
-
-    def __init__(self, memory: Memory, rows: int, stride: int, shape: tuple[int, ...], dtype: str) -> None:
-        self.memory, self.stride = memory, stride
-        self._rows = [DeviceArray(memory.address + index * stride, shape, dtype, memory) for index in range(rows)]
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
 
 class EngineSession(EnqueuedSession):
@@ -302,9 +269,9 @@ class TensorRTBackend(CapturingBackend):
         self.gpu.clear(target.address, target.nbytes)
         return target
 
-    def table(self, rows: int, shape: Sequence[int], dtype: str) -> Table:
+    def table(self, rows: int, shape: Sequence[int], dtype: str) -> DeviceTable:
         stride = -(-math.prod(shape) * DTYPES[dtype].bytes // ALIGNMENT) * ALIGNMENT
-        return Table(self.gpu.allocate(rows * stride), rows, stride, tuple(shape), dtype)
+        return DeviceTable(self.gpu.allocate(rows * stride), rows, stride, tuple(shape), dtype)
 
     def write(self, target: DeviceArray, value: DeviceTensor | Array) -> None:
         if isinstance(value, DeviceArray):
@@ -313,7 +280,7 @@ class TensorRTBackend(CapturingBackend):
             self.gpu.upload(target.address, np.asarray(value, dtype=target.dtype))
 
     def write_table(self, target: Sequence[DeviceArray], rows: Array) -> None:
-        assert isinstance(target, Table)
+        assert isinstance(target, DeviceTable)
         padded = np.zeros((len(target), target.stride), dtype=np.uint8)
         content = np.ascontiguousarray(rows, dtype=target[0].dtype).reshape(len(target), -1).view(np.uint8)
         padded[:, : content.shape[1]] = content
