@@ -1,4 +1,4 @@
-"""What engines need of a GPU's memory, known before they are loaded, and the mode that follows from it."""
+"""The GPU memory that engines need, computed before they are loaded, and the memory mode that follows from it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def manifest(tiny_bundle: Path) -> Manifest:
     return Manifest.load(tiny_bundle)
 
 
-def test_what_the_modes_need(manifest: Manifest) -> None:
+def test_requirements_of_the_modes(manifest: Manifest) -> None:
     found = memory_requirements(manifest, entries(manifest))
     assert set(found) == {"resident", "staged"}
     assert (found["resident"].weights, found["resident"].work) == (9103, 4000)
@@ -110,9 +110,7 @@ def test_the_mode_that_fits(mode: str, free: int, chosen: str, warned: bool) -> 
         ("streaming", 9, {"staged": NEEDS["staged"]}, "--memory staged"),
     ],
 )
-def test_too_little_memory_is_told_with_the_mode_that_fits(
-    mode: str, free: int, offered: dict[str, MemoryRequirement], fix: str
-) -> None:
+def test_too_little_memory_names_the_mode_that_fits(mode: str, free: int, offered: dict[str, MemoryRequirement], fix: str) -> None:
     with pytest.raises(DependencyError) as caught:
         choose_memory_mode(mode, offered, free * GB, Path("bundle"), "tensorrt-rtx")
     assert caught.value.fix == fix
@@ -136,7 +134,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def test_staged_holds_one_stage_at_a_time_and_draws_the_same(bundle: Path) -> None:
+def test_staged_holds_one_stage_at_a_time_and_gives_the_same_images(bundle: Path) -> None:
     resident, _ = opened(bundle, HostDevice(), memory="resident")
     wanted = [resident("fox", output_type="np", **SMALL).images for _ in range(2)]
     staged, module = opened(bundle, HostDevice(), memory="staged")
@@ -152,7 +150,7 @@ def test_staged_holds_one_stage_at_a_time_and_draws_the_same(bundle: Path) -> No
     assert staged.backend.gpu.captures == 0
 
 
-def test_a_gpu_that_is_too_small_is_told_before_anything_is_loaded(bundle: Path) -> None:
+def test_a_gpu_that_is_too_small_is_reported_before_anything_is_loaded(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
     big = tuple(dataclasses.replace(engine, file=dataclasses.replace(engine.file, bytes=4 * GB)) for engine in manifest.engines)
     need = memory_requirements(manifest, engine_set(bundle, "tensorrt-rtx", big).typical(manifest.model))

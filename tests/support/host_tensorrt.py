@@ -226,7 +226,7 @@ class Weights:
 
 
 class Refitter:
-    """Over an `Engine`: all weights are needed first, later those that change."""
+    """For an `Engine`. The first refit needs all weights, later ones only those that change."""
 
     def __init__(self, engine: Engine, logger: Any) -> None:
         self.engine, self.module = engine, engine.module
@@ -277,7 +277,7 @@ class Runtime:
 
 
 class HostTensorRT:
-    """The module for one device. What a test wants to go wrong it says here."""
+    """The module for one device. Tests set here what is to fail."""
 
     __name__ = "host_tensorrt"
     __version__ = VERSION
@@ -316,7 +316,7 @@ class HostTensorRT:
 
 
 def with_engines(bundle: Path, profile: Profile | str = "default", *, activation_bytes: int = 1000, **changes: Any) -> Manifest:
-    """`bundle` with an engine of every graph for `profile`; `changes` are fields of their entries."""
+    """`bundle` with an engine of every graph for `profile`; `changes` replace fields of their entries."""
     manifest = Manifest.load(bundle)
     profile = PROFILES[profile] if isinstance(profile, str) else profile
     ranges = profile.ranges(manifest.model, instruction_tokens=4000)

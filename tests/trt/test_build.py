@@ -40,7 +40,7 @@ def build(tmp_path: Path, spec: GraphSpec, **options: Any) -> Built:
 
 
 def linear(path: Path, *, element: str = "float32", length: int = 8, rows: int = 8, name: str = "project") -> GraphSpec:
-    """A matrix product [batch, length] x [rows, 8] in `element`; it does not fit where rows differs from length."""
+    """A matrix product [batch, length] x [rows, 8] in `element`; the shapes do not match if rows differs from length."""
     spec = GraphSpec("linear", (TensorSpec("x", element, ("batch", length)),), (TensorSpec("y", element, ("batch", 8)),))
     weight = np.random.default_rng(0).standard_normal((rows, 8)).astype("float16" if element == "float16" else "float32")
     tensor = numpy_helper.from_array(weight, "w")
@@ -345,7 +345,7 @@ def test_ranges_out_of_order_are_a_mistake_of_the_caller(tmp_path: Path) -> None
 
 def test_module_without_a_gpu_that_it_needs(tmp_path: Path) -> None:
     class NeedsGpu:
-        """As `tensorrt` is without a driver: the library returns no builder."""
+        """Like `tensorrt` without a driver: the library returns no builder."""
 
         __name__ = "tensorrt"
         __version__ = "11.0"
@@ -362,7 +362,7 @@ def test_module_without_a_gpu_that_it_needs(tmp_path: Path) -> None:
 
 def test_version_without_the_stream_writer_gives_a_whole_engine_too(tmp_path: Path) -> None:
     class Older:
-        """The module less what newer versions added."""
+        """The module without what newer versions added."""
 
         def __getattr__(self, name: str) -> Any:
             if name == "IStreamWriter":

@@ -95,7 +95,7 @@ def test_a_custom_size_is_recorded_under_its_name(bundle: Path) -> None:
 def test_the_other_flavour_is_the_same_code_with_the_other_module(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`tensorrt` cannot be installed everywhere: here its name stands for the module at hand, on a machine with a GPU."""
+    """`tensorrt` may not be installed: a module of its name passes on TensorRT-RTX, and the machine seems to have a GPU."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "tensorrt.py").write_text("from tensorrt_rtx import *\nfrom tensorrt_rtx import __version__\n")
     monkeypatch.syspath_prepend(tmp_path / "modules")

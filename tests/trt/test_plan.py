@@ -77,7 +77,7 @@ def test_a_graph_without_external_data_is_known_by_its_file_alone(graph: GraphEn
 
 
 def record(bundle: Path, planned: PlannedEngine, **changes: Any) -> EngineEntry:
-    """Put a file in the place of the planned engine and its entry, with `changes`, into the manifest."""
+    """Write a file for the planned engine and record its entry, with `changes`, in the manifest."""
     spec = planned.spec
     path = bundle / spec.path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def test_graphs_are_chosen_by_name_and_an_unknown_one_lists_those_held(bundle: P
 
 
 def test_the_reason_survives_the_manifest_file(bundle: Path) -> None:
-    """Ranges and capabilities come back from JSON as they went in, so an engine is not stale for having been stored."""
+    """Ranges and capabilities come back from JSON as they went in, so storing an engine does not make it stale."""
     entry = record(bundle, planned(bundle)["sampler"])
 
     assert Manifest.load(bundle).engines == (entry,)

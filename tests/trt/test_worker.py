@@ -1,4 +1,4 @@
-"""The compiler in a process of its own: how it is followed, interrupted and lost, and several at a time."""
+"""The compiler in a child process: its progress, interruptions and crashes, and several builds at once."""
 
 import dataclasses
 import mmap
@@ -126,8 +126,8 @@ def test_a_crash_of_the_compiler_is_an_error_and_not_the_end(bundle: Path, monke
     assert "stack of the compiler" in str(caught.value)
 
 
-def test_a_build_that_runs_out_of_memory_says_so_and_how_far_it_came(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system ends the largest process with signal 9 when memory runs out; here the child does it itself."""
+def test_a_build_that_runs_out_of_memory_reports_its_peak(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When memory runs out, the system kills the largest process with signal 9. Here the child kills itself."""
     held = 300 << 20
     kill = f"import os, signal, time; held = b'x' * {held}; time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
     popen = subprocess.Popen

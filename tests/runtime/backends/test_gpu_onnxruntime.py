@@ -1,4 +1,4 @@
-"""What needs a GPU. Run by `make gpu-check`; nothing here has been run yet where there is none."""
+"""ONNX Runtime on a GPU, against the CPU. `make gpu-check` runs it; it has not been run yet."""
 
 from __future__ import annotations
 

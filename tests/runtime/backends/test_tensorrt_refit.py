@@ -1,4 +1,4 @@
-"""Engines without weights: what the compiler makes of them here, and their refit against a stand-in for the module's Refitter."""
+"""Engines without weights: how the real compiler builds them, and how a stand-in for the module's Refitter refits them."""
 
 import ctypes
 import shutil
@@ -29,7 +29,7 @@ REFITTABLE = BuildOptions(refittable=True)
 
 
 class Stop(Exception):
-    """Ends a build where a test has seen enough."""
+    """Ends a build when a test has seen enough."""
 
 
 def test_every_weight_reaches_the_engine(tiny_bundle: Path) -> None:
@@ -45,7 +45,7 @@ def test_every_weight_reaches_the_engine(tiny_bundle: Path) -> None:
     assert given > 50
 
 
-def test_the_weights_are_read_where_they_lie_and_not_copied(bundle: Path) -> None:
+def test_the_weights_are_read_from_the_file_and_not_copied(bundle: Path) -> None:
     graph = Manifest.load(bundle).graphs["vae_decoder"]
     mapped: list[str] = []
 
@@ -113,7 +113,7 @@ def test_only_a_refittable_build_strips(refittable: bool, bundle: Path) -> None:
 
 
 def test_exactly_the_external_weights_are_marked(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real parser and network: every external weight is known by its name, so that the compiler strips it and no other."""
+    """The real parser and network: every external weight is known by name, so the compiler leaves out exactly those."""
 
     marked: dict[str, bool] = {}
 
@@ -169,7 +169,7 @@ def test_a_shared_weight_keeps_both_of_its_names(bundle: Path, tmp_path: Path, m
 
 
 def test_refittable_engines_of_every_graph(tiny_bundle: Path, tmp_path: Path) -> None:
-    """With a GPU: engines without weights. Without one the compiler refuses those that have any, and the user is told why."""
+    """With a GPU: engines without weights. Without one, the compiler refuses graphs with weights, and the error says why."""
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     graphs = Manifest.load(bundle).graphs
     with_weights = [name for name, graph in graphs.items() if graph.data]
@@ -211,7 +211,7 @@ def test_a_refittable_build_needs_no_room_for_weights(bundle: Path, monkeypatch:
 
 
 def test_the_real_weights_type_reads_from_a_pointer() -> None:
-    """What `refit` rests on: Weights(type, address, count) sees the memory at that address."""
+    """The assumption of a refit: Weights(type, address, count) reads the memory at that address."""
     values = np.random.default_rng(1).standard_normal(7).astype(np.float16)
     weights = tensorrt_rtx.Weights(tensorrt_rtx.DataType.HALF, values.ctypes.data, values.size)
     assert (weights.size, weights.nbytes) == (7, 14)

@@ -1,4 +1,4 @@
-"""Some weights of an engine that is whole: exactly those change, or none of them."""
+"""Refits of some weights: exactly those change, or none."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +47,7 @@ def test_exactly_the_named_weights_change_and_come_back(tiny_bundle: Path) -> No
 
 
 def test_weights_that_the_compiler_joined_are_given_as_they_are_now(tiny_bundle: Path) -> None:
-    """Not as the bundle has them: another LoRA may have changed them before."""
+    """Their present values are used, not the bundle's: another LoRA may have changed them."""
     filled = Filled(tiny_bundle, combined=[set(NAMES)])
     filled.weights.refit(filled.new)
     other = {NAMES[0]: filled.new[NAMES[0]] + 1}
@@ -81,7 +81,7 @@ def test_old_weights_that_cannot_be_restored_are_reported(tiny_bundle: Path) -> 
 def test_a_lora_reaches_the_engines_as_the_graphs_have_it_folded_in(
     tiny_bundle: Path, tiny_checkpoint: SanaCheckpoint, tmp_path: Path
 ) -> None:
-    """The whole way but the compiler: file, manifest, values, names. The engines get what an export with the LoRA would hold."""
+    """All of it except the compiler: file, manifest, values, names. The engines get the weights of an export with the LoRA."""
     path = diffusers_lora(load_transformer(tiny_checkpoint), tmp_path, r=4, lora_alpha=7)
     manifest, lora = Manifest.load(tiny_bundle), Lora(path, 0.7)
     checkpoint = open_checkpoint(str(tiny_checkpoint.folder), loras=[lora])
@@ -117,7 +117,7 @@ def test_names_and_sizes_are_checked_before_anything_is_set(tiny_bundle: Path) -
     filled.assert_holds({})
 
 
-def test_an_engine_with_its_weights_inside_names_the_line_that_builds_another(tiny_bundle: Path) -> None:
+def test_an_engine_with_its_weights_inside_names_the_command_that_builds_another(tiny_bundle: Path) -> None:
     base = arrays(tiny_bundle, Manifest.load(tiny_bundle).graphs["denoiser"])
     engine = Engine(base, refittable=False)
     with pytest.raises(ArtifactError, match="built with its weights inside") as caught:
