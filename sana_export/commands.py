@@ -58,6 +58,11 @@ def ranges_line(bundle: Path, exported: Exported) -> str:
     return shlex.join(["sana-export", "verify", str(bundle), "--reference", model, *options, "--ranges"])
 
 
+def engines_line(bundle: Path, backend: str, *options: str) -> str:
+    """The command that builds a bundle's engines for `backend`, with more options of `build`."""
+    return shlex.join(["sana-export", "build", str(bundle), "--backend", backend, *options])
+
+
 def model_words(checkpoint: Checkpoint) -> list[str]:
     """The words of a command that name a checkpoint: MODEL, then the options for its revision, files and overlays."""
     words = [checkpoint.source]

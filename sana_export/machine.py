@@ -1,4 +1,4 @@
-"""What GPUs this machine has, asked of the driver alone (no CUDA package is needed to plan a build)."""
+"""Facts about this machine: GPUs, processor, memory and installed packages. They are found without any CUDA package."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from sana_export import __version__
 from sana_export.environment import installed_version
 
+#: The packages whose versions reports show.
 PACKAGES = (
     "numpy",
     "torch",
@@ -35,17 +36,21 @@ _MAJOR, _MINOR = 75, 76  # CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPAB
 
 @dataclass(frozen=True)
 class Gpu:
-    """One NVIDIA GPU. `memory_bytes` and `driver` are None where only the driver's library answered."""
+    """One NVIDIA GPU."""
 
+    #: Its name.
     name: str
+    #: Its compute capability ("8.9").
     compute_capability: str
+    #: Its memory. None if nvidia-smi did not report it.
     memory_bytes: int | None = None
+    #: The version of its driver. None if nvidia-smi did not report it.
     driver: str | None = None
 
 
 @cache
 def find_gpus() -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs, as nvidia-smi lists them; the driver's library is asked where that is missing."""
+    """The NVIDIA GPUs that nvidia-smi lists. If nvidia-smi is missing or fails, the driver's library is asked for the first GPU."""
     try:
         listed = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True).stdout
         return tuple(map(_parse_gpu, filter(None, listed.splitlines())))
@@ -55,12 +60,12 @@ def find_gpus() -> tuple[Gpu, ...]:
 
 
 def gpu_memory_bytes(gpus: Sequence[Gpu]) -> int | None:
-    """Of the first of `gpus`, which is the one that engines run on; None where it is not known."""
+    """The memory of the first of `gpus`, which engines run on by default. None if it is not known."""
     return gpus[0].memory_bytes if gpus else None
 
 
 def gpu_compute_capability(index: int = 0) -> str | None:
-    """Compute capability ("8.9") of GPU `index`, or None where there is no driver or no such GPU."""
+    """The compute capability ("8.9") of the GPU `index`, from the driver. None if there is no driver or no such GPU."""
     try:
         driver = ctypes.CDLL(_LIBRARIES.get(platform.system(), "libcuda.so.1"))
     except OSError:
@@ -83,7 +88,7 @@ def _parse_gpu(line: str) -> Gpu:
 
 
 def describe_machine() -> dict[str, Any]:
-    """cpu (name), cores (that this process may use), memory (bytes), gpu (name and driver of each), os, python."""
+    """The machine as reports show it: cpu (name), cores (usable), memory (bytes), gpu (name and driver of each), os, python."""
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),
@@ -95,13 +100,13 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_versions() -> dict[str, str]:
-    """Package to version, for those of `PACKAGES` that are installed; read from their metadata, not by importing them."""
+    """The versions of sana_export and of the installed `PACKAGES`, from their metadata. Nothing is imported."""
     found = ((name, installed_version(name)) for name in PACKAGES)
     return {"sana_export": __version__, **{name.replace("-", "_"): version for name, version in found if version}}
 
 
 def cpu_name() -> str:
-    """The processor as the system calls it."""
+    """The system's name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text("utf-8", errors="replace").splitlines():
@@ -111,12 +116,12 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """The logical cores that this process may run on."""
+    """The number of logical cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
-    """The machine's memory; 0 where the system does not tell."""
+    """The machine's memory. 0 if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -124,5 +129,5 @@ def memory_bytes() -> int:
 
 
 def gpu_names() -> list[str]:
-    """Name and driver version of each NVIDIA GPU."""
+    """The name and, if it is known, the driver version of each NVIDIA GPU."""
     return [", ".join(filter(None, (gpu.name, gpu.driver))) for gpu in find_gpus()]

@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX as one: load the module, plan and build engines ahead of time."""
+"""TensorRT and TensorRT-RTX behind one interface: load the module, plan, build and select engines."""

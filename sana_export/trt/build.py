@@ -1,8 +1,8 @@
-"""One ONNX graph to one serialized engine, with either flavour of TensorRT.
+"""Builds one ONNX graph into one serialized engine, with either flavour of TensorRT.
 
-The network is strongly typed: every precision is the graph's own. `build_engine` works in the calling thread, which
-the builder holds for seconds to minutes without looking at signals; `worker.build_in_child` runs it where Ctrl-C can
-end it at once.
+The network is strongly typed: the precision of every tensor is the graph's own. `build_engine` runs in the calling thread, which
+the builder blocks for seconds to minutes without handling signals. `worker.build_in_child` runs it in a child process, which
+Ctrl-C can end at once.
 """
 
 from __future__ import annotations
@@ -17,47 +17,39 @@ from typing import Any
 
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError
-from sana_export.files import disk_errors, partial_path
+from sana_export.files import write_whole
+from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.onnx_weights import copies_of_shared, external_tensors
 from sana_export.profiles import Range
+from sana_export.progress import OnProgress
 from sana_export.trt.engine_file import EngineFile
 from sana_export.trt.flavour import network_flags, set_compute_capabilities
-from sana_export.trt.logger import logger_for, readable
+from sana_export.trt.logger import CollectedLog, logger_for, readable
 from sana_export.trt.options import BUILDER_FLAGS, DEFAULT_OPTIONS, BuildOptions
-from sana_export.trt.progress import OnProgress, progress_monitor
+from sana_export.trt.progress import progress_monitor
 
 LOG = logging.getLogger(__name__)
 
-#: TensorRT's tensor types, by the contract's names.
-DATA_TYPES = {
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "bfloat16": "BF16",
-    "int64": "INT64",
-    "int32": "INT32",
-    "uint8": "UINT8",
-    "bool": "BOOL",
-}
-
 
 class Cancelled(SanaExportError):
-    """The caller asked the build to stop; nothing was written."""
+    """The caller cancelled the build. Nothing was written."""
 
     exit_code = 130
 
 
 @dataclass(frozen=True)
 class Built:
-    """A finished engine file: sha256 in hex, size in bytes, seconds from parsing to the last byte.
+    """A finished engine file."""
 
-    `activation_bytes`: GPU memory that a run works in at the largest shapes, as the builder says. `peak_bytes`: host memory of the
-    process that built it alone. Both 0 where they are not known.
-    """
-
+    #: The hash of the file, in hex.
     sha256: str
+    #: Its size.
     bytes: int
+    #: Time from parsing the graph to the last byte.
     seconds: float
+    #: GPU memory that a run needs for activations at the largest shapes, as the builder reports it. 0 if it is not known.
     activation_bytes: int = 0
+    #: Peak host memory of a process that only built this engine. 0 if it is not known.
     peak_bytes: int = 0
 
 
@@ -71,51 +63,50 @@ def build_engine(
     compute_capabilities: tuple[str, ...] = (),
     options: BuildOptions = DEFAULT_OPTIONS,
     timing_cache: Path | None = None,
+    export: str | None = None,
     on_progress: OnProgress | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Built:
-    """Build the engine of the graph in `onnx` (external data beside it) for `ranges` and write it to `destination`.
+    """Build an engine of the graph in the file `onnx` for `ranges` and write it to `destination`.
 
-    `module` is `tensorrt` or `tensorrt_rtx`. The file appears under its name only when it is whole. `cancelled` is
-    asked at every step of the builder; what `on_progress` raises ends the build and is raised from here. Raises
-    ArtifactError where the graph cannot be parsed, compiled or is not `spec`; DependencyError where the GPU, memory
-    or disk is lacking; Cancelled.
+    `module` is `tensorrt` or `tensorrt_rtx`. The external data of the graph is in the same folder. `export` is the command that
+    exports the bundle again, for errors. The file gets its name when it is complete. `cancelled` is called at every step of the
+    builder. An exception of `on_progress` ends the build and is raised from here. Raises ArtifactError if the graph cannot be
+    parsed or compiled or is not `spec`, DependencyError if the GPU, memory or disk space is missing, and Cancelled.
     """
     started = time.monotonic()
-    logger = logger_for(module)
-    logger.errors.take()
-    logger.activation_bytes = 0
-    builder = _create_builder(module, logger)
-    network = builder.create_network(network_flags(module))
-    copies = copies_of_shared(onnx) if options.refittable and onnx.is_file() else {}
-    parser = _parse(module, network, logger, onnx, copies)
-    _check_tensors(module, network, spec, onnx)
-    if options.refittable:
-        _mark_weights(network, onnx)
-    config = configure(module, builder, spec, ranges, options, compute_capabilities)
-    if timing_cache is not None:
-        _load_timing_cache(config, timing_cache)
-    monitor = progress_monitor(module, spec.name, on_progress, cancelled)
-    config.progress_monitor = monitor
-    with EngineFile(destination, cancelled) as file:
-        finished = _serialize(module, builder, network, config, file)
-        del parser, copies  # the weights are their memory: not before the network is compiled
-        if monitor.raised is not None:
-            raise monitor.raised
-        if cancelled():
-            raise Cancelled(f"the build of {spec.name} was cancelled")
-        if not finished and not file.refused:
-            raise _build_error(module, spec.name, logger.errors.take(), onnx)
-        file.keep()
-    for line in logger.errors.take():
-        LOG.warning("%s: %s", spec.name, line)
-    if timing_cache is not None:
-        _save_timing_cache(config, timing_cache)
-    return Built(file.sha256, file.bytes, time.monotonic() - started, logger.activation_bytes)
+    with logger_for(module).collect() as log:
+        builder = _create_builder(module, log)
+        network = builder.create_network(network_flags(module))
+        copies = copies_of_shared(onnx) if options.refittable and onnx.is_file() else {}
+        parser = _parse(module, network, log, onnx, copies, export)
+        _check_tensors(module, network, spec, onnx, export)
+        if options.refittable:
+            _mark_weights(network, onnx)
+        config = configure(module, builder, spec, ranges, options, compute_capabilities)
+        if timing_cache is not None:
+            _load_timing_cache(config, timing_cache)
+        monitor = progress_monitor(module, spec.name, on_progress, cancelled)
+        config.progress_monitor = monitor
+        with EngineFile(destination, cancelled) as file:
+            finished = _serialize(module, builder, network, config, file)
+            del parser, copies  # they own the memory of the weights, which the builder reads until here
+            if monitor.raised is not None:
+                raise monitor.raised
+            if cancelled():
+                raise Cancelled(f"the build of {spec.name} was cancelled")
+            if not finished and not file.refused:
+                raise _build_error(module, spec.name, log.errors, onnx, export)
+            file.keep()
+        for line in log.errors:
+            LOG.warning("%s: %s", spec.name, line)
+        if timing_cache is not None:
+            _save_timing_cache(config, timing_cache)
+        return Built(file.sha256, file.bytes, time.monotonic() - started, log.activation_bytes)
 
 
 def input_shapes(spec: GraphSpec, ranges: Mapping[str, Range]) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """The (min, opt, max) shapes of every input of `spec` that has a dynamic axis."""
+    """The min, opt and max shape of every input of `spec` that has a dynamic axis, by name."""
     return {
         tensor.name: tuple(
             tuple(axis if isinstance(axis, int) else ranges[axis][which] for axis in tensor.shape) for which in range(3)
@@ -125,52 +116,52 @@ def input_shapes(spec: GraphSpec, ranges: Mapping[str, Range]) -> dict[str, tupl
     }
 
 
-def _create_builder(module: Any, logger: Any) -> Any:
+def _create_builder(module: Any, log: CollectedLog) -> Any:
     try:
-        return module.Builder(logger)
-    except TypeError as error:  # the binding's way to say that the library returned no builder
+        return module.Builder(logger_for(module))
+    except TypeError as error:  # the binding raises this if the library returns no builder
         raise DependencyError(
             f"{module.__name__} {module.__version__} cannot build on this machine",
-            found="; ".join(logger.errors.take()) or str(error),
+            found="; ".join(log.errors) or str(error),
             wanted="an NVIDIA GPU and its driver",
             fix="sana-export doctor",
         ) from error
 
 
-def _parse(module: Any, network: Any, logger: Any, onnx: Path, copies: Mapping[str, Any]) -> Any:
-    """Fill `network` from the file, its weights of those names from `copies`; returns the parser, which holds the others."""
-    parser = module.OnnxParser(network, logger)
+def _parse(module: Any, network: Any, log: CollectedLog, onnx: Path, copies: Mapping[str, Any], export: str | None) -> Any:
+    """Fill `network` from the file, with the weights in `copies` taken from there. Returns the parser, which owns the others."""
+    parser = module.OnnxParser(network, logger_for(module))
     if _read(parser, onnx, copies):
         return parser
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     found = [_describe(error) for error in errors]
-    # The log knows more of some failures (which file is missing) and repeats the rest in another frame.
+    # The log has details of some errors, such as the name of a missing file, and repeats the others in other words.
     reasons = [readable(error.desc()) for error in errors]
-    log = [line for line in logger.errors.take() if not line.startswith("While parsing node")]
-    found += [line for line in log if not any(reason in line or line in reason for reason in reasons)]
+    lines = [line for line in log.errors if not line.startswith("While parsing node")]
+    found += [line for line in lines if not any(reason in line or line in reason for reason in reasons)]
     raise ArtifactError(
-        f"{onnx} cannot be read by {module.__name__} {module.__version__}",
+        f"{module.__name__} {module.__version__} cannot read {onnx}",
         found="; ".join(found),
         wanted="an ONNX graph that it supports",
-        fix="export the bundle again: sana-export export MODEL -o BUNDLE",
+        fix=export,
     )
 
 
 def _read(parser: Any, onnx: Path, copies: Mapping[str, Any]) -> bool:
     if not copies:
         return bool(parser.parse_from_file(str(onnx)))
-    loaded = parser.load_model_proto(onnx.read_bytes(), str(onnx))
-    given = loaded and all(parser.load_initializer(name, data.ctypes.data, data.nbytes) for name, data in copies.items())
-    return bool(given and parser.parse_model_proto())
+    model_loaded = parser.load_model_proto(onnx.read_bytes(), str(onnx))
+    loaded = model_loaded and all(parser.load_initializer(name, data.ctypes.data, data.nbytes) for name, data in copies.items())
+    return bool(loaded and parser.parse_model_proto())
 
 
 def _mark_weights(network: Any, onnx: Path) -> None:
     names = [tensor.name for tensor in external_tensors(onnx.read_bytes())]
     if unmarked := [name for name in names if not network.mark_weights_refittable(name)]:
         raise ArtifactError(
-            f"{onnx} cannot become a refittable engine",
-            found=f"weights that the compiler does not know by their names: {', '.join(unmarked)}",
-            wanted="every external weight used as it is stored",
+            f"no refittable engine can be built from {onnx}",
+            found=f"weights that the compiler cannot find by name: {', '.join(unmarked)}",
+            wanted="a graph that uses every external weight as it is stored",
             fix="leave out --refittable",
         )
 
@@ -180,8 +171,9 @@ def _describe(error: Any) -> str:
     return where + readable(error.desc()).replace("\n", ": ")
 
 
-def _check_tensors(module: Any, network: Any, spec: GraphSpec, onnx: Path) -> None:
-    names = {getattr(module.DataType, theirs, None): ours for ours, theirs in DATA_TYPES.items()}
+def _check_tensors(module: Any, network: Any, spec: GraphSpec, onnx: Path, export: str | None) -> None:
+    # A version may lack a dtype.
+    names = {getattr(module.DataType, dtype.tensorrt, None): dtype.name for dtype in DTYPES.values()}
 
     def found(tensor: Any) -> TensorSpec:
         shape = tuple("?" if length < 0 else length for length in tensor.shape)
@@ -192,14 +184,14 @@ def _check_tensors(module: Any, network: Any, spec: GraphSpec, onnx: Path) -> No
 
     inputs = {found(network.get_input(index)) for index in range(network.num_inputs)}
     outputs = {found(network.get_output(index)) for index in range(network.num_outputs)}
-    for kind, here, listed in (("inputs", inputs, spec.inputs), ("outputs", outputs, spec.outputs)):
+    for kind, actual, listed in (("inputs", inputs, spec.inputs), ("outputs", outputs, spec.outputs)):
         wanted = {anonymous(tensor) for tensor in listed}
-        if here != wanted:
+        if actual != wanted:
             raise ArtifactError(
                 f"{onnx} is not the graph {spec.name!r} that the manifest describes: its {kind} differ",
-                found=", ".join(sorted(map(_tensor_text, here - wanted))) or "nothing else",
-                wanted=", ".join(sorted(map(_tensor_text, wanted - here))) or "nothing else",
-                fix="export the bundle again: sana-export export MODEL -o BUNDLE",
+                found=", ".join(sorted(map(_tensor_text, actual - wanted))) or "no others",
+                wanted=", ".join(sorted(map(_tensor_text, wanted - actual))) or "no others",
+                fix=export,
             )
 
 
@@ -215,7 +207,10 @@ def configure(
     options: BuildOptions,
     compute_capabilities: tuple[str, ...],
 ) -> Any:
-    """The builder's configuration: target GPUs, precision rules and one optimization profile for `ranges`."""
+    """The builder's configuration: target GPUs, precision rules and one optimization profile for `ranges`.
+
+    Raises ValueError if a range is not in the order min, opt, max.
+    """
     config = builder.create_builder_config()
     set_compute_capabilities(module, config, compute_capabilities)
     if not options.tf32:
@@ -229,9 +224,9 @@ def configure(
         profile = builder.create_optimization_profile()
         for name, (smallest, typical, largest) in shapes.items():
             profile.set_shape(name, smallest, typical, largest)
-        if config.add_optimization_profile(profile) < 0:
-            lines = logger_for(module).errors.take()
-            raise ValueError(f"{spec.name}: not min <= opt <= max in {shapes}: {'; '.join(lines)}")
+        with logger_for(module).collect() as log:
+            if config.add_optimization_profile(profile) < 0:
+                raise ValueError(f"{spec.name}: not min <= opt <= max in {shapes}: {'; '.join(log.errors)}")
     return config
 
 
@@ -241,14 +236,14 @@ def _load_timing_cache(config: Any, path: Path) -> None:
 
 
 def _save_timing_cache(config: Any, path: Path) -> None:
-    with disk_errors(path):
-        partial = partial_path(path)
-        partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
-        partial.replace(path)
+    write_whole(path, memoryview(config.get_timing_cache().serialize()))
 
 
 def _serialize(module: Any, builder: Any, network: Any, config: Any, file: EngineFile) -> bool:
-    """Compile and hand the engine to `file`, in chunks where the version can, which saves its size in memory."""
+    """Compile the network and write the engine to `file`. Returns whether both worked.
+
+    If this version can, the engine is written in chunks, so that memory never holds all of it.
+    """
     if not (hasattr(module, "IStreamWriter") and hasattr(builder, "build_serialized_network_to_stream")):
         memory = builder.build_serialized_network(network, config)
         return memory is not None and file.write(memory) == memory.nbytes
@@ -263,9 +258,9 @@ def _serialize(module: Any, builder: Any, network: Any, config: Any, file: Engin
     return bool(builder.build_serialized_network_to_stream(network, config, Writer()))
 
 
-#: What the compiler's words mean for the user: a pattern, the error it is, and the way out.
+#: What the compiler's messages mean for the user: a pattern, the type of the error, and its fix. The first match counts.
 _BUILD_ERRORS: tuple[tuple[str, type[SanaExportError], str], ...] = (
-    ("out ?of ?memory", DependencyError, "use a profile with smaller sizes or batches, for example --profile laptop"),
+    ("out ?of ?memory", DependencyError, "use a profile with smaller images or batches, for example --profile laptop"),
     (
         r"Unable to load library: \S*lean",
         DependencyError,
@@ -273,11 +268,12 @@ _BUILD_ERRORS: tuple[tuple[str, type[SanaExportError], str], ...] = (
     ),
     ("CUDA_SUCCESS", DependencyError, "build it on a machine with an NVIDIA GPU and driver, or leave out --refittable"),
     (r"\bSM\d+\b", ArtifactError, "leave that GPU out of --compute-capability, or export with --dtype fp16"),
-    ("", ArtifactError, "export the bundle again: sana-export export MODEL -o BUNDLE"),
 )
 
 
-def _build_error(module: Any, graph: str, lines: list[str], onnx: Path) -> SanaExportError:
+def _build_error(module: Any, graph: str, lines: list[str], onnx: Path, export: str | None) -> SanaExportError:
+    """The error for what the compiler said. If no pattern matches, the graph may be at fault: `export` makes it again."""
     found = "; ".join(lines) or "no reason given"
-    error, fix = next((error, fix) for words, error, fix in _BUILD_ERRORS if re.search(words, found, re.IGNORECASE))
+    rows = ((error, fix) for pattern, error, fix in _BUILD_ERRORS if re.search(pattern, found, re.IGNORECASE))
+    error, fix = next(rows, (ArtifactError, export))
     return error(f"{module.__name__} {module.__version__} cannot compile {graph} ({onnx})", found=found, fix=fix)

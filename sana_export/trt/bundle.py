@@ -1,4 +1,4 @@
-"""The engines of a whole bundle: plan, build what is missing, record each engine as soon as it is whole."""
+"""The engines of a whole bundle: plan them, build those that are missing, record each one as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from sana_export.commands import export_line
 from sana_export.files import FileEntry, check_files, disk_errors, locked, manifest_lock, require_free
 from sana_export.formats.safetensors_file import TensorFile
-from sana_export.manifest import EngineEntry, GraphEntry, Manifest
+from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import Profile
+from sana_export.progress import OnProgress, Progress
 from sana_export.trt.build import Built
 from sana_export.trt.flavour import flavour_of, load, target_for
 from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.plan import PlannedEngine, plan_engines
-from sana_export.trt.progress import OnProgress
-from sana_export.trt.worker import Job, build_in_child
+from sana_export.trt.worker import EngineJob, build_in_child
 
 LOG = logging.getLogger(__name__)
 
 INSTRUCTION_FILE = "instruction.safetensors"
-#: Bytes of an engine beyond its weights: kernels and tables. Measured: 0.3 to 12 MB.
+#: Bytes of an engine beyond its weights, for kernels and tables. Measured: 0.3 to 12 MB.
 ENGINE_OVERHEAD = 64 << 20
 
 
@@ -41,12 +42,13 @@ def build_bundle(
     on_engine: Callable[[PlannedEngine, EngineEntry | None], None] = lambda planned, entry: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Manifest:
-    """Build every engine that `plan` finds missing, damaged or stale, and return the manifest that records them.
+    """Build every engine of a bundle that is missing, damaged or stale. Returns the manifest that records them.
 
-    Each engine is recorded as soon as it is whole, so an interrupted build goes on with the next one. `on_engine` is
-    called with each planned engine: before its build with None, after it with its entry. `instruction_tokens` is read
-    from the bundle where it is not given. Several processes may build into one bundle. Raises DependencyError,
-    UsageError, ArtifactError as `target_for`, `plan` and `build_engine` do; Ctrl-C leaves no partial file.
+    Each engine is recorded as soon as it is finished, so after an interruption the next call builds only the rest. `on_engine` is
+    called twice for each engine: with None before its build, and with its entry after it. `on_progress` counts engines: `done` of
+    `total`, with the finished part of the current one. `instruction_tokens` is read from the bundle if it is None. Several
+    processes may build into one bundle. Raises what `target_for`, `plan_engines` and `build_engine` raise. Ctrl-C leaves no
+    partial file.
     """
     current = functools.partial(
         plan_bundle,
@@ -57,17 +59,17 @@ def build_bundle(
         options=options,
         instruction_tokens=instruction_tokens or read_instruction_tokens(bundle),
     )
-    for planned in current(graphs=graphs):
-        if planned.exists:
-            continue
-        name = planned.recipe.graph
-        with locked(_lock_path(bundle, planned.recipe.key), functools.partial(_log_wait, name)):
-            # Whoever held the lock may have built it: look again.
+    missing = [planned for planned in current(graphs=graphs) if not planned.exists]
+    for index, planned in enumerate(missing):
+        name = planned.spec.graph
+        with locked(_lock_path(bundle, planned.spec.key), functools.partial(_log_wait, name)):
+            # Another process that had the lock may have built it: look again.
             planned = current(graphs=(name,))[0]
             if planned.exists:
                 continue
             on_engine(planned, None)
-            built = _build(bundle, Manifest.load(bundle).graphs[name], planned, on_progress, cancelled)
+            report = None if on_progress is None else _counted(on_progress, index, len(missing))
+            built = _build(bundle, planned, report, cancelled)
             on_engine(planned, _record(bundle, planned, built))
     return Manifest.load(bundle)
 
@@ -82,41 +84,47 @@ def plan_bundle(
     options: BuildOptions = DEFAULT_OPTIONS,
     instruction_tokens: int | None = None,
 ) -> list[PlannedEngine]:
-    """What `build_bundle` with the same arguments finds and would build, in its order. Nothing is written."""
+    """All engines that `build_bundle` with the same arguments needs, in its order, with those that exist. Writes nothing."""
     target = target_for(backend, load(backend), compute_capabilities)
     tokens = instruction_tokens or read_instruction_tokens(bundle)
     return plan_engines(bundle, Manifest.load(bundle), target, profile, instruction_tokens=tokens, options=options, graphs=graphs)
 
 
 def read_instruction_tokens(bundle: Path) -> int:
-    """Tokens of the stored instruction: the length of its tensor `prefix` [layers, 2, heads, tokens, dim]."""
-    tensors = TensorFile(bundle / INSTRUCTION_FILE, fix=f"sana-export export MODEL -o {bundle}")
+    """The number of tokens of the stored instruction: the length of its tensor `prefix` [layers, 2, heads, tokens, dim]."""
+    tensors = TensorFile(bundle / INSTRUCTION_FILE, fix=export_line(bundle, Manifest.load(bundle)))
     return int(tensors["prefix"].shape[3])
 
 
-def _build(
-    bundle: Path,
-    graph: GraphEntry,
-    planned: PlannedEngine,
-    on_progress: OnProgress | None,
-    cancelled: Callable[[], bool],
-) -> Built:
-    recipe, flavour = planned.recipe, flavour_of(planned.recipe.backend)
-    options = BuildOptions(**recipe.options)
-    onnx, *_ = check_files(bundle, graph.files, fix=f"sana-export export MODEL -o {bundle}")
-    destination = bundle / recipe.path
-    held = [graph.onnx] if options.refittable else graph.files
-    require_free(bundle, sum(file.bytes for file in held) + ENGINE_OVERHEAD, f"the engine of {recipe.graph}")
-    cache = bundle / "engines" / recipe.backend / f"timing-{platform.node() or 'here'}.cache"
-    job = Job(
+def _counted(on_progress: OnProgress, finished: int, total: int) -> OnProgress:
+    """Report the progress of one engine as a part of `total` engines, of which so many are finished."""
+
+    def report(progress: Progress) -> None:
+        on_progress(dataclasses.replace(progress, done=finished + progress.done / progress.total, total=total))
+
+    return report
+
+
+def _build(bundle: Path, planned: PlannedEngine, on_progress: OnProgress | None, cancelled: Callable[[], bool]) -> Built:
+    spec, flavour = planned.spec, flavour_of(planned.spec.backend)
+    manifest = Manifest.load(bundle)
+    graph, export = manifest.graphs[spec.graph], export_line(bundle, manifest)
+    options = BuildOptions(**spec.options)
+    onnx, *_ = check_files(bundle, graph.files, fix=export)
+    destination = bundle / spec.path
+    included = [graph.onnx] if options.refittable else graph.files
+    require_free(bundle, sum(file.bytes for file in included) + ENGINE_OVERHEAD, f"the engine of {spec.graph}")
+    cache = bundle / "engines" / spec.backend / f"timing-{platform.node() or 'here'}.cache"
+    job = EngineJob(
         module=flavour.module,
         onnx=str(onnx),
         destination=str(destination),
         spec=graph.spec,
-        ranges=recipe.ranges,
-        compute_capabilities=recipe.compute_capabilities if flavour.ahead_of_time else (),
+        ranges=spec.ranges,
+        compute_capabilities=spec.compute_capabilities if flavour.ahead_of_time else (),
         options=options,
         timing_cache=str(cache) if flavour.timing_cache else None,
+        export=export,
     )
     try:
         built = build_in_child(job, on_progress=on_progress, cancelled=cancelled)
@@ -124,7 +132,7 @@ def _build(
         _remove_if_empty(destination.parent)
     LOG.info(
         "%s: %.1f MB in %.1f s, at most %.2f GB of memory (%s)",
-        recipe.graph,
+        spec.graph,
         built.bytes / 1e6,
         built.seconds,
         built.peak_bytes / 1e9,
@@ -134,11 +142,11 @@ def _build(
 
 
 def _record(bundle: Path, planned: PlannedEngine, built: Built) -> EngineEntry:
-    recipe = planned.recipe
+    spec = planned.spec
     entry = EngineEntry(
-        **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)},
-        key=recipe.key,
-        file=FileEntry(recipe.path, built.sha256, built.bytes),
+        **{field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)},
+        key=spec.key,
+        file=FileEntry(spec.path, built.sha256, built.bytes),
         profile=planned.profile,
         build_seconds=round(built.seconds, 3),
         build_peak_bytes=built.peak_bytes,
@@ -159,19 +167,19 @@ def _lock_path(bundle: Path, key: str) -> Path:
 
 
 def _log_wait(graph: str) -> None:
-    LOG.warning("another process builds the engine of %s: waiting for it", graph)
+    LOG.warning("another process is building the engine of %s: waiting for it", graph)
 
 
 def _discard(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
-    except OSError as error:  # it may be mapped by a running process
-        LOG.warning("%s is no longer used and could not be deleted: %s", path, error)
+    except OSError as error:  # a running process may have mapped it
+        LOG.warning("%s is no longer used but could not be deleted: %s", path, error)
     for kernels in path.parent.glob(f"{path.stem}.*.cache"):
         kernels.unlink(missing_ok=True)
     _remove_if_empty(path.parent)
 
 
 def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # rmdir refuses a folder that holds something
+    with contextlib.suppress(OSError):  # rmdir refuses a folder that is not empty
         folder.rmdir()

@@ -1,4 +1,4 @@
-"""Which of a bundle's engines this machine can run, and what speaks against each of the others."""
+"""Which of a bundle's engines this machine can run, and why it cannot run the others."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from sana_export.machine import Gpu, find_gpus
 from sana_export.manifest import EngineEntry
 from sana_export.trt.flavour import ANY_SYSTEM, FLAVOURS
 
-#: Compute capabilities that NVIDIA's support matrix of TensorRT-RTX lists.
+#: The compute capabilities in NVIDIA's support matrix of TensorRT-RTX.
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-#: The least compute capability that an engine built with --hardware-compatible runs on.
+#: The lowest compute capability that an engine built with --hardware-compatible runs on.
 HARDWARE_COMPATIBLE_FROM = (8, 0)
 
 
 @dataclass(frozen=True)
 class Host:
-    """What decides: the GPUs, the installed version of each engine backend (None: not installed) and the platform."""
+    """What decides whether an engine runs on a machine."""
 
+    #: Its GPUs.
     gpus: Sequence[Gpu]
+    #: The installed version of each engine backend, or None if it is not installed.
     versions: Mapping[str, str | None]
+    #: Its platform, as `environment.operating_system` names it.
     operating_system: str
 
 
 def detect_host(device: int | None = None) -> Host:
-    """This machine, with all its GPUs or only the one of index `device`.
+    """This machine, with all its GPUs or only the GPU `device`.
 
-    A backend's distribution is named as the backend, so nothing is imported. Raises UsageError if there is no such GPU.
+    Nothing is imported: the versions come from the metadata of the installed packages, which have the names of the backends. Raises
+    UsageError if there is no such GPU.
     """
     gpus = find_gpus()
     if device is not None:
@@ -44,32 +48,47 @@ def detect_host(device: int | None = None) -> Host:
     return Host(gpus, {backend: installed_version(backend) for backend in FLAVOURS}, operating_system())
 
 
-def incompatibilities(engine: EngineEntry, machine: Host) -> list[str]:
-    """The reasons why `engine` does not run on `machine`, with the fields of its manifest entry by name; empty where it does."""
-    flavour, version = FLAVOURS.get(engine.backend), machine.versions.get(engine.backend)
-    if flavour is None:
+def incompatibilities(engine: EngineEntry, host: Host) -> list[str]:
+    """The reasons why `engine` does not run on `host`, with the names of its manifest fields. Empty if it runs."""
+    if engine.backend not in FLAVOURS:
         return [f"backend {engine.backend} is not known to this version of sana-export"]
+    return [*missing_parts(engine.backend, host), *mismatches(engine, host)]
+
+
+def missing_parts(backend: str, host: Host) -> dict[str, str]:
+    """What `host` lacks to run any engine of `backend`: each reason with its fix. Other engines would not help."""
+    flavour = FLAVOURS[backend]
+    missing = {}
+    if not host.gpus:
+        missing["no NVIDIA GPU and driver here"] = (
+            "run sana-export doctor to see what was found, or use --backend onnxruntime, which needs no GPU"
+        )
+    if host.versions.get(backend) is None:
+        missing[f"{flavour.title} is not installed ({flavour.install})"] = flavour.install
+    return missing
+
+
+def mismatches(engine: EngineEntry, host: Host) -> list[str]:
+    """The reasons why `host` would need another engine than `engine`. What is missing from `host` does not count."""
     reasons = []
-    if not machine.gpus:
-        reasons.append("no NVIDIA GPU and driver here")
-    if version is None:
-        reasons.append(f"{flavour.title} is not installed ({flavour.install})")
-    elif not _version_fits(engine, version):
-        reasons.append(f"backend_version: built with {flavour.title} {engine.backend_version}, here is {version}")
-    if engine.operating_system not in (ANY_SYSTEM, machine.operating_system):
-        reasons.append(f"operating_system: built on {engine.operating_system}, here is {machine.operating_system}")
-    present = [gpu.compute_capability for gpu in machine.gpus]
+    version = host.versions.get(engine.backend)
+    if version is not None and not _version_fits(engine, version):
+        built_with = f"{FLAVOURS[engine.backend].title} {engine.backend_version}"
+        reasons.append(f"backend_version: built with {built_with}, here is {version}")
+    if engine.operating_system not in (ANY_SYSTEM, host.operating_system):
+        reasons.append(f"operating_system: built on {engine.operating_system}, here is {host.operating_system}")
+    present = [gpu.compute_capability for gpu in host.gpus]
     if present and not any(_gpu_fits(engine, capability) for capability in present):
         reasons.append(f"compute_capabilities: built for {_built_for(engine)}, here is {', '.join(present)}")
     return reasons
 
 
 def _version_fits(engine: EngineEntry, version: str) -> bool:
-    """Engines run on the version that built them; version-compatible ones also on later ones of its major version."""
+    """An engine runs on the version that built it. A version-compatible one also runs on later versions with the same major one."""
     if version == engine.backend_version:
         return True
-    built, here = release(engine.backend_version), release(version)
-    return bool(engine.options.get("version_compatible")) and built[:1] == here[:1] and here >= built
+    built, installed = release(engine.backend_version), release(version)
+    return bool(engine.options.get("version_compatible")) and built[:1] == installed[:1] and installed >= built
 
 
 def _gpu_fits(engine: EngineEntry, capability: str) -> bool:

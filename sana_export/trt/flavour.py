@@ -1,9 +1,8 @@
-"""The two flavours of TensorRT, and everything in which they differ.
+"""The two flavours of TensorRT and everything in which they differ.
 
-Both packages share one Python API under two module names. What differs is a column of `FLAVOURS`; what differs
-between versions of one package is probed with `getattr` in the functions below. Sources: NVIDIA's TensorRT and
-TensorRT-RTX documentation ("CPU-Only AOT and TensorRT-RTX Engines", "Support Matrix"), and the installed TensorRT-RTX
-1.7.
+Both packages have the same Python API under two module names. Their differences are columns of `FLAVOURS`. The functions below
+handle the differences between versions of one package: they ask for a feature before they use it. Sources: NVIDIA's TensorRT and
+TensorRT-RTX documentation ("CPU-Only AOT and TensorRT-RTX Engines", "Support Matrix"), and the installed TensorRT-RTX 1.7.
 """
 
 from __future__ import annotations
@@ -18,24 +17,29 @@ from sana_export.environment import operating_system
 from sana_export.errors import DependencyError, UsageError
 from sana_export.machine import gpu_compute_capability
 
-#: `EngineEntry.operating_system` of an engine that runs on every system that its backend supports.
+#: `EngineEntry.operating_system` of an engine that runs on every operating system that its backend supports.
 ANY_SYSTEM = "any"
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """One backend: its Python module, what installs it, and what its engines are bound to."""
+    """One backend that builds and runs engines."""
 
+    #: Its name on the command line.
     backend: str
+    #: Its Python module.
     module: str
+    #: Its name in messages.
     title: str
+    #: The command that installs it.
     install: str
+    #: What the installation needs, in a few words.
     install_note: str
-    #: The builder compiles for chosen compute capabilities on a machine without a GPU; otherwise for the GPU at hand.
+    #: The builder compiles for chosen compute capabilities, without a GPU. Otherwise it compiles for the GPU of this machine.
     ahead_of_time: bool
     #: An engine runs only on the operating system that it was built on.
     bound_to_system: bool
-    #: Kernel timings are measured while building and kept in a cache file (TensorRT-RTX chooses kernels when it runs).
+    #: The builder measures kernels and keeps the times in a cache file. TensorRT-RTX selects kernels when it runs instead.
     timing_cache: bool
 
 
@@ -57,7 +61,7 @@ FLAVOURS: dict[str, Flavour] = {
             module="tensorrt",
             title="TensorRT",
             install='pip install "tensorrt>=10.12"',
-            install_note="its libraries come from NVIDIA's own package index; to build it needs a GPU",
+            install_note="its libraries come from NVIDIA's own package index; building needs a GPU",
             ahead_of_time=False,
             bound_to_system=True,
             timing_cache=True,
@@ -68,27 +72,31 @@ FLAVOURS: dict[str, Flavour] = {
 
 @dataclass(frozen=True)
 class Target:
-    """What an engine is built with and for; part of its key. No compute capability means the backend's portable engine."""
+    """What an engine is built with and for. It is part of the engine's key."""
 
+    #: The backend that builds it.
     backend: str
+    #: The version of the backend's Python module.
     version: str
+    #: The GPUs that it is for ("8.9"). Empty: the backend's portable engine.
     compute_capabilities: tuple[str, ...]
+    #: The operating system that it runs on, or `ANY_SYSTEM`.
     operating_system: str
 
 
 def flavour_of(backend: str) -> Flavour:
-    """The row of `backend`; UsageError where it is no TensorRT backend."""
+    """The row of `backend`. Raises UsageError if it is not a TensorRT backend."""
     if backend not in FLAVOURS:
-        raise UsageError(f"no engines are built for the backend {backend!r}", wanted=" or ".join(FLAVOURS))
+        raise UsageError(f"the backend {backend!r} has no engines", wanted=" or ".join(FLAVOURS))
     return FLAVOURS[backend]
 
 
 def load(backend: str) -> ModuleType:
-    """The Python module of `backend`. Raises DependencyError with the line that installs it where it does not import."""
+    """The Python module of `backend`. Raises DependencyError with the command that installs it if it cannot be imported."""
     flavour = flavour_of(backend)
     try:
         module = importlib.import_module(flavour.module)
-    except Exception as error:  # the packages load shared libraries at import and raise whatever that raises
+    except Exception as error:  # the packages load shared libraries at import, which can raise anything
         raise _missing(flavour, f"{type(error).__name__}: {error}") from error
     if not hasattr(module, "Builder"):
         raise _missing(flavour, f"a module {flavour.module} without its builder ({getattr(module, '__path__', '?')})")
@@ -96,25 +104,25 @@ def load(backend: str) -> ModuleType:
 
 
 def target_for(backend: str, module: Any, compute_capabilities: tuple[str, ...] = ()) -> Target:
-    """The target of engines that `module` builds here for `compute_capabilities` ("8.9"; none: portable, or this GPU).
+    """The target of engines that `module` builds on this machine for `compute_capabilities` ("8.9").
 
-    Raises UsageError for a compute capability that the module cannot build for, DependencyError where a GPU is needed
-    and there is none.
+    Without any, the target is portable, or this machine's GPU if the backend builds only for that. Raises UsageError for a compute
+    capability that the module cannot build for, and DependencyError if the backend needs a GPU and there is none.
     """
     flavour = flavour_of(backend)
     wanted = tuple(sorted(set(compute_capabilities), key=_capability_order))
     if flavour.ahead_of_time:
         possible = tuple(offered_capabilities(module))
     else:
-        here = gpu_compute_capability()
-        if here is None:
+        present = gpu_compute_capability()
+        if present is None:
             raise DependencyError(
                 f"{flavour.title} builds engines only on a machine with an NVIDIA GPU",
                 found="no GPU and driver",
                 wanted="the GPU that the engine is for",
-                fix="build there, or add --backend tensorrt-rtx, which needs no GPU to build",
+                fix="build on the machine with that GPU, or use --backend tensorrt-rtx, which builds without a GPU",
             )
-        possible, wanted = (here,), wanted or (here,)
+        possible, wanted = (present,), wanted or (present,)
     if unknown := [name for name in wanted if name not in possible]:
         raise UsageError(
             f"{flavour.title} {module.__version__} cannot build for compute capability {', '.join(unknown)} here",
@@ -126,14 +134,14 @@ def target_for(backend: str, module: Any, compute_capabilities: tuple[str, ...] 
 
 
 def offered_capabilities(module: Any) -> dict[str, Any]:
-    """The compute capabilities ("8.9") that `module` can be told to build for, with their enum members."""
+    """The compute capabilities ("8.9") that `module` can build for, with their enum members."""
     members = getattr(getattr(module, "ComputeCapability", None), "__members__", {})
     matches = ((re.fullmatch(r"SM(\d+)(\d)", name), member) for name, member in members.items())
     return {f"{match[1]}.{match[2]}": member for match, member in matches if match}
 
 
 def set_compute_capabilities(module: Any, config: Any, names: tuple[str, ...]) -> None:
-    """Tell the builder's `config` which GPUs to compile for; without names the engine is portable, or for the GPU here."""
+    """Set the GPUs that the builder compiles for. Without names the engine is portable, or for this machine's GPU."""
     if not names:
         return
     offered = offered_capabilities(module)
@@ -143,7 +151,7 @@ def set_compute_capabilities(module: Any, config: Any, names: tuple[str, ...]) -
 
 
 def network_flags(module: Any) -> int:
-    """Creation flags of a strongly typed network: asked for where the version has the flag, later versions know no other."""
+    """The creation flags of a strongly typed network. Later versions have no such flag, because all networks are strongly typed."""
     flag = getattr(getattr(module, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 

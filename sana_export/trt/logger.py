@@ -1,21 +1,23 @@
-"""TensorRT's log, forwarded to `logging`, with the last errors kept for the message that the user sees.
+"""TensorRT's log, forwarded to `logging`, and what it said during one piece of work.
 
-TensorRT keeps one logger a process: whoever creates a builder or runtime while another is alive is given the first
-one's logger. So there is one logger a module here, shared by all.
+TensorRT uses one logger per process: a builder or runtime that is created while another one is alive gets the first one's logger.
+So there is one logger per module. It keeps nothing itself: whoever wants to know what TensorRT says opens a `CollectedLog`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
 import threading
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 LOG = logging.getLogger("sana_export.trt")
 
-#: TensorRT's severities, by name, and what they are in `logging`. Its INFO is a trace of the build.
+#: TensorRT's severities by name, and their levels in `logging`. TensorRT's INFO is a trace of the build.
 LEVELS = {
     "INTERNAL_ERROR": logging.ERROR,
     "ERROR": logging.ERROR,
@@ -23,69 +25,108 @@ LEVELS = {
     "INFO": logging.DEBUG,
     "VERBOSE": logging.DEBUG - 5,
 }
-#: Lines that say nothing to a user: without a driver every error is followed by one about the driver, though building needs
-#: none; a cancelled build reports its cancellation as an error; the parser frames each node it dislikes; it reminds of int64
-#: inputs, which the contract states, and of `perturbed`, which a graph without PAG layers takes and does not read.
+#: Lines that tell a user nothing. Without a driver, an error about the driver follows every other error, though building needs no
+#: driver. A cancelled build is logged as an error. The parser frames each node that it rejects. int64 inputs are in the contract,
+#: and a graph without PAG layers has the input `perturbed` but does not read it.
 NOISE = re.compile(
     r"catchCudaError|BuildCanceled|Thread context has not been set|(Begin|End) node ---"
     r"|unsupported in TensorRT-RTX|has Int64 binding|Unused Input: perturbed|Input Tensor perturbed is unused"
 )
-#: What TensorRT appends or prepends for its own developers.
+#: Source positions that TensorRT adds for its own developers.
 _SOURCE_NOTES = re.compile(r"( In \w+ at \S+?:\d+)+|\[\w+\.cpp:\d+: \w+\] |^(ERROR: )?\w+\.cpp:\d+:? ")
-_KEPT = 6
-#: How a builder says what a run of the engine works in.
+#: The number of error lines that a `CollectedLog` keeps.
+_MOST_ERRORS = 6
+#: How a builder reports the memory that a run of the engine needs for activations.
 _ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
 
 
-class _Errors:
-    """The last error lines, from any thread."""
+class CollectedLog:
+    """What TensorRT said during one piece of work. Made by the `collect` of a logger."""
 
     def __init__(self) -> None:
-        self._lines: deque[str] = deque(maxlen=_KEPT)
+        self._errors: deque[str] = deque(maxlen=_MOST_ERRORS)
+        self._activation_bytes = 0
+
+    @property
+    def errors(self) -> list[str]:
+        """The last error lines."""
+        return list(self._errors)
+
+    @property
+    def activation_bytes(self) -> int:
+        """The GPU memory that the engine needs for activations, as the builder reported it. 0 if it did not."""
+        return self._activation_bytes
+
+    def add_error(self, line: str) -> None:
+        """Keep an error line. May be called from any thread."""
+        self._errors.append(line)
+
+    def note_activations(self, count: int) -> None:
+        """Keep the number of bytes that the builder reported."""
+        self._activation_bytes = count
+
+
+class _OpenLogs:
+    """The open `CollectedLog`s. TensorRT logs from the thread that called it, so each thread has its own stack of them."""
+
+    def __init__(self) -> None:
+        self._by_thread: dict[int, list[CollectedLog]] = {}
         self._lock = threading.Lock()
 
-    def add(self, line: str) -> None:
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[CollectedLog]:
+        """Open a log for what TensorRT says in this thread until the block ends; an outer log of the thread pauses meanwhile."""
+        thread, log = threading.get_ident(), CollectedLog()
         with self._lock:
-            self._lines.append(line)
+            self._by_thread.setdefault(thread, []).append(log)
+        try:
+            yield log
+        finally:
+            with self._lock:
+                self._by_thread[thread].remove(log)
+                if not self._by_thread[thread]:
+                    del self._by_thread[thread]
 
-    def take(self) -> list[str]:
-        """The lines since the last call."""
+    def current(self) -> list[CollectedLog]:
+        """The log of this thread. For a thread of TensorRT's own, which nobody can assign, the current log of every thread."""
         with self._lock:
-            lines = list(self._lines)
-            self._lines.clear()
-        return lines
+            own = self._by_thread.get(threading.get_ident())
+            return [own[-1]] if own else [logs[-1] for logs in self._by_thread.values()]
 
 
 @functools.cache
 def logger_for(module: Any) -> Any:
-    """The process's logger for `module`, an `ILogger` with `errors.take()`: the error lines since the last call."""
+    """The process's `ILogger` for `module`. In `with logger.collect() as log`, `log` is a `CollectedLog` of this thread."""
     severities = {member: LEVELS[name] for name, member in module.ILogger.Severity.__members__.items()}
 
     class Logger(module.ILogger):
-        """Forwards to the logger "sana_export.trt"."""
+        """Forwards to the logger "sana_export.trt" and to the open logs."""
 
         def __init__(self) -> None:
             module.ILogger.__init__(self)
-            self.errors = _Errors()
-            #: Bytes, as the last build said.
-            self.activation_bytes = 0
+            self._open = _OpenLogs()
+
+        def collect(self) -> contextlib.AbstractContextManager[CollectedLog]:
+            return self._open.collect()
 
         def log(self, severity: Any, message: str) -> None:
             level = severities[severity]
             if found := _ACTIVATIONS.search(message):
-                self.activation_bytes = int(found[1])
+                for log in self._open.current():
+                    log.note_activations(int(found[1]))
             if level < logging.WARNING:
                 LOG.log(level, "%s", message)
                 return
             text = readable(message)
             LOG.log(level if level < logging.ERROR and text else logging.DEBUG, "%s", text or message)
             if level >= logging.ERROR and text:
-                self.errors.add(text)
+                for log in self._open.current():
+                    log.add_error(text)
 
     return Logger()
 
 
 def readable(message: str) -> str:
-    """`message` without the lines and source positions that say nothing to a user; empty where nothing is left."""
+    """`message` without the lines and source positions that tell a user nothing. Empty if nothing is left."""
     lines = (line.strip() for line in message.splitlines() if not NOISE.search(line))
     return "\n".join(_SOURCE_NOTES.sub("", line).strip() for line in lines if line)

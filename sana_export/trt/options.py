@@ -1,12 +1,12 @@
-"""What an engine is built with beyond its graph, target and shape ranges."""
+"""The options of an engine beyond its graph, target and shape ranges."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 
-#: The builder's flags of an option. A refittable engine holds no weights but those inside the ONNX file: exactly the external ones
-#: are marked and stripped.
+#: The builder's flags for each option. A refittable engine has only the weights inside the ONNX file: all external weights are
+#: marked as refittable and left out.
 BUILDER_FLAGS = {
     "refittable": ("REFIT_INDIVIDUAL", "STRIP_PLAN"),
     "version_compatible": ("VERSION_COMPATIBLE",),
@@ -16,26 +16,25 @@ BUILDER_FLAGS = {
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What changes an engine beyond its graph, target and ranges.
+    """What changes an engine beyond its graph, target and ranges."""
 
-    `tf32`: fp32 products may run as TensorFloat-32 (10 bits of mantissa). TensorRT allows it unless told otherwise;
-    here it is off, since fp32 in a graph of ours stands where fp16 is not enough.
-    `refittable`: the engine is built without the graph's external weights and is given them after it is loaded
-    (`refit.EngineWeights`), so that it serves every checkpoint of one structure. TensorRT-RTX 1.4 to 1.7 need a GPU to build one.
-    `version_compatible`: it also runs on later versions of the same major one. `hardware_compatible`: it also runs on later GPUs,
-    from compute capability 8.0 on. `weight_streaming`: its weights may stay on the host and come as they are needed.
-    """
-
+    #: fp32 products may run as TensorFloat-32, which has 10 bits of mantissa. TensorRT allows it by default. Our default is off,
+    #: because our graphs use fp32 only if fp16 is not enough.
     tf32: bool = False
+    #: The engine is built without the graph's external weights and gets them after loading, so it works for every checkpoint of
+    #: the same structure. TensorRT-RTX 1.4 to 1.7 need a GPU to build one.
     refittable: bool = False
+    #: The engine also runs on later versions with the same major version.
     version_compatible: bool = False
+    #: The engine also runs on later GPUs, from compute capability 8.0 on.
     hardware_compatible: bool = False
+    #: The engine's weights can stay in host memory and be copied to the GPU as they are needed.
     weight_streaming: bool = False
 
     def recorded(self) -> dict[str, bool]:
-        """What of this is part of an engine's key: `tf32`, and the others only where they are asked for."""
-        asked = {field.name: True for field in dataclasses.fields(self) if getattr(self, field.name)}
-        return {"tf32": self.tf32, **asked}
+        """The options that are part of an engine's key: `tf32`, and the others if they are on."""
+        enabled = {field.name: True for field in dataclasses.fields(self) if getattr(self, field.name)}
+        return {"tf32": self.tf32, **enabled}
 
 
 DEFAULT_OPTIONS = BuildOptions()

@@ -1,8 +1,8 @@
-"""Which engines a bundle needs, which it has, and why one has to be built.
+"""Which engines a bundle needs, which of them exist, and why the others have to be built.
 
-An engine's key hashes what changes it and nothing else, so a bundle that is exported again to the same graphs keeps
-its engines, and an engine of other weights, shapes, compiler or target is never taken for this one. A refittable
-engine holds no weights, so those are no part of its key.
+The key of an engine hashes everything that changes the engine and nothing else. So a bundle keeps its engines if it is exported
+again to the same graphs, and an engine of other weights, shapes, compiler or target is never used by mistake. A refittable engine
+contains no weights, so they are not part of its key.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sana_export.commands import export_line
 from sana_export.contract import DECODERS, DYNAMIC_AXES, GRAPHS, GraphSpec
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import check_files
@@ -24,49 +25,59 @@ from sana_export.profiles import MAX_BRANCHES, UNTILED_AREA, Profile, Range
 from sana_export.trt.flavour import Target
 from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
 
-#: Characters of the key that name an engine's folder.
+#: The number of characters of the key in the name of an engine's folder.
 KEY_CHARACTERS = 12
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """Everything that an engine is made from: the fields of its key, and of its `EngineEntry` under the same names."""
+    """Everything that an engine is made from. Its fields make the key, and `EngineEntry` has them under the same names."""
 
+    #: The graph's name.
     graph: str
+    #: The backend that builds it.
     backend: str
+    #: The hash of the graph's files; for a refittable engine, of the graph's structure.
     onnx_sha256: str
+    #: The version of the backend's Python module.
     backend_version: str
+    #: The GPUs that it is for. Empty: the backend's portable engine.
     compute_capabilities: tuple[str, ...]
+    #: The operating system that it runs on, or "any".
     operating_system: str
+    #: min, opt and max of every dynamic axis of the graph's inputs.
     ranges: Mapping[str, Range]
+    #: `BuildOptions.recorded`.
     options: Mapping[str, Any]
 
     @property
     def key(self) -> str:
-        """sha256 in hex over all fields."""
+        """The sha256 of all fields, in hex."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def path(self) -> str:
-        """Where the engine lies in the bundle."""
+        """The path of the engine in the bundle."""
         return f"engines/{self.backend}/{self.key[:KEY_CHARACTERS]}/{self.graph}.engine"
 
 
 @dataclass(frozen=True)
 class PlannedEngine:
-    """One engine of a plan. `reason` is "exists", "missing", "damaged: ..." or "stale: <field> was X, is Y".
+    """One engine of a plan."""
 
-    `superseded` are the entries of the manifest that the new engine takes the place of.
-    """
-
-    recipe: EngineSpec
+    #: What it is made from.
+    spec: EngineSpec
+    #: The name of the profile that its ranges come from.
     profile: str
+    #: "exists", "missing", "damaged: ..." or "stale: <field> was X, is Y".
     reason: str
+    #: The manifest's entries that the new engine replaces.
     superseded: tuple[EngineEntry, ...] = ()
 
     @property
     def exists(self) -> bool:
+        """Whether the bundle has the engine already."""
         return self.reason == "exists"
 
 
@@ -80,30 +91,34 @@ def plan_engines(
     options: BuildOptions = DEFAULT_OPTIONS,
     graphs: Iterable[str] | None = None,
 ) -> list[PlannedEngine]:
-    """The engines of `graphs` (all that `profile` needs) for `target` and `profile`, each with its reason.
+    """The engines of `graphs` for `target` and `profile`, each with its reason. If `graphs` is None: of all that `profile` needs.
 
-    An engine counts as existing where the manifest records its key and the file has the recorded hash. An entry of
-    the same graph, target and profile with another key is stale, and the fields that differ are its reason; engines with
-    and without weights live side by side. Raises UsageError for a graph that the bundle does not hold, ArtifactError where
-    the ONNX file of a refittable engine is damaged.
+    An engine exists if the manifest records its key and the file has the recorded hash. An entry of the same graph, target and
+    profile with another key is stale; the reason names the fields that differ. Engines with and without weights can both exist.
+    Raises UsageError for a graph that is not in the bundle, and ArtifactError if the ONNX file of a refittable engine is damaged.
     """
     ranges = profile.ranges(manifest.model, instruction_tokens=instruction_tokens, branches=_most_branches(manifest))
-    return [
-        _planned(bundle, manifest, engine_spec(bundle, manifest.graphs[name], target, ranges, options), profile.name)
+    export = export_line(bundle, manifest)
+    specs = (
+        engine_spec(bundle, manifest.graphs[name], target, ranges, options, export=export)
         for name in _chosen(manifest, profile, graphs)
-    ]
+    )
+    return [_planned(bundle, manifest, spec, profile.name) for spec in specs]
 
 
-def engine_spec(bundle: Path, graph: GraphEntry, target: Target, ranges: Mapping[str, Range], options: BuildOptions) -> EngineSpec:
-    """What the engine of `graph` is made from; of `ranges` only the axes of the graph's inputs count.
+def engine_spec(
+    bundle: Path, graph: GraphEntry, target: Target, ranges: Mapping[str, Range], options: BuildOptions, *, export: str
+) -> EngineSpec:
+    """What the engine of `graph` is made from. Of `ranges` it uses the axes of the graph's inputs.
 
-    A graph without external weights has nothing to refit: its engine is the same with `refittable` and without.
+    `export` is the command that exports the bundle again, for the error of a damaged file. A graph without external weights has
+    nothing to refit, so `refittable` does not change its engine.
     """
     options = dataclasses.replace(options, refittable=options.refittable and bool(graph.data))
     return EngineSpec(
         graph=graph.spec.name,
         backend=target.backend,
-        onnx_sha256=_structure(bundle, graph) if options.refittable else onnx_sha256(graph),
+        onnx_sha256=_structure(bundle, graph, export) if options.refittable else onnx_sha256(graph),
         backend_version=target.version,
         compute_capabilities=target.compute_capabilities,
         operating_system=target.operating_system,
@@ -113,14 +128,14 @@ def engine_spec(bundle: Path, graph: GraphEntry, target: Target, ranges: Mapping
 
 
 def onnx_sha256(graph: GraphEntry) -> str:
-    """One sha256 in hex over the graph's ONNX file and its external data; that of the file where it stands alone."""
+    """The sha256 of the graph's ONNX file and its external data, in hex. Without external data, that of the file."""
     if not graph.data:
         return graph.onnx.sha256
     return hashlib.sha256("".join(entry.sha256 for entry in graph.files).encode()).hexdigest()
 
 
-def _structure(bundle: Path, graph: GraphEntry) -> str:
-    (onnx,) = check_files(bundle, [graph.onnx], fix=f"sana-export export MODEL -o {bundle}")
+def _structure(bundle: Path, graph: GraphEntry, export: str) -> str:
+    (onnx,) = check_files(bundle, [graph.onnx], fix=export)
     return structure_sha256(onnx.read_bytes())
 
 
@@ -130,9 +145,9 @@ def dynamic_axes(spec: GraphSpec) -> tuple[str, ...]:
     return tuple(axis for axis in DYNAMIC_AXES if axis in used)
 
 
-def stale_fields(entry: EngineEntry, recipe: EngineSpec) -> list[str]:
-    """What differs between a recorded engine and the one wanted, as "<field> was X, is Y"; empty for the same engine."""
-    was, now = _flat(_spec_of(entry)), _flat(recipe)
+def stale_fields(entry: EngineEntry, spec: EngineSpec) -> list[str]:
+    """How a recorded engine differs from the wanted one, as "<field> was X, is Y". Empty if it does not."""
+    was, now = _flat(_spec_of(entry)), _flat(spec)
     return [
         f"{name} was {was.get(name, 'not set')}, is {now.get(name, 'not set')}"
         for name in {**was, **now}
@@ -141,54 +156,54 @@ def stale_fields(entry: EngineEntry, recipe: EngineSpec) -> list[str]:
 
 
 def _chosen(manifest: Manifest, profile: Profile, graphs: Iterable[str] | None) -> list[str]:
-    held = [name for name in GRAPHS if name in manifest.graphs]
-    held += [name for name in manifest.graphs if name not in GRAPHS]
+    available = [name for name in GRAPHS if name in manifest.graphs]
+    available += [name for name in manifest.graphs if name not in GRAPHS]
     if graphs is None:
         unused = _unused_decoders(manifest, profile)
-        return [name for name in held if name not in unused]
+        return [name for name in available if name not in unused]
     wanted = set(graphs)
-    if unknown := sorted(wanted - set(held)):
-        raise UsageError(f"the bundle holds no graph named {', '.join(unknown)}", wanted=", ".join(held))
-    return [name for name in held if name in wanted]
+    if unknown := sorted(wanted - set(available)):
+        raise UsageError(f"the bundle has no graph named {', '.join(unknown)}", wanted=", ".join(available))
+    return [name for name in available if name in wanted]
 
 
 def _most_branches(manifest: Manifest) -> int:
-    """The most guidance branches that the bundle is sampled with: one where guidance is embedded, a third with PAG layers."""
+    """The most guidance branches that the bundle can sample with: one if guidance is embedded, three with PAG layers, else two."""
     if manifest.model.guidance_embeds:
         return 1
     return MAX_BRANCHES if manifest.options.pag_layers else MAX_BRANCHES - 1
 
 
 def _unused_decoders(manifest: Manifest, profile: Profile) -> set[str]:
-    """The decoders that no image of `profile` goes through in the runtime, as long as the bundle holds the other ones."""
+    """The decoders that the runtime uses for no image of `profile`. None, unless the bundle has all decoders that it does use."""
     in_tiles = {height * width > UNTILED_AREA for height, width in profile.covered(manifest.model)}
     used = set().union(*(DECODERS[tiled] for tiled in in_tiles))
     return set().union(*DECODERS.values()) - used if manifest.graphs.keys() >= used else set()
 
 
-def _planned(bundle: Path, manifest: Manifest, recipe: EngineSpec, profile: str) -> PlannedEngine:
-    key = recipe.key
-    same = [entry for entry in manifest.engines if (entry.graph, entry.backend) == (recipe.graph, recipe.backend)]
+def _planned(bundle: Path, manifest: Manifest, spec: EngineSpec, profile: str) -> PlannedEngine:
+    key = spec.key
+    same = [entry for entry in manifest.engines if (entry.graph, entry.backend) == (spec.graph, spec.backend)]
     if exact := [entry for entry in same if entry.key == key]:
         try:
             check_files(bundle, [exact[0].file], fix="")
         except ArtifactError as error:
-            return PlannedEngine(recipe, profile, f"damaged: {error.message}")
-        return PlannedEngine(recipe, profile, "exists")
-    place = (profile, recipe.compute_capabilities, "refittable" in recipe.options)
+            return PlannedEngine(spec, profile, f"damaged: {error.message}")
+        return PlannedEngine(spec, profile, "exists")
+    place = (profile, spec.compute_capabilities, "refittable" in spec.options)
     stale = tuple(entry for entry in same if (entry.profile, entry.compute_capabilities, entry.refittable) == place)
     if not stale:
-        return PlannedEngine(recipe, profile, "missing")
-    return PlannedEngine(recipe, profile, "stale: " + "; ".join(stale_fields(stale[-1], recipe)), stale)
+        return PlannedEngine(spec, profile, "missing")
+    return PlannedEngine(spec, profile, "stale: " + "; ".join(stale_fields(stale[-1], spec)), stale)
 
 
 def _spec_of(entry: EngineEntry) -> EngineSpec:
     return EngineSpec(**{field.name: getattr(entry, field.name) for field in dataclasses.fields(EngineSpec)})
 
 
-def _flat(recipe: EngineSpec) -> dict[str, str]:
-    """The recipe's fields as text, one for each range and option."""
-    fields: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+def _flat(spec: EngineSpec) -> dict[str, str]:
+    """The fields as text, with one field for each range and option."""
+    fields: dict[str, Any] = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     ranges, options = fields.pop("ranges"), fields.pop("options")
     fields["onnx_sha256"] = f"{fields['onnx_sha256'][:KEY_CHARACTERS]}..."
     fields["compute_capabilities"] = ", ".join(fields["compute_capabilities"]) or "portable"

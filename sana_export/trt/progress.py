@@ -1,4 +1,4 @@
-"""How far a build is: TensorRT's nested phases as one number, and the way to stop it."""
+"""The progress of a build: TensorRT's nested phases as one number, and a way to stop the build."""
 
 from __future__ import annotations
 
@@ -7,28 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Progress:
-    """`fraction` (0 to 1) counts steps of phases, not seconds; the compiler's own phase is one long step."""
-
-    graph: str
-    phase: str
-    fraction: float
-
-
-OnProgress = Callable[[Progress], None]
+from sana_export.progress import OnProgress, Progress
 
 
 @dataclass
 class _Phase:
+    """An open phase."""
+
+    #: The name of the phase that it is part of.
     parent: str | None
+    #: Number of its steps.
     steps: int
+    #: Number of finished steps.
     done: int = 0
 
 
 class Phases:
-    """The open phases of one build. Thread-safe: the builder reports from any of its threads."""
+    """The open phases of one build. Every method returns the finished fraction of the whole build, 0 to 1.
+
+    The fraction counts steps of phases, not seconds. Thread-safe: the builder reports from any of its threads.
+    """
 
     def __init__(self) -> None:
         self._open: dict[str, _Phase] = {}
@@ -36,20 +34,20 @@ class Phases:
         self._lock = threading.Lock()
 
     def start(self, name: str, parent: str | None, steps: int) -> float:
-        """Open a phase; returns the fraction of the whole build that is done (as the other methods do)."""
+        """Open a phase."""
         with self._lock:
             self._open[name] = _Phase(parent, max(steps, 1))
             return self._fraction()
 
     def step(self, name: str) -> float:
-        """Count one finished step of an open phase."""
+        """Count a finished step of an open phase."""
         with self._lock:
             if name in self._open:
                 self._open[name].done += 1
             return self._fraction()
 
     def finish(self, name: str) -> float:
-        """Close a phase; the build is done when its outermost phase is."""
+        """Close a phase. The build is finished when its outermost phase is."""
         with self._lock:
             phase = self._open.pop(name, None)
             if phase is not None and phase.parent is None:
@@ -69,13 +67,14 @@ class Phases:
 
 
 def progress_monitor(module: Any, graph: str, on_progress: OnProgress | None, stop: Callable[[], bool]) -> Any:
-    """An `IProgressMonitor` of `module` that reports to `on_progress` and ends the build once `stop()` is true.
+    """An `IProgressMonitor` of `module` that reports to `on_progress` and ends the build when `stop()` is true.
 
-    What `on_progress` raises ends the build too and is kept in the monitor's `raised`.
+    A report says "graph: phase" and, of 1 step in all, the finished fraction. An exception of `on_progress` ends the build too; the
+    monitor keeps it in `raised`.
     """
 
     class Monitor(module.IProgressMonitor):
-        """The builder calls these methods from its own threads; nothing may be raised through it."""
+        """The builder calls these methods from its own threads. Exceptions must not pass through it."""
 
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
@@ -96,8 +95,8 @@ def progress_monitor(module: Any, graph: str, on_progress: OnProgress | None, st
             if on_progress is None or self.raised is not None:
                 return
             try:
-                on_progress(Progress(graph, phase, fraction))
-            except BaseException as error:  # raised again by the caller of the builder, once it has returned
+                on_progress(Progress(f"{graph}: {phase}", fraction, 1))
+            except BaseException as error:  # `build_engine` raises it again when the builder has returned
                 self.raised = error
 
     return Monitor()

@@ -1,4 +1,4 @@
-"""Which of a bundle's engines run here, and which of those serves a request."""
+"""Which of a bundle's engines run on this machine, and which of those to use for a request."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sana_export.commands import build_line
+from sana_export.commands import build_line, engines_line
 from sana_export.contract import DECODERS
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import EngineEntry, Manifest, ModelInfo
 from sana_export.profiles import UNTILED_AREA, Range, describe_range, outside
-from sana_export.trt.compatibility import Host, incompatibilities
+from sana_export.trt.compatibility import Host, incompatibilities, mismatches, missing_parts
 
 
 @dataclass(frozen=True)
 class EngineSet:
-    """The engines of one backend that run here, by graph, the narrowest first: it is tuned the closest to what it serves."""
+    """Engines of one backend."""
 
+    #: Their bundle.
     bundle: Path
+    #: The backend that built them.
     backend: str
+    #: The engines of each graph, the ones with the narrowest ranges first: they are tuned closest to the shapes that they cover.
     engines: Mapping[str, Sequence[EngineEntry]]
 
     def engine_for(self, graph: str, axes: Mapping[str, int], *, refittable: bool = False) -> EngineEntry | None:
-        """The first engine of `graph` whose ranges hold `axes`; axes that it does not have are not looked at.
+        """The first engine of `graph` whose ranges cover `axes`, or None. Axes that it does not have do not matter.
 
-        `refittable`: of those engines alone.
+        `refittable`: look only at engines whose weights can be changed.
         """
         entries = self.refittable(graph) if refittable else self.engines[graph]
         return next((entry for entry in entries if not outside(entry.ranges, axes)), None)
@@ -36,29 +39,29 @@ class EngineSet:
         return [entry for entry in self.engines.get(graph, ()) if entry.refittable]
 
     def check_supported(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
-        """Raise UsageError, listing what is possible and the line that makes the rest so, unless each of `graphs` is served."""
-        lacking = [graph for graph in graphs if not self.engines.get(graph)]
-        unserved = [graph for graph in graphs if graph not in lacking and self.engine_for(graph, axes) is None]
-        if not lacking and not unserved:
+        """Raise UsageError unless there is an engine for each of `graphs`. It says what is possible and how to build more."""
+        missing = [graph for graph in graphs if not self.engines.get(graph)]
+        outside = [graph for graph in graphs if graph not in missing and self.engine_for(graph, axes) is None]
+        if not missing and not outside:
             return
         height, width, batch = axes["image_height"], axes["image_width"], axes["batch"]
-        asked = f"{batch} images of {height}x{width} (height x width), {axes['branches']} guidance branches"
+        request = f"{batch} images of {height}x{width} (height x width), {axes['branches']} guidance branches"
         raise UsageError(
-            f"no {self.backend} engine of {self.bundle} serves this request",
-            found=asked + "".join(f"; no engine of {graph}" for graph in lacking),
-            wanted="; or ".join(self._possible(unserved[0] if unserved else lacking[0], axes)) or "engines of every graph",
+            f"{self.bundle} has no {self.backend} engine for this request",
+            found=request + "".join(f"; no engine of {graph}" for graph in missing),
+            wanted="; or ".join(self._possible(outside[0] if outside else missing[0], axes)) or "engines of every graph",
             fix=build_line(self.bundle, self.backend, height=height, width=width, batch=batch),
         )
 
     def typical(self, model: ModelInfo) -> dict[str, EngineEntry]:
-        """The engine of each graph that one image of the native size runs, or the first that there is."""
+        """The engines for one image of the native size, one per graph that it needs. If none covers that size, the first one."""
         axes = typical_axes(model)
         tiled = axes["image_height"] * axes["image_width"] > UNTILED_AREA
         unused = DECODERS[not tiled] if self.engines.keys() >= DECODERS[tiled] else set()
         return {graph: self.engine_for(graph, axes) or entries[0] for graph, entries in self.engines.items() if graph not in unused}
 
     def _possible(self, graph: str, axes: Mapping[str, int]) -> list[str]:
-        """What each engine of `graph` can do, on the axes that are asked for; sizes of latents in pixels of the image."""
+        """The range of each engine of `graph`, on the axes in `axes`. Sizes of latents are given in pixels of the image."""
         pixels = axes["image_height"] // axes["latent_height"]
 
         def text(axis: str, values: Range) -> str:
@@ -74,7 +77,7 @@ class EngineSet:
 
 
 def typical_axes(model: ModelInfo) -> dict[str, int]:
-    """The axes of the request that is expected: one image of the native size."""
+    """The axes of the typical request: one image of the native size."""
     side = model.native_size
     latent, feature = side // model.vae_scale_factor, side // model.decoder_tile_scale
     lengths = {"latent": latent, "image": side, "feature": feature, "output": side}
@@ -82,30 +85,37 @@ def typical_axes(model: ModelInfo) -> dict[str, int]:
     return {"batch": 1, "branches": 1 if model.guidance_embeds else 2, **axes}
 
 
-def runnable(bundle: Path, manifest: Manifest, backend: str, machine: Host) -> EngineSet:
-    """The engines of `backend` that run on `machine`.
+def runnable(bundle: Path, manifest: Manifest, backend: str, host: Host) -> EngineSet:
+    """The engines of `backend` that run on `host`.
 
-    Raises ArtifactError where a graph that every image needs has none, with what speaks against each engine and the line that makes
-    one. Which decoder an image needs depends on its size: `EngineSet.check_supported` tells.
+    Raises ArtifactError if there is none for a graph that every image needs; the error says why each engine does not run and what
+    to do. Which decoder an image needs depends on its size: `EngineSet.check_supported` checks that.
     """
     graphs = [graph for graph in manifest.graphs if graph not in set().union(*DECODERS.values())]
     entries = [entry for entry in manifest.engines if entry.backend == backend]
-    reasons = {entry.key: incompatibilities(entry, machine) for entry in entries}
-    fit = engine_set(bundle, backend, (entry for entry in entries if not reasons[entry.key]))
-    missing = [graph for graph in graphs if graph not in fit.engines]
+    reasons = {entry.key: incompatibilities(entry, host) for entry in entries}
+    found = engine_set(bundle, backend, (entry for entry in entries if not reasons[entry.key]))
+    missing = [graph for graph in graphs if graph not in found.engines]
     if missing:
-        against = list(dict.fromkeys(reason for entry in entries if entry.graph in missing for reason in reasons[entry.key]))
+        why = list(dict.fromkeys(reason for entry in entries if entry.graph in missing for reason in reasons[entry.key]))
         raise ArtifactError(
             f"{bundle} has no {backend} engine of {', '.join(missing)} that runs here",
-            found="; ".join(against) or "none was built",
+            found="; ".join(why) or "none was built",
             wanted="engines of " + ", ".join(graphs),
-            fix=f"sana-export build {bundle} --backend {backend}",
+            fix=_fix(bundle, backend, [[entry for entry in entries if entry.graph == graph] for graph in missing], host),
         )
-    return fit
+    return found
+
+
+def _fix(bundle: Path, backend: str, entries: Iterable[Sequence[EngineEntry]], host: Host) -> str:
+    """What to do if none of these engines, listed per graph, runs on `host`: build, or only install what is missing there."""
+    fixes = missing_parts(backend, host).values()
+    enough = all(any(not mismatches(entry, host) for entry in of_graph) for of_graph in entries)
+    return "; ".join(fixes) if fixes and enough else engines_line(bundle, backend)
 
 
 def engine_set(bundle: Path, backend: str, entries: Iterable[EngineEntry]) -> EngineSet:
-    """`entries` by graph, whether they run here or not."""
+    """`entries` by graph, even if they do not run on this machine."""
     sets: dict[str, list[EngineEntry]] = {}
     for entry in sorted(entries, key=_breadth):
         sets.setdefault(entry.graph, []).append(entry)
@@ -113,6 +123,6 @@ def engine_set(bundle: Path, backend: str, entries: Iterable[EngineEntry]) -> En
 
 
 def _breadth(entry: EngineEntry) -> tuple[bool, float]:
-    """How much more than one shape an engine serves; one for a compute capability of its own comes before a portable one."""
+    """The order of engines: those for a certain compute capability before portable ones, then by the width of their ranges."""
     spans = (math.log(highest / lowest) for lowest, _, highest in entry.ranges.values())
     return not entry.compute_capabilities, sum(spans)

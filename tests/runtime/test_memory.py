@@ -1,4 +1,4 @@
-"""What engines need of a GPU's memory, known before they are loaded, and the mode that follows from it."""
+"""The GPU memory that engines need, computed before they are loaded, and the memory mode that follows from it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def manifest(tiny_bundle: Path) -> Manifest:
     return Manifest.load(tiny_bundle)
 
 
-def test_what_the_modes_need(manifest: Manifest) -> None:
+def test_requirements_of_the_modes(manifest: Manifest) -> None:
     found = memory_requirements(manifest, entries(manifest))
     assert set(found) == {"resident", "staged"}
     assert (found["resident"].weights, found["resident"].work) == (9103, 4000)
@@ -80,7 +80,7 @@ NEEDS = {
 
 
 @pytest.mark.parametrize(
-    ("mode", "free", "settled", "warned"),
+    ("mode", "free", "chosen", "warned"),
     [
         ("auto", 12, "resident", False),
         ("auto", 11, "staged", False),
@@ -93,9 +93,9 @@ NEEDS = {
         ("streaming", 30, "streaming", False),
     ],
 )
-def test_the_mode_that_fits(mode: str, free: int, settled: str, warned: bool) -> None:
-    found, warning = choose_memory_mode(mode, NEEDS, free * GB, "bundle")
-    assert found == settled
+def test_the_mode_that_fits(mode: str, free: int, chosen: str, warned: bool) -> None:
+    found, warning = choose_memory_mode(mode, NEEDS, free * GB, Path("bundle"), "tensorrt-rtx")
+    assert found == chosen
     assert (warning is not None) is warned
     if warning:
         assert f"{free}.00 GB of GPU memory are free" in warning
@@ -106,18 +106,16 @@ def test_the_mode_that_fits(mode: str, free: int, settled: str, warned: bool) ->
     [
         ("resident", 8, NEEDS, "--memory staged"),
         ("staged", 4, NEEDS, "--memory streaming"),
-        ("auto", 1, NEEDS, "sana-export build bundle --backend BACKEND --profile static --weight-streaming"),
+        ("auto", 1, NEEDS, "sana-export build bundle --backend tensorrt-rtx --profile static --weight-streaming"),
         ("streaming", 9, {"staged": NEEDS["staged"]}, "--memory staged"),
     ],
 )
-def test_too_little_memory_is_told_with_the_mode_that_fits(
-    mode: str, free: int, offered: dict[str, MemoryRequirement], fix: str
-) -> None:
+def test_too_little_memory_names_the_mode_that_fits(mode: str, free: int, offered: dict[str, MemoryRequirement], fix: str) -> None:
     with pytest.raises(DependencyError) as caught:
-        choose_memory_mode(mode, offered, free * GB, "bundle")
+        choose_memory_mode(mode, offered, free * GB, Path("bundle"), "tensorrt-rtx")
     assert caught.value.fix == fix
     assert f"{free}.00 GB free" in str(caught.value)
-    assert "staged: 5.00 GB of weights, 8.00 GB at the most" in str(caught.value)
+    assert "staged: 5.00 GB for weights, up to 8.00 GB in all" in str(caught.value)
 
 
 def opened(bundle: Path, device: HostDevice, **options: Any) -> tuple[SanaRuntime, HostTensorRT]:
@@ -136,7 +134,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def test_staged_holds_one_stage_at_a_time_and_draws_the_same(bundle: Path) -> None:
+def test_staged_holds_one_stage_at_a_time_and_gives_the_same_images(bundle: Path) -> None:
     resident, _ = opened(bundle, HostDevice(), memory="resident")
     wanted = [resident("fox", output_type="np", **SMALL).images for _ in range(2)]
     staged, module = opened(bundle, HostDevice(), memory="staged")
@@ -152,7 +150,7 @@ def test_staged_holds_one_stage_at_a_time_and_draws_the_same(bundle: Path) -> No
     assert staged.backend.gpu.captures == 0
 
 
-def test_a_gpu_that_is_too_small_is_told_before_anything_is_loaded(bundle: Path) -> None:
+def test_a_gpu_that_is_too_small_is_reported_before_anything_is_loaded(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
     big = tuple(dataclasses.replace(engine, file=dataclasses.replace(engine.file, bytes=4 * GB)) for engine in manifest.engines)
     need = memory_requirements(manifest, engine_set(bundle, "tensorrt-rtx", big).typical(manifest.model))
@@ -170,7 +168,7 @@ def test_weights_are_streamed_in_that_mode_alone(tiny_bundle: Path, tmp_path: Pa
     for mode, budget in (("streaming", 4321), ("staged", None)):
         runtime, _ = opened(copy, HostDevice(), memory=mode)
         runtime.sessions.require(["denoiser"])
-        (engine,) = runtime.sessions["denoiser"]._loaded.values()
+        (engine,) = runtime.sessions["denoiser"].loaded.values()
         assert engine.engine.weight_streaming_budget_v2 == budget
 
 

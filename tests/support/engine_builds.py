@@ -1,4 +1,4 @@
-"""`build_bundle` on the small bundles, and what it leaves behind."""
+"""Builds of the small bundles and their results."""
 
 import subprocess
 import sys
@@ -20,20 +20,20 @@ def build(bundle: Path, **options: Any) -> Manifest:
 
 
 def paths(bundle: Path) -> dict[str, str]:
-    """graph to path of the engine that the default build makes."""
+    """The path of each graph's engine in a default build."""
     engines = plan_bundle(bundle, backend="tensorrt-rtx", profile=DEFAULT)
-    return {engine.recipe.graph: engine.recipe.path for engine in engines}
+    return {engine.spec.graph: engine.spec.path for engine in engines}
 
 
 def tree(bundle: Path) -> dict[str, bytes]:
-    """Every file of the bundle and its content, the locks apart."""
+    """Every file of the bundle except locks, with its content."""
     files = (path for path in bundle.rglob("*") if path.is_file() and ".locks" not in path.parts)
     return {path.relative_to(bundle).as_posix(): path.read_bytes() for path in files}
 
 
 def built_graphs(into: list[str]) -> Any:
-    """An `on_engine` that notes the graphs that were built, in order."""
-    return lambda planned, entry: into.append(planned.recipe.graph) if entry is not None else None
+    """An `on_engine` that appends the name of each built graph to `into`."""
+    return lambda planned, entry: into.append(planned.spec.graph) if entry is not None else None
 
 
 INTERRUPTED = """
@@ -45,7 +45,7 @@ seen = 0
 def report(progress):
     global seen
     seen += 1
-    print(progress.phase, flush=True)
+    print(progress.doing, flush=True)
 try:
     build_bundle(Path(sys.argv[1]), backend="tensorrt-rtx", profile=PROFILES["default"], on_progress=report)
 except KeyboardInterrupt:
@@ -54,7 +54,7 @@ except KeyboardInterrupt:
 
 
 def start_slow_build(bundle: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
-    """A process that builds `bundle`, brought to the compiler's long silent phase, and the child that compiles."""
+    """A process that builds `bundle` and has reached the compiler's long phase without callbacks, and its child that compiles."""
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, str(bundle)],
         stdout=subprocess.PIPE,
@@ -64,7 +64,7 @@ def start_slow_build(bundle: Path) -> tuple[subprocess.Popen[str], psutil.Proces
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("Determining"):
+        if ": Determining" in line:
             break
     time.sleep(0.3)
     assert process.poll() is None

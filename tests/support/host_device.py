@@ -1,7 +1,7 @@
-"""A device in the host's memory with the order of a CUDA stream: what is asked of it is done when somebody waits for it.
+"""A device in host memory with the order of a CUDA stream: enqueued work runs when somebody waits for it.
 
-It is stricter than a GPU where that finds mistakes: memory is filled with rubbish when it is taken and, in stream order, when it is
-given back; while work is captured nothing may be allocated, uploaded or given back.
+It is stricter than a GPU, to find mistakes: memory is filled with rubbish when it is allocated and, in stream order, when it is
+freed. During a capture, nothing may be allocated, uploaded or freed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class HostDevice:
             self.queue.pop(0)()
 
     def allocate(self, size: int) -> Memory:
-        assert self.capturing is None, "memory was taken while work is captured"
+        assert self.capturing is None, "memory was allocated during a capture"
         if self.used + size > self.capacity:
             raise DependencyError("the GPU cannot be used", found="CUDA_ERROR_OUT_OF_MEMORY", wanted="more free GPU memory")
         buffer = np.full(size + ALIGNMENT, RUBBISH, np.uint8)
@@ -57,16 +57,16 @@ class HostDevice:
             buffer.fill(RUBBISH)
             del self.live[address]
 
-        def give_back() -> None:
-            assert self.capturing is None, "memory was given back while work is captured"
+        def free() -> None:
+            assert self.capturing is None, "memory was freed during a capture"
             self.used -= size
             self.queue.append(spoil)
 
-        weakref.finalize(memory, give_back).atexit = False
+        weakref.finalize(memory, free).atexit = False
         return memory
 
     def inside(self, address: int, size: int) -> None:
-        """Fail unless the bytes belong to memory that is taken."""
+        """Fail unless the bytes belong to allocated memory."""
         assert any(begin <= address and address + size <= begin + length for begin, length in self.live.items()), "foreign memory"
 
     def upload(self, address: int, values: Any) -> None:
@@ -92,7 +92,7 @@ class HostDevice:
         self.enqueue(lambda: ctypes.memset(address, 0, size) and None)
 
     def record_event(self) -> list[float]:
-        """The time when the queue gets there."""
+        """A list that gets the time when the queue reaches it."""
         reached: list[float] = []
         self.enqueue(lambda: reached.append(perf_counter()))
         return reached

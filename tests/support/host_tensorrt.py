@@ -21,9 +21,9 @@ import onnxruntime
 
 from sana_export.contract import GraphSpec
 from sana_export.files import file_entry
+from sana_export.formats.dtypes import DTYPES
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import PROFILES, Profile
-from sana_export.runtime.memory import DTYPE_BYTES
 from sana_export.trt.plan import dynamic_axes, onnx_sha256
 
 VERSION = "1.7.1.116"
@@ -157,7 +157,7 @@ class Context:
             for tensor in (*engine.spec.inputs, *engine.spec.outputs)
         }
         for address, shape, dtype in tensors.values():
-            device.inside(address, math.prod(shape) * DTYPE_BYTES[dtype])
+            device.inside(address, math.prod(shape) * DTYPES[dtype].bytes)
         session = engine.session  # what is captured keeps the weights that it was captured with
         assert session is not None, "an engine without weights was run"
         work, size = self.device_memory, self.update_device_memory_size_for_shapes()
@@ -177,7 +177,7 @@ class Context:
 
 
 def _view(address: int, shape: tuple[int, ...], dtype: str) -> Any:
-    size = math.prod(shape) * DTYPE_BYTES[dtype]
+    size = math.prod(shape) * DTYPES[dtype].bytes
     return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8).view(dtype).reshape(shape)
 
 
@@ -193,11 +193,11 @@ class Engine:
         self.values: dict[str, onnxruntime.OrtValue] = {}
         self.session: Any = None  # without weights it cannot run
         if not self.refittable:
-            self._open()
+            self.open()
         # Weights take memory for as long as the engine lives.
         self.weights = module.device.allocate(content["bytes"])
 
-    def _open(self) -> None:
+    def open(self) -> None:
         options = onnxruntime.SessionOptions()
         if self.values:
             options.add_external_initializers(list(self.values), list(self.values.values()))
@@ -226,7 +226,7 @@ class Weights:
 
 
 class Refitter:
-    """Over an `Engine`: all weights are needed first, later those that change."""
+    """For an `Engine`. The first refit needs all weights, later ones only those that change."""
 
     def __init__(self, engine: Engine, logger: Any) -> None:
         self.engine, self.module = engine, engine.module
@@ -254,7 +254,7 @@ class Refitter:
             return self.module.fail("out of device memory")
         self.module.refits.append((self.engine.spec.name, set(self.given)))
         self.engine.values |= self.given
-        self.engine._open()
+        self.engine.open()
         return True
 
 
@@ -277,7 +277,7 @@ class Runtime:
 
 
 class HostTensorRT:
-    """The module for one device. What a test wants to go wrong it says here."""
+    """The module for one device. Tests set here what is to fail."""
 
     __name__ = "host_tensorrt"
     __version__ = VERSION
@@ -316,7 +316,7 @@ class HostTensorRT:
 
 
 def with_engines(bundle: Path, profile: Profile | str = "default", *, activation_bytes: int = 1000, **changes: Any) -> Manifest:
-    """`bundle` with an engine of every graph for `profile`; `changes` are fields of their entries."""
+    """`bundle` with an engine of every graph for `profile`; `changes` replace fields of their entries."""
     manifest = Manifest.load(bundle)
     profile = PROFILES[profile] if isinstance(profile, str) else profile
     ranges = profile.ranges(manifest.model, instruction_tokens=4000)

@@ -1,4 +1,4 @@
-"""A stand-in for the module's Refitter and the engine behind it, after NVIDIA's documentation and the installed bindings' texts."""
+"""A stand-in for the module's Refitter and its engine, after NVIDIA's documentation and the installed bindings' docstrings."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from onnx import numpy_helper
 
 from sana_export.manifest import GraphEntry
 
+#: The commands that `EngineWeights` names in errors.
+COMMANDS = {
+    "export": "sana-export export fox -o bundle",
+    "build": "sana-export build bundle --backend tensorrt-rtx --graphs denoiser --refittable",
+}
 TYPES = {np.dtype(np.float16): tensorrt_rtx.DataType.HALF, np.dtype(np.float32): tensorrt_rtx.DataType.FLOAT}
 
 
 class Engine:
     """The weights of an engine: zeros of the types and sizes that it was built with, until it is refitted.
 
-    `combined` are sets of weights that the compiler made one of: all of them are needed where one is given.
+    `combined` are sets of weights that the compiler joined: if one of them is set, all of them have to be.
     """
 
     def __init__(self, prototypes: Mapping[str, np.ndarray], combined: Iterable[set[str]] = (), *, refittable: bool = True) -> None:
@@ -28,11 +33,13 @@ class Engine:
 
 
 class Refitter:
-    """As the module's, over an `Engine`. `refuses` and `forgets` are names that it takes no weights of; `works` says whether each
-    refit does, or all of them, and one that does not leaves half of the weights changed."""
+    """Like the module's, for an `Engine`."""
 
+    #: Weights that it refuses.
     refuses: tuple[str, ...] = ()
+    #: Weights that are still missing after they were set.
     forgets: tuple[str, ...] = ()
+    #: Whether refits succeed: all of them, or each in turn. A refit that fails leaves half of the weights changed.
     works: bool | list[bool] = True
 
     def __init__(self, engine: Engine, logger: Any) -> None:
@@ -71,7 +78,7 @@ class Refitter:
 
 
 def module(**changes: Any) -> Any:
-    """A module with this Refitter, with `changes` of its attributes, and the real one's weights, types and logger."""
+    """A module with this Refitter, with changed attributes, and the real module's weights and logger."""
     return type(
         "Stub",
         (),
@@ -84,7 +91,7 @@ def module(**changes: Any) -> Any:
 
 
 def arrays(bundle: Path, graph: GraphEntry) -> dict[str, np.ndarray]:
-    """The graph's external weights as the onnx package loads them."""
+    """The graph's external weights, loaded by the onnx package."""
     path = bundle / graph.onnx.path
     outside = {t.name for t in onnx.load(path, load_external_data=False).graph.initializer if t.external_data}
     return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if t.name in outside}

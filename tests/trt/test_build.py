@@ -17,10 +17,10 @@ from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.files import partial_path
 from sana_export.profiles import Range
+from sana_export.progress import Progress
 from sana_export.trt.build import Built, Cancelled, build_engine, configure, input_shapes
 from sana_export.trt.logger import logger_for
 from sana_export.trt.options import BuildOptions
-from sana_export.trt.progress import Progress
 from tests.support.small_bundles import sampler, vae_decoder, write_onnx
 
 RANGES: dict[str, Range] = {
@@ -40,7 +40,7 @@ def build(tmp_path: Path, spec: GraphSpec, **options: Any) -> Built:
 
 
 def linear(path: Path, *, element: str = "float32", length: int = 8, rows: int = 8, name: str = "project") -> GraphSpec:
-    """A matrix product [batch, length] x [rows, 8] in `element`; it does not fit where rows differs from length."""
+    """A matrix product [batch, length] x [rows, 8] in `element`; the shapes do not match if rows differs from length."""
     spec = GraphSpec("linear", (TensorSpec("x", element, ("batch", length)),), (TensorSpec("y", element, ("batch", 8)),))
     weight = np.random.default_rng(0).standard_normal((rows, 8)).astype("float16" if element == "float16" else "float32")
     tensor = numpy_helper.from_array(weight, "w")
@@ -158,11 +158,13 @@ def test_progress_rises_to_one_and_names_the_graph(tmp_path: Path) -> None:
     seen: list[Progress] = []
     build(tmp_path, linear(tmp_path / "model.onnx"), on_progress=seen.append)
 
-    fractions = [progress.fraction for progress in seen]
+    fractions = [progress.done for progress in seen]
     assert fractions == sorted(fractions)
     assert (fractions[0], fractions[-1]) == (0.0, 1.0)
-    assert {progress.graph for progress in seen} == {"linear"}
-    assert len({progress.phase for progress in seen}) > 3
+    assert {progress.total for progress in seen} == {1}
+    names = {tuple(progress.doing.split(": ")) for progress in seen}
+    assert {graph for graph, _ in names} == {"linear"}
+    assert len({phase for _, phase in names}) > 3
 
 
 @pytest.mark.parametrize("after", [1, 20, 60])
@@ -183,7 +185,7 @@ def test_cancelled_build_writes_nothing_and_logs_no_error(after: int, tmp_path: 
 
 def test_an_exception_of_the_callback_comes_back_and_nothing_is_written(tmp_path: Path) -> None:
     def fail(progress: Progress) -> None:
-        if progress.fraction > 0.3:
+        if progress.done > 0.3:
             raise BrokenPipeError("nobody listens")
 
     with pytest.raises(BrokenPipeError, match="nobody listens"):
@@ -282,12 +284,14 @@ def test_broken_onnx_is_named_with_its_reason(
     folder.mkdir()
     spec = make(folder / "model.onnx", 0)
 
+    export = "sana-export export fox -o bundle"
     with caplog.at_level(logging.INFO), pytest.raises(ArtifactError) as caught:
-        build_engine(tensorrt_rtx, folder / "model.onnx", folder / "out.engine", spec, RANGES)
+        build_engine(tensorrt_rtx, folder / "model.onnx", folder / "out.engine", spec, RANGES, export=export)
 
     text = str(caught.value)
     assert caught.value.exit_code == 4
-    for word in [str(folder / "model.onnx"), "sana-export export", *words]:
+    assert caught.value.fix == export
+    for word in [str(folder / "model.onnx"), *words]:
         assert word in text
     # Without a GPU the library adds a line about the driver to each error, and source positions of its own.
     for noise in ("cudaError", "catchCudaError", ".cpp:", "/_src/"):
@@ -341,7 +345,7 @@ def test_ranges_out_of_order_are_a_mistake_of_the_caller(tmp_path: Path) -> None
 
 def test_module_without_a_gpu_that_it_needs(tmp_path: Path) -> None:
     class NeedsGpu:
-        """As `tensorrt` is without a driver: the library returns no builder."""
+        """Like `tensorrt` without a driver: the library returns no builder."""
 
         __name__ = "tensorrt"
         __version__ = "11.0"
@@ -358,7 +362,7 @@ def test_module_without_a_gpu_that_it_needs(tmp_path: Path) -> None:
 
 def test_version_without_the_stream_writer_gives_a_whole_engine_too(tmp_path: Path) -> None:
     class Older:
-        """The module less what newer versions added."""
+        """The module without what newer versions added."""
 
         def __getattr__(self, name: str) -> Any:
             if name == "IStreamWriter":

@@ -1,4 +1,4 @@
-"""What a build needs and does not have is said before the compiler starts, or leaves the bundle as it was."""
+"""A build that cannot work fails before the compiler starts, or leaves the bundle unchanged."""
 
 import dataclasses
 import logging
@@ -14,6 +14,7 @@ from sana_export.manifest import Manifest
 from sana_export.trt import bundle as bundle_module
 from sana_export.trt.bundle import read_instruction_tokens
 from tests.support.engine_builds import build, paths, tree
+from tests.support.small_bundles import write_bundle
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
@@ -28,7 +29,7 @@ def test_damaged_onnx_is_found_before_the_compiler_starts(name: str, damage: str
     with pytest.raises(ArtifactError, match=f"vae_decoder/{name}") as caught:
         build(bundle, graphs=["vae_decoder"])
 
-    assert "sana-export export" in str(caught.value)
+    assert str(caught.value.fix).startswith(f"sana-export export test -o {bundle}")
     assert tree(bundle) == before
 
 
@@ -65,7 +66,7 @@ def test_full_disk_while_writing_keeps_the_bundle(bundle: Path) -> None:
     assert len(build(bundle).engines) == 2
 
 
-def test_too_little_space_is_told_before_the_compiler_starts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_the_compiler_starts(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "free_bytes", lambda folder: 1 << 20)
     monkeypatch.setattr(bundle_module, "build_in_child", lambda *args, **options: pytest.fail("compiled"))
 
@@ -109,7 +110,9 @@ def test_a_missing_package_comes_before_anything_is_built(bundle: Path, monkeypa
 
 @pytest.mark.parametrize("content", [None, b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", b"\xff" * 40])
 def test_a_damaged_instruction_is_named(content: bytes | None, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "instruction.safetensors").write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"instruction\.safetensors is damaged"):
+    write_bundle(tmp_path)
+    instruction = tmp_path / "instruction.safetensors"
+    instruction.unlink() if content is None else instruction.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"instruction\.safetensors is damaged") as caught:
         read_instruction_tokens(tmp_path)
+    assert str(caught.value.fix).startswith(f"sana-export export test -o {tmp_path}")

@@ -1,4 +1,4 @@
-"""The stand-ins of the tests beside what they stand for, and what the real TensorRT-RTX says of engines where there is no GPU."""
+"""The stand-ins of the tests have the interface of the real module. What the real TensorRT-RTX says without a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ PAIRS = {
     "IRuntimeCache": host_tensorrt.RuntimeCache,
 }
 #: What only the stand-ins have.
-OWN = {"module", "shapes", "addresses", "engine", "config", "spec", "ranges", "scales", "session", "weights", "cache", "allocation"}
+OWN = {
+    *("module", "shapes", "addresses", "engine", "config", "spec", "ranges", "scales", "session", "weights", "cache"),
+    *("allocation", "open"),
+}
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -75,7 +78,7 @@ def load(bundle: Path, module: Any) -> LoadedEngine:
     return LoadedEngine(module, device, SharedMemory(device), entry, bundle / entry.file.path, build="sana-export build ...")
 
 
-def test_the_real_module_refuses_what_is_no_engine(bundle: Path) -> None:
+def test_the_real_module_refuses_a_file_that_is_not_an_engine(bundle: Path) -> None:
     with_engines(bundle, static_profile(96, 160))
     with pytest.raises(ArtifactError, match="it is damaged") as caught:
         load(bundle, real)
@@ -85,7 +88,7 @@ def test_the_real_module_refuses_what_is_no_engine(bundle: Path) -> None:
 
 @pytest.mark.skipif(gpu_compute_capability() is not None, reason="there is a GPU")
 def test_what_the_real_module_says_without_a_driver(bundle: Path) -> None:
-    """The real compiler's engine in the real runtime: the nearest to an old driver that can be had without one."""
+    """The real compiler's engine in the real runtime, which behaves as with a driver that is too old."""
     manifest = build_bundle(bundle, backend="tensorrt-rtx", profile=static_profile(96, 160), graphs=["sampler"])
     assert manifest.engines[0].activation_bytes >= 0
     with pytest.raises(DependencyError, match="NVIDIA's driver is missing or too old") as caught:

@@ -25,7 +25,7 @@ def graph(bundle: Path) -> GraphEntry:
 
 def key(graph: GraphEntry, target: Target = TARGET, options: BuildOptions = DEFAULT_OPTIONS, **ranges: Any) -> str:
     # The manifest says all that the key of an engine with weights needs: no file is read.
-    return engine_spec(Path("nowhere"), graph, target, {**RANGES, **ranges}, options).key
+    return engine_spec(Path("nowhere"), graph, target, {**RANGES, **ranges}, options, export="").key
 
 
 def changed(file: FileEntry, **changes: Any) -> FileEntry:
@@ -61,7 +61,7 @@ def test_the_key_stays_with_all_that_does_not(graph: GraphEntry) -> None:
     assert key(moved) == first
     # The decoder has no text and no branches.
     assert key(graph, text_tokens=(1, 2, 3), branches=(1, 1, 1), tokens=(1, 1, 1), output_height=(1, 1, 1)) == first
-    assert engine_spec(Path("nowhere"), graph, TARGET, RANGES, BuildOptions()).ranges == {
+    assert engine_spec(Path("nowhere"), graph, TARGET, RANGES, BuildOptions(), export="").ranges == {
         axis: RANGES[axis] for axis in ("batch", "latent_height", "latent_width")
     }
 
@@ -77,15 +77,15 @@ def test_a_graph_without_external_data_is_known_by_its_file_alone(graph: GraphEn
 
 
 def record(bundle: Path, planned: PlannedEngine, **changes: Any) -> EngineEntry:
-    """Put a file in the place of the planned engine and its entry, with `changes`, into the manifest."""
-    recipe = planned.recipe
-    path = bundle / recipe.path
+    """Write a file for the planned engine and record its entry, with `changes`, in the manifest."""
+    spec = planned.spec
+    path = bundle / spec.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"engine of " + recipe.graph.encode())
+    path.write_bytes(b"engine of " + spec.graph.encode())
     entry = EngineEntry(
-        **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(EngineSpec)},
-        key=recipe.key,
-        file=FileEntry(recipe.path, hash_file(path), path.stat().st_size),
+        **{field.name: getattr(spec, field.name) for field in dataclasses.fields(EngineSpec)},
+        key=spec.key,
+        file=FileEntry(spec.path, hash_file(path), path.stat().st_size),
         profile=planned.profile,
     )
     if changes:
@@ -96,7 +96,7 @@ def record(bundle: Path, planned: PlannedEngine, **changes: Any) -> EngineEntry:
 
 def planned(bundle: Path, target: Target = TARGET, profile: Profile = PROFILES["default"], **options: Any) -> dict:
     engines = plan_engines(bundle, Manifest.load(bundle), target, profile, instruction_tokens=INSTRUCTION_TOKENS, **options)
-    return {engine.recipe.graph: engine for engine in engines}
+    return {engine.spec.graph: engine for engine in engines}
 
 
 def test_an_empty_bundle_misses_every_engine_in_the_contracts_order(bundle: Path) -> None:
@@ -104,8 +104,8 @@ def test_an_empty_bundle_misses_every_engine_in_the_contracts_order(bundle: Path
 
     assert list(engines) == ["sampler", "vae_decoder"]
     assert {engine.reason for engine in engines.values()} == {"missing"}
-    path = engines["sampler"].recipe.path
-    assert path == f"engines/tensorrt-rtx/{engines['sampler'].recipe.key[:12]}/sampler.engine"
+    path = engines["sampler"].spec.path
+    assert path == f"engines/tensorrt-rtx/{engines['sampler'].spec.key[:12]}/sampler.engine"
 
 
 def test_a_recorded_engine_exists(bundle: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_recorded_engine_exists(bundle: Path) -> None:
 
 
 def test_a_file_without_an_entry_is_not_trusted(bundle: Path) -> None:
-    path = bundle / planned(bundle)["sampler"].recipe.path
+    path = bundle / planned(bundle)["sampler"].spec.path
     path.parent.mkdir(parents=True)
     path.write_bytes(b"engine of a build that was killed")
 
@@ -156,7 +156,7 @@ def test_a_stale_engine_names_the_field(changes: dict[str, Any], reason: str, bu
 
 def test_other_ranges_under_the_same_profile_are_stale(bundle: Path) -> None:
     before = planned(bundle)["sampler"]
-    record(bundle, before, ranges={**before.recipe.ranges, "batch": (1, 1, 2)})
+    record(bundle, before, ranges={**before.spec.ranges, "batch": (1, 1, 2)})
 
     assert planned(bundle)["sampler"].reason == "stale: batch was min 1 opt 1 max 2, is min 1 opt 1 max 4"
 
@@ -184,11 +184,11 @@ def test_engines_for_other_targets_and_profiles_live_side_by_side(bundle: Path) 
 
 
 def test_a_bundle_without_pag_layers_is_built_for_two_branches(bundle: Path) -> None:
-    assert planned(bundle)["sampler"].recipe.ranges["branches"] == (1, 2, 3)
+    assert planned(bundle)["sampler"].spec.ranges["branches"] == (1, 2, 3)
     manifest = Manifest.load(bundle)
     dataclasses.replace(manifest, options=dataclasses.replace(manifest.options, pag_layers=())).save(bundle)
 
-    assert planned(bundle)["sampler"].recipe.ranges["branches"] == (1, 2, 2)
+    assert planned(bundle)["sampler"].spec.ranges["branches"] == (1, 2, 2)
 
 
 def test_graphs_are_chosen_by_name_and_an_unknown_one_lists_those_held(bundle: Path) -> None:
@@ -199,17 +199,17 @@ def test_graphs_are_chosen_by_name_and_an_unknown_one_lists_those_held(bundle: P
 
 
 def test_the_reason_survives_the_manifest_file(bundle: Path) -> None:
-    """Ranges and capabilities come back from JSON as they went in, so an engine is not stale for having been stored."""
+    """Ranges and capabilities come back from JSON as they went in, so storing an engine does not make it stale."""
     entry = record(bundle, planned(bundle)["sampler"])
 
     assert Manifest.load(bundle).engines == (entry,)
-    assert stale_fields(Manifest.load(bundle).engines[0], planned(bundle)["sampler"].recipe) == []
+    assert stale_fields(Manifest.load(bundle).engines[0], planned(bundle)["sampler"].spec) == []
 
 
 def test_the_key_of_an_engine_with_weights_has_no_part_for_those_without(graph: GraphEntry) -> None:
-    recipe = engine_spec(Path("nowhere"), graph, TARGET, RANGES, BuildOptions())
-    assert recipe.options == {"tf32": False}
-    assert recipe.onnx_sha256 == onnx_sha256(graph)
+    spec = engine_spec(Path("nowhere"), graph, TARGET, RANGES, BuildOptions(), export="")
+    assert spec.options == {"tf32": False}
+    assert spec.onnx_sha256 == onnx_sha256(graph)
 
 
 REFITTABLE = BuildOptions(refittable=True)
@@ -301,4 +301,4 @@ def test_only_the_decoders_that_a_profile_uses_are_built(
 def test_guidance_that_is_embedded_leaves_one_branch(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
     dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, guidance_embeds=True)).save(bundle)
-    assert planned(bundle)["sampler"].recipe.ranges["branches"] == (1, 1, 1)
+    assert planned(bundle)["sampler"].spec.ranges["branches"] == (1, 1, 1)

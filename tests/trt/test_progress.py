@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from sana_export.trt.progress import Phases, Progress, progress_monitor
+from sana_export.progress import Progress
+from sana_export.trt.progress import Phases, progress_monitor
 
 
 def test_nested_phases_add_up_to_one_fraction() -> None:
@@ -49,7 +50,7 @@ def test_monitor_reports_each_event_and_stops_when_asked() -> None:
     assert monitor.step_complete("build", 1) is False
     monitor.phase_finish("build")
 
-    assert seen == [Progress("denoiser", "build", fraction) for fraction in (0.0, 0.5, 1.0, 1.0)]
+    assert seen == [Progress("denoiser: build", fraction, 1) for fraction in (0.0, 0.5, 1.0, 1.0)]
 
 
 def test_what_the_callback_raises_ends_the_build_and_is_kept() -> None:

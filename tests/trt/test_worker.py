@@ -1,4 +1,4 @@
-"""The compiler in a process of its own: how it is followed, interrupted and lost, and several at a time."""
+"""The compiler in a child process: its progress, interruptions and crashes, and several builds at once."""
 
 import dataclasses
 import mmap
@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,16 @@ from sana_export.environment import peak_rss_bytes
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.files import check_files
 from sana_export.manifest import EngineEntry, Manifest
-from sana_export.trt import worker
+from sana_export.progress import Progress
 from sana_export.trt.build import Cancelled
 from sana_export.trt.plan import PlannedEngine
-from sana_export.trt.progress import Progress
 from tests.support.engine_builds import INTERRUPTED, build, built_graphs, start_slow_build, tree
 from tests.support.small_bundles import write_bundle
 
 
 def test_an_interrupted_build_goes_on_with_the_next_engine(bundle: Path) -> None:
     def interrupt(progress: Progress) -> None:
-        if progress.graph == "vae_decoder":
+        if progress.doing.startswith("vae_decoder: "):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -50,7 +50,7 @@ def test_cancelled_by_the_caller(tmp_path: Path) -> None:
     started = time.monotonic()
 
     with pytest.raises(Cancelled):
-        build(tmp_path, on_progress=lambda progress: phases.append(progress.phase), cancelled=lambda: len(phases) > 40)
+        build(tmp_path, on_progress=lambda progress: phases.append(progress.doing), cancelled=lambda: len(phases) > 40)
 
     assert time.monotonic() - started < 5
     assert tree(tmp_path) == before
@@ -89,8 +89,8 @@ def test_the_compiler_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
 
 
 def test_two_builds_at_a_time_build_every_engine_once(bundle: Path) -> None:
-    code = INTERRUPTED.replace("print(progress.phase, flush=True)", "pass").replace(
-        "on_progress=report", "on_engine=lambda planned, entry: entry and print(planned.recipe.graph, flush=True)"
+    code = INTERRUPTED.replace("print(progress.doing, flush=True)", "pass").replace(
+        "on_progress=report", "on_engine=lambda planned, entry: entry and print(planned.spec.graph, flush=True)"
     )
     command = [sys.executable, "-c", code, str(bundle)]
     builders = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
@@ -107,7 +107,7 @@ def test_what_others_write_into_the_manifest_meanwhile_is_kept(bundle: Path) -> 
     def verify(planned: PlannedEngine, entry: EngineEntry | None) -> None:
         if entry is None:
             manifest = Manifest.load(bundle)
-            dataclasses.replace(manifest, parity={"passed": planned.recipe.graph}).save(bundle)
+            dataclasses.replace(manifest, parity={"passed": planned.spec.graph}).save(bundle)
 
     assert build(bundle, on_engine=verify).parity == {"passed": "vae_decoder"}
 
@@ -119,22 +119,22 @@ def test_a_crash_of_the_compiler_is_an_error_and_not_the_end(bundle: Path, monke
     def crashing(command: list[str], **options: Any) -> Any:
         return popen([sys.executable, "-c", crash], **options)
 
-    monkeypatch.setattr(worker.subprocess, "Popen", crashing)
+    monkeypatch.setattr(subprocess, "Popen", crashing)
     with pytest.raises(ArtifactError, match="ended without an engine of sampler") as caught:
         build(bundle)
     assert "exit code -6" in str(caught.value)
     assert "stack of the compiler" in str(caught.value)
 
 
-def test_a_build_that_runs_out_of_memory_says_so_and_how_far_it_came(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system ends the largest process with signal 9 when memory runs out; here the child does it itself."""
+def test_a_build_that_runs_out_of_memory_reports_its_peak(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When memory runs out, the system kills the largest process with signal 9. Here the child kills itself."""
     held = 300 << 20
     kill = f"import os, signal, time; held = b'x' * {held}; time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
     popen = subprocess.Popen
-    monkeypatch.setattr(worker.subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", kill], **options))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", kill], **options))
     before = tree(bundle)
 
-    with pytest.raises(DependencyError, match="the build of sampler: there is too little memory") as caught:
+    with pytest.raises(DependencyError, match="killed the build of sampler: there is too little memory") as caught:
         build(bundle)
 
     assert "run the same command again" in str(caught.value.fix)
@@ -167,9 +167,17 @@ def test_the_folder_of_the_caller_does_not_shadow_the_childs_modules(
 
 def test_progress_reaches_the_caller_in_its_own_thread(bundle: Path) -> None:
     seen: list[Progress] = []
-    build(bundle, graphs=["vae_decoder"], on_progress=seen.append)
+    threads: set[int] = set()
 
-    fractions = [progress.fraction for progress in seen]
-    assert fractions == sorted(fractions)
-    assert fractions[-1] == 1.0
-    assert {progress.graph for progress in seen} == {"vae_decoder"}
+    def note(progress: Progress) -> None:
+        seen.append(progress)
+        threads.add(threading.get_ident())
+
+    build(bundle, on_progress=note)
+
+    assert threads == {threading.get_ident()}
+    finished = [progress.done for progress in seen]
+    assert finished == sorted(finished)
+    assert {progress.total for progress in seen} == {2}
+    last = {progress.doing.split(": ")[0]: progress.done for progress in seen}
+    assert last == {"sampler": 1.0, "vae_decoder": 2.0}

@@ -13,6 +13,7 @@ from typing import Any
 
 from sana_export.bench.gpu_check.bundles import checkpoint_of, exported
 from sana_export.bench.gpu_check.check import CheckFailed, Context
+from sana_export.trt.logger import CollectedLog, logger_for
 
 GRAPH = "denoiser"
 COSINE_LIMIT = 0.999
@@ -45,16 +46,19 @@ def ask(context: Context, *, question: str) -> Mapping[str, Any]:
     import tensorrt_rtx as module
 
     from sana_export.manifest import Manifest
-    from sana_export.trt.logger import logger_for
 
     bundle = exported(context, checkpoint_of(context, "tiny-random", "float32"), "rtx-tiny", graphs=(GRAPH,))
     spec = Manifest.load(bundle).graphs[GRAPH].spec
+    with logger_for(module).collect() as log:
+        return _ask(context, module, bundle, spec, question, log)
+
+
+def _ask(context: Context, module: Any, bundle: Path, spec: Any, question: str, log: CollectedLog) -> Mapping[str, Any]:
     logger = logger_for(module)
     found: dict[str, Any] = {"version": module.__version__, "built": False, "loaded": False, "ran": False, "said": []}
 
     def note(**more: Any) -> None:
-        found["said"] += logger.errors.take()
-        found.update(more)
+        found.update(more, said=log.errors)
         context.keep(found)
 
     started = time.monotonic()

@@ -15,11 +15,11 @@ from sana_export.cli.verb import Answer, Verb, add_bundle, add_names, add_size, 
 from sana_export.errors import UsageError
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import PROFILES, Profile, bin_profiles, custom_profile, profile_named
+from sana_export.progress import Progress
 from sana_export.trt.bundle import build_bundle, plan_bundle
 from sana_export.trt.flavour import FLAVOURS
 from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.plan import KEY_CHARACTERS, PlannedEngine
-from sana_export.trt.progress import Progress
 
 #: The fields of `BuildOptions` that are options of the command line.
 BUILD_OPTIONS = ("refittable", "version_compatible", "hardware_compatible", "weight_streaming")
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     }
     if options.dry_run:
         # Engines that several profiles share are planned once.
-        planned = {engine.recipe.key: engine for profile in profiles for engine in plan_bundle(bundle, profile=profile, **settings)}
+        planned = {engine.spec.key: engine for profile in profiles for engine in plan_bundle(bundle, profile=profile, **settings)}
         return Answer(_plan_document(bundle, [*planned.values()]), _plan_text(bundle, [*planned.values()]))
     for profile in profiles:
         manifest = build_engines(bundle, console, profile=profile, **settings)
@@ -139,13 +139,13 @@ def build_engines(
     def on_engine(engine: PlannedEngine, entry: EngineEntry | None) -> None:
         nonlocal done
         if entry is None:
-            console.step(f"{engine.recipe.graph} ({engine.reason})", done, total)
+            console.step(f"{engine.spec.graph} ({engine.reason})", done, total)
         else:
             done += 1
 
     def on_progress(progress: Progress) -> None:
         if console.live:
-            console.step(progress.graph, done, total, progress.fraction)
+            console.step(progress.doing, int(progress.done), int(progress.total), progress.done % 1)
 
     return build_bundle(bundle, **settings, on_engine=on_engine, on_progress=on_progress)
 
@@ -156,9 +156,9 @@ def _plan_document(bundle: Path, planned: Sequence[PlannedEngine]) -> dict[str, 
         "bundle": str(bundle),
         "engines": [
             {
-                **dataclasses.asdict(engine.recipe),
-                "key": engine.recipe.key,
-                "path": engine.recipe.path,
+                **dataclasses.asdict(engine.spec),
+                "key": engine.spec.key,
+                "path": engine.spec.path,
                 "profile": engine.profile,
                 "reason": engine.reason,
                 "exists": engine.exists,
@@ -170,7 +170,7 @@ def _plan_document(bundle: Path, planned: Sequence[PlannedEngine]) -> dict[str, 
 
 
 def _plan_text(bundle: Path, planned: Sequence[PlannedEngine]) -> str:
-    rows = [(engine.recipe.graph, engine.recipe.key[:KEY_CHARACTERS], engine.reason) for engine in planned]
+    rows = [(engine.spec.graph, engine.spec.key[:KEY_CHARACTERS], engine.reason) for engine in planned]
     missing = sum(not engine.exists for engine in planned)
     return "\n".join(
         [f"{bundle}: {plural(missing, 'engine')} of {len(planned)} to build", table(rows, ("graph", "key", "reason"), "  ")]

@@ -1,12 +1,13 @@
-"""One GPU in the few words that a session needs: memory, copies, order, time and graphs of work, on one stream.
+"""One GPU as a session needs it: memory, copies, events, times and captured graphs, on one stream.
 
-Over cuda-core and the driver's functions. `CudaDevice` needs a GPU and has not been run on one; the tests of what is built on it
-use a device of the same interface in the host's memory (tests/support/host_device.py).
+It uses cuda-core and functions of the driver. `CudaDevice` needs a GPU and has not been run on one. The tests of its users have a
+device with the same interface in host memory (tests/support/host_device.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import math
 import threading
@@ -20,82 +21,97 @@ import numpy.typing as npt
 from sana_export.errors import DependencyError, SanaExportError
 from sana_export.formats.arrays import Array
 
-#: Bytes: TensorRT wants the address of a tensor to be a multiple of this.
+#: TensorRT needs the address of a tensor to be a multiple of this.
 ALIGNMENT = 256
-#: What the driver says, and what that means: a pattern, what is wanted, and what mends it.
+#: The driver's errors: a pattern, what is wanted, and the fix. The first match counts.
 _ERRORS = (
     (
         "OUT_OF_MEMORY",
         "more free GPU memory",
-        "take --memory staged, ask for fewer images at once, or close what else uses the GPU",
+        "use --memory staged, generate fewer images at once, or close other programs that use the GPU",
     ),
-    ("INSUFFICIENT_DRIVER", "a newer NVIDIA driver", "update NVIDIA's driver; sana-export doctor shows the one here"),
-    ("DRIVER_MISMATCH", "a newer NVIDIA driver", "update NVIDIA's driver; sana-export doctor shows the one here"),
-    ("", "an NVIDIA GPU and its driver", "install NVIDIA's driver (sana-export doctor), or take --backend onnxruntime"),
+    ("INSUFFICIENT_DRIVER", "a newer NVIDIA driver", "update NVIDIA's driver; sana-export doctor shows the installed one"),
+    ("DRIVER_MISMATCH", "a newer NVIDIA driver", "update NVIDIA's driver; sana-export doctor shows the installed one"),
+    (
+        "",
+        "an NVIDIA GPU and its driver",
+        "install NVIDIA's driver (sana-export doctor shows what was found), or use --backend onnxruntime",
+    ),
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """`size` bytes of device memory from `address` on, given back when nothing refers to it any more."""
+    """A block of device memory. It is freed when nothing refers to it any more."""
 
+    #: Where it starts.
     address: int
+    #: Its size in bytes.
     size: int
+    #: The object that frees the memory when it is deleted.
     owner: Any = field(repr=False)
 
 
 class Device(Protocol):
-    """A GPU with one stream: what is asked of it happens in the order of the calls, and `wait` waits for all of it."""
+    """A GPU with one stream, which does its work in the order of the calls."""
 
+    #: The GPU's name.
     name: str
+    #: Its compute capability ("8.9").
     compute_capability: str
 
     @property
     def stream(self) -> int:
-        """The handle that work is enqueued to now."""
+        """The handle of the stream that work is enqueued to at the moment."""
         ...
 
     def enter(self) -> None:
-        """Make this device the calling thread's."""
+        """Make this the current device of the calling thread."""
         ...
 
-    def allocate(self, size: int) -> Memory: ...
+    def allocate(self, size: int) -> Memory:
+        """A new block of memory."""
+        ...
 
     def upload(self, address: int, values: Array) -> None:
-        """Copy an array to the device; it may be changed or freed at once."""
+        """Copy an array to the device. The array may be changed or freed as soon as this returns."""
         ...
 
     def download(self, address: int, values: Array) -> None:
-        """Fill an array from the device, once all work before is done."""
+        """Wait for all enqueued work, then fill the array `values` from the device."""
         ...
 
-    def copy(self, target: int, source: int, size: int) -> None: ...
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Enqueue a copy of `size` bytes from the address `source` to `target`."""
+        ...
 
     def clear(self, address: int, size: int) -> None:
-        """Set bytes to zero."""
+        """Enqueue that `size` bytes are set to zero."""
         ...
 
     def record_event(self) -> Any:
-        """A point in the order of the work."""
+        """An event that is reached when all work enqueued so far is done."""
         ...
 
     def seconds(self, start: Any, end: Any) -> float:
-        """From one mark to another, once the work before the latter is done."""
+        """The time between two events. Waits for the second one."""
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What `work` enqueues, without doing it, as a graph; calling the result enqueues that."""
+        """Capture what `work` enqueues as a graph, without running it. Calling the result enqueues the graph."""
         ...
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Wait for all enqueued work."""
+        ...
 
     def free_bytes(self) -> int:
-        """Of the device's memory."""
+        """The device's free memory."""
         ...
 
 
 class CudaDevice:
-    """GPU `index` through cuda-core. Raises DependencyError where the package, the driver or the GPU is missing."""
+    """The GPU `index`, through cuda-core. Raises DependencyError if the package, the driver or the GPU is missing."""
 
     def __init__(self, index: int = 0) -> None:
         try:
@@ -104,12 +120,12 @@ class CudaDevice:
             from cuda.core import EventOptions, LegacyPinnedMemoryResource
         except ImportError as error:
             raise DependencyError(
-                "running engines needs a package that is not installed",
+                "running engines needs the package cuda-core, which is not installed",
                 found=error,
                 wanted="cuda-core",
                 fix='pip install "sana-export[tensorrt-rtx]"',
             ) from error
-        self._driver, self._entered = driver, threading.local()
+        self._driver, self._entered = driver, _Entered()
         with _cuda_errors("opening the GPU"):
             self._device = CoreDevice(index)
             self.enter()
@@ -125,9 +141,9 @@ class CudaDevice:
         return self._handle
 
     def enter(self) -> None:
-        if not getattr(self._entered, "done", False):
+        if not self._entered.yes:
             self._device.set_current()
-            self._entered.done = True
+            self._entered.yes = True
 
     def allocate(self, size: int) -> Memory:
         self.enter()
@@ -173,7 +189,7 @@ class CudaDevice:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         self.enter()
         builder = self._stream.create_graph_builder()
-        # Memory that the garbage collector frees meanwhile would be freed by the graph.
+        # If the garbage collector freed device memory now, the graph would capture that.
         with _cuda_errors("capturing a CUDA graph"), _no_garbage_collection():
             builder.begin_building(mode="thread_local")
             try:
@@ -207,30 +223,40 @@ class CudaDevice:
         return tuple(values)
 
 
+class _Entered(threading.local):
+    """Whether the calling thread has made the device its current one."""
+
+    yes = False
+
+
 @dataclass(eq=False)
 class _Pinned:
-    """Host memory that the GPU copies from and to; in use until the event `busy_until`, if there is one."""
+    """Pinned host memory, which the GPU copies from and to."""
 
+    #: Where it starts.
     address: int
+    #: Its bytes.
     array: npt.NDArray[np.uint8]
+    #: The object that frees the memory when it is deleted.
     owner: Any
+    #: The event of the copy that uses it. None if there is no such copy.
     busy_until: Any = None
 
     @property
     def free(self) -> bool:
+        """Whether it can be used for another copy."""
         return self.busy_until is None or bool(self.busy_until.is_done)
 
 
 class _PinnedPool:
-    """Pinned buffers by the power of two that they are large."""
+    """Pinned buffers, by their size, which is a power of two."""
 
     def __init__(self, resource: Any) -> None:
         self._resource = resource
         self._buffers: dict[int, list[_Pinned]] = {}
 
     def take(self, size: int) -> _Pinned:
-        import ctypes
-
+        """A free buffer of at least `size` bytes."""
         length = 1 << math.ceil(math.log2(max(size, ALIGNMENT)))
         kept = self._buffers.setdefault(length, [])
         for buffer in kept:
@@ -245,7 +271,7 @@ class _PinnedPool:
 
 
 def cuda_error(doing: str, found: object) -> DependencyError:
-    """The error for what the driver said while `doing`."""
+    """The error for a failure while `doing` something. `found` is what the driver said."""
     text = (str(found).splitlines() or [type(found).__name__])[0]
     _, wanted, fix = next(row for row in _ERRORS if row[0] in str(found).upper().replace(" ", "_"))
     return DependencyError(f"the GPU cannot be used: {doing} failed", found=text, wanted=wanted, fix=fix)
@@ -253,7 +279,7 @@ def cuda_error(doing: str, found: object) -> DependencyError:
 
 @contextlib.contextmanager
 def _cuda_errors(doing: str) -> Iterator[None]:
-    """Turn what cuda-core raises into a DependencyError: it has no base class for a missing driver and a failing call."""
+    """Turn every exception into a DependencyError, because those of cuda-core have no common base."""
     try:
         yield
     except (SanaExportError, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""ONNX Runtime: on its CUDA provider where onnxruntime-gpu is installed and a GPU answers, else on the CPU."""
+"""ONNX Runtime: on its CUDA provider if onnxruntime-gpu is installed and there is a GPU, otherwise on the CPU."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sana_export.commands import export_line
 from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.files import check_files
 from sana_export.formats.arrays import Array
+from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.onnx_weights import check_external_data
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session
@@ -22,57 +23,59 @@ from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, Gr
 
 log = logging.getLogger(__name__)
 
-#: Provider: the device that its tensors live on. The first one that is available is used.
+#: The device that each provider keeps its tensors on. The first available provider is used.
 DEVICES = {"CUDAExecutionProvider": "cuda", "CPUExecutionProvider": "cpu"}
-#: Precisions that a device has no kernels for.
+#: The precisions that each device has no kernels for.
 MISSING_PRECISIONS = {"cpu": ("bf16",), "cuda": ()}
 
 _ERRORS_ONLY = 3
-#: TensorProto.BFLOAT16, which numpy does not have.
-_BFLOAT16 = 16
-#: The name of each device's memory arena in the setting of a run that shrinks it afterwards.
+#: The name of each device's memory arena in the run option that shrinks it.
 _ARENA = {"cpu": "cpu:0", "cuda": "gpu:{}"}
 #: The keys of `backend_options`.
 SESSION_OPTIONS, PROVIDER_OPTIONS_KEY = "session_options", "provider_options"
-#: Graphs that run once an image and need more memory than what runs after them: theirs is given back.
-_GIVING_BACK = ("vae_decoder_head",)
-#: float32 is exact: left to itself the CUDA provider rounds the factors of its products to TF32.
+#: Graphs whose memory is freed after each run: they run once per image and need more memory than the graphs after them.
+_FREED_AFTER_RUN = ("vae_decoder_head",)
+#: By default the CUDA provider rounds the factors of float32 products to TF32. Our float32 is exact.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
-#: Graphs whose work can be captured: they run every step, at the same shapes.
+#: The graphs whose work is captured: they run in every step with the same shapes.
 _CAPTURED = ("denoiser", "sampler")
-#: What ONNX Runtime, CUDA, cuBLAS and cuDNN say when memory runs out, in lower case.
+#: What ONNX Runtime, CUDA, cuBLAS and cuDNN report when memory runs out, in lower case.
 _OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "out of memory", "_alloc_failed")
 
 
 class Place(NamedTuple):
-    """Where tensors live: "cpu" or "cuda", and the index of the GPU."""
+    """Where tensors are stored."""
 
+    #: "cpu" or "cuda".
     device: str
+    #: The index of the GPU.
     number: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """An InferenceSession and the weights given to it, whose memory it may read as long as it lives."""
+    """A loaded graph."""
 
+    #: The InferenceSession.
     session: Any
+    #: The weights that were given to it. It may read their memory as long as it exists.
     weights: Sequence[Any] = ()
 
 
 class OnnxRuntimeSession(Session):
-    """One ONNX file in an InferenceSession. Tensors are OrtValues; on the CPU arrays are fed and read without a copy."""
+    """One ONNX file in an InferenceSession. Tensors are OrtValues. On the CPU, arrays are fed and read without a copy."""
 
     def __init__(
         self, loaded: Loaded, graph: str, place: Place, run_options: Any, *, create: Callable[[Mapping[str, Array]], Loaded]
     ) -> None:
-        """`create` loads the graph again with other weights."""
+        """`create` loads the graph again with new values for some weights."""
         self._loaded, self._graph, self._place, self._run_options = loaded, graph, place, run_options
         self._outputs = [output.name for output in loaded.session.get_outputs()]
         self._create, self._weights = create, dict[str, Array]()
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         binding = self._loaded.session.io_binding()
-        # The arrays behind the inputs have to live until the run is over.
+        # The arrays of the inputs must exist until the run is over.
         values = {name: _to_device(value, self._place) for name, value in feeds.items()}
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -80,29 +83,36 @@ class OnnxRuntimeSession(Session):
             binding.bind_output(name, self._place.device, self._place.number)
         try:
             self._loaded.session.run_with_iobinding(binding, self._run_options)
-        except Exception as error:  # ONNX Runtime's errors have no common base; all but one kind are raised again
+        except Exception as error:  # ONNX Runtime's errors have no common base; others than out of memory are raised again
             _raise_out_of_memory(error, f"running {self._graph}", self._place.device)
             raise
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
     def refit(self, weights: Mapping[str, Array]) -> None:
-        """ONNX Runtime fixes weights when it loads a graph: another session of the same files takes this one's place, and until it
-        is there both are held."""
+        """ONNX Runtime cannot change weights after loading, so this loads the files again. Meanwhile both sessions exist."""
         replaced = {**self._weights, **weights}
         self._loaded = self._create(replaced)
         self._weights = replaced
 
 
 class OnnxRuntimeBackend(Backend):
-    """Loads the ONNX graphs of a bundle. Raises DependencyError without onnxruntime, ArtifactError where it lacks the precision.
+    """Loads the ONNX graphs of a bundle.
 
-    `cuda_graphs`: on a GPU, the two graphs of the sampling loop are captured as CUDA graphs.
+    `cuda_graphs`: on a GPU, capture the two graphs of the sampling loop as CUDA graphs. `provider`: a name of `DEVICES`; by default
+    the first one that is available. Raises DependencyError if onnxruntime is missing, UsageError for unknown options, and
+    ArtifactError if the device cannot run the bundle's precision.
     """
 
     name = "onnxruntime"
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, settings: BackendSettings = DEFAULT_SETTINGS, *, cuda_graphs: bool = False
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        settings: BackendSettings = DEFAULT_SETTINGS,
+        *,
+        cuda_graphs: bool = False,
+        provider: str | None = None,
     ) -> None:
         try:
             import onnxruntime
@@ -120,12 +130,12 @@ class OnnxRuntimeBackend(Backend):
         self._fix = export_line(bundle, manifest)
         self._onnxruntime = onnxruntime
         self._check_options()
-        self._use(next(name for name in DEVICES if name in onnxruntime.get_available_providers()))
+        self._use(provider or next(name for name in DEVICES if name in onnxruntime.get_available_providers()))
         self._cuda_graphs = cuda_graphs and self.device == "cuda"
         if self._cuda_graphs:
-            self.text_multiple = 32  # so that prompts of about one length share what is captured
+            self.text_multiple = 32  # so that prompts of similar length share a captured graph
         if cuda_graphs and not self._cuda_graphs:
-            log.warning("onnxruntime captures no CUDA graphs here: it runs on the %s", self.device)
+            log.warning("onnxruntime cannot capture CUDA graphs here: it runs on the %s", self.device)
 
     def load(self, graph: str) -> Session:
         if self._cuda_graphs and graph in _CAPTURED and (session := self._load_captured(graph)) is not None:
@@ -133,7 +143,7 @@ class OnnxRuntimeBackend(Backend):
         return self._load_plain(graph)
 
     def _load_captured(self, graph: str) -> GraphedSession | None:
-        """A session that captures its work; None where ONNX Runtime makes none, for the reason in the log."""
+        """A session that captures its work. None if ONNX Runtime cannot create it; the log says why."""
         path, options = self._checked(graph)
         providers = [(self._provider, {**self._provider_options(), **PROVIDER_OPTIONS}), "CPUExecutionProvider"]
         try:
@@ -148,15 +158,15 @@ class OnnxRuntimeBackend(Backend):
     def _load_plain(self, graph: str) -> OnnxRuntimeSession:
         loaded = self._create(graph, {})
         run_options = self._onnxruntime.RunOptions()
-        if graph in _GIVING_BACK:
+        if graph in _FREED_AFTER_RUN:
             run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", _ARENA[self.device].format(self._place.number))
         return OnnxRuntimeSession(loaded, graph, self._place, run_options, create=partial(self._create, graph))
 
     def _create(self, graph: str, weights: Mapping[str, Array]) -> Loaded:
-        """Load `graph` with these values for the initializers named in `weights`; their memory is shared."""
+        """Load `graph` with `weights` as the values of those initializers. Shares their memory."""
         path, options = self._checked(graph)
         values = [_as_initializer(value) for value in weights.values()]
-        if weights:  # not by add_initializer: with weights in another file ONNX Runtime 1.32 then computes something else
+        if weights:  # add_initializer makes ONNX Runtime 1.32 compute wrong results if weights are in another file
             options.add_external_initializers(list(weights), values)
         providers: list[Any] = [(self._provider, self._provider_options())]
         if self.device == "cuda":
@@ -172,12 +182,12 @@ class OnnxRuntimeBackend(Backend):
                 fix=self._fix,
             ) from error
         if (active := session.get_providers()[0]) != self._provider:
-            log.warning("onnxruntime's %s did not start: %s runs on %s", self._provider, graph, active)
+            log.warning("onnxruntime could not start its %s: %s runs on %s", self._provider, graph, active)
             self._use(active)
         return Loaded(session, values)
 
     def _checked(self, graph: str) -> tuple[Path, Any]:
-        """The graph's file once it and its weights are as recorded, and the options of a session of it."""
+        """Check the graph's files against the manifest. Returns the ONNX file and the options of its session."""
         path, *data = check_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
         check_external_data(path, data, fix=self._fix)
         options = session_options(self._onnxruntime, self._settings.threads)
@@ -215,6 +225,7 @@ class OnnxRuntimeBackend(Backend):
         return value if isinstance(value, np.ndarray) else value.numpy()
 
     def _use(self, provider: str) -> None:
+        """Run on `provider`. Raises an error if the settings or the bundle's precision do not allow that."""
         self._provider, self.device = provider, DEVICES[provider]
         if self.device == "cpu" and self._settings.device is not None:
             raise UsageError(
@@ -235,21 +246,21 @@ class OnnxRuntimeBackend(Backend):
 
 
 def session_options(onnxruntime: Any, threads: int | None = None) -> Any:
-    """Options of a session of a bundle's graph. `onnxruntime` is the module, `threads` None leaves their number to it."""
+    """The options of a session. `onnxruntime` is the module. If `threads` is None, it chooses the number of threads itself."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
-    # Planned reuse keeps a buffer until the last tensor that will ever use it, and most of one block's wait for the next block:
-    # twice the memory, and no faster.
+    # With planned reuse, a buffer is kept until the last tensor that will use it, and most buffers of one block wait for the next
+    # block: twice the memory, and no faster.
     options.enable_mem_reuse = False
-    # Every session has threads of its own, which wait for more work in a busy loop while the next graph's need the cores.
+    # Each session has its own threads. By default they wait for work in a busy loop and take cores from the next graph's threads.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
 def _to_device(value: Any, place: Place) -> Any:
-    """An OrtValue at `place`: of an array (which it keeps alive), or `value` itself."""
+    """An OrtValue at `place`. An array is converted and kept alive; an OrtValue is returned as it is."""
     if not isinstance(value, np.ndarray):
         return value
     import onnxruntime
@@ -258,23 +269,23 @@ def _to_device(value: Any, place: Place) -> Any:
 
 
 def _as_initializer(values: Array) -> Any:
-    """The OrtValue of weights, on the CPU and over their memory; uint16 stands for bfloat16."""
+    """An OrtValue on the CPU that shares the memory of `values`. uint16 means bfloat16."""
     import onnxruntime
 
     if values.dtype == np.uint16:
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values, _BFLOAT16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values, DTYPES["bfloat16"].onnx)
     return onnxruntime.OrtValue.ortvalue_from_numpy(values)
 
 
 def _raise_out_of_memory(error: Exception, doing: str, device: str) -> None:
-    """Raise DependencyError if that is what `error` means."""
+    """Raise DependencyError if `error` says that memory ran out."""
     if not isinstance(error, MemoryError) and not any(text in str(error).lower() for text in _OUT_OF_MEMORY):
         return None
     raise DependencyError(
         f"out of memory while {doing} with onnxruntime on the {device}",
         found=_first_line(error),
         wanted="more free memory",
-        fix="ask for fewer images at once or a smaller size, or free memory",
+        fix="generate fewer or smaller images at once, or free memory",
     ) from error
 
 

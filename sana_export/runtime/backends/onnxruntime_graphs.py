@@ -1,7 +1,7 @@
-"""CUDA graphs of ONNX Runtime: a session whose work is captured once a set of input shapes, at fixed addresses, and replayed.
+"""CUDA graphs of ONNX Runtime: a session captures its work once for each set of input shapes, at fixed addresses, and replays it.
 
-Source: ONNX Runtime's documentation, "CUDA Execution Provider", section "Using CUDA Graphs". The session has to be made with the
-provider's option enable_cuda_graph; a run names the graph that it captures or replays by its configuration gpu_graph_id.
+Source: ONNX Runtime's documentation, "CUDA Execution Provider", section "Using CUDA Graphs". The session is created with the
+provider option enable_cuda_graph. The run option gpu_graph_id names the graph that a run captures or replays.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from sana_export.runtime.backends.base import Session
 
 log = logging.getLogger(__name__)
 
-#: For the CUDA provider of a session that captures, beside what every session is given.
+#: The additional options of the CUDA provider in a session that captures.
 PROVIDER_OPTIONS = {"enable_cuda_graph": "1"}
 GRAPH_ID = "gpu_graph_id"
-#: ONNX Runtime keeps what it captured as long as the session lives: beyond so many shapes runs are not captured.
+#: ONNX Runtime keeps every captured graph as long as the session exists. After this many shapes, runs are no longer captured.
 MOST_SHAPES = 8
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -30,17 +30,25 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass
 class Captured:
-    """One captured graph: its binding and settings, its buffers on the device, and what was last copied into them."""
+    """One captured graph."""
 
+    #: The binding of its buffers.
     binding: Any
+    #: The run options that name it.
     run_options: Any
+    #: The buffers of its inputs on the device, by name.
     inputs: Mapping[str, Any]
+    #: The buffers of its outputs on the device, by name.
     outputs: Mapping[str, Any]
+    #: What was last copied into each input's buffer.
     fed: dict[str, Any] = field(default_factory=dict)
 
 
 class GraphedSession(Session):
-    """As `OnnxRuntimeSession`. `plain` makes a session without graphs, for when one cannot be captured; the log says why."""
+    """Like `OnnxRuntimeSession`, with captured graphs.
+
+    `plain` creates a session without graphs. It is used if the work cannot be captured; the log then says why.
+    """
 
     def __init__(
         self, onnxruntime: Any, session: Any, spec: GraphSpec, place: tuple[str, int], plain: Callable[[], Session]
@@ -50,7 +58,7 @@ class GraphedSession(Session):
         self._fallback: Session | None = None
 
     def refit(self, weights: Mapping[str, Array]) -> None:
-        """Other weights need another session; it runs without a CUDA graph."""
+        """New weights need a new session. It runs without CUDA graphs."""
         plain = self._fallback or self._plain()
         plain.refit(weights)
         self._fallback = plain
@@ -68,18 +76,18 @@ class GraphedSession(Session):
                 buffer.update_inplace(feeds[name])
                 captured.fed[name] = feeds[name]
         self._session.run_with_iobinding(captured.binding, captured.run_options)
-        # The next run writes over the buffers; what is given out stays as it is.
+        # The next run overwrites the buffers, so the caller gets copies.
         return {name: self._copy(buffer) for name, buffer in captured.outputs.items()}
 
     def _prepare(self, shapes: Shapes, feeds: Mapping[str, Any]) -> None:
-        """Capture the work of these shapes, or settle for a session without graphs."""
+        """Capture the work for these shapes, or switch to a session without graphs."""
         if len(self._captured) == MOST_SHAPES:
-            self._give_up(f"{MOST_SHAPES} shapes are captured, and a further one was asked for")
+            self._give_up(f"{MOST_SHAPES} shapes are captured already, and this is another one")
             return
         try:
             captured = self._bind(shapes, feeds)
             self._session.run_with_iobinding(captured.binding, captured.run_options)
-        except Exception as error:  # ONNX Runtime's errors have no common base; the plain session raises what is not about graphs
+        except Exception as error:  # they have no common base; an error that is not about graphs comes back from the plain session
             self._give_up((str(error).splitlines() or [type(error).__name__])[0])
         else:
             self._captured[shapes] = captured
@@ -112,13 +120,13 @@ class GraphedSession(Session):
         return Captured(binding, options, inputs, outputs)
 
     def _copy(self, value: Any) -> Any:
-        """A new tensor on the device with the values of an array or of a tensor there."""
+        """A new tensor on the device with the values of an array or of a tensor."""
         copy = self._empty(list(_shape(value)), value.dtype.name if isinstance(value, np.ndarray) else value.element_type())
         copy.update_inplace(value)
         return copy
 
     def _empty(self, shape: list[int], dtype: Any) -> Any:
-        """`dtype`: a name of the contract, or ONNX's number for it."""
+        """A new tensor on the device. `dtype` is the contract's name or ONNX's number."""
         element = np.dtype(dtype).type if isinstance(dtype, str) else dtype
         return self._onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element, *self._place)
 

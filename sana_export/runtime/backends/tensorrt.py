@@ -1,6 +1,6 @@
-"""TensorRT and TensorRT-RTX: a bundle's engines on a GPU, tensors that stay there, everything enqueued in one order.
+"""TensorRT and TensorRT-RTX: runs a bundle's engines on a GPU. Tensors stay there, and all work is enqueued to one stream.
 
-One implementation for both: the module is a value. What talks to the GPU is `cuda.py` and `tensorrt_engine.py`.
+Both share one implementation; the Python module is a value. `cuda.py` and `tensorrt_engine.py` talk to the GPU.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sana_export.commands import engines_line, export_line
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import check_files
 from sana_export.formats.arrays import Array
+from sana_export.formats.dtypes import DTYPES
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import explain_outside
 from sana_export.runtime.backends.base import (
@@ -28,10 +29,11 @@ from sana_export.runtime.backends.base import (
     EnqueuedSession,
     Replay,
 )
-from sana_export.runtime.backends.cuda import ALIGNMENT, CudaDevice, Device, Memory
+from sana_export.runtime.backends.cuda import ALIGNMENT, CudaDevice, Device
+from sana_export.runtime.backends.device_arrays import DeviceArray, DeviceTable
 from sana_export.runtime.backends.tensorrt_engine import LoadedEngine, SharedMemory
 from sana_export.runtime.backends.tensorrt_refit import EngineWeights
-from sana_export.runtime.memory import DTYPE_BYTES, choose_memory_mode, memory_requirements
+from sana_export.runtime.memory import choose_memory_mode, memory_requirements
 from sana_export.runtime.prompt import PromptEmbeddings
 from sana_export.trt.compatibility import Host, detect_host
 from sana_export.trt.flavour import load
@@ -39,52 +41,26 @@ from sana_export.trt.selection import runnable, typical_axes
 
 LOG = logging.getLogger(__name__)
 
-#: Text tokens are filled up to multiples of this: with 2 or 3 branches a few more of them cost next to nothing in a step, and
-#: prompts of about one length replay one captured loop.
+#: Text tokens are padded to a multiple of this. With 2 or 3 guidance branches a few more tokens cost almost nothing in a step, and
+#: prompts of similar length can replay the same captured loop.
 TEXT_MULTIPLE = 32
 
 
-@dataclass(frozen=True, eq=False)
-class DeviceArray:
-    """A tensor in the device's memory: `dtype` as the contract names it."""
-
-    address: int
-    shape: tuple[int, ...]
-    dtype: str
-    memory: Memory
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-class Table(Sequence[DeviceArray]):
-    """Tensors of one shape in one block, each at an address that an engine can read."""
-
-    def __init__(self, memory: Memory, rows: int, stride: int, shape: tuple[int, ...], dtype: str) -> None:
-        self.memory, self.stride = memory, stride
-        self._rows = [DeviceArray(memory.address + index * stride, shape, dtype, memory) for index in range(rows)]
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._rows[index]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-
 class EngineSession(EnqueuedSession):
-    """One graph: the engine for the shapes that it is fed, loaded when it is first needed, run on device tensors."""
+    """One graph. Each run uses the engine for its shapes, which is loaded when it is first needed."""
 
     def __init__(self, backend: TensorRTBackend, graph: str) -> None:
         self._backend, self._graph = backend, graph
         self._spec = backend.manifest.graphs[graph].spec
         self._inputs = {tensor.name: tensor for tensor in self._spec.inputs}
-        self._loaded: dict[str, LoadedEngine] = {}
-        # What was compiled for this GPU is kept when the session is let go, or the process ends.
-        weakref.finalize(self, _save_caches, self._loaded)
+        #: The loaded engines by key.
+        self.loaded: dict[str, LoadedEngine] = {}
+        # Save the kernels that were compiled for this GPU when the session or the process ends.
+        weakref.finalize(self, _save_caches, self.loaded)
         self._last: LoadedEngine | None = None
-        # By the engine's key, of those that were built without weights; and what `refit` changed, for engines loaded later.
+        # The weights of refittable engines, by the engine's key.
         self._weights: dict[str, EngineWeights] = {}
+        # What `refit` changed, for engines that are loaded later.
         self._changed: dict[str, Array] = {}
 
     def run(
@@ -107,22 +83,25 @@ class EngineSession(EnqueuedSession):
         return self._last is not None and self._last.capturable
 
     def engine(self, entry: EngineEntry) -> LoadedEngine:
-        """The engine of `entry` on the device, with its weights."""
-        if entry.key not in self._loaded:
+        """The engine of `entry`, loaded and with its weights."""
+        if entry.key not in self.loaded:
             engine = self._backend.load_engine(entry)
             if entry.refittable:
                 weights = self._backend.engine_weights(self._graph, engine)
                 weights.fill(self._changed)
                 self._weights[entry.key] = weights
-            self._loaded[entry.key] = engine
-        return self._loaded[entry.key]
+            self.loaded[entry.key] = engine
+        return self.loaded[entry.key]
 
     def refit(self, weights: Mapping[str, Array]) -> None:
-        """Every loaded engine of the graph gets them, or none; those loaded later as well. From here on no others run."""
+        """Refit every loaded engine of the graph, or none of them. Engines that are loaded later get the weights too.
+
+        From now on only refittable engines run.
+        """
         self._backend.check_refit(self._graph)
         if not self._weights:
             self.engine(self._backend.engines.refittable(self._graph)[0])
-        self._backend.gpu.wait()  # an engine with work under way must not change
+        self._backend.gpu.wait()  # an engine must not change while its work is running
         before = {name: self._changed.get(name) for name in weights}
         done: list[EngineWeights] = []
         try:
@@ -145,13 +124,13 @@ class EngineSession(EnqueuedSession):
         entry = self._backend.engines.engine_for(self._graph, axes, refittable=bool(self._changed))
         if entry is None:
             engines = self._backend.engines.engines[self._graph]
-            # After a LoRA one that would serve may hold fixed weights.
-            against = [f"{entry.profile}: {explain_outside(entry.ranges, axes) or 'its weights are fixed'}" for entry in engines]
+            # After a refit, an engine may cover the shapes but have fixed weights.
+            why = [f"{entry.profile}: {explain_outside(entry.ranges, axes) or 'its weights are fixed'}" for entry in engines]
             raise UsageError(
-                f"no {self._backend.name} engine of {self._graph} serves this request",
-                found="; ".join(against),
+                f"no {self._backend.name} engine of {self._graph} covers this request",
+                found="; ".join(why),
                 wanted="a request within one of these",
-                fix=f"sana-export build {self._backend.bundle} --backend {self._backend.name}",
+                fix=engines_line(self._backend.bundle, self._backend.name),
             )
         return self.engine(entry)
 
@@ -162,10 +141,10 @@ def _save_caches(loaded: Mapping[str, LoadedEngine]) -> None:
 
 
 class TensorRTBackend(CapturingBackend):
-    """The engines of `bundle` that were built by `name` ("tensorrt" or "tensorrt-rtx").
+    """The engines of `bundle` for the backend `name` ("tensorrt" or "tensorrt-rtx").
 
-    `module`, `device` and `machine` are found where they are not given. Raises ArtifactError where no engines run here, with what
-    speaks against each, DependencyError where the module, the driver or the GPU is missing.
+    By default, `module` is imported, `device` is opened and `machine` is detected. Raises ArtifactError, with the reasons, if the
+    engines do not run on this machine, and DependencyError if the module, the driver or the GPU is missing.
     """
 
     device = "cuda"
@@ -200,8 +179,8 @@ class TensorRTBackend(CapturingBackend):
         return session
 
     def load_engine(self, entry: EngineEntry) -> LoadedEngine:
-        """Check the engine's file, once, and load it."""
-        build = f"sana-export build {self.bundle} --backend {self.name}"
+        """Load an engine. Its file is checked the first time."""
+        build = engines_line(self.bundle, self.name)
         path = self.bundle / entry.file.path
         if entry.key not in self._checked:
             (path,) = check_files(self.bundle, [entry.file], fix=build)
@@ -209,8 +188,12 @@ class TensorRTBackend(CapturingBackend):
         return LoadedEngine(self._module, self.gpu, self.shared, entry, path, build=build, stream_weights=self._stream_weights)
 
     def engine_weights(self, graph: str, engine: LoadedEngine) -> EngineWeights:
-        """What gives an engine of `graph` its weights."""
-        return EngineWeights(self._module, engine.engine, self.manifest.graphs[graph], self.bundle)
+        """The weights of an engine of `graph`, not set yet."""
+        export, build = export_line(self.bundle, self.manifest), self._refittable_line(graph)
+        return EngineWeights(self._module, engine.engine, self.manifest.graphs[graph], self.bundle, export=export, build=build)
+
+    def _refittable_line(self, graph: str) -> str:
+        return engines_line(self.bundle, self.name, "--graphs", graph, "--refittable")
 
     def check_refit(self, graph: str) -> None:
         if not self.engines.refittable(graph):
@@ -218,7 +201,7 @@ class TensorRTBackend(CapturingBackend):
                 f"the weights of {graph} are inside its engines and cannot be changed",
                 found=f"engines for {', '.join(entry.profile for entry in self.engines.engines[graph])} without --refittable",
                 wanted="an engine that was built with --refittable",
-                fix=f"sana-export build {self.bundle} --backend {self.name} --graphs {graph} --refittable",
+                fix=self._refittable_line(graph),
             )
 
     def to_device(self, array: Any) -> DeviceArray:
@@ -236,10 +219,10 @@ class TensorRTBackend(CapturingBackend):
         return host
 
     def gather(self, embeddings: PromptEmbeddings) -> DeviceArray:
-        """Rows are copied within the device; those of the instruction come from the host."""
+        """Rows are copied within the device. Only those of the instruction come from the host."""
         target = self.zeros(embeddings.shape, "float32")
         _, batch, length, channels = embeddings.shape
-        row_bytes = channels * DTYPE_BYTES["float32"]
+        row_bytes = channels * DTYPES["float32"].bytes
         sources = {key: self.to_device(source) for key, source in embeddings.sources.items()}
         for rows in embeddings.rows:
             source = sources[id(rows.source)]
@@ -257,11 +240,11 @@ class TensorRTBackend(CapturingBackend):
 
     def choose_memory_mode(self, mode: str) -> str:
         wanted = memory_requirements(self.manifest, self.engines.typical(self.manifest.model))
-        settled, warning = choose_memory_mode(mode, wanted, self.gpu.free_bytes(), self.bundle)
+        chosen, warning = choose_memory_mode(mode, wanted, self.gpu.free_bytes(), self.bundle, self.name)
         if warning:
             LOG.warning("%s", warning)
-        self._stream_weights = settled == "streaming"
-        return settled
+        self._stream_weights = chosen == "streaming"
+        return chosen
 
     def check_supported(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
         self.engines.check_supported(graphs, axes)
@@ -275,12 +258,10 @@ class TensorRTBackend(CapturingBackend):
     def wait(self) -> None:
         self.gpu.wait()
 
-    # What a loop that captures its steps asks for (runtime/sampling.py).
-
     def empty(self, shape: Sequence[int], dtype: str) -> DeviceArray:
-        """A new tensor of whatever values."""
+        """A new tensor with undefined values."""
         shape = tuple(shape)
-        memory = self.gpu.allocate(math.prod(shape) * DTYPE_BYTES[dtype])
+        memory = self.gpu.allocate(math.prod(shape) * DTYPES[dtype].bytes)
         return DeviceArray(memory.address, shape, dtype, memory)
 
     def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
@@ -288,9 +269,9 @@ class TensorRTBackend(CapturingBackend):
         self.gpu.clear(target.address, target.nbytes)
         return target
 
-    def table(self, rows: int, shape: Sequence[int], dtype: str) -> Table:
-        stride = -(-math.prod(shape) * DTYPE_BYTES[dtype] // ALIGNMENT) * ALIGNMENT
-        return Table(self.gpu.allocate(rows * stride), rows, stride, tuple(shape), dtype)
+    def table(self, rows: int, shape: Sequence[int], dtype: str) -> DeviceTable:
+        stride = -(-math.prod(shape) * DTYPES[dtype].bytes // ALIGNMENT) * ALIGNMENT
+        return DeviceTable(self.gpu.allocate(rows * stride), rows, stride, tuple(shape), dtype)
 
     def write(self, target: DeviceArray, value: DeviceTensor | Array) -> None:
         if isinstance(value, DeviceArray):
@@ -299,7 +280,7 @@ class TensorRTBackend(CapturingBackend):
             self.gpu.upload(target.address, np.asarray(value, dtype=target.dtype))
 
     def write_table(self, target: Sequence[DeviceArray], rows: Array) -> None:
-        assert isinstance(target, Table)
+        assert isinstance(target, DeviceTable)
         padded = np.zeros((len(target), target.stride), dtype=np.uint8)
         content = np.ascontiguousarray(rows, dtype=target[0].dtype).reshape(len(target), -1).view(np.uint8)
         padded[:, : content.shape[1]] = content

@@ -1,8 +1,8 @@
-"""PyTorch: the deployment graphs themselves, eager or compiled, with neither ONNX nor diffusers.
+"""PyTorch: runs the deployment graphs themselves, eager or compiled, without ONNX and diffusers.
 
-For parity, and as a fast path where no TensorRT can be installed. The only part of the runtime that imports torch and the
-deployment graphs, and only when one of its backends is opened. The weights are the checkpoint's, which is opened again: a bundle
-holds them in the form that ONNX reads.
+It is for parity checks, and fast if TensorRT cannot be installed. This is the only part of the runtime that imports torch and the
+deployment graphs, and it is imported only when one of its backends is opened. The weights come from the checkpoint, which is opened
+again, because a bundle has them only in ONNX files.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from sana_export.runtime.backends.base import (
 
 log = logging.getLogger(__name__)
 
-#: What the large graphs are made of over and over, and the methods that are compiled: each once for all its repetitions, which
-#: takes seconds where a whole graph takes minutes.
+#: The repeated blocks of the large graphs and their methods that are compiled, once for all repetitions. That takes seconds;
+#: compiling a whole graph takes minutes.
 COMPILED: dict[type[nn.Module], tuple[str, ...]] = {
     Block: ("self_attention", "cross_attention", "feed_forward"),
     ResBlock: ("forward",),
     EfficientViTBlock: ("forward",),
     Upsample: ("forward",),
 }
-#: Compilers that torch.compile calls on each device, where the variables CXX and CC do not name one.
+#: The environment variable that names the compiler of torch.compile on each device, and the compilers to look for if it is not set.
 COMPILERS = {"cpu": ("CXX", ("g++", "clang++", "cl")), "cuda": ("CC", ("gcc", "clang", "cc", "cl"))}
-#: Settings of PyTorch by which products of float32 tensors, or sums of float16 products, would be rounded on the way.
+#: PyTorch's settings that round float32 products, or sums of float16 products, to a lower precision.
 _ROUNDING: tuple[tuple[Any, str], ...] = (
     (torch.backends.cuda.matmul, "allow_tf32"),
     (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
@@ -61,7 +61,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class TorchSession(EnqueuedSession):
-    """One deployment graph on a device, without gradients."""
+    """One deployment graph on a device."""
 
     def __init__(self, spec: GraphSpec, module: nn.Module, device: str, threads: int | None = None) -> None:
         self.spec, self.module, self.device, self.threads = spec, module, device, threads
@@ -69,7 +69,7 @@ class TorchSession(EnqueuedSession):
 
     @property
     def capturable(self) -> bool:
-        """Whatever a first run compiles or allocates is there afterwards."""
+        """True after the first run, which compiles and allocates."""
         return self._has_run
 
     def run(
@@ -89,7 +89,7 @@ class TorchSession(EnqueuedSession):
         return found
 
     def refit(self, weights: Mapping[str, Array]) -> None:
-        """In place, so that captured work reads the new weights too. A parameter is called as the initializer in the ONNX file."""
+        """Write the weights in place, so captured work uses them too. Parameters have the names of the ONNX file's initializers."""
         targets = {name: self.module.get_parameter(name) for name in weights}
         with torch.no_grad():
             for name, values in weights.items():
@@ -98,10 +98,12 @@ class TorchSession(EnqueuedSession):
 
 
 class TorchTable(Sequence[Tensor]):
-    """The rows of one tensor `whole`."""
+    """The rows of one tensor."""
 
     def __init__(self, whole: Tensor) -> None:
-        self.whole, self._rows = whole, whole.unbind(0)
+        #: The tensor with all rows.
+        self.whole = whole
+        self._rows = whole.unbind(0)
 
     def __getitem__(self, index: Any) -> Any:
         return self._rows[index]
@@ -111,7 +113,7 @@ class TorchTable(Sequence[Tensor]):
 
 
 class TorchBackend(Backend):
-    """The deployment graphs of a bundle's checkpoint in PyTorch, on the CPU. `compiled`: their blocks through torch.compile."""
+    """The deployment graphs of a bundle's checkpoint in PyTorch, on the CPU. `compiled`: torch.compile compiles their blocks."""
 
     device = "cpu"
 
@@ -147,12 +149,12 @@ class TorchBackend(Backend):
 
 
 class CudaTorchBackend(TorchBackend, CapturingBackend):
-    """The same on a GPU, where sessions only enqueue their work, and the sampling loop is captured as a CUDA graph."""
+    """The same on a GPU. Sessions only enqueue their work, and the sampling loop is captured as a CUDA graph."""
 
     device = "cuda"
-    #: Prompts of about one length share their compiled blocks and captured loops.
+    #: Prompts of similar length share compiled blocks and captured loops.
     text_multiple = 32
-    #: Captured work keeps the memory that it was captured with.
+    #: Captured work keeps its own memory, so it never has to be captured again.
     generation = 0
 
     def zeros(self, shape: Sequence[int], dtype: str | torch.dtype) -> Tensor:
@@ -192,10 +194,10 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
 
 
 def open_torch(bundle: Path, manifest: Manifest, settings: BackendSettings = DEFAULT_SETTINGS, *, compiled: bool) -> TorchBackend:
-    """The backend `torch`, or `torch-compile`, on the GPU where PyTorch finds one.
+    """The backend `torch`, or `torch-compile` if `compiled`; on the GPU if PyTorch finds one.
 
-    Raises ArtifactError where the checkpoint that the bundle was made from is not there any more, DependencyError where
-    torch.compile lacks a compiler.
+    Raises ArtifactError if the checkpoint that the bundle was made from is gone or changed, and DependencyError if torch.compile
+    has no compiler.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if compiled:
@@ -205,22 +207,22 @@ def open_torch(bundle: Path, manifest: Manifest, settings: BackendSettings = DEF
 
 
 def reopen(bundle: Path, manifest: Manifest) -> SanaCheckpoint:
-    """The checkpoint that the manifest names, once it hashes to what the manifest says."""
+    """Open the checkpoint in the manifest and check its hash."""
     recorded, fix = manifest.checkpoint, export_line(bundle, manifest)
     try:
         checkpoint = _open(recorded)
         found = checkpoint.sha256
     except (UsageError, ArtifactError, OSError) as error:
         raise ArtifactError(
-            f"the torch backend reads the weights of the checkpoint that {bundle} was made from, and cannot open it",
+            f"the torch backend needs the checkpoint that {bundle} was made from, but cannot open it",
             found=error.message if not isinstance(error, OSError) else error,
-            wanted=f"{recorded.source}, of hash {recorded.sha256[:16]}",
-            fix=f"put it back or, from another place: {fix}",
+            wanted=f"{recorded.source} with hash {recorded.sha256[:16]}",
+            fix=f"restore the checkpoint, or export from another one: {fix}",
         ) from error
     if found != recorded.sha256:
         raise ArtifactError(
-            f"the checkpoint that {bundle} was made from has changed since",
-            found=f"{recorded.source} with weights and configs of hash {found[:16]}",
+            f"the checkpoint that {bundle} was made from has changed since then",
+            found=f"{recorded.source} with hash {found[:16]}",
             wanted=f"hash {recorded.sha256[:16]}",
             fix=fix,
         )
@@ -238,24 +240,24 @@ def _open(recorded: Checkpoint) -> SanaCheckpoint:
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Let torch.compile work on the parts of `module` that `COMPILED` names, when they run first."""
+    """Compile the methods in `COMPILED` of all parts of `module`, at their first run."""
     for part in module.modules():
         for method in COMPILED.get(type(part), ()):
             setattr(part, method, torch.compile(getattr(part, method)))
 
 
 def require_compiler(device: str) -> None:
-    """Raise DependencyError where torch.compile cannot work on `device`."""
+    """Raise DependencyError if torch.compile cannot work on `device`."""
     variable, names = COMPILERS[device]
-    lacking = None
+    missing = None
     if device == "cuda" and importlib.util.find_spec("triton") is None:
-        lacking, wanted, fix = "no module triton", "Triton, which PyTorch's CUDA builds bring on Linux", "pip install triton"
+        missing, wanted, fix = "no module triton", "Triton, which is part of PyTorch's CUDA builds for Linux", "pip install triton"
     elif not os.environ.get(variable) and not any(map(shutil.which, names)):
-        lacking, wanted, fix = f"none of {', '.join(names)}, and no {variable}", "a C++ compiler", "install g++ or set " + variable
-    if lacking is not None:
+        missing, wanted, fix = f"none of {', '.join(names)}, and no {variable}", "a C++ compiler", "install g++ or set " + variable
+    if missing is not None:
         raise DependencyError(
             f"the backend torch-compile needs a compiler for the {device}",
-            found=lacking,
+            found=missing,
             wanted=wanted,
             fix=f"{fix}, or --backend torch",
         )
@@ -263,7 +265,7 @@ def require_compiler(device: str) -> None:
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Products at the precision that the graph says. PyTorch's settings are the process's: they are put back afterwards."""
+    """Compute products in the graph's own precision. PyTorch's settings are process-wide, so they are restored afterwards."""
     before = [getattr(owner, name) for owner, name in _ROUNDING]
     for owner, name in _ROUNDING:
         setattr(owner, name, False)
@@ -286,7 +288,7 @@ def torch_device(kind: str, index: int | None) -> str:
 
 @contextlib.contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Run with `count` threads on the CPU. PyTorch's setting is the process's: it is restored afterwards."""
+    """Run with `count` threads on the CPU. PyTorch's setting is process-wide, so it is restored afterwards."""
     if count is None:
         yield
         return
@@ -299,7 +301,7 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 def place(value: DeviceTensor | Array, device: str) -> Tensor:
-    """The tensor of `value` on `device`; on the CPU it shares the memory of an array that may be written to."""
+    """`value` as a tensor on `device`. On the CPU it shares the memory of a writable, contiguous array."""
     if not isinstance(value, np.ndarray):
         return value
     array = np.ascontiguousarray(value)
@@ -307,14 +309,14 @@ def place(value: DeviceTensor | Array, device: str) -> Tensor:
 
 
 def raise_out_of_memory(error: RuntimeError, doing: str, device: str) -> None:
-    """Raise DependencyError if that is what `error` means."""
+    """Raise DependencyError if `error` says that memory ran out."""
     text = (str(error).splitlines() or [""])[0]
     if isinstance(error, torch.OutOfMemoryError) or any(words in text.lower() for words in _OUT_OF_MEMORY):
         raise DependencyError(
             f"out of memory while {doing} with torch on the {device}",
             found=text,
             wanted="more free memory",
-            fix="ask for fewer images at once or a smaller size, or free memory",
+            fix="generate fewer or smaller images at once, or free memory",
         ) from error
 
 

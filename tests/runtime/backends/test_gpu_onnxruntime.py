@@ -1,4 +1,4 @@
-"""What needs a GPU. Run by `make gpu-check`; nothing here has been run yet where there is none."""
+"""ONNX Runtime on a GPU, against the CPU. `make gpu-check` runs it; it has not been run yet."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ def test_onnxruntime_on_cuda_draws_what_the_cpu_draws(tiny_bundle) -> None:
     found = runtime("a red apple", output_type="np", **request).images
 
     def on_the_cpu(bundle, manifest):
-        backend = OnnxRuntimeBackend(bundle, manifest)
-        backend._use("CPUExecutionProvider")
-        return backend
+        return OnnxRuntimeBackend(bundle, manifest, provider="CPUExecutionProvider")
 
     wanted = SanaRuntime.from_pretrained(tiny_bundle, backend=on_the_cpu)("a red apple", output_type="np", **request).images
     assert -10.0 * np.log10(np.mean((found - wanted) ** 2)) >= 40.0

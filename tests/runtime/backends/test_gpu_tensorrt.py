@@ -79,9 +79,7 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_the_cpu(bundle: Path, manifest: Any) -> OnnxRuntimeBackend:
-    backend = OnnxRuntimeBackend(bundle, manifest)
-    backend._use("CPUExecutionProvider")
-    return backend
+    return OnnxRuntimeBackend(bundle, manifest, provider="CPUExecutionProvider")
 
 
 @pytest.mark.parametrize("memory", ["resident", "staged"])

@@ -17,16 +17,14 @@ from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 pytestmark = pytest.mark.gpu
 
 REQUEST: dict[str, Any] = {"height": 128, "width": 192, "use_resolution_binning": False, "num_inference_steps": 4}
-#: fp32 pictures of a GPU and of a CPU, whose sums are in other orders.
+#: fp32 images of a GPU and of a CPU, which sum in different orders.
 PSNR_LIMIT = 40.0
 
 
 @pytest.fixture(scope="module")
 def wanted(tiny_bundle: Path) -> SanaRuntime:
     def on_the_cpu(bundle: Path, manifest: Manifest) -> OnnxRuntimeBackend:
-        backend = OnnxRuntimeBackend(bundle, manifest)
-        backend._use("CPUExecutionProvider")
-        return backend
+        return OnnxRuntimeBackend(bundle, manifest, provider="CPUExecutionProvider")
 
     return SanaRuntime.from_pretrained(tiny_bundle, backend=on_the_cpu)
 
@@ -48,7 +46,7 @@ def runtime(request: pytest.FixtureRequest, tiny_bundle: Path) -> Any:
 
 
 def test_it_draws_what_the_cpu_draws(runtime: SanaRuntime, wanted: SanaRuntime) -> None:
-    """Again after other prompts, seeds and shapes, so that what was captured for one is replayed for the next."""
+    """Repeated after other prompts, seeds and shapes, so that work captured for one request is replayed for another."""
     requests: list[dict[str, Any]] = [
         {"guidance_scale": 4.5},
         {"prompt": "two blue birds on a wire", "seed": 8, "guidance_scale": 7.0},

@@ -1,4 +1,4 @@
-"""What is refused before anything runs, and what a backend promises."""
+"""What the ONNX Runtime backend refuses before anything runs, and what every backend guarantees."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def flip_a_byte(path: Path) -> None:
 
 
 def reseal(bundle: Path, **changes: Any) -> None:
-    """Change the manifest as only its writer can: with the right seal."""
+    """Change the manifest and give it a valid seal."""
     dataclasses.replace(Manifest.load(bundle), **changes).save(bundle)
 
 
 def record_again(bundle: Path, graph: str) -> None:
-    """Let the manifest bind the files of `graph` as they are now."""
+    """Record the present files of `graph` in the manifest."""
     manifest = Manifest.load(bundle)
     entry = manifest.graphs[graph]
     entry = dataclasses.replace(entry, onnx=file_entry(bundle, bundle / entry.onnx.path))
@@ -55,7 +55,7 @@ def record_again(bundle: Path, graph: str) -> None:
 
 
 def relocate(bundle: Path, location: str) -> None:
-    """Let the denoiser's ONNX file read its weights from `location`, and the manifest bind that file."""
+    """Make the denoiser's ONNX file read its weights from `location`, and record the file in the manifest."""
     model = onnx.load(bundle / DENOISER, load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
@@ -87,7 +87,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_bundle_is_refused_with_the_line_that_makes_it_again(bundle: Path, name: str) -> None:
+def test_a_damaged_bundle_is_refused_with_the_command_that_exports_it_again(bundle: Path, name: str) -> None:
     damage, message = DAMAGE[name]
     damage(bundle)
     error = refused(bundle)
@@ -188,7 +188,7 @@ def test_tensors_pass_between_graphs_without_a_copy(tiny_bundle: Path) -> None:
 
 
 def test_threads_of_a_session_rest_once_its_run_is_over(tiny_bundle: Path) -> None:
-    """They would keep the cores from the next graph's."""
+    """Busy threads would take cores from the next graph's."""
     options = session_options(onnxruntime)
     options.intra_op_num_threads = 4
     session = onnxruntime.InferenceSession(str(tiny_bundle / DENOISER), options, providers=["CPUExecutionProvider"])
@@ -266,7 +266,7 @@ def test_the_files_of_an_exported_model_are_found(tiny_bundle: Path) -> None:
 
 
 def verdict(path: Path, content: bytes, *recorded: str) -> str:
-    """The error's message for an ONNX file with `content`, or "" where it is accepted."""
+    """The error's message for an ONNX file with `content`, or "" if it is accepted."""
     path.write_bytes(content)
     try:
         check_external_data(path, [path.parent / name for name in recorded])
@@ -292,7 +292,7 @@ HEAVY = ("torch", "diffusers", "transformers", "tensorrt", "tensorrt_rtx", "onnx
 
 
 def test_the_runtime_runs_without_torch(tiny_bundle: Path) -> None:
-    """A process in which none of the heavy packages can be imported draws an image; importing alone loads no backend."""
+    """An image is generated in a process that cannot import the heavy packages. The import alone loads no backend."""
     script = f"""
 import sys
 sys.modules.update(dict.fromkeys({HEAVY!r}))

@@ -1,4 +1,4 @@
-"""Sessions that ONNX Runtime captures, on its CPU provider, which knows the buffers and bindings but captures nothing."""
+"""Sessions that capture, on ONNX Runtime's CPU provider, which has the same buffers and bindings but captures nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": F
 
 
 class Pretender(OnnxRuntimeBackend):
-    """Believes that it is on a GPU, and finds ONNX Runtime's CPU provider there."""
+    """The backend as on a GPU, but with ONNX Runtime's CPU provider."""
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
         super().__init__(bundle, manifest)
@@ -35,7 +35,7 @@ class Pretender(OnnxRuntimeBackend):
 
 @pytest.fixture
 def session_options(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The providers that sessions are made with; the options are kept from the CPU provider, which does not know them."""
+    """The providers of all new sessions. Their options are not passed on, because the CPU provider does not know them."""
     asked: list[Any] = []
     original = onnxruntime.InferenceSession
 
@@ -49,7 +49,7 @@ def session_options(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def graph_ids(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The graphs that runs were set up for, by number."""
+    """The numbers of the graphs that runs were prepared for."""
     ids: list[str] = []
     original = onnxruntime.RunOptions
 
@@ -77,7 +77,7 @@ def graph_ids(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ids
 
 
-def test_pictures_are_the_same(
+def test_images_are_the_same(
     tiny_bundle: Path, tiny_runtime: SanaRuntime, graph_ids: list[str], session_options: list[Any]
 ) -> None:
     runtime = SanaRuntime.from_pretrained(tiny_bundle, backend=Pretender)
@@ -96,7 +96,7 @@ def test_pictures_are_the_same(
     assert graph_ids == ["1", "1", "2", "3", "2"]
 
 
-def test_what_is_given_out_stays_as_it_is_when_the_next_run_writes(tiny_bundle: Path) -> None:
+def test_results_stay_the_same_when_the_next_run_writes(tiny_bundle: Path) -> None:
     backend = Pretender(tiny_bundle, Manifest.load(tiny_bundle))
     session = backend._load_captured("sampler")
     assert session is not None
@@ -121,7 +121,7 @@ def test_what_is_given_out_stays_as_it_is_when_the_next_run_writes(tiny_bundle: 
 def test_a_session_that_cannot_capture_falls_back_with_the_reason(
     tiny_bundle: Path, tiny_runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once when it is made, as ONNX Runtime refuses control flow, and once when it captures."""
+    """One session fails when it is created, as ONNX Runtime refuses control flow, and one when it captures."""
     original = onnxruntime.InferenceSession
 
     def make(path: str, options: Any, providers: list[Any]) -> Any:
@@ -143,7 +143,7 @@ def test_a_session_that_cannot_capture_falls_back_with_the_reason(
     assert said.count("onnxruntime runs sampler without a CUDA graph: capture failed") == 1
 
 
-def test_there_is_an_end_to_what_is_captured(
+def test_the_number_of_captured_shapes_is_limited(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(onnxruntime_graphs, "MOST_SHAPES", 1)

@@ -1,7 +1,7 @@
-"""The TensorRT backend on a device in the host's memory, with engines that run the bundle's own ONNX files.
+"""The TensorRT backend on a device in host memory, with engines that run the bundle's own ONNX files.
 
 Everything but the GPU's own calls is real here: what is enqueued when, at which addresses, in whose memory, what is captured and
-replayed. Pictures have to be those of ONNX Runtime, which other tests compare with diffusers.
+replayed. The images must be those of ONNX Runtime, which other tests compare with diffusers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.host_tensorrt import CudaGraphStrategy, DynamicShapesKernelSp
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
 HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
 WIDE = Profile("wide", (1, 1, 8), (1, 2, 3), ((32, 32), (512, 512)))
-#: float32 in another order: text tokens are filled up to a multiple of 32 here.
+#: float32 in another order: text tokens are padded to a multiple of 32 here.
 TOLERANCE = 2e-4
 
 
@@ -91,7 +91,7 @@ def assert_same(runtime: SanaRuntime, reference: SanaRuntime, prompt: Any, **opt
     ],
     ids=lambda options: ",".join(options) or "defaults",
 )
-def test_pictures_are_those_of_onnxruntime(
+def test_images_are_those_of_onnxruntime(
     runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice, options: dict[str, Any]
 ) -> None:
     options = {"prompt": "A cute 🐼 eating 🎋", **options}
@@ -135,9 +135,7 @@ def test_a_loop_is_captured_again_when_its_memory_has_moved(
         assert device.captures == 3
 
 
-def test_steps_are_replayed_one_by_one_where_somebody_looks(
-    runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice
-) -> None:
+def test_steps_are_replayed_one_by_one_for_a_callback(runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice) -> None:
     replacement = np.random.default_rng(0).normal(size=(1, 32, 3, 5)).astype(np.float32)
 
     def drawn(by: SanaRuntime) -> tuple[list[Any], Any]:
@@ -196,7 +194,7 @@ def test_times_are_of_the_device(runtime: SanaRuntime) -> None:
     assert sum(parts) <= timings.total
 
 
-def test_what_cannot_be_captured_is_enqueued(
+def test_work_that_cannot_be_captured_is_enqueued(
     runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice, module: HostTensorRT, caplog: pytest.LogCaptureFixture
 ) -> None:
     module.capturable = False
@@ -219,7 +217,7 @@ def test_how_each_graph_is_run(runtime: SanaRuntime, module: HostTensorRT) -> No
     }
 
 
-def test_compiled_kernels_are_kept_beside_the_engine(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_compiled_kernels_are_saved_next_to_the_engine(tiny_bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     with_engines(copy, WIDE)
 

@@ -1,4 +1,4 @@
-"""What a user is told where engines cannot run: no driver, another version, GPU or system, damage, too little memory."""
+"""The errors if engines cannot run: no driver, another version, GPU or system, damage, too little memory."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": F
 HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
 
 
+DOCTOR = "run sana-export doctor to see what was found, or use --backend onnxruntime, which needs no GPU"
+INSTALL = 'pip install "tensorrt-rtx>=1.2"'
+BUILD = "sana-export build {bundle} --backend tensorrt-rtx"
+
+
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
@@ -46,7 +51,7 @@ def opened(bundle: Path, module: HostTensorRT, machine: Host = HERE, **options: 
     return SanaRuntime.from_pretrained(bundle, backend=backend, **options)
 
 
-def told(error: SanaExportError) -> str:
+def complete_text(error: SanaExportError) -> str:
     assert error.found is not None
     assert error.wanted is not None
     assert error.fix is not None
@@ -59,8 +64,8 @@ def test_no_driver() -> None:
     pytest.importorskip("cuda.core")
     with pytest.raises(DependencyError, match="opening the GPU failed") as caught:
         CudaDevice()
-    assert "install NVIDIA's driver" in told(caught.value)
-    assert "--backend onnxruntime" in told(caught.value)
+    assert "install NVIDIA's driver" in complete_text(caught.value)
+    assert "--backend onnxruntime" in complete_text(caught.value)
 
 
 def test_no_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +73,7 @@ def test_no_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
     with pytest.raises(DependencyError) as caught:
         CudaDevice()
-    assert 'pip install "sana-export[tensorrt-rtx]"' in told(caught.value)
+    assert 'pip install "sana-export[tensorrt-rtx]"' in complete_text(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -81,29 +86,32 @@ def test_no_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_the_driver_says(said: str, fix: str) -> None:
-    assert fix in told(cuda_error("a call", said))
-    assert said.splitlines()[0] in told(cuda_error("a call", said))
+    assert fix in complete_text(cuda_error("a call", said))
+    assert said.splitlines()[0] in complete_text(cuda_error("a call", said))
 
 
 @pytest.mark.parametrize(
-    ("machine", "engine", "found"),
+    ("machine", "engine", "found", "fix"),
     [
-        ({"gpus": ()}, {}, "no NVIDIA GPU and driver here"),
-        ({"gpus": (Gpu("H100", "9.0"),)}, {}, "here is 9.0"),
-        ({"versions": {"tensorrt-rtx": "1.8"}}, {}, "built with TensorRT-RTX 1.7.1.116, here is 1.8"),
-        ({"versions": {}}, {}, "TensorRT-RTX is not installed"),
-        ({}, {"operating_system": "windows-amd64"}, "built on windows-amd64, here is linux-x86_64"),
+        ({"gpus": ()}, {}, "no NVIDIA GPU and driver here", DOCTOR),
+        ({"gpus": (Gpu("H100", "9.0"),)}, {}, "here is 9.0", BUILD),
+        ({"versions": {"tensorrt-rtx": "1.8"}}, {}, "built with TensorRT-RTX 1.7.1.116, here is 1.8", BUILD),
+        ({"versions": {}}, {}, "TensorRT-RTX is not installed", INSTALL),
+        ({"gpus": (), "versions": {}}, {}, "TensorRT-RTX is not installed", f"{DOCTOR}; {INSTALL}"),
+        ({}, {"operating_system": "windows-amd64"}, "built on windows-amd64, here is linux-x86_64", BUILD),
+        ({"gpus": ()}, {"operating_system": "windows-amd64"}, "no NVIDIA GPU and driver here", BUILD),
     ],
 )
 def test_engines_that_do_not_run_here(
-    tiny_bundle: Path, tmp_path: Path, module: HostTensorRT, machine: dict[str, Any], engine: dict[str, Any], found: str
+    tiny_bundle: Path, tmp_path: Path, module: HostTensorRT, machine: dict[str, Any], engine: dict[str, Any], found: str, fix: str
 ) -> None:
+    """If the machine lacks a GPU or a package, engines are built again only if the present ones would not run then either."""
     copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     with_engines(copy, WIDE, **engine)
     with pytest.raises(ArtifactError) as caught:
         opened(copy, module, dataclasses.replace(HERE, **machine))
-    assert found in told(caught.value)
-    assert f"sana-export build {copy} --backend tensorrt-rtx" in told(caught.value)
+    assert found in complete_text(caught.value)
+    assert caught.value.fix == fix.format(bundle=copy)
 
 
 def test_a_bundle_without_engines(tiny_bundle: Path, module: HostTensorRT) -> None:
@@ -112,8 +120,8 @@ def test_a_bundle_without_engines(tiny_bundle: Path, module: HostTensorRT) -> No
     assert caught.value.exit_code == 4
 
 
-def test_auto_takes_engines_only_where_they_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sana_export.trt import compatibility as fitness
+def test_auto_uses_engines_only_if_they_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sana_export.trt import compatibility
 
     manifest = Manifest.load(bundle)
     taken: list[str] = []
@@ -122,7 +130,7 @@ def test_auto_takes_engines_only_where_they_run(bundle: Path, monkeypatch: pytes
         {name: lambda *_, name=name: taken.append(name) for name in ("onnxruntime", "tensorrt-rtx", "tensorrt")},
     )
     for machine in (HERE, dataclasses.replace(HERE, gpus=())):
-        monkeypatch.setattr(fitness, "detect_host", lambda machine=machine: machine)
+        monkeypatch.setattr(compatibility, "detect_host", lambda device, machine=machine: machine)
         open_backend("auto", bundle, manifest)
     open_backend("auto", bundle, dataclasses.replace(manifest, engines=()))
     assert taken == ["tensorrt-rtx", "onnxruntime", "onnxruntime"]
@@ -131,7 +139,7 @@ def test_auto_takes_engines_only_where_they_run(bundle: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("diagnostic", "kind", "word"),
     [
-        ("VERSION_MISMATCH", ArtifactError, "of another version"),
+        ("VERSION_MISMATCH", ArtifactError, "from another version"),
         ("UNSUPPORTED_CC", ArtifactError, "for another GPU"),
         ("MALFORMED_ENGINE", ArtifactError, "damaged"),
         ("OLD_CUDA_DRIVER", DependencyError, "update NVIDIA's driver"),
@@ -145,9 +153,9 @@ def test_what_the_module_says_of_an_engine(
     module.diagnostics = EngineInvalidityDiagnostics[diagnostic]
     with pytest.raises(kind) as caught:
         opened(bundle, module)
-    assert diagnostic in told(caught.value)
-    assert word in told(caught.value)
-    assert "Host GPU 1" in told(caught.value)
+    assert diagnostic in complete_text(caught.value)
+    assert word in complete_text(caught.value)
+    assert "Host GPU 1" in complete_text(caught.value)
 
 
 def test_a_damaged_engine(bundle: Path, module: HostTensorRT) -> None:
@@ -155,7 +163,7 @@ def test_a_damaged_engine(bundle: Path, module: HostTensorRT) -> None:
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(ArtifactError, match=r"denoiser\.engine is damaged") as caught:
         opened(bundle, module)
-    assert f"sana-export build {bundle} --backend tensorrt-rtx" in told(caught.value)
+    assert f"sana-export build {bundle} --backend tensorrt-rtx" in complete_text(caught.value)
 
 
 @pytest.mark.parametrize("when", ["loading", "running"])
@@ -165,11 +173,11 @@ def test_out_of_memory(bundle: Path, module: HostTensorRT, when: str) -> None:
     with pytest.raises(DependencyError, match=f"out of GPU memory while {when} the engine of text_encoder") as caught:
         (runtime or opened(bundle, module))("fox", **SMALL)
     assert "out of memory" in str(caught.value.found)
-    assert "bytes free" in told(caught.value)
-    assert "--memory staged" in told(caught.value)
+    assert "bytes free" in complete_text(caught.value)
+    assert "--memory staged" in complete_text(caught.value)
     if runtime is not None:
         module.out_of_memory = ""
-        assert runtime("fox", **SMALL).images, "the runtime goes on afterwards"
+        assert runtime("fox", **SMALL).images, "the runtime works afterwards"
 
 
 def test_no_memory_for_what_an_engine_works_in(bundle: Path) -> None:
@@ -183,25 +191,25 @@ def test_no_memory_for_what_an_engine_works_in(bundle: Path) -> None:
     runtime("fox", **SMALL)
 
 
-def test_a_request_outside_all_profiles_is_told_what_is_possible(bundle: Path, module: HostTensorRT) -> None:
+def test_a_request_outside_all_profiles_says_what_is_possible(bundle: Path, module: HostTensorRT) -> None:
     runtime = opened(bundle, module)
     runs = len(module.runs)
     with pytest.raises(UsageError) as caught:
         runtime("fox", **{**SMALL, "height": 1024, "width": 768})
-    text = told(caught.value)
+    text = complete_text(caught.value)
     assert "1 images of 1024x768 (height x width), 2 guidance branches" in text
     assert "denoiser (wide): batch 1 to 8, branches 1 to 3, height 32 to 512 px, width 32 to 512 px" in text
     assert f"fix:    sana-export build {bundle} --backend tensorrt-rtx --height 1024 --width 768 --batch 1" in text
     with pytest.raises(UsageError, match="9 images of 96x160"):
         runtime("fox", **SMALL, num_images_per_prompt=9)
-    assert len(module.runs) == runs, "nothing was run before it was known"
+    assert len(module.runs) == runs, "nothing ran before the check"
 
 
 def test_shapes_beyond_an_engine_are_named(bundle: Path, module: HostTensorRT) -> None:
     session = opened(bundle, module).sessions["context"]
     with pytest.raises(UsageError) as caught:
         session.run({"prompt_embeds": np.zeros((4, 9, 1, 64), np.float32)})
-    text = told(caught.value)
+    text = complete_text(caught.value)
     assert "wide: outside what the engine was built for" in text
     assert "branches 4 (possible: 1 to 3)" in text
     assert "batch 9 (possible: 1 to 8)" in text
@@ -217,15 +225,15 @@ def test_a_decoder_that_was_not_built(bundle: Path, module: HostTensorRT) -> Non
         runtime("fox", **SMALL, decoder_tile=64)
 
 
-def test_the_narrowest_engine_serves(bundle: Path, module: HostTensorRT) -> None:
-    """Of several profiles the closest to a request is run, and none is loaded that is not run or expected to be."""
+def test_the_narrowest_engine_runs(bundle: Path, module: HostTensorRT) -> None:
+    """The profile closest to the request runs. Engines that are neither used nor typical are not loaded."""
     exact = Profile("exact", (1, 1, 1), (2, 2, 2), ((96, 160),))
     with_engines(bundle, exact)
     runtime = opened(bundle, module)
     loads = module.loads
     runtime("fox", **SMALL)
     # Those of the size were loaded beside the typical ones; text encoder and context do not depend on it.
-    assert {engine.entry.profile for engine in runtime.sessions["denoiser"]._loaded.values()} == {"wide", "exact"}
+    assert {engine.entry.profile for engine in runtime.sessions["denoiser"].loaded.values()} == {"wide", "exact"}
     assert module.loads > loads
     after = module.loads
     runtime("fox", **{**SMALL, "height": 128})

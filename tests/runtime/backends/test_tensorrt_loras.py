@@ -1,4 +1,4 @@
-"""LoRAs in the TensorRT backend, on a device in the host's memory (host_tensorrt.py): latents are ONNX Runtime's with them."""
+"""LoRAs in the TensorRT backend, on a device in host memory: the latents are those of ONNX Runtime with the same LoRAs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.host_tensorrt import HostTensorRT, with_engines
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
 HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x86_64")
 WIDE, WIDE_TOO = (Profile(name, (1, 1, 8), (1, 2, 3), ((32, 32), (512, 512))) for name in ("wide", "wide too"))
-#: float32 in another order: text tokens are filled up to a multiple of 32 in engines.
+#: float32 in another order: text tokens are padded to a multiple of 32 for engines.
 TOLERANCE = 2e-4
 REFITTABLE = {"options": {"tf32": False, "refittable": True}}
 
@@ -50,7 +50,7 @@ def module() -> HostTensorRT:
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On one layer of each graph."""
+    """A LoRA on one layer of each graph."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for layer in ("1.attn1.to_k", "2.attn2.to_v"):
@@ -79,7 +79,7 @@ def wanted(tiny_bundle: Path, lora: Path) -> tuple[Any, Any]:
 def test_latents_with_and_without_the_lora(
     bundle: Path, module: HostTensorRT, lora: Path, wanted: tuple[Any, Any], memory: str
 ) -> None:
-    """Also of a loop that was captured before: it may not draw with the old weights."""
+    """Also with a loop that was captured before: it must not use the old weights."""
     plain, changed = wanted
     assert np.abs(changed - plain).max() > 100 * TOLERANCE
     runtime = opened(bundle, module, memory=memory)
@@ -105,7 +105,7 @@ def test_a_refit_that_fails_leaves_both_graphs_as_they_were(bundle: Path, module
     np.testing.assert_array_equal(latents(runtime), before)
 
 
-def test_engines_with_their_weights_inside_name_the_line_that_builds_others(
+def test_engines_with_their_weights_inside_name_the_command_that_builds_others(
     tiny_bundle: Path, tmp_path: Path, module: HostTensorRT, lora: Path, wanted: tuple[Any, Any]
 ) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
@@ -118,7 +118,7 @@ def test_engines_with_their_weights_inside_name_the_line_that_builds_others(
     np.testing.assert_array_equal(latents(runtime), before)
 
 
-def test_beside_fixed_engines_the_refittable_ones_run(
+def test_with_a_lora_only_refittable_engines_run(
     tiny_bundle: Path, tmp_path: Path, module: HostTensorRT, lora: Path, wanted: tuple[Any, Any]
 ) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))

@@ -1,4 +1,4 @@
-"""Engines without weights: what the compiler makes of them here, and their refit against a stand-in for the module's Refitter."""
+"""Engines without weights: how the real compiler builds them, and how a stand-in for the module's Refitter refits them."""
 
 import ctypes
 import shutil
@@ -22,14 +22,14 @@ from sana_export.trt.bundle import build_bundle, read_instruction_tokens
 from sana_export.trt.logger import logger_for
 from sana_export.trt.options import BuildOptions
 from tests.support.engine_builds import build, tree
-from tests.support.refit_stand_in import Engine, arrays, module
+from tests.support.refit_stand_in import COMMANDS, Engine, arrays, module
 from tests.support.small_bundles import write_bundle
 
 REFITTABLE = BuildOptions(refittable=True)
 
 
 class Stop(Exception):
-    """Ends a build where a test has seen enough."""
+    """Ends a build when a test has seen enough."""
 
 
 def test_every_weight_reaches_the_engine(tiny_bundle: Path) -> None:
@@ -37,7 +37,7 @@ def test_every_weight_reaches_the_engine(tiny_bundle: Path) -> None:
     for graph in Manifest.load(tiny_bundle).graphs.values():
         wanted = arrays(tiny_bundle, graph)
         engine = Engine(wanted)
-        EngineWeights(module(), engine, graph, tiny_bundle).fill()
+        EngineWeights(module(), engine, graph, tiny_bundle, **COMMANDS).fill()
         assert set(engine.weights) == set(wanted)
         for name, value in wanted.items():
             np.testing.assert_array_equal(engine.weights[name], value)
@@ -45,7 +45,7 @@ def test_every_weight_reaches_the_engine(tiny_bundle: Path) -> None:
     assert given > 50
 
 
-def test_the_weights_are_read_where_they_lie_and_not_copied(bundle: Path) -> None:
+def test_the_weights_are_read_from_the_file_and_not_copied(bundle: Path) -> None:
     graph = Manifest.load(bundle).graphs["vae_decoder"]
     mapped: list[str] = []
 
@@ -58,15 +58,15 @@ def test_the_weights_are_read_where_they_lie_and_not_copied(bundle: Path) -> Non
 
     stub = module()
     stub.Weights = staticmethod(weights)
-    EngineWeights(stub, Engine(arrays(bundle, graph)), graph, bundle).fill()
+    EngineWeights(stub, Engine(arrays(bundle, graph)), graph, bundle, **COMMANDS).fill()
     assert mapped == [str(bundle / graph.data[0].path)]
 
 
 @pytest.mark.parametrize(
     ("changes", "engine_change", "words"),
     [
-        ({}, {"another": np.zeros(3, np.float16)}, "asks for weights that the bundle does not hold(.|\n)*another"),
-        ({}, {"weight": None}, "the bundle holds weights that it has no place for(.|\n)*weight"),
+        ({}, {"another": np.zeros(3, np.float16)}, "asks for weights that the bundle does not have(.|\n)*another"),
+        ({}, {"weight": None}, "the bundle has weights that it does not know(.|\n)*weight"),
         ({}, {"weight": np.zeros(5, np.float16)}, r"another size(.|\n)*weight \(10 bytes, the bundle's has 221184\)"),
         ({"refuses": ("weight",)}, {}, "refuses weights(.|\n)*weight; these weights are refused"),
         ({"forgets": ("weight",)}, {}, "weights are missing(.|\n)*weight"),
@@ -79,10 +79,10 @@ def test_a_partial_refit_is_an_error(changes: dict[str, Any], engine_change: dic
     engine = Engine(prototypes)
 
     with pytest.raises(ArtifactError, match=words) as caught:
-        EngineWeights(module(**changes), engine, graph, bundle).fill()
+        EngineWeights(module(**changes), engine, graph, bundle, **COMMANDS).fill()
 
     assert "engine of vae_decoder" in caught.value.message
-    assert "--refittable" in str(caught.value.fix)
+    assert caught.value.fix == COMMANDS["build"]
     assert not any(values.any() for values in engine.weights.values())
 
 
@@ -94,8 +94,9 @@ def test_damaged_weights_do_not_reach_the_engine(bundle: Path) -> None:
     content[100] ^= 1
     path.write_bytes(content)
 
-    with pytest.raises(ArtifactError, match="damaged"):
-        EngineWeights(module(), engine, graph, bundle).fill()
+    with pytest.raises(ArtifactError, match="damaged") as caught:
+        EngineWeights(module(), engine, graph, bundle, **COMMANDS).fill()
+    assert caught.value.fix == COMMANDS["export"]
     assert not engine.weights["weight"].any()
 
 
@@ -112,7 +113,7 @@ def test_only_a_refittable_build_strips(refittable: bool, bundle: Path) -> None:
 
 
 def test_exactly_the_external_weights_are_marked(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real parser and network: every external weight is known by its name, so that the compiler strips it and no other."""
+    """The real parser and network: every external weight is known by name, so the compiler leaves out exactly those."""
 
     marked: dict[str, bool] = {}
 
@@ -168,7 +169,7 @@ def test_a_shared_weight_keeps_both_of_its_names(bundle: Path, tmp_path: Path, m
 
 
 def test_refittable_engines_of_every_graph(tiny_bundle: Path, tmp_path: Path) -> None:
-    """With a GPU: engines without weights. Without one the compiler refuses those that have any, and the user is told why."""
+    """With a GPU: engines without weights. Without one, the compiler refuses graphs with weights, and the error says why."""
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     graphs = Manifest.load(bundle).graphs
     with_weights = [name for name, graph in graphs.items() if graph.data]
@@ -210,7 +211,7 @@ def test_a_refittable_build_needs_no_room_for_weights(bundle: Path, monkeypatch:
 
 
 def test_the_real_weights_type_reads_from_a_pointer() -> None:
-    """What `refit` rests on: Weights(type, address, count) sees the memory at that address."""
+    """The assumption of a refit: Weights(type, address, count) reads the memory at that address."""
     values = np.random.default_rng(1).standard_normal(7).astype(np.float16)
     weights = tensorrt_rtx.Weights(tensorrt_rtx.DataType.HALF, values.ctypes.data, values.size)
     assert (weights.size, weights.nbytes) == (7, 14)
@@ -222,7 +223,7 @@ def test_another_export_of_the_same_structure_refits_the_same_engine(bundle: Pat
     held = []
     for seed in range(2):
         graph = write_bundle(bundle, seed=seed).graphs["vae_decoder"]
-        EngineWeights(module(), engine, graph, bundle).fill()
+        EngineWeights(module(), engine, graph, bundle, **COMMANDS).fill()
         np.testing.assert_array_equal(engine.weights["weight"], arrays(bundle, graph)["weight"])
         held.append(engine.weights["weight"].copy())
     assert not np.array_equal(*held)

@@ -1,4 +1,4 @@
-"""Some weights of an engine that is whole: exactly those change, or none of them."""
+"""Refits of some weights: exactly those change, or none."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +13,10 @@ from sana_export.errors import ArtifactError
 from sana_export.graphs.builders import build_graph
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.base import Backend
-from sana_export.runtime.backends.tensorrt_refit import EngineWeights, refit_named
+from sana_export.runtime.backends.tensorrt_refit import EngineRefitter, EngineWeights
 from sana_export.runtime.lora import LoraStack
 from tests.support.lora_files import diffusers_lora, load_transformer
-from tests.support.refit_stand_in import Engine, arrays, module
+from tests.support.refit_stand_in import COMMANDS, Engine, arrays, module
 
 NAMES = ("blocks.0.qkv", "blocks.1.out.weight")
 
@@ -28,8 +28,8 @@ class Filled:
         graph = Manifest.load(bundle).graphs["denoiser"]
         self.base = arrays(bundle, graph)
         self.engine = Engine(self.base, combined)
-        EngineWeights(module(), self.engine, graph, bundle).fill()
-        self.weights = EngineWeights(module(**changes), self.engine, graph, bundle)
+        EngineWeights(module(), self.engine, graph, bundle, **COMMANDS).fill()
+        self.weights = EngineWeights(module(**changes), self.engine, graph, bundle, **COMMANDS)
         generator = np.random.default_rng(0)
         self.new = {name: generator.standard_normal(self.base[name].shape).astype(np.float32) for name in NAMES}
 
@@ -47,7 +47,7 @@ def test_exactly_the_named_weights_change_and_come_back(tiny_bundle: Path) -> No
 
 
 def test_weights_that_the_compiler_joined_are_given_as_they_are_now(tiny_bundle: Path) -> None:
-    """Not as the bundle has them: another LoRA may have changed them before."""
+    """Their present values are used, not the bundle's: another LoRA may have changed them."""
     filled = Filled(tiny_bundle, combined=[set(NAMES)])
     filled.weights.refit(filled.new)
     other = {NAMES[0]: filled.new[NAMES[0]] + 1}
@@ -63,7 +63,7 @@ def test_weights_that_the_compiler_joined_are_given_as_they_are_now(tiny_bundle:
         ({"works": [False, True]}, "the refit failed(.|\n)*out of device memory"),
     ],
 )
-def test_a_refit_that_fails_leaves_the_weights_of_before(changes: dict[str, Any], words: str, tiny_bundle: Path) -> None:
+def test_a_refit_that_fails_leaves_the_old_weights(changes: dict[str, Any], words: str, tiny_bundle: Path) -> None:
     filled = Filled(tiny_bundle, combined=[{NAMES[0], "blocks.2.qkv"}], **changes)
     with pytest.raises(ArtifactError, match=words) as caught:
         filled.weights.refit(filled.new)
@@ -71,9 +71,9 @@ def test_a_refit_that_fails_leaves_the_weights_of_before(changes: dict[str, Any]
     filled.assert_holds({})
 
 
-def test_a_way_back_that_fails_is_said(tiny_bundle: Path) -> None:
+def test_old_weights_that_cannot_be_restored_are_reported(tiny_bundle: Path) -> None:
     filled = Filled(tiny_bundle, works=[False, False])
-    with pytest.raises(ArtifactError, match=r"a part of its new weights") as caught:
+    with pytest.raises(ArtifactError, match=r"some of its new weights") as caught:
         filled.weights.refit(filled.new)
     assert caught.value.fix == "load the bundle again"
 
@@ -81,7 +81,7 @@ def test_a_way_back_that_fails_is_said(tiny_bundle: Path) -> None:
 def test_a_lora_reaches_the_engines_as_the_graphs_have_it_folded_in(
     tiny_bundle: Path, tiny_checkpoint: SanaCheckpoint, tmp_path: Path
 ) -> None:
-    """The whole way but the compiler: file, manifest, values, names. The engines get what an export with the LoRA would hold."""
+    """All of it except the compiler: file, manifest, values, names. The engines get the weights of an export with the LoRA."""
     path = diffusers_lora(load_transformer(tiny_checkpoint), tmp_path, r=4, lora_alpha=7)
     manifest, lora = Manifest.load(tiny_bundle), Lora(path, 0.7)
     checkpoint = open_checkpoint(str(tiny_checkpoint.folder), loras=[lora])
@@ -90,7 +90,7 @@ def test_a_lora_reaches_the_engines_as_the_graphs_have_it_folded_in(
     for name in ("context", "denoiser"):
         base = arrays(tiny_bundle, manifest.graphs[name])
         engines[name] = Engine(base), base
-        sessions[name] = EngineWeights(module(), engines[name][0], manifest.graphs[name], tiny_bundle)
+        sessions[name] = EngineWeights(module(), engines[name][0], manifest.graphs[name], tiny_bundle, **COMMANDS)
         sessions[name].fill()
     stack = LoraStack(
         cast(Backend, SimpleNamespace(bundle=tiny_bundle, manifest=manifest, can_refit=True, check_refit=lambda graph: None))
@@ -110,17 +110,17 @@ def test_a_lora_reaches_the_engines_as_the_graphs_have_it_folded_in(
 
 def test_names_and_sizes_are_checked_before_anything_is_set(tiny_bundle: Path) -> None:
     filled = Filled(tiny_bundle)
-    with pytest.raises(ArtifactError, match=r"no place for weights(.|\n)*blocks\.77\.qkv"):
+    with pytest.raises(ArtifactError, match=r"does not know weights(.|\n)*blocks\.77\.qkv"):
         filled.weights.refit({**filled.new, "blocks.77.qkv": np.zeros(3, np.float32)})
     with pytest.raises(ArtifactError, match=r"another size(.|\n)*blocks\.0\.qkv \(196608 bytes"):
         filled.weights.refit({NAMES[0]: np.zeros(3, np.float32)})
     filled.assert_holds({})
 
 
-def test_an_engine_with_its_weights_inside_names_the_line_that_builds_another(tiny_bundle: Path) -> None:
+def test_an_engine_with_its_weights_inside_names_the_command_that_builds_another(tiny_bundle: Path) -> None:
     base = arrays(tiny_bundle, Manifest.load(tiny_bundle).graphs["denoiser"])
     engine = Engine(base, refittable=False)
     with pytest.raises(ArtifactError, match="built with its weights inside") as caught:
-        refit_named(module(), engine, "denoiser", {NAMES[0]: base[NAMES[0]]}, base)
-    assert caught.value.fix == "sana-export build BUNDLE --backend BACKEND --refittable"
+        EngineRefitter(module(), engine, "denoiser", build=COMMANDS["build"]).set_some({NAMES[0]: base[NAMES[0]]}, base)
+    assert caught.value.fix == COMMANDS["build"]
     assert not engine.weights[NAMES[0]].any()

@@ -1,4 +1,4 @@
-"""The torch backend: its pictures against ONNX Runtime's and diffusers', its checkpoint, and that its graphs keep to one device."""
+"""The torch backend: its images against ONNX Runtime's and diffusers', its checkpoint, and that its graphs stay on one device."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_the_checkpoint_has_to_be_the_one_of_the_manifest(tiny_bundle: Path, own
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", GRAPHS)
 def test_graphs_compute_where_their_weights_and_inputs_are(tiny_checkpoint: Any, name: str, precision: str) -> None:
-    """On a device that is not the CPU and holds no values: a tensor that is made on the CPU on the way is refused."""
+    """On a device that is not the CPU and has no values: a tensor that a graph creates on the CPU is refused."""
     options = Options(precision, True, (1,))
     module, spec = build_graph(name, tiny_checkpoint, options), graph_spec(name, tiny_checkpoint, options)
     inputs = random_inputs(spec, CHECK_SIZES, 0)
@@ -149,7 +149,7 @@ def test_graphs_compute_where_their_weights_and_inputs_are(tiny_checkpoint: Any,
         assert str(result.dtype) == f"torch.{tensor.dtype}"
 
 
-def test_a_missing_compiler_is_told(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(DependencyError, match="needs a compiler for the cpu") as missing:
@@ -162,7 +162,7 @@ def test_a_missing_compiler_is_told(tiny_bundle: Path, monkeypatch: pytest.Monke
         torch_backend.require_compiler("cuda")
 
 
-def test_without_torch_the_line_that_installs_it_is_told(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_the_error_names_the_command_that_installs_it(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "sana_export.runtime.backends.torch")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(DependencyError, match="torch is not installed") as missing:
@@ -188,7 +188,7 @@ def test_products_are_exact_inside_a_run_and_settings_come_back(runtime: SanaRun
     assert torch.backends.cudnn.allow_tf32 is True
 
 
-def test_arrays_are_fed_without_a_copy_where_they_can_be(runtime: SanaRuntime) -> None:
+def test_arrays_are_fed_without_a_copy_if_possible(runtime: SanaRuntime) -> None:
     array = np.random.default_rng(0).normal(size=(1, 32, 2, 3)).astype(np.float32)
     assert np.shares_memory(runtime.backend.to_host(runtime.backend.to_device(array)), array)
     frozen = array.copy()
@@ -198,7 +198,7 @@ def test_arrays_are_fed_without_a_copy_where_they_can_be(runtime: SanaRuntime) -
 
 
 def test_half_precision_runs_on_the_cpu(tiny_bundle: Path, runtime: SanaRuntime) -> None:
-    """In the graphs' own half-precision arithmetic; the limit is that of fp16 pictures."""
+    """In the graphs' own half-precision arithmetic; the limit is that of fp16 images."""
     manifest = Manifest.load(tiny_bundle)
     half = dataclasses.replace(manifest, options=dataclasses.replace(manifest.options, precision="fp16"))
 

@@ -2,7 +2,7 @@
 
 While work is captured every operator is noted with the tensors that it read and wrote, and what it wrote over is put back; a
 replay does the same operators on the same memory and nothing else. So what a loop bakes in by mistake (a number on the host, a new
-tensor in place of a buffer) shows in the picture, as it would on a GPU. Streams, real capture and its speed are for a GPU.
+tensor in place of a buffer) shows in the image, as it would on a GPU. Streams, real capture and its speed are for a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOLERANCE = 2e-4
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operator with its arguments and results, and what it wrote over."""
+    """Records every operator with its arguments and results, and what it overwrote."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Recorder(TorchDispatchMode):
 
 
 class OnTheCpu(CudaTorchBackend):
-    """The backend of a GPU with its tensors on the CPU."""
+    """The GPU backend with its tensors on the CPU."""
 
     device = "cpu"
     captured: int
@@ -105,7 +105,7 @@ def test_one_captured_loop_serves_prompts_seeds_and_scales(captured: SanaRuntime
     assert_same_latents(captured, tiny_runtime, "a red fox", seed=1, guidance_scale=4.5)
     assert_same_latents(captured, tiny_runtime, "two blue birds on a wire", seed=2, guidance_scale=7.0)
     assert_same_latents(captured, tiny_runtime, "a red fox", seed=1, guidance_scale=4.5)
-    assert captured.backend.captured == 1  # prompts are filled up to one length
+    assert captured.backend.captured == 1  # prompts are padded to one length
     assert captured.backend.replayed == 3
 
 
@@ -136,6 +136,6 @@ def test_steps_with_a_callback_are_replayed_one_by_one(captured: SanaRuntime, ti
     assert captured.backend.captured == 3
 
 
-def test_pictures(captured: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
+def test_images(captured: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
     found, wanted = (np.asarray(runtime("a fox", seed=1, **SMALL).images[0], np.int16) for runtime in (captured, tiny_runtime))
     assert np.abs(found - wanted).max() <= 1

@@ -41,7 +41,7 @@ def test_too_little_space_is_told_in_bytes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def most_inside(path: Path, turns: int, **options: Any) -> int:
-    """How many of four threads, which take so many turns each, were inside the lock at once."""
+    """The most threads inside the lock at once, when four threads take it `turns` times each."""
     inside, most = 0, 0
 
     def work() -> None:
@@ -68,7 +68,7 @@ def test_a_lock_keeps_threads_apart_and_tells_who_waits(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_goes_keeps_threads_apart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waited for the file that was removed must not go in beside the holder of the next one."""
+    """A thread that waited for a removed lock file must not enter while another thread has the new one."""
     monkeypatch.setattr(disk, "_POLL_SECONDS", 0.001)
     assert most_inside(tmp_path / "lock", 3, remove=True) == 1
     with pytest.raises(KeyboardInterrupt), locked(tmp_path / "lock", remove=True):
