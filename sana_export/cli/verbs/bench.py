@@ -13,6 +13,7 @@ from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, model_options, positive
 from sana_export.errors import DependencyError, ParityError, UsageError
+from sana_export.progress import OnProgress
 
 DEFAULT_BACKENDS = ("onnxruntime",)
 DEFAULT_WORKLOAD = "cpu"
@@ -105,6 +106,8 @@ def measure(
     """
     require("", "export")
     from sana_export.bench.candidates.table import BASELINE
+    from sana_export.bench.report.document import document
+    from sana_export.bench.report.text import markdown
     from sana_export.bench.run import run_bench
     from sana_export.bench.workload import Workload, load_workload, prompts_of
     from sana_export.checkpoint.checkpoint import open_checkpoint
@@ -114,11 +117,15 @@ def measure(
         work = dataclasses.replace(load_workload(workload), prompts=prompts_of(prompts, "--prompts"))
     checkpoint = open_checkpoint(model, **opening)
     names = (BASELINE, *(backends or DEFAULT_BACKENDS))
-    report = run_bench(bundle, checkpoint, backends=names, workload=work, output=output, on_progress=console.step)
+    report = run_bench(bundle, checkpoint, backends=names, workload=work, output=output, on_progress=_show(console))
     exit_code = DependencyError.exit_code if report.failed else 0
     path = None if output is None else str(output / "bench.json")
-    text = report.as_text() + (f"\n{path}" if path else "")
-    return Answer({**report.as_json(), "report": path}, text, exit_code if report.agrees else ParityError.exit_code)
+    text = markdown(report) + (f"\n{path}" if path else "")
+    return Answer({**document(report), "report": path}, text, exit_code if report.agrees else ParityError.exit_code)
+
+
+def _show(console: Console) -> OnProgress:
+    return lambda progress: console.step(progress.doing, int(progress.done), int(progress.total))
 
 
 def _compare(before: Path, after: Path, threshold: float) -> Answer:
@@ -150,7 +157,7 @@ def _profile(options: argparse.Namespace, console: Console, opening: Mapping[str
         backend=names[0],
         workload=load_workload(options.workload),
         graphs=options.graphs,
-        on_progress=console.step,
+        on_progress=_show(console),
     )
     return Answer(profile.as_json(), profile.as_text(options.top), DependencyError.exit_code if profile.failed else 0)
 
