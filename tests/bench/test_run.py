@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sana_export.bench import load_meter as machine
-from sana_export.bench import run
+from sana_export.bench import load_meter, rounds, run
 from sana_export.bench.candidates import table as candidates
 from sana_export.bench.candidates.table import Job, Row, check_names
 from sana_export.bench.candidates.worker import Worker, WorkerFailed, WorkerServer
@@ -103,8 +102,9 @@ def test_failures_are_reported_and_the_rest_goes_on(report: BenchReport) -> None
 
 
 def test_pag_agrees_with_the_pag_pipeline(tiny_bundle: Path, tiny_checkpoint: Any) -> None:
-    work = Workload("pag", 64, 96, 2, 4.5, ("a cute 🐼",), pag_scale=2.0, repeats=1)
-    found = run_bench(tiny_bundle, tiny_checkpoint, workload=work)
+    work = Workload("pag", 64, 96, 2, 4.5, ("a cute 🐼",), pag_scale=2.0, repeats=1, threads=2)
+    found = run_bench(tiny_bundle, tiny_checkpoint, workload=work, threads=1)
+    assert found.threads == found.workload.threads == 1
     assert "SanaPAGPipeline" in found.backends["eager"].description
     assert found.failed == {}
     assert found.backends["onnxruntime"].agreement is not None
@@ -137,13 +137,13 @@ def test_backends_take_turns(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: 
 
 def test_the_load_of_others_leaves_out_what_the_run_itself_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     busy, own, now = [1000.0], [300.0], [50.0]
-    monkeypatch.setattr(machine, "busy_seconds", lambda: busy[0])
-    monkeypatch.setattr(machine.time, "monotonic", lambda: now[0])
-    meter = machine.LoadMeter(lambda: own[0])
+    monkeypatch.setattr(load_meter, "busy_seconds", lambda: busy[0])
+    monkeypatch.setattr(load_meter.time, "monotonic", lambda: now[0])
+    meter = load_meter.LoadMeter(lambda: own[0])
     # Over 100 seconds of every core, all processes together worked for 40 s and ours for 30 s of these.
     busy[0], own[0], now[0] = 1040.0, 330.0, 150.0
     assert meter.other_load() == pytest.approx(10.0 / (100.0 * (os.cpu_count() or 1)), abs=0.01)
-    monkeypatch.setattr(machine, "busy_seconds", lambda: None)
+    monkeypatch.setattr(load_meter, "busy_seconds", lambda: None)
     assert meter.other_load() is None
 
 
@@ -158,7 +158,7 @@ def test_all_leaves_out_what_cannot_run_and_says_why(
         "slow": Row("tests.support.fake_candidates:notes_turns", slow_on_cpu="takes minutes"),
     }
     monkeypatch.setattr(candidates, "ROWS", rows)
-    monkeypatch.setattr(run, "_rates", lambda job, steps: None)
+    monkeypatch.setattr(Worker, "rates", lambda worker, precision: None)
     monkeypatch.setattr(Worker, "load", in_this_process)
     work = Workload("all", 64, 64, 1, 1.0, ("x",), repeats=1)
     found = run_bench(tiny_bundle, tiny_checkpoint, backends=("all",), workload=work)
@@ -213,7 +213,8 @@ def test_no_process_is_left_when_the_run_is_interrupted(
         if progress.doing.startswith("round 2"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "Worker", Watched)
+    for module in (run, rounds):
+        monkeypatch.setattr(module, "Worker", Watched)
     with pytest.raises(KeyboardInterrupt):
         run_bench(
             tiny_bundle,
@@ -228,12 +229,15 @@ def test_no_process_is_left_when_the_run_is_interrupted(
 def test_unknown_names_and_folders_are_refused_before_anything_starts(
     tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "Worker", None)
+    for module in (run, rounds):
+        monkeypatch.setattr(module, "Worker", None)
     with pytest.raises(UsageError) as error:
         run_bench(tiny_bundle, tiny_checkpoint, backends=("eager", "onnxruntme"))
     assert error.value.fix == "--backend onnxruntime"
     with pytest.raises(UsageError, match="unknown workload 'cqu'"):
         run_bench(tiny_bundle, tiny_checkpoint, workload="cqu")
+    with pytest.raises(UsageError, match="the workload cpu runs on the CPU"):
+        run_bench(tiny_bundle, tiny_checkpoint, device=1)
     (tmp_path / "file").write_text("")
     with pytest.raises(DependencyError):
         run_bench(tiny_bundle, tiny_checkpoint, output=tmp_path / "file" / "report")

@@ -55,7 +55,7 @@ class Job:
     def from_json(cls, document: Mapping[str, Any]) -> Job:
         """The job that `as_json` made `document` of."""
         workload = document["workload"]
-        workload = Workload(**{**workload, "prompts": tuple(workload["prompts"])})
+        workload = Workload(**{**workload, "prompts": tuple(workload["prompts"]), "sweep": tuple(workload["sweep"])})
         loras = tuple((path, scale) for path, scale in document.get("loras", ()))
         return cls(**{**document, "pag_layers": tuple(document["pag_layers"]), "workload": workload, "loras": loras})
 

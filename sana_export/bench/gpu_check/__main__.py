@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[CheckPart] = PA
 
 
 def _capabilities(outcome: Outcome) -> Capabilities:
-    """What the part `find` found. If it failed, what can be told without it."""
+    """What the part `find` found. If it failed, what is known without it."""
     known = outcome.found.get("modules")
     if known is None:
         names = {name for part in PARTS for name in (*part.modules, *part.one_of)}
