@@ -53,7 +53,7 @@ class Job:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Job:
-        """The job that `as_json` made `document` of."""
+        """The job that `as_json` turned into `document`."""
         workload = document["workload"]
         workload = Workload(**{**workload, "prompts": tuple(workload["prompts"]), "sweep": tuple(workload["sweep"])})
         loras = tuple((path, scale) for path, scale in document.get("loras", ()))
