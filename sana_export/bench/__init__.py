@@ -1,1 +1,1 @@
-"""How long each backend takes beside eager diffusers: workloads, interleaved measuring, reports."""
+"""Compares the latency of backends with eager diffusers: workloads, interleaved measurement, reports."""

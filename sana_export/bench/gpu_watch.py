@@ -1,4 +1,4 @@
-"""Power, clocks, heat and memory of the GPU while each backend has its turn, where NVIDIA's management library answers."""
+"""Power, clocks, temperature and memory of the GPU during each backend's turns, from NVIDIA's management library (NVML)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _PERIOD_SECONDS = 0.05
-#: Bits of the reasons for which a GPU lowers its clocks that make a run slower than the card (nvml.h, nvmlClocksThrottleReason*).
+#: NVML's bits for the reasons why a GPU lowers its clocks (nvml.h, nvmlClocksThrottleReason*), without those of normal operation.
 _SLOWED_BY = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "heat", 0x40: "heat", 0x80: "power brake"}
 
 
 class GpuWatch:
-    """Samples the first GPU in a thread of its own during `turn`. Without pynvml, driver or GPU it watches nothing."""
+    """Samples one GPU from a thread during `turn`. Does nothing if pynvml, the driver or the GPU is missing.
 
-    def __init__(self, module: str = "pynvml") -> None:
+    `index` is NVML's index of the GPU.
+    """
+
+    def __init__(self, module: str = "pynvml", index: int = 0) -> None:
         self._samples: dict[str, list[dict[str, Any]]] = {}
-        self._nvml, self._handle = _open(module)
+        self._nvml, self._handle = _open(module, index)
 
     @contextmanager
     def turn(self, name: str, process: int) -> Iterator[None]:
-        """The turn of the backend `name`, which runs in `process`."""
+        """Sample while the backend `name` has its turn in `process`."""
         if self._nvml is None:
             yield
             return
@@ -40,10 +43,10 @@ class GpuWatch:
             thread.join()
 
     def summary(self, name: str) -> dict[str, Any] | None:
-        """power_w, sm_clock_mhz, memory_clock_mhz, temperature_c: median, least and most over the turns of `name`.
+        """What was sampled during the turns of `name`. None if there are no samples; a value is None if the GPU does not report it.
 
-        process_bytes: the most device memory that its process held. slowed_by: why the GPU lowered its clocks. Values that the
-        library did not tell are None; all is None where it told nothing.
+        power_w, sm_clock_mhz, memory_clock_mhz, temperature_c: median, min and max. process_bytes: the peak device memory of its
+        process. slowed_by: why the GPU lowered its clocks.
         """
         samples = self._samples.get(name)
         if not samples:
@@ -75,27 +78,27 @@ class GpuWatch:
         }
 
     def _held(self, process: int) -> int | None:
-        """Device memory of `process`; None where the library does not know the process (as from inside a container)."""
+        """Device memory of `process`. None if the library does not know the process, for example from inside a container."""
         found = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
         return next((entry.usedGpuMemory for entry in found if entry.pid == process), None)
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """The answer, or None where this GPU or driver does not support the question."""
+        """The answer, or None if this GPU or driver does not support the question."""
         try:
             return question()
         except self._nvml.NVMLError:
             return None
 
 
-def _open(module: str) -> tuple[Any, Any]:
-    """The library and its handle of the first GPU; None and None where it cannot be used."""
+def _open(module: str, index: int) -> tuple[Any, Any]:
+    """The library and its handle of the GPU. None and None if it cannot be used."""
     try:
         nvml = importlib.import_module(module)
     except ImportError:
         return None, None
     try:
         nvml.nvmlInit()
-        return nvml, nvml.nvmlDeviceGetHandleByIndex(0)
+        return nvml, nvml.nvmlDeviceGetHandleByIndex(index)
     except nvml.NVMLError as error:
         log.debug("the GPU is not watched: %s", error)
         return None, None

@@ -1,4 +1,4 @@
-"""The machine and the versions that a report's figures belong to."""
+"""Measures how busy other processes keep the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def busy_seconds() -> float | None:
-    """Processor seconds that all processes together have used since the machine started; None where the system does not tell."""
+    """CPU seconds that all processes together have used since the machine started. None if the system does not report it."""
     try:
         fields = Path("/proc/stat").read_text("utf-8").splitlines()[0].split()
         user, nice, system, _idle, _wait, interrupt, soft_interrupt = map(int, fields[1:8])
@@ -19,13 +19,16 @@ def busy_seconds() -> float | None:
 
 
 class LoadMeter:
-    """The share of all cores' time that other processes use from now on. `own`: processor seconds of our own processes."""
+    """Measures the share of all cores' time that other processes use from now on.
+
+    `own` returns the CPU seconds of the benchmark's other processes. Those of this process are counted by the meter.
+    """
 
     def __init__(self, own: Callable[[], float]) -> None:
         self._own, self._started, self._before = own, time.monotonic(), self._elsewhere(own)
 
     def other_load(self) -> float | None:
-        """0 to 1 since the start; None where the system does not tell."""
+        """The share since the start, from 0 to 1. None if the system does not report it."""
         after = self._elsewhere(self._own)
         if self._before is None or after is None:
             return None

@@ -1,4 +1,4 @@
-"""Named ranges for outside tools (Nsight Systems), where the package nvtx is installed; nothing otherwise."""
+"""Named ranges for profilers such as Nsight Systems. They need the package nvtx; without it they do nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def nvtx_range(name: str) -> AbstractContextManager[Any]:
-    """A range called `name` around what runs inside of it."""
+    """A range called `name` around a block of code."""
     library = _library()
     return nullcontext() if library is None else library.annotate(name, domain="sana_export")
 

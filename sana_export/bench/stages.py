@@ -1,4 +1,4 @@
-"""The stages that are timed, and how the times of many calls become a few numbers. All times are milliseconds."""
+"""The stages that are timed, and the statistics of their times. All times are in milliseconds."""
 
 from __future__ import annotations
 
@@ -8,53 +8,61 @@ from dataclasses import dataclass
 import numpy as np
 
 END_TO_END = "end_to_end"
-#: Stage: what lies between its two clock readings.
+#: Stage to what it covers.
 STAGES = {
     "text_encoder": "prompts to embeddings, tokenizer included",
-    "context": "embeddings to cross-attention keys and values (diffusers: part of every step)",
+    "context": "embeddings to cross-attention keys and values (in diffusers, part of every step)",
     "denoise_step": "one step: denoiser, guidance and sampler",
     "denoise_loop": "all steps",
     "vae_decoder": "latents to uint8 images",
     END_TO_END: "the whole call, prompt to Pillow images",
 }
-#: The times of one call: a stage that runs several times has several, a stage that a backend does not have has none.
+#: Stage to its times in one call. A stage that runs several times has several; a stage that the backend does not have is missing.
 StageTimes = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The middle of n values and the bounds of their middle 80%, interpolated linearly between neighbours."""
+    """The distribution of some values. Percentiles are interpolated linearly."""
 
+    #: Number of values.
     n: int
+    #: The 50th percentile.
     median: float
+    #: The 10th percentile.
     p10: float
+    #: The 90th percentile.
     p90: float
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call to a backend. Calls of two backends are a pair where round and prompt are the same.
+    """One call of a backend. Calls of two backends with the same round and prompt are a pair."""
 
-    `psnr_db`: of its images against the baseline's in the same pair, None for the baseline itself.
-    """
-
+    #: Number of the round, warm-up rounds included.
     round: int
+    #: Index of the prompt.
     prompt: int
+    #: Times of the stages.
     times: StageTimes
+    #: PSNR of its images against the baseline's in the same pair. None for the baseline.
     psnr_db: float | None = None
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """`ms`: times after warm-up. `first_ms`: of the process's first call. `ratio`: the baseline's time by it, above 1 is faster."""
+    """The times of one stage of one backend."""
 
+    #: Times after warm-up.
     ms: Summary
+    #: Time in the first call of the process.
     first_ms: float | None
+    #: The baseline's time divided by this one's, pair by pair: above 1 is faster than the baseline.
     ratio: Summary | None
 
 
 def summarize(values: Iterable[float]) -> Summary | None:
-    """None where there is nothing to summarize."""
+    """The distribution of `values`. None if there are none."""
     array = np.fromiter(values, dtype=np.float64)
     if not array.size:
         return None
@@ -63,7 +71,7 @@ def summarize(values: Iterable[float]) -> Summary | None:
 
 
 def pair_ratios(stage: str, baseline: Iterable[Call], calls: Iterable[Call]) -> list[float]:
-    """The baseline's time by ours for each pair, each call represented by the median of its times in that stage."""
+    """The baseline's time divided by the time in `calls`, for each pair. A call counts with its median time in the stage."""
     theirs = {(call.round, call.prompt): call.times.get(stage, ()) for call in baseline}
     ratios = []
     for call in calls:
@@ -74,7 +82,7 @@ def pair_ratios(stage: str, baseline: Iterable[Call], calls: Iterable[Call]) -> 
 
 
 def stage_results(first: Call | None, calls: Sequence[Call], baseline: Sequence[Call] | None) -> dict[str, StageResult]:
-    """The stages that `calls` have. `baseline` None leaves the ratios out."""
+    """The results of the stages that `calls` have. Without `baseline` they have no ratios."""
     results = {}
     for stage in STAGES:
         ms = summarize(time for call in calls for time in call.times.get(stage, ()))

@@ -1,6 +1,6 @@
-"""What a benchmark samples: one TOML file, read into a frozen `Workload`.
+"""What a benchmark samples: a TOML file that is read into a `Workload`.
 
-The files that come with the package lie in `workloads/` beside this module; any other is named by its path.
+The built-in workloads are in the folder `workloads/`. Any other is named by its path.
 """
 
 from __future__ import annotations
@@ -20,52 +20,61 @@ from sana_export.toml_tables import parse_table, read_toml
 FOLDER = Path(__file__).with_name("workloads")
 PROMPTS = Path(__file__).with_name("prompts.toml")
 DEVICES = ("cpu", "cuda")
-#: Sana's latents are 1/32 of the image on each side.
+#: Sana's latents have 1/32 of the image's size on each side.
 SIDE_FACTOR = 32
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One request, repeated: every round samples each prompt once, with `images_per_prompt` images in one call.
+    """One request, repeated. Every round samples each prompt once. Sizes are not rounded to resolution bins."""
 
-    Sizes are pixels and are sampled as they are (no resolution binning). `warmup` rounds are not counted, `repeats` rounds are.
-    `device`: where eager diffusers runs, and with that its dtypes. `threads` None: every core that this process may use.
-    `sweep`: other sizes and batches that are timed after the workload itself, each the fields that it changes.
-    """
-
+    #: Its name in reports.
     name: str
+    #: Height of the images in pixels.
     height: int
+    #: Width of the images in pixels.
     width: int
+    #: Number of steps.
     num_inference_steps: int
+    #: Guidance scale.
     guidance_scale: float
+    #: The prompts.
     prompts: tuple[str, ...]
+    #: Scale of perturbed-attention guidance. 0 turns it off.
     pag_scale: float = 0.0
+    #: Number of images in one call.
     images_per_prompt: int = 1
+    #: Seed of every call.
     seed: int = 0
+    #: Rounds that are not counted.
     warmup: int = 1
+    #: Rounds that are counted.
     repeats: int = 5
+    #: Number of CPU threads. None means every core that this process may use.
     threads: int | None = None
+    #: Where eager diffusers runs, "cpu" or "cuda". Its dtypes depend on it.
     device: str = "cpu"
+    #: Other sizes and batches to time after the workload itself: for each, the fields that it changes.
     sweep: tuple[Mapping[str, int], ...] = ()
 
     def points(self) -> list[Workload]:
-        """The workloads of the sweep."""
+        """The workload of each point of the sweep."""
         return [dataclasses.replace(self, sweep=(), **dict[str, Any](point)) for point in self.sweep]
 
     def resolved_threads(self) -> int:
-        """The number of CPU threads that every backend gets."""
+        """The number of CPU threads of each backend."""
         return self.threads or usable_cores()
 
     def sampling(self) -> dict[str, Any]:
-        """The fields of `runtime.request.Request` that all calls of the workload have in common."""
+        """The fields of `runtime.request.Request` that are the same in all calls of the workload."""
         names = ("num_inference_steps", "guidance_scale", "pag_scale", "height", "width")
         same = {name: getattr(self, name) for name in names}
         return {**same, "num_images_per_prompt": self.images_per_prompt, "use_resolution_binning": False}
 
 
-#: What a point of a sweep may change.
+#: Fields that a point of a sweep may change.
 _SWEPT = ("height", "width", "images_per_prompt", "num_inference_steps", "warmup", "repeats")
-#: Field: the least value that makes sense.
+#: Field to its smallest valid value.
 _LEAST = {
     "num_inference_steps": 1,
     "guidance_scale": 0,
@@ -79,19 +88,19 @@ _LEAST = {
 
 
 def built_in_workloads() -> dict[str, Path]:
-    """Name to file of the workloads that come with the package."""
+    """Name to file of the built-in workloads."""
     return {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
 
 
 def load_workload(name: str | Path) -> Workload:
-    """The built-in workload `name`, or the one in the TOML file at the path `name`. UsageError where it cannot be used."""
+    """The built-in workload `name`, or the one in the TOML file `name`. Raises UsageError if it is missing or invalid."""
     known = built_in_workloads()
     path = known.get(str(name), Path(name))
     if not path.is_file():
         near = difflib.get_close_matches(str(name), known, n=3)
         raise UsageError(
-            f"there is no workload {str(name)!r}",
-            found="no built-in of that name and no such file",
+            f"unknown workload {str(name)!r}",
+            found="no built-in workload of that name and no such file",
             wanted=", ".join(near or known),
             fix=f"--workload {next(iter(near or known), 'FILE.toml')}",
         )
@@ -99,7 +108,7 @@ def load_workload(name: str | Path) -> Workload:
 
 
 def parse_workload(content: dict[str, Any], path: Path) -> Workload:
-    """The workload that a TOML document at `path` says; its name is the file's unless it gives one."""
+    """The workload in a TOML document from `path`. Its name is the file's unless the document has one."""
     content = {"name": path.stem, **content}
     if "prompt_sets" in content:
         content["prompts"] = list(prompts_of(content.pop("prompt_sets"), f"prompt_sets in {path}"))
@@ -109,11 +118,11 @@ def parse_workload(content: dict[str, Any], path: Path) -> Workload:
 
 
 def prompts_of(sets: Any, where: str) -> tuple[str, ...]:
-    """The prompts of the named sets of prompts.toml, in their order. UsageError, naming `where`, for an unknown name."""
+    """The prompts of the named sets in prompts.toml, in order. Raises UsageError, which mentions `where`, for an unknown set."""
     known: dict[str, list[str]] = tomllib.loads(PROMPTS.read_text("utf-8"))
     names = [str(name) for name in sets] if isinstance(sets, (list, tuple)) else [str(sets)]
     if unknown := [name for name in names if name not in known] or ([] if names else ["nothing"]):
-        raise UsageError(f"{where}: there is no such set of prompts", found=unknown[0], wanted=", ".join(known))
+        raise UsageError(f"{where}: unknown set of prompts", found=unknown[0], wanted=", ".join(known))
     return tuple(" ".join(prompt.split()) for name in names for prompt in known[name])
 
 
@@ -127,11 +136,15 @@ def _check(workload: Workload, path: Path) -> None:
     for key in ("height", "width"):
         side = getattr(workload, key)
         if side < SIDE_FACTOR or side % SIDE_FACTOR:
-            raise UsageError(f"{key} in {path} does not fit", found=side, wanted=f"a multiple of {SIDE_FACTOR}")
+            raise UsageError(f"{key} in {path} is not a valid size", found=side, wanted=f"a multiple of {SIDE_FACTOR}")
     for point in workload.sweep:
         for key, value in point.items():
             if key not in _SWEPT or not isinstance(value, int) or isinstance(value, bool):
-                raise UsageError(f"sweep in {path} has a bad key", found=f"{key} = {value!r}", wanted=f"whole {', '.join(_SWEPT)}")
+                raise UsageError(
+                    f"sweep in {path} has an invalid entry",
+                    found=f"{key} = {value!r}",
+                    wanted=f"whole numbers for {', '.join(_SWEPT)}",
+                )
     for inner in workload.points():
         _check(inner, path)
     if workload.device not in DEVICES:

@@ -1,7 +1,8 @@
-"""The measured ceiling, and what is watched of a GPU."""
+"""The measured ceiling, and the GPU's power and clocks."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import ModuleType, SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from sana_export.bench.gpu_watch import GpuWatch
+from sana_export.bench.threads import torch_threads
 from sana_export.bench.work.ceiling import better, measure_rates
 from sana_export.bench.work.count import Rates
 
@@ -18,23 +20,30 @@ from sana_export.bench.work.count import Rates
 def test_the_ceiling_is_above_what_plain_calls_reach() -> None:
     rates = measure_rates("cpu", "fp32", threads=1)
     left, right = torch.randn(256, 256), torch.randn(256, 256)
-    source, threads = torch.ones(64 << 20, dtype=torch.uint8), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        times = {"mm": [], "clone": []}
+    source = torch.ones(64 << 20, dtype=torch.uint8)
+    times: dict[str, list[float]] = {"mm": [], "clone": []}
+    with torch_threads(1):
         for _ in range(5):
             for name, call in (("mm", lambda: left @ right), ("clone", source.clone)):
                 started = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(threads)
     # Half: a small product may sit in a faster cache, and the machine may have slowed down since.
     assert rates.flop > 0.5 * 2 * 256**3 / min(times["mm"])
     assert rates.bytes > 0.25 * 2 * source.nbytes / min(times["clone"])
     assert rates.flop < 1e15
     assert rates.bytes < 1e13
     assert rates.precision == "fp32"
+
+
+def test_the_number_of_threads_is_restored() -> None:
+    before = torch.get_num_threads()
+    inside = []
+    with contextlib.suppress(ValueError), torch_threads(before + 1):
+        inside.append(torch.get_num_threads())
+        raise ValueError
+    assert inside == [before + 1]
+    assert torch.get_num_threads() == before
 
 
 def test_the_better_of_two_measurements() -> None:
@@ -65,7 +74,7 @@ class FakeNvml(ModuleType):
         return f"gpu {index}"
 
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
-        assert handle == "gpu 0"
+        assert handle == "gpu 1"
         self.watts += 10
         return self.watts * 1000
 
@@ -76,7 +85,7 @@ class FakeNvml(ModuleType):
         raise self.NVMLError("not supported")
 
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: str) -> int:
-        return 0x4 | 0x1  # a power cap, and idle, which is no slowing down
+        return 0x4 | 0x1  # power cap, and idle, which does not count
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:
         self.held += 1 << 20
@@ -91,7 +100,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 
 def test_power_and_clocks_belong_to_the_backend_whose_turn_it_was(nvml: FakeNvml) -> None:
-    watch = GpuWatch("fake_nvml")
+    watch = GpuWatch("fake_nvml", index=1)
     with watch.turn("ours", 77):
         time.sleep(0.2)
     nvml.watts = 290
@@ -111,7 +120,7 @@ def test_power_and_clocks_belong_to_the_backend_whose_turn_it_was(nvml: FakeNvml
     assert watch.summary("never had a turn") is None
 
 
-def test_without_a_gpu_nothing_is_watched(nvml: FakeNvml) -> None:
+def test_without_a_gpu_nothing_is_sampled(nvml: FakeNvml) -> None:
     nvml.gpus = 0
     for module in ("fake_nvml", "no_such_module"):
         watch = GpuWatch(module)

@@ -1,4 +1,4 @@
-"""Two made-up reports side by side. tests/cli/test_bench.py compares real ones."""
+"""Two made-up reports. tests/cli/test_bench.py compares real ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def stage(median: float, spread: float, ratio: float | None) -> dict[str, Any]:
 
 
 def report(ours: float, *, eager: float = 200.0, spread: float = 2.0) -> dict[str, Any]:
-    """A report in which eager and ours take so many ms, at another size four times as many."""
+    """A report with these times in ms, and at another size four times as much."""
     backends = {"eager": (eager, None), "ours": (ours, eager / ours)}
     whole = {name: {"end_to_end": stage(ms, spread, ratio), "context": None} for name, (ms, ratio) in backends.items()}
     return {
@@ -54,14 +54,14 @@ def test_worse_and_better_beyond_threshold_and_spread() -> None:
     assert verdicts(report(120), report(100)) == {"better"}
     assert verdicts(report(100), report(104)) == {""}
     assert verdicts(report(100), report(120), threshold=0.25) == {""}
-    # Within the spread of the two runs: at the larger size, whose time is longer, it stands out.
+    # Within the spread of the two runs. At the larger size the difference exceeds it, because the times are longer.
     assert verdicts(report(100, spread=15), report(120, spread=15)) == {"", "worse"}
 
 
-def test_what_slows_eager_alike_is_the_machine() -> None:
+def test_if_eager_slows_down_as_much_it_was_the_machine() -> None:
     assert verdicts(report(100, eager=200), report(150, eager=300)) == {""}
     assert verdicts(report(100, eager=200), report(150, eager=210)) == {"worse"}
-    # Eager itself is no regression of ours.
+    # A slower eager is not a regression.
     found = compare(report(100, eager=200), report(100, eager=400), 0.05, "a", "b")
     assert [change.verdict for change in found.changes if change.backend == "eager"] == ["worse", "worse"]
     assert found.passed
@@ -71,7 +71,7 @@ def test_a_lost_backend_is_a_regression() -> None:
     for change, reason in (
         (lambda backends: backends.pop("ours"), "not in the second report"),
         (lambda backends: backends["ours"].update(failed="no  GPU"), "no GPU"),
-        (lambda backends: backends["ours"].update(agreement={"agrees": False, "psnr_db": 12.0}), "no longer agrees"),
+        (lambda backends: backends["ours"].update(agreement={"agrees": False, "psnr_db": 12.0}), "its images no longer agree"),
     ):
         after = copy.deepcopy(report(100))
         change(after["backends"])
@@ -81,13 +81,13 @@ def test_a_lost_backend_is_a_regression() -> None:
         assert reason in found.as_text()
 
 
-def test_what_is_not_alike_is_told() -> None:
+def test_other_differences_are_reported() -> None:
     after = report(100)
     after["versions"] = {"torch": "2", "triton": "3"}
     after["noisy"], after["noise"] = True, ["others used 50%"]
     text = compare(report(100), after, 0.05, "a", "b").as_text()
     for line in ("versions torch: 1 to 2", "versions triton: None to 3", "the second run was noisy (others used 50%)"):
-        assert f"- not alike: {line}" in text
+        assert f"- different: {line}" in text
     after["workload"]["height"] = 1024
     with pytest.raises(UsageError, match="cannot be compared"):
         compare(report(100), after, 0.05, "a", "b")
@@ -97,7 +97,7 @@ def test_what_is_not_alike_is_told() -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 1, "backends": {}}', '{"schema_version": 2}'])
-def test_another_file_is_refused(content: str, tmp_path: Path) -> None:
+def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     path.write_text(content)
     with pytest.raises(ArtifactError):

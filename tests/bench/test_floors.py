@@ -1,4 +1,4 @@
-"""The computed page: its counts against known figures, its text against what is committed."""
+"""The computed page: its counts against known figures, its text against the committed page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
 from sana_export.synth.recipes import RECIPES
 
 PAGE = Path(__file__).parents[2] / "benchmarks" / "floors.md"
-#: TFLOP of one step as diffusers runs it, and of its decoder, by the layers' shapes: independently computed for this project.
+#: TFLOP of one step of diffusers and of its decoder, computed independently from the layers' shapes.
 STEP = {
     **{("600M", 512): 0.63, ("600M", 1024): 2.24, ("600M", 2048): 8.69, ("600M", 4096): 34.5},
     **{("1600M", 512): 1.67, ("1600M", 1024): 5.93, ("1600M", 2048): 22.97, ("1600M", 4096): 91.1},
@@ -28,7 +28,7 @@ def found() -> list[floors.Floor]:
     return list(floors.floors())
 
 
-def test_the_reference_s_work_is_the_known_one(found: list[floors.Floor]) -> None:
+def test_the_references_work_is_known(found: list[floors.Floor]) -> None:
     for floor in found:
         step, decoder = floor.reference["denoise_step"].flop / 1e12, floor.reference["vae_decoder"].flop / 1e12
         assert step == pytest.approx(STEP[floor.model, floor.side], rel=0.005)
@@ -41,7 +41,7 @@ def test_ours_is_less_work_at_every_size(found: list[floors.Floor]) -> None:
         assert floor.ours["denoise_step"].flop < floor.reference["denoise_step"].flop
         assert floor.ours["end_to_end"].flop < floor.reference["end_to_end"].flop
         assert floor.ours["text_encoder"].flop < floor.reference["text_encoder"].flop / 20
-    # Work grows with the pixels, but for what is done once a prompt.
+    # Work is proportional to the number of pixels, except for work per prompt.
     sides = {floor.side: floor.ours["denoise_step"].flop for floor in found if floor.model == "1600M"}
     assert sides[2048] / sides[1024] == pytest.approx(4, rel=0.001)
 
@@ -50,7 +50,7 @@ def test_windows_are_those_of_the_published_decoder() -> None:
     config = RECIPES["sana-1600m-1024px"].vae
     with torch.device("meta"):
         tail = VaeDecoderTail(config, MetaWeights(expected_shapes("vae", config)), NUMERICS["float16"])
-    assert (tile_halo(tail), tile_scale(config)) == (floors._TILE_HALO, floors._TILE_SCALE)
+    assert (tile_halo(tail), tile_scale(config)) == (floors.TILE_HALO, floors.TILE_SCALE)
 
 
 def test_the_committed_page_is_what_the_code_writes(found: list[floors.Floor], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What the parts do, tried on the CPU with `tiny`: parity and latency of backends that are here, and that they can fail."""
+"""The parts on the CPU with `tiny`: parity and latency of the backends that are installed, and that they can fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from sana_export.bench.gpu_check import latency, parity, rtx, suite
 from sana_export.bench.gpu_check.bundles import MODELS, checkpoint_of, without_onnx
-from sana_export.bench.gpu_check.check import CheckFailed, Context
+from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 from sana_export.contract import GRAPHS
 from sana_export.errors import ArtifactError
 from sana_export.manifest import Manifest
@@ -21,19 +21,19 @@ from sana_export.variants import VARIANTS
 
 
 @pytest.fixture(scope="module")
-def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
-    """What parts keep is thrown away."""
+def context(tmp_path_factory: pytest.TempPathFactory) -> PartContext:
+    """A context that discards what parts keep."""
 
     def keep(more: Mapping[str, Any]) -> None:
         assert more
 
-    return Context(tmp_path_factory.mktemp("work"), "cpu", keep)
+    return PartContext(tmp_path_factory.mktemp("work"), "cpu", keep)
 
 
 TINY = (("tiny-random", "float32", "fp32", (1,)),)
 
 
-def test_parity_of_the_torch_backend_needs_no_export(context: Context) -> None:
+def test_parity_of_the_torch_backend_needs_no_export(context: PartContext) -> None:
     found = parity.check(context, backend="torch", cases=TINY, size=96)["cases"]["tiny-random-fp32"]
     assert found["passed"]
     assert found["least_cosine"] >= 0.999999
@@ -41,7 +41,7 @@ def test_parity_of_the_torch_backend_needs_no_export(context: Context) -> None:
     assert not list(context.work.glob("bundles/*/onnx"))
 
 
-def test_parity_finds_a_wrong_graph(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_finds_a_wrong_graph(context: PartContext, monkeypatch: pytest.MonkeyPatch) -> None:
     build = torch_backend.build_graph
 
     def build_wrong(name: str, *rest: Any) -> Any:
@@ -58,7 +58,7 @@ def test_parity_finds_a_wrong_graph(context: Context, monkeypatch: pytest.Monkey
 SHORT: dict[str, Any] = {"model": "tiny-random", "exported": False, "batches": (1, 2), "size": 64, "steps": 2}
 
 
-def test_latency_is_measured_and_pictures_are_compared(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_is_measured_and_images_are_compared(context: PartContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "WARM_UP", 1)
     monkeypatch.setattr(latency, "COUNTED", {1: 3, 2: 1})
     eager = latency.measure(context, backend="eager", **SHORT)
@@ -71,18 +71,18 @@ def test_latency_is_measured_and_pictures_are_compared(context: Context, monkeyp
     assert found["rows"]["1"]["denoise_loop"]["n"] == 3
     for path in context.work.glob("images/*.npy"):
         np.save(path, 255 - np.load(path))
-    with pytest.raises(CheckFailed, match=r"not eager's pictures: batch 1: .* dB"):
+    with pytest.raises(CheckFailed, match=r"the images differ from eager's: batch 1: .* dB"):
         latency.measure(context, backend="torch", **SHORT)
 
 
-def test_a_bundle_without_onnx_files_is_for_torch_alone(context: Context) -> None:
+def test_a_bundle_without_onnx_files_is_for_the_torch_backend_only(context: PartContext) -> None:
     bundle = without_onnx(context, checkpoint_of(context, "tiny-random"), "tiny-random")
     assert set(Manifest.load(bundle).graphs) == set(GRAPHS)
     with pytest.raises(ArtifactError, match="not-exported is missing"):
         SanaRuntime.from_pretrained(bundle, backend="onnxruntime")
 
 
-def test_models_are_the_published_ones_beside_their_text_encoder() -> None:
+def test_models_are_the_published_ones_except_for_the_text_encoder() -> None:
     for name, alias, layers in (
         ("600m", "sana-600m-1024px", 28),
         ("1600m", "sana-1600m-1024px", 20),
@@ -91,10 +91,10 @@ def test_models_are_the_published_ones_beside_their_text_encoder() -> None:
         published = VARIANTS[alias].transformer
         assert MODELS[name].transformer == {**published, "num_layers": layers}
         assert MODELS[name].text_encoder["hidden_size"] == 2304
-        assert MODELS[name].name not in VARIANTS, "so that the stored dtype tells of the clamp, which fp16 has"
+        assert MODELS[name].name not in VARIANTS, "the clamp must follow from the stored dtype, and with fp16 it is on"
 
 
-def test_the_question_to_tensorrt_rtx_builds_without_a_gpu(context: Context) -> None:
+def test_the_question_to_tensorrt_rtx_builds_without_a_gpu(context: PartContext) -> None:
     """Loading and running need one."""
     pytest.importorskip("tensorrt_rtx")
     for question in ("portable", "sm80-ampere-plus"):
@@ -104,16 +104,16 @@ def test_the_question_to_tensorrt_rtx_builds_without_a_gpu(context: Context) -> 
         assert not found["loaded"]
 
 
-def test_the_suite_counts_outcomes_and_fails_with_a_test(context: Context, tmp_path: Path) -> None:
-    """In a process of its own, as a part is."""
-    from sana_export.bench.gpu_check.parts import Part
-    from sana_export.bench.gpu_check.runner import Here, Outcome, Runner
+def test_the_suite_counts_outcomes_and_fails_with_a_test(context: PartContext, tmp_path: Path) -> None:
+    """In a child process, like any part."""
+    from sana_export.bench.gpu_check.parts import CheckPart
+    from sana_export.bench.gpu_check.runner import Capabilities, Outcome, PartRunner
 
     (tmp_path / "test_some.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
 
     def run(select: str) -> Outcome:
-        part = Part("suite", f"{suite.__name__}:run", 60, 1, {"select": select, "where": str(tmp_path)}, ())
-        runner = Runner(tmp_path / "work", Here(True, (), False), "cpu", deadline=1e12)
+        part = CheckPart("suite", f"{suite.__name__}:run", 60, 1, {"select": select, "where": str(tmp_path)}, ())
+        runner = PartRunner(tmp_path / "work", Capabilities(True, (), False), "cpu", deadline=1e12)
         return runner.run([part], lambda part, outcome: None)["suite"]
 
     failed = run("not gpu")

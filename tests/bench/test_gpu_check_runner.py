@@ -11,21 +11,21 @@ from typing import Any
 import pytest
 
 from sana_export.bench.gpu_check.__main__ import main
-from sana_export.bench.gpu_check.parts import PARTS, Part
+from sana_export.bench.gpu_check.parts import PARTS, CheckPart
 from sana_export.bench.gpu_check.report import Report
-from sana_export.bench.gpu_check.runner import RESERVE, Here, Outcome, Runner
+from sana_export.bench.gpu_check.runner import RESERVE, Capabilities, Outcome, PartRunner
 
-HERE = Here(gpu=True, modules=("numpy",), cuda_provider=False)
+ALL_PRESENT = Capabilities(gpu=True, modules=("numpy",), cuda_provider=False)
 
 
-def part(name: str, most: float = 20, least: float = 1, **more: Any) -> Part:
+def part(name: str, most: float = 20, least: float = 1, **more: Any) -> CheckPart:
     more.setdefault("modules", ("numpy",))
-    return Part(name, f"tests.support.gpu_check_parts:{name.partition('-')[0]}", most, least, **more)
+    return CheckPart(name, f"tests.support.gpu_check_parts:{name.partition('-')[0]}", most, least, **more)
 
 
-def run(work: Path, *parts: Part, seconds: float = 60, **more: Any) -> dict[str, Outcome]:
-    settings = {"here": HERE, "device": "cuda", **more}
-    runner = Runner(work, deadline=time.monotonic() + RESERVE + seconds, **settings)
+def run(work: Path, *parts: CheckPart, seconds: float = 60, **more: Any) -> dict[str, Outcome]:
+    settings = {"capabilities": ALL_PRESENT, "device": "cuda", **more}
+    runner = PartRunner(work, deadline=time.monotonic() + RESERVE + seconds, **settings)
     told: list[str] = []
     outcomes = runner.run(parts, lambda part, outcome: told.append(part.name))
     assert told == [one.name for one in parts] == list(outcomes)
@@ -64,42 +64,42 @@ def test_every_way_to_end(tmp_path: Path) -> None:
     assert "exit code 7 and no answer" in str(found["ends"].reason)
     assert "still running after its 3 s" in str(found["hangs"].reason)
     assert 3 <= found["hangs"].seconds < 8
-    assert not alive(int((tmp_path / "child").read_text())), "what a part started ends with it"
+    assert not alive(int((tmp_path / "child").read_text())), "a process that a part started must end with it"
     assert (tmp_path / "parts" / "passes.log").read_text() == "a line of output\n"
 
 
 def test_the_deadline(tmp_path: Path) -> None:
-    """A part that does not fit is not begun; one that is cut short is not failed; cheaper ones after it still run."""
+    """A part that does not fit is not started, one that is cut short has not failed, and shorter ones after it still run."""
     started = time.monotonic()
     parts = (part("hangs", most=30, least=1), part("passes", least=20), part("passes-quickly", most=5, least=0))
     found = run(tmp_path, *parts, seconds=4)
     assert time.monotonic() - started < 4 + RESERVE
     assert found["hangs"].status == "not run"
-    assert "out of time: ended after 4 s, it may take 30 s" in str(found["hangs"].reason)
+    assert "out of time: ended after 4 s, but it may take 30 s" in str(found["hangs"].reason)
     assert set(found["hangs"].found) == {"child"}
     assert found["passes"].status == "not run"
-    assert "it needs at least 20 s" in str(found["passes"].reason)
+    assert "but it needs at least 20 s" in str(found["passes"].reason)
     assert not (tmp_path / "ran").exists()
 
 
-LACKING: dict[str, tuple[dict[str, Any], Here, str]] = {
-    "gpu": ({}, Here(False, ("numpy",), True), "no GPU"),
-    "module": ({"modules": ("numpy", "tensorrt")}, HERE, "not installed: tensorrt"),
-    "any": ({"one_of": ("tensorrt", "tensorrt_rtx")}, HERE, "none of these is installed: tensorrt, tensorrt_rtx"),
-    "provider": ({"cuda_provider": True}, HERE, "no CUDAExecutionProvider"),
+LACKING: dict[str, tuple[dict[str, Any], Capabilities, str]] = {
+    "gpu": ({}, Capabilities(False, ("numpy",), True), "no GPU"),
+    "module": ({"modules": ("numpy", "tensorrt")}, ALL_PRESENT, "not installed: tensorrt"),
+    "any": ({"one_of": ("tensorrt", "tensorrt_rtx")}, ALL_PRESENT, "none of these is installed: tensorrt, tensorrt_rtx"),
+    "provider": ({"cuda_provider": True}, ALL_PRESENT, "no CUDAExecutionProvider"),
 }
 
 
 @pytest.mark.parametrize("name", LACKING)
-def test_what_cannot_run_here_is_left_out_with_the_reason(tmp_path: Path, name: str) -> None:
-    more, here, reason = LACKING[name]
-    found = run(tmp_path, part("passes", **more), here=here)["passes"]
+def test_what_cannot_run_is_skipped_with_the_reason(tmp_path: Path, name: str) -> None:
+    more, capabilities, reason = LACKING[name]
+    found = run(tmp_path, part("passes", **more), capabilities=capabilities)["passes"]
     assert found.status == "skipped"
     assert reason in str(found.reason)
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_earlier_answer_is_taken_again_only_where_nothing_changed(tmp_path: Path) -> None:
+def test_an_earlier_answer_is_kept_only_if_nothing_changed(tmp_path: Path) -> None:
     parts = (part("passes"), part("misses"))
     first = run(tmp_path, *parts, key="a")
     assert run(tmp_path, *parts, key="a", resume=True) == first
@@ -172,7 +172,7 @@ def test_without_a_gpu_the_report_is_written_and_says_so(tmp_path: Path, monkeyp
     assert "No GPU" in (tmp_path / "r.md").read_text("utf-8")
 
 
-def test_the_table_of_parts_names_functions_that_are_there() -> None:
+def test_the_table_of_parts_names_functions_that_exist() -> None:
     import importlib
     import inspect
 

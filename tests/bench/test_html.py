@@ -1,4 +1,4 @@
-"""The page in a real browser, and the plots as pictures."""
+"""The page in a real browser, and the plots as images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from PIL import Image
 
 from sana_export.bench.report.plots import PLOTS
 from sana_export.bench.report.result import Agreement, BackendResult, BenchReport, SweepPoint
+from sana_export.bench.report.write import write_report
 from sana_export.bench.stages import StageResult, Summary
 from sana_export.bench.work.count import Product, Rates, Work
 from sana_export.bench.workload import Workload
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-#: What each backend draws: one colour that nothing else on the page has.
-COLOURS = {"eager": (255, 0, 200), "onnxruntime": (0, 255, 90), "own:backend": (255, 120, 0)}
+#: What each backend draws: one color that nothing else on the page uses.
+COLORS = {"eager": (255, 0, 200), "onnxruntime": (0, 255, 90), "own:backend": (255, 120, 0)}
 WORK = Workload("page", 512, 512, 4, 4.5, ("a 🐼 & <b>",), sweep=({"height": 256, "width": 256}, {"images_per_prompt": 2}))
 STAGES = ("text_encoder", "context", "denoise_loop", "vae_decoder", "end_to_end")
 
@@ -35,7 +36,7 @@ def result(name: str, ms: float) -> BackendResult:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    backends = {name: result(name, ms) for name, ms in zip(COLOURS, (400.0, 200.0, 300.0), strict=True)}
+    backends = {name: result(name, ms) for name, ms in zip(COLORS, (400.0, 200.0, 300.0), strict=True)}
     work = Work.of([Product("", "MatMul", 10**10, 10**8)])
     report = BenchReport(
         created="2030-01-02T03:04:05+00:00",
@@ -48,11 +49,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         backends=backends,
         rates=Rates(1e12, 1e10, "fp32", "made up"),
         work={"bundle": dict.fromkeys(STAGES, work)},
-        sweep=[SweepPoint(point, {name: result(name, 100.0) for name in COLOURS}) for point in WORK.points()],
-        images={name: np.full((1, 64, 64, 3), colour, np.uint8) for name, colour in COLOURS.items()},
+        sweep=[SweepPoint(point, {name: result(name, 100.0) for name in COLORS}) for point in WORK.points()],
+        images={name: np.full((1, 64, 64, 3), color, np.uint8) for name, color in COLORS.items()},
     )
     folder = tmp_path_factory.mktemp("page")
-    report.write(folder)
+    write_report(report, folder)
     return folder
 
 
@@ -66,7 +67,7 @@ def browser() -> str:
 
 
 def test_a_browser_shows_the_images_side_by_side(folder: Path, tmp_path: Path) -> None:
-    page = tmp_path / "elsewhere" / "page.html"  # alone: nothing beside it may be needed
+    page = tmp_path / "elsewhere" / "page.html"  # alone: it must not need other files
     page.parent.mkdir()
     shutil.copy(folder / "bench.html", page)
     shot = tmp_path / "shot.png"
@@ -76,13 +77,13 @@ def test_a_browser_shows_the_images_side_by_side(folder: Path, tmp_path: Path) -
     with Image.open(shot) as opened:
         pixels = np.asarray(opened.convert("RGB"), np.int16)
     places = []
-    for colour in COLOURS.values():
-        rows, columns = np.nonzero((np.abs(pixels - np.array(colour)) < 4).all(-1))
-        assert len(rows) > 200 * 200, f"{colour} is not shown"
+    for color in COLORS.values():
+        rows, columns = np.nonzero((np.abs(pixels - np.array(color)) < 4).all(-1))
+        assert len(rows) > 200 * 200, f"{color} is not shown"
         places.append((rows.min(), rows.max(), columns.min(), columns.max()))
     assert len({(top, bottom) for top, bottom, *_ in places}) == 1
     assert all(left[3] < right[2] for left, right in pairwise(places))
-    # Below the images stand tables and plots: something dark, and the plots' colours.
+    # Below the images are the plots with their colors.
     below = pixels[places[0][1] :]
     assert ((np.abs(below - np.array((242, 142, 43))) < 6).all(-1)).sum() > 500  # the denoiser's part of the bars
 
@@ -90,14 +91,14 @@ def test_a_browser_shows_the_images_side_by_side(folder: Path, tmp_path: Path) -
 def test_the_page_needs_nothing_else(folder: Path) -> None:
     text = (folder / "bench.html").read_text("utf-8")
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', text)
-    assert len(sources) == len(COLOURS) + len(PLOTS)
+    assert len(sources) == len(COLORS) + len(PLOTS)
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "tiny &lt;&amp;&gt;" in text
     assert "<&>" not in text
-    assert "2.00 times eager" in text
+    assert "2.00 times as fast as eager" in text
 
 
-def test_every_plot_is_drawn_where_the_report_has_it(folder: Path) -> None:
+def test_every_plot_that_the_report_has_data_for_is_drawn(folder: Path) -> None:
     assert {path.stem for path in (folder / "plots").iterdir()} == set(PLOTS)
     for path in (folder / "plots").iterdir():
         with Image.open(path) as opened:

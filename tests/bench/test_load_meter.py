@@ -23,7 +23,7 @@ print(before, during, peak_rss_bytes())
 
 
 def test_peak_memory_is_the_process_s_own() -> None:
-    """A child of a large parent starts small; what it held for a moment stays counted."""
+    """A child of a large parent starts small, and memory that it freed stays in its peak."""
     held = np.ones(400 << 20, dtype=np.uint8)
     assert peak_rss_bytes() >= held.nbytes
     output = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True).stdout
@@ -43,7 +43,7 @@ def test_busy_seconds_count_work() -> None:
     assert after - before >= 0.45
 
 
-def test_the_machine_and_versions_are_told() -> None:
+def test_the_machine_and_versions_are_described() -> None:
     machine, versions = describe_machine(), describe_versions()
     assert set(machine) == {"cpu", "cores", "memory", "gpu", "os", "python"}
     assert machine["cores"] >= 1

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from sana_export.bench.report.document import document
 from sana_export.bench.report.result import Agreement, BackendResult, BenchReport, SweepPoint
+from sana_export.bench.report.text import markdown
+from sana_export.bench.report.write import write_report
 from sana_export.bench.stages import STAGES, StageResult, Summary
 from sana_export.bench.work.count import Product, Rates, Work
 from sana_export.bench.workload import Workload
@@ -57,15 +60,15 @@ def report(psnr_db: float = math.inf, other_load: float | None = 0.04) -> BenchR
 
 
 def test_json_holds_every_backend_and_stage() -> None:
-    document = json.loads(json.dumps(report(71.5).as_json(), allow_nan=False))
-    assert set(document) == {
+    found = json.loads(json.dumps(document(report(71.5)), allow_nan=False))
+    assert set(found) == {
         *("schema_version", "created", "machine", "versions", "bundle", "workload", "other_load", "noisy", "noise"),
         *("baseline", "agrees", "ceiling", "work", "backends", "sweep"),
     }
-    assert document["schema_version"] == 2
-    assert document["workload"]["prompts"] == ["a 🐼"]
-    assert document["workload"]["threads"] == 2
-    fast = document["backends"]["fast"]
+    assert found["schema_version"] == 2
+    assert found["workload"]["prompts"] == ["a 🐼"]
+    assert found["workload"]["threads"] == 2
+    fast = found["backends"]["fast"]
     assert list(fast["stages"]) == list(STAGES)
     assert fast["stages"]["context"] is None
     assert fast["stages"]["end_to_end"] == {
@@ -75,16 +78,16 @@ def test_json_holds_every_backend_and_stage() -> None:
         "p90_ms": 21.0,
         "first_ms": 40.0,
         "ratio_to_eager": {"n": 3, "median": 1.5, "p10": 1.25, "p90": 1.75},
-        # 3e9 FLOP and 5e6 bytes in 20 ms, where the ceiling allows 1e12 FLOP and 1e9 bytes a second: the bytes take 5 ms.
+        # 3e9 FLOP and 5e6 bytes in 20 ms, and the ceiling is 1e12 FLOP and 1e9 bytes a second: the bytes take 5 ms.
         "achieved": pytest.approx({"tflops": 0.15, "gbs": 0.25, "floor_ms": 5.0, "share": 0.25}),
     }
-    assert document["ceiling"] == {"matmul_tflops": 1.0, "copy_gbs": 1.0, "precision": "fp32", "source": "made up"}
-    assert document["work"] == {"bundle": {"end_to_end": {"flop": 3e9, "bytes": 5e6, "floor_ms": 5.0}}}
+    assert found["ceiling"] == {"matmul_tflops": 1.0, "copy_gbs": 1.0, "precision": "fp32", "source": "made up"}
+    assert found["work"] == {"bundle": {"end_to_end": {"flop": 3e9, "bytes": 5e6, "floor_ms": 5.0}}}
     assert fast["peak_memory"] == {"rss_bytes": 2 << 20, "device_bytes": 5 << 20}
     assert fast["agreement"] == {"psnr_db": 71.5, "limit_db": 60.0, "agrees": True}
     assert fast["speedup"] == 1.5
-    assert document["backends"]["eager"]["agreement"] is None
-    assert document["backends"]["broken"]["failed"] == "it fell\n  over"
+    assert found["backends"]["eager"]["agreement"] is None
+    assert found["backends"]["broken"]["failed"] == "it fell\n  over"
 
 
 @pytest.mark.parametrize(
@@ -94,12 +97,12 @@ def test_a_wrong_answer_has_no_speed(psnr_db: float, agrees: bool, written: obje
     found = report(psnr_db)
     assert found.agrees is agrees
     assert found.backends["fast"].speedup == (1.5 if agrees else None)
-    assert found.as_json()["backends"]["fast"]["agreement"] == {"psnr_db": written, "limit_db": 60.0, "agrees": agrees}
-    assert ("DOES NOT AGREE" in found.as_text()) is not agrees
+    assert document(found)["backends"]["fast"]["agreement"] == {"psnr_db": written, "limit_db": 60.0, "agrees": agrees}
+    assert ("DOES NOT AGREE" in markdown(found)) is not agrees
 
 
 def test_text_is_a_table_with_the_failures_below() -> None:
-    lines = report(71.5).as_text().splitlines()
+    lines = markdown(report(71.5)).splitlines()
     rows = [line for line in lines if line.startswith("| end_to_end")]
     assert rows == [
         "| end_to_end | eager | 3 | 30.0 | 29.0 to 31.0 | 60.0 |  |  |  |  |",
@@ -112,40 +115,40 @@ def test_text_is_a_table_with_the_failures_below() -> None:
     )
     assert "- elsewhere: skipped: no GPU" in lines
     assert any("floor of the whole call with the work of our graphs: 5.0 ms, 0.003 TFLOP" in line for line in lines)
-    assert "image identical" in report().as_text()
+    assert "image identical" in markdown(report())
     assert (report().failed, report().skipped) == ({"broken": "it fell\n  over"}, {"elsewhere": "no GPU"})
 
 
 def test_work_is_that_of_one_call_of_one_prompt() -> None:
-    """What was counted is of all prompts, one call each."""
+    """The report counts one call for each prompt."""
     found = report(71.5)
     two = dataclasses.replace(found, workload=dataclasses.replace(found.workload, prompts=("a 🐼", "a 🎋")))
-    assert two.as_json()["work"] == {"bundle": {"end_to_end": {"flop": 1.5e9, "bytes": 2.5e6, "floor_ms": 2.5}}}
-    assert two.as_json()["backends"]["fast"]["stages"]["end_to_end"]["achieved"]["share"] == pytest.approx(2.5 / 20)
+    assert document(two)["work"] == {"bundle": {"end_to_end": {"flop": 1.5e9, "bytes": 2.5e6, "floor_ms": 2.5}}}
+    assert document(two)["backends"]["fast"]["stages"]["end_to_end"]["achieved"]["share"] == pytest.approx(2.5 / 20)
 
 
-def test_other_sizes_have_a_table_of_their_own() -> None:
+def test_other_sizes_have_their_own_table() -> None:
     found = report(71.5)
     larger = dataclasses.replace(found.workload, height=256, images_per_prompt=2)
     swept = dataclasses.replace(found, sweep=(SweepPoint(larger, found.backends),))
-    rows = [line for line in swept.as_text().splitlines() if line.startswith("| 256x128")]
+    rows = [line for line in markdown(swept).splitlines() if line.startswith("| 256x128")]
     assert rows == [
         "| 256x128 | 2 | eager | 3 | 30.0 | 29.0 to 31.0 |  | 3 |",
         "| 256x128 | 2 | fast | 3 | 20.0 | 19.0 to 21.0 | 1.50 | 5 |",
         "| 256x128 | 2 | broken |  | it fell over |  |  |  |",
         "| 256x128 | 2 | elsewhere |  | no GPU |  |  |  |",
     ]
-    (point,) = swept.as_json()["sweep"]
+    (point,) = document(swept)["sweep"]
     assert (point["height"], point["width"], point["images_per_prompt"]) == (256, 128, 2)
     assert point["backends"]["fast"]["end_to_end"]["median_ms"] == 20.0
 
 
 @pytest.mark.parametrize(("other_load", "noisy"), [(None, False), (0.1, False), (0.11, True)])
-def test_a_busy_machine_is_told(other_load: float | None, noisy: bool) -> None:
+def test_a_busy_machine_is_reported(other_load: float | None, noisy: bool) -> None:
     found = report(other_load=other_load)
-    assert (found.as_json()["noisy"], found.as_json()["other_load"]) == (noisy, other_load)
-    assert ("NOISY, its times mean little: other processes used 11% of the cores" in found.as_text()) is noisy
-    assert ("other processes" in found.as_text()) is (other_load is not None)
+    assert (document(found)["noisy"], document(found)["other_load"]) == (noisy, other_load)
+    assert ("NOISY, the times are unreliable: other processes used 11% of the cores" in markdown(found)) is noisy
+    assert ("other processes" in markdown(found)) is (other_load is not None)
 
 
 def test_a_wide_spread_is_noise_too() -> None:
@@ -153,13 +156,13 @@ def test_a_wide_spread_is_noise_too() -> None:
     found = report()
     backends = {**found.backends, "fast": dataclasses.replace(found.backends["fast"], stages={"end_to_end": wide})}
     assert found.noise == []
-    assert dataclasses.replace(found, backends=backends).noise == ["fast's whole calls spread over 26% of their median"]
+    assert dataclasses.replace(found, backends=backends).noise == ["the end-to-end times of fast span 26% of their median"]
 
 
-def test_write_leaves_whole_files(tmp_path: Path) -> None:
+def test_write_report_leaves_no_partial_file(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    paths = report().write(folder)
+    paths = write_report(report(), folder)
     assert sorted(path for path in folder.iterdir() if path.is_file()) == sorted(paths[:3])
     assert [path.name for path in paths[:3]] == ["bench.json", "bench.md", "bench.html"]
-    assert json.loads(paths[0].read_text("utf-8")) == report().as_json()
-    assert paths[1].read_text("utf-8") == report().as_text()
+    assert json.loads(paths[0].read_text("utf-8")) == document(report())
+    assert paths[1].read_text("utf-8") == markdown(report())

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from sana_export.bench import load_meter as machine
-from sana_export.bench import run
+from sana_export.bench import load_meter, rounds, run
 from sana_export.bench.candidates import table as candidates
 from sana_export.bench.candidates.table import Job, Row, check_names
-from sana_export.bench.candidates.worker import Desk, Worker, WorkerFailed
+from sana_export.bench.candidates.worker import Worker, WorkerFailed, WorkerServer
+from sana_export.bench.report.document import document
 from sana_export.bench.report.result import BenchReport
+from sana_export.bench.report.text import markdown
 from sana_export.bench.run import run_bench
 from sana_export.bench.stages import STAGES
 from sana_export.bench.workload import Workload
 from sana_export.errors import DependencyError, UsageError
 from sana_export.export.parity import psnr
+from sana_export.progress import Progress
 
 WORK = Workload("test", 96, 128, 2, 4.5, ("a cute 🐼",), seed=5, repeats=3)
 FAILING = (
@@ -36,8 +38,8 @@ def report(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path_factory: pytest.Tem
     names = ("onnxruntime", "eager", "tests.support.fake_candidates:other_seed", *FAILING)
     output = tmp_path_factory.mktemp("bench") / "report"
     found = run_bench(tiny_bundle, tiny_checkpoint, backends=names, workload=WORK, output=output)
-    assert json.loads((output / "bench.json").read_text("utf-8")) == found.as_json()
-    assert (output / "bench.md").read_text("utf-8") == found.as_text()
+    assert json.loads((output / "bench.json").read_text("utf-8")) == document(found)
+    assert (output / "bench.md").read_text("utf-8") == markdown(found)
     return found
 
 
@@ -72,7 +74,7 @@ def test_ratios_fit_the_medians(report: BenchReport) -> None:
     assert ours.speedup == ours.stages["end_to_end"].ratio.median  # type: ignore[union-attr]
 
 
-def test_only_the_baseline_s_images_agree(report: BenchReport, tiny_pipeline: Any, tiny_runtime: Any) -> None:
+def test_images_that_differ_from_the_baselines_do_not_agree(report: BenchReport, tiny_pipeline: Any, tiny_runtime: Any) -> None:
     ours, other = report.backends["onnxruntime"].agreement, report.backends["tests.support.fake_candidates:other_seed"].agreement
     assert ours is not None
     assert other is not None
@@ -80,7 +82,7 @@ def test_only_the_baseline_s_images_agree(report: BenchReport, tiny_pipeline: An
     assert not other.agrees
     assert not report.agrees
     assert report.backends["tests.support.fake_candidates:other_seed"].speedup is None
-    # The figure is that of the real images.
+    # The PSNR is that of the real images.
     settings = {"num_inference_steps": 2, "height": 96, "width": 128, "use_resolution_binning": False}
     generator = torch.Generator().manual_seed(WORK.seed)
     wanted = np.stack(tiny_pipeline(WORK.prompts[0], generator=generator, **settings).images)
@@ -100,8 +102,9 @@ def test_failures_are_reported_and_the_rest_goes_on(report: BenchReport) -> None
 
 
 def test_pag_agrees_with_the_pag_pipeline(tiny_bundle: Path, tiny_checkpoint: Any) -> None:
-    work = Workload("pag", 64, 96, 2, 4.5, ("a cute 🐼",), pag_scale=2.0, repeats=1)
-    found = run_bench(tiny_bundle, tiny_checkpoint, workload=work)
+    work = Workload("pag", 64, 96, 2, 4.5, ("a cute 🐼",), pag_scale=2.0, repeats=1, threads=2)
+    found = run_bench(tiny_bundle, tiny_checkpoint, workload=work, threads=1)
+    assert found.threads == found.workload.threads == 1
     assert "SanaPAGPipeline" in found.backends["eager"].description
     assert found.failed == {}
     assert found.backends["onnxruntime"].agreement is not None
@@ -111,13 +114,13 @@ def test_pag_agrees_with_the_pag_pipeline(tiny_bundle: Path, tiny_checkpoint: An
 def test_backends_take_turns(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_BACKENDS_LOG", str(tmp_path / "turns"))
     work = Workload("turns", 64, 64, 1, 1.0, ("x", "y"), warmup=1, repeats=2)
-    steps: list[tuple[str, int, int]] = []
+    steps: list[Progress] = []
     found = run_bench(
         tiny_bundle,
         tiny_checkpoint,
         backends=("tests.support.fake_candidates:notes_turns", "tests.support.fake_candidates:notes_turns_too"),
         workload=work,
-        on_progress=lambda *step: steps.append(step),
+        on_progress=steps.append,
     )
     assert (tmp_path / "turns").read_text().split() == [f"{name}{index}" for index in range(6) for name in "ab"]
     result = found.backends["tests.support.fake_candidates:notes_turns"]
@@ -127,27 +130,27 @@ def test_backends_take_turns(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: 
     assert (result.stages["denoise_step"].ms.median, result.stages["denoise_loop"].ms.median) == (2.0, 12.0)
     assert found.other_load is not None
     assert 0 <= found.other_load <= 1
-    assert [done for _, done, _ in steps] == list(range(8))
-    assert {total for *_, total in steps} == {7}
-    assert (steps[0][0], steps[-2][0]) == ("ceiling", "ceiling")
+    assert [step.done for step in steps] == list(range(8))
+    assert {step.total for step in steps} == {7}
+    assert [step.doing for step in (steps[0], steps[-2], steps[-1])] == ["ceiling", "ceiling", "report"]
 
 
 def test_the_load_of_others_leaves_out_what_the_run_itself_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     busy, own, now = [1000.0], [300.0], [50.0]
-    monkeypatch.setattr(machine, "busy_seconds", lambda: busy[0])
-    monkeypatch.setattr(machine.time, "monotonic", lambda: now[0])
-    meter = machine.LoadMeter(lambda: own[0])
+    monkeypatch.setattr(load_meter, "busy_seconds", lambda: busy[0])
+    monkeypatch.setattr(load_meter.time, "monotonic", lambda: now[0])
+    meter = load_meter.LoadMeter(lambda: own[0])
     # Over 100 seconds of every core, all processes together worked for 40 s and ours for 30 s of these.
     busy[0], own[0], now[0] = 1040.0, 330.0, 150.0
     assert meter.other_load() == pytest.approx(10.0 / (100.0 * (os.cpu_count() or 1)), abs=0.01)
-    monkeypatch.setattr(machine, "busy_seconds", lambda: None)
+    monkeypatch.setattr(load_meter, "busy_seconds", lambda: None)
     assert meter.other_load() is None
 
 
 def test_all_leaves_out_what_cannot_run_and_says_why(
     tiny_bundle: Path, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row that lacks something is skipped under `all`, failed where it was asked for; one that crashes is failed in both."""
+    """A row that lacks something is skipped under `all` and fails if it was named; one that crashes fails in both cases."""
     rows = {
         "eager": Row("tests.support.fake_candidates:notes_turns"),
         "lacking": Row("tests.support.fake_candidates:lacks_a_package"),
@@ -155,7 +158,7 @@ def test_all_leaves_out_what_cannot_run_and_says_why(
         "slow": Row("tests.support.fake_candidates:notes_turns", slow_on_cpu="takes minutes"),
     }
     monkeypatch.setattr(candidates, "ROWS", rows)
-    monkeypatch.setattr(run, "_rates", lambda job, steps: None)
+    monkeypatch.setattr(Worker, "rates", lambda worker, precision: None)
     monkeypatch.setattr(Worker, "load", in_this_process)
     work = Workload("all", 64, 64, 1, 1.0, ("x",), repeats=1)
     found = run_bench(tiny_bundle, tiny_checkpoint, backends=("all",), workload=work)
@@ -167,8 +170,8 @@ def test_all_leaves_out_what_cannot_run_and_says_why(
 
 
 def in_this_process(worker: Worker) -> dict[str, Any]:
-    """`Worker.load` without its process, which knows only the real rows; nothing is loaded in the end."""
-    answer = Desk().answer({"load": worker.job.as_json()})
+    """`Worker.load` without its process, which would know only the real rows. Nothing is loaded."""
+    answer = WorkerServer().answer({"load": worker.job.as_json()})
     if "failed" in answer:
         raise WorkerFailed(answer["failed"], unfit=answer["unfit"])
     raise WorkerFailed("loaded, but not here")
@@ -187,7 +190,7 @@ def test_a_point_of_the_sweep_is_a_run_of_its_own(tiny_bundle: Path, tiny_checkp
         assert agreement.agrees
         assert point.backends["onnxruntime"].speedup is not None
     assert found.images["eager"].shape == (1, 64, 64, 3)
-    # Achieved rates are those of the counted work in the measured time.
+    # The achieved rates are the counted work divided by the measured time.
     ours, step = found.achieved("onnxruntime", "denoise_step"), found.backends["onnxruntime"].stages["denoise_step"]
     assert ours is not None
     assert ours.tflops == pytest.approx(found.work["bundle"]["denoise_step"].flop / step.ms.median / 1e9)
@@ -206,11 +209,12 @@ def test_no_process_is_left_when_the_run_is_interrupted(
             super().__init__(job)
             started.append(self)
 
-    def interrupt(doing: str, done: int, total: int) -> None:
-        if doing.startswith("round 2"):
+    def interrupt(progress: Progress) -> None:
+        if progress.doing.startswith("round 2"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "Worker", Watched)
+    for module in (run, rounds):
+        monkeypatch.setattr(module, "Worker", Watched)
     with pytest.raises(KeyboardInterrupt):
         run_bench(
             tiny_bundle,
@@ -219,18 +223,21 @@ def test_no_process_is_left_when_the_run_is_interrupted(
             workload=WORK,
             on_progress=interrupt,
         )
-    assert [worker._process.poll() is not None for worker in started] == [True, True]  # one measured the ceiling
+    assert [worker.process.poll() is not None for worker in started] == [True, True]  # the first measured the ceiling
 
 
 def test_unknown_names_and_folders_are_refused_before_anything_starts(
     tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "Worker", None)
+    for module in (run, rounds):
+        monkeypatch.setattr(module, "Worker", None)
     with pytest.raises(UsageError) as error:
         run_bench(tiny_bundle, tiny_checkpoint, backends=("eager", "onnxruntme"))
     assert error.value.fix == "--backend onnxruntime"
-    with pytest.raises(UsageError, match="no workload 'cqu'"):
+    with pytest.raises(UsageError, match="unknown workload 'cqu'"):
         run_bench(tiny_bundle, tiny_checkpoint, workload="cqu")
+    with pytest.raises(UsageError, match="the workload cpu runs on the CPU"):
+        run_bench(tiny_bundle, tiny_checkpoint, device=1)
     (tmp_path / "file").write_text("")
     with pytest.raises(DependencyError):
         run_bench(tiny_bundle, tiny_checkpoint, output=tmp_path / "file" / "report")

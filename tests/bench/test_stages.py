@@ -37,7 +37,7 @@ def call(number: int, prompt: int, *times: float, stage: str = "end_to_end") -> 
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:
-    """A machine that slows down to a tenth leaves every ratio as it is, though the medians over all rounds mislead."""
+    """If the machine becomes ten times slower, the ratios stay the same, while medians over all rounds would be wrong."""
     slowdown = [1.0, 1.0, 10.0, 10.0]
     baseline = [call(number, 0, 30.0 * factor) for number, factor in enumerate(slowdown)]
     ours = [call(number, 0, 20.0 * factor) for number, factor in enumerate(slowdown)][:3]
@@ -70,10 +70,10 @@ def test_stage_results_keep_the_first_call_apart() -> None:
 
 def test_stages_of_a_diffusers_call() -> None:
     moments = {"encode": 0.0, "encoded": 100.0, "done": 1000.0, "decode": 700.0}
-    marks = [(name, moments[name]) for name in ("encode", "encoded")]
-    marks += [("step", 110.0), ("step", 300.0), ("step", 480.0)]
-    marks += [(name, moments[name]) for name in ("decode", "done")]
-    assert pipeline_times(marks) == {
+    events = [(name, moments[name]) for name in ("encode", "encoded")]
+    events += [("step", 110.0), ("step", 300.0), ("step", 480.0)]
+    events += [(name, moments[name]) for name in ("decode", "done")]
+    assert pipeline_times(events) == {
         "text_encoder": [100.0],
         "denoise_step": [190.0, 180.0, 220.0],
         "denoise_loop": [590.0],

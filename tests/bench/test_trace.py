@@ -8,7 +8,7 @@ from sana_export.bench.workload import Workload
 
 
 def test_the_trace_draws_the_same_image(tiny_bundle: Path, tiny_checkpoint: Any) -> None:
-    """Two prompts of unlike length through one trace."""
+    """Two prompts of different lengths with one trace."""
     work = Workload("trace", 64, 96, 2, 4.5, ("a cute 🐼", "一只可爱的熊猫在吃竹子, ink drawing style"), repeats=1)
     found = run_bench(tiny_bundle, tiny_checkpoint, backends=("eager", "trace"), workload=work)
     assert found.failed == {}
@@ -18,7 +18,7 @@ def test_the_trace_draws_the_same_image(tiny_bundle: Path, tiny_checkpoint: Any)
 
 
 def test_sprint_draws_the_same_image_everywhere(sprint_bundle: Path, sprint_checkpoint: Any) -> None:
-    """Four steps, which SanaSprintPipeline refuses unless it is told so."""
+    """With four steps, for which SanaSprintPipeline needs other arguments."""
     work = Workload("sprint", 64, 96, 4, 4.5, ("a cute 🐼",), repeats=1)
     found = run_bench(sprint_bundle, sprint_checkpoint, backends=("eager", "onnxruntime", "trace"), workload=work)
     assert found.failed == {}

@@ -1,4 +1,4 @@
-"""Counted work: from ONNX files against torch's own counter, from configs against ONNX files, sizes against real calls."""
+"""Counted work: ONNX files against PyTorch's own counter, configs against ONNX files, sizes against real calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sana_export.runtime.pipeline import SanaRuntime
 
 GRAPHS = ("text_encoder", "context", "denoiser", "sampler", "vae_decoder", "vae_decoder_head", "vae_decoder_tail", "postprocess")
 WORK = Workload("test", 96, 128, 2, 4.5, ("a cute 🐼", "一只可爱的熊猫"), images_per_prompt=2)
-#: 4 FLOP a second, 2 bytes a second: what takes how long can be seen.
+#: 4 FLOP and 2 bytes per second, so that times are easy to compute.
 SLOW = Rates(4.0, 2.0, "fp32", "made up")
 
 
@@ -39,7 +39,7 @@ def file_of(bundle: Path, manifest: Manifest, graph: str) -> Path:
     return bundle / manifest.graphs[graph].files[0].path
 
 
-def test_a_product_takes_as_long_as_what_takes_longer() -> None:
+def test_a_product_takes_the_longer_of_its_two_times() -> None:
     work = Work.of([Product("a", "MatMul", 40, 2), Product("b", "Conv", 4, 10), Product("b", "Conv", 4, 10)])
     assert (work.flop, work.bytes) == (48, 22)
     assert work.floor_seconds(SLOW) == pytest.approx(40 / 4 + 2 * 10 / 2)
@@ -52,7 +52,7 @@ def test_a_product_takes_as_long_as_what_takes_longer() -> None:
 @pytest.mark.parametrize("sizes", [TRACE_SIZES, CHECK_SIZES], ids=["traced sizes", "other sizes"])
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_onnx_files_count_as_torch_counts(graph: str, sizes: Sizes, tiny_bundle: Path, tiny_checkpoint: Any) -> None:
-    """FLOP as torch's FlopCounterMode, and products and bytes as of the tensors that its operators touch."""
+    """FLOP equal PyTorch's FlopCounterMode; products and bytes equal those of the tensors that its operators use."""
     manifest = Manifest.load(tiny_bundle)
     found = onnx_work(file_of(tiny_bundle, manifest, graph), axes(sizes))
     module = build_graph(graph, tiny_checkpoint, manifest.options)
@@ -65,7 +65,7 @@ def test_onnx_files_count_as_torch_counts(graph: str, sizes: Sizes, tiny_bundle:
 
 
 def test_configs_alone_count_as_the_files_do(tiny_bundle: Path, tiny_checkpoint: Any) -> None:
-    """Two images a call: of one, torch views an expanded axis that the file writes out, which is one operand of one product."""
+    """With two images per call. With one, PyTorch expands an axis of one operand that the ONNX file writes out."""
     manifest = Manifest.load(tiny_bundle)
     configs = {name: tiny_checkpoint.config(name) for name in ("transformer", "vae", "text_encoder")}
     shape = call_shape(tiny_bundle, manifest, WORK, WORK.prompts[0])
@@ -93,14 +93,14 @@ def test_a_workload_counts_every_prompt(tiny_bundle: Path, tiny_checkpoint: Any)
 
 @pytest.mark.parametrize("tile", [0, 64], ids=["one piece", "tiles"])
 def test_sizes_are_those_of_a_real_call(tile: int, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What every graph is fed when the runtime draws the prompt."""
+    """The shapes that every graph gets when the runtime draws the prompt."""
     monkeypatch.setattr("sana_export.bench.workload.Workload.sampling", lambda work: {**sampling(work), "decoder_tile": tile})
     manifest = Manifest.load(tiny_bundle)
     runtime = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime")
     runtime.sessions.require(("vae_decoder", "vae_decoder_head", "vae_decoder_tail"))
     seen: dict[str, list[dict[str, tuple[int, ...]]]] = {}
     for name, session in list(runtime.sessions.items()):
-        runtime.sessions[name] = Noting(session, seen.setdefault(name, []))
+        runtime.sessions[name] = RecordingSession(session, seen.setdefault(name, []))
     prompt = WORK.prompts[1]
     runtime(prompt, seed=0, **WORK.sampling())
     shape = call_shape(tiny_bundle, manifest, WORK, prompt)
@@ -123,8 +123,8 @@ def sampling(work: Workload) -> dict[str, Any]:
     return {**same, "num_images_per_prompt": work.images_per_prompt, "use_resolution_binning": False}
 
 
-class Noting:
-    """A session that notes the shapes that it is fed."""
+class RecordingSession:
+    """A session that records the shapes of its inputs."""
 
     def __init__(self, session: Any, seen: list[dict[str, tuple[int, ...]]]) -> None:
         self.session, self.seen = session, seen

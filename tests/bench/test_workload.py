@@ -33,14 +33,14 @@ def test_the_built_in_workloads() -> None:
     assert (batch4.height, batch4.num_inference_steps, batch4.images_per_prompt, batch4.device) == (1024, 20, 4, "cuda")
 
 
-def test_a_workload_of_ones_own(tmp_path: Path) -> None:
+def test_a_workload_from_a_file(tmp_path: Path) -> None:
     workload = load_workload(write(tmp_path, TEXT + "threads = 3\nwarmup = 2\n"))
     assert workload == Workload("own", 256, 128, 3, 2, ("one", "二"), warmup=2, threads=3)
     assert workload.resolved_threads() == 3
     assert load_workload(write(tmp_path, TEXT)).resolved_threads() == len(os.sched_getaffinity(0))
 
 
-def test_an_unknown_workload_names_the_near_ones() -> None:
+def test_an_unknown_workload_suggests_similar_names() -> None:
     with pytest.raises(UsageError) as error:
         load_workload("datacentre")
     assert error.value.wanted == "datacenter, datacenter-batch4"
@@ -56,7 +56,7 @@ def test_an_unknown_workload_names_the_near_ones() -> None:
         ("warmup = 0", "warmup in", 0, "1 or more"),
         ("threads = 0", "threads in", 0, "1 or more"),
         ('device = "gpu"', "device in", "gpu", "cpu or cuda"),
-        ("threads = ", "cannot be read", "Invalid value", "a TOML file"),
+        ("threads = ", "cannot be read", "Invalid value", "a valid TOML file"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str, found: object, wanted: str) -> None:
@@ -91,7 +91,7 @@ def test_sets_of_prompts(tmp_path: Path) -> None:
     assert any("\N{PANDA FACE}" in prompt for prompt in prompts_of(["emoji"], "test"))
     assert len(load_workload("prompts").prompts) == 5
     for bad in ('prompt_sets = ["shrt"]', "prompt_sets = []", "prompt_sets = 3"):
-        with pytest.raises(UsageError, match="no such set of prompts"):
+        with pytest.raises(UsageError, match="unknown set of prompts"):
             load_workload(write(tmp_path, TEXT.replace('prompts = ["one", "二"]', bad)))
 
 
@@ -106,9 +106,9 @@ def test_a_sweep_changes_what_it_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("point", "message"),
     [
-        ("height = 250", "does not fit"),
-        ("guidance_scale = 2", "bad key"),
-        ("height = true", "bad key"),
+        ("height = 250", "not a valid size"),
+        ("guidance_scale = 2", "invalid entry"),
+        ("height = true", "invalid entry"),
         ("repeats = 0", "too small"),
     ],
 )

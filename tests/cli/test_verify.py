@@ -44,6 +44,8 @@ class Calls:
 def replaced(monkeypatch: pytest.MonkeyPatch, target: str, **report: Any) -> Calls:
     calls = Calls(Report(**report))
     monkeypatch.setattr(target, calls)
+    monkeypatch.setattr("sana_export.bench.report.document.document", Report.as_json)
+    monkeypatch.setattr("sana_export.bench.report.text.markdown", Report.as_text)
     return calls
 
 

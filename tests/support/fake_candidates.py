@@ -1,4 +1,4 @@
-"""Backends for tests, named as "tests.support.fake_candidates:function": without a model, and each wrong in its own way."""
+"""Backends for tests, named "tests.support.fake_candidates:function". Most have no model and fail in some way."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 from PIL import Image
 
 from sana_export.bench.candidates.runtime import RuntimeCandidate
-from sana_export.bench.candidates.table import Candidate, Job, Sample
+from sana_export.bench.candidates.table import Candidate, Generated, Job
 from sana_export.errors import DependencyError
 from sana_export.runtime.pipeline import SanaRuntime
 
-#: The file that `notes_turns` writes its calls to.
+#: Environment variable with the path of the file that `notes_turns` writes its calls to.
 LOG = "FAKE_BACKENDS_LOG"
-#: How many times more the denoiser of `slowed` runs; 0.25: once more every fourth time.
+#: Environment variable with the number of extra runs of the denoiser of `slowed`. 0.25 means one extra run every fourth time.
 SLOWER = "FAKE_BACKENDS_SLOWER"
 
 
-class Fake:
-    """Draws grey; `before` is run at the start of each call."""
+class FakeCandidate:
+    """Draws one color. `before` runs at the start of each call."""
 
     precision = "fp32"
 
     def __init__(self, name: str, before: Callable[[int], None] = lambda calls: None) -> None:
         self.description, self.before, self.calls = f"fake {name}", before, 0
 
-    def generate(self, prompt: str, seed: int) -> Sample:
+    def generate(self, prompt: str, seed: int) -> Generated:
         self.before(self.calls)
         self.calls += 1
         image = Image.new("RGB", (8, 8), (seed, 0, 0))
-        return Sample([image], {"denoise_step": [1.0, 2.0, 9.0], "denoise_loop": [12.0]})
+        return Generated([image], {"denoise_step": [1.0, 2.0, 9.0], "denoise_loop": [12.0]})
 
     def peak_device_bytes(self) -> int | None:
         return None
@@ -48,11 +48,11 @@ def _note(name: str) -> Callable[[int], None]:
 
 
 def notes_turns(job: Job) -> Candidate:
-    return Fake("one", _note("a"))
+    return FakeCandidate("one", _note("a"))
 
 
 def notes_turns_too(job: Job) -> Candidate:
-    return Fake("two", _note("b"))
+    return FakeCandidate("two", _note("b"))
 
 
 def cannot_load(job: Job) -> Candidate:
@@ -68,16 +68,16 @@ def raises_later(job: Job) -> Candidate:
         if calls == 1:
             raise ValueError("the second call is too much")
 
-    return Fake("raises", before)
+    return FakeCandidate("raises", before)
 
 
 def is_killed_later(job: Job) -> Candidate:
     def before(calls: int) -> None:
         if calls == 1:
-            os.write(1, b"about to die\n")  # what a library prints must not be taken for an answer
+            os.write(1, b"about to die\n")  # what a library prints must not be read as an answer
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return Fake("killed", before)
+    return FakeCandidate("killed", before)
 
 
 def exits(job: Job) -> Candidate:
@@ -85,17 +85,17 @@ def exits(job: Job) -> Candidate:
 
 
 class OtherSeed(RuntimeCandidate):
-    def generate(self, prompt: str, seed: int) -> Sample:
+    def generate(self, prompt: str, seed: int) -> Generated:
         return super().generate(prompt, seed + 1)
 
 
 def other_seed(job: Job) -> Candidate:
-    """The real runtime, with another seed than it was asked for."""
+    """The real runtime with another seed than requested."""
     return OtherSeed(job, SanaRuntime.from_pretrained(job.bundle, backend="onnxruntime"))
 
 
 class Slowed(RuntimeCandidate):
-    """The real runtime, whose denoiser runs as many times more as the environment says."""
+    """The real runtime with extra runs of the denoiser (`SLOWER`)."""
 
     def __init__(self, job: Job, runtime: SanaRuntime) -> None:
         super().__init__(job, runtime)

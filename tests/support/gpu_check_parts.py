@@ -1,4 +1,4 @@
-"""Parts that pass, miss a limit, lack something, crash, or hang, for the runner to survive."""
+"""Parts that pass, miss a limit, lack something, crash or hang, to test the runner with."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.gpu_check.check import CheckFailed, Context
+from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 from sana_export.errors import DependencyError
 
 
-def passes(context: Context, *, value: int = 1) -> dict[str, Any]:
+def passes(context: PartContext, *, value: int = 1) -> dict[str, Any]:
     print("a line of output")  # noqa: T201
     with (context.work / "ran").open("a") as log:
         log.write(f"{value}\n")
     return {"value": value, "device": context.device}
 
 
-def misses(context: Context) -> dict[str, Any]:
+def misses(context: PartContext) -> dict[str, Any]:
     context.keep({"cosine": 0.5})
     raise CheckFailed("cosine 0.5 (limit 0.99)")
 
 
-def lacks(context: Context) -> dict[str, Any]:
+def lacks(context: PartContext) -> dict[str, Any]:
     raise DependencyError("the library is not here", fix="install it")
 
 
-def raises(context: Context) -> dict[str, Any]:
+def raises(context: PartContext) -> dict[str, Any]:
     raise ValueError("a bug")
 
 
-def crashes(context: Context) -> dict[str, Any]:
+def crashes(context: PartContext) -> dict[str, Any]:
     context.keep({"half": "done"})
     sys.stderr.write("the last words\n")
     sys.stderr.flush()
@@ -43,8 +43,8 @@ def crashes(context: Context) -> dict[str, Any]:
     return {}
 
 
-def hangs(context: Context) -> dict[str, Any]:
-    """It starts another process, which has to end with it."""
+def hangs(context: PartContext) -> dict[str, Any]:
+    """Starts another process, which must end with it."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     context.keep({"child": child.pid})
     Path(context.work / "child").write_text(str(child.pid))
@@ -52,13 +52,13 @@ def hangs(context: Context) -> dict[str, Any]:
     return {}
 
 
-def leaves_loudly(context: Context) -> dict[str, Any]:
-    """What a library does while it is unloaded must not undo the answer."""
+def leaves_loudly(context: PartContext) -> dict[str, Any]:
+    """Aborts at exit, which must not change the answer."""
     import atexit
 
     atexit.register(os.abort)
     return {"done": True}
 
 
-def ends(context: Context) -> dict[str, Any]:
+def ends(context: PartContext) -> dict[str, Any]:
     os._exit(7)

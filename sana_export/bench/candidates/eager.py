@@ -1,4 +1,4 @@
-"""The baseline: diffusers' own pipeline, eager, in the dtypes that its documentation tells, with a clock at the stages' borders."""
+"""The baseline: diffusers' pipeline, eager, in the dtypes that its documentation recommends, with a clock between the stages."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from time import perf_counter
 from typing import Any
 
 from sana_export.adapters import Lora
-from sana_export.bench.candidates.table import Job, Sample
+from sana_export.bench.candidates.table import Generated, Job
 from sana_export.bench.stages import StageTimes
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.errors import DependencyError
 from sana_export.manifest import Options
 from sana_export.runtime.request import Request
 
-#: The transformer's dtype on a GPU by what the weights are stored in; the rest runs in bfloat16 there
+#: The dtype that the weights are stored in to the transformer's dtype on a GPU. The other models run in bfloat16 there
 #: (https://huggingface.co/docs/diffusers/api/pipelines/sana).
 GPU_TRANSFORMER = {"F32": "float16", "F16": "float16", "BF16": "bfloat16"}
 
 
 def load(job: Job) -> PipelineCandidate:
-    """diffusers' pipeline of the checkpoint, with PAG where the workload has a PAG scale, on the workload's device."""
+    """diffusers' pipeline of the checkpoint on the workload's device, with PAG if the workload has a PAG scale."""
     import torch
 
     torch.set_num_threads(job.threads)
@@ -37,7 +37,7 @@ def load(job: Job) -> PipelineCandidate:
 
 
 def load_compiled(job: Job) -> PipelineCandidate:
-    """The same with its transformer and decoder under `torch.compile`. DependencyError without a compiler."""
+    """The same with its transformer and decoder compiled by `torch.compile`. Raises DependencyError if there is no compiler."""
     import torch
 
     _check_compiler(job.workload.device)
@@ -53,14 +53,18 @@ def load_compiled(job: Job) -> PipelineCandidate:
 
 
 def _check_compiler(device: str) -> None:
-    """Raise DependencyError where `torch.compile` has nothing to compile with."""
+    """Raise DependencyError if `torch.compile` finds no compiler."""
     if device != "cpu":
         if importlib.util.find_spec("triton") is None:
-            raise DependencyError("torch.compile needs Triton on a GPU", found="no module triton", fix="pip install triton")
+            raise DependencyError(
+                "torch.compile needs Triton on a GPU", found="no module triton", wanted="triton", fix="pip install triton"
+            )
         return
     compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
     if not any(shutil.which(name) for name in compilers if name):
-        raise DependencyError("torch.compile needs a C++ compiler on a CPU", found="none", wanted="g++", fix="apt-get install g++")
+        raise DependencyError(
+            "torch.compile needs a C++ compiler on a CPU", found="no compiler", wanted="g++", fix="apt-get install g++"
+        )
 
 
 def load_pipeline(job: Job) -> Any:
@@ -69,11 +73,18 @@ def load_pipeline(job: Job) -> Any:
 
     options = Options("fp32", job.clamp, tuple(job.pag_layers))
     pipeline = load_reference(open_job(job), options, pag=job.workload.pag_scale > 0, dtypes=_dtypes(job))
-    return pipeline.to(job.workload.device)
+    return pipeline.to(torch_device(job))
+
+
+def torch_device(job: Job) -> str:
+    """PyTorch's name of the device that the job runs on: "cpu", "cuda" or "cuda:1"."""
+    if job.workload.device == "cpu" or job.device is None:
+        return job.workload.device
+    return f"{job.workload.device}:{job.device}"
 
 
 def open_job(job: Job) -> SanaCheckpoint:
-    """The job's checkpoint, which the parent has checked."""
+    """The job's checkpoint. The parent has checked it already."""
     return SanaCheckpoint(
         Path(job.checkpoint),
         job.checkpoint,
@@ -84,29 +95,34 @@ def open_job(job: Job) -> SanaCheckpoint:
 
 
 def _dtypes(job: Job) -> Any:
-    """What `from_pretrained` takes for `torch_dtype` on the workload's device."""
+    """The value of `torch_dtype` for `from_pretrained` on the workload's device."""
     import torch
 
     if job.workload.device == "cpu":
         return torch.float32
     if not torch.cuda.is_available():
-        raise DependencyError("PyTorch finds no GPU", found=f"torch {torch.__version__}", wanted="CUDA", fix="--workload cpu")
+        raise DependencyError(
+            "PyTorch finds no GPU",
+            found=f"torch {torch.__version__} without one",
+            wanted="a CUDA GPU, and PyTorch built for CUDA",
+            fix="--workload cpu",
+        )
     stored = open_job(job).weights("transformer").dtype()
     return {"transformer": getattr(torch, GPU_TRANSFORMER[stored]), "default": torch.bfloat16}
 
 
 class PipelineCandidate:
-    """A diffusers pipeline whose components tell a clock when they are called."""
+    """A diffusers pipeline that records the times at which its components are called."""
 
     def __init__(self, job: Job, pipeline: Any, how: str, precision: str) -> None:
         self.job, self.pipeline, self.precision = job, pipeline, precision
         self.description = f"diffusers {type(pipeline).__name__}, {how}"
-        self.clock: HostClock | CudaClock = CudaClock() if job.workload.device == "cuda" else HostClock()
-        pipeline.encode_prompt = self._marked(pipeline.encode_prompt, before="encode", after="encoded")
-        pipeline.transformer.forward = self._marked(pipeline.transformer.forward, before="step")
-        pipeline.vae.decode = self._marked(pipeline.vae.decode, before="decode")
+        self.clock: HostClock | CudaClock = CudaClock(torch_device(job)) if job.workload.device == "cuda" else HostClock()
+        pipeline.encode_prompt = self._timed(pipeline.encode_prompt, before="encode", after="encoded")
+        pipeline.transformer.forward = self._timed(pipeline.transformer.forward, before="step")
+        pipeline.vae.decode = self._timed(pipeline.vae.decode, before="decode")
 
-    def generate(self, prompt: str, seed: int) -> Sample:
+    def generate(self, prompt: str, seed: int) -> Generated:
         import torch
 
         from sana_export.verify.reference import call_reference
@@ -115,71 +131,75 @@ class PipelineCandidate:
         self.clock.start()
         with torch.inference_mode():
             images = call_reference(self.pipeline, request, seed)
-        self.clock.mark("done")
-        return Sample(images, stage_times(self.clock.read()))
+        self.clock.record("done")
+        return Generated(images, stage_times(self.clock.read()))
 
     def peak_device_bytes(self) -> int | None:
         import torch
 
-        return int(torch.cuda.max_memory_reserved()) if self.job.workload.device == "cuda" else None
+        on_gpu = self.job.workload.device == "cuda"
+        return int(torch.cuda.max_memory_reserved(torch_device(self.job))) if on_gpu else None
 
-    def _marked(self, function: Callable[..., Any], *, before: str, after: str | None = None) -> Callable[..., Any]:
+    def _timed(self, function: Callable[..., Any], *, before: str, after: str | None = None) -> Callable[..., Any]:
+        """`function`, which records the events `before` and `after` each time it is called."""
+
         def call(*arguments: Any, **options: Any) -> Any:
-            self.clock.mark(before)
+            self.clock.record(before)
             result = function(*arguments, **options)
             if after is not None:
-                self.clock.mark(after)
+                self.clock.record(after)
             return result
 
         return call
 
 
 class HostClock:
-    """Named moments on the host's monotonic clock, for work that is done when a call returns."""
+    """Events on the host's clock, for work that is finished when a call returns."""
 
     def __init__(self) -> None:
-        self._marks: list[tuple[str, float]] = []
+        self._events: list[tuple[str, float]] = []
 
     def start(self) -> None:
-        self._marks.clear()
+        self._events.clear()
 
-    def mark(self, name: str) -> None:
-        self._marks.append((name, perf_counter()))
+    def record(self, name: str) -> None:
+        self._events.append((name, perf_counter()))
 
     def read(self) -> list[tuple[str, float]]:
-        """Names and milliseconds since the first mark."""
-        return [(name, 1e3 * (moment - self._marks[0][1])) for name, moment in self._marks]
+        """Names and milliseconds since the first event."""
+        return [(name, 1e3 * (moment - self._events[0][1])) for name, moment in self._events]
 
 
 class CudaClock:
-    """Named moments on the device's current stream: the host does not wait for it before `read`."""
+    """Events on the current stream of a GPU. The host does not wait for the GPU before `read`."""
 
-    def __init__(self) -> None:
-        self._marks: list[tuple[str, Any]] = []
+    def __init__(self, device: str = "cuda") -> None:
+        self._device = device
+        self._events: list[tuple[str, Any]] = []
 
     def start(self) -> None:
-        self._marks.clear()
+        self._events.clear()
 
-    def mark(self, name: str) -> None:
+    def record(self, name: str) -> None:
         import torch
 
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._marks.append((name, event))
+        event.record(torch.cuda.current_stream(self._device))
+        self._events.append((name, event))
 
     def read(self) -> list[tuple[str, float]]:
-        """Names and milliseconds since the first mark, once the device has passed the last."""
-        self._marks[-1][1].synchronize()
-        return [(name, self._marks[0][1].elapsed_time(event)) for name, event in self._marks]
+        """Names and milliseconds since the first event, after waiting for the last one."""
+        self._events[-1][1].synchronize()
+        return [(name, self._events[0][1].elapsed_time(event)) for name, event in self._events]
 
 
-def stage_times(marks: Sequence[tuple[str, float]]) -> StageTimes:
-    """The stages of one call of a diffusers pipeline from the moments (ms) that its components were called at.
+def stage_times(events: Sequence[tuple[str, float]]) -> StageTimes:
+    """The stages of one call of a diffusers pipeline, from the times (ms) of its events.
 
-    A step lasts from one call of the transformer to the next, the last one to the decoder's call.
+    A step lasts from one call of the transformer to the next, the last step until the decoder is called.
     """
-    at = dict(marks)
-    steps = [moment for name, moment in marks if name == "step"] + [at["decode"]]
+    at = dict(events)
+    steps = [moment for name, moment in events if name == "step"] + [at["decode"]]
     return {
         "text_encoder": [at["encoded"] - at["encode"]],
         "denoise_step": [after - before for before, after in pairwise(steps)],

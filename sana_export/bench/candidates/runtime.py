@@ -1,15 +1,15 @@
-"""The runtime of this package on one of its backends."""
+"""This package's runtime on one of its backends."""
 
 from __future__ import annotations
 
-from sana_export.bench.candidates.table import Job, Sample
+from sana_export.bench.candidates.table import Generated, Job
 from sana_export.bench.stages import StageTimes
 from sana_export.runtime.pipeline import SanaRuntime
 from sana_export.runtime.results import Timings
 
 
 def load(job: Job) -> RuntimeCandidate:
-    """The bundle in the backend that the job names."""
+    """The bundle on the job's backend."""
     runtime = SanaRuntime.from_pretrained(job.bundle, backend=job.backend, device=job.device, threads=job.threads)
     return RuntimeCandidate(job, runtime)
 
@@ -22,17 +22,17 @@ class RuntimeCandidate:
         self.precision = job.precision
         self.description = f"SanaRuntime, {job.precision}, {runtime.backend.name} on the {runtime.backend.device}"
 
-    def generate(self, prompt: str, seed: int) -> Sample:
+    def generate(self, prompt: str, seed: int) -> Generated:
         result = self.runtime(prompt, seed=seed, **self.job.workload.sampling())
         assert isinstance(result.images, list)  # output_type is "pil"
-        return Sample(result.images, stage_times(result.timings))
+        return Generated(result.images, stage_times(result.timings))
 
     def peak_device_bytes(self) -> int | None:
         return None
 
 
 def stage_times(timings: Timings) -> StageTimes:
-    """The runtime's seconds as the bench's stages in milliseconds."""
+    """The runtime's timings (seconds) as stages (milliseconds)."""
     return {
         "text_encoder": [1e3 * timings.text_encoder],
         "context": [1e3 * timings.context],

@@ -1,4 +1,4 @@
-"""What can be timed: a table of names, and the small interface that each fulfils inside its own process."""
+"""What can be timed: a table of backends, and the interface that each implements in its own process."""
 
 from __future__ import annotations
 
@@ -18,37 +18,44 @@ from sana_export.errors import UsageError
 from sana_export.runtime.backends import BACKENDS
 
 BASELINE = "eager"
-#: In place of names: every row; those that cannot run here are left out with their reason, and are no failure.
+#: A name that means every row. Rows that cannot run on this machine are then skipped with the reason and do not fail the run.
 ALL = "all"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is told once, before it loads. Paths are strings, so that a job crosses a pipe as JSON.
+    """What a worker loads and runs. Paths are strings, because a job is sent to the worker as JSON."""
 
-    `clamp`, `pag_layers`, `precision`: the bundle's options, which the baseline follows. `transformer`, `loras`: the file and the
-    adapters, with their scales, that the user laid over the checkpoint.
-    """
-
+    #: Name of the backend in `ROWS`, or "module:function".
     backend: str
+    #: Folder of the bundle.
     bundle: str
+    #: Folder of the checkpoint that the bundle was exported from.
     checkpoint: str
+    #: The checkpoint's weights variant ("fp16"), or None.
     weights_variant: str | None
+    #: Precision of the bundle.
     precision: str
+    #: Whether the bundle clamps. The baseline does the same.
     clamp: bool
+    #: The bundle's PAG layers, which the baseline uses too.
     pag_layers: tuple[int, ...]
+    #: Number of CPU threads.
     threads: int
+    #: What to sample.
     workload: Workload
+    #: A transformer file that replaces the checkpoint's, or None.
     transformer: str | None = None
+    #: Path and scale of each LoRA that is added to the checkpoint.
     loras: tuple[tuple[str, float], ...] = ()
-    #: Index of the GPU; None takes the first.
+    #: Index of the GPU. None means the first one. Ignored on a CPU.
     device: int | None = None
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Job:
-        """The job that `dataclasses.asdict` and JSON turned into `document`."""
+        """The job that `as_json` turned into `document`."""
         workload = document["workload"]
-        workload = Workload(**{**workload, "prompts": tuple(workload["prompts"])})
+        workload = Workload(**{**workload, "prompts": tuple(workload["prompts"]), "sweep": tuple(workload["sweep"])})
         loras = tuple((path, scale) for path, scale in document.get("loras", ()))
         return cls(**{**document, "pag_layers": tuple(document["pag_layers"]), "workload": workload, "loras": loras})
 
@@ -57,41 +64,45 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One call's images, all of one size, and the times of its stages without `end_to_end`, which the worker takes."""
+class Generated:
+    """The result of one call."""
 
+    #: The images, all of one size.
     images: Sequence[Image]
+    #: Times of the stages in ms. The worker adds `end_to_end`.
     times: StageTimes
 
 
 class Candidate(Protocol):
-    """A loaded pipeline. `description` says what runs and in which dtypes; `precision` is the least of them ("fp32", ...)."""
+    """A loaded pipeline."""
 
+    #: What runs, on which device and in which dtypes.
     description: str
+    #: The lowest of its precisions: "fp32", "fp16" or "bf16".
     precision: str
 
-    def generate(self, prompt: str, seed: int) -> Sample:
-        """Sample `workload.images_per_prompt` images of one prompt, as the workload says."""
+    def generate(self, prompt: str, seed: int) -> Generated:
+        """Generate `workload.images_per_prompt` images of one prompt with the workload's settings."""
         ...
 
     def peak_device_bytes(self) -> int | None:
-        """The most device memory held so far; None where there is no device or it cannot be told."""
+        """Peak device memory so far. None if there is no device or the memory is not known."""
         ...
 
 
 @dataclass(frozen=True)
 class Row:
-    """One name. `load`: "module:function" taking a Job and returning a Candidate.
+    """One backend that can be timed."""
 
-    `prepare`: "module:function" taking a Job, run once in a process of its own before anything is loaded or timed. `work`: whose
-    work it does, None where nobody has counted it. `fixed_shapes`: sweeps leave it out. `slow_on_cpu`: why `ALL` leaves it out on
-    a CPU.
-    """
-
+    #: "module:function" of a function that takes a Job and returns a Candidate.
     load: str
+    #: "module:function" of a function that takes a Job. It runs once in its own process before anything is loaded or timed.
     prepare: str | None = None
+    #: Whose work it does: `BUNDLE`, `REFERENCE`, or None if nobody has counted it.
     work: str | None = None
+    #: True if it runs only the workload's own shapes. Sweeps skip it.
     fixed_shapes: bool = False
+    #: Why `ALL` skips it on a CPU, or None.
     slow_on_cpu: str | None = None
 
 
@@ -101,7 +112,7 @@ ROWS: dict[str, Row] = {
         "sana_export.bench.candidates.eager:load_compiled",
         work=REFERENCE,
         fixed_shapes=True,
-        slow_on_cpu="compiling takes minutes on a CPU: ask for it by name, --backend compile",
+        slow_on_cpu="compiling takes minutes on a CPU; to time it, name it: --backend compile",
     ),
     "trace": Row(
         "sana_export.bench.candidates.trace:load",
@@ -114,13 +125,14 @@ ROWS: dict[str, Row] = {
 
 
 def find_row(name: str) -> Row:
-    """The row `name`; a name with a colon is itself a "module:function" that loads. UsageError lists what there is."""
+    """The row of `name`. A name with a colon is the "module:function" that loads. Raises UsageError for an unknown name."""
     if ":" in name:
         return Row(name)
     if name not in ROWS:
         near = difflib.get_close_matches(name, ROWS, n=3)
         raise UsageError(
-            f"there is no backend {name!r} to time",
+            f"unknown backend {name!r}",
+            found=name,
             wanted=", ".join(near or (*ROWS, ALL)),
             fix=f"--backend {near[0] if near else 'onnxruntime'}",
         )
@@ -135,11 +147,14 @@ def resolve(target: str) -> Callable[[Job], Any]:
 
 
 def check_names(names: Iterable[str]) -> tuple[str, ...]:
-    """`names` once each in their order, `ALL` as every row, the baseline first; UsageError for an unknown one or none at all."""
+    """`names` without duplicates, the baseline first, with every row in place of `ALL`.
+
+    Raises UsageError for an unknown name, or if there is none.
+    """
     each = [row for name in names for row in (ROWS if name == ALL else [name])]
     unique = sorted(dict.fromkeys(each), key=lambda name: name != BASELINE)
     for name in unique:
         find_row(name)
     if not unique:
-        raise UsageError("nothing to time", found="no backend", wanted=", ".join((*ROWS, ALL)), fix=f"--backend {BASELINE}")
+        raise UsageError("no backend to time", found="no name", wanted=", ".join((*ROWS, ALL)), fix=f"--backend {BASELINE}")
     return tuple(unique)

@@ -1,7 +1,7 @@
-"""What a straight export gives: diffusers' modules traced as they are, at fixed shapes, run by ONNX Runtime under diffusers' loop.
+"""A plain export: diffusers' modules traced as they are, at fixed shapes, and run by ONNX Runtime inside diffusers' loop.
 
-It shows what of our speed is ONNX Runtime's and what is the restated graphs'. The text encoder runs over the padded instruction,
-the transformer over 300 padded text tokens, and every step projects them again.
+It separates the speed that comes from ONNX Runtime from the speed that comes from the restated graphs. The text encoder runs on the
+padded instruction, the transformer on 300 padded text tokens, and every step projects them again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARTS = ("text_encoder", "transformer", "vae")
 
 
 def prepare(job: Job) -> None:
-    """Export the three modules into the cache, unless they are there."""
+    """Export the three modules into the cache if they are not there yet."""
     folder = trace_folder(job)
     if folder.is_dir():
         return
@@ -36,7 +36,7 @@ def prepare(job: Job) -> None:
 
 
 def load(job: Job) -> PipelineCandidate:
-    """diffusers' pipeline without its weights, its three modules' calls answered by ONNX Runtime."""
+    """diffusers' pipeline without weights. ONNX Runtime computes the calls of its three modules."""
     import onnxruntime
     import torch
 
@@ -68,13 +68,14 @@ def load(job: Job) -> PipelineCandidate:
 
 
 def trace_folder(job: Job) -> Path:
-    """Where the job's traces are kept: keyed by the checkpoint's content, the shapes, the clamp, the exporter and this file."""
+    """The folder of the job's traces, named by a hash of the checkpoint, the shapes, the clamp, the exporter and this file."""
     work = job.workload
     if work.pag_scale > 0 or work.device != "cpu":
         raise UsageError(
             "the plain trace cannot run this workload",
             found=f"pag_scale {work.pag_scale:g}, device {work.device}",
-            wanted="no PAG, on the cpu",
+            wanted="a workload on the CPU without PAG",
+            fix="--backend eager",
         )
     checkpoint = open_job(job)
     versions = [metadata.version(name) for name in ("torch", "diffusers", "transformers", "onnxscript")]
@@ -86,8 +87,8 @@ def export(job: Job, folder: Path) -> None:
     """Write text_encoder.onnx, transformer.onnx and vae.onnx into the new `folder`."""
     import torch
 
-    class Call(torch.nn.Module):
-        """A module whose call is `function`."""
+    class Wrapped(torch.nn.Module):
+        """A module whose forward is `function`."""
 
         def __init__(self, module: torch.nn.Module, function: Callable[..., Any]) -> None:
             super().__init__()
@@ -104,19 +105,19 @@ def export(job: Job, folder: Path) -> None:
     latents = torch.randn(batch, channels, height, width)
     embeds = torch.randn(rows, TEXT_TOKENS, transformer.config.caption_channels)
     guidance = (torch.ones(rows),) if transformer.config.guidance_embeds else ()
-    length = {1: torch.export.Dim.DYNAMIC}  # one trace for the prompt with the instruction and for the negative prompt
+    length = {1: torch.export.Dim.DYNAMIC}  # one trace for the prompt with the instruction and the negative prompt
     calls: dict[str, tuple[torch.nn.Module, tuple[torch.Tensor, ...], Any]] = {
         "text_encoder": (
-            Call(encoder, lambda i, m: encoder(i, attention_mask=m, use_cache=False)),
-            (ids, ids.clone()),  # the exporter takes one tensor given twice for one input
+            Wrapped(encoder, lambda i, m: encoder(i, attention_mask=m, use_cache=False)),
+            (ids, ids.clone()),  # the exporter would merge one tensor given twice into one input
             ((length, length),),
         ),
         "transformer": (
-            Call(transformer, lambda x, e, m, t, *g: transformer(x, e, t, *g, encoder_attention_mask=m, return_dict=False)),
+            Wrapped(transformer, lambda x, e, m, t, *g: transformer(x, e, t, *g, encoder_attention_mask=m, return_dict=False)),
             (latents.repeat(branches, 1, 1, 1), embeds, mask, torch.ones(rows), *guidance),
             None,
         ),
-        "vae": (Call(vae, lambda x: vae.decode(x, return_dict=False)), (latents,), None),
+        "vae": (Wrapped(vae, lambda x: vae.decode(x, return_dict=False)), (latents,), None),
     }
     folder.mkdir()
     for part, (call, inputs, axes) in calls.items():
@@ -136,7 +137,7 @@ def _shapes(job: Job) -> tuple[tuple[int, int, int, int], int]:
 
 
 def _runner(session: Any) -> Callable[..., Any]:
-    """A function of torch tensors that runs `session` and returns its only output."""
+    """A function that runs `session` on torch tensors and returns its only output."""
     import torch
 
     names = [tensor.name for tensor in session.get_inputs()]
@@ -149,7 +150,7 @@ def _runner(session: Any) -> Callable[..., Any]:
 
 
 def _empty_pipeline(folder: Path) -> Any:
-    """The checkpoint's pipeline, with modules that have shapes but no weights."""
+    """The checkpoint's pipeline with modules on the meta device: they have shapes but no weights."""
     import diffusers
     import torch
     from diffusers import AutoencoderDC, SanaTransformer2DModel

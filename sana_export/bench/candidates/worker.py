@@ -1,7 +1,7 @@
-"""One candidate in a process of its own, so that memory, threads and crashes are its own; it is idle until it is asked.
+"""Runs one candidate in its own process, so that its memory, threads and crashes do not affect the others.
 
-Both sides speak lines of JSON. The parent sends a job, then one request for each call; the worker answers each line with one line.
-Closing the pipe ends the worker.
+The two processes exchange lines of JSON: one answer for each request. The worker is idle between requests and ends when the pipe
+is closed.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from sana_export.bench.nvtx_ranges import nvtx_range
 from sana_export.bench.stages import END_TO_END
 from sana_export.bench.work.ceiling import measure_rates
 from sana_export.bench.work.count import Rates
+from sana_export.child_process import start_module
 from sana_export.environment import peak_rss_bytes
 from sana_export.errors import SanaExportError
 
 log = logging.getLogger(__name__)
 
-#: Lines of a dead worker's last words that a report repeats.
+#: Number of lines of a dead worker's stderr that the reason repeats.
 _LAST_LINES = 3
 
 
 class WorkerFailed(Exception):
-    """A worker died or could not do what it was asked; `str()` is the reason.
+    """A worker died or could not answer a request. `str()` is the reason.
 
-    `unfit`: it told so itself, in an error for users: something that it needs is not here.
+    `unfit`: the worker reported an error for users, for example a missing package.
     """
 
     def __init__(self, reason: str, *, unfit: bool = False) -> None:
@@ -49,18 +50,18 @@ class WorkerFailed(Exception):
 
 
 class Worker:
-    """The parent's end of one worker. Use it as a context manager: leaving it ends the process."""
+    """A worker, seen from the parent. Use it as a context manager: leaving it ends the process."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._noise = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed in `close`)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sana_export.bench.candidates.worker"],
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed in `close`)
+        self.process = start_module(
+            "sana_export.bench.candidates.worker",
+            environment=_environment(job),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._noise,
+            stderr=self._stderr,
             encoding="utf-8",
-            env=_environment(job),
         )
 
     def __enter__(self) -> Worker:
@@ -70,94 +71,89 @@ class Worker:
         self.close()
 
     def prepare(self) -> None:
-        """Do what has to be done once before the candidate can be loaded."""
+        """Do what is needed once before the candidate can be loaded."""
         self._ask({"prepare": self.job.as_json()})
 
     def load(self) -> dict[str, Any]:
-        """Load the candidate: description, precision, load_seconds, cpu_seconds of the process until now."""
+        """Load the candidate. Returns description, precision, load_seconds, and the process's cpu_seconds so far."""
         return self._ask({"load": self.job.as_json()})
 
     def call(self, prompt: str, seed: int, images: Path) -> dict[str, Any]:
-        """One call: times (ms by stage), peak_rss_bytes, peak_device_bytes, cpu_seconds of the process until now.
+        """Make one call. Returns times (ms by stage), peak_rss_bytes, peak_device_bytes, and the process's cpu_seconds so far.
 
-        The file `images` gets its images, uint8 [B, H, W, 3] as .npy.
+        The worker writes the images to the file `images`, uint8 [B, H, W, 3] as .npy.
         """
         return self._ask({"call": {"prompt": prompt, "seed": seed, "images": str(images)}})
 
     def rates(self, precision: str) -> Rates:
-        """The ceiling of the device that the workload runs on, for products in `precision`."""
+        """Measure the ceiling of the workload's device, for products in `precision`."""
         return Rates(**self._ask({"rates": {"job": self.job.as_json(), "precision": precision}}))
 
-    @property
-    def process(self) -> int:
-        """The id of its process."""
-        return self._process.pid
-
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._noise):
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self._stderr):
             with contextlib.suppress(OSError):  # the pipe to a child that was killed
                 if pipe is not None:
                     pipe.close()
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it died: the missing answer below tells
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it died: the missing answer below says so
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
         if not line:
-            raise WorkerFailed(self._last_words())
+            raise WorkerFailed(self._exit_reason())
         answer: dict[str, Any] = json.loads(line)
         if "failed" in answer:
             raise WorkerFailed(answer["failed"], unfit=answer["unfit"])
         return answer
 
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._noise.seek(0)
-        lines = [line.strip() for line in self._noise.read().splitlines() if line.strip()]
+    def _exit_reason(self) -> str:
+        """How the process ended, with the last lines of its stderr."""
+        code = self.process.wait()
+        self._stderr.seek(0)
+        lines = [line.strip() for line in self._stderr.read().splitlines() if line.strip()]
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return "; ".join([f"its process ended: {ended}", *lines[-_LAST_LINES:]])
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """The parent's environment, with the job's number of threads and its device for every library that asks there."""
-    path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-    settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
+    """The job's number of threads, and no GPU for a workload on the CPU, for libraries that read environment variables."""
+    settings = {"OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
     if job.workload.device == "cpu":
         settings["CUDA_VISIBLE_DEVICES"] = ""
-    return {**os.environ, **settings}
+    return settings
 
 
 def main() -> None:
-    """The child: answer each line of stdin until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole foreground group; the parent decides
+    """The child: answer each line of stdin until stdin is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not come between the answers
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
     logging.basicConfig(level=logging.WARNING)
-    desk = Desk()
+    server = WorkerServer()
     for line in sys.stdin:
-        answers.write(json.dumps(desk.answer(json.loads(line))) + "\n")
+        answers.write(json.dumps(server.answer(json.loads(line))) + "\n")
         answers.flush()
 
 
-class Desk:
-    """Answers requests: "prepare", "rates" and "load" with a job, then "call" as often as wanted."""
+class WorkerServer:
+    """Answers requests: "prepare", "rates" and "load" with a job, then any number of "call"."""
 
     def __init__(self) -> None:
         self.candidate: Candidate | None = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to one request; {"failed": reason} where it could not be done."""
+        """The answer to one request; {"failed": reason} if it failed."""
         ((kind, content),) = request.items()
         try:
             return {"prepare": self.prepare, "rates": self.rates, "load": self.load, "call": self.call}[kind](content)
         except SanaExportError as error:
             return {"failed": str(error), "unfit": True}
-        except Exception as error:  # whatever a backend raises is the report's reason, and must not end the others' run
+        except Exception as error:  # the report gives the reason; the other backends go on
             traceback.print_exc()
             return {"failed": f"{type(error).__name__}: {error}", "unfit": False}
 
@@ -169,7 +165,7 @@ class Desk:
 
     def rates(self, content: Mapping[str, Any]) -> dict[str, Any]:
         job = Job.from_json(content["job"])
-        return dataclasses.asdict(measure_rates(job.workload.device, content["precision"], job.threads))
+        return dataclasses.asdict(measure_rates(job.workload.device, content["precision"], job.threads, index=job.device))
 
     def load(self, content: Mapping[str, Any]) -> dict[str, Any]:
         job, started = Job.from_json(content), perf_counter()

@@ -1,4 +1,4 @@
-"""Every check and timing that needs a GPU, in one run of a few minutes with one report. docs/gpu.md says what it answers.
+"""Every check and timing that needs a GPU, in one run of a few minutes with one report (docs/gpu.md).
 
-Each part (parts.py) runs in a child process with its own share of the time, so that one which crashes or hangs costs only itself.
+Each part (parts.py) runs in a child process with its own time limit, so that a crash or hang affects no other part.
 """

@@ -1,30 +1,33 @@
-"""What the parts run: synthetic checkpoints and their bundles, made in the work folder once and found there again.
+"""The synthetic checkpoints and bundles that the parts run. They are made once and kept in the work folder.
 
 The latency of a step, of the loop and of the decoder does not depend on the text encoder, whose 2.6 billion parameters would take
-most of the time to make and export: here it has one layer of the published width. Transformer and decoder are the published ones.
+most of the time to make and export. It therefore has one layer of the published width. Transformer and decoder are the published
+ones.
 """
 
 from __future__ import annotations
 
+import shlex
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.gpu_check.check import Context
+from sana_export.bench.gpu_check.check import PartContext
+from sana_export.child_process import run_module
 from sana_export.errors import DependencyError
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe
 
 _LARGE = RECIPES["sana-1600m-1024px"]
-#: One layer of Gemma-2 at its published width, with the synthetic tokenizer's few words.
+#: One layer of Gemma-2 at its published width, with the synthetic tokenizer's small vocabulary.
 _ONE_LAYER = {**{key: value for key, value in _LARGE.text_encoder.items() if key != "vocab_size"}, "num_hidden_layers": 1}
-#: Blocks of the transformer's slice.
+#: Number of transformer blocks in the model "slice".
 SLICE_BLOCKS = 2
+#: Name to the recipe of the checkpoint.
 MODELS: dict[str, SyntheticRecipe] = {
     "tiny-random": RECIPES["tiny-random"],
-    # Two blocks of 1600M and a layer of the text encoder at their published widths, with the small decoder of tiny.
+    # Two blocks of 1600M and one layer of the text encoder at their published widths, with tiny's small decoder.
     "slice": replace(
         _LARGE,
         name="gpu-check-slice",
@@ -35,13 +38,14 @@ MODELS: dict[str, SyntheticRecipe] = {
     "600m": replace(RECIPES["sana-600m-1024px"], name="gpu-check-600m", text_encoder=_ONE_LAYER),
     "1600m": replace(_LARGE, name="gpu-check-1600m", text_encoder=_ONE_LAYER),
 }
-#: As the published checkpoints are stored and trained: in fp16, under the clamp.
+#: The dtype of the checkpoints, as the published ones are stored. fp16 means that they were trained with the clamp.
 STORED = "float16"
+#: Precision of the bundles.
 PRECISION = "fp16"
 
 
-def checkpoint_of(context: Context, model: str, dtype: str = STORED) -> Any:
-    """The checkpoint of a row of `MODELS`, opened; made where it is not there."""
+def checkpoint_of(context: PartContext, model: str, dtype: str = STORED) -> Any:
+    """The opened checkpoint of a row of `MODELS`. It is made if it does not exist yet."""
     from sana_export.checkpoint.checkpoint import open_checkpoint
     from sana_export.checkpoint.hub import INDEX
     from sana_export.environment import source_digest
@@ -54,14 +58,14 @@ def checkpoint_of(context: Context, model: str, dtype: str = STORED) -> Any:
 
 
 def exported(
-    context: Context,
+    context: PartContext,
     checkpoint: Any,
     name: str,
     precision: str = PRECISION,
     pag_layers: Iterable[int] = (),
     graphs: Iterable[str] = (),
 ) -> Path:
-    """The bundle of a checkpoint with its ONNX files, of all graphs where `graphs` is empty. One that is up to date is kept."""
+    """Export the bundle `name` of a checkpoint, unless it is up to date. No `graphs` means all of them."""
     from sana_export.export.bundle import export_bundle
 
     bundle = context.work / "bundles" / name
@@ -70,8 +74,10 @@ def exported(
     return bundle
 
 
-def without_onnx(context: Context, checkpoint: Any, name: str, precision: str = PRECISION, pag_layers: Iterable[int] = ()) -> Path:
-    """A bundle for the torch backend alone: it names its graphs, but no ONNX file was exported."""
+def without_onnx(
+    context: PartContext, checkpoint: Any, name: str, precision: str = PRECISION, pag_layers: Iterable[int] = ()
+) -> Path:
+    """A bundle for the torch backend only: its manifest lists the graphs, but there are no ONNX files."""
     from sana_export.contract import GRAPHS
     from sana_export.export.bundle import choose_options, model_info
     from sana_export.export.example_inputs import graph_spec
@@ -94,23 +100,35 @@ def without_onnx(context: Context, checkpoint: Any, name: str, precision: str = 
 
 
 def build(bundle: Path, backend: str, *arguments: str) -> None:
-    """The engines of a bundle, through the command line. DependencyError with its words where that fails."""
-    command = [sys.executable, "-P", "-m", "sana_export.cli.main", "build", str(bundle), "--backend", backend, *arguments]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """Build a bundle's engines with the command line. Raises DependencyError with its output if that fails."""
+    words = ["build", str(bundle), "--backend", backend, *arguments]
+    done = run_module(
+        "sana_export.cli.main",
+        *words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     print(done.stdout)  # noqa: T201 (a part's output is its log)
     if done.returncode != 0:
-        raise DependencyError(f"the engines for {backend} could not be built", found=done.stdout.strip()[-800:])
+        raise DependencyError(
+            f"the engines for {backend} could not be built",
+            found=done.stdout.strip()[-800:],
+            wanted="engines",
+            fix=shlex.join(["sana-export", *words]),
+        )
 
 
-def make(context: Context, *, model: str) -> Mapping[str, Any]:
-    """The part that makes a checkpoint and its bundle without ONNX files."""
+def make(context: PartContext, *, model: str) -> Mapping[str, Any]:
+    """The part that makes a checkpoint, and its bundle without ONNX files."""
     checkpoint = checkpoint_of(context, model)
     without_onnx(context, checkpoint, model)
     parameters = {part: checkpoint.weights(part).bytes // 2 for part in ("transformer", "vae", "text_encoder")}
     return {"parameters": parameters}
 
 
-def export(context: Context, *, model: str) -> Mapping[str, Any]:
-    """The part that exports the ONNX files which everything but torch runs."""
+def export(context: PartContext, *, model: str) -> Mapping[str, Any]:
+    """The part that exports the ONNX files, which all backends except torch run."""
     bundle = exported(context, checkpoint_of(context, model), model)
     return {"bytes": sum(path.stat().st_size for path in bundle.glob("onnx/**/*") if path.is_file())}

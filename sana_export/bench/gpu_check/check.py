@@ -1,4 +1,4 @@
-"""What a part is to the process that runs it: a function that is told where to work, and how it says that a limit was missed."""
+"""The interface of a part: a function that runs in a child process and returns what it found."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ PASSED, FAILED, SKIPPED, NOT_RUN = "passed", "failed", "skipped", "not run"
 
 
 class CheckFailed(Exception):
-    """A check ran and its limit was missed; `str()` says which."""
+    """A check ran and missed its limit. `str()` says which one."""
 
 
 @dataclass(frozen=True)
-class Context:
-    """Where a part works. `work`: a folder for what is made, kept between runs. `device`: "cuda" or "cpu".
+class PartContext:
+    """Where a part works."""
 
-    keep: notes what has been found so far, in case the part is ended before it is done.
-    """
-
+    #: A folder for files that are kept between runs.
     work: Path
+    #: "cuda" or "cpu".
     device: str
+    #: Saves what has been found so far, in case the part is ended before it returns.
     keep: Callable[[Mapping[str, Any]], None]
 
 
 class Check(Protocol):
-    """What a part's target is. Returns what it found. Raises CheckFailed; DependencyError where it cannot be done here."""
+    """The function of a part. It returns what it found.
 
-    def __call__(self, context: Context, **arguments: Any) -> Mapping[str, Any]: ...
+    It raises CheckFailed if a limit was missed, and DependencyError if this machine cannot run it.
+    """
+
+    def __call__(self, context: PartContext, **arguments: Any) -> Mapping[str, Any]: ...

@@ -1,4 +1,4 @@
-"""One part in its own process: reads what it is to do from a file, and writes what came of it into another, also on the way.
+"""Runs one part in its own process. It reads the request from one file and writes the answer, also a partial one, to another.
 
 `python -m sana_export.bench.gpu_check.child REQUEST.json ANSWER.json`
 """
@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.gpu_check.check import FAILED, PASSED, SKIPPED, Check, CheckFailed, Context
+from sana_export.bench.gpu_check.check import FAILED, PASSED, SKIPPED, Check, CheckFailed, PartContext
 from sana_export.errors import DependencyError, SanaExportError
+from sana_export.files import write_whole
 
 
 def main() -> None:
@@ -26,9 +27,7 @@ def main() -> None:
     found: dict[str, Any] = {}
 
     def write(status: str | None, reason: str | None = None) -> None:
-        partial = answer.with_suffix(".partial")
-        partial.write_text(json.dumps({"status": status, "reason": reason, "found": found}), "utf-8")
-        partial.replace(answer)
+        write_whole(answer, json.dumps({"status": status, "reason": reason, "found": found}))
 
     def keep(more: Mapping[str, Any]) -> None:
         found.update(more)
@@ -37,21 +36,21 @@ def main() -> None:
     try:
         module, _, function = request["target"].partition(":")
         check: Check = getattr(importlib.import_module(module), function)
-        found.update(check(Context(Path(request["work"]), request["device"], keep), **request["arguments"]))
+        found.update(check(PartContext(Path(request["work"]), request["device"], keep), **request["arguments"]))
     except CheckFailed as error:
         write(FAILED, str(error))
     except DependencyError as error:
         write(SKIPPED, str(error))
     except SanaExportError as error:
         write(FAILED, str(error))
-    except Exception as error:  # whatever a backend raises is the report's reason
+    except Exception as error:  # the report gives the reason
         traceback.print_exc()
         write(FAILED, f"{type(error).__name__}: {error}")
     else:
         write(PASSED)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # the answer is written: a library that crashes or hangs while it is unloaded changes nothing
+    os._exit(0)  # the answer is written; a library that crashes or hangs at exit must not change it
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The first part: what this machine has. Each library is asked in a process of its own, which may crash or hang."""
+"""The first part: what this machine has. Each library is imported in its own process, which may crash or hang."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from sana_export.bench.gpu_check.check import Context
+from sana_export.bench.gpu_check.check import PartContext
 from sana_export.machine import gpu_compute_capability, gpu_names
 
-#: Seconds for one library to answer.
+#: Time limit for one library in seconds.
 _TIMEOUT = 30
-#: What is asked of a module once it is imported: an expression whose value JSON can hold.
+#: Module to the expression that is evaluated after importing it as `m`. Its value must be valid in JSON.
 QUESTIONS: dict[str, str] = {
     "torch": "{'version': m.__version__, 'cuda': m.version.cuda, 'sees_gpu': m.cuda.is_available(),"
     " 'gpu': m.cuda.get_device_name() if m.cuda.is_available() else None,"
@@ -33,15 +33,15 @@ QUESTIONS: dict[str, str] = {
 }
 
 
-def find(context: Context) -> Mapping[str, Any]:
-    """gpus, compute_capability (None without a GPU), and modules: name to what it answered or why it does not import."""
+def find(context: PartContext) -> Mapping[str, Any]:
+    """gpus, compute_capability (None without a GPU), and modules: name to its answer, or to the error if it cannot be imported."""
     context.keep({"gpus": gpu_names(), "compute_capability": gpu_compute_capability()})
     children = {name: _ask(name, question) for name, question in QUESTIONS.items() if installed(name)}
     return {"modules": {name: _answer(child) for name, child in children.items()}}
 
 
 def installed(name: str) -> bool:
-    """Whether the module `name`, which may be in a package, is there."""
+    """Whether the module `name` is installed."""
     parent, _, _ = name.rpartition(".")
     return (not parent or installed(parent)) and importlib.util.find_spec(name) is not None
 

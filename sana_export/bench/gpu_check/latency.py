@@ -1,4 +1,4 @@
-"""Latency of one backend on one model: a whole call with one prompt, for each batch. The pictures are compared with eager's."""
+"""Latency of one backend on one model: whole calls with one prompt, for each batch. The images are compared with eager's."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import numpy as np
 
 from sana_export.bench.candidates.table import BASELINE, Job, find_row, resolve
 from sana_export.bench.gpu_check.bundles import PRECISION, build, checkpoint_of, exported, without_onnx
-from sana_export.bench.gpu_check.check import CheckFailed, Context
+from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 from sana_export.bench.gpu_check.parity import ENGINES
 from sana_export.bench.stages import summarize
 from sana_export.bench.workload import Workload
 from sana_export.export.parity import IMAGE_PSNR_LIMITS, psnr
 
 PROMPT, SEED = "A cute panda eating bamboo, ink drawing style", 0
-#: Calls before those that count, and calls that count, by batch.
+#: Number of warm-up calls, and batch to the number of counted calls.
 WARM_UP, COUNTED = 2, {1: 8, 4: 4}
 STAGES = ("denoise_loop", "vae_decoder", "end_to_end")
 
 
 def measure(
-    context: Context,
+    context: PartContext,
     *,
     model: str,
     backend: str,
@@ -35,9 +35,9 @@ def measure(
     size: int = 1024,
     steps: int = 20,
 ) -> Mapping[str, Any]:
-    """rows: a row a batch with the median, p10 and p90 in ms of `STAGES`, the first call apart, peak device memory, and the PSNR.
+    """Time one backend. Returns rows: batch to the times of `STAGES`, the first call, the peak device memory and the PSNR.
 
-    What was measured before a batch fails is kept. Raises CheckFailed where a picture is not eager's.
+    If a batch fails, the results of the earlier ones are kept. Raises CheckFailed if the images differ from eager's.
     """
     workload = Workload(
         "gpu-check", size, size, steps, 4.5, (PROMPT,), warmup=WARM_UP, repeats=max(COUNTED.values()), device=context.device
@@ -46,7 +46,7 @@ def measure(
     found: dict[str, Any] = {"rows": {}}
     wrong: list[str] = []
     for batch in batches:
-        if backend in ENGINES:  # tuned for this very shape
+        if backend in ENGINES:  # tuned for exactly this shape
             build(Path(job.bundle), backend, "--height", str(size), "--width", str(size), "--batch", str(batch))
         if candidate is None or backend in ENGINES:
             candidate, seconds = _load(job, candidate)
@@ -60,11 +60,11 @@ def measure(
         if row["psnr_db"] is not None and row["psnr_db"] < limit:
             wrong.append(f"batch {batch}: {row['psnr_db']:.1f} dB against eager (limit {limit:g})")
     if wrong:
-        raise CheckFailed("not eager's pictures: " + "; ".join(wrong))
+        raise CheckFailed("the images differ from eager's: " + "; ".join(wrong))
     return found
 
 
-def _job(context: Context, model: str, backend: str, with_onnx: bool, workload: Workload) -> Job:
+def _job(context: PartContext, model: str, backend: str, with_onnx: bool, workload: Workload) -> Job:
     checkpoint = checkpoint_of(context, model)
     bundle: Path = (exported if with_onnx else without_onnx)(context, checkpoint, model)
     clamp = checkpoint.trained_with_clamp()[0]
@@ -73,7 +73,7 @@ def _job(context: Context, model: str, backend: str, with_onnx: bool, workload: 
 
 
 def _load(job: Job, old: Any) -> tuple[Any, float]:
-    """The candidate, and the seconds that it took, after `old` has given back what it holds."""
+    """Close `old`, then load the candidate. Returns it and the seconds that loading took."""
     if old is not None:
         old.runtime.close()
     started = perf_counter()
@@ -81,7 +81,7 @@ def _load(job: Job, old: Any) -> tuple[Any, float]:
 
 
 def _row(candidate: Any, counted: int) -> tuple[dict[str, Any], Any]:
-    """Times of the calls that count, the first call apart, and the last call's images uint8 [B, H, W, 3]."""
+    """The times of the counted calls and of the first call, and the last call's images, uint8 [B, H, W, 3]."""
     calls = []
     cuda = torch_cuda()
     if cuda is not None:
@@ -99,13 +99,13 @@ def _row(candidate: Any, counted: int) -> tuple[dict[str, Any], Any]:
 
 
 def torch_cuda() -> Any:
-    """torch.cuda where this process computes with it, else None."""
+    """torch.cuda if this process computes with it, else None."""
     torch: Any = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
-def _compare(context: Context, name: str, backend: str, images: Any) -> float | None:
-    """PSNR in dB (at most 999) against eager's images of that name; eager leaves its own. None where it has left none."""
+def _compare(context: PartContext, name: str, backend: str, images: Any) -> float | None:
+    """PSNR in dB (at most 999) against eager's images of that name. None for eager, which saves them, and if there are none."""
     path = context.work / "images" / f"{name}.npy"
     if backend == BASELINE:
         path.parent.mkdir(parents=True, exist_ok=True)

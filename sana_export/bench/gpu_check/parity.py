@@ -1,4 +1,4 @@
-"""Parity of one backend with diffusers: every graph and pictures of `tiny`, in fp32 and fp16, and of a slice of 1600M in fp16."""
+"""Parity of one backend with diffusers: all graphs and images of `tiny` in fp32 and fp16, and of a slice of 1600M in fp16."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.bench.gpu_check.bundles import build, checkpoint_of, exported, without_onnx
-from sana_export.bench.gpu_check.check import CheckFailed, Context
+from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 
-#: (model, stored dtype, precision of the bundle, PAG layers)
+#: Model, dtype of its checkpoint, precision of its bundle, PAG layers.
 CASES: tuple[tuple[str, str, str, tuple[int, ...]], ...] = (
     ("tiny-random", "float32", "fp32", (1,)),
     ("tiny-random", "float32", "fp16", (1,)),
@@ -20,8 +20,8 @@ TORCH = ("torch", "torch-compile")
 ENGINES = ("tensorrt", "tensorrt-rtx")
 
 
-def check(context: Context, *, backend: str, cases: Any = CASES, size: int = 256) -> Mapping[str, Any]:
-    """Verify the bundle of every case. Found: worst graph and picture of each case. Raises CheckFailed where a limit is missed."""
+def check(context: PartContext, *, backend: str, cases: Any = CASES, size: int = 256) -> Mapping[str, Any]:
+    """Verify the bundle of each case. Returns the worst graph and image of each case. Raises CheckFailed if a limit is missed."""
     from sana_export.verify.bundle import Sampling, verify_bundle
 
     rows: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What a run is made of: one table of parts, the most valuable first, since the time may end before the table does."""
+"""The table of parts, the most valuable first, because the time limit may end the run early."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _PACKAGE = "sana_export.bench.gpu_check"
-#: What every part but the first needs.
+#: Modules that every part except the first needs.
 _BASE = ("torch", "diffusers", "transformers", "onnx", "tokenizers")
-#: Backends that run ONNX files or engines, best first: the modules that each needs, and of those where the CUDA provider counts.
+#: Backends that run ONNX files or engines, best first, to the modules that each needs.
 EXPORTED: dict[str, tuple[str, ...]] = {
     "tensorrt": ("tensorrt", "cuda.core"),
     "tensorrt-rtx": ("tensorrt_rtx", "cuda.core"),
@@ -20,27 +20,31 @@ MODELS = ("1600m", "600m")
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part. `target` is "module:function" of a `check.Check`, called with `arguments`.
+class CheckPart:
+    """One part of the run. It is skipped if something that it needs is missing."""
 
-    most: seconds after which it is ended. least: it is not begun with fewer left. modules: Python modules without which it is left
-    out. one_of: likewise, where any one of them will do. gpu: it is left out without one. cuda_provider: it is left out where ONNX
-    Runtime has no CUDA provider.
-    """
-
+    #: Its name in the report.
     name: str
+    #: "module:function" of a `check.Check`.
     target: str
+    #: Time limit in seconds.
     most: float
+    #: It does not start with fewer seconds left.
     least: float
+    #: Arguments of the target.
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    #: Python modules that it needs.
     modules: tuple[str, ...] = _BASE
+    #: Python modules of which it needs at least one.
     one_of: tuple[str, ...] = ()
+    #: Whether it needs a GPU.
     gpu: bool = True
+    #: Whether it needs ONNX Runtime's CUDA provider.
     cuda_provider: bool = False
 
 
-def _parity(backend: str, *modules: str) -> Part:
-    return Part(
+def _parity(backend: str, *modules: str) -> CheckPart:
+    return CheckPart(
         f"parity/{backend}",
         f"{_PACKAGE}.parity:check",
         most=90,
@@ -51,17 +55,17 @@ def _parity(backend: str, *modules: str) -> Part:
     )
 
 
-def _make(model: str) -> Part:
-    return Part(f"make/{model}", f"{_PACKAGE}.bundles:make", most=90, least=15, arguments={"model": model})
+def _make(model: str) -> CheckPart:
+    return CheckPart(f"make/{model}", f"{_PACKAGE}.bundles:make", most=90, least=15, arguments={"model": model})
 
 
-def _export(model: str) -> Part:
+def _export(model: str) -> CheckPart:
     modules = ("tensorrt", "tensorrt_rtx", "onnxruntime")
-    return Part(f"export/{model}", f"{_PACKAGE}.bundles:export", 180, 45, {"model": model}, (*_BASE, "onnxscript"), modules)
+    return CheckPart(f"export/{model}", f"{_PACKAGE}.bundles:export", 180, 45, {"model": model}, (*_BASE, "onnxscript"), modules)
 
 
-def _latency(model: str, backend: str, *modules: str, most: float = 80, least: float = 25) -> Part:
-    return Part(
+def _latency(model: str, backend: str, *modules: str, most: float = 80, least: float = 25) -> CheckPart:
+    return CheckPart(
         f"latency/{model}/{backend}",
         f"{_PACKAGE}.latency:measure",
         most,
@@ -72,19 +76,19 @@ def _latency(model: str, backend: str, *modules: str, most: float = 80, least: f
     )
 
 
-def _question(name: str) -> Part:
-    return Part(f"rtx/{name}", f"{_PACKAGE}.rtx:ask", 60, 15, {"question": name}, (*_BASE, "tensorrt_rtx", "onnxscript"))
+def _question(name: str) -> CheckPart:
+    return CheckPart(f"rtx/{name}", f"{_PACKAGE}.rtx:ask", 60, 15, {"question": name}, (*_BASE, "tensorrt_rtx", "onnxscript"))
 
 
-PARTS: tuple[Part, ...] = (
-    Part("find", f"{_PACKAGE}.find:find", most=40, least=5, modules=(), gpu=False),
+PARTS: tuple[CheckPart, ...] = (
+    CheckPart("find", f"{_PACKAGE}.find:find", most=40, least=5, modules=(), gpu=False),
     _parity("torch"),
     *map(_question, ("current", "portable", "sm80-ampere-plus")),
     _make("1600m"),
     _latency("1600m", "eager"),
     _latency("1600m", "torch"),
     _latency("1600m", "torch-compile", most=120),
-    Part("tests", f"{_PACKAGE}.suite:run", most=90, least=20, modules=(*_BASE, "pytest")),
+    CheckPart("tests", f"{_PACKAGE}.suite:run", most=90, least=20, modules=(*_BASE, "pytest")),
     _parity("torch-compile"),
     *(_parity(backend, *modules) for backend, modules in EXPORTED.items()),
     _export("1600m"),

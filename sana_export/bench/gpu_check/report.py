@@ -1,4 +1,4 @@
-"""The report of a run as one JSON document and one Markdown page, rewritten after every part."""
+"""The report of a run: a JSON document and a Markdown page, written again after each part."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from sana_export.bench.gpu_check.check import FAILED
 from sana_export.bench.gpu_check.parts import MODELS, PARTS
 from sana_export.bench.gpu_check.runner import Outcome
 from sana_export.errors import DependencyError, ParityError
+from sana_export.files import write_whole
 
 SCHEMA_VERSION = 1
-#: The last part of a name of latency parts: what it is called in the table.
+#: Backend of a latency part (the end of its name) to its label in the table.
 BACKENDS = {
     "eager": "diffusers, eager",
     "compile": "diffusers, torch.compile",
@@ -29,21 +30,30 @@ BACKENDS = {
 
 @dataclass
 class Report:
-    """All of one run. `setup`: what was installed for it. `planned`: the parts that it is made of, in their order."""
+    """The report of one run."""
 
+    #: Date and time of the start, in ISO format.
     created: str
+    #: The machine (`machine.describe_machine`).
     machine: Mapping[str, Any]
+    #: Package to version.
     versions: Mapping[str, str]
+    #: "cuda" or "cpu".
     device: str
+    #: Time limit of the whole run in seconds.
     limit_seconds: float
+    #: What was installed for the run (tools/gpu_check.py).
     setup: Mapping[str, Any] = field(default_factory=dict)
+    #: Names of all parts in their order.
     planned: tuple[str, ...] = tuple(part.name for part in PARTS)
+    #: Seconds since the start.
     seconds: float = 0.0
+    #: Part to its outcome.
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     @property
     def found(self) -> Mapping[str, Any]:
-        """What the first part found here."""
+        """What the part `find` found."""
         return self.outcomes["find"].found if "find" in self.outcomes else {}
 
     @property
@@ -52,7 +62,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """5 where a check failed, else 3 without a GPU, else 0."""
+        """5 if a check failed, else 3 without a GPU, else 0."""
         if any(outcome.status == FAILED for outcome in self.outcomes.values()):
             return ParityError.exit_code
         return 0 if self.has_gpu else DependencyError.exit_code
@@ -63,25 +73,27 @@ class Report:
         return {"schema_version": SCHEMA_VERSION, **{key: getattr(self, key) for key in head}, "parts": parts}
 
     def as_text(self) -> str:
-        """The page: what this machine has, latency, parity, TensorRT-RTX's answers, and every part with its reason."""
+        """The page: the machine, latency, parity, TensorRT-RTX's answers, and all parts with their reasons."""
         sections = (self._head(), self._latency(), self._parity(), self._questions(), self._parts())
         return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
 
     def write(self, path: Path) -> None:
-        """Write `path` (.json) and the page beside it, each under a temporary name first."""
+        """Write `path` (.json) and the page beside it, each whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps(self.as_json(), indent=1, ensure_ascii=False, default=str) + "\n"
         for target, text in ((path, content), (path.with_suffix(".md"), self.as_text())):
-            partial = target.with_name(f"{target.name}.tmp")
-            partial.write_text(text, "utf-8")
-            partial.replace(target)
+            write_whole(target, text)
 
     def _head(self) -> Iterator[str]:
         machine, capability = self.machine, self.found.get("compute_capability")
         gpus = ", ".join(self.found.get("gpus", ())) or "an NVIDIA GPU"
         yield "# gpu-check"
         yield ""
-        yield f"{gpus}, compute capability {capability}." if capability else "**No GPU: no NVIDIA driver answers, or it has none.**"
+        yield (
+            f"{gpus}, compute capability {capability}."
+            if capability
+            else "**No GPU: there is no NVIDIA driver, or the driver reports no GPU.**"
+        )
         yield f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB; {machine['os']}; Python"
         yield f"{machine['python']}; {self.created}; {self.seconds:.0f} s of {self.limit_seconds:.0f} s."
         yield ""
@@ -95,20 +107,20 @@ class Report:
         if rows:
             yield "## Latency"
             yield ""
-            yield "1024x1024, 20 steps, guidance 4.5, fp16, synthetic weights, one layer of text encoder. Medians in ms. Times"
-            yield "eager: its loop by this one, measured one after the other. dB: the picture against eager's."
+            yield "1024x1024, 20 steps, guidance 4.5, fp16, synthetic weights, text encoder with one layer. Medians in ms."
+            yield "Speedup: eager's loop time divided by this one's; the two are timed one after the other. dB: PSNR against eager."
             yield ""
             head = (
                 "model",
                 "batch",
-                "what",
+                "backend",
                 "loop",
                 "p10 to p90",
                 "decoder",
                 "whole call",
                 "first call",
                 "GiB",
-                "times eager",
+                "speedup",
                 "dB",
             )
             yield from _table(head, rows)
@@ -137,7 +149,7 @@ class Report:
         if rows:
             yield "## Parity with diffusers in fp32"
             yield ""
-            yield from _table(("backend", "bundle", "least cosine of a graph", "least dB of a picture", "passed"), rows)
+            yield from _table(("backend", "bundle", "lowest cosine of a graph", "lowest dB of an image", "passed"), rows)
 
     def _questions(self) -> Iterator[str]:
         names = [name for name in self.planned if name.startswith("rtx/") and self._found(name)]
@@ -150,7 +162,7 @@ class Report:
                 found = self._found(name)
                 answers = (_yes(found[key]) for key in keys)
                 rows.append((name.removeprefix("rtx/"), *answers, found.get("cosine", ""), "; ".join(found["said"])))
-            yield from _table(("engine", *keys, "cosine", "what it says"), rows)
+            yield from _table(("engine", *keys, "cosine", "messages"), rows)
 
     def _parts(self) -> Iterator[str]:
         yield "## Parts"

@@ -1,7 +1,7 @@
-"""Does TensorRT-RTX work on this GPU? One question a part: build an engine in one of three ways, load it, run it, compare.
+"""Does TensorRT-RTX work on this GPU? Each part builds an engine in one of three ways, loads it, runs it and compares.
 
-The graph is `tiny`'s denoiser in fp16, which has every kind of layer of the large ones. torch gives the device's memory and stream.
-What the library says is part of the answer, so an engine that is refused is an answer and no failed check; wrong numbers are one.
+The graph is `tiny`'s denoiser in fp16, which has all kinds of layers of the large models. PyTorch provides the device's memory and
+stream. An engine that the library refuses is an answer, with the library's messages, and not a failed check. Wrong numbers fail.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.bench.gpu_check.bundles import checkpoint_of, exported
-from sana_export.bench.gpu_check.check import CheckFailed, Context
+from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 from sana_export.trt.logger import CollectedLog, logger_for
 
 GRAPH = "denoiser"
@@ -25,7 +25,7 @@ def _current(module: Any, config: Any) -> None:
 
 
 def _portable(module: Any, config: Any) -> None:
-    """Nothing to say: it is what the builder does."""
+    """The builder's default."""
 
 
 def _ampere_plus(module: Any, config: Any) -> None:
@@ -41,8 +41,11 @@ QUESTIONS: dict[str, Callable[[Any, Any], None]] = {
 }
 
 
-def ask(context: Context, *, question: str) -> Mapping[str, Any]:
-    """built, loaded, ran: whether; build_seconds, cosine; said: the library's words. Raises CheckFailed for wrong numbers."""
+def ask(context: PartContext, *, question: str) -> Mapping[str, Any]:
+    """Returns built, loaded, ran (bool), build_seconds, cosine, and said (the library's messages).
+
+    Raises CheckFailed for wrong numbers.
+    """
     import tensorrt_rtx as module
 
     from sana_export.manifest import Manifest
@@ -53,27 +56,27 @@ def ask(context: Context, *, question: str) -> Mapping[str, Any]:
         return _ask(context, module, bundle, spec, question, log)
 
 
-def _ask(context: Context, module: Any, bundle: Path, spec: Any, question: str, log: CollectedLog) -> Mapping[str, Any]:
+def _ask(context: PartContext, module: Any, bundle: Path, spec: Any, question: str, log: CollectedLog) -> Mapping[str, Any]:
     logger = logger_for(module)
     found: dict[str, Any] = {"version": module.__version__, "built": False, "loaded": False, "ran": False, "said": []}
 
-    def note(**more: Any) -> None:
+    def record(**more: Any) -> None:
         found.update(more, said=log.errors)
         context.keep(found)
 
     started = time.monotonic()
     plan = _build(module, logger, bundle / f"onnx/{GRAPH}/model.onnx", spec, QUESTIONS[question])
-    note(built=plan is not None, build_seconds=round(time.monotonic() - started, 2), bytes=plan.nbytes if plan is not None else 0)
+    record(built=plan is not None, build_seconds=round(time.monotonic() - started, 2), bytes=plan.nbytes if plan is not None else 0)
     if plan is None or context.device != "cuda":
         return found
     engine = module.Runtime(logger).deserialize_cuda_engine(plan)
-    note(loaded=engine is not None)
+    record(loaded=engine is not None)
     if engine is None:
         return found
     cosine = _run(context, module, engine, spec, bundle)
-    note(ran=cosine is not None, cosine=cosine)
+    record(ran=cosine is not None, cosine=cosine)
     if cosine is not None and not cosine >= COSINE_LIMIT:
-        raise CheckFailed(f"the engine runs and its numbers are wrong: cosine {cosine} (limit {COSINE_LIMIT})")
+        raise CheckFailed(f"the engine runs but its output is wrong: cosine {cosine} (limit {COSINE_LIMIT})")
     return found
 
 
@@ -95,8 +98,8 @@ def _build(module: Any, logger: Any, onnx: Path, spec: Any, choose: Callable[[An
     return builder.build_serialized_network(network, config)
 
 
-def _run(context: Context, module: Any, engine: Any, spec: Any, bundle: Path) -> float | None:
-    """Cosine of the engine's output with the torch module's on the same inputs; None where the library refuses to run it."""
+def _run(context: PartContext, module: Any, engine: Any, spec: Any, bundle: Path) -> float | None:
+    """Cosine of the engine's output with the PyTorch module's on the same inputs. None if the library refuses to run it."""
     import torch
 
     from sana_export.export.example_inputs import CHECK_SIZES, random_inputs

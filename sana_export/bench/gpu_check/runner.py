@@ -1,4 +1,4 @@
-"""Runs parts one after the other, each in a child process, within one deadline."""
+"""Runs the parts one after the other, each in a child process, until a deadline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,82 +14,97 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.bench.gpu_check.check import FAILED, NOT_RUN, PASSED, SKIPPED
-from sana_export.bench.gpu_check.parts import Part
+from sana_export.bench.gpu_check.parts import CheckPart
+from sana_export.child_process import start_module
 
-#: Lines of a part's output that its reason repeats.
+#: Number of lines of a part's output that the reason repeats.
 _LAST_LINES = 4
-#: Progress bars are no words to repeat.
+#: Environment variables that turn off progress bars, which would fill the output.
 _QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-#: Seconds at the end that no part gets.
+#: Seconds before the deadline that no part may use.
 RESERVE = 5.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a part. `found`: what it answered, as far as it came; `reason`: why it did not pass. `log`: its output."""
+    """The outcome of a part."""
 
+    #: PASSED, FAILED, SKIPPED or NOT_RUN.
     status: str
+    #: Why it did not pass, or None.
     reason: str | None = None
+    #: Time that it took.
     seconds: float = 0.0
+    #: What it found, also if it did not finish.
     found: Mapping[str, Any] = field(default_factory=dict)
+    #: Path of the file with its output.
     log: str | None = None
 
 
 @dataclass(frozen=True)
-class Here:
-    """What decides which parts can run. `modules`: of those that parts ask for, the ones that are installed."""
+class Capabilities:
+    """What this machine has, which decides which parts can run."""
 
+    #: Whether there is a GPU.
     gpu: bool
+    #: Those modules of the parts that work.
     modules: Collection[str]
+    #: Whether ONNX Runtime has its CUDA provider.
     cuda_provider: bool
 
 
 @dataclass
-class Runner:
-    """`deadline`: of `time.monotonic`. `key`: what answers of an earlier run have to agree in to be taken again."""
+class PartRunner:
+    """Runs parts and returns their outcomes."""
 
+    #: Folder for intermediate files and logs.
     work: Path
-    here: Here
+    #: What this machine has.
+    capabilities: Capabilities
+    #: "cuda" or "cpu".
     device: str
+    #: End of the run, as a value of `time.monotonic`.
     deadline: float
+    #: Outcomes of an earlier run are kept only if it had the same key.
     key: str = ""
+    #: Whether to keep outcomes of an earlier run.
     resume: bool = False
 
-    def run(self, parts: Iterable[Part], on_outcome: Callable[[Part, Outcome], None]) -> dict[str, Outcome]:
-        """The outcome of every part, each told to `on_outcome` as soon as it is known."""
+    def run(self, parts: Iterable[CheckPart], on_outcome: Callable[[CheckPart, Outcome], None]) -> dict[str, Outcome]:
+        """The outcome of each part. `on_outcome` gets each as soon as it is known."""
         outcomes: dict[str, Outcome] = {}
         for part in parts:
             outcomes[part.name] = self._outcome(part)
             on_outcome(part, outcomes[part.name])
         return outcomes
 
-    def _outcome(self, part: Part) -> Outcome:
+    def _outcome(self, part: CheckPart) -> Outcome:
         if (reason := self._lacking(part)) is not None:
             return Outcome(SKIPPED, reason)
         if (earlier := self._earlier(part)) is not None:
             return earlier
         left = self.deadline - RESERVE - time.monotonic()
         if left < part.least:
-            return Outcome(NOT_RUN, f"out of time: {max(left, 0.0):.0f} s left, it needs at least {part.least:.0f} s")
+            return Outcome(NOT_RUN, f"out of time: {max(left, 0.0):.0f} s left, but it needs at least {part.least:.0f} s")
         outcome = self._child(part, min(part.most, left), cut_short=left < part.most)
         if outcome.status in (PASSED, FAILED):
             self._file(part, "outcome").write_text(json.dumps({"key": self.key, **asdict(outcome)}), "utf-8")
         return outcome
 
-    def _lacking(self, part: Part) -> str | None:
-        """Why the part cannot run here; None where it can."""
-        if part.gpu and not self.here.gpu and self.device == "cuda":
+    def _lacking(self, part: CheckPart) -> str | None:
+        """Why the part cannot run on this machine, or None."""
+        if part.gpu and not self.capabilities.gpu and self.device == "cuda":
             return "no GPU"
-        if missing := [name for name in part.modules if name not in self.here.modules]:
+        if missing := [name for name in part.modules if name not in self.capabilities.modules]:
             return f"not installed: {', '.join(missing)}"
-        if part.one_of and not any(name in self.here.modules for name in part.one_of):
+        if part.one_of and not any(name in self.capabilities.modules for name in part.one_of):
             return f"none of these is installed: {', '.join(part.one_of)}"
-        if part.cuda_provider and self.device == "cuda" and not self.here.cuda_provider:
-            return "this ONNX Runtime has no CUDAExecutionProvider (onnxruntime-gpu has)"
+        if part.cuda_provider and self.device == "cuda" and not self.capabilities.cuda_provider:
+            return "this ONNX Runtime has no CUDAExecutionProvider (install onnxruntime-gpu)"
         return None
 
-    def _earlier(self, part: Part) -> Outcome | None:
-        """What an earlier run with the same key found, where it is to be taken again."""
+    def _earlier(self, part: CheckPart) -> Outcome | None:
+        """The outcome of an earlier run with the same key, if `resume` is set and there is one."""
         if not self.resume:
             return None
         try:
@@ -99,21 +113,21 @@ class Runner:
             return None
         return Outcome(**document) if document.pop("key", None) == self.key else None
 
-    def _child(self, part: Part, limit: float, cut_short: bool) -> Outcome:
+    def _child(self, part: CheckPart, limit: float, cut_short: bool) -> Outcome:
         request, answer, log = (self._file(part, kind) for kind in ("request", "answer", "log"))
         answer.unlink(missing_ok=True)
         asked = {"target": part.target, "arguments": dict(part.arguments), "work": str(self.work), "device": self.device}
         request.write_text(json.dumps(asked), "utf-8")
-        path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-        command = [sys.executable, "-P", "-m", "sana_export.bench.gpu_check.child", str(request), str(answer)]
         started = time.monotonic()
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                command,
+            process = start_module(
+                "sana_export.bench.gpu_check.child",
+                str(request),
+                str(answer),
+                environment=_QUIET,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": path, **_QUIET},
                 start_new_session=True,
             )
             try:
@@ -125,11 +139,11 @@ class Runner:
         seconds = round(time.monotonic() - started, 2)
         outcome = _read(answer, code, limit, seconds, log)
         if code is None and cut_short and outcome.status == FAILED:
-            reason = f"out of time: ended after {limit:.0f} s, it may take {part.most:.0f} s"
+            reason = f"out of time: ended after {limit:.0f} s, but it may take {part.most:.0f} s"
             return Outcome(NOT_RUN, reason, seconds, outcome.found, log.name)
         return outcome
 
-    def _file(self, part: Part, kind: str) -> Path:
+    def _file(self, part: CheckPart, kind: str) -> Path:
         folder = self.work / "parts"
         folder.mkdir(parents=True, exist_ok=True)
         suffix = "log" if kind == "log" else f"{kind}.json"
@@ -137,13 +151,14 @@ class Runner:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the child and whatever it started; its session is its own."""
-    with contextlib.suppress(ProcessLookupError):  # all have ended by themselves
+    """End the child and all processes of its session."""
+    with contextlib.suppress(ProcessLookupError):  # all have ended already
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _read(answer: Path, code: int | None, limit: float, seconds: float, log: Path) -> Outcome:
+    """The outcome that the child wrote to `answer`; a failure if there is none. `code` None: the child was ended at its limit."""
     try:
         document = json.loads(answer.read_text("utf-8"))
     except (OSError, ValueError):
@@ -152,7 +167,7 @@ def _read(answer: Path, code: int | None, limit: float, seconds: float, log: Pat
     if status is not None:
         return Outcome(status, document.get("reason"), seconds, found, log.name)
     if code is None:
-        ended = f"still running after its {limit:.0f} s, and ended"
+        ended = f"ended because it was still running after its {limit:.0f} s"
     elif code < 0:
         ended = f"its process was killed by {signal.Signals(-code).name}"
     else:

@@ -1,4 +1,4 @@
-"""Every test that is marked `gpu`, with the outcome of each."""
+"""Runs all tests that are marked `gpu`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.gpu_check.check import CheckFailed, Context
+from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 from sana_export.errors import DependencyError
 
 
-def run(context: Context, *, select: str = "gpu", where: str = "tests") -> Mapping[str, Any]:
-    """outcomes: how many of each; tests: every test. Raises CheckFailed where one failed, DependencyError without the tests."""
+def run(context: PartContext, *, select: str = "gpu", where: str = "tests") -> Mapping[str, Any]:
+    """Returns outcomes (outcome to number of tests) and tests (all tests).
+
+    Raises CheckFailed if a test failed, DependencyError if there are no tests.
+    """
     import pytest
 
     if not Path(where).exists():
-        raise DependencyError("the tests are not here", found=f"no {where} in {Path.cwd()}", wanted="a checkout of the project")
+        raise DependencyError(
+            "the project's tests are missing",
+            found=f"no {where} in {Path.cwd()}",
+            wanted="a checkout of the project",
+            fix="run make gpu-check in a checkout of the project",
+        )
     report = context.work / "gpu-tests.json"
     arguments = ["-m", select, "-p", "tests.support.json_report", f"--json-report={report}", "-p", "no:xdist", where]
     code = pytest.main(arguments)

@@ -1,4 +1,4 @@
-"""Layers of a graph in ONNX Runtime, from its own profile: the nodes as its optimiser left them."""
+"""Layers of a graph in ONNX Runtime, from its profiler: the nodes of the optimized graph."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.bench.nvtx_ranges import nvtx_range
-from sana_export.bench.profile.profile import GraphRun, Layer
+from sana_export.bench.profile.profile import GraphRun, LayerTime
 from sana_export.runtime.backends.onnxruntime import session_options
 
 
-def layers(run: GraphRun) -> list[Layer]:
-    """Each node's median time, in a session like the backend's."""
+def layers(run: GraphRun) -> list[LayerTime]:
+    """The median time of each node, in a session with the backend's options."""
     import onnxruntime
 
     options = session_options(onnxruntime)
@@ -36,8 +36,8 @@ def layers(run: GraphRun) -> list[Layer]:
     return node_layers(events, run.runs)
 
 
-def node_layers(events: list[dict[str, Any]], runs: int) -> list[Layer]:
-    """A layer a node, its time the median of the last `runs` runs."""
+def node_layers(events: list[dict[str, Any]], runs: int) -> list[LayerTime]:
+    """One layer for each node. Its time is the median of the last `runs` runs."""
     found: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
@@ -47,10 +47,10 @@ def node_layers(events: list[dict[str, Any]], runs: int) -> list[Layer]:
         arguments = timed[-1][1]
         moved = sum(int(arguments.get(key, 0)) for key in ("activation_size", "parameter_size", "output_size"))
         microseconds = statistics.median(duration for duration, _ in timed[-runs:])
-        result.append(Layer(_shortened(name), arguments["op_name"], microseconds / 1e3, moved or None))
+        result.append(LayerTime(_shortened(name), arguments["op_name"], microseconds / 1e3, moved or None))
     return result
 
 
 def _shortened(name: str) -> str:
-    """Names of fused nodes grow long and hold separators of the table."""
+    """The end of a node's name. Names of fused nodes are long, and a `|` would break the table."""
     return re.sub(r"[|/]+", "/", name)[-60:]

@@ -1,7 +1,7 @@
-"""Where the time of each graph goes: its slowest layers, in one form whatever runs them.
+"""Finds the slowest layers of each graph, in the same form for every backend.
 
-A graph is run alone, on random inputs of the workload's sizes, after a warm-up. Backends are functions in one table: they take a
-`GraphRun` and return the time of each layer.
+A graph runs alone on random inputs of the workload's sizes, after a warm-up. `PROFILERS` has one function for each backend, which
+takes a `GraphRun` and returns the time of each layer.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.contract import GraphSpec
 from sana_export.errors import UsageError
 from sana_export.manifest import Manifest
+from sana_export.progress import OnProgress, Progress, ignore_progress
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer as its backend calls it. `ms` of one run of its graph; `bytes` that it reads and writes, where that is told."""
+class LayerTime:
+    """The time of one layer."""
 
+    #: The backend's name for it.
     name: str
+    #: The backend's name for its type.
     operator: str
+    #: Milliseconds in one run of its graph.
     ms: float
+    #: Bytes that it reads and writes. None if the backend does not report them.
     bytes: int | None = None
 
     @property
@@ -38,26 +43,39 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class GraphRun:
-    """One graph to be profiled. `inputs`: torch tensors on the CPU by name. `runs`: how often it is timed."""
+    """One graph to profile."""
 
+    #: A key of `PROFILERS`.
     backend: str
+    #: Folder of the bundle.
     bundle: Path
+    #: The bundle's manifest.
     manifest: Manifest
+    #: The checkpoint that the bundle was exported from.
     checkpoint: SanaCheckpoint
+    #: Name of the graph.
     graph: str
+    #: Its inputs and outputs.
     spec: GraphSpec
+    #: Name to input, as PyTorch tensors on the CPU.
     inputs: Mapping[str, Any]
+    #: Number of CPU threads.
     threads: int
+    #: Number of timed runs.
     runs: int
 
 
 @dataclass(frozen=True)
 class GraphProfile:
-    """A graph's layers, the slowest first; `times`: how often a call runs the graph. `failed`: why there are none."""
+    """The profile of one graph."""
 
+    #: Name of the graph.
     graph: str
+    #: Number of times that one call runs the graph.
     times: int
-    layers: tuple[Layer, ...]
+    #: Its layers, the slowest first.
+    layers: tuple[LayerTime, ...]
+    #: Why there are no layers, or None.
     failed: str | None = None
 
     @property
@@ -65,7 +83,7 @@ class GraphProfile:
         return sum(layer.ms for layer in self.layers)
 
     def operators(self) -> dict[str, float]:
-        """Operator to its milliseconds in one run, the most first."""
+        """Operator to its milliseconds in one run, the slowest first."""
         totals: dict[str, float] = {}
         for layer in self.layers:
             totals[layer.operator] = totals.get(layer.operator, 0.0) + layer.ms
@@ -73,12 +91,16 @@ class GraphProfile:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """All graphs of one backend."""
+class BackendProfile:
+    """The profile of all graphs on one backend."""
 
+    #: A key of `PROFILERS`.
     backend: str
+    #: Name of the workload.
     workload: str
+    #: Number of CPU threads.
     threads: int
+    #: The profile of each graph.
     graphs: tuple[GraphProfile, ...]
 
     @property
@@ -92,23 +114,23 @@ class Profile:
         }
 
     def as_text(self, top: int) -> str:
-        """Markdown: the `top` slowest layers of each graph, and its operators."""
+        """Markdown: the `top` slowest layers of each graph, then its operators."""
         lines = [f"# {self.backend}: slowest layers, {self.workload}, {self.threads} threads", ""]
-        lines += ["| graph | layer | operator | ms a run | of the graph | GB/s |", "|---|---|---|---:|---:|---:|"]
+        lines += ["| graph | layer | operator | ms per run | share of the graph | GB/s |", "|---|---|---|---:|---:|---:|"]
         for graph in self.graphs:
             for layer in graph.layers[:top]:
                 gbs = "" if layer.gbs is None else f"{layer.gbs:.1f}"
                 lines.append(
                     f"| {graph.graph} | {layer.name} | {layer.operator} | {layer.ms:.3f} | {layer.ms / graph.ms:.1%} | {gbs} |"
                 )
-        lines += ["", "| graph | runs a call | ms a run | operators |", "|---|---:|---:|---|"]
+        lines += ["", "| graph | runs per call | ms per run | operators |", "|---|---:|---:|---|"]
         for graph in self.graphs:
             shares = ", ".join(f"{name} {ms / graph.ms:.0%}" for name, ms in list(graph.operators().items())[:6])
             lines.append(f"| {graph.graph} | {graph.times} | {graph.ms:.3f} | {' '.join((graph.failed or shares).split())} |")
         return "\n".join(lines) + "\n"
 
 
-#: Backend: "module:function" that takes a GraphRun and returns its layers.
+#: Backend to "module:function" of the function that takes a GraphRun and returns its layers.
 PROFILERS = {
     "onnxruntime": "sana_export.bench.profile.onnxruntime:layers",
     "torch": "sana_export.bench.profile.torch:layers",
@@ -125,28 +147,36 @@ def run_profile(
     workload: Workload,
     graphs: Sequence[str] = (),
     runs: int = 5,
-    on_progress: Callable[[str, int, int], None] = lambda doing, done, total: None,
-) -> Profile:
-    """Profile `graphs` (none: all that a call of the workload's first prompt runs) of `bundle`, which is of `checkpoint`.
+    on_progress: OnProgress = ignore_progress,
+) -> BackendProfile:
+    """Profile `graphs` of `bundle`, which was exported from `checkpoint`, on `backend`.
 
-    Raises UsageError for a backend or graph that there is not. A graph that its backend cannot run is reported with its reason.
+    Without `graphs`, profile all that a call of the workload's first prompt runs. If the backend cannot run one, its profile says
+    why. Raises UsageError for an unknown backend or graph.
     """
     from sana_export.errors import SanaExportError
     from sana_export.export.example_inputs import graph_spec, random_inputs
 
     if backend not in PROFILERS:
         near = difflib.get_close_matches(backend, PROFILERS, n=1) or list(PROFILERS)
-        raise UsageError(f"there is no profile of {backend!r}", wanted=", ".join(PROFILERS), fix=f"--backend {near[0]}")
+        raise UsageError(
+            f"cannot profile the backend {backend!r}", found=backend, wanted=", ".join(PROFILERS), fix=f"--backend {near[0]}"
+        )
     manifest = Manifest.load(bundle)
     shape = call_shape(bundle, manifest, workload, workload.prompts[0])
     counts = _counts(shape)
     if unknown := [name for name in graphs if name not in counts]:
-        raise UsageError("the workload does not run such a graph", found=unknown[0], wanted=", ".join(counts))
+        raise UsageError(
+            f"the workload {workload.name} does not run the graph {unknown[0]!r}",
+            found=unknown[0],
+            wanted=", ".join(counts),
+            fix=f"--graphs {next(iter(counts))}",
+        )
     module, _, function = PROFILERS[backend].partition(":")
-    layers: Callable[[GraphRun], list[Layer]] = getattr(importlib.import_module(module), function)
+    layers: Callable[[GraphRun], list[LayerTime]] = getattr(importlib.import_module(module), function)
     names, found, threads = list(graphs) or list(counts), [], workload.resolved_threads()
     for done, name in enumerate(names):
-        on_progress(name, done, len(names))
+        on_progress(Progress(name, done, len(names)))
         spec = graph_spec(name, checkpoint, manifest.options)
         inputs = random_inputs(spec, _sizes(shape, manifest), seed=0)
         try:
@@ -155,19 +185,19 @@ def run_profile(
             found.append(GraphProfile(name, counts[name], (), str(error)))
             continue
         found.append(GraphProfile(name, counts[name], tuple(sorted(timed, key=lambda layer: -layer.ms))))
-    on_progress("report", len(names), len(names))
-    return Profile(backend, workload.name, threads, tuple(found))
+    on_progress(Progress("report", len(names), len(names)))
+    return BackendProfile(backend, workload.name, threads, tuple(found))
 
 
 def _counts(shape: CallShape) -> dict[str, int]:
-    """Graph to how often one call runs it."""
+    """Graph to the number of times that one call runs it."""
     decoder = {"vae_decoder_head": 1, "vae_decoder_tail": len(shape.windows)} if shape.windows else {"vae_decoder": 1}
     before = {"text_encoder": len(shape.encoder_runs), "context": 1, "denoiser": shape.steps, "sampler": shape.steps}
     return {**before, **decoder, "postprocess": 1}
 
 
 def _sizes(shape: CallShape, manifest: Manifest) -> Any:
-    """The sizes of every graph's inputs."""
+    """The sizes of all graphs' inputs."""
     from sana_export.export.example_inputs import Sizes
 
     _, tokens, prefix = max(shape.encoder_runs, default=(1, 1, 1))

@@ -1,4 +1,4 @@
-"""Layers of an engine, from TensorRT's own profiler and engine inspector. Written for both flavours; not run on a GPU yet."""
+"""Layers of an engine, from TensorRT's profiler and engine inspector. For TensorRT and TensorRT-RTX; not run on a GPU yet."""
 
 from __future__ import annotations
 
@@ -8,27 +8,39 @@ from collections import defaultdict
 from typing import Any
 
 from sana_export.bench.nvtx_ranges import nvtx_range
-from sana_export.bench.profile.profile import GraphRun, Layer
+from sana_export.bench.profile.profile import GraphRun, LayerTime
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.trt.flavour import load
 
 
-def layers(run: GraphRun) -> list[Layer]:
-    """The median time of each layer. Raises ArtifactError without an engine that runs here, DependencyError without a GPU."""
+def layers(run: GraphRun) -> list[LayerTime]:
+    """The median time of each layer. Raises ArtifactError if no engine runs on this GPU, DependencyError if there is no GPU."""
     import torch
 
     entries = [entry for entry in run.manifest.engines if entry.backend == run.backend and entry.graph == run.graph]
     fix = f"sana-export build {run.bundle} --backend {run.backend}"
     if not entries:
-        raise ArtifactError(f"{run.bundle} has no engine of {run.graph}", found="none", wanted=run.backend, fix=fix)
+        raise ArtifactError(
+            f"{run.bundle} has no engine of {run.graph}", found="no engine", wanted=f"an engine for {run.backend}", fix=fix
+        )
     if not torch.cuda.is_available():
-        raise DependencyError("engines run on a GPU", found=f"torch {torch.__version__} without one", wanted="CUDA")
+        raise DependencyError(
+            "PyTorch finds no GPU",
+            found=f"torch {torch.__version__} without one",
+            wanted="an NVIDIA GPU, and PyTorch built for CUDA",
+            fix="run the same command on a machine with an NVIDIA GPU; the engines need not be built again",
+        )
     trt: Any = load(run.backend)
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     serialized = ((run.bundle / entry.file.path).read_bytes() for entry in entries)
     engine = next(filter(None, map(runtime.deserialize_cuda_engine, serialized)), None)
     if engine is None:
-        raise ArtifactError(f"no engine of {run.graph} runs on this GPU", found=torch.cuda.get_device_name(), fix=fix)
+        raise ArtifactError(
+            f"no engine of {run.graph} runs on this GPU",
+            found=torch.cuda.get_device_name(),
+            wanted=f"an engine that {run.backend} built for this GPU",
+            fix=fix,
+        )
     timer = _timer(trt)
     context = engine.create_execution_context()
     context.profiler = timer
@@ -42,11 +54,11 @@ def layers(run: GraphRun) -> list[Layer]:
             torch.cuda.synchronize()
     del tensors
     kinds = _kinds(engine, context, trt)
-    return [Layer(name[:60], kinds.get(name, ""), statistics.median(times)) for name, times in timer.times.items()]
+    return [LayerTime(name[:60], kinds.get(name, ""), statistics.median(times)) for name, times in timer.times.items()]
 
 
 def _timer(trt: Any) -> Any:
-    """A profiler that keeps the milliseconds of each layer."""
+    """A TensorRT profiler that collects the milliseconds of each layer."""
 
     class Timer(trt.IProfiler):
         def __init__(self) -> None:
@@ -60,7 +72,7 @@ def _timer(trt: Any) -> Any:
 
 
 def _bind(engine: Any, context: Any, trt: Any, run: GraphRun) -> dict[str, Any]:
-    """Give every input and output a tensor on the GPU; returns them, to be kept alive."""
+    """Give each input and output a tensor on the GPU. The caller must keep the returned tensors alive."""
     import torch
 
     tensors = {name: tensor.cuda() for name, tensor in run.inputs.items()}
@@ -75,7 +87,7 @@ def _bind(engine: Any, context: Any, trt: Any, run: GraphRun) -> dict[str, Any]:
 
 
 def _kinds(engine: Any, context: Any, trt: Any) -> dict[str, str]:
-    """Layer to its type, as far as the engine inspector tells (engines built with detailed verbosity tell all)."""
+    """Layer to its type, if the engine inspector reports it (engines built with detailed verbosity report all)."""
     inspector = engine.create_engine_inspector()
     inspector.execution_context = context
     found = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))

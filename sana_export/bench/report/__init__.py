@@ -1,1 +1,1 @@
-"""A benchmark's results as JSON, Markdown, HTML and plots, and the comparison of two reports."""
+"""Reports of benchmarks: the data, its renderings, and the comparison of two reports."""

@@ -1,4 +1,4 @@
-"""Two reports of one workload side by side: what got better or worse, by more than a threshold and more than the spread."""
+"""Compares two reports of one workload: what got faster or slower by more than a threshold and more than the spread."""
 
 from __future__ import annotations
 
@@ -9,49 +9,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.report.result import SCHEMA_VERSION
+from sana_export.bench.report.document import SCHEMA_VERSION
 from sana_export.errors import ArtifactError, UsageError
 
-#: What two runs of one workload may differ in.
-_FREE = ("warmup", "repeats", "sweep")
+#: Fields of the workload that may differ between the two runs.
+_MAY_DIFFER = ("warmup", "repeats", "sweep")
 BETTER, WORSE, SAME = "better", "worse", ""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One stage of one backend in both reports. Times are milliseconds; ratios are eager's time by it in the same run."""
+    """One stage of one backend in both reports."""
 
+    #: Name of the backend.
     backend: str
+    #: Name of the stage; for a point of the sweep, its size and batch too.
     stage: str
+    #: Median milliseconds in the first report.
     before_ms: float
+    #: Median milliseconds in the second report.
     after_ms: float
+    #: p10 and p90 in the first report.
     before_spread_ms: tuple[float, float]
+    #: p10 and p90 in the second report.
     after_spread_ms: tuple[float, float]
+    #: Eager's time divided by this one's, in the first report. None for eager itself and without a pair.
     before_ratio: float | None
+    #: The same in the second report.
     after_ratio: float | None
+    #: BETTER, WORSE or SAME.
     verdict: str
 
     @property
     def change(self) -> float:
-        """0.1 where it takes 10% longer."""
+        """The relative change of the median: 0.1 means 10% slower."""
         return self.after_ms / self.before_ms - 1.0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`lost`: backend to why the second report has no time for it that counts. `differs`: what else is not alike."""
+    """The comparison of two reports."""
 
+    #: Name of the first report.
     before: str
+    #: Name of the second report.
     after: str
+    #: How much slower a stage may get: 0.05 is 5%.
     threshold: float
+    #: Name of the baseline.
     baseline: str
+    #: Every stage that both reports have.
     changes: tuple[Change, ...]
+    #: Backend to the reason why the second report has no valid time for it.
     lost: Mapping[str, str]
+    #: Other differences between the two runs: machine, versions, bundle, noise.
     differs: tuple[str, ...]
 
     @property
     def regressions(self) -> list[Change]:
-        """What got worse, other than the baseline, which is not ours."""
+        """What got worse, without the baseline, which is not our code."""
         return [change for change in self.changes if change.verdict == WORSE and change.backend != self.baseline]
 
     @property
@@ -63,11 +79,11 @@ class Comparison:
         return {**dataclasses.asdict(self), "changes": changes, "passed": self.passed}
 
     def as_text(self) -> str:
-        """Markdown: a row a stage and backend, then what stands out."""
+        """Markdown: a row for each stage and backend, then notes."""
         columns = "| stage | backend | before ms (p10 to p90) | after ms (p10 to p90) | time | against eager | verdict |"
         rows = [columns, "|---|---|---:|---:|---:|---:|---|", *map(_row, self.changes)]
         notes = [f"{name}: {reason}" for name, reason in self.lost.items()]
-        notes += [f"not alike: {entry}" for entry in self.differs]
+        notes += [f"different: {entry}" for entry in self.differs]
         worse = ", ".join(f"{change.stage} of {change.backend} {change.change:+.0%}" for change in self.regressions)
         limit = f"{self.threshold:.0%} and the spread of the runs"
         notes.append(f"worse by more than {limit}: {worse}" if worse else f"nothing got worse by more than {limit}")
@@ -88,18 +104,23 @@ def _row(change: Change) -> str:
 
 
 def compare_files(before: Path, after: Path, threshold: float) -> Comparison:
-    """Compare two bench.json. Raises ArtifactError for a file that is none, UsageError where their workloads differ."""
+    """Compare two bench.json files.
+
+    Raises ArtifactError if a file is not a report, UsageError if the workloads differ.
+    """
     return compare(read_report(before), read_report(after), threshold, str(before), str(after))
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The report at `path` (or in the folder `path`). Raises ArtifactError where it is none of this version."""
+    """The report at `path`, which may also be its folder. Raises ArtifactError if it is not a report of this version."""
     path = path / "bench.json" if path.is_dir() else path
-    fix = "sana-export bench BUNDLE --reference MODEL -o DIR"
+    fix = f"run sana-export bench again with -o {path.parent}"
     try:
         document = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read", found=error, wanted="a bench.json", fix=fix) from error
+        raise ArtifactError(
+            f"{path} cannot be read", found=error, wanted="a bench.json written by sana-export bench", fix=fix
+        ) from error
     found = document.get("schema_version") if isinstance(document, dict) else None
     if found != SCHEMA_VERSION or "backends" not in document:
         raise ArtifactError(
@@ -112,13 +133,14 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any], threshold: float, old: str, new: str) -> Comparison:
-    """Compare two documents, called `old` and `new`; `threshold` is a share: 0.05 is 5%."""
+    """Compare two documents, which messages call `old` and `new`. `threshold` is a fraction: 0.05 is 5%."""
     for key, value in before["workload"].items():
-        if key not in _FREE and after["workload"].get(key) != value:
+        if key not in _MAY_DIFFER and after["workload"].get(key) != value:
             raise UsageError(
-                "two workloads cannot be compared",
+                "reports of different workloads cannot be compared",
                 found=f"{key} {value!r} in {old}, {after['workload'].get(key)!r} in {new}",
                 wanted="the same workload in both",
+                fix=f"time both with the same workload: sana-export bench --workload {before['workload'].get('name')}",
             )
     counted = dict(_counted(after))
     changes = tuple(_change(key, entry, counted[key], threshold) for key, entry in _counted(before) if key in counted)
@@ -133,12 +155,12 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any], threshold: floa
     )
 
 
-#: backend, stage
+#: Backend and stage.
 Key = tuple[str, str]
 
 
 def _counted(document: Mapping[str, Any]) -> Iterator[tuple[Key, Mapping[str, Any]]]:
-    """Every time that counts, the points of the sweep as stages of their own."""
+    """Every measured time. A point of the sweep counts as a stage of its own."""
     for name, backend in document["backends"].items():
         for stage, entry in backend["stages"].items():
             if entry is not None:
@@ -174,7 +196,7 @@ def _change(key: Key, before: Mapping[str, Any], after: Mapping[str, Any], thres
 def _beyond(fast: Mapping[str, Any], slow: Mapping[str, Any], ratios: list[float | None], threshold: float) -> bool:
     """Whether `slow` is slower than `fast` by more than the threshold and the spread.
 
-    Where both were timed beside eager, the ratio to it has to say so too: what slows eager alike is the machine.
+    If both have a ratio to eager, the ratio must show it too: if eager got slower by as much, the machine did.
     """
     if slow["median_ms"] <= fast["median_ms"] * (1.0 + threshold) or slow["p10_ms"] <= fast["p90_ms"]:
         return False
@@ -183,7 +205,7 @@ def _beyond(fast: Mapping[str, Any], slow: Mapping[str, Any], ratios: list[float
 
 
 def _lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
-    """Backends that had times that count, and no longer do."""
+    """Backends with valid times in the first report only, with the reason."""
     lost = {}
     for name, old in before.items():
         new = after.get(name, {"failed": "not in the second report", "skipped": None, "agreement": None})
@@ -193,7 +215,7 @@ def _lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]
         if reason := new["failed"] or new["skipped"]:
             lost[name] = " ".join(str(reason).split())
         elif not agreed[1]:
-            lost[name] = f"its image no longer agrees: {new['agreement']['psnr_db']} dB"
+            lost[name] = f"its images no longer agree with eager's: {new['agreement']['psnr_db']} dB"
     return lost
 
 

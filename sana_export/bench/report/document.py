@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from sana_export.bench.candidates.table import BASELINE
-from sana_export.bench.report.result import SCHEMA_VERSION, BackendResult, BenchReport, SweepPoint
+from sana_export.bench.report.result import BackendResult, BenchReport, SweepPoint
 from sana_export.bench.stages import END_TO_END, STAGES, StageResult
 from sana_export.bench.work.count import Achieved, Work
 from sana_export.bench.workload import Workload
 
+SCHEMA_VERSION = 2
+
 
 def document(report: BenchReport) -> dict[str, Any]:
-    """`report` as JSON can hold it."""
+    """`report` as a document for JSON."""
     return {
         "schema_version": SCHEMA_VERSION,
         "created": report.created,
@@ -44,7 +46,7 @@ def _workload(workload: Workload) -> dict[str, Any]:
 
 
 def _work(report: BenchReport, whose: str, stage: str, stages: Mapping[str, Work]) -> dict[str, Any]:
-    """FLOP and bytes of one call (the mean of the prompts), and the least time at the ceiling."""
+    """FLOP and bytes of one call (the mean over the prompts), and the least time at the ceiling."""
     calls, work = len(report.workload.prompts), stages[stage]
     return {"flop": work.flop / calls, "bytes": work.bytes / calls, "floor_ms": report.floor_ms(whose, stage)}
 
@@ -88,7 +90,7 @@ def _point(point: SweepPoint) -> dict[str, Any]:
 
 
 def _brief(result: BackendResult) -> dict[str, Any]:
-    """What a point of a sweep keeps of a backend: the whole call."""
+    """A backend's entry in a point of the sweep: end to end only."""
     whole = _stage(result.stages.get(END_TO_END), None)
     if whole is not None:
         del whole["achieved"]
@@ -102,5 +104,5 @@ def _brief(result: BackendResult) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | str:
-    """JSON has no infinity: it is written as the string that Python prints."""
+    """JSON has no infinity. It is written as Python's string for it."""
     return value if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: images, plots and tables lie in it."""
+"""The report as one HTML page that needs no other file: images and plots are embedded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ figure img, .plots img { width: 100%; height: auto; display: block } figcaption 
 
 
 def page(report: BenchReport, images: Mapping[str, Path], plots: Sequence[Path]) -> str:
-    """The page; `images` by backend and `plots` are PNG files that it takes in."""
+    """The page. `images` (backend to path) and `plots` are PNG files, which it embeds."""
     name = escape(title(report))
     loud = " loud" if report.noisy else ""
     parts = [
@@ -71,7 +71,7 @@ def _figure(report: BenchReport, backend: str, path: Path) -> str:
     lines = [f"<b>{escape(backend)}</b>"]
     if (whole := result.stages.get(END_TO_END)) is not None:
         lines.append(
-            f"{whole.ms.median:,.0f} ms" + ("" if result.speedup is None else f", {result.speedup:.2f} times eager's speed")
+            f"{whole.ms.median:,.0f} ms" + ("" if result.speedup is None else f", {result.speedup:.2f} times as fast as eager")
         )
     if (agreement := result.agreement) is not None:
         lines.append(f"{likeness(agreement)} against eager: {'agrees' if agreement.agrees else 'DOES NOT AGREE'}")
@@ -80,10 +80,10 @@ def _figure(report: BenchReport, backend: str, path: Path) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> str:
     def row(cells: Sequence[str], kind: str) -> str:
-        marked = (
+        marked_up = (
             f"<{kind}{' class=text' if index < text_columns else ''}>{escape(cell)}</{kind}>" for index, cell in enumerate(cells)
         )
-        return f"<tr{' class=whole' if cells[0] == END_TO_END else ''}>{''.join(marked)}</tr>"
+        return f"<tr{' class=whole' if cells[0] == END_TO_END else ''}>{''.join(marked_up)}</tr>"
 
     return f"<table><thead>{row(header, 'th')}</thead><tbody>{''.join(row(cells, 'td') for cells in rows)}</tbody></table>"
 

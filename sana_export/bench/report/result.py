@@ -1,38 +1,33 @@
-"""The result of a benchmark as data, and the files that it is written to."""
+"""The result of a benchmark as data. The other modules of this folder turn it into JSON, text, a page and plots."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from sana_export.bench.stages import END_TO_END, StageResult
 from sana_export.bench.work.count import Achieved, Rates, Work
 from sana_export.bench.workload import Workload
 
-SCHEMA_VERSION = 2
-#: Above this share of the cores' time for other processes a run counts as noisy.
+#: A run is noisy if other processes used more than this share of the cores' time.
 NOISY_LOAD = 0.1
-#: So does one where the middle 80% of a backend's whole calls spread over more than this share of their median.
+#: A run is also noisy if the middle 80% of a backend's end-to-end times span more than this share of their median.
 NOISY_SPREAD = 0.2
-JSON_NAME, TEXT_NAME, PAGE_NAME = "bench.json", "bench.md", "bench.html"
-IMAGES, PLOTS = "images", "plots"
 
 Pixels = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """`psnr_db`: the least of all calls' images against the baseline's in the same pair, infinite where all are identical."""
+    """How close a backend's images are to the baseline's."""
 
+    #: The lowest PSNR of all calls, each against the baseline's images of the same pair. Infinite if all are identical.
     psnr_db: float
+    #: The PSNR that is required.
     limit_db: float
 
     @property
@@ -42,27 +37,34 @@ class Agreement:
 
 @dataclass(frozen=True)
 class BackendResult:
-    """One backend. `failed` is the reason why it has no stages, else None; `skipped`: that is no failure of the run.
+    """The result of one backend."""
 
-    Memory is its own process's, in bytes. `agreement` is None for the baseline, and where the baseline or the backend failed.
-    `work`: whose work it does, a key of the report's `work`. `gpu`: what was watched during its turns (gpu_watch.py).
-    """
-
+    #: Its name in the table of candidates.
     name: str
+    #: What ran, on which device and in which dtypes.
     description: str
+    #: Why it has no stages, or None.
     failed: str | None
+    #: Time to load it.
     load_seconds: float | None = None
+    #: The peak resident memory of its process.
     peak_rss_bytes: int | None = None
+    #: The peak device memory of its process.
     peak_device_bytes: int | None = None
+    #: Stage to its times.
     stages: Mapping[str, StageResult] = dataclasses.field(default_factory=dict)
+    #: None for the baseline, and if the baseline or the backend failed.
     agreement: Agreement | None = None
+    #: True if `failed` does not make the run fail: nobody asked for this backend by name.
     skipped: bool = False
+    #: A key of the report's `work`, or None if nobody has counted the backend's work.
     work: str | None = None
+    #: What the GPU reported during its turns (gpu_watch.py).
     gpu: Mapping[str, Any] | None = None
 
     @property
     def speedup(self) -> float | None:
-        """The median ratio to the baseline end to end; None where its images do not agree: a wrong answer has no speed."""
+        """The median ratio to the baseline end to end. None if the images do not agree: a wrong answer has no speed."""
         if self.agreement is None or not self.agreement.agrees or END_TO_END not in self.stages:
             return None
         ratio = self.stages[END_TO_END].ratio
@@ -70,7 +72,7 @@ class BackendResult:
 
     @property
     def spread(self) -> float | None:
-        """The width of the middle 80% of whole calls, as a share of their median."""
+        """The width of the middle 80% of the end-to-end times, as a share of their median."""
         if (whole := self.stages.get(END_TO_END)) is None:
             return None
         return (whole.ms.p90 - whole.ms.p10) / whole.ms.median if whole.ms.median else None
@@ -78,50 +80,59 @@ class BackendResult:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """Another size or batch of the workload, and what each backend took for it."""
+    """Another size or batch of the workload, with the result of each backend."""
 
+    #: The workload with the point's size and batch.
     workload: Workload
+    #: Name to result.
     backends: Mapping[str, BackendResult]
 
 
 @dataclass(frozen=True, eq=False)
 class BenchReport:
-    """All of one run. `bundle` says what was timed: source, precision, clamp, pag_layers, export_key, synthetic.
+    """The result of one run."""
 
-    `other_load`: the share of the cores' time that other processes used while it ran; None where the system does not tell.
-    `rates`: the machine's ceiling. `work`: by whose work it is, each stage's, summed over one call of each prompt. `images`: what
-    each backend drew last for the first prompt, uint8 [B, H, W, 3].
-    """
-
+    #: Date and time of the end of the run, in ISO format.
     created: str
+    #: The machine it ran on (`machine.describe_machine`).
     machine: Mapping[str, Any]
+    #: Package to version.
     versions: Mapping[str, str]
+    #: The bundle that was timed: source, precision, clamp, pag_layers, export_key, synthetic.
     bundle: Mapping[str, Any]
+    #: What was sampled.
     workload: Workload
+    #: The number of CPU threads of each backend.
     threads: int
+    #: The share of the cores' time that other processes used during the run. None if the system does not report it.
     other_load: float | None
+    #: Name to result, the baseline first.
     backends: Mapping[str, BackendResult]
+    #: The machine's measured ceiling. None if it could not be measured.
     rates: Rates | None = None
+    #: `BUNDLE` and `REFERENCE` to the work of each stage, summed over one call for each prompt.
     work: Mapping[str, Mapping[str, Work]] = dataclasses.field(default_factory=dict)
+    #: Other sizes and batches.
     sweep: Sequence[SweepPoint] = ()
+    #: Backend to its last images of the first prompt, uint8 [B, H, W, 3].
     images: Mapping[str, Pixels] = dataclasses.field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
-        """Whether every backend that could be compared draws the baseline's images, at every point of the sweep too."""
+        """Whether every backend that was compared draws the baseline's images, also at every point of the sweep."""
         everything = [self.backends, *(point.backends for point in self.sweep)]
         results = [result for backends in everything for result in backends.values()]
         return all(result.agreement is None or result.agreement.agrees for result in results)
 
     @property
     def noise(self) -> list[str]:
-        """Why the times mean little; nothing where the machine was quiet."""
+        """Why the times are unreliable. Empty if the machine was quiet."""
         found = []
         if self.other_load is not None and self.other_load > NOISY_LOAD:
             found.append(f"other processes used {self.other_load:.0%} of the cores")
         for name, result in self.backends.items():
             if (spread := result.spread) is not None and spread > NOISY_SPREAD:
-                found.append(f"{name}'s whole calls spread over {spread:.0%} of their median")
+                found.append(f"the end-to-end times of {name} span {spread:.0%} of their median")
         return found
 
     @property
@@ -130,16 +141,16 @@ class BenchReport:
 
     @property
     def failed(self) -> dict[str, str]:
-        """Backend to reason, of those that failed."""
+        """Backend to reason, for those that failed."""
         return {name: result.failed for name, result in self.backends.items() if result.failed is not None and not result.skipped}
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Backend to reason, of those that were left out."""
+        """Backend to reason, for those that were skipped."""
         return {name: result.failed for name, result in self.backends.items() if result.failed is not None and result.skipped}
 
     def achieved(self, backend: str, stage: str) -> Achieved | None:
-        """What `backend` came to in `stage`; None where its work or the ceiling is unknown."""
+        """The rates that `backend` achieved in `stage`. None if its work or the ceiling is unknown."""
         result = self.backends[backend]
         if self.rates is None or result.work is None or stage not in result.stages:
             return None
@@ -148,51 +159,7 @@ class BenchReport:
         return None if work is None else Achieved.of(work, self.rates, result.stages[stage].ms.median * len(self.workload.prompts))
 
     def floor_ms(self, whose: str, stage: str) -> float | None:
-        """The least milliseconds of one call at the measured ceiling."""
+        """The least milliseconds of one call at the measured ceiling, for the work of `whose` (`BUNDLE` or `REFERENCE`)."""
         if self.rates is None or (work := self.work.get(whose, {}).get(stage)) is None:
             return None
         return 1e3 * work.floor_seconds(self.rates) / len(self.workload.prompts)
-
-    def as_json(self) -> dict[str, Any]:
-        """The report as a JSON document (benchmarks/README.md explains its keys)."""
-        from sana_export.bench.report.document import document
-
-        return document(self)
-
-    def as_text(self) -> str:
-        """The report as Markdown: what was run, then a row for each stage and backend."""
-        from sana_export.bench.report.text import markdown
-
-        return markdown(self)
-
-    def write(self, folder: Path) -> list[Path]:
-        """Write bench.json, bench.md, bench.html, images/ and, where matplotlib is installed, plots/ into `folder`.
-
-        Each file is written under a temporary name first. Returns their paths, bench.json first.
-        """
-        from sana_export.bench.report.html import page
-        from sana_export.bench.report.plots import draw_plots
-
-        folder.mkdir(parents=True, exist_ok=True)
-        images = self._write_images(folder / IMAGES)
-        plots = draw_plots(self, folder / PLOTS)
-        content = {
-            JSON_NAME: json.dumps(self.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-            TEXT_NAME: self.as_text(),
-            PAGE_NAME: page(self, images, plots),
-        }
-        paths = []
-        for name, text in content.items():
-            temporary = folder / f"{name}.tmp"
-            temporary.write_text(text, "utf-8")
-            paths.append(temporary.replace(folder / name))
-        return [*paths, *images.values(), *plots]
-
-    def _write_images(self, folder: Path) -> dict[str, Path]:
-        """The first image of each backend as PNG."""
-        paths = {}
-        for name, pixels in self.images.items():
-            folder.mkdir(exist_ok=True)
-            paths[name] = folder / f"{name.replace(':', '-')}.png"
-            Image.fromarray(np.asarray(pixels[0], np.uint8)).save(paths[name])
-        return paths

@@ -16,32 +16,36 @@ _COLUMNS = (
 
 
 def markdown(report: BenchReport) -> str:
-    """What was run, a row for each stage and backend, notes; then the sweep."""
+    """The conditions, a row for each stage and backend, notes, then the sweep."""
     return "\n".join([*_heading(report), "", *_table(report), "", *_notes(report), *_sweep(report)]) + "\n"
 
 
 def title(report: BenchReport) -> str:
-    """What was timed, in a line."""
+    """What was timed, in one line."""
     synthetic = " (synthetic weights)" if report.bundle["synthetic"] else ""
     return f"{report.bundle['source']}{synthetic}: {report.workload.name}"
 
 
 def conditions(report: BenchReport) -> list[str]:
-    """How and on what: two lines."""
+    """How it was timed and on which machine: two lines."""
     work, machine = report.workload, report.machine
     gpu = f", {', '.join(machine['gpu'])}" if machine["gpu"] else ""
     guidance = f"guidance {work.guidance_scale:g}" + (f", PAG {work.pag_scale:g}" if work.pag_scale else "")
-    images = f"{len(work.prompts)} prompt(s), {work.images_per_prompt} image(s) of each in a call"
+    images = f"{_count(len(work.prompts), 'prompt')}, {_count(work.images_per_prompt, 'image')} per call"
     return [
         f"{work.height}x{work.width} px, {work.num_inference_steps} steps, {guidance}; {images}; {work.warmup} warm-up and "
-        f"{work.repeats} counted rounds, taking turns; {report.threads} threads.",
+        f"{work.repeats} counted rounds, in turn; {_count(report.threads, 'thread')}.",
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB{gpu}; {machine['os']}; "
         f"Python {machine['python']}, {', '.join(f'{name} {version}' for name, version in report.versions.items())}.",
     ]
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def stage_cells(stage: str, name: str, measured: StageResult, achieved: Achieved | None) -> tuple[str, ...]:
-    """One row of the table, in the order of its columns."""
+    """One row of the table, in the order of `columns`."""
     ms, ratio = measured.ms, measured.ratio
     return (
         *(stage, name, str(ms.n), f"{ms.median:.1f}", f"{ms.p10:.1f} to {ms.p90:.1f}"),
@@ -69,7 +73,7 @@ def columns() -> tuple[str, ...]:
 
 
 def backend_note(result: BackendResult) -> str:
-    """What a backend is, and what it took beside time."""
+    """What ran, with its memory, power and agreement; or why it did not run."""
     if result.failed is not None:
         return ("skipped: " if result.skipped else "FAILED: ") + " ".join(result.failed.split())
     parts = [result.description]
@@ -85,23 +89,21 @@ def backend_note(result: BackendResult) -> str:
         if gpu["slowed_by"]:
             parts.append(f"slowed by {', '.join(gpu['slowed_by'])}")
     if (agreement := result.agreement) is not None:
-        verdict = "agrees" if agreement.agrees else "DOES NOT AGREE, its times do not count"
+        verdict = "agrees" if agreement.agrees else "DOES NOT AGREE, so its times do not count"
         parts.append(f"image {likeness(agreement)} against {BASELINE} (limit {agreement.limit_db:g}): {verdict}")
     return ", ".join(parts)
 
 
 def likeness(agreement: Agreement) -> str:
-    """The PSNR in dB; images that are equal have none."""
+    """The PSNR in dB, or "identical"."""
     return "identical" if agreement.psnr_db == math.inf else f"{agreement.psnr_db:.1f} dB"
 
 
 def ceiling_notes(report: BenchReport) -> list[str]:
-    """The measured ceiling, and the floor of the whole image under it."""
+    """The measured ceiling, and the floor of the whole call that follows from it."""
     if (rates := report.rates) is None:
         return []
-    notes = [
-        f"ceiling, {rates.source}: {rates.flop / 1e12:.3g} TFLOP/s in {rates.precision} products, copy {rates.bytes / 1e9:.3g} GB/s"
-    ]
+    notes = [f"ceiling, {rates.source}: {rates.flop / 1e12:.3g} TFLOP/s in {rates.precision}, copy {rates.bytes / 1e9:.3g} GB/s"]
     for whose, of in ((BUNDLE, "our graphs"), (REFERENCE, "diffusers' modules")):
         if (floor := report.floor_ms(whose, END_TO_END)) is not None:
             flop = report.work[whose][END_TO_END].flop / len(report.workload.prompts)
@@ -110,15 +112,15 @@ def ceiling_notes(report: BenchReport) -> list[str]:
 
 
 def noise_note(report: BenchReport) -> str:
-    """Whether the times mean something."""
+    """Whether the times are reliable."""
     if report.noisy:
-        return f"NOISY, its times mean little: {'; '.join(report.noise)}"
+        return f"NOISY, the times are unreliable: {'; '.join(report.noise)}"
     load = "" if report.other_load is None else f", other processes used {report.other_load:.0%} of the cores"
-    return f"quiet: whole calls spread little{load}"
+    return f"quiet: the end-to-end times are close together{load}"
 
 
 def sweep_rows(report: BenchReport) -> list[tuple[str, ...]]:
-    """size, images a call, backend, n, median, spread, times as fast as eager, peak memory; or why it failed there."""
+    """The cells of `SWEEP_COLUMNS` for each point and backend; the reason if it failed there."""
     rows: list[tuple[str, ...]] = []
     for point in report.sweep:
         work = point.workload

@@ -1,1 +1,1 @@
-"""Operations and bytes of an image, and the time that a machine needs for them at least."""
+"""Operations and bytes of an image, and the least time that a machine needs for them."""

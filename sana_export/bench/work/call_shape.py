@@ -1,4 +1,4 @@
-"""The sizes of everything that one call runs, and from them the work of its stages."""
+"""The sizes of everything that one call runs, and the work of its stages that follows from them."""
 
 from __future__ import annotations
 
@@ -17,43 +17,48 @@ from sana_export.runtime.decoding import Window, plan_windows
 from sana_export.runtime.prompt import PromptEncoder
 from sana_export.runtime.request import Request, make_plan
 
-#: The work of a graph of the bundle's by its name, where its dynamic axes have these sizes.
+#: A function that returns the work of a graph, given its name and the sizes of its dynamic axes.
 GraphWork = Callable[[str, Mapping[str, int]], Work]
 
 
 @dataclass(frozen=True)
 class CallShape:
-    """One call: B images, K guidance branches, N steps.
+    """The sizes of one call."""
 
-    encoder_runs: [rows, tokens, prefix tokens] of each run of the text encoder. text_tokens: rows of it that the denoiser gets.
-    padded_runs: tokens of each run of the text encoder as diffusers makes them, padded. windows: [rows, columns] in features of
-    each tile of the decoder; none where it decodes in one piece, and then `features` is [0, 0].
-    """
-
+    #: Number of images.
     batch: int
+    #: Number of guidance branches.
     branches: int
+    #: Number of steps.
     steps: int
+    #: Height of the latents.
     latent_height: int
+    #: Width of the latents.
     latent_width: int
+    #: [rows, tokens, prefix tokens] of each run of the text encoder.
     encoder_runs: tuple[tuple[int, int, int], ...]
+    #: Text tokens that the denoiser attends to.
     text_tokens: int
+    #: Tokens of each run of the text encoder in diffusers, which pads them.
     padded_runs: tuple[int, ...]
+    #: Height and width of the decoder's features. [0, 0] if it decodes in one piece.
     features: tuple[int, int] = (0, 0)
+    #: [rows, columns] of each tile in features. Empty if it decodes in one piece.
     windows: tuple[tuple[int, int], ...] = ()
 
 
 def call_shape(bundle: Path, manifest: Manifest, work: Workload, prompt: str) -> CallShape:
-    """The sizes that the runtime comes to when it samples one prompt of `work` with `bundle`."""
+    """The sizes that the runtime uses if it samples one prompt of `work` with `bundle`."""
     plan = make_plan(Request(prompt=prompt, **work.sampling()), bundle, manifest)
     text = PromptEncoder.load(bundle, manifest)
     tokens = text.tokenize_plan(plan.texts, plan.max_sequence_length)
     runs: list[tuple[int, int, int]] = []
 
-    def note(embeds: Float32, prefix: Float32) -> Float32:
+    def record(embeds: Float32, prefix: Float32) -> Float32:
         runs.append((embeds.shape[0], embeds.shape[1], prefix.shape[3]))
         return np.zeros_like(embeds)
 
-    embeddings = text.encode(tokens, note)
+    embeddings = text.encode(tokens, record)
     batch, _, height, width = plan.latents_shape
     model, features = manifest.model, (0, 0)
     windows: tuple[Window, ...] = ()
@@ -77,7 +82,7 @@ def call_shape(bundle: Path, manifest: Manifest, work: Workload, prompt: str) ->
 
 
 def padded_runs(instruction: int, length: int, *, negative: bool) -> tuple[int, ...]:
-    """Tokens of the text encoder's runs in diffusers: the prompt after `instruction` tokens, and the negative prompt without."""
+    """Tokens of the text encoder's runs in diffusers: the prompt after the instruction, and the negative prompt without it."""
     return (instruction + length - 2, *([length] if negative else []))
 
 
@@ -109,7 +114,7 @@ def stage_work(shape: CallShape, graph_work: GraphWork) -> dict[str, Work]:
 
 
 def with_totals(stages: Mapping[str, Work], steps: int) -> dict[str, Work]:
-    """`stages` with the loop of `steps` steps and the whole call."""
+    """`stages` together with the loop of `steps` steps and the whole call."""
     loop = stages["denoise_step"] * steps
     whole = sum((work for stage, work in stages.items() if stage != "denoise_step"), loop)
     return {**stages, "denoise_loop": loop, END_TO_END: whole}

@@ -1,4 +1,4 @@
-"""What this machine can do, measured in the run that it is compared with: its fastest matrix product and its fastest copy."""
+"""The ceiling of this machine: its fastest matrix product and its fastest copy, measured."""
 
 from __future__ import annotations
 
@@ -9,46 +9,52 @@ from typing import Any
 
 import numpy as np
 
+from sana_export.bench.threads import torch_threads
 from sana_export.bench.work.count import Rates
 
-#: Sides of the square products that are tried, and bytes of the copied buffer, by device. The buffer is larger than caches.
+#: Device to the sides of the square products that are tried.
 _SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
+#: Device to the bytes of the copied buffer, which is larger than the caches.
 _COPIED = {"cpu": 256 << 20, "cuda": 1 << 30}
-#: A ceiling is the best of many short runs: so long each of them is repeated, and at least so often.
+#: The ceiling is the best of many short runs. Each is repeated for this many seconds, and at least this many times.
 _SECONDS, _LEAST_RUNS = 0.2, 3
-#: Precision of a bundle to the dtype of torch's product.
+#: Precision of a bundle to the dtype of PyTorch's products.
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def measure_rates(device: str, precision: str, threads: int) -> Rates:
-    """The best rates on "cpu" or "cuda": of square products in `precision` (on the CPU in float32), and of a copy."""
+def measure_rates(device: str, precision: str, threads: int, index: int | None = None) -> Rates:
+    """Measure the best rates of square products in `precision` (on a CPU always float32) and of a copy.
+
+    `device` is "cpu" or "cuda"; `index` is the GPU's, None for the first one.
+    """
     import torch
 
     if device == "cpu":
-        torch.set_num_threads(threads)
-        return Rates(*_best_product(_cpu_products(threads)), "fp32", "measured on the cpu: best of torch, numpy, onnxruntime")
-    dtype = getattr(torch, _DTYPES[precision])
-    return Rates(*_best_product(_cuda_products(dtype)), precision, "measured on the gpu: torch")
+        with torch_threads(threads):
+            return Rates(*_best(_cpu_trials(threads)), "fp32", "measured on the cpu: best of torch, numpy, onnxruntime")
+    with torch.cuda.device(index or 0):
+        return Rates(*_best(_cuda_trials(getattr(torch, _DTYPES[precision]))), precision, "measured on the gpu: torch")
 
 
 def better(one: Rates | None, other: Rates | None) -> Rates | None:
-    """The higher of each rate of two measurements, either of which may have failed."""
+    """The higher of each rate of two measurements. Either may be None."""
     if one is None or other is None:
         return one or other
     return Rates(max(one.flop, other.flop), max(one.bytes, other.bytes), one.precision, one.source)
 
 
-#: Something to time: FLOP or bytes, and what does them and returns seconds.
+#: Something to time: its FLOP or bytes, and a function that does it once and returns the seconds.
 Trial = tuple[int, Callable[[], float]]
 
 
-def _best_product(trials: tuple[Iterable[Trial], Iterable[Trial]]) -> tuple[float, float]:
+def _best(trials: tuple[Iterable[Trial], Iterable[Trial]]) -> tuple[float, float]:
+    """The best rate of the products and the best rate of the copies."""
     products, copies = trials
     return max(amount / _least(run) for amount, run in products), max(amount / _least(run) for amount, run in copies)
 
 
 def _least(run: Callable[[], float]) -> float:
-    """The shortest of repeated runs, after one that does not count."""
+    """The shortest time of repeated runs, after a warm-up."""
     run()
     started = time.perf_counter()
     times: list[float] = []
@@ -66,7 +72,8 @@ def _host(call: Callable[[], Any]) -> Callable[[], float]:
     return run
 
 
-def _cpu_products(threads: int) -> tuple[list[Trial], list[Trial]]:
+def _cpu_trials(threads: int) -> tuple[list[Trial], list[Trial]]:
+    """Products and copies on the CPU."""
     import torch
 
     products: list[Trial] = []
@@ -97,7 +104,8 @@ def _onnxruntime_product(left: Any, right: Any, threads: int) -> Callable[[], An
     return lambda: session.run(None, {"left": left})
 
 
-def _cuda_products(dtype: Any) -> tuple[list[Trial], list[Trial]]:
+def _cuda_trials(dtype: Any) -> tuple[list[Trial], list[Trial]]:
+    """Products and copies on the current GPU."""
     import torch
 
     def on_device(call: Callable[[], Any]) -> Callable[[], float]:

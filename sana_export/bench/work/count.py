@@ -1,7 +1,8 @@
-"""What a graph has to do, counted: the operations and bytes of its products, and the least time that they take at given rates.
+"""The work of a graph: operations and bytes of its products, and the least time that they take at given rates.
 
-A product is a matrix product or a convolution. Its FLOP are multiplications and additions, its bytes are its operands read and its
-result written once. All else (norms, activations, residuals, layouts) counts as free, as if it were fused into the products.
+A product is a matrix product or a convolution. Its FLOP are multiplications and additions; its bytes are its operands, read once,
+and its result, written once. Everything else (norms, activations, residuals, layouts) counts as free, as if it were fused into the
+products.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Whose work a row does (image_work.py).
+#: Whose work is counted: that of the bundle's graphs, or that of diffusers' modules.
 BUNDLE, REFERENCE = "bundle", "reference"
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine can do: matrix products in FLOP a second in `precision`, and bytes read and written a second by a copy."""
+    """The ceiling of a machine."""
 
+    #: FLOP per second of matrix products.
     flop: float
+    #: Bytes per second that a copy reads and writes.
     bytes: float
+    #: Precision of the products.
     precision: str
+    #: Where the rates come from.
     source: str
 
     def as_json(self) -> dict[str, Any]:
@@ -35,21 +40,27 @@ class Rates:
 
 @dataclass(frozen=True)
 class Product:
-    """One product. `bytes` as stored: half precision counts two bytes a number."""
+    """One matrix product or convolution."""
 
+    #: Name of the node, or "".
     name: str
+    #: Name of the operator.
     operator: str
+    #: Multiplications and additions.
     flop: int
+    #: Bytes of the operands and the result as they are stored: half precision counts two bytes per number.
     bytes: int
 
 
 @dataclass(frozen=True)
 class Work:
-    """The products of one or several runs of a graph."""
+    """The products of one or more runs of a graph."""
 
+    #: FLOP of all products.
     flop: int = 0
+    #: Bytes of all products.
     bytes: int = 0
-    #: FLOP and bytes of the products that are alike in both: the number of times they run.
+    #: (FLOP, bytes) of a product to the number of products with these values.
     products: Mapping[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -66,20 +77,24 @@ class Work:
         return Work(self.flop * count, self.bytes * count, {key: count * times for key, times in self.products.items()})
 
     def floor_seconds(self, rates: Rates) -> float:
-        """The least time at `rates`: each product takes as long as its operations or its bytes, whichever takes longer.
+        """The least time at `rates`. Each product takes as long as its operations or its bytes, whichever is longer.
 
-        Kernels that keep the result of one product on the chip for the next one could be faster.
+        Kernels that keep one product's result on the chip for the next product could be faster.
         """
         return sum(count * max(flop / rates.flop, size / rates.bytes) for (flop, size), count in self.products.items())
 
 
 @dataclass(frozen=True)
 class Achieved:
-    """What a run of `Work` in some time came to; `share` is the floor by the time, at most 1 where the rates are the ceiling."""
+    """The rates that a measured run of some `Work` achieved."""
 
+    #: TFLOP per second.
     tflops: float
+    #: GB per second.
     gbs: float
+    #: The least time of the work in ms.
     floor_ms: float
+    #: The least time divided by the measured time. At most 1 if the rates are the true ceiling.
     share: float
 
     @classmethod

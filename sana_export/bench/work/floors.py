@@ -1,4 +1,4 @@
-"""The least time of an image by counted work and published rates: no measurement, a page of what could be reached."""
+"""The least time of an image, computed from counted work and published rates: the page benchmarks/floors.md."""
 
 from __future__ import annotations
 
@@ -14,34 +14,39 @@ from sana_export.profiles import DECODER_TILE, UNTILED_AREA
 from sana_export.runtime.decoding import plan_windows
 from sana_export.synth.recipes import RECIPES
 
-#: Dense fp16 products with fp32 accumulation and memory bandwidth, as NVIDIA publishes them; `_SOURCES` says where.
+#: Rates of dense fp16 products with fp32 accumulation, and memory bandwidth, as NVIDIA publishes them (see `_SOURCES`).
 CARDS = {
     "H100 SXM": Rates(989.4e12, 3.35e12, "fp16", "published"),
     "RTX 4090": Rates(165.2e12, 1.008e12, "fp16", "published"),
     "RTX 4090 Laptop, 16 GB": Rates(85.8e12, 0.576e12, "fp16", "derived from published figures"),
 }
-#: Label: the recipe of the widths. Published for 512 and 1024 px (600M) and up to 4096 px (1600M); the work follows from the size.
+#: Label to the recipe with the model's widths. Published for 512 and 1024 px (600M) and up to 4096 px (1600M).
 MODELS = {"600M": "sana-600m-1024px", "1600M": "sana-1600m-1024px"}
 SIDES = (512, 1024, 2048, 4096)
 STEPS, BRANCHES = 20, 2
-#: Tokens of a prompt after the instruction, about those of a sentence; and of the instruction.
+#: Tokens of a prompt of about one sentence, of the instruction before it, and of diffusers' padded text.
 PROMPT_TOKENS, INSTRUCTION_TOKENS, TEXT_LENGTH = 20, 200, 300
-_TILE_HALO, _TILE_SCALE, _LATENT = 7, 8, 32
+#: Of the published decoder: halo of a tile in features, pixels per feature, and pixels per latent.
+TILE_HALO, TILE_SCALE, LATENT_SCALE = 7, 8, 32
 STAGES = ("text_encoder", "context", "denoise_loop", "vae_decoder")
 
 
 @dataclass(frozen=True)
 class Floor:
-    """One model at one size: the work of each stage, ours and diffusers'."""
+    """The work of one image of one model at one size."""
 
+    #: A key of `MODELS`.
     model: str
+    #: Height and width in pixels.
     side: int
+    #: Stage to the work of our graphs.
     ours: dict[str, Work]
+    #: Stage to the work of diffusers' modules.
     reference: dict[str, Work]
 
 
 def floors() -> Iterator[Floor]:
-    """Every model at every size, one image with CFG."""
+    """Every model at every size: one image with CFG."""
     for label, recipe_name in MODELS.items():
         recipe = RECIPES[recipe_name]
         configs: Configs = {"transformer": recipe.transformer, "vae": recipe.vae, "text_encoder": recipe.text_encoder}
@@ -53,10 +58,10 @@ def floors() -> Iterator[Floor]:
 
 
 def image_shape(side: int) -> CallShape:
-    """One square image of `side` pixels, as the runtime samples it."""
-    latent, feature = side // _LATENT, side // _TILE_SCALE
+    """The sizes of one square image of `side` pixels, as the runtime samples it."""
+    latent, feature = side // LATENT_SCALE, side // TILE_SCALE
     tiled = side * side > UNTILED_AREA
-    windows = plan_windows(feature, feature, DECODER_TILE // _TILE_SCALE, _TILE_HALO) if tiled else ()
+    windows = plan_windows(feature, feature, DECODER_TILE // TILE_SCALE, TILE_HALO) if tiled else ()
     return CallShape(
         1,
         BRANCHES,
@@ -72,7 +77,7 @@ def image_shape(side: int) -> CallShape:
 
 
 def markdown() -> str:
-    """The page benchmarks/floors.md."""
+    """The text of benchmarks/floors.md."""
     found = list(floors())
     lines = [_HEAD.format(steps=STEPS, prompt=PROMPT_TOKENS, instruction=INSTRUCTION_TOKENS)]
     lines += ["## Work of one image", "", *_work_table(found)]
@@ -83,7 +88,7 @@ def markdown() -> str:
 
 
 def as_json() -> list[dict[str, object]]:
-    """One entry a model, size and card."""
+    """An entry for each model, size and card."""
     return [
         {
             "computed": True,
@@ -104,30 +109,30 @@ def as_json() -> list[dict[str, object]]:
 _SOURCES = """
 ## The rates
 
-Dense fp16 products with fp32 accumulation.
+Rates are for dense fp16 products with fp32 accumulation.
 
 - H100 SXM: NVIDIA's white paper "H100 Tensor Core GPU Architecture", peak rates (989.4 TFLOP/s), and the data sheet (3.35 TB/s).
-- RTX 4090: NVIDIA's white paper "Ada GPU Architecture", appendix A (165.2 TFLOP/s, 1008 GB/s): 128 multiprocessors of 512
-  operations a clock at 2.52 GHz.
-- RTX 4090 Laptop, 16 GB: NVIDIA gives no such figure. 85.8 TFLOP/s is its 686 "AI TOPS" by the RTX 4090's 1321, times 165.2: its
-  76 multiprocessors at 2.2 GHz, which is more than its published boost clock of 1.46 to 2.04 GHz (57 to 79 TFLOP/s). Laptops are
-  given different power, and most are slower than this floor. 256 bits at 18 Gbit/s are 576 GB/s.
+- RTX 4090: NVIDIA's white paper "Ada GPU Architecture", appendix A (165.2 TFLOP/s, 1008 GB/s): 128 multiprocessors with 512
+  operations per clock at 2.52 GHz.
+- RTX 4090 Laptop, 16 GB: NVIDIA does not publish this rate. 85.8 TFLOP/s is 165.2 scaled by "AI TOPS": 686 for this GPU, 1321 for
+  the RTX 4090. That equals its 76 multiprocessors at 2.2 GHz, which is above its published boost clock of 1.46 to 2.04 GHz (57 to
+  79 TFLOP/s). Power limits differ between laptops, and most are slower than this floor. 256 bits at 18 Gbit/s give 576 GB/s.
 """
 
 
 _HEAD = """# The floor: computed, not measured
 
-What one image would take if every matrix product and convolution ran at the card's published rate, or moved its operands at its
-published bandwidth, whichever takes longer, and all else were free. Everything here is **computed** from counted work and published
-rates; nothing was run. `sana-export bench --floor` writes this page.
+The floor is the time of one image if each matrix product and convolution ran at the card's published rate or moved its operands at
+the published bandwidth, whichever takes longer, and everything else were free. All numbers here are **computed** from counted work
+and published rates; nothing was run. `sana-export bench --floor` prints this page.
 
-One image, {steps} steps, CFG (2 branches), a prompt of {prompt} tokens after an instruction of {instruction}; fp16 graphs. Work
-is counted by tracing the deployment graphs and diffusers' modules on torch's meta device; tests hold the count against the ONNX
-files and torch's own counter. Beyond 2048 px the decoder runs in tiles. Kernels that keep the result of one product on the chip
-for the next could be faster than this floor; what a run reaches of it stands in that run's report.
+The image: {steps} steps, CFG (2 branches), a prompt of {prompt} tokens after an instruction of {instruction}, fp16 graphs. Work is
+counted by tracing the deployment graphs and diffusers' modules on PyTorch's meta device. Tests compare the counts with the ONNX
+files and with PyTorch's own counter. Above 2048 px the decoder runs in tiles. Kernels that keep one product's result on the chip
+for the next product could be faster than this floor. The report of a benchmark says how close the run came to it.
 
-"diffusers" is the floor of the work that diffusers does for the same image, so the last column is what the restated graphs take
-of it at equal efficiency. A share in brackets is the stage's part of the whole image.
+"diffusers" is the floor of diffusers' work for the same image. The last column is our floor divided by it: what the restated graphs
+would take of diffusers' time at equal efficiency. A percentage in parentheses is the stage's share of the whole image.
 """
 
 
@@ -144,7 +149,10 @@ def _work_table(found: list[Floor]) -> list[str]:
 
 def _card_table(found: list[Floor], rates: Rates) -> list[str]:
     heads = " | ".join(f"{stage} (share)" for stage in STAGES)
-    lines = [f"| model | px | whole image, ms | one step, ms | {heads} | diffusers, ms | ours of it |", _rule(2, 4 + len(STAGES))]
+    lines = [
+        f"| model | px | whole image, ms | one step, ms | {heads} | diffusers, ms | ours / diffusers |",
+        _rule(2, 4 + len(STAGES)),
+    ]
     for floor in found:
         whole = floor.ours[END_TO_END].floor_seconds(rates)
         theirs = floor.reference[END_TO_END].floor_seconds(rates)

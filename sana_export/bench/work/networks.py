@@ -1,4 +1,4 @@
-"""The work of a checkpoint's networks from their configs alone: modules on torch's meta device have shapes and no values."""
+"""Counts the work of a checkpoint's models from their configs alone, with modules on PyTorch's meta device."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sana_export.graphs.builders import build_graph
 from sana_export.manifest import Options
 
 Configs = Mapping[str, Mapping[str, Any]]
-#: What `SanaPipeline` keeps of a prompt: its text tokens are padded to this many.
+#: `SanaPipeline` pads the text tokens of a prompt to this many.
 TEXT_TOKENS = 300
 
 
 class MetaWeights(Mapping[str, Tensor]):
-    """Name to tensor on the meta device, in place of a checkpoint's weights where only shapes matter."""
+    """Name to tensor on the meta device, in place of a checkpoint's weights if only shapes matter."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
@@ -40,7 +40,7 @@ class MetaWeights(Mapping[str, Tensor]):
 
 
 class MetaCheckpoint:
-    """What `build_graph` asks of a checkpoint, from the configs of "transformer", "vae" and "text_encoder"."""
+    """A stand-in for a checkpoint in `build_graph`, made from the configs of "transformer", "vae" and "text_encoder"."""
 
     def __init__(self, configs: Configs) -> None:
         self.configs = configs
@@ -50,14 +50,14 @@ class MetaCheckpoint:
             return dict(self.configs[component])
         from transformers import Gemma2Config
 
-        return Gemma2Config.from_dict(dict(self.configs[component])).to_dict()  # with what a stored config.json holds
+        return Gemma2Config.from_dict(dict(self.configs[component])).to_dict()  # with the defaults that a stored config.json has
 
     def weights(self, component: str) -> MetaWeights:
         return MetaWeights(expected_shapes(component, self.configs[component]))
 
 
 def restated_work(configs: Configs, options: Options) -> GraphWork:
-    """The work of each deployment graph of a checkpoint with these configs."""
+    """A function that counts the work of a deployment graph of a checkpoint with these configs."""
     checkpoint = cast(SanaCheckpoint, MetaCheckpoint(configs))
 
     @cache
@@ -77,10 +77,10 @@ def restated_work(configs: Configs, options: Options) -> GraphWork:
 
 
 def reference_work(configs: Configs, shape: CallShape, dtypes: Mapping[str, str]) -> dict[str, Work]:
-    """Stage to the work of diffusers' modules in one call of `shape`, in the dtype of each network.
+    """Stage to the work of diffusers' modules in one call of `shape`. `dtypes` has the dtype of each model.
 
-    The text encoder runs over padded tokens and the transformer projects padded text in every step. Perturbed attention counts as
-    plain attention.
+    The text encoder runs on padded tokens, and the transformer projects the padded text in every step. Perturbed attention counts
+    as plain attention.
     """
     from diffusers import AutoencoderDC, SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model
@@ -117,5 +117,5 @@ def reference_work(configs: Configs, shape: CallShape, dtypes: Mapping[str, str]
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """`model` in `dtype`; the models' own `to` warns of modules to be kept in float32, of which these have none."""
+    """`model` in `dtype`. The models' own `to` would warn about modules to keep in float32, which these models do not have."""
     return nn.Module.to(model, dtype)

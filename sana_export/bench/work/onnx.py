@@ -1,4 +1,4 @@
-"""The work of an ONNX file at given sizes of its dynamic axes, from its nodes alone: no weights are read and nothing is run."""
+"""Counts the work of an ONNX file at given sizes of its dynamic axes. No weights are read and the graph is not run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from onnx.shape_inference import infer_node_outputs
 from sana_export.bench.work.count import Product, Work
 from sana_export.errors import ArtifactError
 
-#: Integer tensors up to so many numbers are computed: shapes, and what shapes are made of.
+#: Tensors of at most this many numbers are computed, because shapes are made from them.
 _MOST_NUMBERS = 64
 Shape = tuple[int, ...]
 
 
 def onnx_work(path: Path, sizes: Mapping[str, int]) -> Work:
-    """The work of the file at `path` where its symbolic axes are `sizes` long."""
+    """The work of the file at `path`. `sizes` has the length of each symbolic axis."""
     return Work.of(onnx_products(path, sizes))
 
 
 def onnx_products(path: Path, sizes: Mapping[str, int]) -> list[Product]:
-    """The products of the file in the order of its nodes. Raises ArtifactError where a size is missing or a shape stays unknown."""
+    """The products of the file in the order of its nodes. Raises ArtifactError if a size is missing or a shape is unknown."""
     model = onnx.load(path, load_external_data=False)
     values = _Values(path, model, sizes)
     products = []
@@ -55,12 +55,12 @@ def _gemm(node: NodeProto, inputs: Sequence[Shape], output: Shape) -> int:
     return 2 * math.prod(output) * inputs[0][0 if transposed else 1]
 
 
-#: Operator: its operations from the shapes of its inputs and of its output. Others count as free.
+#: Operator to the function that counts its FLOP from the shapes of its inputs and its output. Other operators count as free.
 FLOP: dict[str, Callable[[NodeProto, Sequence[Shape], Shape], int]] = {"MatMul": _matmul, "Conv": _conv, "Gemm": _gemm}
 
 
 class _Values:
-    """Types of a graph's tensors, and the values of the small integer ones, which other shapes are made of."""
+    """The types of a graph's tensors, and the values of the small ones, which shapes are made from."""
 
     def __init__(self, path: Path, model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
         self.path = path
@@ -77,7 +77,7 @@ class _Values:
             self.types[value.name] = helper.make_tensor_type_proto(tensor_type.elem_type, shape)
 
     def add(self, node: NodeProto) -> None:
-        """Work out the outputs of `node`, whose inputs are known."""
+        """Infer the outputs of `node` from its inputs."""
         inputs = [name for name in node.input if name]
         if node.op_type == "Shape":
             self._keep(node.output[0], np.array(_sliced(node, self.shape(inputs[0])), np.int64))
@@ -98,7 +98,7 @@ class _Values:
     def shape(self, name: str) -> Shape:
         axes = self.types[name].tensor_type.shape.dim
         if not all(axis.HasField("dim_value") for axis in axes):
-            raise ArtifactError(f"the work of {self.path} cannot be counted", found=f"no shape for {name}", wanted="a shape")
+            raise ArtifactError(f"the work of {self.path} cannot be counted", found=f"no shape of {name}", wanted="a known shape")
         return tuple(axis.dim_value for axis in axes)
 
     def bytes(self, name: str) -> int:
@@ -110,7 +110,7 @@ class _Values:
         self.types[name] = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
 
     def _computed(self, node: NodeProto, inputs: Sequence[str]) -> list[npt.NDArray[Any]] | None:
-        """The outputs of a node of known inputs; None where one of them is large."""
+        """The outputs of a node whose inputs are known. None if they may be large."""
         if not all(self.known[name].size <= _MOST_NUMBERS for name in inputs) or node.op_type in ("Expand", "ConstantOfShape"):
             return None
         graph = helper.make_graph(
@@ -134,6 +134,6 @@ class _Values:
 
 
 def _sliced(node: NodeProto, shape: Shape) -> Shape:
-    """What a Shape node gives: all axes, or those from `start` to `end`."""
+    """The output of a Shape node: all axes, or those from `start` to `end`."""
     bounds = {attribute.name: attribute.i for attribute in node.attribute}
     return shape[bounds.get("start", 0) : bounds.get("end", len(shape))]

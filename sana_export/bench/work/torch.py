@@ -1,7 +1,7 @@
-"""The work of torch modules, counted while they run; with tensors on torch's "meta" device that takes neither memory nor time.
+"""Counts the work of PyTorch modules while they run. On the "meta" device this needs neither memory nor time.
 
-FLOP come from torch's own table (`torch.utils.flop_counter`); bytes are those of the tensors that each counted operator is given
-and returns, a tensor that is expanded counts once.
+FLOP come from PyTorch's own table (`torch.utils.flop_counter`). Bytes are those of each counted operator's inputs and outputs; an
+expanded axis counts once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet, kwargs = function._overloadpacket, kwargs or {}
         if packet not in flop_registry:
-            with self:  # an operator that is made of others is counted by them, as torch's own counter does
+            with self:  # a composite operator is counted by its parts, as PyTorch's own counter does
                 result = function.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -47,7 +47,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Bytes of the numbers that a tensor holds: an axis that is expanded holds one."""
+    """Bytes of a tensor's numbers. An expanded axis has only one."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride or not size else 1

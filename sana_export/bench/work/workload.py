@@ -1,4 +1,4 @@
-"""The work of one call of a workload: ours from the bundle's ONNX files, diffusers' from the checkpoint's configs."""
+"""The work of a workload: ours counted from the bundle's ONNX files, diffusers' from the checkpoint's configs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sana_export.manifest import PRECISIONS, Manifest
 
 
 def workload_work(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, work: Workload) -> dict[str, dict[str, Work]]:
-    """`BUNDLE` and `REFERENCE` to the work of each stage, summed over one call of each prompt of `work`."""
+    """`BUNDLE` and `REFERENCE` to the work of each stage, summed over one call for each prompt of `work`."""
     from sana_export.bench.work.networks import reference_work  # imports torch
 
     def graph_work(name: str, sizes: Mapping[str, int]) -> Work:

@@ -119,6 +119,8 @@ def measure(
     """
     require("", "export")
     from sana_export.bench.candidates.table import BASELINE
+    from sana_export.bench.report.document import document
+    from sana_export.bench.report.text import markdown
     from sana_export.bench.run import run_bench
     from sana_export.bench.workload import Workload, load_workload, prompts_of
     from sana_export.checkpoint.checkpoint import open_checkpoint
@@ -129,11 +131,11 @@ def measure(
     checkpoint = open_checkpoint(model, **opening)
     names = (BASELINE, *(backends or DEFAULT_BACKENDS))
     settings: dict[str, Any] = {"backends": names, "workload": work, "output": output, "device": device, "threads": threads}
-    report = run_bench(bundle, checkpoint, **settings, on_progress=console.step)
+    report = run_bench(bundle, checkpoint, **settings, on_progress=console.show)
     exit_code = DependencyError.exit_code if report.failed else 0
     path = None if output is None else str(output / "bench.json")
-    text = report.as_text() + (f"\n{path}" if path else "")
-    return Answer({**report.as_json(), "report": path}, text, exit_code if report.agrees else ParityError.exit_code)
+    text = markdown(report) + (f"\n{path}" if path else "")
+    return Answer({**document(report), "report": path}, text, exit_code if report.agrees else ParityError.exit_code)
 
 
 def _compare(before: Path, after: Path, threshold: float) -> Answer:
@@ -166,7 +168,7 @@ def _profile(options: argparse.Namespace, console: Console, opening: Mapping[str
         backend=names[0],
         workload=workload if options.threads is None else dataclasses.replace(workload, threads=options.threads),
         graphs=options.graphs,
-        on_progress=console.step,
+        on_progress=console.show,
     )
     return Answer(profile.as_json(), profile.as_text(options.top), DependencyError.exit_code if profile.failed else 0)
 
