@@ -25,7 +25,7 @@ class Exported(Protocol):
     def options(self) -> Options: ...
 
 
-def export_line(
+def export_command(
     bundle: Path,
     exported: Exported,
     *,
@@ -52,13 +52,13 @@ def export_line(
     return shlex.join(words)
 
 
-def ranges_line(bundle: Path, exported: Exported) -> str:
+def ranges_command(bundle: Path, exported: Exported) -> str:
     """The command that reports which tensors of `bundle` leave the range of its precision."""
     model, *options = model_words(exported.checkpoint)
     return shlex.join(["sana-export", "verify", str(bundle), "--reference", model, *options, "--ranges"])
 
 
-def engines_line(bundle: Path, backend: str, *options: str) -> str:
+def engines_command(bundle: Path, backend: str, *options: str) -> str:
     """The command that builds a bundle's engines for `backend`, with more options of `build`."""
     return shlex.join(["sana-export", "build", str(bundle), "--backend", backend, *options])
 
@@ -78,7 +78,7 @@ def model_words(checkpoint: Checkpoint) -> list[str]:
     return words
 
 
-def build_line(bundle: Path, backend: str, *, height: int, width: int, batch: int = 1) -> str:
+def build_command(bundle: Path, backend: str, *, height: int, width: int, batch: int = 1) -> str:
     """The command that builds engines for one image size in pixels and up to `batch` images."""
     size = ["--height", str(height), "--width", str(width), "--batch", str(batch)]
     return shlex.join(["sana-export", "build", str(bundle), "--backend", backend, *size])

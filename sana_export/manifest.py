@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_export import __version__
-from sana_export.commands import export_line
+from sana_export.commands import export_command
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError
 from sana_export.files import FileEntry, write_whole
@@ -158,7 +158,7 @@ def _damaged(bundle: Path, error: Exception, document: Any) -> ArtifactError:
 def _export_again(bundle: Path, document: Any) -> str:
     """The command that exports the bundle again, from as much of the manifest as can be read."""
     try:
-        return export_line(bundle, _Origin(_parse_checkpoint(document["checkpoint"]), _parse_options(document["options"])))
+        return export_command(bundle, _Origin(_parse_checkpoint(document["checkpoint"]), _parse_options(document["options"])))
     except _MALFORMED:
         return f"sana-export export MODEL -o {bundle}, with the checkpoint that it was exported from as MODEL"
 

@@ -12,7 +12,7 @@ import pytest
 from sana_export.adapters import Lora
 from sana_export.cli.main import parse
 from sana_export.cli.verb import model_options
-from sana_export.commands import build_line, export_line, model_words, ranges_line
+from sana_export.commands import build_command, export_command, model_words, ranges_command
 from sana_export.manifest import Checkpoint, Manifest, Options, Overlay
 
 PLAIN = Checkpoint("someone/sana", None, "0" * 64, None, False)
@@ -42,7 +42,7 @@ def test_the_command_parses_to_the_options_of_the_bundle(tiny_bundle: Path, tmp_
     manifest = dataclasses.replace(Manifest.load(tiny_bundle), checkpoint=checkpoint, options=Options("bf16", True, (8,)))
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
-    options = parse(shlex.split(export_line(tmp_path, Manifest.load(tmp_path)))[1:])
+    options = parse(shlex.split(export_command(tmp_path, Manifest.load(tmp_path)))[1:])
     assert (options.model, options.output, options.dtype, options.clamp) == ("someone/sana", str(tmp_path), "bf16", True)
     found = model_options(options, options)
     assert (found["revision"], found["weights_variant"], found["transformer"]) == ("v1", "bf16", Path("own t.safetensors"))
@@ -60,7 +60,7 @@ def test_hub_options_are_parsed_and_the_token_is_never_shown() -> None:
 
 
 def test_the_build_command_names_the_size_and_quotes_the_path() -> None:
-    line = build_line(Path("my bundles/tiny"), "tensorrt-rtx", height=2048, width=512, batch=2)
+    line = build_command(Path("my bundles/tiny"), "tensorrt-rtx", height=2048, width=512, batch=2)
     assert line == "sana-export build 'my bundles/tiny' --backend tensorrt-rtx --height 2048 --width 512 --batch 2"
     assert parse(shlex.split(line)[1:]).bundle == "my bundles/tiny"
 
@@ -68,7 +68,7 @@ def test_the_build_command_names_the_size_and_quotes_the_path() -> None:
 def test_the_ranges_command_names_the_whole_checkpoint(tiny_bundle: Path) -> None:
     overlays = {"transformer": Overlay("own t.safetensors", "1"), "loras": (Overlay("x:1", "2", 0.7),)}
     manifest = dataclasses.replace(Manifest.load(tiny_bundle), checkpoint=dataclasses.replace(PLAIN, revision="v1", **overlays))
-    options = parse(shlex.split(ranges_line(Path("a bundle"), manifest))[1:])
+    options = parse(shlex.split(ranges_command(Path("a bundle"), manifest))[1:])
     assert (options.verb, options.bundle, options.reference, options.ranges) == ("verify", "a bundle", "someone/sana", True)
     found = model_options(options, options)
     assert (found["revision"], found["transformer"]) == ("v1", Path("own t.safetensors"))

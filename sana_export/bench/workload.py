@@ -102,7 +102,7 @@ def load_workload(name: str | Path) -> Workload:
             f"unknown workload {str(name)!r}",
             found="no built-in workload of that name and no such file",
             wanted=", ".join(near or known),
-            fix=f"--workload {next(iter(near or known), 'FILE.toml')}",
+            fix=f"--workload {(near or list(known))[0]}",
         )
     return parse_workload(read_toml(path, "workload"), path)
 

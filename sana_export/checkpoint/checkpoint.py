@@ -156,7 +156,9 @@ def open_checkpoint(
     """
     if transformer is not None and not transformer.is_file():
         raise UsageError(
-            f"there is no file {transformer}", found="no such file", wanted="a .safetensors file of a Sana transformer"
+            f"the transformer file {transformer} does not exist",
+            found="no such file",
+            wanted="a .safetensors file of a Sana transformer",
         )
     named = find_variant(model)
     components = [name for name in COMPONENTS if transformer is None or name != "transformer"]

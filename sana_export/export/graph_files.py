@@ -16,11 +16,11 @@ from sana_export.export.onnx import (
     check_targets,
     check_values,
     export_onnx,
-    external_files,
     parameter_count,
     run_module,
 )
 from sana_export.files import file_entry
+from sana_export.formats.onnx_weights import external_locations
 from sana_export.graphs.builders import build_graph, lora_targets
 from sana_export.graphs.storage import WeightFile, stored_in
 from sana_export.manifest import GraphEntry, LoraTarget, Options
@@ -59,7 +59,7 @@ def export_graphs(
         name: GraphEntry(
             spec,
             file_entry(bundle, folder / onnx_name(name)),
-            data if external_files(model) else (),
+            data if external_locations((folder / onnx_name(name)).read_bytes()) else (),
             model.opset_import[0].version,
             parameter_count(model),
             targets,

@@ -22,6 +22,7 @@ from sana_export.errors import ParityError
 from sana_export.export.evaluator import StorageEvaluator
 from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, random_inputs
 from sana_export.export.half import WideProducts
+from sana_export.export.optimize import optimize
 from sana_export.export.parity import compare_tensors
 from sana_export.export.tracing import dynamic_shapes, trace
 from sana_export.formats.dtypes import DTYPES
@@ -50,10 +51,12 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightF
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             opset_version=OPSET,
+            optimize=False,
             verbose=False,
         )
     assert program is not None  # dynamo=True returns the program
     model = program.model
+    optimize(model)
     model.graph.name = spec.name
     model.metadata_props.clear()
     for node in model.graph.all_nodes():
@@ -157,18 +160,6 @@ def check_values(path: Path, spec: GraphSpec, examples: Iterable[Example], preci
 def to_numpy(value: Tensor) -> npt.NDArray[Any]:
     """As numpy; bfloat16, which numpy does not have, as float32 of the same values."""
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-
-
-def external_files(model: onnx.ModelProto) -> list[str]:
-    """The locations of all external data that the model names."""
-    return sorted(
-        {
-            entry.value
-            for tensor in onnx.external_data_helper._get_all_tensors(model)
-            for entry in tensor.external_data
-            if entry.key == "location"
-        }
-    )
 
 
 def parameter_count(model: onnx.ModelProto) -> int:

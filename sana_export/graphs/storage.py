@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ class Slice:
 
 
 class WeightFile:
-    """Tensors appended to the file `path`, equal ones once, each mapped back; writes to such a tensor stay in memory."""
+    """Tensors appended to the file `path`, equal ones once, and mapped from it again. Writes to such a tensor stay in memory."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ class WeightFile:
         self._file: BinaryIO = path.open("wb")
         self._known: dict[bytes, Slice] = {}
         self._places: dict[int, Slice] = {}
-        self._maps: list[Any] = []
+        self._maps: list[mmap.mmap] = []
         self._trimmed = 0
 
     def __enter__(self) -> WeightFile:
@@ -57,7 +57,7 @@ class WeightFile:
         self._file.close()
 
     def append(self, data: npt.NDArray[np.uint8]) -> Slice:
-        """Write `data` unless the file holds the same bytes already, and return where they lie."""
+        """Write `data` unless the file has the same bytes already, and return where they are."""
         digest = hashlib.sha256(data.data).digest()
         if digest not in self._known:
             self._file.seek(-self.bytes % ALIGNMENT, 1)
@@ -71,24 +71,28 @@ class WeightFile:
         return self._known[digest]
 
     def keep(self, value: Tensor) -> Tensor:
-        """`value` as a tensor of the same shape, dtype and numbers whose memory is the file."""
+        """A tensor with the shape, dtype and numbers of `value` whose memory is the file."""
         data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         place = self.append(data)
-        mapped = np.memmap(self.path, np.uint8, "c", place.offset, (place.length,))
-        kept = torch.from_numpy(mapped).view(value.dtype).view(value.shape)
+        start = place.offset - place.offset % mmap.ALLOCATIONGRANULARITY
+        with self.path.open("rb") as file:
+            length = place.offset - start + place.length
+            mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
         self._maps.append(mapped)
+        bytes_ = np.frombuffer(mapped, np.uint8, place.length, place.offset - start)
+        kept = torch.from_numpy(bytes_).view(value.dtype).view(value.shape)
         self._places[kept.data_ptr()] = place
         return kept
 
     def place(self, value: Tensor) -> Slice | None:
-        """Where a tensor that `keep` returned lies in the file; None for any other."""
+        """Where the file has a tensor that `keep` returned; None for any other tensor."""
         return self._places.get(value.data_ptr())
 
     def release(self) -> None:
-        """Give the memory of pages that were read back to the system; the tensors stay usable."""
+        """Return the memory of pages that were read to the system. The tensors stay usable."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps:
-                mapped._mmap.madvise(mmap.MADV_DONTNEED)
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Keeper(Protocol):

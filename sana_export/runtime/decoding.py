@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
-from sana_export.commands import ranges_line
+from sana_export.commands import ranges_command
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Array, Float32, Index
 from sana_export.runtime.backends.base import Backend, DeviceTensor
@@ -147,7 +147,7 @@ def check_finite(values: Array, what: str, backend: Backend) -> None:
             f"sampling with {backend.bundle} gave {what} with NaN or infinite values",
             found=f"{bad} of {values.size} values, with {manifest.options.precision} graphs on the backend {backend.name}",
             wanted="finite values",
-            fix=f"{ranges_line(backend.bundle, manifest)} (shows which tensor leaves the range of the precision)",
+            fix=f"{ranges_command(backend.bundle, manifest)} (shows which tensor leaves the range of the precision)",
         )
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from sana_export.adapters import Lora
-from sana_export.commands import export_line
+from sana_export.commands import export_command
 from sana_export.environment import return_free_memory
 from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.files import check_files
@@ -125,4 +125,4 @@ class LoraStack:
         return self._base[graph]
 
     def _export_command(self, loras: Iterable[Lora] = ()) -> str:
-        return export_line(self._bundle, self._manifest, loras=loras)
+        return export_command(self._bundle, self._manifest, loras=loras)

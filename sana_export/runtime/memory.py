@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sana_export.commands import engines_line
+from sana_export.commands import engines_command
 from sana_export.contract import GraphSpec
 from sana_export.errors import DependencyError
 from sana_export.formats.dtypes import DTYPES
@@ -87,7 +87,7 @@ def choose_memory_mode(
             f"{name}: {gigabytes(other.weights)} for weights, up to {gigabytes(other.total)} in all"
             for name, other in wanted.items()
         ),
-        fix=better[0] if better else engines_line(bundle, backend, "--profile", "static", "--weight-streaming"),
+        fix=better[0] if better else engines_command(bundle, backend, "--profile", "static", "--weight-streaming"),
     )
 
 

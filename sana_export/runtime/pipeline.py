@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sana_export.adapters import Lora
-from sana_export.commands import export_line
+from sana_export.commands import export_command
 from sana_export.contract import GRAPHS, WEIGHTS_OF
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.files import check_files
@@ -88,7 +88,7 @@ class SanaRuntime:
             raise UsageError(f"unknown memory mode {memory!r}", wanted=", ".join(MEMORY_MODES), fix=f"--memory {AUTO}")
         bundle = Path(bundle)
         manifest = Manifest.load(bundle)
-        fix = export_line(bundle, manifest)
+        fix = export_command(bundle, manifest)
         required = [name for name in GRAPHS if name not in WEIGHTS_OF]
         if missing := [name for name in required if name not in manifest.graphs]:
             raise ArtifactError(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sana_export.commands import export_line
+from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Float32
 from sana_export.manifest import Manifest
@@ -170,7 +170,7 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
             f"{bundle} cannot decode an image of {height}x{width} (height x width) in tiles",
             found=f"no {', '.join(missing)}",
             wanted="a bundle with these graphs, or decoder_tile 0 (--decoder-tile 0), which decodes in one piece",
-            fix=export_line(bundle, manifest),
+            fix=export_command(bundle, manifest),
         )
     return plan
 
@@ -245,7 +245,7 @@ def _guidance(scale: float, request: Request, schedule: Schedule, bundle: Path, 
             "this bundle has no layers for perturbed attention guidance",
             found=f"pag_scale {pag_scale:g}",
             wanted="pag_scale 0, or a bundle that was exported with --pag-layers",
-            fix=export_line(bundle, manifest, pag_layers=(8,)),
+            fix=export_command(bundle, manifest, pag_layers=(8,)),
         )
     guided = scale > 1
     branches = ["uncond"] * guided + ["cond"] + ["perturbed"] * (pag_scale > 0)

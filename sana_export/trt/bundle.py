@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sana_export.commands import export_line
+from sana_export.commands import export_command
 from sana_export.files import FileEntry, check_files, disk_errors, locked, manifest_lock, require_free
 from sana_export.formats.safetensors_file import TensorFile
 from sana_export.manifest import EngineEntry, Manifest
@@ -92,7 +92,7 @@ def plan_bundle(
 
 def read_instruction_tokens(bundle: Path) -> int:
     """The number of tokens of the stored instruction: the length of its tensor `prefix` [layers, 2, heads, tokens, dim]."""
-    tensors = TensorFile(bundle / INSTRUCTION_FILE, fix=export_line(bundle, Manifest.load(bundle)))
+    tensors = TensorFile(bundle / INSTRUCTION_FILE, fix=export_command(bundle, Manifest.load(bundle)))
     return int(tensors["prefix"].shape[3])
 
 
@@ -108,7 +108,7 @@ def _counted(on_progress: OnProgress, finished: int, total: int) -> OnProgress:
 def _build(bundle: Path, planned: PlannedEngine, on_progress: OnProgress | None, cancelled: Callable[[], bool]) -> Built:
     spec, flavour = planned.spec, flavour_of(planned.spec.backend)
     manifest = Manifest.load(bundle)
-    graph, export = manifest.graphs[spec.graph], export_line(bundle, manifest)
+    graph, export = manifest.graphs[spec.graph], export_command(bundle, manifest)
     options = BuildOptions(**spec.options)
     onnx, *_ = check_files(bundle, graph.files, fix=export)
     destination = bundle / spec.path

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sana_export.commands import build_line, engines_line
+from sana_export.commands import build_command, engines_command
 from sana_export.contract import DECODERS
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import EngineEntry, Manifest, ModelInfo
@@ -50,7 +50,7 @@ class EngineSet:
             f"{self.bundle} has no {self.backend} engine for this request",
             found=request + "".join(f"; no engine of {graph}" for graph in missing),
             wanted="; or ".join(self._possible(outside[0] if outside else missing[0], axes)) or "engines of every graph",
-            fix=build_line(self.bundle, self.backend, height=height, width=width, batch=batch),
+            fix=build_command(self.bundle, self.backend, height=height, width=width, batch=batch),
         )
 
     def typical(self, model: ModelInfo) -> dict[str, EngineEntry]:
@@ -111,7 +111,7 @@ def _fix(bundle: Path, backend: str, entries: Iterable[Sequence[EngineEntry]], h
     """What to do if none of these engines, listed per graph, runs on `host`: build, or only install what is missing there."""
     fixes = missing_parts(backend, host).values()
     enough = all(any(not mismatches(entry, host) for entry in of_graph) for of_graph in entries)
-    return "; ".join(fixes) if fixes and enough else engines_line(bundle, backend)
+    return "; ".join(fixes) if fixes and enough else engines_command(bundle, backend)
 
 
 def engine_set(bundle: Path, backend: str, entries: Iterable[EngineEntry]) -> EngineSet:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
-from sana_export.commands import export_line, model_words
+from sana_export.commands import export_command, model_words
 from sana_export.errors import UsageError
 from sana_export.export.evaluator import RangeMeter
 from sana_export.export.parity import Parity, compare_images, compare_tensors
@@ -135,7 +135,7 @@ def _check_origin(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint) 
             f"{bundle} was not exported from {checkpoint.source}",
             found=f"weights and configs with the hash {checkpoint.sha256[:16]}",
             wanted=f"{shlex.join(model_words(manifest.checkpoint))}, with the hash {manifest.checkpoint.sha256[:16]}",
-            fix=export_line(bundle, manifest),
+            fix=export_command(bundle, manifest),
         )
 
 
@@ -197,7 +197,7 @@ def measure_ranges(
             f"{bundle} has no half-precision tensors",
             found="an fp32 bundle",
             wanted="fp16 or bf16",
-            fix=export_line(bundle.with_name(f"{bundle.name}-fp16"), manifest, precision="fp16") + " --dtype fp16",
+            fix=export_command(bundle.with_name(f"{bundle.name}-fp16"), manifest, precision="fp16") + " --dtype fp16",
         )
     runtime = SanaRuntime.from_pretrained(
         bundle, backend=evaluator_backend(partial(RangeMeter, threads=threads), "float32 with ranges")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-
-import onnx_ir
 import pytest
 import torch
-from sana_export.export.modules import TRACE_SIZES, graph_spec, random_inputs
 
 from sana_export.contract import GraphSpec, TensorSpec
+from sana_export.export.example_inputs import TRACE_SIZES, graph_spec, random_inputs
 from sana_export.export.tracing import dynamic_shapes, trace
 from sana_export.graphs.builders import build_graph
 from sana_export.manifest import Options
+from tests.support.onnx_graphs import nodes
 
 SPEC = GraphSpec(
     "small",
@@ -69,22 +66,3 @@ def to_onnx(program, inputs=()):
     """The ONNX model of a program, or of a module that `torch.onnx` traces."""
     exported = torch.onnx.export(program, inputs, dynamo=True, dynamic_shapes=dynamic_shapes(SPEC), opset_version=20, verbose=False)
     return exported.model
-
-
-def nodes(model):
-    """What every node computes from the graph's inputs and initializers, whatever its name and place."""
-    known = {None: ""}
-    for index, value in enumerate(model.graph.inputs):
-        known[value] = f"input {index} {value.shape}"
-    for value in model.graph.initializers.values():
-        known[value] = digest(value.const_value.numpy().tobytes(), value.dtype, value.shape)
-    for node in model.graph:
-        attributes = sorted((name, str(attribute.value)) for name, attribute in node.attributes.items())
-        computed = digest(node.op_type, [known[value] for value in node.inputs], attributes)
-        known |= {value: digest(computed, index, value.dtype) for index, value in enumerate(node.outputs)}
-    assert isinstance(model, onnx_ir.Model)
-    return Counter(known[node.outputs[0]] for node in model.graph), [known[value] for value in model.graph.outputs]
-
-
-def digest(*parts):
-    return hashlib.sha256(repr(parts).encode()).hexdigest()

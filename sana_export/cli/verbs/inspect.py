@@ -23,7 +23,7 @@ from sana_export.cli.bundle_text import (
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, size, table
 from sana_export.cli.verb import Answer, Verb, add_bundle
-from sana_export.commands import export_line
+from sana_export.commands import export_command
 from sana_export.errors import ArtifactError
 from sana_export.files import FileEntry, check_files
 from sana_export.machine import gpu_memory_bytes
@@ -110,7 +110,7 @@ def _text(bundle: Path, manifest: Manifest, damaged: dict[str, str], engines: Se
     ]
     parts.append("files: all match the manifest" if not damaged else "files: DAMAGED")
     parts += [f"  {text}" for text in damaged.values()]
-    parts += [f"  fix: {export_line(bundle, manifest)}"] if damaged else []
+    parts += [f"  fix: {export_command(bundle, manifest)}"] if damaged else []
     parts.append(
         _engines_text(engines) if engines else f"engines: none; to build some: sana-export build {bundle} --backend tensorrt-rtx"
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sana_export.commands import export_line
+from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.files import check_files
 from sana_export.formats.arrays import Array
@@ -127,7 +127,7 @@ class OnnxRuntimeBackend(Backend):
             self.name = "onnxruntime-cuda-graphs"
         self._settings = settings
         self.bundle, self.manifest = bundle, manifest
-        self._fix = export_line(bundle, manifest)
+        self._fix = export_command(bundle, manifest)
         self._onnxruntime = onnxruntime
         self._check_options()
         self._use(provider or next(name for name in DEVICES if name in onnxruntime.get_available_providers()))
@@ -241,7 +241,7 @@ class OnnxRuntimeBackend(Backend):
                 f"{self.bundle} cannot run on onnxruntime's {provider}",
                 found=f"a bundle in {precision}",
                 wanted=" or ".join(name for name in ("fp32", "fp16", "bf16") if name not in missing),
-                fix=export_line(self.bundle, self.manifest, precision="fp32"),
+                fix=export_command(self.bundle, self.manifest, precision="fp32"),
             )
 
 

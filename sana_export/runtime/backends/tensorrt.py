@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sana_export.commands import engines_line, export_line
+from sana_export.commands import engines_command, export_command
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import check_files
 from sana_export.formats.arrays import Array
@@ -130,7 +130,7 @@ class EngineSession(EnqueuedSession):
                 f"no {self._backend.name} engine of {self._graph} covers this request",
                 found="; ".join(why),
                 wanted="a request within one of these",
-                fix=engines_line(self._backend.bundle, self._backend.name),
+                fix=engines_command(self._backend.bundle, self._backend.name),
             )
         return self.engine(entry)
 
@@ -180,7 +180,7 @@ class TensorRTBackend(CapturingBackend):
 
     def load_engine(self, entry: EngineEntry) -> LoadedEngine:
         """Load an engine. Its file is checked the first time."""
-        build = engines_line(self.bundle, self.name)
+        build = engines_command(self.bundle, self.name)
         path = self.bundle / entry.file.path
         if entry.key not in self._checked:
             (path,) = check_files(self.bundle, [entry.file], fix=build)
@@ -189,11 +189,11 @@ class TensorRTBackend(CapturingBackend):
 
     def engine_weights(self, graph: str, engine: LoadedEngine) -> EngineWeights:
         """The weights of an engine of `graph`, not set yet."""
-        export, build = export_line(self.bundle, self.manifest), self._refittable_line(graph)
+        export, build = export_command(self.bundle, self.manifest), self._refittable_line(graph)
         return EngineWeights(self._module, engine.engine, self.manifest.graphs[graph], self.bundle, export=export, build=build)
 
     def _refittable_line(self, graph: str) -> str:
-        return engines_line(self.bundle, self.name, "--graphs", graph, "--refittable")
+        return engines_command(self.bundle, self.name, "--graphs", graph, "--refittable")
 
     def check_refit(self, graph: str) -> None:
         if not self.engines.refittable(graph):

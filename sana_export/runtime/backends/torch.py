@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sana_export.adapters import Lora
 from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
-from sana_export.commands import export_line
+from sana_export.commands import export_command
 from sana_export.contract import GraphSpec
 from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.formats.arrays import Array
@@ -208,7 +208,7 @@ def open_torch(bundle: Path, manifest: Manifest, settings: BackendSettings = DEF
 
 def reopen(bundle: Path, manifest: Manifest) -> SanaCheckpoint:
     """Open the checkpoint in the manifest and check its hash."""
-    recorded, fix = manifest.checkpoint, export_line(bundle, manifest)
+    recorded, fix = manifest.checkpoint, export_command(bundle, manifest)
     try:
         checkpoint = _open(recorded)
         found = checkpoint.sha256

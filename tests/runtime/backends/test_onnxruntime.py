@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 import torch
 
-from sana_export.commands import export_line
+from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
 from sana_export.files import file_entry
 from sana_export.formats.onnx_weights import check_external_data, external_locations
@@ -158,8 +158,8 @@ def test_export_lines_repeat_the_options_of_the_bundle(tiny_bundle: Path) -> Non
     checkpoint = dataclasses.replace(manifest.checkpoint, source="my models/fox", revision="v1")
     options = dataclasses.replace(manifest.options, precision="fp16", pag_layers=())
     other = dataclasses.replace(manifest, checkpoint=checkpoint, options=options)
-    assert export_line(Path("a b"), other) == "sana-export export 'my models/fox' -o 'a b' --revision v1"
-    assert export_line(Path("b"), manifest, precision="bf16", pag_layers=(1, 8)) == (
+    assert export_command(Path("a b"), other) == "sana-export export 'my models/fox' -o 'a b' --revision v1"
+    assert export_command(Path("b"), manifest, precision="bf16", pag_layers=(1, 8)) == (
         "sana-export export tiny-random -o b --dtype bf16 --pag-layers transformer_blocks.1,transformer_blocks.8"
     )
 
