@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_named(tiny_checkpoint, tmp_path):
 
 def test_damaged_and_foreign_files_are_refused(tiny_checkpoint, tmp_path):
     file = tmp_path / "transformer.safetensors"
-    with pytest.raises(UsageError, match="transformer file .* does not exist"):
+    with pytest.raises(UsageError, match=r"transformer file .* does not exist"):
         open_checkpoint(str(tiny_checkpoint.folder), transformer=file)
     save_file(drawn(tiny_checkpoint.config("transformer")), file)
     file.write_bytes(file.read_bytes()[:-9])
