@@ -67,7 +67,7 @@ def run_bench(
             f"the workload {work.name} runs on the CPU",
             found=f"device {device}",
             wanted="no device, or a workload on a GPU",
-            fix="--workload laptop",
+            fix="leave out --device, or use --workload laptop",
         )
     manifest = Manifest.load(bundle)
     if output is not None:

@@ -56,7 +56,7 @@ def test_an_unknown_workload_suggests_similar_names() -> None:
         ("warmup = 0", "warmup in", 0, "1 or more"),
         ("threads = 0", "threads in", 0, "1 or more"),
         ('device = "gpu"', "device in", "gpu", "cpu or cuda"),
-        ("threads = ", "cannot be read", "Invalid value", "a valid TOML file"),
+        ("threads = ", "cannot be read", "Invalid value", "a TOML file"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str, found: object, wanted: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sana_export.bench import rounds as bench_rounds
 from sana_export.bench import run as bench_run
 from sana_export.bench.candidates.runtime import load as load_candidate
 from sana_export.bench.candidates.table import Job
@@ -103,6 +104,7 @@ def test_bench_gives_both_to_every_process(tiny_bundle: Path, tiny_checkpoint: A
         raise WorkerFailed("no process in this test")
 
     monkeypatch.setattr(bench_run, "Worker", refuse)
+    monkeypatch.setattr(bench_rounds, "Worker", refuse)
     work = Workload("own", 64, 64, 1, 4.5, ("x",), device="cuda", sweep=({"images_per_prompt": 2},))
     report = bench_run.run_bench(
         tiny_bundle, tiny_checkpoint, backends=("eager", "onnxruntime"), workload=work, device=1, threads=3

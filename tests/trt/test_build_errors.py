@@ -2,11 +2,13 @@
 
 import dataclasses
 import logging
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from sana_export import files, manifest
 from sana_export import files as disk
 from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.files import partial_path
@@ -82,9 +84,14 @@ def test_a_bundle_that_cannot_be_written(bundle: Path) -> None:
     assert Manifest.load(bundle).engines == ()
 
 
-def test_a_manifest_that_cannot_be_saved(bundle: Path) -> None:
-    (bundle / "manifest.json.tmp").mkdir()
+def test_a_manifest_that_cannot_be_saved(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole = files.write_whole
 
+    def refuse(path: Path, content: str) -> None:
+        (path.with_name(f".{path.name}.{os.getpid()}.partial")).mkdir()
+        write_whole(path, content)
+
+    monkeypatch.setattr(manifest, "write_whole", refuse)
     with pytest.raises(DependencyError, match=r"manifest\.json cannot be written"):
         build(bundle, graphs=["sampler"])
 
