@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def manifest_lock(bundle: Path) -> Path:
 
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk of `folder`, or of its nearest existing parent."""
-    while not folder.exists():
+    while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
@@ -196,7 +197,7 @@ def write_whole(path: Path, content: str | Content | Callable[[BinaryIO], object
     The file is written under a temporary name in the same folder and then renamed, so an interrupted write leaves the old file.
     Raises DependencyError if the disk is full or the folder is not writable.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     with disk_errors(path):
         try:
             with partial.open("wb") as file:

@@ -150,7 +150,14 @@ def _check(recipe: Recipe) -> None:
             wanted="a name that ends with " + ", ".join(FORMATS),
         )
     if recipe.bench is not None:
-        load_workload(recipe.bench.workload)
+        workload = load_workload(recipe.bench.workload)
+        if recipe.bench.device is not None and workload.device == "cpu":
+            raise UsageError(
+                f"[bench] of {recipe.path} has a device, but its workload runs on the CPU",
+                found=f"device = {recipe.bench.device}, workload = {recipe.bench.workload!r}",
+                wanted="no device, or a workload on a GPU",
+                fix=f"remove device from [bench] in {recipe.path}",
+            )
     for name in ("verify", "sample", "bench"):
         section = getattr(recipe, name)
         for key, least in (("device", 0), ("threads", 1)):

@@ -68,7 +68,7 @@ def check_size(height: int, width: int, factor: int) -> None:
         f"height and width must be multiples of {factor} without resolution binning",
         found=f"{height}x{width} (height x width)",
         wanted="for example " + " or ".join(near),
-        fix="use one of these sizes, or turn resolution binning on",
+        fix="use one of these sizes",
     )
 
 

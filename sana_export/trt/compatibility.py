@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sana_export.environment import installed_version, operating_system, release
 from sana_export.errors import UsageError
-from sana_export.machine import Gpu, find_gpus
+from sana_export.machine import Gpu, find_gpus, gpu_compute_capability
 from sana_export.manifest import EngineEntry
 from sana_export.trt.flavour import ANY_SYSTEM, FLAVOURS
 
@@ -30,21 +30,23 @@ class Host:
 
 
 def detect_host(device: int | None = None) -> Host:
-    """This machine, with all its GPUs or only the GPU `device`.
+    """This machine, with all its GPUs or only the GPU that CUDA numbers `device`.
 
     Nothing is imported: the versions come from the metadata of the installed packages, which have the names of the backends. Raises
     UsageError if there is no such GPU.
     """
-    gpus = find_gpus()
-    if device is not None:
-        if not 0 <= device < len(gpus):
+    if device is None:
+        gpus = find_gpus()
+    else:  # nvidia-smi numbers GPUs in another order than CUDA and ignores CUDA_VISIBLE_DEVICES: ask the driver
+        capability = gpu_compute_capability(device)
+        if capability is None:
             raise UsageError(
                 f"there is no GPU {device}",
-                found=", ".join(f"{index}: {gpu.name}" for index, gpu in enumerate(gpus)) or "no NVIDIA GPU",
-                wanted="the index of one of them",
+                found=", ".join(gpu.name for gpu in find_gpus()) or "no NVIDIA GPU",
+                wanted="the index of a GPU that CUDA can use",
                 fix="sana-export doctor",
             )
-        gpus = gpus[device : device + 1]
+        gpus = (Gpu(f"GPU {device}", capability),)
     return Host(gpus, {backend: installed_version(backend) for backend in FLAVOURS}, operating_system())
 
 

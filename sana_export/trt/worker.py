@@ -105,7 +105,7 @@ def _follow(
     """Send the job, handle the child's messages and return its result."""
     assert child.stdin is not None
     assert child.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # it died at start: `_exit_error` reports that
+    with contextlib.suppress(OSError):  # it died at start: `_exit_error` reports that
         child.stdin.write(json.dumps([dataclasses.asdict(job), LOG.getEffectiveLevel()]) + "\n")
         child.stdin.flush()
     peak = 0

@@ -57,7 +57,7 @@ def test_every_key_of_a_recipe(tmp_path: Path) -> None:
         resolution_binning = false
         threads = 3
         [bench]
-        workload = "smoke"
+        workload = "laptop"
         backends = ["onnxruntime"]
         output = "out/report"
         device = 0
@@ -81,7 +81,7 @@ def test_every_key_of_a_recipe(tmp_path: Path) -> None:
         ),
         verify=VerifySection("onnxruntime", ("a", "b"), steps=4, guidance_scale=1.0, device=1),
         sample=SampleSection(("a cat", "a dog"), Path("out/x.png"), seed=-1, pag_scale=2.0, resolution_binning=False, threads=3),
-        bench=BenchSection("smoke", ("onnxruntime",), Path("out/report"), device=0, threads=4),
+        bench=BenchSection("laptop", ("onnxruntime",), Path("out/report"), device=0, threads=4),
         path=tmp_path / "recipe.toml",
     )
 

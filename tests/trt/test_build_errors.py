@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_a_manifest_that_cannot_be_saved(bundle: Path, monkeypatch: pytest.Monke
     write_whole = files.write_whole
 
     def refuse(path: Path, content: str) -> None:
-        (path.with_name(f".{path.name}.{os.getpid()}.partial")).mkdir()
+        path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial").mkdir()
         write_whole(path, content)
 
     monkeypatch.setattr(manifest, "write_whole", refuse)

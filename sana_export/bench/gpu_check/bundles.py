@@ -48,10 +48,10 @@ def checkpoint_of(context: PartContext, model: str, dtype: str = STORED) -> Any:
     """The opened checkpoint of a row of `MODELS`. It is made if it does not exist yet."""
     from sana_export.checkpoint.checkpoint import open_checkpoint
     from sana_export.checkpoint.hub import INDEX
-    from sana_export.environment import source_digest
+    from sana_export.environment import import_digest
     from sana_export.synth.checkpoint import make_checkpoint
 
-    folder = context.work / "checkpoints" / f"{model}-{dtype}-{source_digest('synth')[:8]}"
+    folder = context.work / "checkpoints" / f"{model}-{dtype}-{import_digest('sana_export.synth.checkpoint')[:8]}"
     if not (folder / INDEX).is_file():
         make_checkpoint(MODELS[model], folder, dtype=dtype)
     return open_checkpoint(str(folder.resolve()))

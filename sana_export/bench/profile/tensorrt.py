@@ -9,6 +9,7 @@ from typing import Any
 
 from sana_export.bench.nvtx_ranges import nvtx_range
 from sana_export.bench.profile.profile import GraphRun, LayerTime
+from sana_export.commands import engines_command
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.trt.flavour import load
 
@@ -18,7 +19,7 @@ def layers(run: GraphRun) -> list[LayerTime]:
     import torch
 
     entries = [entry for entry in run.manifest.engines if entry.backend == run.backend and entry.graph == run.graph]
-    fix = f"sana-export build {run.bundle} --backend {run.backend}"
+    fix = engines_command(run.bundle, run.backend)
     if not entries:
         raise ArtifactError(
             f"{run.bundle} has no engine of {run.graph}", found="no engine", wanted=f"an engine for {run.backend}", fix=fix

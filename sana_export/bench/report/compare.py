@@ -140,7 +140,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any], threshold: floa
                 "reports of different workloads cannot be compared",
                 found=f"{key} {value!r} in {old}, {after['workload'].get(key)!r} in {new}",
                 wanted="the same workload in both",
-                fix=f"time both with the same workload: sana-export bench --workload {before['workload'].get('name')}",
+                fix="time both with the same --workload",
             )
     counted = dict(_counted(after))
     changes = tuple(_change(key, entry, counted[key], threshold) for key, entry in _counted(before) if key in counted)

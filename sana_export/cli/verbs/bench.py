@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     if options.bundle is None:
         raise UsageError("bench needs BUNDLE", wanted=VERB.example, fix="sana-export bench --help")
     if options.reference is None:
-        fix = f"sana-export bench {options.bundle} {reference_options(Path(options.bundle))}"
+        fix = f"sana-export bench {shlex.quote(options.bundle)} {reference_options(Path(options.bundle))}"
         raise UsageError("bench needs --reference MODEL", wanted="the checkpoint that the bundle was exported from", fix=fix)
     opening = model_options(options, options)
     if options.profile:

@@ -134,18 +134,19 @@ def build_engines(
         "graphs": graphs or None,
         "options": options,
     }
-    total, done = sum(not engine.exists for engine in plan_bundle(bundle, **settings)), 0
+    total, done, label = sum(not engine.exists for engine in plan_bundle(bundle, **settings)), 0, ""
 
     def on_engine(engine: PlannedEngine, entry: EngineEntry | None) -> None:
-        nonlocal done
+        nonlocal done, label
         if entry is None:
-            console.step(f"{engine.spec.graph} ({engine.reason})", done, total)
+            label = f"{engine.spec.graph} ({engine.reason})"
+            console.step(label, done, total)
         else:
             done += 1
 
     def on_progress(progress: Progress) -> None:
         if console.live:
-            console.step(progress.doing, int(progress.done), int(progress.total), progress.done % 1)
+            console.step(label, done, total, min(progress.done - done, 1.0))
 
     return build_bundle(bundle, **settings, on_engine=on_engine, on_progress=on_progress)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
             "verify needs the checkpoint to compare with",
             found="no --reference",
             wanted="--reference MODEL, or --ranges",
-            fix=f"sana-export verify {bundle} {reference_options(bundle)}",
+            fix=f"sana-export verify {shlex.quote(str(bundle))} {reference_options(bundle)}",
         )
     opening = model_options(options, options)
     return compare(

@@ -61,7 +61,7 @@ class GraphedSession(Session):
         """New weights need a new session. It runs without CUDA graphs."""
         plain = self._fallback or self._plain()
         plain.refit(weights)
-        self._fallback = plain
+        self._fallback, self._session = plain, None
         self._captured.clear()
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:

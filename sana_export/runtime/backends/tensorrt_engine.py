@@ -117,6 +117,7 @@ class LoadedEngine:
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Set the shapes of all inputs and reserve the memory that a run needs."""
         if shapes != self._shapes:
+            self._shapes = {}  # if one is refused, the context has a mix of old and new ones
             with self._logger.collect() as log:
                 refused = [name for name, shape in shapes.items() if not self._context.set_input_shape(name, shape)]
                 if refused:
