@@ -1,9 +1,9 @@
-"""Half precision made visible on a CPU.
+"""Half precision on a CPU: what a GPU would store, and how large each tensor gets.
 
-ONNX Runtime's CPU provider computes most float16 nodes in float32 and drops the casts between neighbours, so an overflow that a GPU
-would hit never shows. Here a graph is rewritten to compute in float32 and to round every intermediate tensor to the dtype that the
-graph declares for it: what a GPU stores, with products accumulated wider. Without the rounding, the same rewriting measures how
-large every intermediate tensor gets.
+ONNX Runtime's CPU provider computes most float16 nodes in float32 and drops the casts between neighbors, so an overflow that a GPU
+would hit never shows. This module rewrites a graph to compute in float32 and to round every intermediate tensor to the dtype that
+the graph declares for it. That is what a GPU stores, with wider accumulation in products. Without the rounding, the same rewriting
+measures how large every intermediate tensor gets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sana_export.formats.arrays import Array
 
 HALF: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 LARGEST = {"float16": 65504.0, "bfloat16": float(np.finfo(np.float32).max)}
-#: Operators that only move values: what they put out was rounded before.
+#: Operators that only move values. Their outputs are rounded already.
 MOVES = {
     *("Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "Pad"),
     *("Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
@@ -30,25 +30,29 @@ MOVES = {
 
 @dataclass(frozen=True)
 class Range:
-    """The largest magnitude that one intermediate tensor reached, and the dtype that the graph stores it in."""
+    """How large one intermediate tensor got."""
 
     graph: str
+    #: Its name in the ONNX file.
     tensor: str
+    #: The type of the node that computes it.
     operator: str
+    #: The dtype that the graph stores it in.
     dtype: str
+    #: The largest magnitude that it reached.
     largest: float
 
     @property
     def headroom(self) -> float:
-        """How many times larger the tensor could get before it overflows; below 1 it does."""
+        """How many times larger the tensor could get before it overflows. Below 1 it overflows."""
         return LARGEST[self.dtype] / self.largest if self.largest else float("inf")
 
 
 class StorageEvaluator:
     """Runs one ONNX file on the CPU with every half-precision intermediate rounded to its declared dtype.
 
-    Feeds and results are numpy; bfloat16 and float16 tensors go in and come out as float32 of the same values where the graph
-    declares bfloat16, and as float16 where it declares that. A graph without half precision runs as it is.
+    Feeds and results are numpy arrays: float16 for tensors that the graph declares as float16, and float32 with the same values for
+    bfloat16, which numpy does not have. A graph without half precision runs unchanged.
     """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
@@ -70,7 +74,7 @@ class StorageEvaluator:
 
 
 class RangeMeter:
-    """Runs one ONNX file without rounding and keeps the largest magnitude of every half-precision intermediate tensor."""
+    """Runs one ONNX file without rounding and records the largest magnitude of every half-precision intermediate tensor."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         model = _load(path)
@@ -80,7 +84,7 @@ class RangeMeter:
         self._operators = {name: node.op_type for node in model.graph.node for name in node.output}
         measured = [name for name in self._values if name in self._operators]
         widened = _widen(model, store=False)
-        # NaN is what an overflow came to further on: it counts as one. (ReduceMax passes over it.)
+        # An overflow becomes NaN further on, so NaN counts as an overflow. (ReduceMax ignores it.)
         widened.graph.initializer.append(onnx.numpy_helper.from_array(np.array(np.inf, np.float32), "//infinity"))
         for name in measured:
             widened.graph.node.extend(
@@ -96,7 +100,7 @@ class RangeMeter:
         self._session = _session(widened, path.parent, threads)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """The graph's outputs, computed wide; the magnitudes are added to what `ranges` reports."""
+        """The graph's outputs, computed in float32. Updates the magnitudes that `ranges` reports."""
         names = [*self._outputs, *(f"{name}//max" for name in self._largest)]
         results = dict(zip(names, self._session.run(names, _wide(self._session, feeds)), strict=True))
         for name, largest in self._largest.items():
@@ -104,7 +108,7 @@ class RangeMeter:
         return {name: results[name] for name in self._outputs}
 
     def ranges(self) -> list[Range]:
-        """One entry a tensor, the least headroom first."""
+        """One entry for each tensor, the one with the least headroom first."""
         found = (
             Range(self._graph, name, self._operators[name], HALF[self._values[name]], largest)
             for name, largest in self._largest.items()
@@ -113,13 +117,13 @@ class RangeMeter:
 
 
 def _load(path: Path) -> onnx.ModelProto:
-    """The model with a dtype known for every value; its weights stay on disk."""
+    """The model with the dtype of every value inferred. Its weights stay on disk."""
     model = onnx.load(path, load_external_data=False)
     return onnx.shape_inference.infer_shapes(model)
 
 
 def _half_values(model: onnx.ModelProto) -> dict[str, int]:
-    """Name to dtype of every half-precision tensor that is an input, an output or between nodes."""
+    """Name to dtype of every half-precision input, output and intermediate tensor."""
     graph = model.graph
     values = (*graph.input, *graph.value_info, *graph.output)
     typed = {value.name: value.type.tensor_type.elem_type for value in values}
@@ -127,7 +131,7 @@ def _half_values(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _widen(model: onnx.ModelProto, *, store: bool) -> onnx.ModelProto:
-    """The model computing in float32; with `store` every half-precision value is rounded to its dtype after it is made."""
+    """The model, computing in float32. With `store`, every half-precision value is rounded to its dtype when it is computed."""
     half = _half_values(model)
     graph = onnx.GraphProto()
     graph.CopyFrom(model.graph)
@@ -158,7 +162,7 @@ def _widen(model: onnx.ModelProto, *, store: bool) -> onnx.ModelProto:
 
 
 def _widen_attributes(node: NodeProto) -> None:
-    """Half-precision constants and cast targets become float32."""
+    """Make half-precision constants and cast targets float32."""
     for attribute in node.attribute:
         if node.op_type == "Cast" and attribute.name == "to" and attribute.i in HALF:
             attribute.i = TensorProto.FLOAT
@@ -172,7 +176,7 @@ def _cast(source: str, target: str, dtype: int) -> NodeProto:
 
 
 def _options(threads: int | None) -> onnxruntime.SessionOptions:
-    """Options of a session. `threads` None leaves their number to ONNX Runtime."""
+    """The options of a session. ONNX Runtime chooses the number of threads if `threads` is None."""
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads

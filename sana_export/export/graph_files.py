@@ -1,4 +1,4 @@
-"""The ONNX files of a bundle: graphs that share weights lie in one folder and read one file of them."""
+"""The ONNX files of a bundle. Graphs that share weights are in one folder and read one weight file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sana_export.manifest import GraphEntry, LoraTarget, Options
 
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """The graphs `names` by the graph whose folder and weight file they share (contract.WEIGHTS_OF)."""
+    """The graphs `names`, grouped by the graph whose folder and weight file they share (contract.WEIGHTS_OF)."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(WEIGHTS_OF.get(name, name), []).append(name)

@@ -32,15 +32,15 @@ from sana_export.manifest import LoraTarget
 log = logging.getLogger(__name__)
 
 OPSET = 20
-#: Constants up to this size stay in the ONNX file; larger ones are weights.
+#: Constants of up to this size stay in the ONNX file. Larger ones go to the weight file.
 INLINE_BYTES = 1024
 
 
 def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightFile) -> None:
-    """Trace `module`, whose parameters live in `weights`, and write `path`, which reads them from that file beside it.
+    """Trace `module`, whose parameters are in `weights`, and write the ONNX file `path`, which reads them from that file.
 
-    Dynamic axes carry the contract's names. Nothing of the tracing machine (paths, stack traces) stays in the file. Constants that
-    tracing made stay in it where they are small and are added to `weights` where they are not.
+    Dynamic axes have the contract's names. The file contains nothing of the machine that traced it (paths, stack traces). Small
+    constants from the trace stay in it; large ones are added to `weights`.
     """
     inputs = random_inputs(spec, TRACE_SIZES, seed=0)
     with _quiet(), torch.no_grad():
@@ -69,7 +69,7 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightF
 
 
 def _point_to(weights: WeightFile, model: onnx_ir.Model, parameters: Mapping[str, Tensor]) -> None:
-    """Replace the values of the model's initializers by their places in `weights`."""
+    """Make the model's initializers refer to their values in `weights`."""
     for name, value in model.graph.initializers.items():
         constant = value.const_value
         assert constant is not None  # a traced graph has no initializer without a value
@@ -99,19 +99,21 @@ def check_onnx(path: Path, spec: GraphSpec) -> onnx.ModelProto:
         described = [_describe(value) for value in found]
         expected = [(tensor.name, DTYPES[tensor.dtype].onnx, tensor.shape) for tensor in wanted]
         if described != expected:
-            raise ParityError(f"{path} has other {kind}s than its contract", found=described, wanted=expected)
+            raise ParityError(f"the {kind}s of {path} differ from its contract", found=described, wanted=expected)
     return model
 
 
 def check_targets(path: Path, model: onnx.ModelProto, targets: Iterable[LoraTarget]) -> None:
-    """Raise ParityError unless each target is an initializer of the model under its name, with its shape and dtype, that lies
-    outside the file: else refitting it would change something else, or nothing."""
+    """Raise ParityError unless each target is an external initializer of the model with its name, shape and dtype.
+
+    Otherwise refitting it would change something else, or nothing.
+    """
     outside = {tensor.name: (tuple(tensor.dims), tensor.data_type) for tensor in model.graph.initializer if tensor.external_data}
     for target in targets:
         wanted = (target.initializer_shape, DTYPES[target.dtype].onnx)
         if (found := outside.get(target.initializer)) != wanted:
             raise ParityError(
-                f"{path} does not hold {target.module} where its graph has it",
+                f"{path} does not store {target.module} where its graph says",
                 found=found or f"no external initializer {target.initializer}",
                 wanted=wanted,
             )
@@ -119,15 +121,17 @@ def check_targets(path: Path, model: onnx.ModelProto, targets: Iterable[LoraTarg
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What a module makes of some inputs, in the order of its contract."""
+    """Inputs of a module and what it computed from them."""
 
+    #: "random" or "zero".
     kind: str
     inputs: Mapping[str, Tensor]
+    #: In the order of the contract.
     outputs: tuple[Tensor, ...]
 
 
 def run_module(module: nn.Module, spec: GraphSpec) -> list[Example]:
-    """Run `module` on fresh random inputs of other sizes than the traced ones, and on zeros, which show a lost epsilon."""
+    """Run `module` on random inputs of other sizes than the traced ones, and on zeros, which show whether an epsilon was lost."""
     random = random_inputs(spec, CHECK_SIZES, seed=1)
     examples = []
     for kind, inputs in (("random", random), ("zero", {name: torch.zeros_like(value) for name, value in random.items()})):
@@ -138,9 +142,9 @@ def run_module(module: nn.Module, spec: GraphSpec) -> list[Example]:
 
 
 def check_values(path: Path, spec: GraphSpec, examples: Iterable[Example], precision: str) -> None:
-    """Compare the file, run with every intermediate stored in its own dtype, with what the module gave.
+    """Compare the file, run with every intermediate stored in its own dtype, with the module's outputs.
 
-    Raises ParityError past the limit of parity.COSINE_LIMITS.
+    Raises ParityError if a limit of parity.COSINE_LIMITS is missed.
     """
     evaluator, least = StorageEvaluator(path), 1.0
     for example in examples:
@@ -158,12 +162,12 @@ def check_values(path: Path, spec: GraphSpec, examples: Iterable[Example], preci
 
 
 def to_numpy(value: Tensor) -> npt.NDArray[Any]:
-    """As numpy; bfloat16, which numpy does not have, as float32 of the same values."""
+    """The tensor as a numpy array; bfloat16, which numpy does not have, as float32 with the same values."""
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
 def parameter_count(model: onnx.ModelProto) -> int:
-    """Numbers in all initializers."""
+    """The number of parameters in all initializers."""
     return sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint to torch modules: how each deployment graph is built from its components."""
+"""How each deployment graph is built from a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class GraphBuilder:
-    """How a graph is made: of which component's config and weights (None: of none), and by what."""
+    """How to build one graph."""
 
+    #: The component of the checkpoint whose config and weights it needs; None if it needs none.
     component: str | None
     make: Callable[[Config, Weights, Options], nn.Module]
 
@@ -60,7 +61,7 @@ def build_graph(name: str, checkpoint: SanaCheckpoint, options: Options) -> nn.M
 
 
 def lora_targets(name: str, checkpoint: SanaCheckpoint, options: Options) -> tuple[LoraTarget, ...]:
-    """Where the layers of the transformer lie in the graph `name`; of none for a graph of another component."""
+    """Where the graph `name` stores the transformer's layers. Empty for a graph of another component."""
     if BUILDERS[name].component != "transformer":
         return ()
     config = checkpoint.config("transformer")

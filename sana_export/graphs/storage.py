@@ -1,8 +1,8 @@
-"""Where the parameters of a deployment graph live: in memory, or in the file that a bundle keeps them in.
+"""Where the parameters of a deployment graph are: in memory, or in the bundle's weight file.
 
-A published transformer is larger than what a laptop has to spare twice. Under `stored_in` every parameter is appended to a
-`WeightFile` as soon as it is computed and read back through a memory map, so a graph is built, traced and checked with one
-tensor in memory at a time, and its weights are written once.
+A laptop cannot hold a published transformer twice. Under `stored_in`, every parameter is appended to a `WeightFile` as soon as it is
+computed and read again through a memory map. So a graph is built, traced and checked with one tensor in memory at a time, and its
+weights are written once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from sana_export.environment import return_free_memory
 
-#: Every tensor starts at a page, so that whoever reads the file can map it.
+#: Every tensor starts at a page boundary, so that readers of the file can map it.
 ALIGNMENT = 4096
-#: After so many bytes written, the memory in which they were computed goes back to the system.
+#: After writing this many bytes, the memory in which they were computed is returned to the system.
 TRIM_BYTES = 64 << 20
 
 
@@ -96,7 +96,7 @@ class WeightFile:
 
 
 class Keeper(Protocol):
-    """Where parameters go: a `WeightFile`, or whoever wants to see them."""
+    """What takes parameters: a `WeightFile`, or an observer of them."""
 
     def keep(self, value: Tensor) -> Tensor: ...
 
@@ -106,7 +106,7 @@ _CURRENT: ContextVar[Keeper | None] = ContextVar("weight_file", default=None)
 
 @contextlib.contextmanager
 def stored_in(file: Keeper) -> Iterator[None]:
-    """Parameters of graphs that are built inside live in `file`."""
+    """Parameters of graphs that are built inside this context are kept in `file`."""
     token = _CURRENT.set(file)
     try:
         yield
@@ -115,6 +115,6 @@ def stored_in(file: Keeper) -> Iterator[None]:
 
 
 def keep(value: Tensor) -> Tensor:
-    """`value` where the parameters of the graph that is being built live: in the file of `stored_in`, or in memory."""
+    """`value`, kept in the file of `stored_in` or in memory."""
     file = _CURRENT.get()
     return value if file is None else file.keep(value)
