@@ -1,9 +1,9 @@
-"""A torch module to a program of ATen operators that `torch.onnx` translates one by one, traced once.
+"""Traces a torch module once, into a program that `torch.onnx` translates operator by operator.
 
-`torch.onnx.export` decomposes a program by tracing it twice more, with functional tensors and symbolic sizes: half of the time that
-an export takes. Our graphs need little of that: four operators exchanged for others, and reshapes with every size spelled out.
-`exchange_operators` and `spell_out_sizes` do this in place, so that `_TracedOnce` is not traced again, and the ONNX model is the
-same but for the names of intermediate tensors.
+`torch.onnx.export` decomposes a program by tracing it twice more, which took half of an export's time. Our graphs need little of
+that: other forms of four operators, and reshapes with every size spelled out. `exchange_operators` and `spell_out_sizes` do this in
+place, and `_TracedOnce` keeps the exporter from tracing again. The ONNX model is the same, except for the names of intermediate
+tensors.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from sana_export.contract import GraphSpec
 
 aten = torch.ops.aten
-#: A node of torch.fx, whose arguments are typed as everything that they might be.
+#: A node of torch.fx. Its own types allow so much that they say nothing.
 Node = Any
-#: The longest that an axis may be.
+#: The largest length of a dynamic axis.
 LONGEST = 1 << 20
 
-#: Operator to what `run_decompositions` makes of it: another operator, arguments and keyword arguments.
+#: Operator to its form after `run_decompositions`: another operator, arguments and keyword arguments.
 _EQUIVALENTS: Mapping[Any, Callable[..., tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {
     aten.to.dtype: lambda x, dtype: (aten._to_copy.default, (x,), {"dtype": dtype}),
     aten.square.default: lambda x: (aten.pow.Tensor_Scalar, (x, 2), {}),
@@ -49,13 +49,13 @@ def dynamic_shapes(spec: GraphSpec) -> tuple[dict[int, Any], ...]:
 
 
 def trace(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, Tensor]) -> ExportedProgram:
-    """`module` as a program whose dynamic axes are those of `spec`; `inputs` are examples of its inputs."""
+    """Trace `module` on the example `inputs` into a program with the dynamic axes of `spec`."""
     with _frugal():
         program = torch.export.export(
             module,
             tuple(inputs.values()),
             dynamic_shapes=dynamic_shapes(spec),
-            # Else a broadcast over an axis would forbid the length 1.
+            # Otherwise a broadcast over an axis would forbid the length 1.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
     exchange_operators(program)
@@ -64,14 +64,14 @@ def trace(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, Tensor]) -> E
 
 
 def exchange_operators(program: ExportedProgram) -> None:
-    """Exchange the operators of `_EQUIVALENTS` for what equals them. Afterwards none of them is left."""
+    """Replace every operator of `_EQUIVALENTS` by its equivalent."""
     for node in program.graph.nodes:
         if (equivalent := _EQUIVALENTS.get(node.target)) is not None:
             node.target, node.args, node.kwargs = equivalent(*node.args, **node.kwargs)
 
 
 def spell_out_sizes(program: ExportedProgram) -> None:
-    """Make every reshape, flatten and unflatten a `view`. Afterwards none of them is left.
+    """Replace every reshape, flatten and unflatten by a `view`.
 
     Torch's translation of a flatten reads the sizes of its input at run time; those of a view are numbers, or computed once from
     the sizes of the graph's inputs.
@@ -81,7 +81,7 @@ def spell_out_sizes(program: ExportedProgram) -> None:
         if node.target not in _RESHAPES:
             continue
         source, copies = node.args[0], not _is_view(node)
-        # Of something contiguous a reshape keeps its -1, as in `run_decompositions`.
+        # `run_decompositions` keeps the -1 of a reshape of a contiguous tensor too.
         as_given = node.target == aten.reshape.default and source.meta["val"].is_contiguous()
         shape = node.args[1] if as_given else sizes.of(node)
         if copies:
@@ -93,16 +93,16 @@ def spell_out_sizes(program: ExportedProgram) -> None:
 
 
 class _Sizes:
-    """The nodes of a program that compute sizes, by what they compute."""
+    """The nodes of a program that compute sizes, by the size."""
 
     def __init__(self, program: ExportedProgram) -> None:
         self._graph = program.graph
-        # Of several that compute the same, the one that most others read already.
+        # If several compute the same size, use the one with the most users.
         known = [node for node in program.graph.nodes if node.target in _SIZES and isinstance(node.meta["val"], SymInt)]
         self._nodes = {_key(node.meta["val"]): node for node in sorted(known, key=lambda node: len(node.users))}
 
     def of(self, node: Node) -> list[int | Node]:
-        """The shape of what `node` returns; -1 for an axis that a reshape is left to find out."""
+        """The shape of the output of `node`; -1 for an axis that the reshape infers."""
         return [self._size(size, node) for size in node.meta["val"].shape]
 
     def _size(self, size: int | SymInt, node: Node) -> int | Node:
@@ -117,7 +117,7 @@ class _Sizes:
         return found
 
     def _computed(self, size: SymInt, node: Node) -> Node:
-        """`size`, which is that of an axis of what `node` flattens or unflattens, or of those that it flattens."""
+        """A node that computes `size`: an axis of the input of `node`, or the product of the axes that `node` flattens."""
         source, first, last = (*node.args, -1)[:3]
         shape = source.meta["val"].shape
         keys = [_key(axis) if isinstance(axis, SymInt) else axis for axis in shape]
@@ -132,7 +132,7 @@ class _Sizes:
         return computed
 
     def _move_before(self, node: Node, size: Node) -> None:
-        """Have `size`, and what it is computed from, computed before `node`."""
+        """Move `size`, and the nodes that it is computed from, before `node`."""
         if node < size:
             for source in size.all_input_nodes:
                 self._move_before(node, source)
@@ -140,17 +140,17 @@ class _Sizes:
 
 
 def _key(size: SymInt) -> Any:
-    """The expression of a size in those of the graph's inputs: equal for equal sizes."""
+    """A size as an expression of the sizes of the graph's inputs. Equal sizes have equal expressions."""
     return size.node.expr
 
 
 def _is_view(node: Node) -> bool:
-    """Whether what a node returns lies in the memory of its first argument."""
+    """Whether the output of a node shares the memory of its first argument."""
     return StorageWeakRef(node.meta["val"].untyped_storage()) == StorageWeakRef(node.args[0].meta["val"].untyped_storage())
 
 
 class _TracedOnce(ExportedProgram):
-    """A program that is traced again only where there is something to decompose or to make functional."""
+    """A program that is traced again only if it has something to decompose or an operator that writes in place."""
 
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__(
@@ -174,15 +174,15 @@ class _TracedOnce(ExportedProgram):
 
 
 def _writes(node: Node) -> bool:
-    """Whether an operator changes one of its arguments."""
+    """Whether an operator writes to one of its arguments."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 @contextlib.contextmanager
 def _frugal() -> Iterator[None]:
-    """Tracing without what a single trace does not need, and with the sizes 0 and 1 like any other, as torch.onnx does it.
+    """Trace without the cache of fake tensors, which costs more than it saves here, and treat sizes 0 and 1 like any other.
 
-    To remember what operators make of symbolic shapes takes longer than it saves.
+    torch.onnx traces with the latter setting too. Both settings are restored afterwards.
     """
     dynamo: Any = importlib.import_module("torch._dynamo.config")
     symbolic_shapes: Any = importlib.import_module("torch.fx.experimental._config")

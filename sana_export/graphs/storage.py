@@ -1,8 +1,8 @@
 """Where the parameters of a deployment graph are: in memory, or in the bundle's weight file.
 
-A laptop cannot hold a published transformer twice. Under `stored_in`, every parameter is appended to a `WeightFile` as soon as it is
-computed and read again through a memory map. So a graph is built, traced and checked with one tensor in memory at a time, and its
-weights are written once.
+A laptop cannot hold a published transformer twice. Under `stored_in`, every parameter is appended to a `WeightFile` as soon as it
+is computed and read again through a memory map. So a graph is built, traced and checked with one tensor in memory at a time, and
+its weights are written once.
 """
 
 from __future__ import annotations
