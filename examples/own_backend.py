@@ -14,7 +14,7 @@ from typing import Any
 import onnxruntime
 
 from sana_export import SanaRuntime
-from sana_export.commands import export_line
+from sana_export.commands import export_command
 from sana_export.files import check_files
 from sana_export.formats.onnx_weights import check_external_data
 from sana_export.manifest import Manifest
@@ -46,7 +46,7 @@ class PlainBackend(Backend):
         self.bundle, self.manifest = bundle, manifest
 
     def load(self, graph: str) -> Session:
-        fix = export_line(self.bundle, self.manifest)
+        fix = export_command(self.bundle, self.manifest)
         path, *data = check_files(self.bundle, self.manifest.graphs[graph].files, fix=fix)
         check_external_data(path, data, fix=fix)
         return PlainSession(graph, path)

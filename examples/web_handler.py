@@ -4,7 +4,8 @@ python examples/web_handler.py engines/out/tiny --port 8000
 curl "http://127.0.0.1:8000/?prompt=a+red+apple&seed=1&steps=20" -o apple.png
 
 One thread draws one image at a time. At most `--places` requests draw or wait; the next one gets 503. A request that takes
-longer than `--timeout` gets 504. A timeout, or a client that goes away, frees the place and stops drawing after the current step.
+longer than `--timeout` gets 504. A timeout, or a client that goes away, frees the place at once and stops drawing after the current
+step. If the prompt is still being encoded, drawing stops after the first step. A decoder that has started runs to its end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from http import HTTPStatus
 from urllib.parse import parse_qsl, urlsplit
 
 from sana_export import SanaRuntime
-from sana_export.errors import SanaExportError, UsageError
+from sana_export.errors import DependencyError, SanaExportError, UsageError
 
 USAGE = b"ask for /?prompt=TEXT&seed=NUMBER&steps=NUMBER"
 
@@ -36,7 +37,7 @@ class ImageService:
         self.worker = ThreadPoolExecutor(max_workers=1)  # a second thread would only wait for the runtime
 
     async def draw(self, prompt: str, seed: int | None, steps: int | None) -> bytes:
-        """A PNG. If the task is cancelled, drawing stops after the current step, or never starts."""
+        """A PNG. If the task is cancelled, drawing never starts, or stops after a step; a decoder that has started finishes."""
         cancelled = threading.Event()
 
         def on_step(*_: object) -> None:
@@ -75,8 +76,12 @@ class ImageService:
                 return HTTPStatus.GATEWAY_TIMEOUT, b"it took too long"
             try:
                 return HTTPStatus.OK, drawing.result()
-            except UsageError as error:
-                return HTTPStatus.BAD_REQUEST, str(error).encode()
+            except UsageError as error:  # not str(error): that has commands and paths of the server
+                text = error.message if error.wanted is None else f"{error.message}\nwanted: {error.wanted}"
+                return HTTPStatus.BAD_REQUEST, text.encode()
+            except DependencyError as error:  # for example, too little memory; the same request may succeed later
+                logging.error("%s", error)
+                return HTTPStatus.SERVICE_UNAVAILABLE, b"this machine cannot draw the image now"
             except SanaExportError as error:
                 logging.error("%s", error)
                 return HTTPStatus.INTERNAL_SERVER_ERROR, b"drawing failed"

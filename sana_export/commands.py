@@ -52,6 +52,15 @@ def export_command(
     return shlex.join(words)
 
 
+def first_export_command(folder: Path) -> str:
+    """The command that exports the checkpoint in `folder` to a new bundle next to it."""
+    model = str(folder)
+    if find_variant(model) is not None:  # without a slash, `export` takes it for the checkpoint of that name
+        model = f"./{folder}"
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return shlex.join(["sana-export", "export", model, "-o", f"{named}-bundle"])
+
+
 def ranges_command(bundle: Path, exported: Exported) -> str:
     """The command that reports which tensors of `bundle` leave the range of its precision."""
     model, *options = model_words(exported.checkpoint)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_export import __version__
-from sana_export.commands import export_command
+from sana_export.commands import export_command, first_export_command
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError
 from sana_export.files import FileEntry, write_whole
@@ -29,6 +29,7 @@ from sana_export.records import (
     Options,
     Overlay,
 )
+from sana_export.variants import INDEX
 
 __all__ = [
     "FILE_NAME",
@@ -115,6 +116,13 @@ def seal(document: Mapping[str, Any]) -> str:
 
 def _read(bundle: Path) -> Any:
     path = bundle / FILE_NAME
+    if not path.is_file() and (bundle / INDEX).is_file():
+        raise ArtifactError(
+            f"{bundle} is a checkpoint, not a bundle",
+            found=INDEX,
+            wanted=f"{FILE_NAME}, in a folder made by `sana-export export`",
+            fix=first_export_command(bundle),
+        )
     if not path.is_file():
         raise ArtifactError(
             f"{bundle} is not a bundle",

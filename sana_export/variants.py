@@ -19,6 +19,8 @@ TRAINED_LICENSE = "Apache-2.0: trained by sana_export on images of Noto Color Em
 SYNTHETIC_LICENSE = "Apache-2.0: seeded random weights made by sana_export"
 #: The default steps of diffusers' SanaPipeline and SanaSprintPipeline.
 STEPS, SPRINT_STEPS = 20, 2
+#: The file that makes a folder a checkpoint in diffusers' format.
+INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)

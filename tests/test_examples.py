@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import http.client
 import io
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -24,6 +26,7 @@ import pytest
 from PIL import Image
 
 from sana_export import Request, SanaRuntime
+from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
 from tests.support.lora_files import diffusers_lora, load_transformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +50,11 @@ def run(program: str, *arguments: object, code: int = 0) -> subprocess.Completed
     )
     assert done.returncode == code, done.stderr
     return done
+
+
+def definitions(name: str) -> dict[str, Any]:
+    """What a program defines, without running it."""
+    return runpy.run_path(str(ROOT / "examples" / name))
 
 
 def pixels(image: Any) -> np.ndarray:
@@ -208,8 +216,8 @@ def test_web_handler_answers_concurrent_requests(tiny_bundle: Path, tiny_runtime
         assert server.get("/favicon.ico")[0] == 400
         assert server.get(steps="many")[0] == 400
         assert server.get(steps=51) == (400, "text/plain; charset=utf-8", b"at most 50 steps")
-        status, _, body = server.get(seed=-(2**80))
-        assert (status, b"seed" in body) == (400, True)
+        wrong_seed = b"the seed is out of range\nwanted: an integer from -2**63 to 2**64 - 1"
+        assert server.get(seed=-(2**80)) == (400, "text/plain; charset=utf-8", wrong_seed)
 
 
 def test_web_handler_refuses_when_all_places_are_taken_and_frees_those_of_clients_that_left(
@@ -235,6 +243,29 @@ def test_web_handler_gives_up_after_the_timeout(tiny_bundle: Path, tiny_runtime:
 def test_web_handler_stops_with_a_request_under_way(tiny_bundle: Path) -> None:
     with serving(tiny_bundle, "--places", 1, "--max-steps", ENDLESS) as server, server.send(steps=ENDLESS):
         server.get_until(503)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "body"),
+    [
+        (UsageError("too wide", found="/srv/b", wanted="1 to 8", fix="--width 8"), 400, b"too wide\nwanted: 1 to 8"),
+        (UsageError("too wide", found="/srv/b", fix="--width 8"), 400, b"too wide"),
+        (DependencyError("out of memory in /srv/b", fix="--memory staged"), 503, b"this machine cannot draw the image now"),
+        (ArtifactError("/srv/b is damaged", fix="sana-export export x -o /srv/b"), 500, b"drawing failed"),
+    ],
+)
+def test_web_handler_answers_an_error_with_its_status_and_logs_what_the_client_does_not_see(
+    error: SanaExportError, status: int, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    async def answer() -> tuple[int, bytes]:
+        service = definitions("web_handler.py")["ImageService"](failing, places=1, timeout=60, max_steps=2)
+        return await service.answer("GET /?prompt=x HTTP/1.1", asyncio.StreamReader())
+
+    assert asyncio.run(answer()) == (status, body)
+    assert caplog.messages == ([] if isinstance(error, UsageError) else [str(error)])
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)

@@ -13,7 +13,7 @@ from typing import Any
 from sana_export.adapters import Lora
 from sana_export.checkpoint.components import COMPONENTS, check_weights, select_weights
 from sana_export.checkpoint.fold_lora import fold_loras
-from sana_export.checkpoint.hub import INDEX, Hub, ReadJson, fetch, not_a_checkpoint, read_json
+from sana_export.checkpoint.hub import Hub, ReadJson, fetch, not_a_checkpoint, read_json
 from sana_export.checkpoint.single_file import open_single_file
 from sana_export.checkpoint.weights import Weights, read_headers
 from sana_export.environment import cache_folder, import_digest
@@ -21,7 +21,7 @@ from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import hash_file
 from sana_export.manifest import Checkpoint, Overlay
 from sana_export.synth.checkpoint import MARKER
-from sana_export.variants import VARIANTS, Variant, find_variant, recognize, unknown_alias
+from sana_export.variants import INDEX, VARIANTS, Variant, find_variant, recognize, unknown_alias
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
 from sana_export.files import disk_errors, is_disk_error
+from sana_export.variants import INDEX
 
 log = logging.getLogger(__name__)
 
-INDEX = "model_index.json"
 #: Reads a JSON file of the checkpoint, by its path relative to the checkpoint.
 ReadJson = Callable[[str], Mapping[str, Any]]
 #: Chooses the files that an export reads, from the names of all files of a checkpoint.

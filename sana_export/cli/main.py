@@ -137,7 +137,9 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     group: Any = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON document on stdout and everything else on stderr")
-    group.add_argument("-q", "--quiet", action="count", default=0, help="print only errors on stderr")
+    group.add_argument(
+        "-q", "--quiet", action="count", default=0, help="print nothing but errors on stderr; the result stays on stdout"
+    )
     group.add_argument("-v", "--verbose", action="count", default=0, help="print more on stderr; twice for everything")
     group.add_argument("--debug", action="store_true", help="print the traceback of an error")
 

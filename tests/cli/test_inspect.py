@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sana_export.checkpoint.checkpoint import open_checkpoint
+from sana_export.cli.main import parse
 from sana_export.cli.verbs import inspect as verb
 from sana_export.contract import GRAPHS
 from sana_export.files import file_entry
@@ -150,3 +154,36 @@ def test_gpu_memory_that_the_engines_need(bundle_copy: Path, cli: Cli, monkeypat
     assert re.search(r"tensorrt-rtx, resident +6 bytes +5\.0 GB +5\.0 GB +no", cli("inspect", bundle_copy).out)
     assert re.search(r"tensorrt-rtx, staged +6 bytes +5\.0 GB", cli("doctor", bundle_copy).out)
     assert cli("doctor", bundle_copy, "--json").json["memory"]["tensorrt-rtx"]["staged"]["work"] == 5 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("folder", "fix"),
+    [
+        ("my-checkpoint", "sana-export export my-checkpoint -o my-checkpoint-bundle"),
+        ("some where/my-checkpoint", "sana-export export 'some where/my-checkpoint' -o 'some where/my-checkpoint-bundle'"),
+        ("tiny-random", "sana-export export ./tiny-random -o tiny-random-bundle"),  # not the alias
+    ],
+)
+def test_a_checkpoint_instead_of_a_bundle(
+    folder: str, fix: str, tiny_checkpoint: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_checkpoint.folder, folder)
+    ran = cli("inspect", folder, "--json")
+    assert ran.code == 4
+    assert ran.json["error"] == {
+        "type": "ArtifactError",
+        "message": f"{folder} is a checkpoint, not a bundle",
+        "found": "model_index.json",
+        "wanted": "manifest.json, in a folder made by `sana-export export`",
+        "fix": fix,
+    }
+    options = parse(shlex.split(fix)[1:])
+    assert Path(open_checkpoint(options.model).folder) == Path(folder)
+
+
+def test_the_checkpoint_in_the_current_folder(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sana").mkdir()
+    (tmp_path / "sana/model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "sana")
+    assert cli("inspect", ".", "--json").json["error"]["fix"] == f"sana-export export . -o {tmp_path / 'sana-bundle'}"

@@ -47,9 +47,9 @@ PRECISION = "fp16"
 def checkpoint_of(context: PartContext, model: str, dtype: str = STORED) -> Any:
     """The opened checkpoint of a row of `MODELS`. It is made if it does not exist yet."""
     from sana_export.checkpoint.checkpoint import open_checkpoint
-    from sana_export.checkpoint.hub import INDEX
     from sana_export.environment import import_digest
     from sana_export.synth.checkpoint import make_checkpoint
+    from sana_export.variants import INDEX
 
     folder = context.work / "checkpoints" / f"{model}-{dtype}-{import_digest('sana_export.synth.checkpoint')[:8]}"
     if not (folder / INDEX).is_file():

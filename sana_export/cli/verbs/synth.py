@@ -10,6 +10,7 @@ from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import VERBOSE, Console
 from sana_export.cli.terminal.text import size
 from sana_export.cli.verb import Answer, Verb, index
+from sana_export.commands import first_export_command
 from sana_export.manifest import PRECISIONS
 from sana_export.variants import VARIANTS
 
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     }
     text = (
         f"{folder}: {recipe.name}, synthetic: random weights of seed {options.seed}, {dtype}, {size(document['bytes'])}\n"
-        f"next: sana-export export {folder} -o {folder}-bundle"
+        f"next: {first_export_command(folder)}"
     )
     return Answer(document, text)
 
