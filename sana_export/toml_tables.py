@@ -51,7 +51,7 @@ def read_toml(path: Path, what: str, example: str = "a TOML file") -> dict[str, 
 
 
 def parse_table(kind: type[T], table: object, where: str) -> T:
-    """A `kind` from a TOML table whose keys are its fields. Fields with the metadata {"hidden": True} are no keys.
+    """A `kind` from a TOML table whose keys are its fields. Fields with the metadata {"hidden": True} are not keys.
 
     Raises UsageError, naming `where`, for an unknown key, a missing key or a value of the wrong type.
     """

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from sana_export.bench.gpu_watch import GpuWatch
-from sana_export.bench.threads import torch_threads
 from sana_export.bench.work.ceiling import better, measure_rates
 from sana_export.bench.work.count import Rates
+from sana_export.runtime.backends.torch import cpu_threads
 
 
 def test_the_ceiling_is_above_what_plain_calls_reach() -> None:
@@ -22,7 +22,7 @@ def test_the_ceiling_is_above_what_plain_calls_reach() -> None:
     left, right = torch.randn(256, 256), torch.randn(256, 256)
     source = torch.ones(64 << 20, dtype=torch.uint8)
     times: dict[str, list[float]] = {"mm": [], "clone": []}
-    with torch_threads(1):
+    with cpu_threads(1):
         for _ in range(5):
             for name, call in (("mm", lambda: left @ right), ("clone", source.clone)):
                 started = time.perf_counter()
@@ -39,7 +39,7 @@ def test_the_ceiling_is_above_what_plain_calls_reach() -> None:
 def test_the_number_of_threads_is_restored() -> None:
     before = torch.get_num_threads()
     inside = []
-    with contextlib.suppress(ValueError), torch_threads(before + 1):
+    with contextlib.suppress(ValueError), cpu_threads(before + 1):
         inside.append(torch.get_num_threads())
         raise ValueError
     assert inside == [before + 1]

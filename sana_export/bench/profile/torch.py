@@ -6,7 +6,7 @@ from typing import Any
 
 from sana_export.bench.nvtx_ranges import nvtx_range
 from sana_export.bench.profile.profile import GraphRun, LayerTime
-from sana_export.bench.threads import torch_threads
+from sana_export.runtime.backends.torch import cpu_threads
 
 
 def layers(run: GraphRun) -> list[LayerTime]:
@@ -20,7 +20,7 @@ def layers(run: GraphRun) -> list[LayerTime]:
     device = "cuda" if on_gpu else "cpu"
     module = build_graph(run.graph, run.checkpoint, run.manifest.options).to(device)
     inputs = [tensor.to(device) for tensor in run.inputs.values()]
-    with torch_threads(run.threads), torch.inference_mode():
+    with cpu_threads(run.threads), torch.inference_mode():
         module(*inputs)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with profile(activities=activities, record_shapes=True) as profiler:

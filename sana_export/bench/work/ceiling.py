@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from sana_export.bench.threads import torch_threads
 from sana_export.bench.work.count import Rates
 
 #: Device to the sides of the square products that are tried.
@@ -30,7 +29,9 @@ def measure_rates(device: str, precision: str, threads: int, index: int | None =
     import torch
 
     if device == "cpu":
-        with torch_threads(threads):
+        from sana_export.runtime.backends.torch import cpu_threads
+
+        with cpu_threads(threads):
             return Rates(*_best(_cpu_trials(threads)), "fp32", "measured on the cpu: best of torch, numpy, onnxruntime")
     with torch.cuda.device(index or 0):
         return Rates(*_best(_cuda_trials(getattr(torch, _DTYPES[precision]))), precision, "measured on the gpu: torch")
