@@ -9,13 +9,12 @@ from typing import Any
 
 from sana_export.bench.workload import load_workload
 from sana_export.cli.images import FORMATS
-from sana_export.cli.verbs.build import BUILD_OPTIONS
 from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS
 from sana_export.profiles import profile_named
 from sana_export.toml_tables import parse_table, read_toml
 from sana_export.trt.flavour import flavour_of
-from sana_export.trt.options import BuildOptions
+from sana_export.trt.options import BUILD_OPTIONS, BuildOptions
 
 
 @dataclass(frozen=True)

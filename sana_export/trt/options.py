@@ -38,3 +38,5 @@ class BuildOptions:
 
 
 DEFAULT_OPTIONS = BuildOptions()
+#: The fields of `BuildOptions` that are options of the command line and keys of a recipe.
+BUILD_OPTIONS = ("refittable", "version_compatible", "hardware_compatible", "weight_streaming")

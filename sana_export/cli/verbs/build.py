@@ -18,11 +18,8 @@ from sana_export.profiles import PROFILES, Profile, bin_profiles, custom_profile
 from sana_export.progress import Progress
 from sana_export.trt.bundle import build_bundle, plan_bundle
 from sana_export.trt.flavour import FLAVOURS
-from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
+from sana_export.trt.options import BUILD_OPTIONS, DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.plan import KEY_CHARACTERS, PlannedEngine
-
-#: The fields of `BuildOptions` that are options of the command line.
-BUILD_OPTIONS = ("refittable", "version_compatible", "hardware_compatible", "weight_streaming")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
