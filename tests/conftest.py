@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -16,6 +17,16 @@ from tests.support.bundles import PAG_LAYER, exported
 from tests.support.small_bundles import write_bundle
 
 KEPT_SECONDS = 24 * 3600
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts() -> Iterator[None]:
+    """Programs that tests start react to Ctrl-C, even if the test run is a background job of a script, which ignores it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
