@@ -26,6 +26,7 @@ from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import BACKENDS, open_backend
 from sana_export.runtime.backends.onnxruntime import session_options
+from sana_export.runtime.sampling import sampler_feeds
 
 DENOISER = Path("onnx/denoiser/model.onnx")
 
@@ -170,14 +171,8 @@ def test_tensors_pass_between_graphs_without_a_copy(tiny_bundle: Path) -> None:
     array = np.random.default_rng(0).normal(size=(1, 32, 2, 3)).astype(np.float32)
     assert np.shares_memory(backend.to_host(backend.to_device(array)), array)
     sampler = backend.load("sampler")
-    feeds = {
-        "noise_pred": array[None],
-        "latents": array,
-        "previous_x0": array,
-        "noise": array,
-        "coefficients": np.array([1, -0.5, 0.25, 2, 3, 4], np.float32),
-        "weights": np.ones(1, np.float32),
-    }
+    coefficients = np.array([1, -0.5, 0.25, 2, 3, 4], np.float32)
+    feeds = sampler_feeds(array[None], array, array, array, coefficients, np.ones(1, np.float32))
     first = sampler.run(feeds)
     np.testing.assert_allclose(backend.to_host(first["x0"]), 0.5 * array, rtol=1e-6)
     np.testing.assert_allclose(backend.to_host(first["next_latents"]), 8.25 * array, rtol=1e-6)

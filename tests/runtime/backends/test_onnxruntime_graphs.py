@@ -15,6 +15,7 @@ from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import onnxruntime_graphs
 from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from sana_export.runtime.backends.onnxruntime_graphs import GRAPH_ID, PROVIDER_OPTIONS, GraphedSession
+from sana_export.runtime.sampling import sampler_feeds
 
 (GRAPHS_ON,) = PROVIDER_OPTIONS.items()
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
@@ -101,14 +102,8 @@ def test_results_stay_the_same_when_the_next_run_writes(tiny_bundle: Path) -> No
     session = backend._load_captured("sampler")
     assert session is not None
     array = np.random.default_rng(0).normal(size=(1, 32, 2, 3)).astype(np.float32)
-    feeds = {
-        "noise_pred": array[None],
-        "latents": array,
-        "previous_x0": array,
-        "noise": array,
-        "coefficients": np.array([1, -0.5, 0.25, 2, 3, 4], np.float32),
-        "weights": np.ones(1, np.float32),
-    }
+    coefficients = np.array([1, -0.5, 0.25, 2, 3, 4], np.float32)
+    feeds = sampler_feeds(array[None], array, array, array, coefficients, np.ones(1, np.float32))
     first = session.run(feeds)
     kept = first["x0"].numpy().copy()
     second = session.run({**feeds, "latents": first["x0"]})
