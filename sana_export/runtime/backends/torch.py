@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.compiler import config as compiler
 
 from sana_export.adapters import Lora
 from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
@@ -58,6 +59,9 @@ _ROUNDING: tuple[tuple[Any, str], ...] = (
     (torch.backends.cudnn, "allow_tf32"),
 )
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+#: How many shapes and kinds of block torch.compile compiles before it runs the others eager. All blocks of one class count together,
+#: and PyTorch's own limit is 8, which batches, sizes, guidance, and PAG use up.
+COMPILED_FORMS = 64
 
 
 class TorchSession(EnqueuedSession):
@@ -77,7 +81,7 @@ class TorchSession(EnqueuedSession):
     ) -> dict[str, DeviceTensor]:
         inputs = [place(feeds[tensor.name], self.device) for tensor in self.spec.inputs]
         try:
-            with torch.no_grad(), exact_products(), cpu_threads(self.threads):
+            with torch.no_grad(), exact_products(), cpu_threads(self.threads), compiler.patch(recompile_limit=COMPILED_FORMS):
                 results = self.module(*inputs)
         except RuntimeError as error:
             raise_out_of_memory(error, f"running {self.spec.name}", self.device)
@@ -156,6 +160,8 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
     text_multiple = 32
     #: Captured work keeps its own memory, so it never has to be captured again.
     generation = 0
+    #: The memory that all captured work shares: a replay needs it only while it runs, and replays run one after another.
+    _pool: Any = None
 
     def zeros(self, shape: Sequence[int], dtype: str | torch.dtype) -> Tensor:
         return torch.zeros(tuple(shape), dtype=_dtype(dtype), device=self.torch_device)
@@ -175,8 +181,11 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.device(self.torch_device), torch.cuda.graph(graph):
+            # thread_local: other threads may use the GPU meanwhile
+            with torch.cuda.device(self.torch_device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
             raise_out_of_memory(error, "capturing the sampling loop", self.device)

@@ -16,7 +16,7 @@ from diffusers import SanaPAGPipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sana_export.checkpoint.checkpoint import open_checkpoint
-from sana_export.contract import GRAPHS
+from sana_export.contract import GRAPHS, GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.export.example_inputs import CHECK_SIZES, graph_spec, random_inputs
 from sana_export.export.parity import compare_images
@@ -90,6 +90,29 @@ def test_compiled_blocks_draw_the_same(tiny_bundle: Path, tiny_runtime: SanaRunt
     compiled = SanaRuntime.from_pretrained(tiny_bundle, backend="torch-compile")
     assert_same(compiled("a fox", seed=1, **request).images, tiny_runtime("a fox", seed=1, **request).images)
     assert compiled.backend.name == "torch-compile"
+
+
+def test_more_kinds_of_block_are_compiled_than_pytorch_s_limit() -> None:
+    """Twenty blocks that differ in a number, which all share the limit of their class."""
+    compiled = []
+
+    class Block(torch.nn.Module):
+        def __init__(self, factor: int) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+            return timestep * self.factor
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    blocks = [torch.compile(Block(factor), backend=compiler) for factor in range(1, 21)]
+    spec = GraphSpec("blocks", (TensorSpec("timestep", "float32", (1,)),), (TensorSpec("product", "float32", (1,)),))
+    for block in blocks:
+        torch_backend.TorchSession(spec, block, "cpu").run({"timestep": np.ones(1, np.float32)})
+    assert len(compiled) == len(blocks)
 
 
 def test_verify_runs_it(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path) -> None:

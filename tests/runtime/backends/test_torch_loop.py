@@ -7,6 +7,7 @@ tensor in place of a buffer) shows in the image, as it would on a GPU. Streams, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,24 @@ def test_steps_with_a_callback_are_replayed_one_by_one(captured: SanaRuntime, ti
 def test_images(captured: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
     found, wanted = (np.asarray(runtime("a fox", seed=1, **SMALL).images[0], np.int16) for runtime in (captured, tiny_runtime))
     assert np.abs(found - wanted).max() <= 1
+
+
+def test_all_captured_work_shares_one_pool_of_memory(captured: SanaRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Any] = []
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    @contextlib.contextmanager
+    def graph(target: Graph, *, pool: Any, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        used.append(pool)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    for _ in range(2):
+        CudaTorchBackend.capture(captured.backend, lambda: None)
+    assert used[0] is used[1] is not None
