@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from sana_export.environment import installed_version, operating_system, release
 from sana_export.errors import UsageError
+from sana_export.gpu_support import RTX_PORTABLE
 from sana_export.machine import Gpu, find_gpus, gpu_compute_capability
 from sana_export.manifest import EngineEntry
 from sana_export.trt.flavour import ANY_SYSTEM, FLAVOURS
 
-#: The compute capabilities in NVIDIA's support matrix of TensorRT-RTX.
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 #: The lowest compute capability that an engine built with --hardware-compatible runs on.
 HARDWARE_COMPATIBLE_FROM = (8, 0)
 
@@ -96,10 +95,10 @@ def _version_fits(engine: EngineEntry, version: str) -> bool:
 def _gpu_fits(engine: EngineEntry, capability: str) -> bool:
     if engine.options.get("hardware_compatible"):
         return release(capability) >= HARDWARE_COMPATIBLE_FROM
-    return capability in (engine.compute_capabilities or RTX_CAPABILITIES)
+    return capability in (engine.compute_capabilities or RTX_PORTABLE)
 
 
 def _built_for(engine: EngineEntry) -> str:
     if engine.options.get("hardware_compatible"):
         return "{}.{} and later".format(*HARDWARE_COMPATIBLE_FROM)
-    return ", ".join(engine.compute_capabilities) or f"portable ({', '.join(RTX_CAPABILITIES)})"
+    return ", ".join(engine.compute_capabilities) or f"portable ({', '.join(RTX_PORTABLE)})"

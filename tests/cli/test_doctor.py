@@ -64,7 +64,7 @@ def test_an_installed_backend_loads(cli: Cli) -> None:
     [
         ((), RTX, True, False, "no NVIDIA GPU"),
         ((Gpu("a", "8.9"),), RTX, True, True, None),
-        ((Gpu("a", "9.0"),), RTX, True, False, "NVIDIA does not list compute capability 9.0"),
+        ((Gpu("a", "9.0"),), RTX, True, False, "TensorRT-RTX does not support compute capability 9.0"),
         ((Gpu("a", "9.0"), Gpu("b", "12.0")), RTX, True, True, None),
         ((Gpu("a", "9.0"),), NO_TENSORRT, False, False, "no module tensorrt"),
         ((), BackendProbe("tensorrt", "11.0", (), None, None), False, False, "no NVIDIA GPU"),

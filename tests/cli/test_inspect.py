@@ -18,7 +18,8 @@ from sana_export.contract import GRAPHS
 from sana_export.files import file_entry
 from sana_export.machine import Gpu
 from sana_export.manifest import Manifest
-from sana_export.trt.compatibility import RTX_CAPABILITIES, incompatibilities
+from sana_export.gpu_support import RTX_PORTABLE
+from sana_export.trt.compatibility import incompatibilities
 from tests.support.command_line import Cli
 from tests.support.engine_entries import ADA, ENGINE, HOPPER, THERE
 
@@ -30,7 +31,7 @@ from tests.support.engine_entries import ADA, ENGINE, HOPPER, THERE
         ({"compute_capabilities": ("8.9", "12.0")}, {}, []),
         ({}, {"gpus": ()}, ["no NVIDIA GPU and driver here"]),
         ({}, {"gpus": (HOPPER, ADA)}, []),
-        ({}, {"gpus": (HOPPER,)}, [f"compute_capabilities: built for portable ({', '.join(RTX_CAPABILITIES)}), here is 9.0"]),
+        ({}, {"gpus": (HOPPER,)}, [f"compute_capabilities: built for portable ({', '.join(RTX_PORTABLE)}), here is 9.0"]),
         ({"compute_capabilities": ("12.0",)}, {}, ["compute_capabilities: built for 12.0, here is 8.9"]),
         ({"backend_version": "1.6"}, {}, ["backend_version: built with TensorRT-RTX 1.6, here is 1.7.1"]),
         ({}, {"versions": {}}, ['TensorRT-RTX is not installed (pip install "tensorrt-rtx>=1.2")']),

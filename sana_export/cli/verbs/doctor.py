@@ -19,9 +19,9 @@ from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import plural, size, table
 from sana_export.cli.verb import Answer, Verb
 from sana_export.environment import installed_version, operating_system
+from sana_export.gpu_support import unsupported_reason
 from sana_export.machine import Gpu, cpu_name, find_gpus, gpu_memory_bytes, memory_bytes, usable_cores
 from sana_export.manifest import Manifest
-from sana_export.trt.compatibility import RTX_CAPABILITIES
 from sana_export.trt.flavour import FLAVOURS
 
 
@@ -140,10 +140,9 @@ def _run_ability(probe: BackendProbe, machine: Machine, bundle: str) -> Ability:
         fix = fix or f"sana-export generate {bundle} 'a red apple' -o apple.png --backend onnxruntime"
     if probe.reason is not None:
         reasons.append(probe.reason)
-    if capabilities and probe.backend == "tensorrt-rtx" and not set(capabilities) & set(RTX_CAPABILITIES):
-        reasons.append(
-            f"NVIDIA does not list compute capability {', '.join(capabilities)} as supported ({', '.join(RTX_CAPABILITIES)})"
-        )
+    unsupported = list(filter(None, (unsupported_reason(probe.backend, capability) for capability in capabilities)))
+    if unsupported and len(unsupported) == len(capabilities):
+        reasons += dict.fromkeys(unsupported)
     return Ability(f"run {FLAVOURS[probe.backend].title} engines", not reasons, "; ".join(reasons) or None, fix)
 
 

@@ -23,6 +23,8 @@ from sana_export.formats.arrays import Array
 
 #: TensorRT needs the address of a tensor to be a multiple of this.
 ALIGNMENT = 256
+#: Larger copies from and to the host go through pinned memory piece by piece, so that it stays small.
+LARGEST_STAGED = 1 << 24
 #: The driver's errors: a pattern, what is wanted, and the fix. The first match counts.
 _ERRORS = (
     (
@@ -98,7 +100,10 @@ class Device(Protocol):
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture what `work` enqueues as a graph, without running it. Calling the result enqueues the graph."""
+        """Capture what `work` enqueues as a graph, without running it. Calling the result enqueues the graph.
+
+        `work` runs engines, copies and clears, nothing else. If it raises an error, that is what the caller gets.
+        """
         ...
 
     def wait(self) -> None:
@@ -106,18 +111,26 @@ class Device(Protocol):
         ...
 
     def free_bytes(self) -> int:
-        """The device's free memory."""
+        """The memory that can be allocated: what the device has free, and what freed memory is kept for later."""
+        ...
+
+    def trim(self) -> None:
+        """Wait for all enqueued work, then give memory that is kept for later back to the driver, for whoever needs it."""
         ...
 
 
 class CudaDevice:
-    """The GPU `index`, through cuda-core. Raises DependencyError if the package, the driver or the GPU is missing."""
+    """The GPU `index`, through cuda-core. Raises DependencyError if the package, the driver or the GPU is missing.
+
+    Threads may use it together. A capture is on a stream of its own. So what other threads enqueue meanwhile stays out of the graph, and
+    so does the freeing of memory that is dropped meanwhile.
+    """
 
     def __init__(self, index: int = 0) -> None:
         try:
             from cuda.bindings import driver
             from cuda.core import Device as CoreDevice
-            from cuda.core import EventOptions, LegacyPinnedMemoryResource
+            from cuda.core import DeviceMemoryResource, EventOptions, LegacyPinnedMemoryResource
         except ImportError as error:
             raise DependencyError(
                 "running engines needs the package cuda-core, which is not installed",
@@ -125,96 +138,126 @@ class CudaDevice:
                 wanted="cuda-core",
                 fix='pip install "sana-export[tensorrt-rtx]"',
             ) from error
-        self._driver, self._entered = driver, _Entered()
+        self._driver, self._thread = driver, _ThreadState()
         with _cuda_errors("opening the GPU"):
             self._device = CoreDevice(index)
             self.enter()
             self._stream = self._device.create_stream()
             self._timed = EventOptions(timing_enabled=True)
-            self._pinned = _PinnedPool(LegacyPinnedMemoryResource())
+            self._staging = _Staging(LegacyPinnedMemoryResource())
+            # A GPU without memory pools has another kind of resource, which keeps nothing.
+            resource = self._device.memory_resource
+            self._pool = resource if isinstance(resource, DeviceMemoryResource) else None
             self.name = str(self._device.name)
             self.compute_capability = "{}.{}".format(*self._device.compute_capability)
         self._handle = int(self._stream.handle)
 
     @property
     def stream(self) -> int:
-        return self._handle
+        return self._handle if self._thread.capturing is None else self._thread.capturing
 
     def enter(self) -> None:
-        if not self._entered.yes:
+        if not self._thread.entered:
             self._device.set_current()
-            self._entered.yes = True
+            self._thread.entered = True
 
     def allocate(self, size: int) -> Memory:
-        self.enter()
+        self._enter_outside_capture()
         with _cuda_errors(f"allocating {size} bytes on the GPU"):
             buffer = self._device.allocate(max(size, 1), stream=self._stream)
         return Memory(int(buffer.handle), size, buffer)
 
     def upload(self, address: int, values: Array) -> None:
-        self.enter()
-        values = np.ascontiguousarray(values)
-        if not values.nbytes:
-            return
+        self._enter_outside_capture()
+        content = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         with _cuda_errors("copying to the GPU"):
-            staged = self._pinned.take(values.nbytes)
-            staged.array[: values.nbytes] = values.reshape(-1).view(np.uint8)
-            self._check(self._driver.cuMemcpyHtoDAsync(address, staged.address, values.nbytes, self._handle))
-            staged.busy_until = self._stream.record()
+            for start in range(0, content.size, LARGEST_STAGED):
+                piece = content[start : start + LARGEST_STAGED]
+                staged = self._staging.take(piece.size)
+                staged.array[: piece.size] = piece
+                self._check(self._driver.cuMemcpyHtoDAsync(address + start, staged.address, piece.size, self._handle))
+                self._staging.give_back(staged, self._stream.record())
 
     def download(self, address: int, values: Array) -> None:
-        self.enter()
+        self._enter_outside_capture()
+        content = values.reshape(-1).view(np.uint8)
         with _cuda_errors("copying from the GPU"):
-            staged = self._pinned.take(values.nbytes)
-            self._check(self._driver.cuMemcpyDtoHAsync(staged.address, address, values.nbytes, self._handle))
-            self._stream.sync()
-        values.reshape(-1).view(np.uint8)[:] = staged.array[: values.nbytes]
+            for start in range(0, content.size, LARGEST_STAGED):
+                piece = content[start : start + LARGEST_STAGED]
+                staged = self._staging.take(piece.size)
+                self._check(self._driver.cuMemcpyDtoHAsync(staged.address, address + start, piece.size, self._handle))
+                self._stream.sync()
+                piece[:] = staged.array[: piece.size]
+                self._staging.give_back(staged)
 
     def copy(self, target: int, source: int, size: int) -> None:
         self.enter()
-        self._check(self._driver.cuMemcpyDtoDAsync(target, source, size, self._handle))
+        self._check(self._driver.cuMemcpyDtoDAsync(target, source, size, self.stream))
 
     def clear(self, address: int, size: int) -> None:
         self.enter()
-        self._check(self._driver.cuMemsetD8Async(address, 0, size, self._handle))
+        self._check(self._driver.cuMemsetD8Async(address, 0, size, self.stream))
 
     def record_event(self) -> Any:
-        self.enter()
-        return self._stream.record(options=self._timed)
+        self._enter_outside_capture()
+        with _cuda_errors("recording an event"):
+            return self._stream.record(options=self._timed)
 
     def seconds(self, start: Any, end: Any) -> float:
-        end.sync()
-        return float(end - start) / 1e3
+        self._enter_outside_capture()
+        with _cuda_errors("waiting for the GPU"):
+            end.sync()
+            return float(end - start) / 1e3
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        self.enter()
-        builder = self._stream.create_graph_builder()
-        # If the garbage collector freed device memory now, the graph would capture that.
-        with _cuda_errors("capturing a CUDA graph"), _no_garbage_collection():
+        self._enter_outside_capture()
+        with _cuda_errors("starting the capture of a CUDA graph"):
+            builder = self._device.create_graph_builder()
             builder.begin_building(mode="thread_local")
-            try:
-                self._handle = int(builder.stream.handle)
+        self._thread.capturing = int(builder.stream.handle)
+        try:
+            with _no_garbage_collection():
                 work()
-            finally:
-                self._handle = int(self._stream.handle)
-                builder.end_building()
-            graph = builder.complete()
+                with _cuda_errors("capturing a CUDA graph"):
+                    builder.end_building()
+            with _cuda_errors("making a captured CUDA graph ready to run"):
+                graph = builder.complete()
+        finally:
+            self._thread.capturing = None
+            # Ends a capture that failed. That it failed is no news: the error to see is the first one.
+            with contextlib.suppress(Exception):
+                builder.close()
 
         def replay() -> None:
-            self.enter()
-            graph.launch(self._stream)
+            self._enter_outside_capture()
+            with _cuda_errors("running a captured CUDA graph"):
+                graph.launch(self._stream)
 
         return replay
 
     def wait(self) -> None:
-        self.enter()
+        self._enter_outside_capture()
         with _cuda_errors("waiting for the GPU"):
             self._stream.sync()
 
     def free_bytes(self) -> int:
         self.enter()
         free, _total = self._check(self._driver.cuMemGetInfo())
-        return int(free)
+        with _cuda_errors("asking for the GPU's free memory"):
+            held = self._pool.attributes if self._pool else None
+            return int(free) + (held.reserved_mem_current - held.used_mem_current if held else 0)
+
+    def trim(self) -> None:
+        self.wait()
+        self._staging.trim()
+        if self._pool:
+            self._check(self._driver.cuMemPoolTrimTo(self._pool.handle, 0))
+
+    def _enter_outside_capture(self) -> None:
+        """Make this the current device, for a call that cannot be part of a graph."""
+        if self._thread.capturing is not None:
+            raise RuntimeError("this cannot be part of a CUDA graph: only engines, copies and clears can be captured")
+        self.enter()
 
     def _check(self, answer: tuple[Any, ...]) -> tuple[Any, ...]:
         status, *values = answer
@@ -223,10 +266,13 @@ class CudaDevice:
         return tuple(values)
 
 
-class _Entered(threading.local):
-    """Whether the calling thread has made the device its current one."""
+class _ThreadState(threading.local):
+    """What a device knows about the calling thread."""
 
-    yes = False
+    #: Whether the thread has made the device its current one.
+    entered = False
+    #: The handle of the stream that the thread captures, if it does.
+    capturing: int | None = None
 
 
 @dataclass(eq=False)
@@ -239,35 +285,44 @@ class _Pinned:
     array: npt.NDArray[np.uint8]
     #: The object that frees the memory when it is deleted.
     owner: Any
-    #: The event of the copy that uses it. None if there is no such copy.
+    #: The event of the last copy that used it. None if there is none.
     busy_until: Any = None
 
     @property
-    def free(self) -> bool:
+    def idle(self) -> bool:
         """Whether it can be used for another copy."""
         return self.busy_until is None or bool(self.busy_until.is_done)
 
 
-class _PinnedPool:
-    """Pinned buffers, by their size, which is a power of two."""
+class _Staging:
+    """Pinned buffers that copies go through, by their size, which is a power of two. A buffer belongs to one copy at a time."""
 
     def __init__(self, resource: Any) -> None:
-        self._resource = resource
-        self._buffers: dict[int, list[_Pinned]] = {}
+        self._resource, self._lock = resource, threading.Lock()
+        self._kept: dict[int, list[_Pinned]] = {}
 
     def take(self, size: int) -> _Pinned:
-        """A free buffer of at least `size` bytes."""
+        """A buffer of at least `size` bytes, which belongs to the caller until it is given back."""
         length = 1 << math.ceil(math.log2(max(size, ALIGNMENT)))
-        kept = self._buffers.setdefault(length, [])
-        for buffer in kept:
-            if buffer.free:
-                buffer.busy_until = None
-                return buffer
+        with self._lock:
+            kept = self._kept.setdefault(length, [])
+            for index, buffer in enumerate(kept):
+                if buffer.idle:
+                    return kept.pop(index)
         owner = self._resource.allocate(length)
         address = int(owner.handle)
-        array = np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(address))
-        kept.append(_Pinned(address, array, owner))
-        return kept[-1]
+        return _Pinned(address, np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(address)), owner)
+
+    def give_back(self, buffer: _Pinned, busy_until: Any = None) -> None:
+        """Keep `buffer` for other copies. The event `busy_until` is reached when the copy that used it is done."""
+        buffer.busy_until = busy_until
+        with self._lock:
+            self._kept[buffer.array.size].append(buffer)
+
+    def trim(self) -> None:
+        """Free the buffers that no copy is using."""
+        with self._lock:
+            self._kept = {length: [buffer for buffer in kept if not buffer.idle] for length, kept in self._kept.items()}
 
 
 def cuda_error(doing: str, found: object) -> DependencyError:
