@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from sana_export.bench.candidates.table import Generated, Job
 from sana_export.bench.stages import StageTimes
+from sana_export.errors import DependencyError
 from sana_export.runtime.pipeline import SanaRuntime
 from sana_export.runtime.results import Timings
 
 
 def load(job: Job) -> RuntimeCandidate:
-    """The bundle on the job's backend."""
+    """The bundle on the job's backend. Raises DependencyError if that computes on another device than the workload's."""
     runtime = SanaRuntime.from_pretrained(job.bundle, backend=job.backend, device=job.device, threads=job.threads)
+    if (device := runtime.backend.device) != job.workload.device:
+        runtime.close()
+        raise DependencyError(
+            f"the backend {job.backend} does not compute where the workload runs",
+            found=f"{job.backend} on the {device}",
+            wanted=f"{job.backend} on the {job.workload.device}",
+            fix="sana-export doctor",
+        )
     return RuntimeCandidate(job, runtime)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from sana_export.bench.nvtx_ranges import nvtx_range
 from sana_export.bench.profile.profile import GraphRun, LayerTime
 from sana_export.runtime.backends.onnxruntime import session_options
+from sana_export.runtime.backends.onnxruntime_provider import CPU, check_provider, choose_provider
 
 
 def layers(run: GraphRun) -> list[LayerTime]:
@@ -25,9 +26,9 @@ def layers(run: GraphRun) -> list[LayerTime]:
     path = run.bundle / run.manifest.graphs[run.graph].files[0].path
     with tempfile.TemporaryDirectory(prefix="sana-export-profile-") as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
-        wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-        providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        provider = choose_provider(onnxruntime)
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(dict.fromkeys((provider, CPU))))
+        check_provider(onnxruntime, session, provider, f"profiling {run.graph}")
         feeds = {name: tensor.numpy() for name, tensor in run.inputs.items()}
         for _ in range(1 + run.runs):
             with nvtx_range(run.graph):

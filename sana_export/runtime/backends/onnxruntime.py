@@ -20,14 +20,13 @@ from sana_export.formats.onnx_weights import check_external_data
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session
 from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
+from sana_export.runtime.backends.onnxruntime_provider import CPU, CUDA, DEVICES, INSTALL, check_provider, choose_provider
 
 log = logging.getLogger(__name__)
 
-#: The device that each provider keeps its tensors on. The first available provider is used.
-DEVICES = {"CUDAExecutionProvider": "cuda", "CPUExecutionProvider": "cpu"}
-#: The precisions that each device has no kernels for.
-MISSING_PRECISIONS = {"cpu": ("bf16",), "cuda": ()}
-
+#: Neither provider can load a bundle in this precision. The CPU's has no bfloat16 kernels. CUDA's has none for Pad, Clip, and
+#: DepthToSpace, and ONNX allows bfloat16 in Conv from opset 22 on.
+MISSING_PRECISION = "bf16"
 _ERRORS_ONLY = 3
 #: The name of each device's memory arena in the run option that shrinks it.
 _ARENA = {"cpu": "cpu:0", "cuda": "gpu:{}"}
@@ -98,9 +97,9 @@ class OnnxRuntimeSession(Session):
 class OnnxRuntimeBackend(Backend):
     """Loads the ONNX graphs of a bundle.
 
-    `cuda_graphs`: on a GPU, capture the two graphs of the sampling loop as CUDA graphs. `provider`: a name of `DEVICES`; by default
-    the first one that is available. Raises DependencyError if onnxruntime is missing, UsageError for unknown options, and
-    ArtifactError if the device cannot run the bundle's precision.
+    `cuda_graphs`: capture the two graphs of the sampling loop as CUDA graphs. `provider`: a name of `DEVICES`; by default CUDA's if
+    there is a GPU. Raises DependencyError if onnxruntime or CUDA is missing, UsageError for unknown options, and ArtifactError if it
+    cannot run the bundle's precision.
     """
 
     name = "onnxruntime"
@@ -123,19 +122,19 @@ class OnnxRuntimeBackend(Backend):
                 wanted="onnxruntime, or onnxruntime-gpu with an NVIDIA GPU",
                 fix='pip install "sana-export[cpu]"',
             ) from error
+        self._settings, self._cuda_graphs = settings, cuda_graphs
         if cuda_graphs:
             self.name = "onnxruntime-cuda-graphs"
-        self._settings = settings
+            self.text_multiple = 32  # so that prompts of similar length share a captured graph
         self.bundle, self.manifest = bundle, manifest
         self._fix = export_command(bundle, manifest)
         self._onnxruntime = onnxruntime
         self._check_options()
-        self._use(provider or next(name for name in DEVICES if name in onnxruntime.get_available_providers()))
-        self._cuda_graphs = cuda_graphs and self.device == "cuda"
-        if self._cuda_graphs:
-            self.text_multiple = 32  # so that prompts of similar length share a captured graph
-        if cuda_graphs and not self._cuda_graphs:
-            log.warning("onnxruntime cannot capture CUDA graphs here: it runs on the %s", self.device)
+        self._provider = provider or choose_provider(onnxruntime, settings.device)
+        self.device = DEVICES[self._provider]
+        self._check_device()
+        self._check_precision()
+        self._place = Place(self.device, settings.device or 0)
 
     def load(self, graph: str) -> Session:
         if self._cuda_graphs and graph in _CAPTURED and (session := self._load_captured(graph)) is not None:
@@ -145,13 +144,14 @@ class OnnxRuntimeBackend(Backend):
     def _load_captured(self, graph: str) -> GraphedSession | None:
         """A session that captures its work. None if ONNX Runtime cannot create it; the log says why."""
         path, options = self._checked(graph)
-        providers = [(self._provider, {**self._provider_options(), **PROVIDER_OPTIONS}), "CPUExecutionProvider"]
+        providers = [(self._provider, {**self._provider_options(), **PROVIDER_OPTIONS}), CPU]
         try:
             session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base
             _raise_out_of_memory(error, f"loading {graph}", self.device)
             log.warning("onnxruntime runs %s without a CUDA graph: %s", graph, _first_line(error))
             return None
+        check_provider(self._onnxruntime, session, self._provider, f"loading {graph}")
         spec = self.manifest.graphs[graph].spec
         return GraphedSession(self._onnxruntime, session, spec, self._place, lambda: self._load_plain(graph))
 
@@ -170,7 +170,7 @@ class OnnxRuntimeBackend(Backend):
             options.add_external_initializers(list(weights), values)
         providers: list[Any] = [(self._provider, self._provider_options())]
         if self.device == "cuda":
-            providers.append("CPUExecutionProvider")
+            providers.append(CPU)
         try:
             session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base
@@ -181,9 +181,7 @@ class OnnxRuntimeBackend(Backend):
                 wanted=f"a graph that its {self._provider} can run",
                 fix=self._fix,
             ) from error
-        if (active := session.get_providers()[0]) != self._provider:
-            log.warning("onnxruntime could not start its %s: %s runs on %s", self._provider, graph, active)
-            self._use(active)
+        check_provider(self._onnxruntime, session, self._provider, f"loading {graph}")
         return Loaded(session, values)
 
     def _checked(self, graph: str) -> tuple[Path, Any]:
@@ -224,23 +222,25 @@ class OnnxRuntimeBackend(Backend):
     def to_host(self, value: Any) -> Array:
         return value if isinstance(value, np.ndarray) else value.numpy()
 
-    def _use(self, provider: str) -> None:
-        """Run on `provider`. Raises an error if the settings or the bundle's precision do not allow that."""
-        self._provider, self.device = provider, DEVICES[provider]
-        if self.device == "cpu" and self._settings.device is not None:
-            raise UsageError(
-                f"GPU {self._settings.device} was asked for, but onnxruntime runs on the CPU here",
-                found=f"the providers {', '.join(self._onnxruntime.get_available_providers())}",
-                wanted="onnxruntime-gpu with its CUDA libraries and an NVIDIA GPU, or no device",
-                fix='pip install "sana-export[cuda]", or leave out device (--device)',
-            )
-        self._place = Place(self.device, self._settings.device or 0)
-        precision, missing = self.manifest.options.precision, MISSING_PRECISIONS[self.device]
-        if precision in missing:
+    def _check_device(self) -> None:
+        """Raise DependencyError if a GPU is needed and this ONNX Runtime would run on the CPU."""
+        if self.device == "cuda" or not (self._cuda_graphs or self._settings.device is not None):
+            return
+        what = f"GPU {self._settings.device}" if self._settings.device is not None else f"the backend {self.name}"
+        available = self._onnxruntime.get_available_providers()
+        raise DependencyError(
+            f"{what} was asked for, but onnxruntime runs on the CPU here",
+            found="no GPU that CUDA can use" if CUDA in available else f"an ONNX Runtime with {', '.join(available)}",
+            wanted="onnxruntime-gpu with its CUDA libraries and an NVIDIA GPU",
+            fix=f"{INSTALL}, or --backend onnxruntime without --device",
+        )
+
+    def _check_precision(self) -> None:
+        if self.manifest.options.precision == MISSING_PRECISION:
             raise ArtifactError(
-                f"{self.bundle} cannot run on onnxruntime's {provider}",
-                found=f"a bundle in {precision}",
-                wanted=" or ".join(name for name in ("fp32", "fp16", "bf16") if name not in missing),
+                f"{self.bundle} cannot run on onnxruntime's {self._provider}",
+                found=f"a bundle in {MISSING_PRECISION}",
+                wanted="fp32 or fp16",
                 fix=export_command(self.bundle, self.manifest, precision="fp32"),
             )
 

@@ -147,10 +147,3 @@ def test_the_number_of_captured_shapes_is_limited(
     assert not caplog.records
     runtime("a fox", seed=1, **{**SMALL, "height": 64})
     assert "1 shapes are captured" in caplog.text
-
-
-def test_on_the_cpu_nothing_is_captured_and_the_log_says_so(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
-    runtime = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime-cuda-graphs")
-    assert runtime.backend.name == "onnxruntime-cuda-graphs"
-    assert type(runtime.sessions["denoiser"]).__name__ == "OnnxRuntimeSession"
-    assert "it runs on the cpu" in caplog.text

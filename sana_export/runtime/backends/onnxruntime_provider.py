@@ -1,0 +1,50 @@
+"""Which execution provider ONNX Runtime runs on, and what makes CUDA's work.
+
+`onnxruntime-gpu` lists its CUDA provider on every machine and brings no CUDA libraries. A session whose provider cannot start runs on
+the CPU, and only ONNX Runtime's log says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from typing import Any
+
+from sana_export.errors import DependencyError
+from sana_export.machine import gpu_compute_capability
+
+log = logging.getLogger(__name__)
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+#: The device that each provider keeps its tensors on.
+DEVICES = {CUDA: "cuda", CPU: "cpu"}
+INSTALL = 'pip uninstall -y onnxruntime && pip install --force-reinstall "onnxruntime-gpu[cuda,cudnn]"'
+
+
+def choose_provider(onnxruntime: Any, device: int | None = None) -> str:
+    """CUDA's provider if this ONNX Runtime has it and there is a GPU (`device`, or the first one), otherwise the CPU's.
+
+    `onnxruntime` is the module. CUDA's libraries are loaded, from the packages that `onnxruntime-gpu[cuda,cudnn]` installs.
+    """
+    if CUDA not in onnxruntime.get_available_providers():
+        return CPU
+    if gpu_compute_capability(device or 0) is None:
+        log.info("onnxruntime-gpu runs on the CPU: CUDA finds no GPU")
+        return CPU
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it cannot find, and programs write JSON to stdout
+        onnxruntime.preload_dlls()
+    return CUDA
+
+
+def check_provider(onnxruntime: Any, session: Any, wanted: str, doing: str) -> None:
+    """Raise DependencyError if `session` does not run on the provider `wanted`, because that could not start."""
+    if (active := session.get_providers()[0]) == wanted:
+        return
+    version = getattr(onnxruntime, "cuda_version", "") or "the version that onnxruntime was built for"
+    raise DependencyError(
+        f"onnxruntime could not start its {wanted} while {doing}",
+        found=f"a session on {active}; ONNX Runtime's own message, above, names what is missing",
+        wanted=f"the libraries of CUDA {version} and cuDNN, which onnxruntime-gpu does not bring by itself",
+        fix=f"{INSTALL}; to run on the CPU instead, set CUDA_VISIBLE_DEVICES=-1",
+    )

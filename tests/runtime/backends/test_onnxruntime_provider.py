@@ -1,0 +1,94 @@
+"""Which provider ONNX Runtime runs on: never silently on the CPU if there is a GPU, or if a GPU is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime
+import pytest
+
+from sana_export.bench.candidates import runtime as candidate
+from sana_export.bench.candidates.table import Job
+from sana_export.bench.workload import Workload
+from sana_export.errors import ArtifactError, DependencyError, SanaExportError
+from sana_export.manifest import Options
+from sana_export.runtime.backends import onnxruntime_provider as provider
+from sana_export.runtime.backends import open_backend
+from sana_export.runtime.backends.base import BackendSettings
+from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from tests.support.small_bundles import write_bundle
+
+
+def gpu_package(preloaded: list[str]) -> Any:
+    """The module of onnxruntime-gpu, as far as the choice reads it."""
+
+    def preload_dlls() -> None:
+        preloaded.append("cuda")
+        print("Failed to load libcudnn.so.9")  # noqa: T201 (as the real one does)
+
+    return SimpleNamespace(get_available_providers=lambda: [provider.CUDA, provider.CPU], preload_dlls=preload_dlls)
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [("8.9", provider.CUDA), (None, provider.CPU)])
+def test_cuda_is_chosen_if_there_is_a_gpu_and_its_libraries_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], capability: str | None, wanted: str
+) -> None:
+    asked, preloaded = [], list[str]()
+    monkeypatch.setattr(provider, "gpu_compute_capability", lambda index: asked.append(index) or capability)
+    assert provider.choose_provider(gpu_package(preloaded), 3) == wanted
+    assert asked == [3]
+    assert preloaded == (["cuda"] if capability else [])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_cpu_package_never_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider, "gpu_compute_capability", lambda index: pytest.fail("asked"))
+    assert provider.choose_provider(onnxruntime) == provider.CPU
+
+
+@pytest.fixture
+def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine has a GPU and onnxruntime-gpu, whose CUDA provider cannot start."""
+    monkeypatch.setattr(provider, "gpu_compute_capability", lambda index: "8.9")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [provider.CUDA, provider.CPU])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-cuda-graphs"])
+def test_a_provider_that_cannot_start_is_an_error_that_names_the_missing_libraries(
+    tmp_path: Path, with_a_gpu: None, backend: str
+) -> None:
+    opened = open_backend(backend, tmp_path, write_bundle(tmp_path))
+    assert opened.device == "cuda"
+    with pytest.raises(DependencyError, match="could not start its CUDAExecutionProvider while loading sampler") as caught:
+        opened.load("sampler")
+    assert "CPUExecutionProvider" in str(caught.value.found)
+    assert 'pip install --force-reinstall "onnxruntime-gpu[cuda,cudnn]"' in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(("backend", "device"), [("onnxruntime-cuda-graphs", None), ("onnxruntime", 0)])
+def test_asking_for_a_gpu_without_one_is_an_error(tmp_path: Path, backend: str, device: int | None) -> None:
+    with pytest.raises(DependencyError, match="but onnxruntime runs on the CPU here") as caught:
+        open_backend(backend, tmp_path, write_bundle(tmp_path), BackendSettings(device=device))
+    assert "CPUExecutionProvider" in str(caught.value.found)
+
+
+@pytest.mark.parametrize("name", [provider.CPU, provider.CUDA])
+def test_no_provider_runs_bf16(tmp_path: Path, name: str) -> None:
+    manifest = replace(write_bundle(tmp_path), options=Options("bf16", clamp=False, pag_layers=()))
+    with pytest.raises(ArtifactError, match=f"cannot run on onnxruntime's {name}") as caught:
+        OnnxRuntimeBackend(tmp_path, manifest, provider=name)
+    assert caught.value.wanted == "fp32 or fp16"
+    assert "--dtype fp32" in str(caught.value.fix)
+
+
+def test_a_time_of_the_cpu_is_never_reported_as_one_of_a_gpu(tiny_bundle: Path) -> None:
+    workload = Workload("w", 64, 64, 1, 4.5, ("a fox",), device="cuda")
+    job = Job("onnxruntime", str(tiny_bundle), "", None, "fp32", False, (), 1, workload)
+    with pytest.raises(SanaExportError, match="does not compute where the workload runs") as caught:
+        candidate.load(job)
+    assert caught.value.found == "onnxruntime on the cpu"
+    assert caught.value.wanted == "onnxruntime on the cuda"
