@@ -21,6 +21,7 @@ from sana_export.errors import ArtifactError, DependencyError, SanaExportError
 from sana_export.files import write_whole
 from sana_export.manifest import EngineEntry
 from sana_export.runtime.backends.cuda import Device, Memory
+from sana_export.runtime.backends.weight_streaming import set_weight_budget, streams_weights
 from sana_export.trt.logger import CollectedLog, logger_for
 
 LOG = logging.getLogger(__name__)
@@ -105,8 +106,11 @@ class LoadedEngine:
             self.engine = self._runtime.deserialize_cuda_engine(content)
             if self.engine is None:
                 raise self._failed("loading", log)
-            if stream_weights and entry.options.get("weight_streaming"):
-                self.engine.weight_streaming_budget_v2 = self.engine.get_weight_streaming_automatic_budget()
+            self._streams = stream_weights and bool(entry.options.get("weight_streaming"))
+            if self._streams:
+                if not set_weight_budget(self.engine, device.free_bytes()):
+                    raise self._failed("streaming the weights of", log)
+                self._streams = streams_weights(self.engine)
             self._context = self._create_context(log)
         self._shapes: dict[str, tuple[int, ...]] = {}
         # Memory is reserved for the current shapes, not for the largest shapes of the profile.
@@ -133,10 +137,7 @@ class LoadedEngine:
                 block = self._memory.reserve(self._needed)
             except DependencyError as error:
                 raise self._out_of_memory("running", error.found) from error
-            if self._exact:
-                self._context.device_memory = block.address
-            else:
-                self._context.set_device_memory(block.address, block.size)
+            self._context.set_device_memory(block.address, block.size)
             self._generation = self._memory.generation
 
     def output_shape(self, name: str) -> tuple[int, ...]:
@@ -154,7 +155,9 @@ class LoadedEngine:
 
     @property
     def capturable(self) -> bool:
-        """Whether a run can be captured in a CUDA graph. TensorRT, which has no such question, can always."""
+        """Whether a run can be captured in a CUDA graph. TensorRT, which has no such question, can unless weights are streamed."""
+        if self._streams:
+            return False
         if not hasattr(self._context, "is_stream_capturable"):
             return True
         return bool(self._context.is_stream_capturable(self._device.stream))
