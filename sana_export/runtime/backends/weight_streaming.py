@@ -1,8 +1,8 @@
 """How many of an engine's weights stay on the GPU in memory mode "streaming". The others come from the host in every run.
 
-NVIDIA's documentation ("Weight Streaming"): the budget counts the bytes that stay on the device, and work that streams weights cannot
-be captured in a CUDA graph. The budget is set before contexts are made. The module's own automatic budget is not used: its Python
-binding returns a 32-bit number, which is wrong from 2 GiB on.
+NVIDIA's documentation ("Weight Streaming"): the budget counts the bytes that stay on the device, and work that streams weights
+cannot be captured in a CUDA graph. The budget is set before contexts are made. The module's own automatic budget is not used: its
+Python binding returns a 32-bit number, which is wrong from 2 GiB on.
 """
 
 from __future__ import annotations
