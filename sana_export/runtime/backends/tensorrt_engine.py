@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sana_export.cuda_errors import OUT_OF_MEMORY, find_failure
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError
 from sana_export.files import write_whole
 from sana_export.manifest import EngineEntry
@@ -51,9 +52,6 @@ _INVALID: dict[str, tuple[str, type[SanaExportError], str, str]] = {
     "MALFORMED_ENGINE": ("it is damaged", ArtifactError, "a complete engine", "{build}"),
     "CUDA_ERROR": ("CUDA does not work here", DependencyError, "an NVIDIA GPU and its driver", "sana-export doctor"),
 }
-_OUT_OF_MEMORY = ("out of memory", "outofmemory", "out_of_memory", "cudaerror 2:", "insufficient memory")
-#: What the CUDA runtime says if the driver is missing or older than itself.
-_DRIVER = "driver version is insufficient"
 
 
 class SharedMemory:
@@ -227,19 +225,20 @@ class LoadedEngine:
 
     def _failed(self, doing: str, log: CollectedLog) -> SanaExportError:
         """The error for what the module logged."""
-        lines = log.errors
-        if any(word in line.lower() for line in lines for word in _OUT_OF_MEMORY):
-            return self._out_of_memory(doing, "; ".join(lines))
-        if any(_DRIVER in line.lower() for line in lines):
+        found = "; ".join(log.errors)
+        failure = find_failure(found)
+        if failure is OUT_OF_MEMORY:
+            return self._out_of_memory(doing, found)
+        if failure is not None:  # not the engine's fault
             return DependencyError(
-                f"{doing} the engine of {self.entry.graph} failed: NVIDIA's driver is missing or too old",
-                found="; ".join(lines),
-                wanted=f"a driver for {self._module.__name__} {self._module.__version__}",
-                fix="install or update NVIDIA's driver; sana-export doctor shows the installed one",
+                f"{doing} the engine of {self.entry.graph} failed: CUDA does not work here",
+                found=found,
+                wanted=f"{failure.wanted}, for {self._module.__name__} {self._module.__version__}",
+                fix=failure.fix,
             )
         return ArtifactError(
             f"{doing} the engine of {self.entry.graph} failed in {self._module.__name__} {self._module.__version__}",
-            found="; ".join(lines) or "no reason given",
+            found=found or "no reason given",
             wanted=f"an engine that runs on {self._device.name}",
             fix=self._build,
         )
@@ -248,8 +247,8 @@ class LoadedEngine:
         return DependencyError(
             f"out of GPU memory while {doing} the engine of {self.entry.graph}",
             found=f"{found}; {self._device.free_bytes()} bytes free",
-            wanted="more free GPU memory",
-            fix="use --memory staged, generate fewer or smaller images at once, or close other programs that use the GPU",
+            wanted=OUT_OF_MEMORY.wanted,
+            fix=OUT_OF_MEMORY.fix,
         )
 
 
