@@ -1,7 +1,7 @@
 """Which backends run on which NVIDIA GPUs, by compute capability. Nothing is loaded or asked to answer that.
 
-Sources: NVIDIA's support matrices of TensorRT-RTX and TensorRT, and TensorRT-RTX 1.7.1 itself for 8.0, which its builder takes and the
-matrices up to 1.5 do not list, and for what a portable engine contains.
+Sources: NVIDIA's support matrices of TensorRT-RTX and TensorRT. TensorRT-RTX 1.7.1 itself shows what a portable engine contains;
+it builds for 8.0, which the matrices of TensorRT-RTX up to 1.5 do not list.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sana_export.contract import COEFFICIENTS
-from sana_export.errors import UsageError
+from sana_export.errors import SanaExportError, UsageError
 from sana_export.formats.arrays import Array, Float32
 from sana_export.runtime.backends.base import Backend, CapturingBackend, DeviceTensor, EnqueuedSession, Replay
 from sana_export.runtime.noise import TorchGenerator, randn_batch
@@ -247,7 +247,7 @@ class CapturedLoop(SamplingLoop):
         self._backend.write(self._latents[(step + 1) % 2], latents)
 
     def _captured(self, first: int, stop: int) -> Replay | None:
-        """The steps as captured work, or None if the sessions cannot be captured.
+        """The steps as captured work, or None if they cannot be captured.
 
         They are captured if they were not before, or if memory that they use has moved since.
         """
@@ -258,13 +258,20 @@ class CapturedLoop(SamplingLoop):
         # from the same state: a step does not write what it reads.
         self._enqueue(first, first + 1)
         if not (self._session("denoiser").capturable and self._session("sampler").capturable):
-            LOG.warning("the steps cannot be captured as a CUDA graph: they are enqueued one by one")
-            self._capture = False
+            self._stop_capturing("an engine cannot be captured")
             return None
         generation = self._backend.generation
-        replay = self._backend.capture(lambda: self._enqueue(first, stop))
+        try:
+            replay = self._backend.capture(lambda: self._enqueue(first, stop))
+        except Exception as error:  # any: if it has nothing to do with the capture, the steps will raise it again
+            self._stop_capturing(error if isinstance(error, SanaExportError) else repr(error))
+            return None
         self._replays[first, stop] = generation, replay
         return replay
+
+    def _stop_capturing(self, why: object) -> None:
+        LOG.warning("the steps cannot be captured as a CUDA graph, so they are enqueued one by one: %s", why)
+        self._capture = False
 
     def _session(self, graph: str) -> EnqueuedSession:
         """The session of `graph`, looked up for each use: a staged runtime drops sessions, and a loop must not keep them alive."""

@@ -25,7 +25,7 @@ from sana_export.progress import OnProgress
 from sana_export.trt.engine_file import EngineFile
 from sana_export.trt.flavour import network_flags, set_compute_capabilities
 from sana_export.trt.logger import CollectedLog, logger_for, readable
-from sana_export.trt.options import BUILDER_FLAGS, DEFAULT_OPTIONS, BuildOptions
+from sana_export.trt.options import BUILDER_FLAGS, DEFAULT_OPTIONS, FLAGS, PREVIEW_FEATURES, BuildOptions
 from sana_export.trt.progress import progress_monitor
 
 LOG = logging.getLogger(__name__)
@@ -207,12 +207,18 @@ def configure(
     options: BuildOptions,
     compute_capabilities: tuple[str, ...],
 ) -> Any:
-    """The builder's configuration: target GPUs, precision rules and one optimization profile for `ranges`.
+    """The builder's configuration: target GPUs, flags, precision rules and one optimization profile for `ranges`.
 
     Raises ValueError if a range is not in the order min, opt, max.
     """
     config = builder.create_builder_config()
     set_compute_capabilities(module, config, compute_capabilities)
+    for flag in FLAGS if not options.weight_streaming else ():
+        if hasattr(module.BuilderFlag, flag):
+            config.set_flag(getattr(module.BuilderFlag, flag))
+    for feature in PREVIEW_FEATURES:
+        if hasattr(module.PreviewFeature, feature):
+            config.set_preview_feature(getattr(module.PreviewFeature, feature), True)
     if not options.tf32:
         config.clear_flag(module.BuilderFlag.TF32)
     for option, flags in BUILDER_FLAGS.items():

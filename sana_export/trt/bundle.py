@@ -13,10 +13,12 @@ from pathlib import Path
 from sana_export.commands import export_command
 from sana_export.files import FileEntry, check_files, disk_errors, locked, manifest_lock, require_free
 from sana_export.formats.safetensors_file import TensorFile
+from sana_export.machine import find_gpus
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import Profile
 from sana_export.progress import OnProgress, Progress
 from sana_export.trt.build import Built
+from sana_export.trt.compatibility import not_for_here
 from sana_export.trt.flavour import flavour_of, load, target_for
 from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.plan import PlannedEngine, plan_engines
@@ -59,6 +61,8 @@ def build_bundle(
         options=options,
         instruction_tokens=instruction_tokens or read_instruction_tokens(bundle),
     )
+    if warning := not_for_here(target_for(backend, load(backend), compute_capabilities), options, find_gpus()):
+        LOG.warning("%s", warning)
     missing = [planned for planned in current(graphs=graphs) if not planned.exists]
     for index, planned in enumerate(missing):
         name = planned.spec.graph

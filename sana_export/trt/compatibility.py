@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sana_export.environment import installed_version, operating_system, release
 from sana_export.errors import UsageError
-from sana_export.gpu_support import RTX_PORTABLE
+from sana_export.gpu_support import RTX_PORTABLE, backends_for, unsupported_reason
 from sana_export.machine import Gpu, find_gpus, gpu_compute_capability
 from sana_export.manifest import EngineEntry
-from sana_export.trt.flavour import ANY_SYSTEM, FLAVOURS
+from sana_export.trt.flavour import ANY_SYSTEM, FLAVOURS, Target
+from sana_export.trt.options import BuildOptions
 
 #: The lowest compute capability that an engine built with --hardware-compatible runs on.
 HARDWARE_COMPATIBLE_FROM = (8, 0)
@@ -64,6 +65,10 @@ def missing_parts(backend: str, host: Host) -> dict[str, str]:
         missing["no NVIDIA GPU and driver here"] = (
             "run sana-export doctor to see what was found, or use --backend onnxruntime, which needs no GPU"
         )
+    elif not _supported(backend, host.gpus):
+        gpu = host.gpus[0]
+        reason = f"{unsupported_reason(backend, gpu.compute_capability)} ({gpu.name})"
+        missing[reason] = f"use --backend {' or '.join(backends_for(gpu.compute_capability))}"
     if host.versions.get(backend) is None:
         missing[f"{flavour.title} is not installed ({flavour.install})"] = flavour.install
     return missing
@@ -78,10 +83,37 @@ def mismatches(engine: EngineEntry, host: Host) -> list[str]:
         reasons.append(f"backend_version: built with {built_with}, here is {version}")
     if engine.operating_system not in (ANY_SYSTEM, host.operating_system):
         reasons.append(f"operating_system: built on {engine.operating_system}, here is {host.operating_system}")
-    present = [gpu.compute_capability for gpu in host.gpus]
-    if present and not any(_gpu_fits(engine, capability) for capability in present):
+    present = _supported(engine.backend, host.gpus)
+    if present and not any(_fits(engine.compute_capabilities, _hardware_compatible(engine), name) for name in present):
         reasons.append(f"compute_capabilities: built for {_built_for(engine)}, here is {', '.join(present)}")
     return reasons
+
+
+def build_options(backend: str, gpus: Sequence[Gpu]) -> list[str]:
+    """The options of `build` without which `backend` builds no engine for any of `gpus`; empty if there are none."""
+    if backend != "tensorrt-rtx" or not gpus or any(gpu.compute_capability in RTX_PORTABLE for gpu in gpus):
+        return []
+    named = _supported(backend, gpus)
+    return ["--compute-capability", *dict.fromkeys(named)] if named else []
+
+
+def not_for_here(target: Target, options: BuildOptions, gpus: Sequence[Gpu]) -> str | None:
+    """What to tell someone who builds engines for `target` that none of this machine's `gpus` runs. None if one does."""
+    supported = _supported(target.backend, gpus)
+    if not gpus or any(_fits(target.compute_capabilities, options.hardware_compatible, name) for name in supported):
+        return None
+    here = ", ".join(f"{gpu.name}, compute capability {gpu.compute_capability}" for gpu in gpus)
+    if supported:
+        advice = f"add --compute-capability {' '.join(dict.fromkeys(supported))}"
+    else:
+        advice = f"use --backend {' or '.join(backends_for(gpus[0].compute_capability))}"
+    return f"these engines do not run on the GPU of this machine ({here}); to run them here, {advice}"
+
+
+def _supported(backend: str, gpus: Iterable[Gpu]) -> list[str]:
+    """The compute capabilities of those of `gpus` that `backend` runs on."""
+    capabilities = (gpu.compute_capability for gpu in gpus)
+    return [capability for capability in capabilities if unsupported_reason(backend, capability) is None]
 
 
 def _version_fits(engine: EngineEntry, version: str) -> bool:
@@ -92,13 +124,18 @@ def _version_fits(engine: EngineEntry, version: str) -> bool:
     return bool(engine.options.get("version_compatible")) and built[:1] == installed[:1] and installed >= built
 
 
-def _gpu_fits(engine: EngineEntry, capability: str) -> bool:
-    if engine.options.get("hardware_compatible"):
+def _fits(compute_capabilities: tuple[str, ...], hardware_compatible: bool, capability: str) -> bool:
+    """Whether an engine that was built for these compute capabilities runs on a GPU of `capability`."""
+    if hardware_compatible:
         return release(capability) >= HARDWARE_COMPATIBLE_FROM
-    return capability in (engine.compute_capabilities or RTX_PORTABLE)
+    return capability in (compute_capabilities or RTX_PORTABLE)
+
+
+def _hardware_compatible(engine: EngineEntry) -> bool:
+    return bool(engine.options.get("hardware_compatible"))
 
 
 def _built_for(engine: EngineEntry) -> str:
-    if engine.options.get("hardware_compatible"):
+    if _hardware_compatible(engine):
         return "{}.{} and later".format(*HARDWARE_COMPATIBLE_FROM)
     return ", ".join(engine.compute_capabilities) or f"portable ({', '.join(RTX_PORTABLE)})"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from sana_export.environment import operating_system
+from sana_export.environment import operating_system, release
 from sana_export.errors import DependencyError, UsageError
 from sana_export.machine import gpu_compute_capability
 
@@ -131,6 +131,21 @@ def target_for(backend: str, module: Any, compute_capabilities: tuple[str, ...] 
         )
     system = operating_system() if flavour.bound_to_system else ANY_SYSTEM
     return Target(backend, module.__version__, wanted, system)
+
+
+def check_refittable(target: Target) -> None:
+    """Raise DependencyError if refittable engines of this backend's version may compute something else than their graph.
+
+    NVIDIA's page "Refitting an Engine" of TensorRT 11.3 says that the bias of a matrix product can be dropped and taken for zero.
+    It names the flag REFIT. Whether REFIT_INDIVIDUAL, which we use, is affected is not known.
+    """
+    if target.backend == "tensorrt" and release(target.version)[:2] == (11, 3):
+        raise DependencyError(
+            "TensorRT 11.3 can build refittable engines with wrong results: it may drop the bias of a matrix product",
+            found=f"tensorrt {target.version}",
+            wanted="another version of TensorRT, or engines with fixed weights",
+            fix='pip install "tensorrt>=11.4", or leave out --refittable',
+        )
 
 
 def offered_capabilities(module: Any) -> dict[str, Any]:

@@ -5,6 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+#: The builder's flags for every engine, if the module has them. Without REQUIRE_USER_ALLOCATION an engine of TensorRT-RTX may
+#: allocate memory while it runs, which cannot be captured in a CUDA graph. One that can stream its weights always does.
+FLAGS = ("REQUIRE_USER_ALLOCATION",)
+#: The preview features for every engine, if the module has them. With RUNTIME_ACTIVATION_RESIZE_10_10 a context works in the memory
+#: that its current shapes need, not in what the largest shapes of its profile need.
+PREVIEW_FEATURES = ("RUNTIME_ACTIVATION_RESIZE_10_10",)
 #: The builder's flags for each option. A refittable engine has only the weights inside the ONNX file: all external weights are
 #: marked as refittable and left out.
 BUILDER_FLAGS = {
@@ -28,7 +34,7 @@ class BuildOptions:
     version_compatible: bool = False
     #: The engine also runs on later GPUs, from compute capability 8.0 on.
     hardware_compatible: bool = False
-    #: The engine's weights can stay in host memory and be copied to the GPU as they are needed.
+    #: The engine's weights can stay in host memory and be copied to the GPU as they are needed. Then its work is not captured.
     weight_streaming: bool = False
 
     def recorded(self) -> dict[str, bool]:

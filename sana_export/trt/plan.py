@@ -22,8 +22,8 @@ from sana_export.files import check_files
 from sana_export.formats.onnx_weights import structure_sha256
 from sana_export.manifest import EngineEntry, GraphEntry, Manifest
 from sana_export.profiles import MAX_BRANCHES, UNTILED_AREA, Profile, Range
-from sana_export.trt.flavour import Target
-from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
+from sana_export.trt.flavour import Target, check_refittable
+from sana_export.trt.options import DEFAULT_OPTIONS, FLAGS, PREVIEW_FEATURES, BuildOptions
 
 #: The number of characters of the key in the name of an engine's folder.
 KEY_CHARACTERS = 12
@@ -52,8 +52,9 @@ class EngineSpec:
 
     @property
     def key(self) -> str:
-        """The sha256 of all fields, in hex."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        """The sha256 of all fields and of the settings of every engine, in hex."""
+        fields = {**dataclasses.asdict(self), "settings": [*FLAGS, *PREVIEW_FEATURES]}
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -70,7 +71,7 @@ class PlannedEngine:
     spec: EngineSpec
     #: The name of the profile that its ranges come from.
     profile: str
-    #: "exists", "missing", "damaged: ..." or "stale: <field> was X, is Y".
+    #: "exists", "missing", "damaged: ..." or "stale: ...", mostly "stale: <field> was X, is Y".
     reason: str
     #: The manifest's entries that the new engine replaces.
     superseded: tuple[EngineEntry, ...] = ()
@@ -95,7 +96,7 @@ def plan_engines(
 
     An engine exists if the manifest records its key and the file has the recorded hash. An entry of the same graph, target and
     profile with another key is stale; the reason names the fields that differ. Engines with and without weights can both exist.
-    Raises UsageError for a graph that is not in the bundle, and ArtifactError if the ONNX file of a refittable engine is damaged.
+    Raises UsageError for a graph that is not in the bundle, and what `engine_spec` raises.
     """
     ranges = profile.ranges(manifest.model, instruction_tokens=instruction_tokens, branches=_most_branches(manifest))
     export = export_command(bundle, manifest)
@@ -112,9 +113,12 @@ def engine_spec(
     """What the engine of `graph` is made from. Of `ranges` it uses the axes of the graph's inputs.
 
     `export` is the command that exports the bundle again, for the error of a damaged file. A graph without external weights has
-    nothing to refit, so `refittable` does not change its engine.
+    nothing to refit, so `refittable` does not change its engine. For a refittable engine, raises ArtifactError if the ONNX file is
+    damaged, and DependencyError if this version of the backend may build a wrong one.
     """
     options = dataclasses.replace(options, refittable=options.refittable and bool(graph.data))
+    if options.refittable:
+        check_refittable(target)
     return EngineSpec(
         graph=graph.spec.name,
         backend=target.backend,
@@ -194,7 +198,8 @@ def _planned(bundle: Path, manifest: Manifest, spec: EngineSpec, profile: str) -
     stale = tuple(entry for entry in same if (entry.profile, entry.compute_capabilities, entry.refittable) == place)
     if not stale:
         return PlannedEngine(spec, profile, "missing")
-    return PlannedEngine(spec, profile, "stale: " + "; ".join(stale_fields(stale[-1], spec)), stale)
+    differences = stale_fields(stale[-1], spec) or ["it was built with the settings of an older version of sana-export"]
+    return PlannedEngine(spec, profile, "stale: " + "; ".join(differences), stale)
 
 
 def _spec_of(entry: EngineEntry) -> EngineSpec:

@@ -12,7 +12,7 @@ from sana_export.contract import DECODERS
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import EngineEntry, Manifest, ModelInfo
 from sana_export.profiles import UNTILED_AREA, Range, describe_range, outside
-from sana_export.trt.compatibility import Host, incompatibilities, mismatches, missing_parts
+from sana_export.trt.compatibility import Host, build_options, incompatibilities, mismatches, missing_parts
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _fix(bundle: Path, backend: str, entries: Iterable[Sequence[EngineEntry]], h
     """What to do if none of these engines, listed per graph, runs on `host`: build, or only install what is missing there."""
     fixes = missing_parts(backend, host).values()
     enough = all(any(not mismatches(entry, host) for entry in of_graph) for of_graph in entries)
-    return "; ".join(fixes) if fixes and enough else engines_command(bundle, backend)
+    return "; ".join(fixes) if fixes and enough else engines_command(bundle, backend, *build_options(backend, host.gpus))
 
 
 def engine_set(bundle: Path, backend: str, entries: Iterable[EngineEntry]) -> EngineSet:

@@ -16,12 +16,18 @@ from sana_export.cli.main import parse
 from sana_export.cli.verbs import inspect as verb
 from sana_export.contract import GRAPHS
 from sana_export.files import file_entry
+from sana_export.gpu_support import RTX_CAPABILITIES, RTX_PORTABLE
 from sana_export.machine import Gpu
 from sana_export.manifest import Manifest
-from sana_export.gpu_support import RTX_PORTABLE
 from sana_export.trt.compatibility import incompatibilities
 from tests.support.command_line import Cli
 from tests.support.engine_entries import ADA, ENGINE, HOPPER, THERE
+
+#: Fields of an engine for the full TensorRT.
+FULL = {"backend": "tensorrt", "backend_version": "11.0", "operating_system": "linux-x86_64"}
+#: Reasons for a portable engine on an RTX 20, and for TensorRT-RTX on an H100.
+NOT_PORTABLE = f"compute_capabilities: built for portable ({', '.join(RTX_PORTABLE)}), here is 7.5"
+NOT_ON_HOPPER = f"TensorRT-RTX does not support compute capability 9.0, only {', '.join(RTX_CAPABILITIES)}"
 
 
 @pytest.mark.parametrize(
@@ -31,7 +37,13 @@ from tests.support.engine_entries import ADA, ENGINE, HOPPER, THERE
         ({"compute_capabilities": ("8.9", "12.0")}, {}, []),
         ({}, {"gpus": ()}, ["no NVIDIA GPU and driver here"]),
         ({}, {"gpus": (HOPPER, ADA)}, []),
-        ({}, {"gpus": (HOPPER,)}, [f"compute_capabilities: built for portable ({', '.join(RTX_PORTABLE)}), here is 9.0"]),
+        ({}, {"gpus": (HOPPER,)}, [f"{NOT_ON_HOPPER} (NVIDIA H100)"]),
+        (
+            {},
+            {"gpus": (Gpu("old", "7.5"),)},
+            [NOT_PORTABLE],
+        ),
+        ({"compute_capabilities": ("7.5",)}, {"gpus": (Gpu("old", "7.5"),)}, []),
         ({"compute_capabilities": ("12.0",)}, {}, ["compute_capabilities: built for 12.0, here is 8.9"]),
         ({"backend_version": "1.6"}, {}, ["backend_version: built with TensorRT-RTX 1.6, here is 1.7.1"]),
         ({}, {"versions": {}}, ['TensorRT-RTX is not installed (pip install "tensorrt-rtx>=1.2")']),
@@ -47,10 +59,10 @@ from tests.support.engine_entries import ADA, ENGINE, HOPPER, THERE
         ),
         (
             {"backend_version": "1.6", "compute_capabilities": ("12.0",)},
-            {"gpus": (HOPPER,)},
+            {},
             [
                 "backend_version: built with TensorRT-RTX 1.6, here is 1.7.1",
-                "compute_capabilities: built for 12.0, here is 9.0",
+                "compute_capabilities: built for 12.0, here is 8.9",
             ],
         ),
         ({"backend_version": "1.6", "options": {"version_compatible": True}}, {}, []),
@@ -59,7 +71,8 @@ from tests.support.engine_entries import ADA, ENGINE, HOPPER, THERE
             {},
             ["backend_version: built with TensorRT-RTX 2.0, here is 1.7.1"],
         ),
-        ({"compute_capabilities": ("8.0",), "options": {"hardware_compatible": True}}, {"gpus": (HOPPER,)}, []),
+        ({**FULL, "compute_capabilities": ("8.0",), "options": {"hardware_compatible": True}}, {"gpus": (HOPPER,)}, []),
+        ({**FULL, "compute_capabilities": ("8.0",)}, {"gpus": (HOPPER,)}, ["compute_capabilities: built for 8.0, here is 9.0"]),
         (
             {"compute_capabilities": ("8.0",), "options": {"hardware_compatible": True}},
             {"gpus": (Gpu("old", "7.5"),)},
@@ -100,7 +113,7 @@ def test_text_names_what_cannot_run_and_why(bundle_copy: Path, cli: Cli, monkeyp
     monkeypatch.setattr(verb, "detect_host", lambda: dataclasses.replace(THERE, gpus=(HOPPER,)))
     ran = cli("inspect", bundle_copy)
     assert ran.code == 0
-    assert "here is 9.0 (1 of 1 engines)" in ran.out
+    assert f"{NOT_ON_HOPPER} (NVIDIA H100) (1 of 1 engines)" in ran.out
     assert "synthetic" in ran.out
     assert "profile default: batch 1 to 4, latent_height 4 to 64, latent_width 4 to 64" in ran.out
 

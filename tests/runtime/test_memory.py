@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from sana_export.errors import DependencyError, UsageError
+from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.files import FileEntry
 from sana_export.machine import Gpu
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import Profile
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
+from sana_export.runtime.backends.weight_streaming import weight_budget
 from sana_export.runtime.memory import MemoryRequirement, choose_memory_mode, memory_requirements
 from sana_export.trt.compatibility import Host
 from sana_export.trt.selection import engine_set
@@ -162,14 +163,53 @@ def test_a_gpu_that_is_too_small_is_reported_before_anything_is_loaded(bundle: P
     assert device.peak == 0
 
 
-def test_weights_are_streamed_in_that_mode_alone(tiny_bundle: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    with_engines(copy, WIDE, options={"tf32": False, "weight_streaming": True})
-    for mode, budget in (("streaming", 4321), ("staged", None)):
-        runtime, _ = opened(copy, HostDevice(), memory=mode)
-        runtime.sessions.require(["denoiser"])
-        (engine,) = runtime.sessions["denoiser"].loaded.values()
-        assert engine.engine.weight_streaming_budget_v2 == budget
+@pytest.mark.parametrize(
+    ("weights", "work", "free", "budget"),
+    [
+        (10 * GB, 2 * GB, 10 * GB, 6 * GB),  # more than 32 bits
+        (3 * GB, 2 * GB, 10 * GB, 3 * GB),
+        (10 * GB, 2 * GB, GB, 0),
+    ],
+)
+def test_as_many_weights_stay_on_the_device_as_fit(weights: int, work: int, free: int, budget: int) -> None:
+    assert weight_budget(weights, work, free) == budget
+
+
+def streaming_engine(bundle: Path, mode: str, **settings: Any) -> Any:
+    """The denoiser's engine of a bundle whose engines can stream their weights, in a runtime with a module that has `settings`."""
+    with_engines(bundle, WIDE, options={"tf32": False, "weight_streaming": True})
+    runtime, module = opened(bundle, HostDevice(capacity=40 * GB), memory=mode)
+    vars(module).update(settings)
+    runtime.sessions.require(["denoiser"])
+    (engine,) = runtime.sessions["denoiser"].loaded.values()
+    return engine
+
+
+@pytest.mark.parametrize(("mode", "streams"), [("streaming", True), ("staged", False)])
+def test_weights_are_streamed_in_that_mode_alone(bundle: Path, mode: str, streams: bool) -> None:
+    engine = streaming_engine(bundle, mode, streamable_bytes=100 * GB)
+    assert engine.engine.weight_streaming_budget_v2 == pytest.approx(0.75 * 40 * GB if streams else 100 * GB, rel=0.001)
+    assert engine.capturable is not streams
+
+
+def test_weights_that_all_fit_are_not_streamed(bundle: Path) -> None:
+    engine = streaming_engine(bundle, "streaming")
+    assert engine.engine.weight_streaming_budget_v2 == engine.engine.streamable_weights_size
+    assert engine.capturable
+
+
+def test_a_budget_that_is_not_accepted_is_an_error(bundle: Path) -> None:
+    with pytest.raises(ArtifactError, match="streaming the weights of the engine of denoiser failed"):
+        streaming_engine(bundle, "streaming", streamable_bytes=100 * GB, refuses_budgets=True)
+
+
+def test_images_are_the_same_if_weights_are_streamed(bundle: Path) -> None:
+    wanted = opened(bundle, HostDevice())[0]("fox", output_type="np", **SMALL).images
+    with_engines(bundle, WIDE, options={"tf32": False, "weight_streaming": True})
+    runtime, module = opened(bundle, HostDevice(), memory="streaming")
+    module.streamable_bytes = 1 << 50
+    assert (runtime("fox", output_type="np", **SMALL).images == wanted).all()
+    assert runtime.backend.gpu.captures == 0
 
 
 def test_modes_of_a_backend_without_a_gpu(tiny_bundle: Path) -> None:

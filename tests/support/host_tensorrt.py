@@ -101,7 +101,7 @@ class RuntimeConfig:
 
 
 class Context:
-    device_memory = 0
+    memory, memory_size = 0, 0
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
         assert config.allocation == ExecutionContextAllocationStrategy.USER_MANAGED
@@ -121,6 +121,10 @@ class Context:
 
     def update_device_memory_size_for_shapes(self) -> int:
         return WORK_FACTOR * sum(math.prod(shape) for shape in self.shapes.values())
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size >= self.update_device_memory_size_for_shapes()
+        self.memory, self.memory_size = memory, size
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         axes = {
@@ -160,8 +164,10 @@ class Context:
             device.inside(address, math.prod(shape) * DTYPES[dtype].bytes)
         session = engine.session  # what is captured keeps the weights that it was captured with
         assert session is not None, "an engine without weights was run"
-        work, size = self.device_memory, self.update_device_memory_size_for_shapes()
+        work, size = self.memory, self.update_device_memory_size_for_shapes()
+        assert size <= self.memory_size
         device.inside(work, size)
+        assert device.capturing is None or not self.engine.streams, "work that streams weights was captured"
 
         def run() -> None:
             device.inside(work, size)
@@ -182,7 +188,9 @@ def _view(address: int, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 class Engine:
-    weight_streaming_budget_v2 = None
+    #: What a run at the largest shapes works in.
+    device_memory_size_v2 = 1 << 20
+    has_contexts = False
 
     def __init__(self, module: HostTensorRT, content: Mapping[str, Any]) -> None:
         from sana_export.manifest import parse_spec
@@ -194,6 +202,9 @@ class Engine:
         self.session: Any = None  # without weights it cannot run
         if not self.refittable:
             self.open()
+        #: The bytes of weights that may be streamed, and of those that stay on the device.
+        self.streamable_weights_size = module.streamable_bytes or content["bytes"]
+        self._budget = self.streamable_weights_size
         # Weights take memory for as long as the engine lives.
         self.weights = module.device.allocate(content["bytes"])
 
@@ -207,11 +218,23 @@ class Engine:
         return RuntimeConfig(self.module)
 
     def create_execution_context(self, config: RuntimeConfig) -> Context:
+        self.has_contexts = True
         self.module.contexts.append((self.spec.name, config))
         return Context(self, config)
 
-    def get_weight_streaming_automatic_budget(self) -> int:
-        return 4321
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        assert not self.has_contexts, "the budget was changed after a context was made"
+        if not self.module.refuses_budgets:
+            self._budget = budget
+
+    @property
+    def streams(self) -> bool:
+        return self._budget < self.streamable_weights_size
 
 
 @dataclasses.dataclass
@@ -298,6 +321,7 @@ class HostTensorRT:
         self.runs: list[str] = []
         self.refits: list[tuple[str, set[str]]] = []
         self.refits_fail_on = ""
+        self.streamable_bytes, self.refuses_budgets = 0, False
         self.contexts: list[tuple[str, RuntimeConfig]] = []
         module = self
 

@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,43 @@ def test_the_engine_holds_the_external_weights(tmp_path: Path) -> None:
     assert (held >= np.bincount(weights.view(np.uint16), minlength=1 << 16)).all()
 
 
+class Recorder:
+    """A builder and its configuration in one. It keeps what is set."""
+
+    def __init__(self) -> None:
+        self.flags: set[str] = set()
+        self.features: set[str] = set()
+
+    def create_builder_config(self) -> "Recorder":
+        return self
+
+    def clear_flag(self, flag: str) -> None:
+        assert flag == "TF32"
+
+    def set_flag(self, flag: str) -> None:
+        self.flags.add(flag)
+
+    def set_preview_feature(self, feature: str, enable: bool) -> None:
+        assert enable
+        self.features.add(feature)
+
+
+def enumeration(*names: str) -> Any:
+    return type("Enumeration", (), {name: name for name in names})
+
+
+def test_flags_and_preview_features_are_set_if_the_module_has_them() -> None:
+    spec, feature = GraphSpec("g", (TensorSpec("x", "float32", (4,)),), ()), "RUNTIME_ACTIVATION_RESIZE_10_10"
+    full = SimpleNamespace(BuilderFlag=enumeration("TF32"), PreviewFeature=enumeration(feature))
+    other = SimpleNamespace(
+        BuilderFlag=enumeration("TF32", "REQUIRE_USER_ALLOCATION", "WEIGHT_STREAMING"), PreviewFeature=enumeration()
+    )
+    found = [configure(module, Recorder(), spec, {}, BuildOptions(), ()) for module in (full, other)]
+    streaming = configure(other, Recorder(), spec, {}, BuildOptions(weight_streaming=True), ())
+    assert [(config.flags, config.features) for config in found] == [(set(), {feature}), ({"REQUIRE_USER_ALLOCATION"}, set())]
+    assert streaming.flags == {"WEIGHT_STREAMING"}  # the real compiler refuses both together
+
+
 @pytest.mark.parametrize("tf32", [False, True])
 def test_configuration_is_what_was_asked_for(tf32: bool) -> None:
     spec = GraphSpec("g", (TensorSpec("x", "float32", ("batch", 4)),), ())
@@ -92,6 +130,8 @@ def test_configuration_is_what_was_asked_for(tf32: bool) -> None:
     config = configure(tensorrt_rtx, builder, spec, RANGES, BuildOptions(tf32), ("8.9", "12.0"))
 
     assert config.get_flag(tensorrt_rtx.BuilderFlag.TF32) is tf32
+    assert config.get_flag(tensorrt_rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert config.get_preview_feature(tensorrt_rtx.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10)
     assert config.num_optimization_profiles == 1
     assert [config.get_compute_capability(index).name for index in range(config.num_compute_capabilities)] == [
         "SM89",

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 
 from sana_export.files import check_files
+from sana_export.machine import Gpu
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import custom_profile
+from sana_export.trt import bundle as bundle_module
 from sana_export.trt import flavour
 from sana_export.trt.bundle import read_instruction_tokens
 from sana_export.trt.flavour import load
+from sana_export.trt.options import BuildOptions
 from sana_export.trt.plan import PlannedEngine
 from tests.support.engine_builds import build, built_graphs, paths, tree
 from tests.support.small_bundles import model_info, write_bundle, write_instruction
@@ -111,6 +114,40 @@ def test_the_other_flavour_is_the_same_code_with_the_other_module(
     assert len(caches) == 1
     assert caches[0].stat().st_size > 0
     sys.modules.pop("tensorrt", None)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "capabilities", "said"),
+    [
+        ((), (), ""),
+        ((Gpu("RTX 4090", "8.9"),), (), ""),
+        ((Gpu("RTX 4090", "8.9"), Gpu("H100", "9.0")), (), ""),
+        ((Gpu("RTX 2080", "7.5"),), ("7.5", "8.9"), ""),
+        ((Gpu("RTX 2080", "7.5"),), (), "(RTX 2080, compute capability 7.5); to run them here, add --compute-capability 7.5"),
+        ((Gpu("L4", "8.9"),), ("12.0",), "(L4, compute capability 8.9); to run them here, add --compute-capability 8.9"),
+        ((Gpu("H100", "9.0"),), (), "(H100, compute capability 9.0); to run them here, use --backend tensorrt or onnxruntime or "),
+    ],
+)
+def test_whoever_builds_engines_that_do_not_run_here_is_told(
+    gpus: tuple[Gpu, ...],
+    capabilities: tuple[str, ...],
+    said: str,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(bundle_module, "find_gpus", lambda: gpus)
+    build(bundle, compute_capabilities=capabilities, graphs=[])
+    assert ("do not run on the GPU of this machine" in caplog.text) == bool(said)
+    assert said in caplog.text
+
+
+def test_a_hardware_compatible_engine_runs_on_a_later_gpu(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bundle_module, "find_gpus", lambda: (Gpu("L4", "8.9"),))
+    build(bundle, compute_capabilities=("8.0",), graphs=[], options=BuildOptions(hardware_compatible=True))
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("tokens", [1, 24, 181])

@@ -33,7 +33,7 @@ PAIRS = {
 #: What only the stand-ins have.
 OWN = {
     *("module", "shapes", "addresses", "engine", "config", "spec", "ranges", "scales", "session", "weights", "cache"),
-    *("allocation", "open"),
+    *("allocation", "open", "memory", "memory_size", "streams", "has_contexts"),
 }
 
 

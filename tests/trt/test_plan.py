@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -5,10 +6,11 @@ from typing import Any
 import onnx
 import pytest
 
-from sana_export.errors import ArtifactError, UsageError
+from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.files import FileEntry, file_entry, hash_file
 from sana_export.manifest import EngineEntry, GraphEntry, Manifest
 from sana_export.profiles import PROFILES, Profile, custom_profile
+from sana_export.trt import plan
 from sana_export.trt.flavour import Target
 from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.plan import EngineSpec, PlannedEngine, dynamic_axes, engine_spec, onnx_sha256, plan_engines, stale_fields
@@ -251,6 +253,36 @@ def test_engines_with_and_without_weights_live_side_by_side(bundle: Path) -> Non
     assert entry.options == {"tf32": False, "refittable": True}
     assert planned(bundle)["vae_decoder"].exists
     assert planned(bundle, options=REFITTABLE)["vae_decoder"].exists
+
+
+def test_an_engine_that_was_built_with_other_settings_is_stale(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = record(bundle, planned(bundle)["sampler"])
+    monkeypatch.setattr(plan, "FLAGS", (*plan.FLAGS, "ANOTHER"))
+    engine = planned(bundle)["sampler"]
+    assert engine.reason == "stale: it was built with the settings of an older version of sana-export"
+    assert engine.superseded == (entry,)
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "refused"),
+    [
+        ("tensorrt", "11.3.0.99", True),
+        ("tensorrt", "11.2.1.2", False),
+        ("tensorrt", "11.4.0.106", False),
+        ("tensorrt-rtx", "11.3", False),
+    ],
+)
+def test_no_refittable_engine_is_built_by_a_version_that_may_lose_a_bias(
+    bundle: Path, backend: str, version: str, refused: bool
+) -> None:
+    target = dataclasses.replace(TARGET, backend=backend, version=version)
+    assert planned(bundle, target)["vae_decoder"].reason == "missing"  # with its weights inside
+    assert planned(bundle, target, options=REFITTABLE, graphs=["sampler"])  # it has no weights
+    with pytest.raises(DependencyError, match="may drop the bias") if refused else contextlib.nullcontext() as caught:
+        planned(bundle, target, options=REFITTABLE)
+    if refused:
+        assert caught.value.found == f"tensorrt {version}"
+        assert caught.value.fix == 'pip install "tensorrt>=11.4", or leave out --refittable'
 
 
 def test_a_graph_without_weights_has_one_engine_for_both(bundle: Path) -> None:

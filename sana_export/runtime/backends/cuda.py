@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sana_export.cuda_errors import CudaFailure, find_failure
 from sana_export.errors import DependencyError, SanaExportError
 from sana_export.formats.arrays import Array
 
@@ -25,20 +26,12 @@ from sana_export.formats.arrays import Array
 ALIGNMENT = 256
 #: Larger copies from and to the host go through pinned memory piece by piece, so that it stays small.
 LARGEST_STAGED = 1 << 24
-#: The driver's errors: a pattern, what is wanted, and the fix. The first match counts.
-_ERRORS = (
-    (
-        "OUT_OF_MEMORY",
-        "more free GPU memory",
-        "use --memory staged, generate fewer images at once, or close other programs that use the GPU",
-    ),
-    ("INSUFFICIENT_DRIVER", "a newer NVIDIA driver", "update NVIDIA's driver; sana-export doctor shows the installed one"),
-    ("DRIVER_MISMATCH", "a newer NVIDIA driver", "update NVIDIA's driver; sana-export doctor shows the installed one"),
-    (
-        "",
-        "an NVIDIA GPU and its driver",
-        "install NVIDIA's driver (sana-export doctor shows what was found), or use --backend onnxruntime",
-    ),
+#: For an error that nothing is known about.
+_UNKNOWN = CudaFailure(
+    "a GPU and a driver that work",
+    "run it again; if it fails again, report it with what sana-export doctor --json prints",
+    codes=frozenset(),
+    texts=(),
 )
 
 
@@ -122,8 +115,8 @@ class Device(Protocol):
 class CudaDevice:
     """The GPU `index`, through cuda-core. Raises DependencyError if the package, the driver or the GPU is missing.
 
-    Threads may use it together. A capture is on a stream of its own. So what other threads enqueue meanwhile stays out of the graph, and
-    so does the freeing of memory that is dropped meanwhile.
+    Threads may use it together. A capture is on a stream of its own, so two things that happen meanwhile stay out of the graph: the
+    work of other threads, and the freeing of memory that is dropped.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -262,7 +255,7 @@ class CudaDevice:
     def _check(self, answer: tuple[Any, ...]) -> tuple[Any, ...]:
         status, *values = answer
         if int(status):
-            raise cuda_error("a call of the CUDA driver", str(status))
+            raise cuda_error("a call of the CUDA driver", status.name)
         return tuple(values)
 
 
@@ -327,9 +320,9 @@ class _Staging:
 
 def cuda_error(doing: str, found: object) -> DependencyError:
     """The error for a failure while `doing` something. `found` is what the driver said."""
+    failure = find_failure(str(found)) or _UNKNOWN
     text = (str(found).splitlines() or [type(found).__name__])[0]
-    _, wanted, fix = next(row for row in _ERRORS if row[0] in str(found).upper().replace(" ", "_"))
-    return DependencyError(f"the GPU cannot be used: {doing} failed", found=text, wanted=wanted, fix=fix)
+    return DependencyError(f"the GPU cannot be used: {doing} failed", found=text, wanted=failure.wanted, fix=failure.fix)
 
 
 @contextlib.contextmanager

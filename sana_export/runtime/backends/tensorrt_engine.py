@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from sana_export.cuda_errors import OUT_OF_MEMORY, find_failure
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError
 from sana_export.files import write_whole
 from sana_export.manifest import EngineEntry
 from sana_export.runtime.backends.cuda import Device, Memory
+from sana_export.runtime.backends.weight_streaming import set_weight_budget, streams_weights
 from sana_export.trt.logger import CollectedLog, logger_for
 
 LOG = logging.getLogger(__name__)
@@ -51,9 +53,6 @@ _INVALID: dict[str, tuple[str, type[SanaExportError], str, str]] = {
     "MALFORMED_ENGINE": ("it is damaged", ArtifactError, "a complete engine", "{build}"),
     "CUDA_ERROR": ("CUDA does not work here", DependencyError, "an NVIDIA GPU and its driver", "sana-export doctor"),
 }
-_OUT_OF_MEMORY = ("out of memory", "outofmemory", "out_of_memory", "cudaerror 2:", "insufficient memory")
-#: What the CUDA runtime says if the driver is missing or older than itself.
-_DRIVER = "driver version is insufficient"
 
 
 class SharedMemory:
@@ -105,8 +104,11 @@ class LoadedEngine:
             self.engine = self._runtime.deserialize_cuda_engine(content)
             if self.engine is None:
                 raise self._failed("loading", log)
-            if stream_weights and entry.options.get("weight_streaming"):
-                self.engine.weight_streaming_budget_v2 = self.engine.get_weight_streaming_automatic_budget()
+            self._streams = stream_weights and bool(entry.options.get("weight_streaming"))
+            if self._streams:
+                if not set_weight_budget(self.engine, device.free_bytes()):
+                    raise self._failed("streaming the weights of", log)
+                self._streams = streams_weights(self.engine)
             self._context = self._create_context(log)
         self._shapes: dict[str, tuple[int, ...]] = {}
         # Memory is reserved for the current shapes, not for the largest shapes of the profile.
@@ -133,10 +135,7 @@ class LoadedEngine:
                 block = self._memory.reserve(self._needed)
             except DependencyError as error:
                 raise self._out_of_memory("running", error.found) from error
-            if self._exact:
-                self._context.device_memory = block.address
-            else:
-                self._context.set_device_memory(block.address, block.size)
+            self._context.set_device_memory(block.address, block.size)
             self._generation = self._memory.generation
 
     def output_shape(self, name: str) -> tuple[int, ...]:
@@ -154,7 +153,9 @@ class LoadedEngine:
 
     @property
     def capturable(self) -> bool:
-        """Whether a run can be captured in a CUDA graph. TensorRT, which has no such question, can always."""
+        """Whether a run can be captured in a CUDA graph. TensorRT, which has no such question, can unless weights are streamed."""
+        if self._streams:
+            return False
         if not hasattr(self._context, "is_stream_capturable"):
             return True
         return bool(self._context.is_stream_capturable(self._device.stream))
@@ -227,19 +228,20 @@ class LoadedEngine:
 
     def _failed(self, doing: str, log: CollectedLog) -> SanaExportError:
         """The error for what the module logged."""
-        lines = log.errors
-        if any(word in line.lower() for line in lines for word in _OUT_OF_MEMORY):
-            return self._out_of_memory(doing, "; ".join(lines))
-        if any(_DRIVER in line.lower() for line in lines):
+        found = "; ".join(log.errors)
+        failure = find_failure(found)
+        if failure is OUT_OF_MEMORY:
+            return self._out_of_memory(doing, found)
+        if failure is not None:  # not the engine's fault
             return DependencyError(
-                f"{doing} the engine of {self.entry.graph} failed: NVIDIA's driver is missing or too old",
-                found="; ".join(lines),
-                wanted=f"a driver for {self._module.__name__} {self._module.__version__}",
-                fix="install or update NVIDIA's driver; sana-export doctor shows the installed one",
+                f"{doing} the engine of {self.entry.graph} failed: CUDA does not work here",
+                found=found,
+                wanted=f"{failure.wanted}, for {self._module.__name__} {self._module.__version__}",
+                fix=failure.fix,
             )
         return ArtifactError(
             f"{doing} the engine of {self.entry.graph} failed in {self._module.__name__} {self._module.__version__}",
-            found="; ".join(lines) or "no reason given",
+            found=found or "no reason given",
             wanted=f"an engine that runs on {self._device.name}",
             fix=self._build,
         )
@@ -248,8 +250,8 @@ class LoadedEngine:
         return DependencyError(
             f"out of GPU memory while {doing} the engine of {self.entry.graph}",
             found=f"{found}; {self._device.free_bytes()} bytes free",
-            wanted="more free GPU memory",
-            fix="use --memory staged, generate fewer or smaller images at once, or close other programs that use the GPU",
+            wanted=OUT_OF_MEMORY.wanted,
+            fix=OUT_OF_MEMORY.fix,
         )
 
 

@@ -29,6 +29,7 @@ HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x
 
 DOCTOR = "run sana-export doctor to see what was found, or use --backend onnxruntime, which needs no GPU"
 INSTALL = 'pip install "tensorrt-rtx>=1.2"'
+OTHERS = "use --backend tensorrt or onnxruntime or onnxruntime-cuda-graphs or torch or torch-compile"
 BUILD = "sana-export build {bundle} --backend tensorrt-rtx"
 
 
@@ -94,7 +95,8 @@ def test_what_the_driver_says(said: str, fix: str) -> None:
     ("machine", "engine", "found", "fix"),
     [
         ({"gpus": ()}, {}, "no NVIDIA GPU and driver here", DOCTOR),
-        ({"gpus": (Gpu("H100", "9.0"),)}, {}, "here is 9.0", BUILD),
+        ({"gpus": (Gpu("H100", "9.0"),)}, {}, "TensorRT-RTX does not support compute capability 9.0", OTHERS),
+        ({"gpus": (Gpu("RTX 2080", "7.5"),)}, {}, "here is 7.5", f"{BUILD} --compute-capability 7.5"),
         ({"versions": {"tensorrt-rtx": "1.8"}}, {}, "built with TensorRT-RTX 1.7.1.116, here is 1.8", BUILD),
         ({"versions": {}}, {}, "TensorRT-RTX is not installed", INSTALL),
         ({"gpus": (), "versions": {}}, {}, "TensorRT-RTX is not installed", f"{DOCTOR}; {INSTALL}"),
