@@ -16,8 +16,10 @@ GPU_FLAGS ?=
 # A folder of wheels, for gpu-check on a machine without network access.
 WHEELS ?=
 
-# gpu-check uses an existing environment. If there is none, it creates one that sees all packages of PYTHON, such as PyTorch.
-GPU_VENV ?= $(if $(or $(wildcard $(VENV)/bin/python),$(filter-out file,$(origin VENV))),$(VENV),.venv-gpu)
+# gpu-check makes an environment of its own, which sees all packages of $(VENV), or else of PYTHON: its PyTorch belongs to the machine.
+# VENV=DIR on the command line names an environment to use as it is.
+GPU_VENV ?= $(if $(filter-out file,$(origin VENV)),$(VENV),.venv-gpu)
+GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -53,7 +55,7 @@ lint: $(STAMP) ## check style, types and import directions
 	$(BIN)/lint-imports
 
 gpu-check: ## run every check and timing that needs a GPU, in at most 8 minutes (WHEELS=DIR: install only from DIR)
-	$(PYTHON) -m tools.gpu_check --venv $(GPU_VENV) $(if $(WHEELS),--wheels $(WHEELS)) --report $(GPU_REPORT) $(GPU_FLAGS)
+	$(GPU_PYTHON) -m tools.gpu_check --venv $(GPU_VENV) $(if $(WHEELS),--wheels $(WHEELS)) --report $(GPU_REPORT) $(GPU_FLAGS)
 
 clean: ## remove everything that was built, except the virtual environment
 	rm -rf engines/out benchmarks/out build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -24,18 +24,20 @@ class GpuSupport:
     rtx: bool = True
     #: A portable TensorRT-RTX engine contains them. Otherwise the compute capability has to be named when an engine is built.
     portable: bool = True
+    #: No graphics card has this compute capability.
+    datacenter: bool = False
 
 
 #: Every compute capability that NVIDIA lists for TensorRT or TensorRT-RTX in graphics cards and servers, the newest first.
 GPU_SUPPORT = {
     "12.1": GpuSupport("DGX Spark"),
     "12.0": GpuSupport("RTX 50, RTX PRO Blackwell"),
-    "10.3": GpuSupport("B300", rtx=False, portable=False),
-    "10.0": GpuSupport("B200", rtx=False, portable=False),
-    "9.0": GpuSupport("H100, H200", rtx=False, portable=False),
+    "10.3": GpuSupport("B300", rtx=False, portable=False, datacenter=True),
+    "10.0": GpuSupport("B200", rtx=False, portable=False, datacenter=True),
+    "9.0": GpuSupport("H100, H200", rtx=False, portable=False, datacenter=True),
     "8.9": GpuSupport("RTX 40, RTX Ada, L4, L40S"),
     "8.6": GpuSupport("RTX 30, RTX A series, A10, A40"),
-    "8.0": GpuSupport("A100"),
+    "8.0": GpuSupport("A100", datacenter=True),
     "7.5": GpuSupport("RTX 20, T4", portable=False),
 }
 #: The compute capabilities that TensorRT-RTX runs on.
@@ -57,6 +59,11 @@ def unsupported_reason(backend: str, capability: str) -> str | None:
     if backend == "tensorrt" and release(capability) < release(OLDEST):
         return f"TensorRT does not support compute capability {capability}, only {OLDEST} and later"
     return None
+
+
+def is_datacenter(capability: str) -> bool:
+    """Whether only GPUs of datacenters have this compute capability."""
+    return GPU_SUPPORT[capability].datacenter if capability in GPU_SUPPORT else False
 
 
 def backends_for(capability: str) -> tuple[str, ...]:

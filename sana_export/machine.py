@@ -30,6 +30,20 @@ PACKAGES = (
 
 _LIBRARIES = {"Windows": "nvcuda.dll"}
 _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
+#: What nvidia-smi calls the limits that a GPU's speed depends on, and its state at the moment.
+_STATE = (
+    "clocks.max.sm",
+    "clocks.max.memory",
+    "clocks.sm",
+    "clocks.memory",
+    "power.limit",
+    "power.draw",
+    "temperature.gpu",
+    "memory.total",
+    "memory.used",
+    "persistence_mode",
+    "pstate",
+)
 _TIMEOUT_SECONDS = 60
 _MAJOR, _MINOR = 75, 76  # CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
@@ -57,6 +71,16 @@ def find_gpus() -> tuple[Gpu, ...]:
     except (OSError, subprocess.SubprocessError, ValueError):
         capability = gpu_compute_capability()
         return (Gpu("an NVIDIA GPU", capability),) if capability else ()
+
+
+def gpu_state() -> list[dict[str, str]]:
+    """Clocks, power, temperature, and memory of each GPU that nvidia-smi lists, in its words and units. Empty without nvidia-smi."""
+    command = ("nvidia-smi", f"--query-gpu={','.join(_STATE)}", "--format=csv,noheader")
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(_STATE, map(str.strip, line.split(",")), strict=True)) for line in filter(None, listed.splitlines())]
 
 
 def gpu_memory_bytes(gpus: Sequence[Gpu]) -> int | None:

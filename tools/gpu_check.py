@@ -19,20 +19,23 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sana_export.environment import release
+from sana_export.gpu_support import is_datacenter, unsupported_reason
+from sana_export.machine import gpu_compute_capability
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Extras of pyproject.toml that every part of the check needs, and other packages.
 EXTRAS, OTHERS = ("export",), ("pytest>=8", "safetensors")
-#: One of these is enough: the first that installs. They must not be installed together.
-ONNX_RUNTIMES = ("onnxruntime-gpu", "onnxruntime")
-#: An extra whose packages are installed one by one. Those that fail are left out.
-OPTIONAL = "tensorrt-rtx"
+#: The extras that bring ONNX Runtime with and without a GPU. Their packages provide one module.
+ONNX_RUNTIMES = {True: "cuda", False: "cpu"}
 #: Packages that are never replaced, however old: they belong to the machine's CUDA.
 KEPT = ("torch",)
+#: CUDA's libraries in the packages of NVIDIA, below a folder of packages.
+LIBRARIES = ("nvidia/cu*/lib", "nvidia/*/lib")
 #: Seconds for all installations together.
 SETUP_SECONDS = 150
 _VERSIONS = (
@@ -50,14 +53,15 @@ class Environment:
         self.notes: list[str] = []
         self.deadline = time.monotonic() + SETUP_SECONDS
         self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        #: The compute capability of the GPU, or None.
+        self.gpu = gpu_compute_capability()
 
     def make(self) -> None:
         """Create it if it does not exist. It sees all packages of this interpreter, even those of a virtual environment."""
         if self.python.exists():
             return
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(self.folder)], check=True)
-        code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        own = Path(subprocess.run([self.python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+        own = Path(self._ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
         seen = dict.fromkeys([*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
         (own / "seen-from-outside.pth").write_text("\n".join(path for path in seen if Path(path).is_dir()) + "\n", "utf-8")
 
@@ -65,6 +69,20 @@ class Environment:
         """Installed package (lower case, with hyphens) to version."""
         found: dict[str, str] = json.loads(subprocess.run([self.python, "-c", _VERSIONS], capture_output=True, check=True).stdout)
         return found
+
+    def own_packages(self) -> set[str]:
+        """The packages in its own folder, without those that it sees from outside."""
+        folder = self._ask("import sysconfig; print(sysconfig.get_path('purelib'))")
+        return {(found.metadata["Name"] or "").lower().replace("_", "-") for found in metadata.distributions(path=[folder])}
+
+    def library_folders(self) -> list[str]:
+        """The folders of CUDA's libraries in all packages that it sees. ONNX Runtime only looks beside its own."""
+        paths = self._ask("import os, sys; print(os.pathsep.join(sys.path))").split(os.pathsep)
+        found = (folder for path in paths if path for pattern in LIBRARIES for folder in sorted(Path(path).glob(pattern)))
+        return list(dict.fromkeys(map(str, found)))
+
+    def _ask(self, code: str) -> str:
+        return subprocess.run([self.python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
     def install(self, requirements: Iterable[str]) -> bool:
         """Install without changing the packages of `KEPT`, and return whether it worked. A failure becomes a note."""
@@ -94,11 +112,11 @@ class Environment:
 
 
 def missing(requirements: Iterable[str], have: dict[str, str]) -> list[str]:
-    """Those of `requirements` ("name" or "name>=version") that are not met. Any version of a package of `KEPT` is enough."""
+    """Those of `requirements` ("name", "name>=version", or with extras) that are not met. Any version of a package of `KEPT` is enough."""
     found = []
     for requirement in requirements:
         name, _, least = requirement.partition(">=")
-        version = have.get(name.lower().replace("_", "-"))
+        version = have.get(name.partition("[")[0].lower().replace("_", "-"))
         if version is None or (name not in KEPT and least and release(version) < release(least)):
             found.append(requirement)
     return found
@@ -111,10 +129,34 @@ def required() -> list[str]:
     return [*project["dependencies"], *(name for extra in EXTRAS for name in extras[extra]), *OTHERS]
 
 
-def optional() -> list[str]:
-    """Requirements of some parts."""
-    found: list[str] = read_project()["optional-dependencies"][OPTIONAL]
-    return found
+def optional(gpu: str | None) -> list[str]:
+    """Requirements of some parts: the packages that run engines on a GPU of this compute capability.
+
+    Without a GPU, TensorRT-RTX: it builds engines on any machine. TensorRT is several gigabytes, so it is only for GPUs of
+    datacenters, most of which TensorRT-RTX does not support.
+    """
+    names = [] if gpu and unsupported_reason("tensorrt-rtx", gpu) else ["tensorrt-rtx"]
+    names += ["tensorrt"] if gpu and is_datacenter(gpu) else []
+    extras = read_project()["optional-dependencies"]
+    return list(dict.fromkeys(requirement for name in names for requirement in extras[name]))
+
+
+def missing_onnxruntime(environment: Environment) -> list[str]:
+    """The requirement of ONNX Runtime that is not met, if there is one.
+
+    With a GPU it is onnxruntime-gpu. It may be installed into an environment that only sees another's onnxruntime, because the
+    environment's own packages are found first. In one folder the two would overwrite each other's files.
+    """
+    have, needs_gpu = environment.versions(), environment.gpu is not None
+    (wanted,) = read_project()["optional-dependencies"][ONNX_RUNTIMES[needs_gpu]]
+    if not missing([wanted], have) or (not needs_gpu and "onnxruntime-gpu" in have):
+        return []
+    if needs_gpu and "onnxruntime" in environment.own_packages():
+        environment.notes.append(
+            f"ONNX Runtime is not tested on the GPU: {environment.folder} has onnxruntime, which excludes onnxruntime-gpu"
+        )
+        return []
+    return [wanted]
 
 
 def read_project() -> dict[str, Any]:
@@ -132,9 +174,7 @@ def prepare(environment: Environment) -> dict[str, object]:
     if lacking and not environment.install(lacking):
         for requirement in lacking if len(lacking) > 1 else ():
             environment.install([requirement])
-    if not any(name in environment.versions() for name in ONNX_RUNTIMES):
-        any(environment.install([name]) for name in ONNX_RUNTIMES)
-    for requirement in missing(optional(), environment.versions()):
+    for requirement in (*missing_onnxruntime(environment), *missing(optional(environment.gpu), environment.versions())):
         environment.install([requirement])
     after = environment.versions()
     new = {name: version for name, version in after.items() if before.get(name) != version}
@@ -159,9 +199,14 @@ def main() -> int:
         json.dump(setup, file)
     command = [str(environment.python), "-m", "sana_export.bench.gpu_check", "--started", str(started), "--setup", file.name, *rest]
     try:
-        return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT).returncode
+        return subprocess.run(command, env=_variables(environment), cwd=ROOT).returncode
     finally:
         Path(file.name).unlink()
+
+
+def _variables(environment: Environment) -> dict[str, str]:
+    libraries = [*filter(None, [os.environ.get("LD_LIBRARY_PATH")]), *environment.library_folders()]
+    return {**os.environ, "PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": os.pathsep.join(libraries)}
 
 
 if __name__ == "__main__":

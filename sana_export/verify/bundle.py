@@ -119,6 +119,7 @@ def verify_bundle(
         checkpoint.source,
         manifest.options.precision,
         runtime.backend.name,
+        runtime.backend.device,
         tuple(graphs),
         tuple(replace(row, passed=True, limit="none: the image counts") for row in latents),
         tuple(images),

@@ -22,6 +22,8 @@ class VerifyReport:
     precision: str
     #: The backend that ran it.
     backend: str
+    #: Where it ran: "cpu" or "cuda".
+    device: str
     #: One row for each graph.
     graphs: tuple[Parity, ...]
     #: One row for each sampled prompt. They have no limit.
@@ -38,13 +40,13 @@ class VerifyReport:
 
     def as_json(self) -> dict[str, Any]:
         rows = {kind: [row.as_json() for row in getattr(self, kind)] for kind in ("graphs", "latents", "images")}
-        head = {key: getattr(self, key) for key in ("bundle", "reference", "precision", "backend", "passed")}
+        head = {key: getattr(self, key) for key in ("bundle", "reference", "precision", "backend", "device", "passed")}
         return {**head, **rows} | ({} if self.quality is None else {"quality": self.quality.as_json()})
 
     def as_text(self) -> str:
         rows = [*self.graphs, *self.latents, *self.images]
         width = max(len(row.name) for row in rows)
-        lines = [f"{self.bundle} ({self.precision}, {self.backend}) compared with {self.reference} in fp32"]
+        lines = [f"{self.bundle} ({self.precision}, {self.backend} on the {self.device}) compared with {self.reference} in fp32"]
         for row in rows:
             mark = "ok    " if row.passed else "MISSED"
             identical = "" if row.identical is None else f"  identical {row.identical:.4%}"

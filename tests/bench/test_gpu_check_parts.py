@@ -115,7 +115,7 @@ def test_the_suite_counts_outcomes_and_fails_with_a_test(context: PartContext, t
 
     def run() -> Outcome:
         part = CheckPart("suite", f"{suite.__name__}:run", 60, 1, {"where": str(tmp_path)}, ())
-        runner = PartRunner(tmp_path / "work", Capabilities(True, (), False), "cpu", deadline=1e12)
+        runner = PartRunner(tmp_path / "work", Capabilities("8.9", ()), "cpu", deadline=1e12)
         return runner.run([part], lambda part, outcome: None)["suite"]
 
     failed = run()

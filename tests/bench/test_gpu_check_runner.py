@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sana_export.bench.gpu_check.parts import PARTS, CheckPart
 from sana_export.bench.gpu_check.report import Report
 from sana_export.bench.gpu_check.runner import RESERVE, Capabilities, Outcome, PartRunner
 
-ALL_PRESENT = Capabilities(gpu=True, modules=("numpy",), cuda_provider=False)
+ALL_PRESENT = Capabilities("8.9", ("numpy",), "no CUDAExecutionProvider")
 
 
 def part(name: str, most: float = 20, least: float = 1, **more: Any) -> CheckPart:
@@ -83,9 +84,14 @@ def test_the_deadline(tmp_path: Path) -> None:
 
 
 LACKING: dict[str, tuple[dict[str, Any], Capabilities, str]] = {
-    "gpu": ({}, Capabilities(False, ("numpy",), True), "no GPU"),
+    "gpu": ({}, Capabilities(None, ("numpy",)), "no GPU"),
     "module": ({"modules": ("numpy", "tensorrt")}, ALL_PRESENT, "not installed: tensorrt"),
     "any": ({"one_of": ("tensorrt", "tensorrt_rtx")}, ALL_PRESENT, "none of these is installed: tensorrt, tensorrt_rtx"),
+    "backend": (
+        {"backend": "tensorrt-rtx"},
+        Capabilities("9.0", ("numpy",)),
+        "TensorRT-RTX does not support compute capability 9.0",
+    ),
     "provider": ({"cuda_provider": True}, ALL_PRESENT, "no CUDAExecutionProvider"),
 }
 
@@ -129,7 +135,9 @@ def test_exit_codes() -> None:
 def latency(loop: float, db: float | None) -> Outcome:
     summary = {"n": 8, "median": loop, "p10": loop - 1, "p90": loop + 1}
     stages = {"denoise_loop": summary, "vae_decoder": {**summary, "median": 30.0}, "end_to_end": {**summary, "median": loop + 40}}
-    return Outcome("passed", found={"rows": {"1": {"first_ms": 900.0, "psnr_db": db, "peak_device_bytes": 6.5 * 2**30, **stages}}})
+    gpu = {"sm_clock_mhz": {"median": 1755.0}, "power_w": {"median": 310.4}}
+    row = {"first_ms": 900.0, "psnr_db": db, "peak_device_bytes": 6.5 * 2**30, "gpu": gpu, **stages}
+    return Outcome("passed", found={"rows": {"1": row}})
 
 
 def test_the_page(tmp_path: Path) -> None:
@@ -148,7 +156,7 @@ def test_the_page(tmp_path: Path) -> None:
     page = (tmp_path / "deep" / "r.md").read_text("utf-8")
     assert "H100, compute capability 9.0." in page
     compiled = "ours: torch.compile, one CUDA graph"
-    assert f"| 1600m | 1 | {compiled} | 400.0 | 399.0 to 401.0 | 30.0 | 440.0 | 900 | 6.5 | 2.00 | 45.2 |" in page
+    assert f"| 1600m | 1 | {compiled} | 400.0 | 399.0 to 401.0 | 30.0 | 440.0 | 900 | 6.5 | 1755 | 310 | 2.00 | 45.2 |" in page
     assert "| current | yes | no | no | None | it is not / supported |" in page
     assert "| onnxruntime | tiny-fp32 | 0.9999999 | 77.0 | True |" in page or "| onnxruntime | tiny-fp32 | 1.0000000 |" in page
     assert "| parity/torch | failed | 0 | tiny-fp32 context: cosine 0.9 more |" in page
@@ -157,6 +165,24 @@ def test_the_page(tmp_path: Path) -> None:
     assert list(parts) == [part.name for part in PARTS]
     assert parts["make/600m"] is None
     assert parts["parity/torch"]["status"] == "failed"
+
+
+def test_a_report_has_no_names_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home" / "jane"
+    (home / "sana").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / "sana")
+    monkeypatch.setattr(platform, "node", lambda: "janes-laptop")
+    document = report(find=GPU)
+    reason = f"{home}/sana/tests/x.py: {home}/models on janes-laptop"
+    document.outcomes["parity/torch"] = Outcome("failed", reason, log=f"{home}/sana/benchmarks/out/parts/x.log")
+    document.setup = {"notes": [f"installed from {home}/wheels"]}
+    document.write(tmp_path / "r.json")
+    for name in ("r.json", "r.md"):
+        text = (tmp_path / name).read_text("utf-8")
+        assert "./tests/x.py: ~/models on this-machine" in text
+        assert "installed from ~/wheels" in text
+        assert "jane" not in text
 
 
 def test_without_a_gpu_the_report_is_written_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

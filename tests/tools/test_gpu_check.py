@@ -87,11 +87,47 @@ def test_torch_is_not_replaced(environment: Any) -> None:
 def test_one_package_that_fails_does_not_keep_out_the_others(environment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write_wheel(environment.wheels, "other_thing", "3.0")
     monkeypatch.setattr(tool, "required", lambda: ["nowhere>=1", "other_thing>=2"])
-    monkeypatch.setattr(tool, "optional", list)
+    monkeypatch.setattr(tool, "optional", lambda gpu: [])
     setup = tool.prepare(environment)
     assert setup["installed"] == {"other-thing": "3.0"}
     assert any("could not install nowhere>=1" in note for note in environment.notes)
     assert "installed for this run: other-thing 3.0" in environment.notes
+
+
+def test_the_engines_packages_are_those_for_the_gpu() -> None:
+    def names(gpu: str | None) -> set[str]:
+        return {requirement.partition(">=")[0] for requirement in tool.optional(gpu)} - {"cuda-bindings", "cuda-core"}
+
+    assert names(None) == names("8.9") == names("12.0") == {"tensorrt-rtx"}
+    assert names("8.0") == {"tensorrt-rtx", "tensorrt"}
+    assert names("9.0") == names("10.0") == {"tensorrt"}
+
+
+def test_onnxruntime_is_the_one_for_the_gpu(environment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may stand beside one that is only seen, never beside one in the same folder."""
+    assert "onnxruntime" in environment.versions(), "seen from outside"
+    monkeypatch.setattr(environment, "gpu", None)
+    assert tool.missing_onnxruntime(environment) == []
+    monkeypatch.setattr(environment, "gpu", "8.9")
+    (wanted,) = tool.missing_onnxruntime(environment)
+    assert wanted.startswith("onnxruntime-gpu[cuda,cudnn]>=")
+    write_wheel(environment.wheels, "onnxruntime", "1.99")
+    assert environment.install(["onnxruntime==1.99"])
+    assert tool.missing_onnxruntime(environment) == []
+    assert "has onnxruntime, which excludes onnxruntime-gpu" in environment.notes[-1]
+    write_wheel(environment.wheels, "onnxruntime_gpu", "1.99")
+    assert environment.install(["onnxruntime-gpu==1.99"])
+    environment.notes.clear()
+    assert tool.missing_onnxruntime(environment) == []
+    assert not environment.notes
+
+
+def test_cuda_s_libraries_are_found_in_every_folder_of_packages(environment: Any) -> None:
+    site = next(path for path in environment.folder.rglob("site-packages") if path.is_dir())
+    folders = [site / "nvidia" / name / "lib" for name in ("cu13", "cudnn")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    assert set(map(str, folders)) <= set(environment.library_folders())
 
 
 def test_the_whole_command_without_a_gpu(environment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,16 @@ from sana_export.runtime.pipeline import SanaRuntime
 from sana_export.runtime.results import Timings
 
 
+class WrongDevice(DependencyError):
+    """A backend computes on another device than the workload's, so its times would stand for something else."""
+
+
 def load(job: Job) -> RuntimeCandidate:
-    """The bundle on the job's backend. Raises DependencyError if that computes on another device than the workload's."""
+    """The bundle on the job's backend. Raises WrongDevice if it does not compute on the workload's device."""
     runtime = SanaRuntime.from_pretrained(job.bundle, backend=job.backend, device=job.device, threads=job.threads)
     if (device := runtime.backend.device) != job.workload.device:
         runtime.close()
-        raise DependencyError(
+        raise WrongDevice(
             f"the backend {job.backend} does not compute where the workload runs",
             found=f"{job.backend} on the {device}",
             wanted=f"{job.backend} on the {job.workload.device}",

@@ -25,7 +25,6 @@ from sana_export.machine import describe_machine, describe_versions
 
 #: Seconds for the whole run, counted from `--started`.
 LIMIT = 480.0
-CUDA_PROVIDER = "CUDAExecutionProvider"
 
 
 def main(arguments: Sequence[str] | None = None, parts: Sequence[CheckPart] = PARTS) -> int:
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[CheckPart] = PA
     key = hashlib.sha256(json.dumps([source_digest("."), report.versions, report.machine["gpu"], options.device]).encode())
     runner = PartRunner(
         options.work.resolve(),
-        Capabilities(False, (), False),
+        Capabilities(None, ()),
         options.device,
         began + options.limit,
         key.hexdigest(),
@@ -72,10 +71,11 @@ def _capabilities(outcome: Outcome) -> Capabilities:
     known = outcome.found.get("modules")
     if known is None:
         names = {name for part in PARTS for name in (*part.modules, *part.one_of)}
-        return Capabilities(False, {name for name in names if installed(name)}, False)
+        return Capabilities(
+            None, {name for name in names if installed(name)}, "it is not known whether ONNX Runtime runs on the GPU"
+        )
     working = {name: answer for name, answer in known.items() if "error" not in answer}
-    providers = working.get("onnxruntime", {}).get("providers", ())
-    return Capabilities(outcome.found.get("compute_capability") is not None, working, CUDA_PROVIDER in providers)
+    return Capabilities(outcome.found.get("compute_capability"), working, working.get("onnxruntime", {}).get("no_cuda"))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

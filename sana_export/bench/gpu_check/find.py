@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from sana_export.bench.gpu_check.check import PartContext
-from sana_export.machine import gpu_compute_capability, gpu_names
+from sana_export.errors import DependencyError
+from sana_export.gpu_support import backends_for
+from sana_export.machine import gpu_compute_capability, gpu_names, gpu_state
+from sana_export.runtime.backends.onnxruntime_provider import CPU, CUDA, check_provider, choose_provider
 
 #: Time limit for one library in seconds.
 _TIMEOUT = 30
@@ -23,7 +26,7 @@ QUESTIONS: dict[str, str] = {
     "transformers": "{'version': m.__version__}",
     "onnx": "{'version': m.__version__}",
     "onnxscript": "{'version': m.__version__}",
-    "onnxruntime": "{'version': m.__version__, 'providers': m.get_available_providers()}",
+    "onnxruntime": "{'version': m.__version__, 'providers': m.get_available_providers(), 'no_cuda': find.no_cuda_provider(m)}",
     "tensorrt": "{'version': m.__version__}",
     "tensorrt_rtx": "{'version': m.__version__, 'capabilities': [*m.ComputeCapability.__members__]}",
     "cuda.core": "{'version': m.__version__}",
@@ -34,10 +37,32 @@ QUESTIONS: dict[str, str] = {
 
 
 def find(context: PartContext) -> Mapping[str, Any]:
-    """gpus, compute_capability (None without a GPU), and modules: name to its answer, or to the error if it cannot be imported."""
-    context.keep({"gpus": gpu_names(), "compute_capability": gpu_compute_capability()})
+    """gpus, compute_capability (None without a GPU), gpu_state (`machine.gpu_state`), backends (those for this GPU), and modules:
+    name to its answer, or to the error if it cannot be imported."""
+    capability = gpu_compute_capability()
+    backends = backends_for(capability) if capability else ()
+    context.keep({"gpus": gpu_names(), "compute_capability": capability, "gpu_state": gpu_state(), "backends": backends})
     children = {name: _ask(name, question) for name, question in QUESTIONS.items() if installed(name)}
     return {"modules": {name: _answer(child) for name, child in children.items()}}
+
+
+def no_cuda_provider(onnxruntime: Any) -> str | None:
+    """Why a session of this ONNX Runtime does not run on the GPU. None if it does: a model of one node is loaded to see it."""
+    if choose_provider(onnxruntime) == CPU:
+        return f"this ONNX Runtime has no {CUDA} (install onnxruntime-gpu)"
+    try:
+        check_provider(onnxruntime, onnxruntime.InferenceSession(_one_node(), providers=[CUDA, CPU]), CUDA, "loading one node")
+    except DependencyError as error:
+        return str(error)
+    return None
+
+
+def _one_node() -> bytes:
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "one-node", ends[:1], ends[1:])
+    return bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString())
 
 
 def installed(name: str) -> bool:
@@ -47,7 +72,7 @@ def installed(name: str) -> bool:
 
 
 def _ask(name: str, question: str) -> subprocess.Popen[str]:
-    program = f"import json, {name} as m; print('\\n' + json.dumps({question}))"
+    program = f"import json, {name} as m; from {__name__.rpartition('.')[0]} import find; print('\\n' + json.dumps({question}))"
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
@@ -11,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from sana_export.bench.candidates.runtime import WrongDevice
 from sana_export.bench.candidates.table import BASELINE, Job, find_row, resolve
 from sana_export.bench.gpu_check.bundles import PRECISION, build, checkpoint_of, exported, without_onnx
 from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 from sana_export.bench.gpu_check.parity import ENGINES
+from sana_export.bench.gpu_watch import GpuWatch
 from sana_export.bench.stages import summarize
 from sana_export.bench.workload import Workload
 from sana_export.export.parity import IMAGE_PSNR_LIMITS, psnr
@@ -77,21 +81,27 @@ def _load(job: Job, old: Any) -> tuple[Any, float]:
     if old is not None:
         old.runtime.close()
     started = perf_counter()
-    return resolve(find_row(job.backend).load)(job), round(perf_counter() - started, 2)
+    try:
+        return resolve(find_row(job.backend).load)(job), round(perf_counter() - started, 2)
+    except WrongDevice as error:  # not a missing package, which would only skip the part
+        raise CheckFailed(str(error)) from error
 
 
 def _row(candidate: Any, counted: int) -> tuple[dict[str, Any], Any]:
     """The times of the counted calls and of the first call, and the last call's images, uint8 [B, H, W, 3]."""
-    calls = []
+    calls, watch = [], GpuWatch()
     cuda = torch_cuda()
     if cuda is not None:
         cuda.reset_peak_memory_stats()
-    for _ in range(WARM_UP + counted):
-        started = perf_counter()
-        sample = candidate.generate(PROMPT, SEED)
-        calls.append({**sample.times, "end_to_end": [1e3 * (perf_counter() - started)]})
+    for index in range(WARM_UP + counted):
+        with watch.turn("counted", os.getpid()) if index >= WARM_UP else nullcontext():
+            started = perf_counter()
+            sample = candidate.generate(PROMPT, SEED)
+            calls.append({**sample.times, "end_to_end": [1e3 * (perf_counter() - started)]})
+    gpu = watch.summary("counted")
     peak = candidate.peak_device_bytes() if cuda is None else cuda.max_memory_reserved()
-    row: dict[str, Any] = {"first_ms": calls[0]["end_to_end"][0], "peak_device_bytes": peak}
+    row: dict[str, Any] = {"first_ms": calls[0]["end_to_end"][0], "peak_device_bytes": peak or (gpu or {}).get("process_bytes")}
+    row["gpu"] = gpu
     for stage in STAGES:
         summary = summarize(time for call in calls[WARM_UP:] for time in call.get(stage, ()))
         row[stage] = None if summary is None else asdict(summary)

@@ -33,6 +33,8 @@ def check(context: PartContext, *, backend: str, cases: Any = CASES, size: int =
         if backend in ENGINES:
             build(bundle, backend)
         report = verify_bundle(bundle, checkpoint, Sampling(PROMPTS, size, size, 4), backend=backend)
+        if report.device != context.device:
+            raise CheckFailed(f"{backend} ran on the {report.device}, not on the {context.device}")
         rows[name] = {
             "passed": report.passed,
             "least_cosine": min(row.cosine for row in report.graphs),

@@ -41,6 +41,8 @@ class CheckPart:
     gpu: bool = True
     #: Whether it needs ONNX Runtime's CUDA provider.
     cuda_provider: bool = False
+    #: The backend that it runs. It is skipped on a GPU that the backend does not support.
+    backend: str | None = None
 
 
 def _parity(backend: str, *modules: str) -> CheckPart:
@@ -52,6 +54,7 @@ def _parity(backend: str, *modules: str) -> CheckPart:
         arguments={"backend": backend},
         modules=(*_BASE, *modules),
         cuda_provider="onnxruntime" in modules,
+        backend=backend,
     )
 
 
@@ -73,6 +76,7 @@ def _latency(model: str, backend: str, *modules: str, most: float = 80, least: f
         {"model": model, "backend": backend, "exported": backend in EXPORTED},
         (*_BASE, *modules),
         cuda_provider="onnxruntime" in modules,
+        backend=backend,
     )
 
 

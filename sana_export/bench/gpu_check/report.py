@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from sana_export.errors import DependencyError, ParityError
 from sana_export.files import write_whole
 
 SCHEMA_VERSION = 1
+#: A name of at most this many letters is not taken out: it would be part of other words.
+_SHORTEST_NAME = 2
 #: Backend of a latency part (the end of its name) to its label in the table.
 BACKENDS = {
     "eager": "diffusers, eager",
@@ -82,7 +85,7 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps(self.as_json(), indent=1, ensure_ascii=False, default=str) + "\n"
         for target, text in ((path, content), (path.with_suffix(".md"), self.as_text())):
-            write_whole(target, text)
+            write_whole(target, without_names(text))
 
     def _head(self) -> Iterator[str]:
         machine, capability = self.machine, self.found.get("compute_capability")
@@ -96,6 +99,10 @@ class Report:
         )
         yield f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB; {machine['os']}; Python"
         yield f"{machine['python']}; {self.created}; {self.seconds:.0f} s of {self.limit_seconds:.0f} s."
+        for state in self.found.get("gpu_state", ()):
+            yield "; ".join(f"{key} {value}" for key, value in state.items())
+        if backends := self.found.get("backends"):
+            yield f"Backends for this GPU: {', '.join(backends)}."
         yield ""
         yield from _table(("module", "version", "more"), map(_module_row, self.found.get("modules", {}).items()))
         if notes := self.setup.get("notes"):
@@ -120,6 +127,8 @@ class Report:
                 "whole call",
                 "first call",
                 "GiB",
+                "SM MHz",
+                "W",
                 "speedup",
                 "dB",
             )
@@ -137,7 +146,9 @@ class Report:
                     stages = (_ms(row["vae_decoder"]), _ms(row["end_to_end"]), f"{row['first_ms']:.0f}")
                     memory = f"{row['peak_device_bytes'] / 2**30:.1f}" if row["peak_device_bytes"] else ""
                     spread = f"{loop['p10']:.1f} to {loop['p90']:.1f}"
-                    yield model, batch, BACKENDS[name], _ms(loop), spread, *stages, memory, ratio, db
+                    gpu = row.get("gpu") or {}
+                    state = (_median(gpu.get("sm_clock_mhz")), _median(gpu.get("power_w")))
+                    yield model, batch, BACKENDS[name], _ms(loop), spread, *stages, memory, *state, ratio, db
 
     def _parity(self) -> Iterator[str]:
         rows = [
@@ -191,6 +202,19 @@ def _table(head: tuple[str, ...], rows: Iterable[Iterable[object]]) -> Iterator[
     yield f"|{'---|' * len(head)}"
     for row in rows:
         yield f"| {' | '.join(' '.join(str(cell).split()).replace('|', '/')[:400] for cell in row)} |"
+
+
+def without_names(text: str) -> str:
+    """`text` without the folders of this machine and its name, which a report for others must not have."""
+    private = ((str(Path.cwd()), "."), (str(Path.home()), "~"), (platform.node(), "this-machine"))
+    for name, stand_in in private:
+        if len(name) > _SHORTEST_NAME:
+            text = text.replace(name, stand_in)
+    return text
+
+
+def _median(values: Mapping[str, float] | None) -> str:
+    return "" if values is None else f"{values['median']:.0f}"
 
 
 def _ms(summary: Mapping[str, float] | None) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from sana_export.bench.gpu_check.check import FAILED, NOT_RUN, PASSED, SKIPPED
 from sana_export.bench.gpu_check.parts import CheckPart
 from sana_export.child_process import start_module
+from sana_export.gpu_support import unsupported_reason
 
 #: Number of lines of a part's output that the reason repeats.
 _LAST_LINES = 4
@@ -45,12 +46,12 @@ class Outcome:
 class Capabilities:
     """What this machine has, which decides which parts can run."""
 
-    #: Whether there is a GPU.
-    gpu: bool
+    #: The GPU's compute capability ("8.9"). None if there is no GPU.
+    compute_capability: str | None
     #: Those modules of the parts that work.
     modules: Collection[str]
-    #: Whether ONNX Runtime has its CUDA provider.
-    cuda_provider: bool
+    #: Why ONNX Runtime cannot run on the GPU. None if it can.
+    no_cuda_provider: str | None = None
 
 
 @dataclass
@@ -93,14 +94,17 @@ class PartRunner:
 
     def _lacking(self, part: CheckPart) -> str | None:
         """Why the part cannot run on this machine, or None."""
-        if part.gpu and not self.capabilities.gpu and self.device == "cuda":
+        capability = self.capabilities.compute_capability
+        if part.gpu and capability is None and self.device == "cuda":
             return "no GPU"
+        if part.backend is not None and capability is not None and (reason := unsupported_reason(part.backend, capability)):
+            return reason
         if missing := [name for name in part.modules if name not in self.capabilities.modules]:
             return f"not installed: {', '.join(missing)}"
         if part.one_of and not any(name in self.capabilities.modules for name in part.one_of):
             return f"none of these is installed: {', '.join(part.one_of)}"
-        if part.cuda_provider and self.device == "cuda" and not self.capabilities.cuda_provider:
-            return "this ONNX Runtime has no CUDAExecutionProvider (install onnxruntime-gpu)"
+        if part.cuda_provider and self.device == "cuda":
+            return self.capabilities.no_cuda_provider
         return None
 
     def _earlier(self, part: CheckPart) -> Outcome | None:

@@ -183,13 +183,23 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        failed: list[RuntimeError] = []
+
+        def noted_work() -> None:
+            try:
+                work()
+            except RuntimeError as error:
+                failed.append(error)
+                raise
+
         try:
             # thread_local: other threads may use the GPU meanwhile
             with torch.cuda.device(self.torch_device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                work()
+                noted_work()
         except RuntimeError as error:
-            raise_out_of_memory(error, "capturing the sampling loop", self.device)
-            raise
+            first = failed[0] if failed else error  # ending a broken capture fails too, and that error says nothing
+            raise_out_of_memory(first, "capturing the sampling loop", self.device)
+            raise first
         return graph.replay
 
     def record_event(self) -> Any:

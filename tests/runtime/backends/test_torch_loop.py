@@ -142,7 +142,9 @@ def test_images(captured: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
     assert np.abs(found - wanted).max() <= 1
 
 
-def test_all_captured_work_shares_one_pool_of_memory(captured: SanaRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The pool of each capture, with PyTorch's CUDA graphs replaced. A capture during which something fails cannot be ended."""
     used: list[Any] = []
 
     class Graph:
@@ -152,12 +154,27 @@ def test_all_captured_work_shares_one_pool_of_memory(captured: SanaRuntime, monk
     def graph(target: Graph, *, pool: Any, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local"
         used.append(pool)
-        yield
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    return used
+
+
+def test_all_captured_work_shares_one_pool_of_memory(captured: SanaRuntime, pools: list[Any]) -> None:
     for _ in range(2):
         CudaTorchBackend.capture(captured.backend, lambda: None)
-    assert used[0] is used[1] is not None
+    assert pools[0] is pools[1] is not None
+
+
+def test_a_failed_capture_tells_its_first_cause(captured: SanaRuntime, pools: list[Any]) -> None:
+    def work() -> None:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        CudaTorchBackend.capture(captured.backend, work)
