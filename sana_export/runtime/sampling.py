@@ -316,13 +316,18 @@ class LoopCache:
 
     def give_back(self, loop: CapturedLoop) -> None:
         """Keep `loop` for the next run of its shape. Beyond `KEPT_LOOPS` the least recently used loop is dropped."""
-        self._kept.pop(loop.shape, None)  # so that the loop goes to the end of the order
+        self._drop(loop.shape)  # another run of this shape may have been faster
         self._kept[loop.shape] = loop
         while len(self._kept) > KEPT_LOOPS:
-            self._kept.pop(next(iter(self._kept))).finish()
+            self._drop(next(iter(self._kept)))
 
     def clear(self) -> None:
+        """Drop all loops. Their work is done."""
         self._kept.clear()
+
+    def _drop(self, shape: LoopShape) -> None:
+        if (loop := self._kept.pop(shape, None)) is not None:
+            loop.finish()
 
 
 def take_loop(plan: Plan, conditioning: Conditioning, backend: Backend, sessions: Sessions, cache: LoopCache) -> SamplingLoop:

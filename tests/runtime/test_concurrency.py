@@ -217,8 +217,9 @@ def test_the_least_recently_used_loop_is_dropped() -> None:
     cache = LoopCache()
     finished: list[int] = []
     loops = [SimpleNamespace(shape=shape, finish=partial(finished.append, shape)) for shape in range(KEPT_LOOPS + 1)]
-    for loop in (*loops[:-1], loops[0], loops[-1]):
-        cache.give_back(loop)  # type: ignore[arg-type]
+    for index in (*range(KEPT_LOOPS), 0, KEPT_LOOPS):
+        cache.take(loops[index].shape, lambda: None)  # type: ignore[arg-type, return-value]
+        cache.give_back(loops[index])  # type: ignore[arg-type]
     made = [cache.take(loop.shape, lambda: None) for loop in loops]  # type: ignore[arg-type, return-value]
     assert made == [loops[0], None, *loops[2:]]
     assert finished == [1], "its work is done before it is dropped"
