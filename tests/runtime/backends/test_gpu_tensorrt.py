@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sana_export.profiles import custom_profile
+from sana_export.manifest import Manifest
+from sana_export.profiles import Profile
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.cuda import CudaDevice
 from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -71,9 +72,8 @@ def test_time_passes(device: CudaDevice) -> None:
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("engines") / "bundle")
-    runtime = SanaRuntime.from_pretrained(tiny_bundle, backend=on_the_cpu)
-    profile = custom_profile(runtime.manifest.model, height=96, width=160, batch=2)
-    graphs = [name for name in runtime.manifest.graphs if name not in ("vae_decoder_head", "vae_decoder_tail")]
+    profile = Profile("two sizes", (1, 1, 2), (1, 2, 3), ((96, 96), (96, 160)))
+    graphs = [name for name in Manifest.load(tiny_bundle).graphs if name not in ("vae_decoder_head", "vae_decoder_tail")]
     build_bundle(copy, backend="tensorrt-rtx", profile=profile, graphs=graphs)
     return copy
 
@@ -96,3 +96,65 @@ def test_engines_draw_what_onnxruntime_draws(bundle: Path, memory: str) -> None:
             assert 0 < timings.denoise_loop < timings.total
     caches = list(bundle.rglob("*.cache"))
     assert {path.name.split(".")[0] for path in caches} >= {"denoiser", "text_encoder"}
+
+
+#: With kernels that are compiled before they run, the same request gives the same bits.
+EXACT: dict[str, Any] = {"backend_options": {"dynamic_shapes_kernel_specialization_strategy": "eager"}}
+OTHERS: dict[str, dict[str, Any]] = {
+    "guidance": {"guidance_scale": 1.0},
+    "PAG": {"pag_scale": 2.0},
+    "images": {"num_images_per_prompt": 2},
+    "size": {"width": 96},
+    "text": {"prompt": "a very detailed painting of a house by the lake, " * 10},
+    "steps": {"num_inference_steps": 3},
+    "step by step": {"callback_on_step_end": lambda *_: None},
+}
+
+
+def latents(runtime: SanaRuntime, **changes: Any) -> Any:
+    request = {"prompt": "a red fox", "seed": 1, **REQUEST, **changes}
+    return runtime(**{**request, "output_type": "latent"}).images
+
+
+def test_captured_steps_stay_valid_whatever_runs_in_between(bundle: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    with SanaRuntime.from_pretrained(bundle, backend="tensorrt-rtx", memory="resident", **EXACT) as runtime:
+        first = latents(runtime)
+        others = {name: latents(runtime, **changes) for name, changes in OTHERS.items()}
+        for name, changes in OTHERS.items():
+            np.testing.assert_array_equal(latents(runtime, **changes), others[name], err_msg=name)
+            np.testing.assert_array_equal(latents(runtime), first, err_msg=f"after {name}")
+
+
+def test_steps_give_the_same_latents_however_they_are_captured(bundle: Path) -> None:
+    """As one graph, as a graph for each step, and not at all."""
+    pytest.importorskip("tensorrt_rtx")
+    with SanaRuntime.from_pretrained(bundle, backend="tensorrt-rtx", memory="resident", **EXACT) as runtime:
+        together, alone = latents(runtime), latents(runtime, callback_on_step_end=lambda *_: None)
+    with SanaRuntime.from_pretrained(bundle, backend="tensorrt-rtx", memory="staged", **EXACT) as runtime:
+        enqueued = latents(runtime)
+    np.testing.assert_array_equal(together, enqueued)
+    np.testing.assert_array_equal(alone, enqueued)
+
+
+@pytest.mark.parametrize("options", [{"cuda_graph_strategy": "whole_graph_capture"}, {"text_multiple": 1}], ids=str)
+def test_options_change_no_image(bundle: Path, options: dict[str, Any]) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    reference = SanaRuntime.from_pretrained(bundle, backend=on_the_cpu)
+    with SanaRuntime.from_pretrained(bundle, backend="tensorrt-rtx", backend_options=options) as runtime:
+        for seed in range(3):
+            found, wanted = (by("a red fox", seed=seed, **REQUEST).images for by in (runtime, reference))
+            assert -10.0 * np.log10(np.mean((found - wanted) ** 2)) >= LEAST_PSNR_DB, seed
+
+
+@pytest.mark.parametrize("memory", ["resident", "staged"])
+def test_a_closed_runtime_leaves_no_memory_taken(bundle: Path, device: CudaDevice, memory: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    taken = []
+    for _ in range(3):
+        with SanaRuntime.from_pretrained(bundle, backend="tensorrt-rtx", memory=memory) as runtime:
+            runtime("a red fox", seed=1, **REQUEST)
+        device.trim()
+        taken.append(device.free_bytes())
+    # What the first runtime leaves is the module's own: code and its workspaces.
+    assert taken[2] >= taken[1] - (1 << 20)
