@@ -109,12 +109,15 @@ class SanaRuntime:
             if self._closed:
                 return
             self._closed = True
-            try:
-                self.backend.wait()
-            finally:
-                self._loops.clear()
-                self._prefixes.clear()
-                self.sessions.clear()
+            errors: list[SanaExportError] = []
+            clears = (self._loops.clear, self._prefixes.clear, self.sessions.clear)
+            for step in (self.backend.wait, *clears, self.backend.release_memory):
+                try:
+                    step()
+                except SanaExportError as error:  # memory is released all the same
+                    errors.append(error)
+            if errors:
+                raise errors[0]
 
     def __enter__(self) -> SanaRuntime:
         return self
@@ -244,7 +247,7 @@ class SanaRuntime:
         """Run the text encoder on the plan's prompts, each once, whatever `num_images_per_prompt` is."""
         with self._using():
             self.sessions.require(TEXT_STAGE)
-            return self.text.encode(self.tokenize(plan), self._run_text_encoder)
+            return self.text.encode(self.tokenize(plan), self._run_text_encoder, self.backend.text_multiple)
 
     def encode(self, plan: Plan) -> Conditioning:
         """Run the text encoder and the context graph on the plan's prompts."""
@@ -280,6 +283,8 @@ class SanaRuntime:
             check_conditioning(plan, conditioning)
             version = self._loras.version
             self.sessions.require(DENOISING_STAGE)
+            if not self.sessions.staged and plan.output_type != "latent":
+                self._reserve(plan)
             loop = take_loop(plan, conditioning, self.backend, self.sessions, self._loops)
             loop.start(loop_inputs(plan, conditioning, self.backend, self.manifest.model.timestep_scale))
         try:
@@ -289,6 +294,12 @@ class SanaRuntime:
                 keep = not self.sessions.staged and version == self._loras.version and not self._closed
                 if isinstance(loop, CapturedLoop) and keep:
                     self._loops.give_back(loop)
+
+    def _reserve(self, plan: Plan) -> None:
+        """Reserve what decoding needs before the loop is captured, which would have to be captured again afterwards."""
+        axes = request_axes(plan, self.manifest)
+        for graph in (*plan.decoder_graphs, "postprocess"):
+            self.sessions[graph].reserve(axes)
 
     def _run_steps(self, plan: Plan, loop: SamplingLoop, version: int) -> Iterator[Step]:
         """Run the steps one by one. The lock is held in each step, and not between two."""

@@ -59,6 +59,8 @@ class PromptTokens:
     first_kept: int
     #: The first `shared` ids are the instruction's; 1 <= shared <= first_kept.
     shared: int
+    #: The most ids that a prompt of the same request may have.
+    limit: int
 
     @property
     def kept_rows(self) -> int:
@@ -125,7 +127,7 @@ class PromptEmbeddings:
     def padded(self, multiple: int, most: int) -> PromptEmbeddings:
         """With L padded to a multiple of `multiple`, but not beyond `most`. The padding is masked, so this is exact."""
         branches, batch, length, channels = self.shape
-        longer = max(length, min(-(-length // multiple) * multiple, most))
+        longer = _padded_length(length, multiple, most)
         mask = np.zeros((branches, batch, longer), dtype=np.float32)
         mask[..., :length] = self.context_mask
         return PromptEmbeddings((branches, batch, longer, channels), self.rows, mask)
@@ -180,7 +182,7 @@ class PromptEncoder:
         if dropped := ids[limit:]:
             self._warn(text, dropped, max_sequence_length)
         ids = ids[:limit]
-        return PromptTokens(ids, first_kept, min(_common_length(ids, known), first_kept))
+        return PromptTokens(ids, first_kept, min(_common_length(ids, known), first_kept), limit)
 
     def tokenize_plan(self, texts: Sequence[tuple[Sequence[str], bool]], max_sequence_length: int) -> list[list[PromptTokens]]:
         """The tokens of each guidance branch's prompts; `texts` as in `Plan.texts`."""
@@ -189,9 +191,12 @@ class PromptEncoder:
             for prompts, instruct in texts
         ]
 
-    def encode(self, branches: Sequence[Sequence[PromptTokens]], run: RunTextEncoder) -> PromptEmbeddings:
-        """Embeddings of K branches of B prompts each. Equal prompts run once; all with the same prefix run in one batch."""
-        outputs = self._run(dict.fromkeys(tokens for branch in branches for tokens in branch), run)
+    def encode(self, branches: Sequence[Sequence[PromptTokens]], run: RunTextEncoder, multiple: int = 1) -> PromptEmbeddings:
+        """Embeddings of K branches of B prompts each. Equal prompts run once; all with the same prefix run in one batch.
+
+        The tokens of a batch are padded to a multiple of `multiple`, so that shapes repeat. The padding's rows are not used.
+        """
+        outputs = self._run(dict.fromkeys(tokens for branch in branches for tokens in branch), run, multiple)
         longest = max(tokens.kept_rows for branch in branches for tokens in branch)
         shape = (len(branches), len(branches[0]), longest)
         mask = np.zeros(shape, dtype=np.float32)
@@ -207,7 +212,7 @@ class PromptEncoder:
                 mask[index, number, : tokens.kept_rows] = 1.0
         return PromptEmbeddings((*shape, bos_row.size), tuple(rows), mask)
 
-    def _run(self, prompts: Iterable[PromptTokens], run: RunTextEncoder) -> dict[PromptTokens, tuple[Any, int]]:
+    def _run(self, prompts: Iterable[PromptTokens], run: RunTextEncoder, multiple: int) -> dict[PromptTokens, tuple[Any, int]]:
         """For each prompt: the output with its rows, from the first that is not shared, and its index in that batch.
 
         A prompt of BOS alone has none.
@@ -219,8 +224,9 @@ class PromptEncoder:
                 batches[tokens.shared].append(tokens)
         for shared, batch in batches.items():
             lengths = [len(tokens.ids) - shared for tokens in batch]
+            longest = _padded_length(max(lengths), multiple, max(tokens.limit for tokens in batch) - shared)
             # Attention is causal: the padding after a prompt does not reach its rows.
-            embeds = np.zeros((len(batch), max(lengths), self.instruction.bos_row.size), dtype=np.float32)
+            embeds = np.zeros((len(batch), longest, self.instruction.bos_row.size), dtype=np.float32)
             for row, tokens, length in zip(embeds, batch, lengths, strict=True):
                 row[:length] = self.embeddings.rows(tokens.ids[shared:])
             output = run(embeds, np.ascontiguousarray(self.instruction.prefix[..., :shared, :]))
@@ -277,6 +283,11 @@ class PromptEncoder:
 
     def _error(self, message: str, **details: Any) -> ArtifactError:
         return ArtifactError(message, fix=self._fix, **details)
+
+
+def _padded_length(length: int, multiple: int, most: int) -> int:
+    """`length`, or the next multiple of `multiple`, but not beyond `most`."""
+    return max(length, min(-(-length // multiple) * multiple, most))
 
 
 def _common_length(left: Sequence[int], right: Sequence[int]) -> int:

@@ -179,6 +179,9 @@ def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
     """The axes of the plan's tensors (contract.DYNAMIC_AXES) that are known before its prompts are tokenized."""
     batch, _, height, width = plan.latents_shape
     factor, scale = manifest.model.vae_scale_factor, manifest.model.decoder_tile_scale
+    features = {"height": height * factor // scale, "width": width * factor // scale}
+    window = plan.decoder_tile // scale + 2 * manifest.model.decoder_tile_halo
+    tiles = {f"tile_{side}": min(window, length) for side, length in features.items()} if plan.decoder_tile else {}
     return {
         "batch": batch,
         "branches": len(plan.perturbed),
@@ -186,8 +189,8 @@ def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
         "latent_width": width,
         "image_height": height * factor,
         "image_width": width * factor,
-        "feature_height": height * factor // scale,
-        "feature_width": width * factor // scale,
+        **{f"feature_{side}": length for side, length in features.items()},
+        **tiles,
         "output_height": plan.output_height,
         "output_width": plan.output_width,
     }

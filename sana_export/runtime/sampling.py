@@ -199,6 +199,8 @@ class CapturedLoop(SamplingLoop):
     ) -> None:
         self.shape = shape
         self._backend, self._sessions, self._capture = backend, sessions, capture
+        #: The loop's own sessions, by graph, if it captures.
+        self._separate: dict[str, EnqueuedSession] = {}
         batch, latents, rows = shape.latents[0], shape.latents, shape.steps
         zeros, table = backend.zeros, backend.table
         self._latents = [zeros(latents, "float32") for _ in range(2)]
@@ -246,6 +248,10 @@ class CapturedLoop(SamplingLoop):
     def replace(self, step: int, latents: DeviceTensor | Array) -> None:
         self._backend.write(self._latents[(step + 1) % 2], latents)
 
+    def finish(self) -> None:
+        """Wait for the loop's work, so that it may be dropped: its sessions must not end before."""
+        self._backend.wait()
+
     def _captured(self, first: int, stop: int) -> Replay | None:
         """The steps as captured work, or None if they cannot be captured.
 
@@ -274,10 +280,15 @@ class CapturedLoop(SamplingLoop):
         self._capture = False
 
     def _session(self, graph: str) -> EnqueuedSession:
-        """The session of `graph`, looked up for each use: a staged runtime drops sessions, and a loop must not keep them alive."""
+        """A session of `graph`: the loop's own one if steps are captured, so that no other run changes what they use.
+
+        If not, it is looked up for each use: a staged runtime drops sessions, and a loop must not keep them alive.
+        """
+        if graph in self._separate:
+            return self._separate[graph]
         session = self._sessions[graph]
         assert isinstance(session, EnqueuedSession)  # a CapturingBackend loads no others
-        return session
+        return self._separate.setdefault(graph, session.separate()) if self._capture else session
 
     def _enqueue(self, first: int, stop: int) -> None:
         denoiser, sampler = self._session("denoiser"), self._session("sampler")
@@ -305,13 +316,18 @@ class LoopCache:
 
     def give_back(self, loop: CapturedLoop) -> None:
         """Keep `loop` for the next run of its shape. Beyond `KEPT_LOOPS` the least recently used loop is dropped."""
-        self._kept.pop(loop.shape, None)  # so that the loop goes to the end of the order
+        self._drop(loop.shape)  # another run of this shape may have been faster
         self._kept[loop.shape] = loop
         while len(self._kept) > KEPT_LOOPS:
-            del self._kept[next(iter(self._kept))]
+            self._drop(next(iter(self._kept)))
 
     def clear(self) -> None:
+        """Drop all loops. Their work is done."""
         self._kept.clear()
+
+    def _drop(self, shape: LoopShape) -> None:
+        if (loop := self._kept.pop(shape, None)) is not None:
+            loop.finish()
 
 
 def take_loop(plan: Plan, conditioning: Conditioning, backend: Backend, sessions: Sessions, cache: LoopCache) -> SamplingLoop:

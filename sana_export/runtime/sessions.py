@@ -31,6 +31,7 @@ class Sessions(dict[str, Session]):
             self._backend.wait()
             for graph in others:
                 del self[graph]
+            self._backend.release_memory()
             return_free_memory()
         for graph in graphs:
             self[graph]  # reading loads

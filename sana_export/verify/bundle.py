@@ -89,8 +89,18 @@ def verify_bundle(
     bundle with PAG layers is also sampled with PAG. The report is stored in the bundle's manifest. Raises UsageError if the bundle
     was not exported from `checkpoint`.
     """
-    runtime = open_runtime(bundle, backend, device=device, threads=threads)
-    manifest, prompts = runtime.manifest, sampling.prompts
+    with open_runtime(bundle, backend, device=device, threads=threads) as runtime:
+        report = _compare(runtime, checkpoint, sampling, quality, on_progress)
+    with locked(manifest_lock(bundle)):
+        replace(Manifest.load(bundle), parity=report.as_json()).save(bundle)
+    return report
+
+
+def _compare(
+    runtime: SanaRuntime, checkpoint: SanaCheckpoint, sampling: Sampling, quality: bool, on_progress: OnProgress
+) -> VerifyReport:
+    """The report of `verify_bundle` for the bundle in `runtime`."""
+    bundle, manifest, prompts = runtime.bundle, runtime.manifest, sampling.prompts
     _check_origin(bundle, manifest, checkpoint)
     pipeline = load_reference(checkpoint, manifest.options, pag=False)
     # A bundle, or its engines, may lack the graphs of the tiled decoder.
@@ -114,7 +124,7 @@ def verify_bundle(
             latents.append(compare_tensors(f"latents {name}", *pair.latents, manifest.options.precision))
             images.append(compare_images(f"image {name}", *pair.images, manifest.options.precision))
     measured = _measure_quality(runtime, pipeline, checkpoint, sampling, on_progress) if quality else None
-    report = VerifyReport(
+    return VerifyReport(
         str(bundle),
         checkpoint.source,
         manifest.options.precision,
@@ -125,9 +135,6 @@ def verify_bundle(
         tuple(images),
         measured,
     )
-    with locked(manifest_lock(bundle)):
-        replace(Manifest.load(bundle), parity=report.as_json()).save(bundle)
-    return report
 
 
 def _check_origin(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint) -> None:
@@ -200,16 +207,14 @@ def measure_ranges(
             wanted="fp16 or bf16",
             fix=export_command(bundle.with_name(f"{bundle.name}-fp16"), manifest, precision="fp16") + " --dtype fp16",
         )
-    runtime = SanaRuntime.from_pretrained(
-        bundle, backend=evaluator_backend(partial(RangeMeter, threads=threads), "float32 with ranges")
-    )
-    evaluators = cast(EvaluatorBackend, runtime.backend).evaluators
-    prompts = sampling.prompts
-    for done, prompt in enumerate(prompts):
-        on_progress(Progress(f"sampling {prompt!r}", done, len(prompts)))
-        plan = runtime.plan(sampling.request(prompt, manifest.model))
-        *_, last = runtime.steps(plan, runtime.encode(plan))
-        # Not runtime.decode, which raises an error if the latents overflowed: the report is about overflows.
-        runtime.run("vae_decoder", {"latents": last.latents})
-    rows = [row for evaluator in evaluators.values() for row in cast(RangeMeter, evaluator).ranges()]
+    backend, prompts = evaluator_backend(partial(RangeMeter, threads=threads), "float32 with ranges"), sampling.prompts
+    with SanaRuntime.from_pretrained(bundle, backend=backend) as runtime:
+        for done, prompt in enumerate(prompts):
+            on_progress(Progress(f"sampling {prompt!r}", done, len(prompts)))
+            plan = runtime.plan(sampling.request(prompt, manifest.model))
+            *_, last = runtime.steps(plan, runtime.encode(plan))
+            # Not runtime.decode, which raises an error if the latents overflowed: the report is about overflows.
+            runtime.run("vae_decoder", {"latents": last.latents})
+        evaluators = cast(EvaluatorBackend, runtime.backend).evaluators.values()
+        rows = [row for evaluator in evaluators for row in cast(RangeMeter, evaluator).ranges()]
     return RangeReport(str(bundle), tuple(prompts), tuple(sorted(rows, key=lambda row: row.headroom)))

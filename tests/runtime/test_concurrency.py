@@ -11,6 +11,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from sana_export.errors import DependencyError, UsageError
 from sana_export.machine import Gpu
 from sana_export.profiles import Profile
 from sana_export.runtime import Request, SanaRuntime
-from sana_export.runtime.backends.tensorrt import TensorRTBackend
+from sana_export.runtime.backends.tensorrt import EngineSession, TensorRTBackend
 from sana_export.runtime.sampling import KEPT_LOOPS, LoopCache
 from sana_export.trt.compatibility import Host
 from tests.support.host_device import HostDevice
@@ -214,11 +215,14 @@ def test_the_conditioning_of_another_plan_is_refused(runtime: SanaRuntime, chang
 
 def test_the_least_recently_used_loop_is_dropped() -> None:
     cache = LoopCache()
-    loops = [SimpleNamespace(shape=shape) for shape in range(KEPT_LOOPS + 1)]
-    for loop in (*loops[:-1], loops[0], loops[-1]):
-        cache.give_back(loop)  # type: ignore[arg-type]
+    finished: list[int] = []
+    loops = [SimpleNamespace(shape=shape, finish=partial(finished.append, shape)) for shape in range(KEPT_LOOPS + 1)]
+    for index in (*range(KEPT_LOOPS), 0, KEPT_LOOPS):
+        cache.take(loops[index].shape, lambda: None)  # type: ignore[arg-type, return-value]
+        cache.give_back(loops[index])  # type: ignore[arg-type]
     made = [cache.take(loop.shape, lambda: None) for loop in loops]  # type: ignore[arg-type, return-value]
     assert made == [loops[0], None, *loops[2:]]
+    assert finished == [1], "its work is done before it is dropped"
 
 
 def test_work_is_captured_again_if_memory_moved_while_other_steps_were_captured(
@@ -226,14 +230,14 @@ def test_work_is_captured_again_if_memory_moved_while_other_steps_were_captured(
 ) -> None:
     with open_on_host_device(engines, "resident") as runtime:
         wanted = runtime("prompt number 1", seed=1, output_type="latent", **SMALL).images  # captures all steps as one
-        gpu, shared, sampler = runtime.backend.gpu, runtime.backend.shared, runtime.sessions["sampler"]  # type: ignore[attr-defined]
-        captures, run, moves = gpu.captures, sampler.run, [1]
+        gpu, shared = runtime.backend.gpu, runtime.backend.shared  # type: ignore[attr-defined]
+        captures, run, moves = gpu.captures, EngineSession.run, [1]
 
-        def move_once(*arguments: Any) -> Any:
-            shared.generation += moves.pop() if moves else 0
-            return run(*arguments)
+        def move_once(session: EngineSession, feeds: Any, outputs: Any = None) -> Any:
+            shared.generation += moves.pop() if moves and "coefficients" in feeds else 0
+            return run(session, feeds, outputs)
 
-        monkeypatch.setattr(sampler, "run", move_once)
+        monkeypatch.setattr(EngineSession, "run", move_once)
         plan = runtime.plan(request_of(1))
         with contextlib.closing(runtime.steps(plan, runtime.encode(plan))) as steps:
             next(steps)  # captures the first step, in the same loop

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sana_export.errors import ArtifactError, DependencyError, UsageError
@@ -14,7 +15,7 @@ from sana_export.files import FileEntry
 from sana_export.machine import Gpu
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import Profile
-from sana_export.runtime import SanaRuntime
+from sana_export.runtime import Request, SanaRuntime
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
 from sana_export.runtime.backends.weight_streaming import weight_budget
 from sana_export.runtime.memory import MemoryRequirement, choose_memory_mode, memory_requirements
@@ -151,6 +152,38 @@ def test_staged_holds_one_stage_at_a_time_and_gives_the_same_images(bundle: Path
     assert staged.backend.gpu.captures == 0
 
 
+@pytest.mark.parametrize("memory", ["resident", "staged"])
+def test_nothing_of_a_closed_runtime_stays_on_the_device(bundle: Path, memory: str) -> None:
+    device = HostDevice()
+    with opened(bundle, device, memory=memory)[0] as runtime:
+        plan = runtime.plan(Request("a red fox", **SMALL))
+        for step in runtime.steps(plan, runtime.encode(plan)):
+            runtime.decode(plan, step.x0)
+        del step
+        for options in ({}, {"pag_scale": 2.0}, {"decoder_tile": 64}):
+            runtime("fox", **SMALL, **options)
+        assert device.used > 0
+    assert (device.used, device.kept) == (0, 0)
+
+
+def test_a_stage_leaves_the_next_one_the_memory_that_it_worked_in(bundle: Path) -> None:
+    """On a device that has room for each stage with its own work, the second image needs no more than the first."""
+
+    def draw(capacity: int, work: int) -> tuple[Any, HostDevice]:
+        device = HostDevice(capacity)
+        runtime, module = opened(bundle, device, memory="staged")
+        module.work_factors = {"vae_decoder": work // (32 * 3 * 5)}
+        images = [runtime("fox", output_type="np", **SMALL).images for _ in range(2)]
+        np.testing.assert_array_equal(*images)
+        return images[0], device
+
+    work = 1_000_000
+    wanted, device = draw(1 << 40, 0)
+    found, small = draw(device.peak + work // 2, work)
+    np.testing.assert_array_equal(found, wanted)
+    assert small.kept < small.peak, "memory goes back to the driver at a change of stage"
+
+
 def test_a_gpu_that_is_too_small_is_reported_before_anything_is_loaded(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
     big = tuple(dataclasses.replace(engine, file=dataclasses.replace(engine.file, bytes=4 * GB)) for engine in manifest.engines)
@@ -189,13 +222,13 @@ def streaming_engine(bundle: Path, mode: str, **settings: Any) -> Any:
 def test_weights_are_streamed_in_that_mode_alone(bundle: Path, mode: str, streams: bool) -> None:
     engine = streaming_engine(bundle, mode, streamable_bytes=100 * GB)
     assert engine.engine.weight_streaming_budget_v2 == pytest.approx(0.75 * 40 * GB if streams else 100 * GB, rel=0.001)
-    assert engine.capturable is not streams
+    assert engine.streams is streams
 
 
 def test_weights_that_all_fit_are_not_streamed(bundle: Path) -> None:
     engine = streaming_engine(bundle, "streaming")
     assert engine.engine.weight_streaming_budget_v2 == engine.engine.streamable_weights_size
-    assert engine.capturable
+    assert not engine.streams
 
 
 def test_a_budget_that_is_not_accepted_is_an_error(bundle: Path) -> None:

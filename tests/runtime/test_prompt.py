@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, processors
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.safetensors_file import StoredTensor
 from sana_export.manifest import Manifest
+from sana_export.runtime import SanaRuntime
 from sana_export.runtime.prompt import MAX_TOKENS, Instruction, PromptEncoder
 from sana_export.runtime.request import Request
 
@@ -144,6 +145,23 @@ def test_without_the_instruction_only_bos_is_shared() -> None:
     assert toy.batches == [(3, 5, 1)]
 
 
+@pytest.mark.parametrize("multiple", [1, 3, 8, 32])
+def test_padded_batches_give_the_same_rows(multiple: int) -> None:
+    """The padding is on the right, so it changes no row. It ends where the longest prompt of the request could end."""
+    encoder, limit = make_encoder("two"), 20
+    texts = [(text, True) for text in ("y", "yy", "xyzyz", "y" * 40)] + [("plain", False), ("", False)]
+    tokens = [[encoder.tokenize(text, max_sequence_length=limit, instruct=instruct) for text, instruct in texts]]
+    plain, padded = ToyEncoder(), ToyEncoder()
+    wanted = encoder.encode(tokens, plain.run)
+    found = encoder.encode(tokens, padded.run, multiple)
+    np.testing.assert_array_equal(found.context_mask, wanted.context_mask)
+    np.testing.assert_array_equal(found.gather(), wanted.gather())
+    for (rows, length, shared), (padded_rows, padded_length, padded_shared) in zip(plain.batches, padded.batches, strict=True):
+        assert (padded_rows, padded_shared) == (rows, shared)
+        most = max(tokens.limit for tokens in tokens[0] if tokens.shared == shared) - shared
+        assert padded_length == min(-(-length // multiple) * multiple, most) >= length
+
+
 def test_a_prompt_over_the_limit_is_truncated_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     encoder = make_encoder()
     text = "Y" * 10 + " the end of a long prompt"
@@ -230,3 +248,22 @@ def test_embeddings_equal_those_of_diffusers(tiny_runtime: Any, tiny_pipeline: A
         difference = found[branch] - wanted[:, :length].detach().numpy()
         assert np.abs(difference * result.context_mask[branch][..., None]).max() < 2e-5
     assert np.abs(found).max() > 1
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.mark.parametrize(("tokens", "padded"), [(5, 32), (31, 32), (33, 64)])
+def test_the_text_encoder_is_causal(tiny_bundle: Path, backend: str, tokens: int, padded: int) -> None:
+    """Whatever the padding holds, the rows of the prompt are those without it, up to the order of float32 sums."""
+    generator = np.random.default_rng(tokens)
+    with SanaRuntime.from_pretrained(tiny_bundle, backend=backend) as runtime:
+        sizes = {"batch": 3, "tokens": padded, "prefix_tokens": 40}
+        shapes = {
+            tensor.name: [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
+            for tensor in runtime.manifest.graphs["text_encoder"].spec.inputs
+        }
+        feeds = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        feeds["inputs_embeds"][:, tokens:] *= 30
+        short = {**feeds, "inputs_embeds": np.ascontiguousarray(feeds["inputs_embeds"][:, :tokens])}
+        found, wanted = (runtime.to_host(runtime.run("text_encoder", given)["prompt_embeds"]) for given in (feeds, short))
+    assert np.abs(wanted).max() > 1
+    np.testing.assert_allclose(found[:, :tokens], wanted, atol=2e-5)

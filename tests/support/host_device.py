@@ -27,6 +27,7 @@ class HostDevice:
 
     def __init__(self, capacity: int = 1 << 40) -> None:
         self.capacity, self.used, self.peak = capacity, 0, 0
+        self.kept = 0  # what it has taken from the driver, used or not
         self.live: dict[int, int] = {}
         self.queue: list[Callable[[], None]] = []
         self.capturing: list[Callable[[], None]] | None = None
@@ -50,6 +51,7 @@ class HostDevice:
         address = -(-buffer.ctypes.data // ALIGNMENT) * ALIGNMENT
         self.used += size
         self.peak = max(self.peak, self.used)
+        self.kept = max(self.kept, self.used)
         self.live[address] = size
         memory = Memory(address, size, buffer)
 
@@ -118,3 +120,7 @@ class HostDevice:
 
     def free_bytes(self) -> int:
         return self.capacity - self.used
+
+    def trim(self) -> None:
+        self.wait()
+        self.kept = self.used

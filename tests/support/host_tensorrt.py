@@ -2,15 +2,20 @@
 
 An "engine" is a line of JSON. Every context spoils the memory that it works in, as a real one does. Names and answers are those of
 the installed TensorRT-RTX 1.7; tests/trt/test_module_interface.py holds the two beside each other.
+
+It is strict about what NVIDIA leaves undefined. Captured work fails if its context has other shapes or other memory than at the
+capture. Work fails if its context, or the runtime configuration of it, is gone. A context needs an engine with all its weights.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import dataclasses
 import enum
 import json
 import math
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +32,7 @@ from sana_export.profiles import PROFILES, Profile
 from sana_export.trt.plan import dynamic_axes, onnx_sha256
 
 VERSION = "1.7.1.116"
-#: What a run works in: bytes for each byte of its inputs.
+#: What a run works in: bytes for each element of its inputs.
 WORK_FACTOR = 3
 
 
@@ -105,9 +110,10 @@ class Context:
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
         assert config.allocation == ExecutionContextAllocationStrategy.USER_MANAGED
-        self.engine, self.config, self.module = engine, config, engine.module
+        self.engine, self.config, self.module = engine, weakref.ref(config), engine.module
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.own_graph: Any = None  # what the context's own CUDA graph is for
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         (tensor,) = [tensor for tensor in self.engine.spec.inputs if tensor.name == name]
@@ -120,7 +126,8 @@ class Context:
         return True
 
     def update_device_memory_size_for_shapes(self) -> int:
-        return WORK_FACTOR * sum(math.prod(shape) for shape in self.shapes.values())
+        factor = self.module.work_factors.get(self.engine.spec.name, WORK_FACTOR)
+        return factor * sum(math.prod(shape) for shape in self.shapes.values())
 
     def set_device_memory(self, memory: int, size: int) -> None:
         assert size >= self.update_device_memory_size_for_shapes()
@@ -154,8 +161,15 @@ class Context:
         if self.module.out_of_memory == "running":
             return self.module.fail("Error Code 1: Cuda Runtime (out of memory)")
         self.module.runs.append(engine.spec.name)
-        if self.config.cache is not None:
-            self.config.cache.shapes.add(f"{sorted(self.shapes.items())}")
+        self.module.shapes.append((engine.spec.name, f"{sorted(self.shapes.items())}"))
+        config = self.config()
+        assert config is not None, "the runtime configuration of a context is gone"
+        if config.cache is not None:
+            config.cache.shapes.add(f"{sorted(self.shapes.items())}")
+        if config.cuda_graph_strategy == CudaGraphStrategy.WHOLE_GRAPH_CAPTURE:
+            needed = (dict(self.shapes), dict(self.addresses), self.memory)
+            self.module.own_captures += [engine.spec.name] if self.own_graph != needed else []
+            self.own_graph = needed
         tensors = {
             tensor.name: (self.addresses[tensor.name], self.get_tensor_shape(tensor.name), tensor.dtype)
             for tensor in (*engine.spec.inputs, *engine.spec.outputs)
@@ -163,13 +177,19 @@ class Context:
         for address, shape, dtype in tensors.values():
             device.inside(address, math.prod(shape) * DTYPES[dtype].bytes)
         session = engine.session  # what is captured keeps the weights that it was captured with
-        assert session is not None, "an engine without weights was run"
         work, size = self.memory, self.update_device_memory_size_for_shapes()
         assert size <= self.memory_size
         device.inside(work, size)
-        assert device.capturing is None or not self.engine.streams, "work that streams weights was captured"
+        captured = device.capturing is not None
+        assert not (captured and engine.streams), "work that streams weights was captured"
+        shapes, living = dict(self.shapes), weakref.ref(self)
 
         def run() -> None:
+            context = living()
+            assert context is not None, "a context was destroyed before its work was done"
+            if captured:
+                assert context.shapes == shapes, "captured work ran after the shapes of its context changed"
+                assert context.memory == work, "captured work ran after the memory of its context moved"
             device.inside(work, size)
             ctypes.memset(work, 0xFB, size)
             views = {name: _view(*tensor) for name, tensor in tensors.items()}
@@ -218,8 +238,9 @@ class Engine:
         return RuntimeConfig(self.module)
 
     def create_execution_context(self, config: RuntimeConfig) -> Context:
+        assert self.session is not None, "a context was made of an engine without weights"
         self.has_contexts = True
-        self.module.contexts.append((self.spec.name, config))
+        self.module.contexts.append((self.spec.name, copy.copy(config)))
         return Context(self, config)
 
     @property
@@ -319,10 +340,15 @@ class HostTensorRT:
         self.logger: Any = None
         self.loads = 0
         self.runs: list[str] = []
+        self.shapes: list[tuple[str, str]] = []  # graph and shapes of each run
         self.refits: list[tuple[str, set[str]]] = []
         self.refits_fail_on = ""
         self.streamable_bytes, self.refuses_budgets = 0, False
         self.contexts: list[tuple[str, RuntimeConfig]] = []
+        #: Bytes that a run of a graph works in for each element of its inputs, if they are not `WORK_FACTOR`.
+        self.work_factors: dict[str, int] = {}
+        #: The graphs whose contexts captured their own work, once for each capture.
+        self.own_captures: list[str] = []
         module = self
 
         class Logger(ILogger):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import shutil
 from pathlib import Path
@@ -15,7 +14,9 @@ from sana_export.machine import gpu_compute_capability
 from sana_export.manifest import Manifest
 from sana_export.profiles import static_profile
 from sana_export.runtime.backends.cuda import CudaDevice, Device
-from sana_export.runtime.backends.tensorrt_engine import LoadedEngine, SharedMemory
+from sana_export.runtime.backends.tensorrt_context import EngineContext, SharedMemory
+from sana_export.runtime.backends.tensorrt_engine import LoadedEngine
+from sana_export.runtime.backends.tensorrt_options import EngineOptions
 from sana_export.trt.bundle import build_bundle
 from tests.support import host_tensorrt
 from tests.support.host_device import HostDevice
@@ -33,7 +34,7 @@ PAIRS = {
 #: What only the stand-ins have.
 OWN = {
     *("module", "shapes", "addresses", "engine", "config", "spec", "ranges", "scales", "session", "weights", "cache"),
-    *("allocation", "open", "memory", "memory_size", "streams", "has_contexts"),
+    *("allocation", "open", "own_graph", "memory", "memory_size", "streams", "has_contexts"),
 }
 
 
@@ -72,10 +73,11 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_bundle, tmp_path / "bundle")
 
 
-def load(bundle: Path, module: Any) -> LoadedEngine:
+def load(bundle: Path, module: Any, device: HostDevice | None = None) -> LoadedEngine:
     (entry,) = [engine for engine in Manifest.load(bundle).engines if engine.graph == "sampler"]
-    device = HostDevice()
-    return LoadedEngine(module, device, SharedMemory(device), entry, bundle / entry.file.path, build="sana-export build ...")
+    device = device or HostDevice()
+    path, settings = bundle / entry.file.path, EngineOptions().settings("sampler")
+    return LoadedEngine(module, device, entry, path, settings=settings, build="sana-export build ...")
 
 
 def test_the_real_module_refuses_a_file_that_is_not_an_engine(bundle: Path) -> None:
@@ -111,7 +113,5 @@ def test_the_compiler_says_what_an_engine_works_in(bundle: Path) -> None:
 def test_loads_with_the_stand_in(bundle: Path) -> None:
     with_engines(bundle, static_profile(96, 160))
     device = HostDevice()
-    (entry,) = [engine for engine in Manifest.load(bundle).engines if engine.graph == "sampler"]
-    path = bundle / entry.file.path
-    engine = LoadedEngine(HostTensorRT(device), device, SharedMemory(device), dataclasses.replace(entry), path, build="")
-    assert engine.capturable
+    engine = load(bundle, HostTensorRT(device), device)
+    assert EngineContext(engine, device, SharedMemory(device)).capturable

@@ -43,3 +43,4 @@ def test_engines_of_a_profile_pass(tiny_checkpoint: Any, tiny_bundle: Path, tmp_
     assert set(module.runs) == WHOLE
     assert report.backend == "tensorrt-rtx"
     assert len(report.images) == 4
+    assert device.used == 0, "the runtime is closed afterwards"

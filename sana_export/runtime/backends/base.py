@@ -43,7 +43,7 @@ class BackendSettings:
             raise UsageError(
                 f"the backend {backend} takes no backend_options",
                 found=", ".join(map(str, self.options)),
-                wanted="no backend_options, or a backend that takes them: onnxruntime, onnxruntime-cuda-graphs",
+                wanted="no backend_options, or a backend that takes them: every one but torch and torch-compile",
             )
 
 
@@ -70,6 +70,13 @@ class Session(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot change weights")
 
+    def reserve(self, axes: Mapping[str, int]) -> None:
+        """Reserve the memory that a run on inputs with these `axes` (contract.DYNAMIC_AXES) needs.
+
+        Memory that a session reserves later may move what captured work uses, which then has to be captured again.
+        """
+        return None
+
 
 class EnqueuedSession(Session):
     """A session whose `run` returns before the work is done and can write its outputs to given tensors."""
@@ -84,6 +91,10 @@ class EnqueuedSession(Session):
     @abstractmethod
     def capturable(self) -> bool:
         """Whether the work of the last run can be captured."""
+
+    def separate(self) -> EnqueuedSession:
+        """A session of the same graph and weights whose captured work stays valid whatever other sessions run."""
+        return self
 
 
 class Backend(ABC):
@@ -152,6 +163,10 @@ class Backend(ABC):
 
     def wait(self) -> None:
         """Return when all work is done, so that its tensors may be freed."""
+        return None
+
+    def release_memory(self) -> None:
+        """Give memory that no session and no tensor holds back, for whatever runs next. Work captured before cannot be replayed."""
         return None
 
 

@@ -1,6 +1,7 @@
 """TensorRT and TensorRT-RTX: runs a bundle's engines on a GPU. Tensors stay there, and all work is enqueued to one stream.
 
-Both share one implementation; the Python module is a value. `cuda.py` and `tensorrt_engine.py` talk to the GPU.
+Both share one implementation; the Python module is a value. `cuda.py`, `tensorrt_engine.py` and `tensorrt_context.py` talk to the
+GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from sana_export.runtime.backends.base import (
 )
 from sana_export.runtime.backends.cuda import ALIGNMENT, CudaDevice, Device
 from sana_export.runtime.backends.device_arrays import DeviceArray, DeviceTable
-from sana_export.runtime.backends.tensorrt_engine import LoadedEngine, SharedMemory
+from sana_export.runtime.backends.tensorrt_context import EngineContext, SharedMemory
+from sana_export.runtime.backends.tensorrt_engine import LoadedEngine
+from sana_export.runtime.backends.tensorrt_options import EngineOptions
 from sana_export.runtime.backends.tensorrt_refit import EngineWeights
 from sana_export.runtime.memory import choose_memory_mode, memory_requirements
 from sana_export.runtime.prompt import PromptEmbeddings
@@ -41,46 +44,20 @@ from sana_export.trt.selection import runnable, typical_axes
 
 LOG = logging.getLogger(__name__)
 
-#: Text tokens are padded to a multiple of this. With 2 or 3 guidance branches a few more tokens cost almost nothing in a step, and
-#: prompts of similar length can replay the same captured loop.
-TEXT_MULTIPLE = 32
 
-
-class EngineSession(EnqueuedSession):
-    """One graph. Each run uses the engine for its shapes, which is loaded when it is first needed."""
+class GraphEngines:
+    """The loaded engines of one graph, and the weights of those that are refittable."""
 
     def __init__(self, backend: TensorRTBackend, graph: str) -> None:
         self._backend, self._graph = backend, graph
-        self._spec = backend.manifest.graphs[graph].spec
-        self._inputs = {tensor.name: tensor for tensor in self._spec.inputs}
         #: The loaded engines by key.
         self.loaded: dict[str, LoadedEngine] = {}
-        # Save the kernels that were compiled for this GPU when the session or the process ends.
+        # Save the kernels that were compiled for this GPU when the last session of the graph or the process ends.
         weakref.finalize(self, _save_caches, self.loaded)
-        self._last: LoadedEngine | None = None
         # The weights of refittable engines, by the engine's key.
         self._weights: dict[str, EngineWeights] = {}
         # What `refit` changed, for engines that are loaded later.
         self._changed: dict[str, Array] = {}
-
-    def run(
-        self, feeds: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor] | None = None
-    ) -> dict[str, DeviceTensor]:
-        backend = self._backend
-        values = {name: backend.to_device(value) for name, value in feeds.items()}
-        shapes = {name: value.shape for name, value in values.items()}
-        engine = self._last = self._engine_for(shapes)
-        engine.shape(shapes)
-        found = {
-            tensor.name: (outputs or {}).get(tensor.name) or backend.empty(engine.output_shape(tensor.name), tensor.dtype)
-            for tensor in self._spec.outputs
-        }
-        engine.run({name: value.address for name, value in {**values, **found}.items()})
-        return found
-
-    @property
-    def capturable(self) -> bool:
-        return self._last is not None and self._last.capturable
 
     def engine(self, entry: EngineEntry) -> LoadedEngine:
         """The engine of `entry`, loaded and with its weights."""
@@ -93,8 +70,23 @@ class EngineSession(EnqueuedSession):
             self.loaded[entry.key] = engine
         return self.loaded[entry.key]
 
+    def covering(self, axes: Mapping[str, int]) -> LoadedEngine:
+        """The engine for inputs with these `axes`. Raises UsageError if there is none."""
+        entry = self._backend.engines.engine_for(self._graph, axes, refittable=bool(self._changed))
+        if entry is None:
+            engines = self._backend.engines.engines[self._graph]
+            # After a refit, an engine may cover the shapes but have fixed weights.
+            why = [f"{entry.profile}: {explain_outside(entry.ranges, axes) or 'its weights are fixed'}" for entry in engines]
+            raise UsageError(
+                f"no {self._backend.name} engine of {self._graph} covers this request",
+                found="; ".join(why),
+                wanted="a request within one of these",
+                fix=engines_command(self._backend.bundle, self._backend.name),
+            )
+        return self.engine(entry)
+
     def refit(self, weights: Mapping[str, Array]) -> None:
-        """Refit every loaded engine of the graph, or none of them. Engines that are loaded later get the weights too.
+        """Refit every loaded engine, or none of them. Engines that are loaded later get the weights too.
 
         From now on only refittable engines run.
         """
@@ -114,25 +106,69 @@ class EngineSession(EnqueuedSession):
             raise
         self._changed |= weights
 
-    def _engine_for(self, shapes: Mapping[str, tuple[int, ...]]) -> LoadedEngine:
+
+class EngineSession(EnqueuedSession):
+    """One graph, in execution contexts that no other session uses. Each run uses the engine for its shapes.
+
+    An engine is loaded, and its context made, when it is first needed.
+    """
+
+    def __init__(self, backend: TensorRTBackend, graph: str, engines: GraphEngines) -> None:
+        self._backend, self._graph, self._engines = backend, graph, engines
+        self._spec = backend.manifest.graphs[graph].spec
+        self._contexts: dict[str, EngineContext] = {}
+        self._last: EngineContext | None = None
+
+    def run(
+        self, feeds: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor] | None = None
+    ) -> dict[str, DeviceTensor]:
+        backend = self._backend
+        values = {name: backend.to_device(value) for name, value in feeds.items()}
+        context = self._last = self._shaped({name: value.shape for name, value in values.items()})
+        found = {
+            tensor.name: (outputs or {}).get(tensor.name) or backend.empty(context.output_shape(tensor.name), tensor.dtype)
+            for tensor in self._spec.outputs
+        }
+        context.run(values, found)
+        return found
+
+    @property
+    def capturable(self) -> bool:
+        return self._last is not None and self._last.capturable
+
+    def separate(self) -> EngineSession:
+        return EngineSession(self._backend, self._graph, self._engines)
+
+    def reserve(self, axes: Mapping[str, int]) -> None:
+        self._shaped(
+            {
+                tensor.name: tuple(axis if isinstance(axis, int) else axes[axis] for axis in tensor.shape)
+                for tensor in self._spec.inputs
+            }
+        )
+
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        self._engines.refit(weights)
+
+    @property
+    def loaded(self) -> Mapping[str, LoadedEngine]:
+        """The loaded engines of the graph by key."""
+        return self._engines.loaded
+
+    def _shaped(self, shapes: Mapping[str, tuple[int, ...]]) -> EngineContext:
+        """A context of the engine for inputs of these shapes, with these shapes and the memory for them."""
         axes = {
             axis: length
-            for name, shape in shapes.items()
-            for axis, length in zip(self._inputs[name].shape, shape, strict=True)
+            for tensor in self._spec.inputs
+            for axis, length in zip(tensor.shape, shapes[tensor.name], strict=True)
             if isinstance(axis, str)
         }
-        entry = self._backend.engines.engine_for(self._graph, axes, refittable=bool(self._changed))
-        if entry is None:
-            engines = self._backend.engines.engines[self._graph]
-            # After a refit, an engine may cover the shapes but have fixed weights.
-            why = [f"{entry.profile}: {explain_outside(entry.ranges, axes) or 'its weights are fixed'}" for entry in engines]
-            raise UsageError(
-                f"no {self._backend.name} engine of {self._graph} covers this request",
-                found="; ".join(why),
-                wanted="a request within one of these",
-                fix=engines_command(self._backend.bundle, self._backend.name),
-            )
-        return self.engine(entry)
+        engine = self._engines.covering(axes)
+        if engine.entry.key not in self._contexts:
+            self._contexts[engine.entry.key] = EngineContext(engine, self._backend.gpu, self._backend.shared)
+        context = self._contexts[engine.entry.key]
+        context.shape(shapes)
+        return context
 
 
 def _save_caches(loaded: Mapping[str, LoadedEngine]) -> None:
@@ -148,7 +184,6 @@ class TensorRTBackend(CapturingBackend):
     """
 
     device = "cuda"
-    text_multiple = TEXT_MULTIPLE
 
     def __init__(
         self,
@@ -161,7 +196,8 @@ class TensorRTBackend(CapturingBackend):
         device: Device | None = None,
         machine: Host | None = None,
     ) -> None:
-        settings.reject_options(name)
+        self._options = EngineOptions.parse(settings.options, name)
+        self.text_multiple = self._options.text_multiple
         self.bundle, self.manifest, self.name = bundle, manifest, name
         self.engines = runnable(bundle, manifest, name, machine or detect_host(settings.device))
         self._module = load(name) if module is None else module
@@ -174,9 +210,9 @@ class TensorRTBackend(CapturingBackend):
         typical = typical_axes(self.manifest.model)
         if not self.engines.engines.get(graph):
             self.engines.check_supported([graph], typical)
-        session = EngineSession(self, graph)
-        session.engine(self.engines.engine_for(graph, typical) or self.engines.engines[graph][0])
-        return session
+        engines = GraphEngines(self, graph)
+        engines.engine(self.engines.engine_for(graph, typical) or self.engines.engines[graph][0])
+        return EngineSession(self, graph, engines)
 
     def load_engine(self, entry: EngineEntry) -> LoadedEngine:
         """Load an engine. Its file is checked the first time."""
@@ -185,7 +221,10 @@ class TensorRTBackend(CapturingBackend):
         if entry.key not in self._checked:
             (path,) = check_files(self.bundle, [entry.file], fix=build)
             self._checked.add(entry.key)
-        return LoadedEngine(self._module, self.gpu, self.shared, entry, path, build=build, stream_weights=self._stream_weights)
+        settings = self._options.settings(entry.graph)
+        return LoadedEngine(
+            self._module, self.gpu, entry, path, settings=settings, build=build, stream_weights=self._stream_weights
+        )
 
     def engine_weights(self, graph: str, engine: LoadedEngine) -> EngineWeights:
         """The weights of an engine of `graph`, not set yet."""
@@ -257,6 +296,10 @@ class TensorRTBackend(CapturingBackend):
 
     def wait(self) -> None:
         self.gpu.wait()
+
+    def release_memory(self) -> None:
+        self.shared.release()
+        self.gpu.trim()
 
     def empty(self, shape: Sequence[int], dtype: str) -> DeviceArray:
         """A new tensor with undefined values."""

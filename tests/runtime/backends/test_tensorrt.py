@@ -15,10 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from sana_export.errors import UsageError
 from sana_export.machine import Gpu
 from sana_export.profiles import Profile
 from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends.base import BackendSettings
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
+from sana_export.runtime.backends.tensorrt_options import EngineOptions
 from sana_export.runtime.request import Request
 from sana_export.trt.compatibility import Host
 from tests.support.host_device import HostDevice
@@ -35,9 +38,11 @@ def pixels(images: Any) -> npt.NDArray[np.int64]:
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
-def opened(bundle: Path, device: HostDevice, module: HostTensorRT, **options: Any) -> SanaRuntime:
+def opened(bundle: Path, device: HostDevice, module: HostTensorRT, *, engine_options: Any = None, **options: Any) -> SanaRuntime:
+    settings = BackendSettings(options=engine_options or {})
+
     def backend(bundle: Path, manifest: Any) -> TensorRTBackend:
-        return TensorRTBackend(bundle, manifest, "tensorrt-rtx", module=module, device=device, machine=HERE)
+        return TensorRTBackend(bundle, manifest, "tensorrt-rtx", settings, module=module, device=device, machine=HERE)
 
     return SanaRuntime.from_pretrained(bundle, backend=backend, **options)
 
@@ -122,17 +127,89 @@ def test_a_captured_loop_serves_other_prompts_seeds_and_scales(
     assert module.loads == len(set(module.runs))
 
 
+#: A request, and the changes of it that run in between. The last two have the same shapes, in loops of their own.
+OTHERS: list[dict[str, Any]] = [
+    {"pag_scale": 2.0},
+    {"guidance_scale": 1.0},
+    {"width": 96},
+    {"prompt": "a very detailed painting of a house by the lake, " * 10},
+    {"num_images_per_prompt": 2},
+    {"num_inference_steps": 2},
+    {"callback_on_step_end": lambda *_: None},
+]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
+def test_a_captured_loop_stays_valid_whatever_runs_in_between(
+    runtime: SanaRuntime, device: HostDevice, other: dict[str, Any]
+) -> None:
+    """The stand-in fails if captured work runs after its context has changed."""
+
+    def drawn(**changes: Any) -> Any:
+        return runtime(**{"prompt": "a red fox", "seed": 7, **SMALL, **changes}).images
+
+    runtime.backend.shared.reserve(1 << 24)  # enough for all of them, so it does not move  # type: ignore[attr-defined]
+    first = drawn()
+    assert device.captures == 1
+    between = drawn(**other)
+    captures = device.captures
+    assert pixels(drawn()).tolist() == pixels(first).tolist()
+    assert pixels(drawn(**other)).tolist() == pixels(between).tolist()
+    assert device.captures == captures, "each is captured once"
+
+
+def test_runs_of_a_graph_do_not_disturb_captured_work(runtime: SanaRuntime, device: HostDevice) -> None:
+    first = runtime("a red fox", seed=7, **SMALL).images
+    latents = np.random.default_rng(0).normal(size=(2, 32, 4, 4)).astype(np.float32)
+    feeds = {"noise_pred": latents[None], "latents": latents, "previous_x0": latents, "noise": latents}
+    runtime.run("sampler", {**feeds, "coefficients": np.ones(6, np.float32), "weights": np.ones(1, np.float32)})
+    assert runtime("a red fox", seed=7, **SMALL).images == first
+    assert device.captures == 1
+
+
 def test_a_loop_is_captured_again_when_its_memory_has_moved(
     runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice
 ) -> None:
-    assert_same(runtime, tiny_runtime, "a red fox")
+    def drawn(**changes: Any) -> None:
+        options = {**SMALL, "seed": 7, **changes}
+        found, wanted = (pixels(by("a red fox", **options).images) for by in (runtime, tiny_runtime))
+        assert np.abs(found - wanted).max() <= 1
+
+    drawn()
     generation = runtime.backend.generation
-    assert_same(runtime, tiny_runtime, "a red fox", height=512, width=512, num_inference_steps=1)
+    drawn(height=512, width=512, num_inference_steps=1)
     assert runtime.backend.generation > generation
     assert device.captures == 2
     for _ in range(2):
-        assert_same(runtime, tiny_runtime, "a red fox")
+        drawn()
         assert device.captures == 3
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["called", "stage by stage"])
+def test_the_loop_is_captured_once_though_the_decoder_needs_more_memory(
+    runtime: SanaRuntime, device: HostDevice, module: HostTensorRT, by_hand: bool
+) -> None:
+    """The block has its final size before the loop is captured."""
+    module.work_factors = {"vae_decoder": 1000}
+
+    def draw() -> None:
+        if not by_hand:
+            runtime("a red fox", seed=7, **SMALL)
+            return
+        plan = runtime.plan(Request("a red fox", seed=7, **SMALL))
+        *_, last = runtime.steps(plan, runtime.encode(plan))
+        runtime.decode(plan, last.latents)
+
+    for _ in range(2):
+        draw()
+        assert device.captures == (SMALL["num_inference_steps"] if by_hand else 1)
+
+
+def test_tiles_are_reserved_before_the_loop_is_captured(runtime: SanaRuntime, device: HostDevice, module: HostTensorRT) -> None:
+    module.work_factors = {"vae_decoder_tail": 1000}
+    for _ in range(2):
+        runtime("a red fox", seed=7, decoder_tile=64, **SMALL)
+        assert device.captures == 1
 
 
 def test_steps_are_replayed_one_by_one_for_a_callback(runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice) -> None:
@@ -178,7 +255,8 @@ def test_only_tokens_noise_tables_and_pixels_cross(runtime: SanaRuntime, device:
     latents = 32 * 3 * 5 * 4
     assert device.downloaded - down == latents + 96 * 160 * 3
     tokens = runtime.text.tokenize("a red fox", max_sequence_length=300, instruct=True)
-    rows = (len(tokens.ids) - tokens.shared + 1) * model.text_channels * 4  # and BOS's
+    assert len(tokens.ids) - tokens.shared < 32
+    rows = (32 + 1) * model.text_channels * 4  # padded, and BOS's
     tables = 3 * 3 * 256
     resize = 2 * (96 + 160) * (8 + 4)
     noise = 2 * latents + 2048  # what sampling starts from, no x0 yet, and in a table no fresh noise
@@ -204,17 +282,73 @@ def test_work_that_cannot_be_captured_is_enqueued(
     assert caplog.text.count("cannot be captured") == 1
 
 
-def test_how_each_graph_is_run(runtime: SanaRuntime, module: HostTensorRT) -> None:
-    runtime("fox", seed=1, **SMALL)
-    found = {
-        name: (config.dynamic_shapes_kernel_specialization_strategy, config.cuda_graph_strategy) for name, config in module.contexts
+def test_how_each_graph_is_run(bundle: Path) -> None:
+    """Kernels of the loop exist before they are captured, and `backend_options` change only what is outside of it."""
+    strategies, off = DynamicShapesKernelSpecializationStrategy, CudaGraphStrategy.DISABLED
+    loop = dict.fromkeys(("denoiser", "sampler"), (strategies.EAGER, off))
+    outside = ("text_encoder", "context", "vae_decoder", "postprocess")
+
+    def settings(**options: Any) -> dict[str, Any]:
+        device = HostDevice()
+        module = HostTensorRT(device)
+        opened(bundle, device, module, engine_options=options)("fox", seed=1, **SMALL)
+        return {
+            name: (config.dynamic_shapes_kernel_specialization_strategy, config.cuda_graph_strategy)
+            for name, config in module.contexts
+        }
+
+    assert settings() == {
+        **loop,
+        **dict.fromkeys(outside, (strategies.LAZY, off)),
+        "postprocess": (strategies.NONE, off),
     }
-    captured = (DynamicShapesKernelSpecializationStrategy.EAGER, CudaGraphStrategy.DISABLED)
-    others = (DynamicShapesKernelSpecializationStrategy.LAZY, CudaGraphStrategy.WHOLE_GRAPH_CAPTURE)
-    assert found == {
-        **dict.fromkeys(("denoiser", "sampler"), captured),
-        **dict.fromkeys(("text_encoder", "context", "vae_decoder", "postprocess"), others),
-    }
+    changed = settings(dynamic_shapes_kernel_specialization_strategy="eager", cuda_graph_strategy="whole_graph_capture")
+    assert changed == {**loop, **dict.fromkeys(outside, (strategies.EAGER, CudaGraphStrategy.WHOLE_GRAPH_CAPTURE))}
+
+
+def test_contexts_that_capture_their_own_work_find_the_same_addresses(bundle: Path, tiny_runtime: SanaRuntime) -> None:
+    device = HostDevice()
+    module = HostTensorRT(device)
+    runtime = opened(bundle, device, module, engine_options={"cuda_graph_strategy": "whole_graph_capture"})
+    conditionings = []  # while they exist, other tensors have other addresses
+    for seed in range(3):
+        assert_same(runtime, tiny_runtime, "a red fox", seed=seed)
+        conditionings.append(runtime.encode(runtime.plan(Request("a red fox", **SMALL))))
+    assert sorted(module.own_captures) == ["context", "postprocess", "text_encoder", "vae_decoder"]
+    assert device.captures == 1
+    assert_same(runtime, tiny_runtime, "a red fox", width=96)
+    assert sorted(module.own_captures) == ["context", *["postprocess"] * 2, "text_encoder", *["vae_decoder"] * 2]
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("tensorrt-rtx", {"cuda_graphs": True}, "unknown backend option of tensorrt-rtx"),
+        ("tensorrt", {"cuda_graph_strategy": "disabled"}, "unknown backend option of tensorrt"),
+        ("tensorrt-rtx", {"cuda_graph_strategy": True}, "the backend option cuda_graph_strategy is out of range"),
+        ("tensorrt-rtx", {"dynamic_shapes_kernel_specialization_strategy": "EAGER"}, "strategy is out of range"),
+        ("tensorrt", {"text_multiple": 0}, "the backend option text_multiple is out of range"),
+        ("tensorrt", {"text_multiple": 1.5}, "the backend option text_multiple is out of range"),
+    ],
+)
+def test_options_that_engines_do_not_have(backend: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        EngineOptions.parse(options, backend)
+    assert caught.value.found
+    assert caught.value.wanted
+
+
+@pytest.mark.parametrize("multiple", [1, 32])
+def test_prompts_of_similar_length_have_one_shape(bundle: Path, tiny_runtime: SanaRuntime, multiple: int) -> None:
+    device = HostDevice()
+    module = HostTensorRT(device)
+    runtime = opened(bundle, device, module, engine_options={"text_multiple": multiple})
+    prompts = ("fox", "a red fox", "a red fox by the lake")
+    for prompt in prompts:
+        assert_same(runtime, tiny_runtime, prompt)
+    assert device.captures == (1 if multiple == 32 else len(prompts))
+    shapes = {shapes for graph, shapes in module.shapes if graph == "text_encoder"}
+    assert len(shapes) == (1 if multiple == 32 else len(prompts))
 
 
 def test_compiled_kernels_are_saved_next_to_the_engine(tiny_bundle: Path, tmp_path: Path) -> None:
