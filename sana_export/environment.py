@@ -85,7 +85,7 @@ def installed_version(distribution: str) -> str | None:
     module = _MODULES.get(distribution)
     if module is None or PathFinder.find_spec(module) is None:
         return None
-    return next(map(metadata.version, metadata.packages_distributions().get(module, ())), None)
+    return next(filter(None, map(installed_version, metadata.packages_distributions().get(module, ()))), None)
 
 
 def release(version: str) -> tuple[int, ...]:

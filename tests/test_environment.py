@@ -111,7 +111,7 @@ def test_releases_compare_as_numbers() -> None:
 @pytest.mark.parametrize(
     ("installed", "module", "asked"),
     [
-        ("tensorrt-cu12", "tensorrt", "tensorrt"),
+        ("tensorrt_cu12", "tensorrt", "tensorrt"),
         ("tensorrt_cu13", "tensorrt", "tensorrt"),
         ("tensorrt_rtx_cu13", "tensorrt_rtx", "tensorrt-rtx"),
     ],
