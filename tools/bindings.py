@@ -3,8 +3,8 @@
     python -m tools.bindings [FOLDER]
 
 It downloads the wheels of the bindings alone, without TensorRT's libraries, and imports each in a process of its own. At import the
-bindings look for a few C functions of these libraries: a stand-in that has them is compiled. Nothing of TensorRT runs. This needs the
-network, a C compiler, and CPython under Linux. `tests/trt/test_bindings.py` reads the result.
+bindings look for a few C functions of these libraries: a stand-in that has them is compiled. Nothing of TensorRT runs. This needs
+the network, a C compiler, and CPython under Linux. `tests/trt/test_bindings.py` reads the result.
 """
 
 from __future__ import annotations
