@@ -25,7 +25,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines bench test lint gpu-check clean
+.PHONY: help setup engines bench test bindings lint gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -47,6 +47,9 @@ bench: $(STAMP) ## latency against eager diffusers, on a checkpoint with 100 mil
 
 test: $(STAMP) ## run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile $(TEST_FLAGS)
+
+bindings: $(STAMP) ## record the interfaces of TensorRT's versions, which the tests compare with what our code uses
+	$(BIN)/python -m tools.bindings
 
 lint: $(STAMP) ## check style, types and import directions
 	$(BIN)/ruff check .

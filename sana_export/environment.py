@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -12,9 +13,12 @@ import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+#: The modules of distributions that only require another one, which has the module and can be installed alone.
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 @cache
@@ -72,11 +76,16 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, from its metadata; None if it is not installed."""
-    try:
+    """The version of an installed distribution, from its metadata; None if it is not installed.
+
+    TensorRT counts as installed if another distribution brought its module, for example tensorrt-cu13.
+    """
+    with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
+    module = _MODULES.get(distribution)
+    if module is None or PathFinder.find_spec(module) is None:
         return None
+    return next(filter(None, map(installed_version, metadata.packages_distributions().get(module, ()))), None)
 
 
 def release(version: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -105,6 +106,28 @@ def test_release(version: str, numbers: tuple[int, ...]) -> None:
 
 def test_releases_compare_as_numbers() -> None:
     assert release("2.11.0+cu130") > release("2.9") > release("2.8.9")
+
+
+@pytest.mark.parametrize(
+    ("installed", "module", "asked"),
+    [
+        ("tensorrt_cu12", "tensorrt", "tensorrt"),
+        ("tensorrt_cu13", "tensorrt", "tensorrt"),
+        ("tensorrt_rtx_cu13", "tensorrt_rtx", "tensorrt-rtx"),
+    ],
+)
+def test_tensorrt_is_installed_under_any_name_that_brings_its_module(
+    installed: str, module: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").touch()
+    about = tmp_path / f"{installed}-99.1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {installed}\nVersion: 99.1.0\n")
+    (about / "top_level.txt").write_text(f"{module}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert installed_version(asked) == "99.1.0"
+    assert installed_version("onnxruntime") is None
 
 
 def test_installed_version() -> None:

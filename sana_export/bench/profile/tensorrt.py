@@ -9,13 +9,22 @@ from typing import Any
 
 from sana_export.bench.nvtx_ranges import nvtx_range
 from sana_export.bench.profile.profile import GraphRun, LayerTime
-from sana_export.commands import engines_command
+from sana_export.commands import engines_command, export_command
 from sana_export.errors import ArtifactError, DependencyError
+from sana_export.manifest import EngineEntry
+from sana_export.profiles import explain_outside
+from sana_export.runtime.backends.tensorrt_refit import EngineWeights
+from sana_export.trt.compatibility import Host, detect_host, incompatibilities
 from sana_export.trt.flavour import load
+from sana_export.trt.logger import CollectedLog, logger_for
+from sana_export.trt.selection import engine_set
 
 
 def layers(run: GraphRun) -> list[LayerTime]:
-    """The median time of each layer. Raises ArtifactError if no engine runs on this GPU, DependencyError if there is no GPU."""
+    """The median time of each layer of the engine that serves these inputs.
+
+    Raises ArtifactError if there is none that runs on this GPU or if the module refuses it, and DependencyError if there is no GPU.
+    """
     import torch
 
     entries = [entry for entry in run.manifest.engines if entry.backend == run.backend and entry.graph == run.graph]
@@ -31,31 +40,90 @@ def layers(run: GraphRun) -> list[LayerTime]:
             wanted="an NVIDIA GPU, and PyTorch built for CUDA",
             fix="run the same command on a machine with an NVIDIA GPU; the engines need not be built again",
         )
+    entry = _serving(run, entries, detect_host(torch.cuda.current_device()))
     trt: Any = load(run.backend)
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    serialized = ((run.bundle / entry.file.path).read_bytes() for entry in entries)
-    engine = next(filter(None, map(runtime.deserialize_cuda_engine, serialized)), None)
-    if engine is None:
+    with logger_for(trt).collect() as log:
+        return _Profile(run, trt, log, fix).layers(entry)
+
+
+def _serving(run: GraphRun, entries: list[EngineEntry], host: Host) -> EngineEntry:
+    """The engine that the runtime uses for inputs of these shapes on `host`."""
+    axes = {
+        axis: length
+        for tensor in run.spec.inputs
+        for axis, length in zip(tensor.shape, run.inputs[tensor.name].shape, strict=True)
+        if isinstance(axis, str)
+    }
+    why = {entry.key: incompatibilities(entry, host) for entry in entries}
+    found = engine_set(run.bundle, run.backend, (entry for entry in entries if not why[entry.key]))
+    entry = found.engine_for(run.graph, axes) if run.graph in found.engines else None
+    if entry is None:
+        reasons = [f"{entry.profile}: {'; '.join(why[entry.key]) or explain_outside(entry.ranges, axes)}" for entry in entries]
         raise ArtifactError(
-            f"no engine of {run.graph} runs on this GPU",
-            found=torch.cuda.get_device_name(),
-            wanted=f"an engine that {run.backend} built for this GPU",
-            fix=fix,
+            f"no engine of {run.graph} serves this workload here",
+            found="; ".join(reasons),
+            wanted=f"an engine that {run.backend} built for this GPU and these sizes",
+            fix=engines_command(run.bundle, run.backend),
         )
-    timer = _timer(trt)
-    context = engine.create_execution_context()
-    context.profiler = timer
-    tensors = _bind(engine, context, trt, run)
-    stream = torch.cuda.current_stream().cuda_stream
-    for number in range(1 + run.runs):
-        if number == 1:
-            timer.times.clear()  # the first run warms up
-        with nvtx_range(run.graph):
-            context.execute_async_v3(stream)
-            torch.cuda.synchronize()
-    del tensors
-    kinds = _kinds(engine, context, trt)
-    return [LayerTime(name[:60], kinds.get(name, ""), statistics.median(times)) for name, times in timer.times.items()]
+    return entry
+
+
+class _Profile:
+    """Runs one engine with `trt`. An error shows what it wrote to `log`; `fix` is the command that builds the engine again."""
+
+    def __init__(self, run: GraphRun, trt: Any, log: CollectedLog, fix: str) -> None:
+        self._run, self._trt, self._log, self._fix = run, trt, log, fix
+
+    def layers(self, entry: EngineEntry) -> list[LayerTime]:
+        """The layers of the engine of `entry`, each with its median time."""
+        import torch
+
+        run = self._run
+        runtime = self._trt.Runtime(logger_for(self._trt))
+        engine = runtime.deserialize_cuda_engine((run.bundle / entry.file.path).read_bytes())
+        self._check(engine is not None, "loading")
+        if entry.refittable:
+            graph, export = run.manifest.graphs[run.graph], export_command(run.bundle, run.manifest)
+            EngineWeights(self._trt, engine, graph, run.bundle, export=export, build=self._fix).fill()
+        context, timer = engine.create_execution_context(), _timer(self._trt)
+        self._check(context is not None, "creating a context of")
+        context.profiler = timer
+        # TensorRT adds synchronization to work on the default stream.
+        stream = torch.cuda.Stream()
+        tensors = self._bind(context, stream.device)
+        stream.wait_stream(torch.cuda.current_stream())  # it copies the inputs
+        for number in range(1 + run.runs):
+            if number == 1:
+                timer.times.clear()  # the first run warms up
+            with nvtx_range(run.graph):
+                self._check(context.execute_async_v3(stream.cuda_stream), "running")
+                stream.synchronize()
+        del tensors
+        kinds = _kinds(engine, context, self._trt)
+        return [LayerTime(name[:60], kinds.get(name, ""), statistics.median(times)) for name, times in timer.times.items()]
+
+    def _bind(self, context: Any, device: Any) -> dict[str, Any]:
+        """Give each input and output a tensor on the GPU. The caller must keep the returned tensors alive."""
+        import torch
+
+        tensors = {name: tensor.to(device) for name, tensor in self._run.inputs.items()}
+        for name, tensor in tensors.items():
+            self._check(context.set_input_shape(name, tuple(tensor.shape)), f"shaping {name} {tuple(tensor.shape)} of")
+        for output in self._run.spec.outputs:
+            shape = tuple(context.get_tensor_shape(output.name))
+            tensors[output.name] = torch.empty(shape, dtype=getattr(torch, output.dtype), device=device)
+        for name, tensor in tensors.items():
+            self._check(context.set_tensor_address(name, tensor.data_ptr()), f"binding {name} of")
+        return tensors
+
+    def _check(self, worked: bool, doing: str) -> None:
+        if not worked:
+            raise ArtifactError(
+                f"{doing} the engine of {self._run.graph} failed in {self._trt.__name__} {self._trt.__version__}",
+                found="; ".join(self._log.errors) or "no reason given",
+                wanted="an engine that runs here",
+                fix=self._fix,
+            )
 
 
 def _timer(trt: Any) -> Any:
@@ -70,21 +138,6 @@ def _timer(trt: Any) -> Any:
             self.times[layer_name].append(ms)
 
     return Timer()
-
-
-def _bind(engine: Any, context: Any, trt: Any, run: GraphRun) -> dict[str, Any]:
-    """Give each input and output a tensor on the GPU. The caller must keep the returned tensors alive."""
-    import torch
-
-    tensors = {name: tensor.cuda() for name, tensor in run.inputs.items()}
-    for name, tensor in tensors.items():
-        context.set_input_shape(name, tuple(tensor.shape))
-    for tensor in run.spec.outputs:
-        shape = tuple(context.get_tensor_shape(tensor.name))
-        tensors[tensor.name] = torch.empty(shape, dtype=getattr(torch, tensor.dtype), device="cuda")
-    for name, tensor in tensors.items():
-        context.set_tensor_address(name, tensor.data_ptr())
-    return tensors
 
 
 def _kinds(engine: Any, context: Any, trt: Any) -> dict[str, str]:
