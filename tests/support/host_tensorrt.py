@@ -147,6 +147,8 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         device, engine = self.module.device, self.engine
         assert stream == device.stream
+        if device.capturing is not None and self.module.breaks_captures:
+            return self.module.fail("Error Code 1: Cuda Runtime (operation not permitted when stream is capturing)")
         if self.module.out_of_memory == "running":
             return self.module.fail("Error Code 1: Cuda Runtime (out of memory)")
         self.module.runs.append(engine.spec.name)
@@ -164,9 +166,8 @@ class Context:
         device.inside(work, size)
 
         def run() -> None:
-            device.inside(work, size)
-            ctypes.memset(work, 0xFB, size)
-            views = {name: _view(*tensor) for name, tensor in tensors.items()}
+            ctypes.memset(device.host(work, size), 0xFB, size)
+            views = {name: _view(device, *tensor) for name, tensor in tensors.items()}
             feeds = {tensor.name: views[tensor.name] for tensor in engine.spec.inputs}
             names = [tensor.name for tensor in engine.spec.outputs]
             for name, value in zip(names, session.run(names, feeds), strict=True):
@@ -176,9 +177,9 @@ class Context:
         return True
 
 
-def _view(address: int, shape: tuple[int, ...], dtype: str) -> Any:
+def _view(device: Any, address: int, shape: tuple[int, ...], dtype: str) -> Any:
     size = math.prod(shape) * DTYPES[dtype].bytes
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8).view(dtype).reshape(shape)
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(device.host(address, size)), np.uint8).view(dtype).reshape(shape)
 
 
 class Engine:
@@ -272,6 +273,9 @@ class Runtime:
         if self.module.out_of_memory == "loading":
             self.module.fail("Error Code 1: Cuda Runtime (out of memory)")
             return None
+        if self.module.cannot_load:
+            self.module.fail(self.module.cannot_load)
+            return None
         self.module.loads += 1
         return Engine(self.module, json.loads(bytes(content)))
 
@@ -298,6 +302,7 @@ class HostTensorRT:
         self.runs: list[str] = []
         self.refits: list[tuple[str, set[str]]] = []
         self.refits_fail_on = ""
+        self.cannot_load, self.breaks_captures = "", False
         self.contexts: list[tuple[str, RuntimeConfig]] = []
         module = self
 
