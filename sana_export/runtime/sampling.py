@@ -270,12 +270,12 @@ class CapturedLoop(SamplingLoop):
         try:
             replay = self._backend.capture(lambda: self._enqueue(first, stop))
         except Exception as error:  # any: if it has nothing to do with the capture, the steps will raise it again
-            self._stop_capturing(error if isinstance(error, SanaExportError) else repr(error))
+            self._stop_capturing(str(error) if isinstance(error, SanaExportError) else repr(error))
             return None
         self._replays[first, stop] = generation, replay
         return replay
 
-    def _stop_capturing(self, why: object) -> None:
+    def _stop_capturing(self, why: str) -> None:
         LOG.warning("the steps cannot be captured as a CUDA graph, so they are enqueued one by one: %s", why)
         self._capture = False
 

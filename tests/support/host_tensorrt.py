@@ -158,6 +158,8 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         device, engine = self.module.device, self.engine
         assert stream == device.stream
+        if device.capturing is not None and self.module.breaks_captures:
+            return self.module.fail("Error Code 1: Cuda Runtime (operation not permitted when stream is capturing)")
         if self.module.out_of_memory == "running":
             return self.module.fail("Error Code 1: Cuda Runtime (out of memory)")
         self.module.runs.append(engine.spec.name)
@@ -191,8 +193,8 @@ class Context:
                 assert context.shapes == shapes, "captured work ran after the shapes of its context changed"
                 assert context.memory == work, "captured work ran after the memory of its context moved"
             device.inside(work, size)
-            ctypes.memset(work, 0xFB, size)
-            views = {name: _view(*tensor) for name, tensor in tensors.items()}
+            ctypes.memset(device.host(work, size), 0xFB, size)
+            views = {name: _view(device, *tensor) for name, tensor in tensors.items()}
             feeds = {tensor.name: views[tensor.name] for tensor in engine.spec.inputs}
             names = [tensor.name for tensor in engine.spec.outputs]
             for name, value in zip(names, session.run(names, feeds), strict=True):
@@ -202,9 +204,9 @@ class Context:
         return True
 
 
-def _view(address: int, shape: tuple[int, ...], dtype: str) -> Any:
+def _view(device: Any, address: int, shape: tuple[int, ...], dtype: str) -> Any:
     size = math.prod(shape) * DTYPES[dtype].bytes
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8).view(dtype).reshape(shape)
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(device.host(address, size)), np.uint8).view(dtype).reshape(shape)
 
 
 class Engine:
@@ -316,6 +318,9 @@ class Runtime:
         if self.module.out_of_memory == "loading":
             self.module.fail("Error Code 1: Cuda Runtime (out of memory)")
             return None
+        if self.module.cannot_load:
+            self.module.fail(self.module.cannot_load)
+            return None
         self.module.loads += 1
         return Engine(self.module, json.loads(bytes(content)))
 
@@ -344,6 +349,7 @@ class HostTensorRT:
         self.refits: list[tuple[str, set[str]]] = []
         self.refits_fail_on = ""
         self.streamable_bytes, self.refuses_budgets = 0, False
+        self.cannot_load, self.breaks_captures = "", False
         self.contexts: list[tuple[str, RuntimeConfig]] = []
         #: Bytes that a run of a graph works in for each element of its inputs, if they are not `WORK_FACTOR`.
         self.work_factors: dict[str, int] = {}

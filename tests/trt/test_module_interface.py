@@ -93,9 +93,10 @@ def test_what_the_real_module_says_without_a_driver(bundle: Path) -> None:
     """The real compiler's engine in the real runtime, which behaves as with a driver that is too old."""
     manifest = build_bundle(bundle, backend="tensorrt-rtx", profile=static_profile(96, 160), graphs=["sampler"])
     assert manifest.engines[0].activation_bytes >= 0
-    with pytest.raises(DependencyError, match="NVIDIA's driver is missing or too old") as caught:
+    with pytest.raises(DependencyError, match="CUDA does not work here") as caught:
         load(bundle, real)
     assert real.__version__ in str(caught.value)
+    assert "update NVIDIA's driver" in str(caught.value.fix)
 
 
 def test_the_compiler_says_what_an_engine_works_in(bundle: Path) -> None:

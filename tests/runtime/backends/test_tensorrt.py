@@ -279,7 +279,25 @@ def test_work_that_cannot_be_captured_is_enqueued(
     assert_same(runtime, tiny_runtime, "fox")
     assert_same(runtime, tiny_runtime, "fox", seed=3)
     assert (device.captures, device.replays) == (0, 0)
-    assert caplog.text.count("cannot be captured") == 1
+    assert [record.message for record in caplog.records].count(
+        "the steps cannot be captured as a CUDA graph, so they are enqueued one by one: an engine cannot be captured"
+    ) == 1
+
+
+def test_a_capture_that_fails_is_replaced_by_steps_without_a_graph(
+    runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice, module: HostTensorRT, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The image is drawn all the same, and one warning has the engine's own reason."""
+    module.breaks_captures = True
+    assert_same(runtime, tiny_runtime, "fox")
+    assert_same(runtime, tiny_runtime, "fox", seed=3)
+    assert (device.captures, device.replays) == (0, 0)
+    (warning,) = [record.message for record in caplog.records if "cannot be captured" in record.message]
+    assert "running the engine of denoiser failed" in warning
+    assert "operation not permitted when stream is capturing" in warning
+    module.breaks_captures = False
+    assert_same(runtime, tiny_runtime, "fox", num_inference_steps=2)
+    assert (device.captures, device.replays) == (1, 2)
 
 
 def test_how_each_graph_is_run(bundle: Path) -> None:

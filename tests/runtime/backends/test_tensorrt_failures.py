@@ -77,18 +77,38 @@ def test_no_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'pip install "sana-export[tensorrt-rtx]"' in complete_text(caught.value)
 
 
+def test_an_error_that_nothing_is_known_about_is_not_explained_away() -> None:
+    text = complete_text(cuda_error("copying to the GPU", "CUDA_ERROR_NEW: something\nmore"))
+    assert text.startswith("the GPU cannot be used: copying to the GPU failed\n  found:  CUDA_ERROR_NEW: something\n  wanted:")
+    assert "sana-export doctor --json" in text
+    assert "install" not in text
+
+
 @pytest.mark.parametrize(
     ("said", "fix"),
     [
-        ("CUDA_ERROR_OUT_OF_MEMORY: no more", "--memory staged"),
-        ("CUDA driver: insufficient driver", "update NVIDIA's driver"),
-        ("CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "update NVIDIA's driver"),
-        ("CUDA_ERROR_UNKNOWN", "install NVIDIA's driver"),
+        ("CUDA initialization failure with error: 35", "update NVIDIA's driver"),
+        ("Error Code 1: Cuda Runtime (In f at x.cpp:250 (cudaError 500: named symbol not found))", "update NVIDIA's driver"),
+        ("Error Code 1: Cuda Runtime (no CUDA-capable device is detected)", "CUDA_VISIBLE_DEVICES"),
+        ("Error Code 1: Cuda Runtime (system not yet initialized)", "nvidia-fabricmanager"),
+        ("(cudaError 803: system has unsupported display driver / cuda driver combination)", "restart the machine"),
+        ("CUDA error 999", "nvidia-smi"),
     ],
 )
-def test_what_the_driver_says(said: str, fix: str) -> None:
-    assert fix in complete_text(cuda_error("a call", said))
-    assert said.splitlines()[0] in complete_text(cuda_error("a call", said))
+def test_an_error_of_cuda_is_not_the_engines_fault(bundle: Path, module: HostTensorRT, said: str, fix: str) -> None:
+    module.cannot_load = said
+    with pytest.raises(DependencyError, match="loading the engine of text_encoder failed: CUDA does not work here") as caught:
+        opened(bundle, module)
+    assert said in complete_text(caught.value)
+    assert fix in str(caught.value.fix)
+    assert caught.value.exit_code == 3
+
+
+def test_other_errors_while_loading_are_the_engines_fault(bundle: Path, module: HostTensorRT) -> None:
+    module.cannot_load = "Error Code 1: Serialization (magic tag)"
+    with pytest.raises(ArtifactError, match="loading the engine of text_encoder failed in host_tensorrt") as caught:
+        opened(bundle, module)
+    assert caught.value.fix == BUILD.format(bundle=bundle)
 
 
 @pytest.mark.parametrize(

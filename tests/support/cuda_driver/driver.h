@@ -109,7 +109,7 @@ CUresult context_state(const char *function);
 
 /* memory.c */
 void memory_begin(void);
-size_t memory_used(void), pinned_used(void);
+size_t memory_used(void), memory_reserved(void), pinned_used(void);
 char *bytes_at(CUdeviceptr address, size_t size);
 void release_block(CUdeviceptr address);
 

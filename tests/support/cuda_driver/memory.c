@@ -13,6 +13,7 @@
 
 #define MEMORY_SIZE ((size_t)24 << 30)
 #define GRANULE ((size_t)512)
+#define PAGE ((uintptr_t)4096)
 #define RUBBISH 0xFB                      /* fresh memory: as float16 and float32 large and negative, as an index far outside */
 #define LARGEST_SPOILED ((size_t)16 << 20)
 
@@ -49,6 +50,7 @@ void memory_begin(void) {
 }
 
 size_t memory_used(void) { return pool.used; }
+size_t memory_reserved(void) { return pool.reserved; }
 size_t pinned_used(void) { return pinned_bytes; }
 
 static Block *block_of(CUdeviceptr address) {
@@ -108,7 +110,9 @@ void release_block(CUdeviceptr address) {
         misuse("memory was freed twice");
         return;
     }
-    madvise(bytes_base + (address - (CUdeviceptr)device_base), block->size, MADV_DONTNEED);
+    uintptr_t start = (uintptr_t)bytes_base + (address - (CUdeviceptr)device_base);
+    uintptr_t first = (start + PAGE - 1) / PAGE * PAGE, end = (start + block->size) / PAGE * PAGE;
+    if (end > first) madvise((void *)first, end - first, MADV_DONTNEED); /* whole pages go back to the system */
     block->used = false;
     pool.used -= block->size;
     join_with_next(block);
@@ -193,7 +197,7 @@ API(cuMemAllocHost, void **address, size_t size) {
     NEED_CONTEXT;
     NEED(!unsafe_call(), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     Pinned *made = calloc(1, sizeof *made);
-    char *memory = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
+    char *memory = aligned_alloc(PAGE, (size + PAGE - 1) / PAGE * PAGE);
     NEED(memory, CUDA_ERROR_OUT_OF_MEMORY);
     *made = (Pinned){memory, size, pinned};
     pinned = made;

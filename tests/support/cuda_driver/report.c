@@ -30,14 +30,15 @@ EXPORTED void stand_in_misuses(char *text, size_t size) {
     snprintf(text, size, "%s", misuses);
 }
 
-/* What is alive: bytes of device memory and of pinned memory, graphs, executable graphs, streams, events. */
-EXPORTED void stand_in_alive(long long counts[6]) {
+/* What is alive: bytes of device memory used and reserved, bytes of pinned memory, graphs, executable graphs, streams, events. */
+EXPORTED void stand_in_alive(long long counts[7]) {
     LOCKED;
     run_all();
     counts[0] = (long long)memory_used();
-    counts[1] = (long long)pinned_used();
-    counts[2] = live_graphs;
-    counts[3] = live_execs;
-    counts[4] = live_streams;
-    counts[5] = live_events;
+    counts[1] = (long long)memory_reserved();
+    counts[2] = (long long)pinned_used();
+    counts[3] = live_graphs;
+    counts[4] = live_execs;
+    counts[5] = live_streams;
+    counts[6] = live_events;
 }

@@ -1,0 +1,81 @@
+"""`CudaDevice` and the engines above it on a stand-in for the CUDA driver, with the real cuda-core. Each run is a child process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import cuda_driver
+from tests.support.cuda_driver.faults import FAULTS
+
+HERE = Path(__file__).parent
+DEVICE_CHECKS = str(HERE / "test_gpu_cuda.py")
+#: The tests of the TensorRT backend that show most of what the device does.
+ENGINE_CHECKS = (
+    "test_images_are_those_of_onnxruntime[defaults]",
+    "test_images_are_those_of_onnxruntime[prompt,num_images_per_prompt,seed]",
+    "test_images_are_those_of_onnxruntime[height,width,decoder_tile]",
+    "test_a_captured_loop_serves_other_prompts_seeds_and_scales",
+    "test_a_loop_is_captured_again_when_its_memory_has_moved",
+    "test_steps_are_replayed_one_by_one_for_a_callback",
+    "test_only_tokens_noise_tables_and_pixels_cross",
+    "test_times_are_of_the_device",
+    "test_a_capture_that_fails_is_replaced_by_steps_without_a_graph",
+    "test_threads_share_a_runtime",
+)
+#: Opens the device, as a user's program does.
+OPEN = """
+from sana_export.errors import SanaExportError
+from sana_export.runtime.backends.cuda import CudaDevice
+try:
+    CudaDevice()
+except SanaExportError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.fixture(scope="session")
+def driver(build_cache: Path) -> Path:
+    """The folder with the stand-in."""
+    if (reason := cuda_driver.why_not()) is not None:
+        pytest.skip(reason)
+    return cuda_driver.build(build_cache)
+
+
+def test_the_device_works(driver: Path) -> None:
+    """What the device does on a GPU (test_gpu_cuda.py)."""
+    run = cuda_driver.run_tests(driver, ["-m", "gpu", DEVICE_CHECKS])
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "skipped" not in run.stdout
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_found(driver: Path, name: str) -> None:
+    check = FAULTS[name].found_by
+    run = cuda_driver.run_tests(driver, ["-m", "gpu", f"{DEVICE_CHECKS}::{check}"], CUDA_STAND_IN_FAULT=name)
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert f"::{check}" in run.stdout
+
+
+def test_engines_run_in_graphs_of_the_driver(driver: Path) -> None:
+    """The real device under the TensorRT backend: engines are host functions of its stream and its graphs."""
+    run = cuda_driver.run_tests(driver, [f"{HERE / 'test_tensorrt.py'}::{check}" for check in ENGINE_CHECKS])
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "found", "fix"),
+    [
+        (100, "CUDA_ERROR_NO_DEVICE", "docker run --gpus all"),
+        (802, "CUDA_ERROR_SYSTEM_NOT_READY", "systemctl start nvidia-fabricmanager"),
+        (803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "restart the machine"),
+        (999, "CUDA_ERROR_UNKNOWN", "run nvidia-smi"),
+    ],
+)
+def test_a_driver_that_does_not_start_is_explained(driver: Path, code: int, found: str, fix: str) -> None:
+    run = cuda_driver.run(driver, ["-c", OPEN], CUDA_STAND_IN_INIT=str(code))
+    assert run.stdout.startswith("DependencyError the GPU cannot be used: opening the GPU failed\n"), run.stdout + run.stderr
+    assert found in run.stdout
+    assert fix in run.stdout
+    assert "install NVIDIA's driver" not in run.stdout
