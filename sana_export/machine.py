@@ -74,7 +74,7 @@ def find_gpus() -> tuple[Gpu, ...]:
 
 
 def gpu_state() -> list[dict[str, str]]:
-    """Clocks, power, temperature, and memory of each GPU that nvidia-smi lists, in its words and units. Empty without nvidia-smi."""
+    """Clocks, power, temperature, and memory of each GPU, in nvidia-smi's words and units. Empty without nvidia-smi."""
     command = ("nvidia-smi", f"--query-gpu={','.join(_STATE)}", "--format=csv,noheader")
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True).stdout

@@ -112,7 +112,7 @@ class Environment:
 
 
 def missing(requirements: Iterable[str], have: dict[str, str]) -> list[str]:
-    """Those of `requirements` ("name", "name>=version", or with extras) that are not met. Any version of a package of `KEPT` is enough."""
+    """Those of `requirements` ("name[extra]>=version") that are not met. Any version of a package of `KEPT` is enough."""
     found = []
     for requirement in requirements:
         name, _, least = requirement.partition(">=")

@@ -71,9 +71,7 @@ def _capabilities(outcome: Outcome) -> Capabilities:
     known = outcome.found.get("modules")
     if known is None:
         names = {name for part in PARTS for name in (*part.modules, *part.one_of)}
-        return Capabilities(
-            None, {name for name in names if installed(name)}, "it is not known whether ONNX Runtime runs on the GPU"
-        )
+        return Capabilities(None, {name for name in names if installed(name)}, "whether ONNX Runtime runs on the GPU is not known")
     working = {name: answer for name, answer in known.items() if "error" not in answer}
     return Capabilities(outcome.found.get("compute_capability"), working, working.get("onnxruntime", {}).get("no_cuda"))
 

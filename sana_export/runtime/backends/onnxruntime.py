@@ -98,8 +98,8 @@ class OnnxRuntimeBackend(Backend):
     """Loads the ONNX graphs of a bundle.
 
     `cuda_graphs`: capture the two graphs of the sampling loop as CUDA graphs. `provider`: a name of `DEVICES`; by default CUDA's if
-    there is a GPU. Raises DependencyError if onnxruntime or CUDA is missing, UsageError for unknown options, and ArtifactError if it
-    cannot run the bundle's precision.
+    there is a GPU. Raises DependencyError if onnxruntime or CUDA is missing, UsageError for unknown options, ArtifactError for a
+    precision that it cannot run.
     """
 
     name = "onnxruntime"

@@ -1,7 +1,7 @@
 """Which execution provider ONNX Runtime runs on, and what makes CUDA's work.
 
-`onnxruntime-gpu` lists its CUDA provider on every machine and brings no CUDA libraries. A session whose provider cannot start runs on
-the CPU, and only ONNX Runtime's log says so.
+`onnxruntime-gpu` lists its CUDA provider on every machine and brings no CUDA libraries. A session whose provider cannot start runs
+on the CPU, and only ONNX Runtime's log says so.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.compiler import config as compiler
 
 from sana_export.adapters import Lora
 from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
@@ -59,9 +58,16 @@ _ROUNDING: tuple[tuple[Any, str], ...] = (
     (torch.backends.cudnn, "allow_tf32"),
 )
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-#: How many shapes and kinds of block torch.compile compiles before it runs the others eager. All blocks of one class count together,
-#: and PyTorch's own limit is 8, which batches, sizes, guidance, and PAG use up.
+#: How many shapes and kinds of block torch.compile compiles before it runs the others eager. All blocks of one class count
+#: together, and PyTorch's own limit is 8, which batches, sizes, guidance, and PAG use up.
 COMPILED_FORMS = 64
+
+
+def _more_compiled_forms() -> contextlib.AbstractContextManager[Any]:
+    """PyTorch's limit is process-wide, so it is restored afterwards."""
+    config: Any = torch.compiler.config
+    patch: contextlib.AbstractContextManager[Any] = config.patch(recompile_limit=COMPILED_FORMS)
+    return patch
 
 
 class TorchSession(EnqueuedSession):
@@ -81,7 +87,7 @@ class TorchSession(EnqueuedSession):
     ) -> dict[str, DeviceTensor]:
         inputs = [place(feeds[tensor.name], self.device) for tensor in self.spec.inputs]
         try:
-            with torch.no_grad(), exact_products(), cpu_threads(self.threads), compiler.patch(recompile_limit=COMPILED_FORMS):
+            with torch.no_grad(), exact_products(), cpu_threads(self.threads), _more_compiled_forms():
                 results = self.module(*inputs)
         except RuntimeError as error:
             raise_out_of_memory(error, f"running {self.spec.name}", self.device)
@@ -199,7 +205,7 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
         except RuntimeError as error:
             first = failed[0] if failed else error  # ending a broken capture fails too, and that error says nothing
             raise_out_of_memory(first, "capturing the sampling loop", self.device)
-            raise first
+            raise first from None
         return graph.replay
 
     def record_event(self) -> Any:

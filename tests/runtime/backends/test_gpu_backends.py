@@ -1,4 +1,4 @@
-"""What every backend must do on a GPU, against ONNX Runtime on the CPU. Backends that cannot run here are skipped with the reason."""
+"""What every backend must do on a GPU, against ONNX Runtime on the CPU. What cannot run here is skipped with the reason."""
 
 from __future__ import annotations
 
