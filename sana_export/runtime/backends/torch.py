@@ -63,18 +63,14 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 COMPILED_FORMS = 64
 
 
-def _more_compiled_forms() -> contextlib.AbstractContextManager[Any]:
-    """PyTorch's limit is process-wide, so it is restored afterwards."""
-    config: Any = torch.compiler.config
-    patch: contextlib.AbstractContextManager[Any] = config.patch(recompile_limit=COMPILED_FORMS)
-    return patch
-
-
 class TorchSession(EnqueuedSession):
     """One deployment graph on a device."""
 
-    def __init__(self, spec: GraphSpec, module: nn.Module, device: str, threads: int | None = None) -> None:
+    def __init__(
+        self, spec: GraphSpec, module: nn.Module, device: str, threads: int | None = None, *, compiled: bool = False
+    ) -> None:
         self.spec, self.module, self.device, self.threads = spec, module, device, threads
+        self._limits = more_compiled_forms if compiled else contextlib.nullcontext
         self._has_run = False
 
     @property
@@ -87,7 +83,7 @@ class TorchSession(EnqueuedSession):
     ) -> dict[str, DeviceTensor]:
         inputs = [place(feeds[tensor.name], self.device) for tensor in self.spec.inputs]
         try:
-            with torch.no_grad(), exact_products(), cpu_threads(self.threads), _more_compiled_forms():
+            with torch.no_grad(), exact_products(), cpu_threads(self.threads), self._limits():
                 results = self.module(*inputs)
         except RuntimeError as error:
             raise_out_of_memory(error, f"running {self.spec.name}", self.device)
@@ -149,7 +145,7 @@ class TorchBackend(Backend):
             raise
         if self.compiled:
             compile_blocks(module)
-        return TorchSession(self.manifest.graphs[graph].spec, module, self.torch_device, self._threads)
+        return TorchSession(self.manifest.graphs[graph].spec, module, self.torch_device, self._threads, compiled=self.compiled)
 
     def to_device(self, array: Array) -> Tensor:
         return place(array, self.torch_device)
@@ -299,6 +295,13 @@ def exact_products() -> Iterator[None]:
     finally:
         for (owner, name), value in zip(_ROUNDING, before, strict=True):
             setattr(owner, name, value)
+
+
+def more_compiled_forms() -> contextlib.AbstractContextManager[Any]:
+    """PyTorch's limit is process-wide, so it is restored afterwards."""
+    config: Any = torch.compiler.config
+    patch: contextlib.AbstractContextManager[Any] = config.patch(recompile_limit=COMPILED_FORMS)
+    return patch
 
 
 def torch_device(kind: str, index: int | None) -> str:

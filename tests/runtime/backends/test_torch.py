@@ -111,7 +111,7 @@ def test_more_kinds_of_block_are_compiled_than_pytorch_s_limit() -> None:
     blocks = [torch.compile(Block(factor), backend=compiler) for factor in range(1, 21)]
     spec = GraphSpec("blocks", (TensorSpec("timestep", "float32", (1,)),), (TensorSpec("product", "float32", (1,)),))
     for block in blocks:
-        torch_backend.TorchSession(spec, block, "cpu").run({"timestep": np.ones(1, np.float32)})
+        torch_backend.TorchSession(spec, block, "cpu", compiled=True).run({"timestep": np.ones(1, np.float32)})
     assert len(compiled) == len(blocks)
 
 
