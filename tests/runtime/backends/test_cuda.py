@@ -35,32 +35,24 @@ except SanaExportError as error:
 """
 
 
-@pytest.fixture(scope="session")
-def driver(build_cache: Path) -> Path:
-    """The folder with the stand-in."""
-    if (reason := cuda_driver.why_not()) is not None:
-        pytest.skip(reason)
-    return cuda_driver.build(build_cache)
-
-
-def test_the_device_works(driver: Path) -> None:
+def test_the_device_works(driver_library: Path) -> None:
     """What the device does on a GPU (test_gpu_cuda.py)."""
-    run = cuda_driver.run_tests(driver, ["-m", "gpu", DEVICE_CHECKS])
+    run = cuda_driver.run_tests(driver_library, ["-m", "gpu", DEVICE_CHECKS])
     assert run.returncode == 0, run.stdout + run.stderr
     assert "skipped" not in run.stdout
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_found(driver: Path, name: str) -> None:
+def test_planted_faults_are_found(driver_library: Path, name: str) -> None:
     check = FAULTS[name].found_by
-    run = cuda_driver.run_tests(driver, ["-m", "gpu", f"{DEVICE_CHECKS}::{check}"], CUDA_STAND_IN_FAULT=name)
+    run = cuda_driver.run_tests(driver_library, ["-m", "gpu", f"{DEVICE_CHECKS}::{check}"], CUDA_STAND_IN_FAULT=name)
     assert run.returncode == 1, run.stdout + run.stderr
     assert f"::{check}" in run.stdout
 
 
-def test_engines_run_in_graphs_of_the_driver(driver: Path) -> None:
+def test_engines_run_in_graphs_of_the_driver(driver_library: Path) -> None:
     """The real device under the TensorRT backend: engines are host functions of its stream and its graphs."""
-    run = cuda_driver.run_tests(driver, [f"{HERE / 'test_tensorrt.py'}::{check}" for check in ENGINE_CHECKS])
+    run = cuda_driver.run_tests(driver_library, [f"{HERE / 'test_tensorrt.py'}::{check}" for check in ENGINE_CHECKS])
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -73,8 +65,8 @@ def test_engines_run_in_graphs_of_the_driver(driver: Path) -> None:
         (999, "CUDA_ERROR_UNKNOWN", "run nvidia-smi"),
     ],
 )
-def test_a_driver_that_does_not_start_is_explained(driver: Path, code: int, found: str, fix: str) -> None:
-    run = cuda_driver.run(driver, ["-c", OPEN], CUDA_STAND_IN_INIT=str(code))
+def test_a_driver_that_does_not_start_is_explained(driver_library: Path, code: int, found: str, fix: str) -> None:
+    run = cuda_driver.run(driver_library, ["-c", OPEN], CUDA_STAND_IN_INIT=str(code))
     assert run.stdout.startswith("DependencyError the GPU cannot be used: opening the GPU failed\n"), run.stdout + run.stderr
     assert found in run.stdout
     assert fix in run.stdout
