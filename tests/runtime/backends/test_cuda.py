@@ -11,19 +11,22 @@ from tests.support.cuda_driver.faults import FAULTS
 
 HERE = Path(__file__).parent
 DEVICE_CHECKS = str(HERE / "test_gpu_cuda.py")
-#: The tests of the TensorRT backend that show most of what the device does.
-ENGINE_CHECKS = (
-    "test_images_are_those_of_onnxruntime[defaults]",
-    "test_images_are_those_of_onnxruntime[prompt,num_images_per_prompt,seed]",
-    "test_images_are_those_of_onnxruntime[height,width,decoder_tile]",
-    "test_a_captured_loop_serves_other_prompts_seeds_and_scales",
-    "test_a_loop_is_captured_again_when_its_memory_has_moved",
-    "test_steps_are_replayed_one_by_one_for_a_callback",
-    "test_only_tokens_noise_tables_and_pixels_cross",
-    "test_times_are_of_the_device",
-    "test_a_capture_that_fails_is_replaced_by_steps_without_a_graph",
-    "test_threads_share_a_runtime",
-)
+#: The tests of engines that show most of what the device does, by file.
+ENGINE_CHECKS = {
+    HERE / "test_tensorrt.py": (
+        "test_images_are_those_of_onnxruntime[defaults]",
+        "test_images_are_those_of_onnxruntime[prompt,num_images_per_prompt,seed]",
+        "test_images_are_those_of_onnxruntime[height,width,decoder_tile]",
+        "test_a_captured_loop_stays_valid_whatever_runs_in_between[pag_scale]",
+        "test_a_captured_loop_stays_valid_whatever_runs_in_between[width]",
+        "test_a_loop_is_captured_again_when_its_memory_has_moved",
+        "test_steps_are_replayed_one_by_one_for_a_callback",
+        "test_times_are_of_the_device",
+        "test_a_capture_that_fails_is_replaced_by_steps_without_a_graph",
+        "test_threads_share_a_runtime",
+    ),
+    HERE.parent / "test_memory.py": ("test_nothing_of_a_closed_runtime_stays_on_the_device",),
+}
 #: Opens the device, as a user's program does.
 OPEN = """
 from sana_export.errors import SanaExportError
@@ -52,7 +55,8 @@ def test_planted_faults_are_found(driver_library: Path, name: str) -> None:
 
 def test_engines_run_in_graphs_of_the_driver(driver_library: Path) -> None:
     """The real device under the TensorRT backend: engines are host functions of its stream and its graphs."""
-    run = cuda_driver.run_tests(driver_library, [f"{HERE / 'test_tensorrt.py'}::{check}" for check in ENGINE_CHECKS])
+    checks = [f"{file}::{name}" for file, names in ENGINE_CHECKS.items() for name in names]
+    run = cuda_driver.run_tests(driver_library, checks)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -71,7 +71,7 @@ def build(cache: Path) -> Path:
         digest.update(content)
     folder = cache / f"cuda-driver-{digest.hexdigest()[:16]}"
     if not folder.exists():
-        cache.mkdir(exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as partial:
             library = Path(partial) / "built" / "libcuda.so.1"
             library.parent.mkdir()
