@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,13 @@ def test_a_driver_that_does_not_start_is_explained(driver_library: Path, code: i
     assert found in run.stdout
     assert fix in run.stdout
     assert "install NVIDIA's driver" not in run.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is for Linux")
+def test_what_the_stand_in_lacks_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no C compiler" in str(cuda_driver.why_not())
+    monkeypatch.setenv("CC", sys.executable)
+    monkeypatch.setattr("importlib.metadata.files", lambda _: None)
+    assert "pip install nvidia-cuda-runtime" in str(cuda_driver.why_not())
