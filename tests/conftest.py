@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sana_export.environment import import_digest
+from tests.support import cuda_driver
 from tests.support.bundles import PAG_LAYER, exported
 from tests.support.small_bundles import write_bundle
 
@@ -39,6 +40,14 @@ def build_cache(request: pytest.FixtureRequest) -> Path:
             shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def driver_library(build_cache: Path) -> Path:
+    """The folder with the stand-in for the CUDA driver."""
+    if (reason := cuda_driver.why_not()) is not None:
+        pytest.skip(reason)
+    return cuda_driver.build(build_cache)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sana_export.runtime.backends.tensorrt_context import EngineContext, SharedM
 from sana_export.runtime.backends.tensorrt_engine import LoadedEngine
 from sana_export.runtime.backends.tensorrt_options import EngineOptions
 from sana_export.trt.bundle import build_bundle
-from tests.support import host_tensorrt
+from tests.support import cuda_driver, host_tensorrt
 from tests.support.host_device import HostDevice
 from tests.support.host_tensorrt import HostTensorRT, with_engines
 
@@ -99,6 +100,14 @@ def test_what_the_real_module_says_without_a_driver(bundle: Path) -> None:
     assert "update NVIDIA's driver" in str(caught.value.fix)
 
 
+@pytest.mark.parametrize(("code", "fix"), [(100, "CUDA_VISIBLE_DEVICES"), (802, "nvidia-fabricmanager"), (999, "nvidia-smi")])
+def test_what_the_real_module_says_of_a_driver_that_does_not_start(bundle: Path, driver_library: Path, code: int, fix: str) -> None:
+    build_bundle(bundle, backend="tensorrt-rtx", profile=static_profile(96, 160), graphs=["sampler"])
+    run = cuda_driver.run(driver_library, ["-m", "tests.trt.test_module_interface", str(bundle)], CUDA_STAND_IN_INIT=str(code))
+    assert f"cudaError {code}: " in run.stdout, run.stdout + run.stderr
+    assert fix in run.stdout
+
+
 def test_the_compiler_says_what_an_engine_works_in(bundle: Path) -> None:
     def work(side: int) -> int:
         manifest = build_bundle(bundle, backend="tensorrt-rtx", profile=static_profile(side, side), graphs=["vae_decoder"])
@@ -116,3 +125,10 @@ def test_loads_with_the_stand_in(bundle: Path) -> None:
     device = HostDevice()
     engine = load(bundle, HostTensorRT(device), device)
     assert EngineContext(engine, device, SharedMemory(device)).capturable
+
+
+if __name__ == "__main__":  # in a child process, on another driver
+    try:
+        load(Path(sys.argv[1]), real)
+    except DependencyError as error:
+        sys.stdout.write(str(error))

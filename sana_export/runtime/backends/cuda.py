@@ -1,7 +1,7 @@
 """One GPU as a session needs it: memory, copies, events, times and captured graphs, on one stream.
 
-It uses cuda-core and functions of the driver. `CudaDevice` needs a GPU and has not been run on one. The tests of its users have a
-device with the same interface in host memory (tests/support/host_device.py).
+It uses cuda-core and functions of the driver. The tests run it on a stand-in for NVIDIA's driver (tests/support/cuda_driver). Most
+tests of its users have a device with the same interface in host memory (tests/support/host_device.py).
 """
 
 from __future__ import annotations
@@ -204,22 +204,20 @@ class CudaDevice:
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         self._enter_outside_capture()
-        with _cuda_errors("starting the capture of a CUDA graph"):
-            builder = self._device.create_graph_builder()
-            builder.begin_building(mode="thread_local")
-        self._thread.capturing = int(builder.stream.handle)
-        try:
-            with _no_garbage_collection():
+        # Pinned memory must not be freed during a capture.
+        with _no_garbage_collection():
+            with _cuda_errors("starting the capture of a CUDA graph"):
+                builder = self._device.create_graph_builder().begin_building(mode="thread_local")
+            self._thread.capturing = int(builder.stream.handle)
+            try:
                 work()
                 with _cuda_errors("capturing a CUDA graph"):
-                    builder.end_building()
-            with _cuda_errors("making a captured CUDA graph ready to run"):
-                graph = builder.complete()
-        finally:
-            self._thread.capturing = None
-            # Ends a capture that failed. That it failed is no news: the error to see is the first one.
-            with contextlib.suppress(Exception):
-                builder.close()
+                    graph = builder.end_building().complete()
+            finally:
+                self._thread.capturing = None
+                # Ends a capture that failed. That it failed is no news: the error to see is the first one.
+                with contextlib.suppress(Exception):
+                    builder.close()
 
         def replay() -> None:
             self._enter_outside_capture()
@@ -302,7 +300,8 @@ class _Staging:
             for index, buffer in enumerate(kept):
                 if buffer.idle:
                     return kept.pop(index)
-        owner = self._resource.allocate(length)
+        with _cuda_errors(f"allocating {length} bytes of pinned host memory"):
+            owner = self._resource.allocate(length)
         address = int(owner.handle)
         return _Pinned(address, np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(address)), owner)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,22 @@ from tests.support.cuda_driver.faults import FAULTS
 
 HERE = Path(__file__).parent
 DEVICE_CHECKS = str(HERE / "test_gpu_cuda.py")
-#: The tests of the TensorRT backend that show most of what the device does.
-ENGINE_CHECKS = (
-    "test_images_are_those_of_onnxruntime[defaults]",
-    "test_images_are_those_of_onnxruntime[prompt,num_images_per_prompt,seed]",
-    "test_images_are_those_of_onnxruntime[height,width,decoder_tile]",
-    "test_a_captured_loop_serves_other_prompts_seeds_and_scales",
-    "test_a_loop_is_captured_again_when_its_memory_has_moved",
-    "test_steps_are_replayed_one_by_one_for_a_callback",
-    "test_only_tokens_noise_tables_and_pixels_cross",
-    "test_times_are_of_the_device",
-    "test_a_capture_that_fails_is_replaced_by_steps_without_a_graph",
-    "test_threads_share_a_runtime",
-)
+#: The tests of engines that show most of what the device does, by file.
+ENGINE_CHECKS = {
+    HERE / "test_tensorrt.py": (
+        "test_images_are_those_of_onnxruntime[defaults]",
+        "test_images_are_those_of_onnxruntime[prompt,num_images_per_prompt,seed]",
+        "test_images_are_those_of_onnxruntime[height,width,decoder_tile]",
+        "test_a_captured_loop_stays_valid_whatever_runs_in_between[pag_scale]",
+        "test_a_captured_loop_stays_valid_whatever_runs_in_between[width]",
+        "test_a_loop_is_captured_again_when_its_memory_has_moved",
+        "test_steps_are_replayed_one_by_one_for_a_callback",
+        "test_times_are_of_the_device",
+        "test_a_capture_that_fails_is_replaced_by_steps_without_a_graph",
+        "test_threads_share_a_runtime",
+    ),
+    HERE.parent / "test_memory.py": ("test_nothing_of_a_closed_runtime_stays_on_the_device",),
+}
 #: Opens the device, as a user's program does.
 OPEN = """
 from sana_export.errors import SanaExportError
@@ -35,32 +39,25 @@ except SanaExportError as error:
 """
 
 
-@pytest.fixture(scope="session")
-def driver(build_cache: Path) -> Path:
-    """The folder with the stand-in."""
-    if (reason := cuda_driver.why_not()) is not None:
-        pytest.skip(reason)
-    return cuda_driver.build(build_cache)
-
-
-def test_the_device_works(driver: Path) -> None:
+def test_the_device_works(driver_library: Path) -> None:
     """What the device does on a GPU (test_gpu_cuda.py)."""
-    run = cuda_driver.run_tests(driver, ["-m", "gpu", DEVICE_CHECKS])
+    run = cuda_driver.run_tests(driver_library, ["-m", "gpu", DEVICE_CHECKS])
     assert run.returncode == 0, run.stdout + run.stderr
     assert "skipped" not in run.stdout
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_found(driver: Path, name: str) -> None:
+def test_planted_faults_are_found(driver_library: Path, name: str) -> None:
     check = FAULTS[name].found_by
-    run = cuda_driver.run_tests(driver, ["-m", "gpu", f"{DEVICE_CHECKS}::{check}"], CUDA_STAND_IN_FAULT=name)
+    run = cuda_driver.run_tests(driver_library, ["-m", "gpu", f"{DEVICE_CHECKS}::{check}"], CUDA_STAND_IN_FAULT=name)
     assert run.returncode == 1, run.stdout + run.stderr
     assert f"::{check}" in run.stdout
 
 
-def test_engines_run_in_graphs_of_the_driver(driver: Path) -> None:
+def test_engines_run_in_graphs_of_the_driver(driver_library: Path) -> None:
     """The real device under the TensorRT backend: engines are host functions of its stream and its graphs."""
-    run = cuda_driver.run_tests(driver, [f"{HERE / 'test_tensorrt.py'}::{check}" for check in ENGINE_CHECKS])
+    checks = [f"{file}::{name}" for file, names in ENGINE_CHECKS.items() for name in names]
+    run = cuda_driver.run_tests(driver_library, checks)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -73,9 +70,19 @@ def test_engines_run_in_graphs_of_the_driver(driver: Path) -> None:
         (999, "CUDA_ERROR_UNKNOWN", "run nvidia-smi"),
     ],
 )
-def test_a_driver_that_does_not_start_is_explained(driver: Path, code: int, found: str, fix: str) -> None:
-    run = cuda_driver.run(driver, ["-c", OPEN], CUDA_STAND_IN_INIT=str(code))
+def test_a_driver_that_does_not_start_is_explained(driver_library: Path, code: int, found: str, fix: str) -> None:
+    run = cuda_driver.run(driver_library, ["-c", OPEN], CUDA_STAND_IN_INIT=str(code))
     assert run.stdout.startswith("DependencyError the GPU cannot be used: opening the GPU failed\n"), run.stdout + run.stderr
     assert found in run.stdout
     assert fix in run.stdout
     assert "install NVIDIA's driver" not in run.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is for Linux")
+def test_what_the_stand_in_lacks_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no C compiler" in str(cuda_driver.why_not())
+    monkeypatch.setenv("CC", sys.executable)
+    monkeypatch.setattr("importlib.metadata.files", lambda _: None)
+    assert "pip install nvidia-cuda-runtime" in str(cuda_driver.why_not())

@@ -169,8 +169,10 @@ API(cuGetExportTable, const void **table, const CUuuid *id) {
     return CUDA_ERROR_NOT_FOUND;
 }
 
-/* Functions are exported under the names that cuda.h gives them, which may end in a version. Those that are missing are not found. */
-API(cuGetProcAddress, const char *name, void **function, int version, cuuint64_t flags, CUdriverProcAddressQueryResult *status) {
+/* Functions are exported under the names that cuda.h gives them, which may end in a version. Those that are missing are not
+ * found. */
+API(cuGetProcAddress, const char *name, void **function, int version, cuuint64_t flags,
+    CUdriverProcAddressQueryResult *status) {
     static const char *const endings[] = {"_v3", "_v2", ""};
     static void *self;
     Dl_info here;

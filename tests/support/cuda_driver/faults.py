@@ -62,7 +62,7 @@ FAULTS = {
         "test_other_threads_work_during_a_capture",
     ),
     "the end of a failed capture hides its error": Fault(
-        "with contextlib.suppress(Exception):\n                builder.close()",
+        "with contextlib.suppress(Exception):\n                    builder.close()",
         "builder.close()",
         "test_a_failed_capture_names_the_first_error_of_the_driver",
     ),

@@ -11,7 +11,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define MEMORY_SIZE ((size_t)24 << 30)
+#define MEMORY_SIZE ((size_t)4 << 30)
 #define GRANULE ((size_t)512)
 #define PAGE ((uintptr_t)4096)
 #define RUBBISH 0xFB                      /* fresh memory: as float16 and float32 large and negative, as an index far outside */

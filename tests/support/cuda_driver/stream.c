@@ -94,7 +94,8 @@ void run_all(void) {
 CUresult unsafe_call(void) {
     for (Stream *stream = streams; stream; stream = stream->next) {
         if (!stream->graph || stream->mode == CU_STREAM_CAPTURE_MODE_RELAXED) continue;
-        if (stream->mode == CU_STREAM_CAPTURE_MODE_THREAD_LOCAL && !pthread_equal(stream->capturing_thread, pthread_self())) continue;
+        bool ours = pthread_equal(stream->capturing_thread, pthread_self());
+        if (stream->mode == CU_STREAM_CAPTURE_MODE_THREAD_LOCAL && !ours) continue;
         stream->broken = true;
         return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     }
@@ -121,7 +122,8 @@ API(cuStreamDestroy, CUstream stream) {
     return CUDA_SUCCESS;
 }
 
-/* The default stream has no work of its own, but waiting for it waits for the others. cuda-core does so before it frees pinned memory. */
+/* The default stream has no work of its own, but waiting for it waits for the others, as cuda-core does before it frees pinned
+ * memory. */
 API(cuStreamSynchronize, CUstream stream) {
     LOCKED;
     NEED_CONTEXT;
