@@ -283,8 +283,6 @@ class SanaRuntime:
             check_conditioning(plan, conditioning)
             version = self._loras.version
             self.sessions.require(DENOISING_STAGE)
-            if not self.sessions.staged and plan.output_type != "latent":
-                self._reserve(plan)
             loop = take_loop(plan, conditioning, self.backend, self.sessions, self._loops)
             loop.start(loop_inputs(plan, conditioning, self.backend, self.manifest.model.timestep_scale))
         try:
@@ -294,12 +292,6 @@ class SanaRuntime:
                 keep = not self.sessions.staged and version == self._loras.version and not self._closed
                 if isinstance(loop, CapturedLoop) and keep:
                     self._loops.give_back(loop)
-
-    def _reserve(self, plan: Plan) -> None:
-        """Reserve what decoding needs before the loop is captured, which would have to be captured again afterwards."""
-        axes = request_axes(plan, self.manifest)
-        for graph in (*plan.decoder_graphs, "postprocess"):
-            self.sessions[graph].reserve(axes)
 
     def _run_steps(self, plan: Plan, loop: SamplingLoop, version: int) -> Iterator[Step]:
         """Run the steps one by one. The lock is held in each step, and not between two."""

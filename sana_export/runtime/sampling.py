@@ -21,7 +21,7 @@ from sana_export.errors import SanaExportError, UsageError
 from sana_export.formats.arrays import Array, Float32
 from sana_export.runtime.backends.base import Backend, CapturingBackend, DeviceTensor, EnqueuedSession, Replay
 from sana_export.runtime.noise import TorchGenerator, randn_batch
-from sana_export.runtime.request import Plan
+from sana_export.runtime.request import Plan, request_axes
 from sana_export.runtime.results import Conditioning
 from sana_export.runtime.sessions import Sessions
 
@@ -286,8 +286,7 @@ class CapturedLoop(SamplingLoop):
         """
         if graph in self._separate:
             return self._separate[graph]
-        session = self._sessions[graph]
-        assert isinstance(session, EnqueuedSession)  # a CapturingBackend loads no others
+        session = _enqueued(self._sessions, graph)
         return self._separate.setdefault(graph, session.separate()) if self._capture else session
 
     def _enqueue(self, first: int, stop: int) -> None:
@@ -346,4 +345,19 @@ def take_loop(plan: Plan, conditioning: Conditioning, backend: Backend, sessions
     )
     if sessions.staged:  # sessions that are loaded for one image are not worth capturing
         return CapturedLoop(backend, sessions, shape, context.dtype, capture=False)
+    if plan.output_type != "latent":
+        _reserve_for_decoding(plan, backend, sessions)
     return cache.take(shape, lambda: CapturedLoop(backend, sessions, shape, context.dtype, capture=True))
+
+
+def _reserve_for_decoding(plan: Plan, backend: CapturingBackend, sessions: Sessions) -> None:
+    """Reserve the decoder's memory before the loop is captured, which would have to be captured again afterwards."""
+    axes = request_axes(plan, backend.manifest)
+    for graph in (*plan.decoder_graphs, "postprocess"):
+        _enqueued(sessions, graph).reserve(axes)
+
+
+def _enqueued(sessions: Sessions, graph: str) -> EnqueuedSession:
+    session = sessions[graph]
+    assert isinstance(session, EnqueuedSession)  # a CapturingBackend loads no others
+    return session

@@ -6,6 +6,7 @@ import pytest
 
 from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.export.bundle import export_bundle
+from sana_export.runtime import SanaRuntime
 from sana_export.verify.bundle import Sampling, measure_ranges, verify_bundle
 from tests.support.hot_checkpoints import HOT_CHECKPOINTS
 
@@ -13,7 +14,7 @@ SAMPLING = Sampling(prompts=["a red apple", "一只熊猫 🐼"], height=128, wi
 
 
 @pytest.mark.parametrize("kind", HOT_CHECKPOINTS)
-def test_fp16_graphs_pass(kind, tmp_path):
+def test_fp16_graphs_pass(kind, tmp_path, monkeypatch):
     """With intermediates in fp16, every graph is close to its reference, images reach 40 dB, and no tensor overflows."""
     checkpoint = open_checkpoint(str(HOT_CHECKPOINTS[kind](tmp_path / "checkpoint")))
     bundle = tmp_path / "bundle"
@@ -23,5 +24,8 @@ def test_fp16_graphs_pass(kind, tmp_path):
     assert report.backend.startswith("cpu, float16")
     assert report.passed, report.as_text()
     assert min(row.psnr_db for row in report.images) >= 40.0
+    closed = []
+    monkeypatch.setattr(SanaRuntime, "close", lambda runtime: closed.append(runtime.bundle))
     ranges = measure_ranges(bundle, SAMPLING)
+    assert closed == [bundle]
     assert ranges.rows[0].headroom > 1.0, ranges.as_text()

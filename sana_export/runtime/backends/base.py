@@ -70,13 +70,6 @@ class Session(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot change weights")
 
-    def reserve(self, axes: Mapping[str, int]) -> None:
-        """Reserve the memory that a run on inputs with these `axes` (contract.DYNAMIC_AXES) needs.
-
-        Memory that a session reserves later may move what captured work uses, which then has to be captured again.
-        """
-        return None
-
 
 class EnqueuedSession(Session):
     """A session whose `run` returns before the work is done and can write its outputs to given tensors."""
@@ -91,6 +84,13 @@ class EnqueuedSession(Session):
     @abstractmethod
     def capturable(self) -> bool:
         """Whether the work of the last run can be captured."""
+
+    def reserve(self, axes: Mapping[str, int]) -> None:
+        """Reserve the memory that a run on inputs with these `axes` (contract.DYNAMIC_AXES) needs.
+
+        Memory that a session reserves later may move what captured work uses, which then has to be captured again.
+        """
+        return None
 
     def separate(self) -> EnqueuedSession:
         """A session of the same graph and weights whose captured work stays valid whatever other sessions run."""

@@ -51,7 +51,10 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "two images": {"num_images_per_prompt": 2, "seed": [5, 6]},
     "another size": {"height": 256, "width": 256},
     "another prompt": {"prompt": "two blue birds on a wire", "guidance_scale": 7.0},
+    "fewer steps": {"num_inference_steps": 3},
 }
+#: With these options an image has the same bits from the first time on: by default, TensorRT-RTX exchanges kernels between images.
+EXACT: dict[str, dict[str, Any]] = {"tensorrt-rtx": {"dynamic_shapes_kernel_specialization_strategy": "eager"}}
 
 
 def on_the_cpu(bundle: Path, manifest: Manifest) -> OnnxRuntimeBackend:
@@ -97,7 +100,7 @@ def bundle(name: str, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def shared(name: str, bundle: Path) -> Iterator[SanaRuntime]:
-    with SanaRuntime.from_pretrained(bundle, backend=name) as runtime:
+    with SanaRuntime.from_pretrained(bundle, backend=name, backend_options=EXACT.get(name)) as runtime:
         assert runtime.backend.device == "cuda"
         yield runtime
 
@@ -122,6 +125,28 @@ def test_captured_work_is_right_after_other_shapes_were_captured(shared: SanaRun
     first = {key: draw(shared, **request) for key, request in REQUESTS.items()}
     for key in ("guidance", "another size", "guidance", "PAG", "no guidance", "two images", "PAG", "another size", "guidance"):
         np.testing.assert_array_equal(draw(shared, **REQUESTS[key]), first[key], err_msg=key)
+
+
+def test_steps_have_the_same_bits_however_they_are_captured(name: str, bundle: Path, shared: SanaRuntime) -> None:
+    """As one graph, as a graph for each step, and not at all. In one graph, a context runs at other addresses in each step."""
+    if name not in FLAVOURS:
+        pytest.skip(f"{name} has no execution contexts")
+    with SanaRuntime.from_pretrained(bundle, backend=name, memory="staged", backend_options=EXACT.get(name)) as staged:
+        for request in REQUESTS.values():
+            enqueued = draw(staged, **request)
+            np.testing.assert_array_equal(draw(shared, **request), enqueued)
+            np.testing.assert_array_equal(draw(shared, callback_on_step_end=lambda *_: None, **request), enqueued)
+
+
+@pytest.mark.parametrize(
+    "options", [{"text_multiple": 1}, {"cuda_graph_strategy": "whole_graph_capture"}], ids=lambda options: next(iter(options))
+)
+def test_options_of_engines_change_no_image(name: str, bundle: Path, wanted: SanaRuntime, options: dict[str, Any]) -> None:
+    if name != "tensorrt-rtx" and not (name == "tensorrt" and "text_multiple" in options):
+        pytest.skip(f"{name} has no such option")
+    with SanaRuntime.from_pretrained(bundle, backend=name, backend_options=options) as runtime:
+        for request in (*REQUESTS.values(), *REQUESTS.values()):
+            assert psnr(draw(runtime, **request), draw(wanted, **request)) >= PSNR_LIMIT
 
 
 def test_tiles(shared: SanaRuntime, wanted: SanaRuntime) -> None:
