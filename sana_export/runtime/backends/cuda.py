@@ -115,8 +115,7 @@ class Device(Protocol):
 class CudaDevice:
     """The GPU `index`, through cuda-core. Raises DependencyError if the package, the driver or the GPU is missing.
 
-    Threads may use it together. A capture is on a stream of its own, so two things that happen meanwhile stay out of the graph: the
-    work of other threads, and the freeing of memory that is dropped.
+    Threads may use it together. A capture is on a stream of its own, so that the work of other threads stays out of the graph.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -158,7 +157,7 @@ class CudaDevice:
         self._enter_outside_capture()
         with _cuda_errors(f"allocating {size} bytes on the GPU"):
             buffer = self._device.allocate(max(size, 1), stream=self._stream)
-        return Memory(int(buffer.handle), size, buffer)
+        return Memory(int(buffer.handle), size, _Owned(buffer, self._thread))
 
     def upload(self, address: int, values: Array) -> None:
         self._enter_outside_capture()
@@ -208,7 +207,7 @@ class CudaDevice:
         with _no_garbage_collection():
             with _cuda_errors("starting the capture of a CUDA graph"):
                 builder = self._device.create_graph_builder().begin_building(mode="thread_local")
-            self._thread.capturing = int(builder.stream.handle)
+            self._thread.capturing, self._thread.dropped = int(builder.stream.handle), []
             try:
                 work()
                 with _cuda_errors("capturing a CUDA graph"):
@@ -218,6 +217,7 @@ class CudaDevice:
                 # Ends a capture that failed. That it failed is no news: the error to see is the first one.
                 with contextlib.suppress(Exception):
                     builder.close()
+                self._thread.dropped = []
 
         def replay() -> None:
             self._enter_outside_capture()
@@ -264,6 +264,22 @@ class _ThreadState(threading.local):
     entered = False
     #: The handle of the stream that the thread captures, if it does.
     capturing: int | None = None
+    #: The buffers that were dropped during the capture.
+    dropped: list[Any]
+
+
+class _Owned:
+    """A buffer of cuda-core, which is freed when this is dropped, but not during a capture of the thread that drops it.
+
+    The driver takes no cuMemFreeAsync from a thread that captures, not even on another stream, and the call breaks the capture.
+    """
+
+    def __init__(self, buffer: Any, thread: _ThreadState) -> None:
+        self._buffer, self._thread = buffer, thread
+
+    def __del__(self) -> None:
+        if self._thread.capturing is not None:
+            self._thread.dropped.append(self._buffer)
 
 
 @dataclass(eq=False)

@@ -37,12 +37,17 @@ FAULTS = {
         "test_threads_share_the_pinned_memory",
     ),
     "memory is freed while it is used": Fault(
-        "return Memory(int(buffer.handle), size, buffer)",
+        "return Memory(int(buffer.handle), size, _Owned(buffer, self._thread))",
         "return Memory(int(buffer.handle), size, None)",
         "test_values_come_back",
     ),
+    "memory is freed during a capture": Fault(
+        "if self._thread.capturing is not None:\n            self._thread.dropped",
+        "if False:\n            self._thread.dropped",
+        "test_memory_that_is_dropped_during_a_capture_is_freed_outside_it",
+    ),
     "memory is never freed": Fault(
-        "return Memory(int(buffer.handle), size, buffer)",
+        "return Memory(int(buffer.handle), size, _Owned(buffer, self._thread))",
         "return Memory(int(buffer.handle), size, (buffer, self.__dict__.setdefault('leaked', []).append(buffer)))",
         "test_values_come_back",
     ),

@@ -184,6 +184,7 @@ API(cuMemFreeAsync, CUdeviceptr address, CUstream stream) {
         misuse("%#llx was freed, which is no live allocation", address);
         return CUDA_ERROR_INVALID_VALUE;
     }
+    NEED(!unsafe_call(), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED); /* as the driver 580 does, on every stream */
     if (stream->graph) { /* a graph may only free what it allocated */
         stream->broken = true;
         misuse("memory was freed on a stream that is captured");
