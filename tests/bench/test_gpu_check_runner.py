@@ -16,7 +16,7 @@ from sana_export.bench.gpu_check.parts import PARTS, CheckPart
 from sana_export.bench.gpu_check.report import Report
 from sana_export.bench.gpu_check.runner import RESERVE, Capabilities, Outcome, PartRunner
 
-ALL_PRESENT = Capabilities("8.9", ("numpy",), "no CUDAExecutionProvider")
+ALL_PRESENT = Capabilities("8.9", ("numpy",), {"numpy": "NumPy sees no GPU"})
 
 
 def part(name: str, most: float = 20, least: float = 1, **more: Any) -> CheckPart:
@@ -92,7 +92,7 @@ LACKING: dict[str, tuple[dict[str, Any], Capabilities, str]] = {
         Capabilities("9.0", ("numpy",)),
         "TensorRT-RTX does not support compute capability 9.0",
     ),
-    "provider": ({"cuda_provider": True}, ALL_PRESENT, "no CUDAExecutionProvider"),
+    "module's GPU": ({"on_gpu": ("numpy",)}, ALL_PRESENT, "NumPy sees no GPU"),
 }
 
 
@@ -191,7 +191,7 @@ def test_without_a_gpu_the_report_is_written_and_says_so(tmp_path: Path, monkeyp
     assert code == 3
     document = json.loads((tmp_path / "r.json").read_text("utf-8"))
     assert document["exit_code"] == 3
-    assert document["parts"]["find"]["found"]["modules"]["torch"]["sees_gpu"] is False
+    assert document["parts"]["find"]["found"]["modules"]["torch"]["no_gpu"].endswith("finds no GPU")
     rest = {name: outcome["reason"] for name, outcome in document["parts"].items() if name != "find"}
     assert len(rest) == len(PARTS) - 1
     assert set(rest.values()) == {"no GPU"}

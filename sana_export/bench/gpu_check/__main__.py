@@ -71,9 +71,10 @@ def _capabilities(outcome: Outcome) -> Capabilities:
     known = outcome.found.get("modules")
     if known is None:
         names = {name for part in PARTS for name in (*part.modules, *part.one_of)}
-        return Capabilities(None, {name for name in names if installed(name)}, "whether ONNX Runtime runs on the GPU is not known")
+        return Capabilities(None, {name for name in names if installed(name)})
     working = {name: answer for name, answer in known.items() if "error" not in answer}
-    return Capabilities(outcome.found.get("compute_capability"), working, working.get("onnxruntime", {}).get("no_cuda"))
+    without_gpu = {name: reason for name, answer in working.items() if (reason := answer.get("no_gpu"))}
+    return Capabilities(outcome.found.get("compute_capability"), working, without_gpu)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

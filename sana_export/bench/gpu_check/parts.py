@@ -39,10 +39,15 @@ class CheckPart:
     one_of: tuple[str, ...] = ()
     #: Whether it needs a GPU.
     gpu: bool = True
-    #: Whether it needs ONNX Runtime's CUDA provider.
-    cuda_provider: bool = False
+    #: Those of its modules that must be able to use the GPU.
+    on_gpu: tuple[str, ...] = ()
     #: The backend that it runs. It is skipped on a GPU that the backend does not support.
     backend: str | None = None
+
+
+def _on_gpu(backend: str) -> tuple[str, ...]:
+    """The module that computes for `backend`: PyTorch, unless it runs ONNX files or engines."""
+    return EXPORTED.get(backend, ("torch",))[:1]
 
 
 def _parity(backend: str, *modules: str) -> CheckPart:
@@ -53,7 +58,7 @@ def _parity(backend: str, *modules: str) -> CheckPart:
         least=20,
         arguments={"backend": backend},
         modules=(*_BASE, *modules),
-        cuda_provider="onnxruntime" in modules,
+        on_gpu=_on_gpu(backend),
         backend=backend,
     )
 
@@ -75,13 +80,14 @@ def _latency(model: str, backend: str, *modules: str, most: float = 80, least: f
         least,
         {"model": model, "backend": backend, "exported": backend in EXPORTED},
         (*_BASE, *modules),
-        cuda_provider="onnxruntime" in modules,
+        on_gpu=_on_gpu(backend),
         backend=backend,
     )
 
 
 def _question(name: str) -> CheckPart:
-    return CheckPart(f"rtx/{name}", f"{_PACKAGE}.rtx:ask", 60, 15, {"question": name}, (*_BASE, "tensorrt_rtx", "onnxscript"))
+    modules = (*_BASE, "tensorrt_rtx", "onnxscript")
+    return CheckPart(f"rtx/{name}", f"{_PACKAGE}.rtx:ask", 60, 15, {"question": name}, modules, on_gpu=("torch", "tensorrt_rtx"))
 
 
 PARTS: tuple[CheckPart, ...] = (

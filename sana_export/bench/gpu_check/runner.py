@@ -50,8 +50,8 @@ class Capabilities:
     compute_capability: str | None
     #: Those modules of the parts that work.
     modules: Collection[str]
-    #: Why ONNX Runtime cannot run on the GPU. None if it can.
-    no_cuda_provider: str | None = None
+    #: Module to the reason why it cannot use the GPU.
+    without_gpu: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -103,9 +103,8 @@ class PartRunner:
             return f"not installed: {', '.join(missing)}"
         if part.one_of and not any(name in self.capabilities.modules for name in part.one_of):
             return f"none of these is installed: {', '.join(part.one_of)}"
-        if part.cuda_provider and self.device == "cuda":
-            return self.capabilities.no_cuda_provider
-        return None
+        reasons = [self.capabilities.without_gpu[name] for name in part.on_gpu if name in self.capabilities.without_gpu]
+        return "; ".join(reasons) if reasons and self.device == "cuda" else None
 
     def _earlier(self, part: CheckPart) -> Outcome | None:
         """The outcome of an earlier run with the same key, if `resume` is set and there is one."""
