@@ -24,7 +24,7 @@ from typing import Any
 #: The versions to record: the lowest and the highest that we support. Distribution to module and to the versions.
 WHEELS = {
     "tensorrt-cu13-bindings": ("tensorrt_bindings", ("10.13.2.6", "11.4.0.106")),
-    "tensorrt-rtx-cu13-bindings": ("tensorrt_rtx_bindings", ("1.4.0.76",)),
+    "tensorrt-rtx-cu13-bindings": ("tensorrt_rtx_bindings", ("1.5.0.114",)),
 }
 FOLDER = Path(__file__).parents[1] / "tests" / "trt" / "interfaces"
 #: The classes and enumerations that our code uses.

@@ -52,7 +52,7 @@ LACKS: dict[str, set[str]] = {
     INSTALLED: set(),
     "tensorrt-10.13": {*ASKED_FOR, *FOLLOWS},
     "tensorrt-11.4": {*ASKED_FOR, *FOLLOWS},
-    "tensorrt-rtx-1.4": set(),
+    "tensorrt-rtx-1.5": set(),
 }
 
 
@@ -64,7 +64,7 @@ def interface(version: str) -> dict[str, Any]:
 
 def used(version: str) -> list[Use]:
     """What our code uses with this version: `bench/gpu_check/rtx.py` is for TensorRT-RTX alone."""
-    rtx = version in (INSTALLED, "tensorrt-rtx-1.4")
+    rtx = version in (INSTALLED, "tensorrt-rtx-1.5")
     return [use for use in uses() if rtx or not use.place.startswith("bench/gpu_check/rtx.py:")]
 
 
