@@ -60,7 +60,7 @@ $(LOWEST)/.installed: pyproject.toml tools/lowest.py | $(STAMP)
 	$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) -r $(LOWEST)/requirements.txt
 	@touch $@
 
-bindings: $(STAMP) ## record the interfaces of TensorRT's versions, which the tests compare with what our code uses
+bindings: $(STAMP) ## record the interfaces of TensorRT's versions, which tests compare with what the code uses
 	$(BIN)/python -m tools.bindings
 
 lint: $(STAMP) ## check style, types and import directions

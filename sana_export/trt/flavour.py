@@ -50,7 +50,7 @@ FLAVOURS: dict[str, Flavour] = {
             backend="tensorrt-rtx",
             module="tensorrt_rtx",
             title="TensorRT-RTX",
-            install='pip install "tensorrt-rtx>=1.5"',
+            install='pip install "tensorrt-rtx>=1.7"',
             install_note="Linux x86-64 or Windows; building needs no GPU",
             ahead_of_time=True,
             bound_to_system=False,
