@@ -10,6 +10,8 @@ PIP_FLAGS ?=
 TEST_FLAGS ?=
 # Number of parallel test processes, each with one thread.
 TEST_WORKERS ?= 2
+# The environment of `make test-lowest`.
+LOWEST ?= .venv-lowest
 GPU_REPORT ?= benchmarks/out/gpu-check.json
 # Options for gpu-check, for example --resume, or --only 'parity/*'.
 GPU_FLAGS ?=
@@ -25,7 +27,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines bench test bindings lint gpu-check clean
+.PHONY: help setup engines bench test test-lowest bindings lint gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,7 +50,19 @@ bench: $(STAMP) ## latency against eager diffusers, on a checkpoint with 100 mil
 test: $(STAMP) ## run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile $(TEST_FLAGS)
 
-bindings: $(STAMP) ## record the interfaces of TensorRT's versions, which the tests compare with what our code uses
+test-lowest: $(STAMP) $(LOWEST)/.installed ## run the tests of sampling and of engine builds with the lowest versions that are allowed
+	rm -rf $(LOWEST)/bundles
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.lowest $(LOWEST)/bundles
+	SANA_EXPORT_TEST_BUNDLES=$(abspath $(LOWEST)/bundles) OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest \
+		-p tests.support.runtime_only -m "not gpu" $(TEST_FLAGS) tests/formats tests/runtime tests/trt
+
+$(LOWEST)/.installed: pyproject.toml tools/lowest.py | $(STAMP)
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(BIN)/python -m tools.lowest > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) -r $(LOWEST)/requirements.txt
+	@touch $@
+
+bindings: $(STAMP) ## record the interfaces of TensorRT's versions, which tests compare with what the code uses
 	$(BIN)/python -m tools.bindings
 
 lint: $(STAMP) ## check style, types and import directions

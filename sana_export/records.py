@@ -83,7 +83,7 @@ class EngineEntry:
     onnx_sha256: str
     #: The version of TensorRT or TensorRT-RTX that built it.
     backend_version: str
-    #: The compute capabilities of the GPUs that it runs on, such as "8.9". Empty: all that TensorRT-RTX supports.
+    #: The compute capabilities of the GPUs that it runs on, such as "8.9". Empty: a portable engine.
     compute_capabilities: tuple[str, ...]
     #: The platform that it runs on, such as "linux-x86_64"; "any" if that does not matter.
     operating_system: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from sana_export.environment import import_digest
 from tests.support import cuda_driver
-from tests.support.bundles import PAG_LAYER, exported
+from tests.support.bundles import sprint_bundle_in, tiny_bundle_in
 from tests.support.small_bundles import write_bundle
 
 KEPT_SECONDS = 24 * 3600
@@ -32,7 +33,12 @@ def _interrupts() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def build_cache(request: pytest.FixtureRequest) -> Path:
-    """A folder for what tests build, kept between runs until the code of the export or PyTorch changes."""
+    """A folder for what tests build, kept between runs until the code of the export or PyTorch changes.
+
+    With $SANA_EXPORT_TEST_BUNDLES it is that folder, whose bundles another environment exported.
+    """
+    if given := os.environ.get("SANA_EXPORT_TEST_BUNDLES"):
+        return Path(given)
     code = import_digest("sana_export.export.bundle")
     folder = request.config.cache.mkdir("built") / f"{code[:16]}-torch-{version('torch')}"
     for old in folder.parent.iterdir():
@@ -75,15 +81,15 @@ def sprint_checkpoint(own_cache: None) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Any, build_cache: Path) -> Path:
+def tiny_bundle(own_cache: None, build_cache: Path) -> Path:
     """The float32 bundle of `tiny-random` with one PAG layer. Tests that change a bundle copy it first."""
-    return exported(tiny_checkpoint, build_cache / "tiny-fp32", pag_layers=[PAG_LAYER])
+    return tiny_bundle_in(build_cache)
 
 
 @pytest.fixture(scope="session")
-def sprint_bundle(sprint_checkpoint: Any, build_cache: Path) -> Path:
+def sprint_bundle(own_cache: None, build_cache: Path) -> Path:
     """The float32 bundle of `tiny-sprint`."""
-    return exported(sprint_checkpoint, build_cache / "tiny-sprint-fp32")
+    return sprint_bundle_in(build_cache)
 
 
 @pytest.fixture(scope="session")

@@ -21,11 +21,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-#: The versions to record: the lowest and the highest that we support. Distribution to module and to the versions.
-WHEELS = {
-    "tensorrt-cu13-bindings": ("tensorrt_bindings", ("10.13.2.6", "11.4.0.106")),
-    "tensorrt-rtx-cu13-bindings": ("tensorrt_rtx_bindings", ("1.4.0.76",)),
-}
+#: What is recorded: the lowest and the highest version of TensorRT that we support. The tests ask TensorRT-RTX itself.
+DISTRIBUTION, MODULE, VERSIONS = "tensorrt-cu13-bindings", "tensorrt_bindings", ("10.13.2.6", "11.4.0.106")
 FOLDER = Path(__file__).parents[1] / "tests" / "trt" / "interfaces"
 #: The classes and enumerations that our code uses.
 CLASSES = (
@@ -36,8 +33,7 @@ CLASSES = (
     *("ITimingCache", "LayerInformationFormat", "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "PreviewFeature"),
     *("ProfilingVerbosity", "Refitter", "Runtime", "Weights"),
 )
-#: The libraries that the bindings are linked with, and the functions that they look for at import.
-LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser", "tensorrt_rtx", "tensorrt_onnxparser_rtx")
+#: The functions that the bindings look for at import.
 FUNCTIONS = (
     *("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL"),
     *("createNvOnnxParserRefitter_INTERNAL", "createNvOnnxParser_INTERNAL", "getBuilderPluginRegistry", "getNvOnnxParserVersion"),
@@ -80,19 +76,19 @@ def write_interface(name: str, path: str) -> None:
     Path(path).write_text(json.dumps(interface, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
-def record(distribution: str, module: str, version: str, folder: Path) -> Path:
-    """Download the wheel of `version`, import its `module` and write the interface to a file in `folder`."""
-    path = folder / f"{distribution.partition('-cu')[0]}-{'.'.join(version.split('.')[:2])}.json"
+def record(version: str, folder: Path) -> Path:
+    """Download the wheel of `version`, import its module and write the interface to a file in `folder`."""
+    path = folder / f"tensorrt-{'.'.join(version.split('.')[:2])}.json"
     with tempfile.TemporaryDirectory() as place:
         here = Path(place)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", place]
-        subprocess.run([*pip, f"{distribution}=={version}"], check=True)
+        subprocess.run([*pip, f"{DISTRIBUTION}=={version}"], check=True)
         (wheel,) = here.glob("*.whl")
         zipfile.ZipFile(wheel).extractall(here)
-        _compile_libraries(here, next(here.glob(f"{module}/*.so")))
+        _compile_libraries(here, next(here.glob(f"{MODULE}/*.so")))
         search = {"LD_LIBRARY_PATH": place, "PYTHONPATH": os.pathsep.join((place, str(Path(__file__).parents[1])))}
         code = "import sys; from tools.bindings import write_interface; write_interface(*sys.argv[1:])"
-        subprocess.run([sys.executable, "-c", code, module, str(path)], check=True, env={**os.environ, **search}, cwd=place)
+        subprocess.run([sys.executable, "-c", code, MODULE, str(path)], check=True, env={**os.environ, **search}, cwd=place)
     return path
 
 
@@ -100,8 +96,7 @@ def _compile_libraries(folder: Path, bindings: Path) -> None:
     """Stand-ins for the libraries that the shared object `bindings` is linked with."""
     source = folder / "functions.c"
     source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in FUNCTIONS))
-    names = "|".join(LIBRARIES).encode()
-    for name in set(re.findall(rb"\0(lib(?:%s)\.so[.\d]*)(?=\0)" % names, bindings.read_bytes())):
+    for name in set(re.findall(rb"\0(libnv\w+\.so\.\d+)(?=\0)", bindings.read_bytes())):
         target = folder / name.decode()
         subprocess.run(["cc", "-shared", "-fPIC", f"-Wl,-soname,{target.name}", str(source), "-o", str(target)], check=True)
 
@@ -111,9 +106,8 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="where to write it (default: %(default)s)")
     folder = parser.parse_args().folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    for distribution, (module, versions) in WHEELS.items():
-        for version in versions:
-            print(record(distribution, module, version, folder))
+    for version in VERSIONS:
+        print(record(version, folder))
 
 
 if __name__ == "__main__":

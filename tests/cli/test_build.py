@@ -125,7 +125,7 @@ def test_tensorrt_says_what_to_install(tiny_bundle: Path, cli: Cli, monkeypatch:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     ran = cli("build", tiny_bundle, "--backend", "tensorrt")
     assert ran.code == 3
-    assert 'pip install "tensorrt>=10.12"' in ran.err
+    assert 'pip install "tensorrt>=10.13"' in ran.err
 
 
 def test_a_profile_by_name_or_for_one_size(tiny_bundle: Path) -> None:

@@ -18,7 +18,7 @@ from tests.support.command_line import Cli
 
 NO_GPU = Machine("3.11", "python", "Linux", "linux-x86_64", "a processor", 2, 10**9, ())
 RTX = BackendProbe("tensorrt-rtx", "1.7.1", ("8.9", "12.0"), None, None)
-NO_TENSORRT = BackendProbe("tensorrt", None, (), "no module tensorrt", 'pip install "tensorrt>=10.12"')
+NO_TENSORRT = BackendProbe("tensorrt", None, (), "no module tensorrt", 'pip install "tensorrt>=10.13"')
 
 
 @pytest.fixture

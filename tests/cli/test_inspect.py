@@ -46,7 +46,7 @@ NOT_ON_HOPPER = f"TensorRT-RTX does not support compute capability 9.0, only {',
         ({"compute_capabilities": ("7.5",)}, {"gpus": (Gpu("old", "7.5"),)}, []),
         ({"compute_capabilities": ("12.0",)}, {}, ["compute_capabilities: built for 12.0, here is 8.9"]),
         ({"backend_version": "1.6"}, {}, ["backend_version: built with TensorRT-RTX 1.6, here is 1.7.1"]),
-        ({}, {"versions": {}}, ['TensorRT-RTX is not installed (pip install "tensorrt-rtx>=1.2")']),
+        ({}, {"versions": {}}, ['TensorRT-RTX is not installed (pip install "tensorrt-rtx>=1.7")']),
         (
             {
                 "backend": "tensorrt",

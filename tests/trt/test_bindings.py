@@ -1,6 +1,6 @@
 """Every member, signature and enumeration of TensorRT that our code uses, in the oldest and newest versions that it supports.
 
-The installed TensorRT-RTX is asked itself. `make bindings` recorded the interfaces of other versions from their real bindings.
+The installed TensorRT-RTX is asked itself. `make bindings` recorded the interfaces of TensorRT from its real bindings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sana_export.formats.dtypes import DTYPES
 from sana_export.trt.logger import LEVELS
 from sana_export.trt.options import BUILDER_FLAGS, FLAGS, PREVIEW_FEATURES
 from tests.support.binding_uses import ASKED, MODULE, OBJECTS, Use, derived, problem, unknown, uses, uses_in
-from tools.bindings import CLASSES, FOLDER, WHEELS, describe
+from tools.bindings import CLASSES, FOLDER, VERSIONS, describe
 
 INSTALLED = "installed"
 RECORDED = {path.stem: path for path in sorted(FOLDER.glob("*.json"))}
@@ -52,7 +52,6 @@ LACKS: dict[str, set[str]] = {
     INSTALLED: set(),
     "tensorrt-10.13": {*ASKED_FOR, *FOLLOWS},
     "tensorrt-11.4": {*ASKED_FOR, *FOLLOWS},
-    "tensorrt-rtx-1.4": set(),
 }
 
 
@@ -64,8 +63,7 @@ def interface(version: str) -> dict[str, Any]:
 
 def used(version: str) -> list[Use]:
     """What our code uses with this version: `bench/gpu_check/rtx.py` is for TensorRT-RTX alone."""
-    rtx = version in (INSTALLED, "tensorrt-rtx-1.4")
-    return [use for use in uses() if rtx or not use.place.startswith("bench/gpu_check/rtx.py:")]
+    return [use for use in uses() if version == INSTALLED or not use.place.startswith("bench/gpu_check/rtx.py:")]
 
 
 @pytest.mark.parametrize("version", LACKS)
@@ -112,8 +110,7 @@ def test_classes_that_derive_from_the_modules_define_its_methods(version: str) -
 
 
 def test_what_is_recorded() -> None:
-    recorded = {json.loads(path.read_text("utf-8"))["version"] for path in RECORDED.values()}
-    assert recorded == {version for _, versions in WHEELS.values() for version in versions}
+    assert {json.loads(path.read_text("utf-8"))["version"] for path in RECORDED.values()} == set(VERSIONS)
     assert {INSTALLED, *RECORDED} == set(LACKS)
     assert {use.owner for use in uses()} - {MODULE} <= set(CLASSES)
 

@@ -112,7 +112,7 @@ def test_usage_errors_come_before_anything_is_built(bundle: Path) -> None:
 def test_a_missing_package_comes_before_anything_is_built(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
 
-    with pytest.raises(DependencyError, match=r'pip install "tensorrt>=10\.12"'):
+    with pytest.raises(DependencyError, match=r'pip install "tensorrt>=10\.13"'):
         build(bundle, backend="tensorrt")
 
 

@@ -21,7 +21,7 @@ def test_missing_package_names_the_line_that_installs_it(monkeypatch: pytest.Mon
         load("tensorrt")
 
     assert caught.value.exit_code == 3
-    assert caught.value.fix == 'pip install "tensorrt>=10.12"'
+    assert caught.value.fix == 'pip install "tensorrt>=10.13"'
     assert "own package index" in str(caught.value)
     assert isinstance(caught.value.__cause__, ImportError)
 
@@ -45,7 +45,7 @@ def test_package_that_does_not_load_is_a_missing_dependency(
         load("tensorrt")
 
     assert found in str(caught.value)
-    assert 'pip install "tensorrt>=10.12"' in str(caught.value)
+    assert 'pip install "tensorrt>=10.13"' in str(caught.value)
     sys.modules.pop("tensorrt", None)
 
 

@@ -28,7 +28,7 @@ HERE = Host((Gpu("Host GPU 1", "8.9"),), {"tensorrt-rtx": "1.7.1.116"}, "linux-x
 
 
 DOCTOR = "run sana-export doctor to see what was found, or use --backend onnxruntime, which needs no GPU"
-INSTALL = 'pip install "tensorrt-rtx>=1.2"'
+INSTALL = 'pip install "tensorrt-rtx>=1.7"'
 OTHERS = "use --backend tensorrt or onnxruntime or onnxruntime-cuda-graphs or torch or torch-compile"
 BUILD = "sana-export build {bundle} --backend tensorrt-rtx"
 
