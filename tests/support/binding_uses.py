@@ -33,10 +33,12 @@ OBJECTS: dict[str, dict[str, str]] = {
         "self._module": MODULE,
         "self._runtime": "Runtime",
         "self.engine": "ICudaEngine",
-        "self._context": "IExecutionContext",
+        "context": "IExecutionContext",
         "config": "IRuntimeConfig",
+        "self._config": "IRuntimeConfig",
         "self._cache": "IRuntimeCache",
     },
+    "runtime/backends/tensorrt_context.py": {"self._context": "IExecutionContext", "self._engine.engine": "ICudaEngine"},
     "runtime/backends/tensorrt_refit.py": {
         "module": MODULE,
         "self._module": MODULE,
@@ -68,6 +70,8 @@ OBJECTS: dict[str, dict[str, str]] = {
 }
 #: Members of TensorRT's classes with an underscore that objects of other packages have too.
 COMMON = {"get_shape", "infer_shapes"}
+#: The backend's own options, which have the names of TensorRT-RTX's.
+COMMON |= {"cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"}
 #: Objects of our own classes in the same variables as TensorRT's elsewhere in a file: the file, the variable and its members.
 OWN = {
     ("trt/build.py", "error"): {"message"},

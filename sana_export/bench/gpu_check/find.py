@@ -18,8 +18,8 @@ from sana_export.trt.logger import logger_for
 
 #: Time limit for one library in seconds.
 _TIMEOUT = 30
-#: Module to the expression that is evaluated after importing it as `m`. Its value must be valid in JSON; `no_gpu` says why the module
-#: cannot use the GPU, or is None.
+#: Module to the expression that is evaluated after importing it as `m`. Its value must be valid in JSON; `no_gpu` says why the
+#: module cannot use the GPU, or is None.
 QUESTIONS: dict[str, str] = {
     "torch": "{'version': m.__version__, 'cuda': m.version.cuda, 'no_gpu': find.no_torch(m),"
     " 'gpu': m.cuda.get_device_name() if m.cuda.is_available() else None,"
