@@ -29,7 +29,6 @@ PACKAGES = (
 )
 
 _LIBRARIES = {"Windows": "nvcuda.dll"}
-_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
 #: What nvidia-smi calls the limits that a GPU's speed depends on, and its state at the moment.
 _STATE = (
     "clocks.max.sm",
@@ -56,31 +55,59 @@ class Gpu:
     name: str
     #: Its compute capability ("8.9").
     compute_capability: str
-    #: Its memory. None if nvidia-smi did not report it.
+    #: Its memory. None if it is not known.
     memory_bytes: int | None = None
-    #: The version of its driver. None if nvidia-smi did not report it.
+    #: The version of its driver. None if it is not known.
     driver: str | None = None
 
 
 @cache
 def find_gpus() -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs that nvidia-smi lists. If nvidia-smi is missing or fails, the driver's library is asked for the first GPU."""
+    """The NVIDIA GPUs that CUDA can use, in CUDA's order: by default engines run on the first one. Empty without a driver.
+
+    The driver is asked. nvidia-smi has another order and ignores CUDA_VISIBLE_DEVICES.
+    """
     try:
-        listed = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True).stdout
-        return tuple(map(_parse_gpu, filter(None, listed.splitlines())))
-    except (OSError, subprocess.SubprocessError, ValueError):
-        capability = gpu_compute_capability()
-        return (Gpu("an NVIDIA GPU", capability),) if capability else ()
+        driver = ctypes.CDLL(_LIBRARIES.get(platform.system(), "libcuda.so.1"))
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    version = _driver_version() if count.value else None
+    return tuple(_ask_driver(driver, index, version) for index in range(count.value))
 
 
-def gpu_state() -> list[dict[str, str]]:
-    """Clocks, power, temperature, and memory of each GPU, in nvidia-smi's words and units. Empty without nvidia-smi."""
-    command = ("nvidia-smi", f"--query-gpu={','.join(_STATE)}", "--format=csv,noheader")
+def _ask_driver(driver: Any, index: int, version: str | None) -> Gpu:
+    device, major, minor, size = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    name = ctypes.create_string_buffer(256)
+    driver.cuDeviceGet(ctypes.byref(device), index)
+    driver.cuDeviceGetName(name, len(name), device)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+    known = driver.cuDeviceTotalMem_v2(ctypes.byref(size), device) == 0
+    return Gpu(name.value.decode("utf-8", "replace"), f"{major.value}.{minor.value}", size.value if known else None, version)
+
+
+def _driver_version() -> str | None:
+    """The version of NVIDIA's driver, which is one for all GPUs. None if nvidia-smi is missing."""
+    listed = _nvidia_smi("driver_version")
+    return listed[0][0] if listed else None
+
+
+def _nvidia_smi(*fields: str) -> list[list[str]]:
+    """The values of `fields` for each GPU that nvidia-smi lists. Empty if it is missing or fails."""
+    command = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [dict(zip(_STATE, map(str.strip, line.split(",")), strict=True)) for line in filter(None, listed.splitlines())]
+    return [[value.strip() for value in line.split(",")] for line in filter(None, listed.splitlines())]
+
+
+def gpu_state() -> list[dict[str, str]]:
+    """Clocks, power, temperature, and memory of each GPU, in nvidia-smi's words and units. Empty without nvidia-smi."""
+    return [dict(zip(_STATE, values, strict=True)) for values in _nvidia_smi(*_STATE)]
 
 
 def gpu_memory_bytes(gpus: Sequence[Gpu]) -> int | None:
@@ -89,26 +116,9 @@ def gpu_memory_bytes(gpus: Sequence[Gpu]) -> int | None:
 
 
 def gpu_compute_capability(index: int = 0) -> str | None:
-    """The compute capability ("8.9") of the GPU `index`, from the driver. None if there is no driver or no such GPU."""
-    try:
-        driver = ctypes.CDLL(_LIBRARIES.get(platform.system(), "libcuda.so.1"))
-    except OSError:
-        return None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    calls = (
-        lambda: driver.cuInit(0),
-        lambda: driver.cuDeviceGet(ctypes.byref(device), index),
-        lambda: driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device),
-        lambda: driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device),
-    )
-    if any(call() != 0 for call in calls):
-        return None
-    return f"{major.value}.{minor.value}"
-
-
-def _parse_gpu(line: str) -> Gpu:
-    name, capability, memory, driver = (field.strip() for field in line.rsplit(",", 3))
-    return Gpu(name, capability, int(memory) << 20 if memory.isdecimal() else None, driver)
+    """The compute capability ("8.9") of the GPU that CUDA numbers `index`. None if there is no such GPU."""
+    gpus = find_gpus()
+    return gpus[index].compute_capability if 0 <= index < len(gpus) else None
 
 
 def describe_machine() -> dict[str, Any]:

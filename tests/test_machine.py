@@ -1,37 +1,108 @@
-"""The GPUs of this machine, from nvidia-smi or from the driver."""
+"""The GPUs of this machine, in CUDA's order."""
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
+from typing import Any
 
 import pytest
 
 from sana_export import machine
-from sana_export.machine import Gpu, find_gpus, gpu_names
+from sana_export.errors import UsageError
+from sana_export.machine import Gpu, find_gpus, gpu_compute_capability, gpu_names, gpu_state
+from sana_export.trt import compatibility
+from tests.support import cuda_driver
 
 
-def test_gpus_as_nvidia_smi_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = "NVIDIA GeForce RTX 4090, 8.9, 24564, 560.35.03\nGraphics, odd name, 12.0, [N/A], 570.00\n"
-    done = subprocess.CompletedProcess((), 0, listed, "")
-    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: done)
-    assert find_gpus.__wrapped__() == (
-        Gpu("NVIDIA GeForce RTX 4090", "8.9", 24564 << 20, "560.35.03"),
-        Gpu("Graphics, odd name", "12.0", None, "570.00"),
+class Driver:
+    """A driver's library with two GPUs. nvidia-smi lists them in another order."""
+
+    gpus = ((b"NVIDIA A100", 8, 0, 80 << 30), (b"NVIDIA GeForce RTX 4090", 8, 9, 24 << 30))
+    broken = False
+
+    def cuInit(self, flags: int) -> int:
+        return 100 if self.broken else 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = len(self.gpus)
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        device._obj.value = index
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:
+        name.value = self.gpus[device.value][0]
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        value._obj.value = self.gpus[device.value][{75: 1, 76: 2}[attribute]]
+        return 0
+
+    def cuDeviceTotalMem_v2(self, size: Any, device: Any) -> int:
+        size._obj.value = self.gpus[device.value][3]
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: made)
+    monkeypatch.setattr(machine, "find_gpus", find_gpus.__wrapped__)
+    monkeypatch.setattr(
+        machine.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess((), 0, "560.35.03\n560.35.03\n", "")
     )
+    return made
 
 
-@pytest.mark.parametrize(("capability", "gpus"), [(None, ()), ("9.0", (Gpu("an NVIDIA GPU", "9.0"),))])
-def test_the_driver_is_asked_if_nvidia_smi_is_missing(
-    capability: str | None, gpus: tuple[Gpu, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpus_are_in_the_order_of_cuda(driver: Driver) -> None:
+    assert machine.find_gpus() == (
+        Gpu("NVIDIA A100", "8.0", 80 << 30, "560.35.03"),
+        Gpu("NVIDIA GeForce RTX 4090", "8.9", 24 << 30, "560.35.03"),
+    )
+    assert [gpu_compute_capability(index) for index in (0, 1, 2, -1)] == ["8.0", "8.9", None, None]
+
+
+def test_nvidia_smi_is_not_needed(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object, **__: object) -> None:
         raise FileNotFoundError("nvidia-smi")
 
     monkeypatch.setattr(machine.subprocess, "run", missing)
-    monkeypatch.setattr(machine, "gpu_compute_capability", lambda: capability)
-    assert find_gpus.__wrapped__() == gpus
+    assert [gpu.driver for gpu in machine.find_gpus()] == [None, None]
+    assert gpu_state() == []
+
+
+def test_a_driver_that_finds_no_gpu(driver: Driver) -> None:
+    driver.broken = True
+    assert machine.find_gpus() == ()
+    assert gpu_compute_capability() is None
+
+
+def test_without_a_driver(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert machine.find_gpus() == ()
+
+
+def test_the_real_calls_are_those_of_a_driver(driver_library: Any) -> None:
+    """On the stand-in for the driver, which has one GPU."""
+    code = "from sana_export.machine import find_gpus; print(*find_gpus())"
+    done = cuda_driver.run(driver_library, ["-c", code])
+    assert done.stdout.startswith("Gpu(name='Stand-in GPU', compute_capability='8.9', memory_bytes=4294967296,"), done.stderr
 
 
 def test_names_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "find_gpus", lambda: (Gpu("NVIDIA H100", "9.0", 80 << 30, "570.1"), Gpu("an NVIDIA GPU", "8.9")))
     assert gpu_names() == ["NVIDIA H100, 570.1", "an NVIDIA GPU"]
+
+
+def test_engines_are_judged_by_the_gpu_that_they_run_on(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "find_gpus", machine.find_gpus)
+    assert [gpu.name for gpu in compatibility.detect_host().gpus] == ["NVIDIA A100"]
+    assert [gpu.name for gpu in compatibility.detect_host(1).gpus] == ["NVIDIA GeForce RTX 4090"]
+    with pytest.raises(UsageError, match="there is no GPU 2") as caught:
+        compatibility.detect_host(2)
+    assert caught.value.found == "0: NVIDIA A100, 1: NVIDIA GeForce RTX 4090"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sana_export.environment import installed_version, operating_system, release
 from sana_export.errors import UsageError
 from sana_export.gpu_support import RTX_PORTABLE, backends_for, unsupported_reason
-from sana_export.machine import Gpu, find_gpus, gpu_compute_capability
+from sana_export.machine import Gpu, find_gpus
 from sana_export.manifest import EngineEntry
 from sana_export.trt.flavour import ANY_SYSTEM, FLAVOURS, Target
 from sana_export.trt.options import BuildOptions
@@ -21,7 +21,7 @@ HARDWARE_COMPATIBLE_FROM = (8, 0)
 class Host:
     """What decides whether an engine runs on a machine."""
 
-    #: Its GPUs.
+    #: The GPU that engines would run on. Empty if there is none.
     gpus: Sequence[Gpu]
     #: The installed version of each engine backend, or None if it is not installed.
     versions: Mapping[str, str | None]
@@ -30,24 +30,21 @@ class Host:
 
 
 def detect_host(device: int | None = None) -> Host:
-    """This machine, with all its GPUs or only the GPU that CUDA numbers `device`.
+    """This machine with the GPU that CUDA numbers `device`, by default the first one, which engines run on.
 
     Nothing is imported: the versions come from the metadata of the installed packages, which have the names of the backends. Raises
-    UsageError if there is no such GPU.
+    UsageError if there is no GPU of that number.
     """
-    if device is None:
-        gpus = find_gpus()
-    else:  # nvidia-smi numbers GPUs in another order than CUDA and ignores CUDA_VISIBLE_DEVICES: ask the driver
-        capability = gpu_compute_capability(device)
-        if capability is None:
-            raise UsageError(
-                f"there is no GPU {device}",
-                found=", ".join(gpu.name for gpu in find_gpus()) or "no NVIDIA GPU",
-                wanted="the index of a GPU that CUDA can use",
-                fix="sana-export doctor",
-            )
-        gpus = (Gpu(f"GPU {device}", capability),)
-    return Host(gpus, {backend: installed_version(backend) for backend in FLAVOURS}, operating_system())
+    found = find_gpus()
+    if device is not None and not 0 <= device < len(found):
+        raise UsageError(
+            f"there is no GPU {device}",
+            found=", ".join(f"{index}: {gpu.name}" for index, gpu in enumerate(found)) or "no NVIDIA GPU",
+            wanted="the number of a GPU that CUDA can use",
+            fix="sana-export doctor",
+        )
+    first = device or 0
+    return Host(found[first : first + 1], {backend: installed_version(backend) for backend in FLAVOURS}, operating_system())
 
 
 def incompatibilities(engine: EngineEntry, host: Host) -> list[str]:

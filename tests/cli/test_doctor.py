@@ -11,6 +11,7 @@ import pytest
 from sana_export.cli import packages
 from sana_export.cli.packages import Package, exclusive_conflict, missing_package, require
 from sana_export.cli.probe import BackendProbe
+from sana_export.cli.verbs import doctor
 from sana_export.cli.verbs.doctor import Ability, Machine, judge
 from sana_export.errors import DependencyError
 from sana_export.machine import Gpu
@@ -78,6 +79,18 @@ def test_engines(gpus: tuple[Gpu, ...], probe: BackendProbe, builds: bool, runs:
     run = found[f"run {title} engines"]
     assert run.possible is runs
     assert (run.reason is None) if word is None else (word in str(run.reason))
+    assert not runs or run.fix == ("--device 1" if len(gpus) == 2 else None)
+
+
+def test_onnxruntime_on_the_gpu(installed: dict[str, str], cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "sample on the GPU with ONNX Runtime"
+    assert abilities(())[name].reason == "no NVIDIA GPU or no driver"
+    gpu = Gpu("NVIDIA H100", "9.0")
+    assert "onnxruntime-gpu[cuda,cudnn]" in str(abilities((gpu,))[name].fix)
+    installed["onnxruntime-gpu"] = "1.31.1"
+    assert abilities((gpu,))[name].possible
+    monkeypatch.setattr(doctor, "find_gpus", lambda: (gpu,))
+    assert "backends for it: tensorrt, onnxruntime, onnxruntime-cuda-graphs, torch, torch-compile" in cli("doctor").out
 
 
 def test_missing_and_old_packages_are_named_with_the_command_that_installs_them() -> None:

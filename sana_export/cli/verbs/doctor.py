@@ -19,9 +19,10 @@ from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import plural, size, table
 from sana_export.cli.verb import Answer, Verb
 from sana_export.environment import installed_version, operating_system
-from sana_export.gpu_support import unsupported_reason
+from sana_export.gpu_support import backends_for, unsupported_reason
 from sana_export.machine import Gpu, cpu_name, find_gpus, gpu_memory_bytes, memory_bytes, usable_cores
 from sana_export.manifest import Manifest
+from sana_export.runtime.backends.onnxruntime_provider import INSTALL
 from sana_export.trt.flavour import FLAVOURS
 
 
@@ -57,7 +58,7 @@ class Ability:
     possible: bool
     #: What is missing.
     reason: str | None = None
-    #: The command that fixes it, or the alternative.
+    #: The command that fixes it, or the alternative. If it is possible: the option that it needs, or None.
     fix: str | None = None
 
 
@@ -119,9 +120,20 @@ def judge(machine: Machine, found: list[Package], probes: Iterable[BackendProbe]
     )
     onnxruntime = any(installed_version(name) for name in EXCLUSIVE)
     yield Ability("sample on the CPU", onnxruntime, *((None, None) if onnxruntime else ("no ONNX Runtime", install_command("cpu"))))
+    yield _cuda_ability(machine)
     for probe in probes:
         yield _build_ability(probe, machine, bundle)
         yield _run_ability(probe, machine, bundle)
+
+
+def _cuda_ability(machine: Machine) -> Ability:
+    """ONNX Runtime on the GPU. Whether its CUDA libraries are there shows when a bundle is loaded."""
+    reason, fix = None, None
+    if not machine.gpus:
+        reason = "no NVIDIA GPU or no driver"
+    elif installed_version("onnxruntime-gpu") is None:
+        reason, fix = "onnxruntime-gpu is not installed", INSTALL
+    return Ability("sample on the GPU with ONNX Runtime", reason is None, reason, fix)
 
 
 def _build_ability(probe: BackendProbe, machine: Machine, bundle: str) -> Ability:
@@ -133,22 +145,23 @@ def _build_ability(probe: BackendProbe, machine: Machine, bundle: str) -> Abilit
 
 
 def _run_ability(probe: BackendProbe, machine: Machine, bundle: str) -> Ability:
-    capabilities = [gpu.compute_capability for gpu in machine.gpus]
+    unsupported = [unsupported_reason(probe.backend, gpu.compute_capability) for gpu in machine.gpus]
     reasons, fix = [], probe.fix
-    if not capabilities:
+    if not machine.gpus:
         reasons.append("no NVIDIA GPU or no driver")
         fix = fix or f"sana-export generate {bundle} 'a red apple' -o apple.png --backend onnxruntime"
     if probe.reason is not None:
         reasons.append(probe.reason)
-    unsupported = list(filter(None, (unsupported_reason(probe.backend, capability) for capability in capabilities)))
-    if unsupported and len(unsupported) == len(capabilities):
-        reasons += dict.fromkeys(unsupported)
+    if all(unsupported):
+        reasons += dict.fromkeys(filter(None, unsupported))
+    elif unsupported[0] and not reasons:  # without a choice, engines run on the first GPU
+        fix = f"--device {unsupported.index(None)}"
     return Ability(f"run {FLAVOURS[probe.backend].title} engines", not reasons, "; ".join(reasons) or None, fix)
 
 
 def _verdict(ability: Ability) -> str:
     if ability.possible:
-        return "yes"
+        return f"yes, with {ability.fix}" if ability.fix else "yes"
     return f"no: {ability.reason}" + (f" ({ability.fix})" if ability.fix else "")
 
 
@@ -165,6 +178,7 @@ def _machine_text(machine: Machine) -> str:
         details += [size(gpu.memory_bytes)] if gpu.memory_bytes else []
         details += [f"driver {gpu.driver}"] if gpu.driver else []
         rows.append(("gpu", f"{gpu.name}, {', '.join(details)}"))
+        rows.append(("", f"backends for it: {', '.join(backends_for(gpu.compute_capability))}"))
     if not machine.gpus:
         rows.append(("gpu", "none (no NVIDIA driver found)"))
     return table(rows)

@@ -119,6 +119,12 @@ void release_block(CUdeviceptr address) {
     if (block->previous) join_with_next(block->previous);
 }
 
+API(cuDeviceTotalMem, size_t *bytes, CUdevice device) {
+    NEED(device == 0, CUDA_ERROR_INVALID_DEVICE);
+    *bytes = MEMORY_SIZE;
+    return CUDA_SUCCESS;
+}
+
 API(cuMemGetInfo, size_t *free_bytes, size_t *total) {
     LOCKED;
     NEED_CONTEXT;
