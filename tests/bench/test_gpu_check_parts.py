@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sana_export.bench.gpu_check import latency, parity, rtx, suite
+from sana_export.bench.gpu_check import latency, parity, rtx, settings, suite
 from sana_export.bench.gpu_check.bundles import MODELS, checkpoint_of, without_onnx
 from sana_export.bench.gpu_check.check import CheckFailed, PartContext
+from sana_export.bench.gpu_check.parts import PARTS
 from sana_export.contract import GRAPHS
 from sana_export.errors import ArtifactError
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import torch as torch_backend
+from sana_export.runtime.backends.tensorrt_options import EngineOptions
 from sana_export.variants import VARIANTS
 
 
@@ -102,6 +104,26 @@ def test_the_question_to_tensorrt_rtx_builds_without_a_gpu(context: PartContext)
         assert found["built"]
         assert found["bytes"] > 100_000
         assert not found["loaded"]
+
+
+def test_settings_are_measured_one_by_one(context: PartContext) -> None:
+    """With settings of ONNX Runtime: engines need a GPU."""
+    threads = {"session_options": {"intra_op_num_threads": 1}}
+    settings_of = {"defaults": {}, "one thread": threads}
+    found = settings.measure(context, backend="onnxruntime", settings=settings_of, model="tiny-random", size=64)["rows"]
+    assert set(found) == set(settings_of)
+    for row in found.values():
+        assert 0 < row["text_encoder"] < row["first_ms"]
+        assert 0 < row["new_length"] <= row["longest_new_length"] < row["first_ms"]
+        assert row["cache_bytes"] == 0
+
+
+def test_settings_are_options_of_the_backends() -> None:
+    for options in settings.SETTINGS.values():
+        EngineOptions.parse(options, "tensorrt-rtx")
+    for part in PARTS:
+        for options in part.arguments.get("settings", {}).values():
+            EngineOptions.parse(options, part.arguments["backend"])
 
 
 def test_the_suite_counts_outcomes_and_fails_with_a_test(context: PartContext, tmp_path: Path) -> None:

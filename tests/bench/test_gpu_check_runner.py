@@ -147,6 +147,22 @@ def test_the_page(tmp_path: Path) -> None:
         "latency/1600m/eager": latency(800.0, None),
         "latency/1600m/torch-compile": latency(400.0, 45.25),
         "rtx/current": Outcome("passed", found=question),
+        "settings/tensorrt-rtx": Outcome(
+            "passed",
+            found={
+                "rows": {
+                    "defaults": {
+                        "first_ms": 2000.0,
+                        "text_encoder": 4.0,
+                        "context": 1.5,
+                        "vae_decoder": 9.0,
+                        "new_length": 5.0,
+                        "longest_new_length": 80.0,
+                        "cache_bytes": 3 * 2**20,
+                    }
+                }
+            },
+        ),
         "parity/torch": Outcome("failed", "tiny-fp32 context: cosine 0.9\nmore"),
         "parity/onnxruntime": Outcome(
             "passed", found={"cases": {"tiny-fp32": {"least_cosine": 0.99999995, "least_image_psnr_db": 77.0, "passed": True}}}
@@ -160,6 +176,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert "| current | yes | no | no | None | it is not / supported |" in page
     assert "| onnxruntime | tiny-fp32 | 0.9999999 | 77.0 | True |" in page or "| onnxruntime | tiny-fp32 | 1.0000000 |" in page
     assert "| parity/torch | failed | 0 | tiny-fp32 context: cosine 0.9 more |" in page
+    assert "| tensorrt-rtx | defaults | 2000.0 | 4.0 | 1.5 | 9.0 | 5.0 | 80.0 | 3.0 |" in page
     assert "| make/600m | not reached |" in page
     parts = json.loads((tmp_path / "deep" / "r.json").read_text("utf-8"))["parts"]
     assert list(parts) == [part.name for part in PARTS]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sana_export.bench.gpu_check.settings import SETTINGS
+
 _PACKAGE = "sana_export.bench.gpu_check"
 #: Modules that every part except the first needs.
 _BASE = ("torch", "diffusers", "transformers", "onnx", "tokenizers")
@@ -90,6 +92,14 @@ def _question(name: str) -> CheckPart:
     return CheckPart(f"rtx/{name}", f"{_PACKAGE}.rtx:ask", 60, 15, {"question": name}, modules, on_gpu=("torch", "tensorrt_rtx"))
 
 
+def _settings(backend: str, *names: str) -> CheckPart:
+    """Measure the settings of an engine backend, by default all."""
+    arguments = {"backend": backend, **({"settings": {name: SETTINGS[name] for name in names}} if names else {})}
+    modules = (*_BASE, "onnxscript", *EXPORTED[backend])
+    target = f"{_PACKAGE}.settings:measure"
+    return CheckPart(f"settings/{backend}", target, 150, 40, arguments, modules, on_gpu=_on_gpu(backend), backend=backend)
+
+
 PARTS: tuple[CheckPart, ...] = (
     CheckPart("find", f"{_PACKAGE}.find:find", most=40, least=5, modules=(), gpu=False),
     _parity("torch"),
@@ -101,6 +111,8 @@ PARTS: tuple[CheckPart, ...] = (
     CheckPart("tests", f"{_PACKAGE}.suite:run", most=150, least=20, modules=(*_BASE, "pytest")),
     _parity("torch-compile"),
     *(_parity(backend, *modules) for backend, modules in EXPORTED.items()),
+    _settings("tensorrt-rtx"),
+    _settings("tensorrt", "defaults", "text not padded"),
     _export("1600m"),
     *(_latency("1600m", backend, *modules, most=220, least=40) for backend, modules in EXPORTED.items()),
     _make("600m"),

@@ -42,7 +42,7 @@ QUESTIONS: dict[str, Callable[[Any, Any], None]] = {
 
 
 def ask(context: PartContext, *, question: str) -> Mapping[str, Any]:
-    """Returns built, loaded, ran (bool), build_seconds, cosine, and said (the library's messages).
+    """Returns version, built, loaded, ran (bool), build_seconds, bytes, cosine, and said (the library's messages).
 
     Raises CheckFailed for wrong numbers.
     """
@@ -112,11 +112,12 @@ def _run(context: PartContext, module: Any, engine: Any, spec: Any, bundle: Path
         return None
     inputs = {name: value.cuda() for name, value in random_inputs(spec, CHECK_SIZES, 0).items()}
     for name, value in inputs.items():
-        execution.set_input_shape(name, tuple(value.shape))
-        execution.set_tensor_address(name, value.data_ptr())
+        if not execution.set_input_shape(name, tuple(value.shape)) or not execution.set_tensor_address(name, value.data_ptr()):
+            return None
     (tensor,) = spec.outputs
     output = torch.zeros(tuple(execution.get_tensor_shape(tensor.name)), dtype=torch.float32, device="cuda")
-    execution.set_tensor_address(tensor.name, output.data_ptr())
+    if not execution.set_tensor_address(tensor.name, output.data_ptr()):
+        return None
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     if not execution.execute_async_v3(stream.cuda_stream):
