@@ -71,7 +71,7 @@ lint: $(STAMP) ## check style, types and import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-gpu-check: ## run every check and timing that needs a GPU, in at most 8 minutes (WHEELS=DIR: install only from DIR)
+gpu-check: ## run every check and timing that needs a GPU, in at most 30 minutes (WHEELS=DIR: install only from DIR)
 	$(GPU_PYTHON) -m tools.gpu_check --venv $(GPU_VENV) $(if $(WHEELS),--wheels $(WHEELS)) --report $(GPU_REPORT) $(GPU_FLAGS)
 
 clean: ## remove everything that was built, except the virtual environment

@@ -37,7 +37,7 @@ KEPT = ("torch",)
 #: CUDA's libraries in the packages of NVIDIA, below a folder of packages.
 LIBRARIES = ("nvidia/cu*/lib", "nvidia/*/lib")
 #: Seconds for all installations together.
-SETUP_SECONDS = 150
+SETUP_SECONDS = 600
 _VERSIONS = (
     "import json, sys; from importlib import metadata; print(json.dumps({(d.metadata['Name'] or '').lower().replace('_', '-'):"
     " d.version for d in reversed(list(metadata.distributions()))}))"

@@ -24,7 +24,7 @@ from sana_export.environment import source_digest
 from sana_export.machine import describe_machine, describe_versions
 
 #: Seconds for the whole run, counted from `--started`.
-LIMIT = 480.0
+LIMIT = 1800.0
 
 
 def main(arguments: Sequence[str] | None = None, parts: Sequence[CheckPart] = PARTS) -> int:

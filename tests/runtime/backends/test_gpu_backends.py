@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -76,11 +77,10 @@ def name(request: pytest.FixtureRequest) -> str:
         pytest.skip(reason)
     if importlib.util.find_spec(BACKENDS[backend]) is None:
         pytest.skip(f"not installed: {BACKENDS[backend]}")
-    if backend.startswith("onnxruntime"):
-        import onnxruntime
-
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            pytest.skip("this ONNX Runtime has no CUDA provider")
+    if backend.startswith("torch") and not torch.cuda.is_available():
+        pytest.skip("this PyTorch finds no GPU")
+    if backend.startswith("onnxruntime") and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has no CUDA provider")
     return backend
 
 
