@@ -14,7 +14,6 @@ from sana_export.errors import DependencyError
 from sana_export.gpu_support import backends_for
 from sana_export.machine import gpu_compute_capability, gpu_names, gpu_state
 from sana_export.runtime.backends.onnxruntime_provider import CPU, CUDA, check_provider, choose_provider
-from sana_export.trt.logger import logger_for
 
 #: Time limit for one library in seconds.
 _TIMEOUT = 30
@@ -29,8 +28,8 @@ QUESTIONS: dict[str, str] = {
     "onnx": "{'version': m.__version__}",
     "onnxscript": "{'version': m.__version__}",
     "onnxruntime": "{'version': m.__version__, 'providers': m.get_available_providers(), 'no_gpu': find.no_cuda_provider(m)}",
-    "tensorrt": "{'version': m.__version__, 'no_gpu': find.no_engine_runtime(m)}",
-    "tensorrt_rtx": "{'version': m.__version__, 'no_gpu': find.no_engine_runtime(m)}",
+    "tensorrt": "{'version': m.__version__}",
+    "tensorrt_rtx": "{'version': m.__version__}",
     "cuda.core": "{'version': m.__version__}",
     "triton": "{'version': m.__version__}",
     "tokenizers": "{'version': m.__version__}",
@@ -51,17 +50,6 @@ def find(context: PartContext) -> Mapping[str, Any]:
 def no_torch(torch: Any) -> str | None:
     """Why PyTorch cannot use the GPU. None if it can."""
     return None if torch.cuda.is_available() else f"PyTorch {torch.__version__} finds no GPU"
-
-
-def no_engine_runtime(module: Any) -> str | None:
-    """Why TensorRT or TensorRT-RTX cannot load engines here. None if it can: its runtime is created to see it."""
-    logger = logger_for(module)
-    with logger.collect() as log:
-        try:
-            runtime = module.Runtime(logger)
-        except Exception as error:  # the bindings raise TypeError if the library returns nothing
-            return "; ".join(log.errors) or f"{type(error).__name__}: {error}"
-    return None if runtime is not None else "; ".join(log.errors) or "its runtime cannot be created"
 
 
 def no_cuda_provider(onnxruntime: Any) -> str | None:
