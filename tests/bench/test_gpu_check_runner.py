@@ -15,6 +15,7 @@ from sana_export.bench.gpu_check.__main__ import main
 from sana_export.bench.gpu_check.parts import PARTS, CheckPart
 from sana_export.bench.gpu_check.report import Report
 from sana_export.bench.gpu_check.runner import RESERVE, Capabilities, Outcome, PartRunner
+from tests.support import cuda_driver
 
 ALL_PRESENT = Capabilities("8.9", ("numpy",), {"numpy": "NumPy sees no GPU"})
 
@@ -213,6 +214,22 @@ def test_without_a_gpu_the_report_is_written_and_says_so(tmp_path: Path, monkeyp
     assert len(rest) == len(PARTS) - 1
     assert set(rest.values()) == {"no GPU"}
     assert "No GPU" in (tmp_path / "r.md").read_text("utf-8")
+
+
+def test_on_a_gpu_that_tensorrt_rtx_does_not_support_nothing_fails(driver_library: Path, tmp_path: Path) -> None:
+    """On the stand-in for the driver, as an H100: PyTorch finds no GPU there, and nothing else of the parts does either."""
+    only = ("rtx/*", "parity/*", "settings/*", "latency/*")
+    words = ["--report", str(tmp_path / "r.json"), "--work", str(tmp_path / "work"), "--limit", "90", "--only", *only]
+    done = cuda_driver.run(driver_library, ["-m", "sana_export.bench.gpu_check", *words], CUDA_STAND_IN_CAPABILITY="9.0")
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "r.json").read_text("utf-8"))
+    assert document["parts"]["find"]["found"]["backends"][0] == "tensorrt"
+    skipped = {name: outcome["reason"] for name, outcome in document["parts"].items() if outcome["status"] == "skipped"}
+    assert len(skipped) == len(document["parts"]) - 1
+    for name in ("parity/tensorrt-rtx", "settings/tensorrt-rtx", "latency/1600m/tensorrt-rtx"):
+        assert skipped[name].startswith("TensorRT-RTX does not support compute capability 9.0")
+    page = (tmp_path / "r.md").read_text("utf-8")
+    assert "Stand-in GPU, compute capability 9.0." in page
 
 
 def test_the_table_of_parts_names_functions_that_exist() -> None:

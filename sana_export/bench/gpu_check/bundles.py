@@ -14,9 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.gpu_check.check import PartContext
+from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 from sana_export.child_process import run_module
-from sana_export.errors import DependencyError
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe
 
 _LARGE = RECIPES["sana-1600m-1024px"]
@@ -100,7 +99,7 @@ def without_onnx(
 
 
 def build(bundle: Path, backend: str, *arguments: str) -> None:
-    """Build a bundle's engines with the command line. Raises DependencyError with its output if that fails."""
+    """Build a bundle's engines with the command line. Raises CheckFailed with the end of its output if that fails."""
     words = ["build", str(bundle), "--backend", backend, *arguments]
     done = run_module(
         "sana_export.cli.main",
@@ -112,12 +111,7 @@ def build(bundle: Path, backend: str, *arguments: str) -> None:
     )
     print(done.stdout)  # noqa: T201 (a part's output is its log)
     if done.returncode != 0:
-        raise DependencyError(
-            f"the engines for {backend} could not be built",
-            found=done.stdout.strip()[-800:],
-            wanted="engines",
-            fix=shlex.join(["sana-export", *words]),
-        )
+        raise CheckFailed(f"{shlex.join(['sana-export', *words])} failed: {done.stdout.strip()[-800:]}")
 
 
 def make(context: PartContext, *, model: str) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sana_export.bench.gpu_check.bundles import build, checkpoint_of, exported, without_onnx
 from sana_export.bench.gpu_check.check import CheckFailed, PartContext
+from sana_export.errors import DependencyError
 
 #: Model, dtype of its checkpoint, precision of its bundle, PAG layers.
 CASES: tuple[tuple[str, str, str, tuple[int, ...]], ...] = (
@@ -21,9 +22,16 @@ ENGINES = ("tensorrt", "tensorrt-rtx")
 
 
 def check(context: PartContext, *, backend: str, cases: Any = CASES, size: int = 256) -> Mapping[str, Any]:
-    """Verify the bundle of each case. Returns the worst graph and image of each case. Raises CheckFailed if a limit is missed."""
+    """Verify the bundle of each case. Returns the worst graph and image of each case.
+
+    Raises CheckFailed if a limit is missed or the backend cannot run, because what it needs was checked before, and DependencyError
+    if torch.compile has no compiler.
+    """
+    from sana_export.runtime.backends.torch import require_compiler
     from sana_export.verify.bundle import Sampling, verify_bundle
 
+    if backend == "torch-compile":
+        require_compiler(context.device)
     rows: dict[str, Any] = {}
     missed: list[str] = []
     for model, dtype, precision, layers in cases:
@@ -32,7 +40,10 @@ def check(context: PartContext, *, backend: str, cases: Any = CASES, size: int =
         bundle: Path = make(context, checkpoint, f"parity-{name}", precision, layers)
         if backend in ENGINES:
             build(bundle, backend)
-        report = verify_bundle(bundle, checkpoint, Sampling(PROMPTS, size, size, 4), backend=backend)
+        try:
+            report = verify_bundle(bundle, checkpoint, Sampling(PROMPTS, size, size, 4), backend=backend)
+        except DependencyError as error:
+            raise CheckFailed(f"{backend} cannot run {name}: {error}") from error
         if report.device != context.device:
             raise CheckFailed(f"{backend} ran on the {report.device}, not on the {context.device}")
         rows[name] = {

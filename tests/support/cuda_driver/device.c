@@ -71,11 +71,17 @@ API(cuDeviceGetUuid, CUuuid *uuid, CUdevice device) {
     return CUDA_SUCCESS;
 }
 
+/* CUDA_STAND_IN_CAPABILITY is the compute capability, with two digits. */
+static const char *capability(void) {
+    const char *given = getenv("CUDA_STAND_IN_CAPABILITY");
+    return given ? given : "8.9";
+}
+
 API(cuDeviceGetAttribute, int *value, CUdevice_attribute attribute, CUdevice device) {
     NEED(device == 0, CUDA_ERROR_INVALID_DEVICE);
     switch (attribute) {
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 8; break;
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 9; break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = capability()[0] - '0'; break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = capability()[2] - '0'; break;
     case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED: *value = 1; break;
     case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING: *value = 1; break;
     case CU_DEVICE_ATTRIBUTE_STREAM_PRIORITIES_SUPPORTED: *value = 1; break;
