@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import subprocess
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -67,12 +68,8 @@ def find_gpus() -> tuple[Gpu, ...]:
 
     The driver is asked. nvidia-smi has another order and ignores CUDA_VISIBLE_DEVICES.
     """
-    try:
-        driver = ctypes.CDLL(_LIBRARIES.get(platform.system(), "libcuda.so.1"))
-    except OSError:
-        return ()
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+    driver, count = _load_driver(), ctypes.c_int()
+    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return ()
     version = _driver_version() if count.value else None
     return tuple(_ask_driver(driver, index, version) for index in range(count.value))
@@ -87,6 +84,24 @@ def _ask_driver(driver: Any, index: int, version: str | None) -> Gpu:
     driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
     known = driver.cuDeviceTotalMem_v2(ctypes.byref(size), device) == 0
     return Gpu(name.value.decode("utf-8", "replace"), f"{major.value}.{minor.value}", size.value if known else None, version)
+
+
+def gpu_uuid(index: int = 0) -> str | None:
+    """The name of the GPU that CUDA numbers `index`, as NVIDIA's tools know it ("GPU-..."), or None. It is unique in the world."""
+    driver = _load_driver()
+    device, name = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    if driver is None or driver.cuDeviceGet(ctypes.byref(device), index) != 0 or driver.cuDeviceGetUuid_v2(name, device) != 0:
+        return None
+    return f"GPU-{uuid.UUID(bytes=bytes(name))}"
+
+
+def _load_driver() -> Any:
+    """NVIDIA's driver library, ready to be asked. None if it is missing or does not start."""
+    try:
+        driver = ctypes.CDLL(_LIBRARIES.get(platform.system(), "libcuda.so.1"))
+    except OSError:
+        return None
+    return driver if driver.cuInit(0) == 0 else None
 
 
 def _driver_version() -> str | None:

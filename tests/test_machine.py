@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import uuid
 from typing import Any
 
 import pytest
@@ -89,9 +90,10 @@ def test_without_a_driver(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_real_calls_are_those_of_a_driver(driver_library: Any) -> None:
     """On the stand-in for the driver, which has one GPU."""
-    code = "from sana_export.machine import find_gpus; print(*find_gpus())"
+    code = "from sana_export.machine import find_gpus, gpu_uuid; print(*find_gpus(), gpu_uuid(0), gpu_uuid(1))"
     done = cuda_driver.run(driver_library, ["-c", code])
     assert done.stdout.startswith("Gpu(name='Stand-in GPU', compute_capability='8.9', memory_bytes=4294967296,"), done.stderr
+    assert done.stdout.split()[-2:] == [f"GPU-{uuid.UUID(bytes=b'stand-in, no gpu')}", "None"]
 
 
 def test_names_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sana_export.machine import gpu_uuid
+
 log = logging.getLogger(__name__)
 
 _PERIOD_SECONDS = 0.05
@@ -20,7 +22,7 @@ _SLOWED_BY = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "heat", 0x40: "h
 class GpuWatch:
     """Samples one GPU from a thread during `turn`. Does nothing if pynvml, the driver or the GPU is missing.
 
-    `index` is NVML's index of the GPU.
+    `index` is CUDA's index of the GPU. NVML has another order, so the GPU is found by its name.
     """
 
     def __init__(self, module: str = "pynvml", index: int = 0) -> None:
@@ -91,14 +93,17 @@ class GpuWatch:
 
 
 def _open(module: str, index: int) -> tuple[Any, Any]:
-    """The library and its handle of the GPU. None and None if it cannot be used."""
+    """The library and its handle of the GPU that CUDA numbers `index`. None and None if it cannot be used."""
+    name = gpu_uuid(index)
+    if name is None:
+        return None, None
     try:
         nvml = importlib.import_module(module)
     except ImportError:
         return None, None
     try:
         nvml.nvmlInit()
-        return nvml, nvml.nvmlDeviceGetHandleByIndex(index)
+        return nvml, nvml.nvmlDeviceGetHandleByUUID(name)
     except nvml.NVMLError as error:
         log.debug("the GPU is not watched: %s", error)
         return None, None

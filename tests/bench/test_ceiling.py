@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from sana_export.bench import gpu_watch
 from sana_export.bench.gpu_watch import GpuWatch
 from sana_export.bench.work.ceiling import better, measure_rates
 from sana_export.bench.work.count import Rates
@@ -70,11 +71,11 @@ class FakeNvml(ModuleType):
         if not self.gpus:
             raise self.NVMLError("driver not loaded")
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
-        return f"gpu {index}"
+    def nvmlDeviceGetHandleByUUID(self, name: str) -> str:
+        return f"handle of {name}"
 
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
-        assert handle == "gpu 1"
+        assert handle == "handle of GPU-1"
         self.watts += 10
         return self.watts * 1000
 
@@ -96,6 +97,7 @@ class FakeNvml(ModuleType):
 def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "fake_nvml", fake)
+    monkeypatch.setattr(gpu_watch, "gpu_uuid", lambda index: f"GPU-{index}")
     return fake
 
 
