@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from sana_export.bench.work.count import Rates
 from sana_export.bench.work.layers import Account, make_account
 from sana_export.bench.work.onnx import onnx_work
 from sana_export.cli.main import main
@@ -29,6 +30,8 @@ PRODUCT = EngineLayer(
 )
 WIDENED = EngineLayer("__myl_CastTran_myl12_3", "kgen", (tensor("y", 8, 2),), (), (tensor("z", 8, 2, dtype="Float"),), ("cast",))
 NORM = EngineLayer("__myl_CastMean_myl12_4", "kgen", (tensor("z", 8, 2, dtype="Float"),), (), (tensor("m", 8),), ())
+#: 2 FLOP and 4 bytes per second, so that times are easy to compute.
+SLOW = {"slow": Rates(2.0, 4.0, "fp16", "made up")}
 
 
 @pytest.fixture
@@ -63,9 +66,16 @@ def test_bytes_are_those_of_the_tensors(account: Account) -> None:
 
 def test_equal_layers_are_one_row(account: Account) -> None:
     assert [(cost.count, cost.operations) for cost in account.grouped()][-1] == (2, "Cast Mean")
-    text = account.as_text()
+    text = account.as_text(SLOW)
     assert "| 2 | other | Cast Mean |" in text
-    assert "| product | 1 | 1 |" in text
+    assert "| product | 1 | 1 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 56000.00 |" in text
+
+
+def test_a_layer_takes_the_longer_of_its_two_times(account: Account) -> None:
+    """The product has 112 FLOP and 112 bytes, so at 2 FLOP and 4 bytes per second its FLOP take longer."""
+    assert account.milliseconds(SLOW["slow"]) == pytest.approx(
+        {"product": 1e3 * 112 / 2, "copy": 1e3 * (120 + 96) / 4, "other": 1e3 * 2 * 80 / 4, "all": 1e3 * (56 + 54 + 40)}
+    )
 
 
 def test_an_engine_of_a_bundle_has_all_flop(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sana_export.bench.work.count import Rates
 from sana_export.bench.work.onnx import onnx_products
 from sana_export.trt.layers import EngineLayer, LayerTensor
 
@@ -49,6 +50,10 @@ class LayerCost:
     def bytes(self) -> int:
         return self.read + self.weights + self.written
 
+    def seconds(self, rates: Rates) -> float:
+        """The time of one layer at `rates`: that of its FLOP or of its bytes, whichever is longer."""
+        return max(self.flop / rates.flop, self.bytes / rates.bytes)
+
     def __add__(self, other: LayerCost) -> LayerCost:
         """Both together, with the role and the operations of the first."""
         sums = ("count", "flop", "read", "weights", "written", "wide")
@@ -78,6 +83,12 @@ class Account:
                 found[key] = found[key] + cost if key in found else cost
         return {role: found[role] for role in ROLES if role in found}
 
+    def milliseconds(self, rates: Rates) -> dict[str, float]:
+        """Role to the time of all layers with it at `rates`, and "all" to that of all layers, if they run one after the other."""
+        return {
+            role: 1e3 * sum(cost.seconds(rates) for cost in self.costs if role in (cost.role, "all")) for role in self.by_role()
+        }
+
     def grouped(self) -> list[LayerCost]:
         """The costs with equal layers added up, in the order of each one's first layer."""
         found: dict[LayerCost, LayerCost] = {}
@@ -85,7 +96,8 @@ class Account:
             found[cost] = found[cost] + cost if cost in found else cost
         return list(found.values())
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, cards: Mapping[str, Rates]) -> dict[str, Any]:
+        """The account, with the times at the rates of `cards`."""
         return {
             "graph": self.graph,
             "profile": self.profile,
@@ -93,22 +105,25 @@ class Account:
             "layers": [dataclasses.asdict(cost) for cost in self.costs],
             "totals": {role: dataclasses.asdict(cost) for role, cost in self.by_role().items()},
             "in_profile": dict(self.in_profile),
+            "ms": {card: self.milliseconds(rates) for card, rates in cards.items()},
         }
 
-    def as_text(self) -> str:
-        """Markdown: a table by role, then one with a row for each group of equal layers."""
+    def as_text(self, cards: Mapping[str, Rates]) -> str:
+        """Markdown: a table by role with the times at the rates of `cards`, then one with a row for each group of equal layers."""
         sizes = ", ".join(f"{axis} {size}" for axis, size in self.sizes.items())
+        times = {card: self.milliseconds(rates) for card, rates in cards.items()}
         lines = [f"## {self.graph}", "", f"Profile {self.profile}: {sizes}.", ""]
-        lines += ["| layers | number | in the whole profile | GFLOP | MB read | MB of weights | MB written | of these float32 |"]
-        lines += [f"|---|{'---:|' * 7}"]
+        lines += [f"| layers | number | in the whole profile | {_AMOUNTS} | {' | '.join(f'{card}, ms' for card in cards)} |"]
+        lines += [f"|---|{'---:|' * (7 + len(cards))}"]
         for role, cost in self.by_role().items():
-            lines.append(f"| {role} | {cost.count} | {self.in_profile.get(role, 0)} | {_amounts(cost)} |")
-        lines += ["", "| number | layer | operations | GFLOP | MB read | MB of weights | MB written | of these float32 |"]
-        lines += [f"|---:|---|---|{'---:|' * 5}"]
+            milliseconds = " | ".join(f"{times[card][role]:.2f}" for card in cards)
+            lines.append(f"| {role} | {cost.count} | {self.in_profile.get(role, 0)} | {_amounts(cost)} | {milliseconds} |")
+        lines += ["", f"| number | layer | operations | {_AMOUNTS} |", f"|---:|---|---|{'---:|' * 5}"]
         lines += [f"| {cost.count} | {cost.role} | {cost.operations} | {_amounts(cost)} |" for cost in self.grouped()]
         return "\n".join(lines)
 
 
+#: The order of the roles in tables.
 ROLES = ("product", "copy", "other", "all")
 
 
@@ -174,6 +189,10 @@ def _parts(name: str) -> list[str]:
 
 def _bytes(tensors: Iterable[LayerTensor]) -> int:
     return sum(tensor.bytes or 0 for tensor in tensors)
+
+
+#: The heads of what `_amounts` writes.
+_AMOUNTS = "GFLOP | MB read | MB of weights | MB written | of these float32"
 
 
 def _amounts(cost: LayerCost) -> str:

@@ -161,6 +161,7 @@ def build_engines(
 def _layers(bundle: Path, console: Console, options: argparse.Namespace, planned: Sequence[PlannedEngine]) -> Answer:
     """The account of each engine's layers at the typical sizes of its profile. Compiles each engine twice."""
     require("", "export")
+    from sana_export.bench.work.floors import CARDS
     from sana_export.bench.work.layers import make_account
 
     accounts, manifest = [], Manifest.load(bundle)
@@ -175,8 +176,8 @@ def _layers(bundle: Path, console: Console, options: argparse.Namespace, planned
     console.step("", 2 * len(planned), 2 * len(planned))
     target = f"{options.backend} {planned[0].spec.backend_version}, {', '.join(options.compute_capability) or 'portable'}"
     title = f"# Layers after fusion: {bundle_origin(manifest)}; {target}"
-    document = {"bundle": str(bundle), "accounts": [account.as_json() for account in accounts]}
-    return Answer(document, "\n\n".join([title, *(account.as_text() for account in accounts)]))
+    document = {"bundle": str(bundle), "accounts": [account.as_json(CARDS) for account in accounts]}
+    return Answer(document, "\n\n".join([title, *(account.as_text(CARDS) for account in accounts)]))
 
 
 def _plan_document(bundle: Path, planned: Sequence[PlannedEngine]) -> dict[str, Any]:
