@@ -115,7 +115,7 @@ def list_layers(bundle: Path, planned: PlannedEngine, ranges: Mapping[str, Range
     """
     if planned.spec.backend != "tensorrt-rtx":
         raise UsageError(
-            "only TensorRT-RTX lists an engine's layers when it builds", found=planned.spec.backend, fix="--backend tensorrt-rtx"
+            "layers can be listed for TensorRT-RTX only", found=f"--backend {planned.spec.backend}", fix="--backend tensorrt-rtx"
         )
     with tempfile.TemporaryDirectory(prefix="sana-export-") as folder:
         job = _job(bundle, planned, Path(folder) / "engine")

@@ -86,5 +86,5 @@ def test_a_bundle_lists_layers_and_keeps_nothing(tiny_bundle: Path) -> None:
 def test_only_tensorrt_rtx_lists_layers(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (planned,) = plan_bundle(tiny_bundle, backend="tensorrt-rtx", profile=profile_named("static"), graphs=("sampler",))
     other = dataclasses.replace(planned, spec=dataclasses.replace(planned.spec, backend="tensorrt"))
-    with pytest.raises(UsageError, match="only TensorRT-RTX"):
+    with pytest.raises(UsageError, match="for TensorRT-RTX only"):
         list_layers(tiny_bundle, other, planned.spec.ranges)
