@@ -164,9 +164,11 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Tensor, table: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor:
         shift, factor, gate = table[3:]
-        y = modulated_norm(x, shift, factor, self.eps).transpose(1, 2).unflatten(-1, size)
+        # Sizes first, then the channels: a GPU's convolutions read [B, H, W, C], so both permutations are free there. The other
+        # order, [B, C, N] to [B, C, H, W], makes the compiler copy (docs/step.md).
+        y = modulated_norm(x, shift, factor, self.eps).unflatten(1, size).permute(0, 3, 1, 2)
         y = self.point(self.halves["value"](y) * silu(self.halves["gate"](y)))
-        return x + gate * y.flatten(2).transpose(1, 2)
+        return x + gate * y.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class TimeEmbedding(nn.Module):

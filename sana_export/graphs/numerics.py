@@ -145,5 +145,6 @@ def _normalized_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> T
     weights = query.float() * total
     weights = (weights / weights.sum(-2, keepdim=True).clamp_min(1e-15)).to(dtype)
     shares = (key.float() * (spread / total.clamp_min(1e-30))).to(dtype)
-    averages = (value * (1.0 / spread)) @ shares.transpose(-1, -2)
-    return averages @ weights
+    # v is transposed, not k: what makes k's shares then is one kernel, which stores nothing in float32 (docs/step.md).
+    averages = shares @ (value * (1.0 / spread)).transpose(-1, -2)
+    return averages.transpose(-1, -2) @ weights

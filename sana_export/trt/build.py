@@ -51,6 +51,8 @@ class Built:
     activation_bytes: int = 0
     #: Peak host memory of a process that only built this engine. 0 if it is not known.
     peak_bytes: int = 0
+    #: The builder's list of the engine's layers, for `layers.parse_layers`. Empty unless it was asked for.
+    layers: str = ""
 
 
 def build_engine(
@@ -64,15 +66,17 @@ def build_engine(
     options: BuildOptions = DEFAULT_OPTIONS,
     timing_cache: Path | None = None,
     export: str | None = None,
+    list_layers: bool = False,
     on_progress: OnProgress | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Built:
     """Build an engine of the graph in the file `onnx` for `ranges` and write it to `destination`.
 
     `module` is `tensorrt` or `tensorrt_rtx`. The external data of the graph is in the same folder. `export` is the command that
-    exports the bundle again, for errors. The file gets its name when it is complete. `cancelled` is called at every step of the
-    builder. An exception of `on_progress` ends the build and is raised from here. Raises ArtifactError if the graph cannot be
-    parsed or compiled or is not `spec`, DependencyError if the GPU, memory or disk space is missing, and Cancelled.
+    exports the bundle again, for errors. With `list_layers` the builder lists the layers, in the result and in the engine. The file
+    gets its name when it is complete. `cancelled` is called at every step of the builder. An exception of `on_progress` ends the
+    build and is raised from here. Raises ArtifactError if the graph cannot be parsed or compiled or is not `spec`, DependencyError
+    if the GPU, memory or disk space is missing, and Cancelled.
     """
     started = time.monotonic()
     with logger_for(module).collect() as log:
@@ -84,6 +88,8 @@ def build_engine(
         if options.refittable:
             _mark_weights(network, onnx)
         config = configure(module, builder, spec, ranges, options, compute_capabilities)
+        if list_layers:
+            config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
         if timing_cache is not None:
             _load_timing_cache(config, timing_cache)
         monitor = progress_monitor(module, spec.name, on_progress, cancelled)
@@ -102,7 +108,7 @@ def build_engine(
             LOG.warning("%s: %s", spec.name, line)
         if timing_cache is not None:
             _save_timing_cache(config, timing_cache)
-        return Built(file.sha256, file.bytes, time.monotonic() - started, log.activation_bytes)
+        return Built(file.sha256, file.bytes, time.monotonic() - started, log.activation_bytes, layers=log.layers)
 
 
 def input_shapes(spec: GraphSpec, ranges: Mapping[str, Range]) -> dict[str, tuple[tuple[int, ...], ...]]:

@@ -7,19 +7,22 @@ import dataclasses
 import functools
 import logging
 import platform
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from sana_export.commands import export_command
+from sana_export.errors import UsageError
 from sana_export.files import FileEntry, check_files, disk_errors, locked, manifest_lock, require_free
 from sana_export.formats.safetensors_file import TensorFile
 from sana_export.machine import find_gpus
 from sana_export.manifest import EngineEntry, Manifest
-from sana_export.profiles import Profile
+from sana_export.profiles import Profile, Range
 from sana_export.progress import OnProgress, Progress
 from sana_export.trt.build import Built
 from sana_export.trt.compatibility import not_for_here
 from sana_export.trt.flavour import flavour_of, load, target_for
+from sana_export.trt.layers import EngineLayer, parse_layers
 from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.plan import PlannedEngine, plan_engines
 from sana_export.trt.worker import EngineJob, build_in_child
@@ -109,17 +112,32 @@ def _counted(on_progress: OnProgress, finished: int, total: int) -> OnProgress:
     return report
 
 
-def _build(bundle: Path, planned: PlannedEngine, on_progress: OnProgress | None, cancelled: Callable[[], bool]) -> Built:
+def list_layers(bundle: Path, planned: PlannedEngine, ranges: Mapping[str, Range]) -> tuple[EngineLayer, ...]:
+    """The layers after fusion of the engine `planned`, if it accepted `ranges`. Compiles it and keeps nothing.
+
+    Raises UsageError for another backend than TensorRT-RTX, and what `build_engine` raises.
+    """
+    if planned.spec.backend != "tensorrt-rtx":
+        raise UsageError(
+            "layers can be listed for TensorRT-RTX only", found=f"--backend {planned.spec.backend}", fix="--backend tensorrt-rtx"
+        )
+    with tempfile.TemporaryDirectory(prefix="sana-export-") as folder:
+        job = _job(bundle, planned, Path(folder) / "engine")
+        return parse_layers(build_in_child(dataclasses.replace(job, ranges=ranges, list_layers=True)).layers)
+
+
+def _job(bundle: Path, planned: PlannedEngine, destination: Path) -> EngineJob:
+    """What the compiler is told, for an engine in the file `destination`. Checks the graph's files and the free disk space."""
     spec, flavour = planned.spec, flavour_of(planned.spec.backend)
     manifest = Manifest.load(bundle)
     graph, export = manifest.graphs[spec.graph], export_command(bundle, manifest)
     options = BuildOptions(**spec.options)
     onnx, *_ = check_files(bundle, graph.files, fix=export)
-    destination = bundle / spec.path
     included = [graph.onnx] if options.refittable else graph.files
-    require_free(bundle, sum(file.bytes for file in included) + ENGINE_OVERHEAD, f"the engine of {spec.graph}")
+    room = next(folder for folder in destination.parents if folder.is_dir())
+    require_free(room, sum(file.bytes for file in included) + ENGINE_OVERHEAD, f"the engine of {spec.graph}")
     cache = bundle / "engines" / spec.backend / f"timing-{platform.node() or 'here'}.cache"
-    job = EngineJob(
+    return EngineJob(
         module=flavour.module,
         onnx=str(onnx),
         destination=str(destination),
@@ -130,6 +148,11 @@ def _build(bundle: Path, planned: PlannedEngine, on_progress: OnProgress | None,
         timing_cache=str(cache) if flavour.timing_cache else None,
         export=export,
     )
+
+
+def _build(bundle: Path, planned: PlannedEngine, on_progress: OnProgress | None, cancelled: Callable[[], bool]) -> Built:
+    spec, destination = planned.spec, bundle / planned.spec.path
+    job = _job(bundle, planned, destination)
     try:
         built = build_in_child(job, on_progress=on_progress, cancelled=cancelled)
     finally:

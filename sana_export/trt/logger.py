@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from sana_export.trt.layers import HEAD
+
 LOG = logging.getLogger("sana_export.trt")
 
 #: TensorRT's severities by name, and their levels in `logging`. TensorRT's INFO is a trace of the build.
@@ -46,6 +48,7 @@ class CollectedLog:
     def __init__(self) -> None:
         self._errors: deque[str] = deque(maxlen=_MOST_ERRORS)
         self._activation_bytes = 0
+        self._layers = ""
 
     @property
     def errors(self) -> list[str]:
@@ -57,6 +60,11 @@ class CollectedLog:
         """The GPU memory that the engine needs for activations, as the builder reported it. 0 if it did not."""
         return self._activation_bytes
 
+    @property
+    def layers(self) -> str:
+        """The builder's list of the engine's layers (layers.py). Empty if it made none."""
+        return self._layers
+
     def add_error(self, line: str) -> None:
         """Keep an error line. May be called from any thread."""
         self._errors.append(line)
@@ -64,6 +72,10 @@ class CollectedLog:
     def note_activations(self, count: int) -> None:
         """Keep the number of bytes that the builder reported."""
         self._activation_bytes = count
+
+    def note_layers(self, text: str) -> None:
+        """Keep the list of the engine's layers."""
+        self._layers = text
 
 
 class _OpenLogs:
@@ -114,6 +126,9 @@ def logger_for(module: Any) -> Any:
             if found := _ACTIVATIONS.search(message):
                 for log in self._open.current():
                     log.note_activations(int(found[1]))
+            if message.startswith(HEAD):
+                for log in self._open.current():
+                    log.note_layers(message)
             if level < logging.WARNING:
                 LOG.log(level, "%s", message)
                 return

@@ -68,6 +68,8 @@ class EngineJob:
     timing_cache: str | None = None
     #: The command that exports the bundle again.
     export: str | None = None
+    #: The result has the list of the engine's layers.
+    list_layers: bool = False
 
 
 def build_in_child(
@@ -210,6 +212,7 @@ def _run(job: EngineJob, answer: Callable[..., None]) -> Built:
         options=job.options,
         timing_cache=None if job.timing_cache is None else Path(job.timing_cache),
         export=job.export,
+        list_layers=job.list_layers,
         on_progress=lambda progress: answer(progress=dataclasses.asdict(progress)),
     )
 

@@ -17,6 +17,7 @@ from sana_export.synth.recipes import RECIPES
 #: Rates of dense fp16 products with fp32 accumulation, and memory bandwidth, as NVIDIA publishes them (see `_SOURCES`).
 CARDS = {
     "H100 SXM": Rates(989.4e12, 3.35e12, "fp16", "published"),
+    "RTX 5090": Rates(209.5e12, 1.792e12, "fp16", "published"),
     "RTX 4090": Rates(165.2e12, 1.008e12, "fp16", "published"),
     "RTX 4090 Laptop, 16 GB": Rates(85.8e12, 0.576e12, "fp16", "derived from published figures"),
 }
@@ -112,6 +113,7 @@ _SOURCES = """
 Rates are for dense fp16 products with fp32 accumulation.
 
 - H100 SXM: NVIDIA's white paper "H100 Tensor Core GPU Architecture", peak rates (989.4 TFLOP/s), and the data sheet (3.35 TB/s).
+- RTX 5090: NVIDIA's white paper "NVIDIA RTX Blackwell GPU Architecture", appendix A (209.5 TFLOP/s, 1792 GB/s).
 - RTX 4090: NVIDIA's white paper "Ada GPU Architecture", appendix A (165.2 TFLOP/s, 1008 GB/s): 128 multiprocessors with 512
   operations per clock at 2.52 GHz.
 - RTX 4090 Laptop, 16 GB: NVIDIA does not publish this rate. 85.8 TFLOP/s is 165.2 scaled by "AI TOPS": 686 for this GPU, 1321 for

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sana_export.cli.bundle_text import bundle_document, bundle_summary
+from sana_export.cli.bundle_text import bundle_document, bundle_origin, bundle_summary
+from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import VERBOSE, Console
 from sana_export.cli.terminal.text import plural, table
 from sana_export.cli.verb import Answer, Verb, add_bundle, add_names, add_size, positive
@@ -16,7 +17,7 @@ from sana_export.errors import UsageError
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import PROFILES, Profile, bin_profiles, custom_profile, profile_named
 from sana_export.progress import Progress
-from sana_export.trt.bundle import build_bundle, plan_bundle
+from sana_export.trt.bundle import build_bundle, list_layers, plan_bundle
 from sana_export.trt.flavour import FLAVOURS
 from sana_export.trt.options import BUILD_OPTIONS, DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.plan import KEY_CHARACTERS, PlannedEngine
@@ -64,7 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="build engines for --memory streaming: weights stay in host memory",
     )
-    parser.add_argument("--dry-run", action="store_true", help="list what would be built and why, and build nothing")
+    instead = parser.add_argument_group("instead of building").add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="list what would be built and why")
+    instead.add_argument(
+        "--layers",
+        action="store_true",
+        help="compile and list the layers after fusion, with their FLOP and bytes at the profile's typical sizes; keep nothing",
+    )
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
@@ -81,6 +88,9 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         # Engines that several profiles share are planned once.
         planned = {engine.spec.key: engine for profile in profiles for engine in plan_bundle(bundle, profile=profile, **settings)}
         return Answer(_plan_document(bundle, [*planned.values()]), _plan_text(bundle, [*planned.values()]))
+    if options.layers:
+        every = [engine for profile in profiles for engine in plan_bundle(bundle, profile=profile, **settings)]
+        return _layers(bundle, console, options, every)
     for profile in profiles:
         manifest = build_engines(bundle, console, profile=profile, **settings)
     return Answer(bundle_document(bundle, manifest), bundle_summary(bundle, manifest))
@@ -146,6 +156,28 @@ def build_engines(
             console.step(label, done, total, min(progress.done - done, 1.0))
 
     return build_bundle(bundle, **settings, on_engine=on_engine, on_progress=on_progress)
+
+
+def _layers(bundle: Path, console: Console, options: argparse.Namespace, planned: Sequence[PlannedEngine]) -> Answer:
+    """The account of each engine's layers at the typical sizes of its profile. Compiles each engine twice."""
+    require("", "export")
+    from sana_export.bench.work.floors import CARDS
+    from sana_export.bench.work.layers import make_account
+
+    accounts, manifest = [], Manifest.load(bundle)
+    for index, engine in enumerate(planned):
+        spec, sizes = engine.spec, {axis: typical for axis, (_, typical, _) in engine.spec.ranges.items()}
+        console.step(f"{spec.graph} at one size", 2 * index, 2 * len(planned))
+        layers = list_layers(bundle, engine, {axis: (size, size, size) for axis, size in sizes.items()})
+        console.step(f"{spec.graph} for the profile {engine.profile}", 2 * index + 1, 2 * len(planned))
+        in_profile = list_layers(bundle, engine, spec.ranges)
+        onnx = bundle / manifest.graphs[spec.graph].onnx.path
+        accounts.append(make_account(spec.graph, engine.profile, onnx, sizes, layers, in_profile))
+    console.step("", 2 * len(planned), 2 * len(planned))
+    target = f"{options.backend} {planned[0].spec.backend_version}, {', '.join(options.compute_capability) or 'portable'}"
+    title = f"# Layers after fusion: {bundle_origin(manifest)}; {target}"
+    document = {"bundle": str(bundle), "accounts": [account.as_json(CARDS) for account in accounts]}
+    return Answer(document, "\n\n".join([title, *(account.as_text(CARDS) for account in accounts)]))
 
 
 def _plan_document(bundle: Path, planned: Sequence[PlannedEngine]) -> dict[str, Any]:
