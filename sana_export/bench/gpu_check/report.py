@@ -114,8 +114,9 @@ class Report:
             if capability
             else "**No GPU: there is no NVIDIA driver, or the driver reports no GPU.**"
         )
-        yield f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB; {machine['os']}; Python"
-        yield f"{machine['python']}; {self.created}; {self.seconds:.0f} s of {self.limit_seconds:.0f} s."
+        memory = f"{machine['memory'] / 2**30:.0f} GiB"
+        yield f"{machine['cpu']}, {machine['cores']} cores, {memory}; {machine['os']}; Python {machine['python']};"
+        yield f"{self.created}; {self.seconds:.0f} s of {self.limit_seconds:.0f} s."
         for state in self.found.get("gpu_state", ()):
             yield "; ".join(f"{key} {value}" for key, value in state.items())
         if backends := self.found.get("backends"):
