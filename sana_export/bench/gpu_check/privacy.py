@@ -139,7 +139,7 @@ def _public_address(match: re.Match[str]) -> str:
 def _last_part(match: re.Match[str]) -> str:
     """What stands for an absolute path: its last part, or what follows the folder of Python's packages.
 
-    A path in a system folder stays. So does what is no path of this machine: names of ONNX nodes begin with a slash too.
+    A path in a system folder stays. So does what is not a path on this machine: names of ONNX nodes begin with a slash too.
     """
     path = match[0]
     if path.startswith("/"):
