@@ -191,7 +191,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert "| parity/torch | failed | 0 | tiny-fp32 context: cosine 0.9 more |" in page
     assert "| tensorrt-rtx | defaults | 2000.0 | 4.0 | 1.5 | 9.0 | 5.0 | 80.0 | 3.0 |" in page
     assert "| make/600m | not reached |" in page
-    assert "\n5 passed, 1 failed, 1 not run.\n\n" in page
+    assert "\n6 passed, 1 failed, 1 not run.\n\n" in page
     document.planned = ("find", "parity/torch")
     others = next(line for line in document.as_text().splitlines() if line.startswith("Not chosen for this run: "))
     assert "rtx/portable" in others
