@@ -33,6 +33,7 @@ def redaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Redaction:
 CASES = {
     "{tmp}/home/jane/sana/tests/x.py:12: in test": "./tests/x.py:12: in test",
     "{tmp}/home/jane/models on janes-laptop": "~/models on this-machine",
+    "{tmp}/home/jane/elsewhere/x": "~/elsewhere/x",
     "janes-laptop.acme.example, JANES-LAPTOP": "this-machine, this-machine",
     "jdoe has no access; user=jdoe, boss-of-jane": "user has no access; user=user, user",
     "{tmp}/disk/j-work/parts/tests.log": "$WORK/parts/tests.log",
@@ -47,6 +48,13 @@ CASES = {
 @pytest.mark.parametrize("text", CASES)
 def test_names_of_this_machine(text: str, redaction: Redaction, tmp_path: Path) -> None:
     assert redaction.apply(text.format(tmp=tmp_path)) == CASES[text]
+
+
+def test_the_working_folder_by_a_link(redaction: Redaction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell's PWD keeps the link that it went through. It may also be that of another folder: see `elsewhere` above."""
+    (tmp_path / "link").symlink_to(Path.cwd())
+    monkeypatch.setenv("PWD", str(tmp_path / "link"))
+    assert Redaction.of_this_machine(tmp_path / "work").apply(f"{tmp_path}/link/x.py") == "./x.py"
 
 
 def test_a_folder_whose_name_only_begins_alike(redaction: Redaction, tmp_path: Path) -> None:
