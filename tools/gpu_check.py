@@ -28,8 +28,8 @@ from sana_export.gpu_support import is_datacenter, unsupported_reason
 from sana_export.machine import gpu_compute_capability
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Extras of pyproject.toml that every part of the check needs, and other packages.
-EXTRAS, OTHERS = ("export",), ("pytest>=8", "safetensors")
+#: Extras of pyproject.toml that every part of the check needs, and other packages. nvidia-ml-py reads the GPU's clocks and power.
+EXTRAS, OTHERS = ("export",), ("nvidia-ml-py>=12", "pytest>=8", "safetensors")
 #: The extras that bring ONNX Runtime with and without a GPU. Their packages provide one module.
 ONNX_RUNTIMES = {True: "cuda", False: "cpu"}
 #: Packages that are never replaced, however old: they belong to the machine's CUDA.

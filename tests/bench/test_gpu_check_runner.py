@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 from sana_export.bench.gpu_check.__main__ import main
 from sana_export.bench.gpu_check.parts import PARTS, CheckPart
+from sana_export.bench.gpu_check.privacy import Redaction
 from sana_export.bench.gpu_check.report import Report
 from sana_export.bench.gpu_check.runner import RESERVE, Capabilities, Outcome, PartRunner
 from tests.support import cuda_driver
@@ -67,7 +67,9 @@ def test_every_way_to_end(tmp_path: Path) -> None:
     assert "still running after its 3 s" in str(found["hangs"].reason)
     assert 3 <= found["hangs"].seconds < 8
     assert not alive(int((tmp_path / "child").read_text())), "a process that a part started must end with it"
-    assert (tmp_path / "parts" / "passes.log").read_text() == "a line of output\n"
+    assert found["passes"].log == "parts/passes.log"
+    assert (tmp_path / found["passes"].log).read_text() == "a line of output\n"
+    assert {outcome.log for outcome in found.values()} == {f"parts/{name}.log" for name in found}
 
 
 def test_the_deadline(tmp_path: Path) -> None:
@@ -116,12 +118,16 @@ def test_an_earlier_answer_is_kept_only_if_nothing_changed(tmp_path: Path) -> No
     assert (tmp_path / "ran").read_text() == "1\n" * 3
 
 
+NOTHING = Redaction({}, {})
+
+
 def report(**outcomes: Outcome) -> Report:
     machine = {"cpu": "a CPU", "cores": 2, "memory": 2**34, "gpu": [], "os": "Linux", "python": "3.11"}
     return Report("today", machine, {}, "cuda", 480.0, outcomes=dict(outcomes))
 
 
-GPU = Outcome("passed", found={"compute_capability": "9.0", "gpus": ["H100"], "modules": {"torch": {"version": "2.11"}}})
+MODULES = {"torch": {"version": "2.11", "no_gpu": None}, "tensorrt_rtx": {"version": "1.7", "no_gpu": "it says why"}}
+GPU = Outcome("passed", found={"compute_capability": "9.0", "gpus": ["NVIDIA H100, 580.1"], "modules": MODULES})
 NO_GPU = Outcome("passed", found={"compute_capability": None, "gpus": [], "modules": {}})
 
 
@@ -136,7 +142,7 @@ def test_exit_codes() -> None:
 def latency(loop: float, db: float | None) -> Outcome:
     summary = {"n": 8, "median": loop, "p10": loop - 1, "p90": loop + 1}
     stages = {"denoise_loop": summary, "vae_decoder": {**summary, "median": 30.0}, "end_to_end": {**summary, "median": loop + 40}}
-    gpu = {"sm_clock_mhz": {"median": 1755.0}, "power_w": {"median": 310.4}}
+    gpu = {"sm_clock_mhz": {"median": 1755.0}, "power_w": {"median": 310.4}, "slowed_by": ["power cap"]}
     row = {"first_ms": 900.0, "psnr_db": db, "peak_device_bytes": 6.5 * 2**30, "gpu": gpu, **stages}
     return Outcome("passed", found={"rows": {"1": row}})
 
@@ -169,38 +175,63 @@ def test_the_page(tmp_path: Path) -> None:
             "passed", found={"cases": {"tiny-fp32": {"least_cosine": 0.99999995, "least_image_psnr_db": 77.0, "passed": True}}}
         ),
     }
-    document.write(tmp_path / "deep" / "r.json")
+    document.outcomes["make/1600m"] = Outcome("not run", "out of time")
+    document.write(tmp_path / "deep" / "r.json", NOTHING)
     page = (tmp_path / "deep" / "r.md").read_text("utf-8")
-    assert "H100, compute capability 9.0." in page
+    assert "NVIDIA H100, driver 580.1, compute capability 9.0." in page
+    assert "| torch | 2.11 |  |" in page
+    assert "| tensorrt_rtx | 1.7 | no_gpu it says why |" in page
     compiled = "ours: torch.compile, one CUDA graph"
-    assert f"| 1600m | 1 | {compiled} | 400.0 | 399.0 to 401.0 | 30.0 | 440.0 | 900 | 6.5 | 1755 | 310 | 2.00 | 45.2 |" in page
+    assert (
+        f"| 1600m | 1 | {compiled} | 400.0 | 399.0 to 401.0 | 30.0 | 440.0 | 900 | 6.5 | 1755 | 310 | power cap | 2.00 | 45.2 |"
+        in page
+    )
     assert "| current | yes | no | no | None | it is not / supported |" in page
     assert "| onnxruntime | tiny-fp32 | 0.9999999 | 77.0 | True |" in page or "| onnxruntime | tiny-fp32 | 1.0000000 |" in page
     assert "| parity/torch | failed | 0 | tiny-fp32 context: cosine 0.9 more |" in page
     assert "| tensorrt-rtx | defaults | 2000.0 | 4.0 | 1.5 | 9.0 | 5.0 | 80.0 | 3.0 |" in page
     assert "| make/600m | not reached |" in page
+    assert "\n6 passed, 1 failed, 1 not run.\n\n" in page
+    document.planned = ("find", "parity/torch")
+    others = next(line for line in document.as_text().splitlines() if line.startswith("Not chosen for this run: "))
+    assert "rtx/portable" in others
+    assert "parity/torch," not in others
     parts = json.loads((tmp_path / "deep" / "r.json").read_text("utf-8"))["parts"]
     assert list(parts) == [part.name for part in PARTS]
     assert parts["make/600m"] is None
     assert parts["parity/torch"]["status"] == "failed"
 
 
-def test_a_report_has_no_names_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = tmp_path / "home" / "jane"
-    (home / "sana").mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.chdir(home / "sana")
-    monkeypatch.setattr(platform, "node", lambda: "janes-laptop")
+def test_a_report_has_no_names_of_the_machine(tmp_path: Path) -> None:
+    """tests/bench/test_gpu_check_privacy.py has the kinds of names. Here: all that a report says goes that way."""
+    redaction = Redaction({"/home/jane": "~"}, {"jane": "user"})
     document = report(find=GPU)
-    reason = f"{home}/sana/tests/x.py: {home}/models on janes-laptop"
-    document.outcomes["parity/torch"] = Outcome("failed", reason, log=f"{home}/sana/benchmarks/out/parts/x.log")
-    document.setup = {"notes": [f"installed from {home}/wheels"]}
-    document.write(tmp_path / "r.json")
+    document.machine = {**document.machine, "gpu": ["jane's GPU"]}
+    document.versions = {"torch": "2.11+jane"}
+    document.setup = {"installed": {}, "notes": ["could not install from /home/jane/wheels"]}
+    # The page cuts long reasons, and what is left of a name could not be found afterwards.
+    cut = "x" * (400 - len(" /home/jan")) + " /home/jane/models"
+    found = {"tests": {"tests/x.py::test_y": {"reason": "/home/jane/a.py: jane"}}, "said": ["on jane's machine"]}
+    document.outcomes["tests"] = Outcome("failed", cut, found=found, log="parts/tests.log")
+    document.write(tmp_path / "r.json", redaction)
     for name in ("r.json", "r.md"):
         text = (tmp_path / name).read_text("utf-8")
-        assert "./tests/x.py: ~/models on this-machine" in text
-        assert "installed from ~/wheels" in text
-        assert "jane" not in text
+        assert "~/wheels" in text
+        assert "jan" not in text
+    outcome = json.loads((tmp_path / "r.json").read_text("utf-8"))["parts"]["tests"]
+    assert outcome["found"]["tests"]["tests/x.py::test_y"]["reason"] == "~/a.py: user"
+    assert outcome["reason"].endswith("x ~/models")
+    assert document.outcomes["tests"].reason == cut, "the run itself goes on with what it knows"
+
+
+def test_a_run_tells_nobody_where_it_worked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(
+        ["--report", str(tmp_path / "r.json"), "--work", str(tmp_path / "work"), "--device", "cpu"], [part("tells", modules=())]
+    )
+    assert code == 5
+    outcome = json.loads((tmp_path / "r.json").read_text("utf-8"))["parts"]["tells"]
+    assert outcome["reason"] == "ValueError: $WORK/x is wrong"
+    assert f"{tmp_path}/work/x is wrong" in capsys.readouterr().err, "whoever runs it sees the path"
 
 
 def test_without_a_gpu_the_report_is_written_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

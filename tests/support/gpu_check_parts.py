@@ -21,6 +21,11 @@ def passes(context: PartContext, *, value: int = 1) -> dict[str, Any]:
     return {"value": value, "device": context.device}
 
 
+def tells(context: PartContext) -> dict[str, Any]:
+    """Where it works, which is not for others."""
+    raise ValueError(f"{context.work}/x is wrong")
+
+
 def misses(context: PartContext) -> dict[str, Any]:
     context.keep({"cosine": 0.5})
     raise CheckFailed("cosine 0.5 (limit 0.99)")

@@ -54,7 +54,7 @@ def test_what_is_missing() -> None:
     assert tool.missing(wanted, have) == ["tokenizers>=0.20", "diffusers>=0.42"], "any version of torch is enough"
     assert tool.missing(["torch>=2.9"], {}) == ["torch>=2.9"]
     names = {requirement.partition(">=")[0] for requirement in tool.required()}
-    assert {"numpy", "torch", "diffusers", "transformers", "onnx", "pytest"} <= names
+    assert {"numpy", "torch", "diffusers", "transformers", "onnx", "pytest", "nvidia-ml-py"} <= names
 
 
 def test_it_sees_what_this_interpreter_sees(environment: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from sana_export.bench.gpu_check.find import installed
 from sana_export.bench.gpu_check.parts import PARTS, CheckPart
+from sana_export.bench.gpu_check.privacy import Redaction
 from sana_export.bench.gpu_check.report import Report
 from sana_export.bench.gpu_check.runner import Capabilities, Outcome, PartRunner
 from sana_export.environment import source_digest
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[CheckPart] = PA
         setup=json.loads(options.setup.read_text("utf-8")) if options.setup else {},
         planned=tuple(part.name for part in chosen),
     )
+    redaction = Redaction.of_this_machine(options.work)
     key = hashlib.sha256(json.dumps([source_digest("."), report.versions, report.machine["gpu"], options.device]).encode())
     runner = PartRunner(
         options.work.resolve(),
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[CheckPart] = PA
             runner.capabilities = _capabilities(outcome)
         report.outcomes[part.name] = outcome
         report.seconds = round(time.monotonic() - began, 1)
-        report.write(options.report)
+        report.write(options.report, redaction)
         reason = f": {' '.join(outcome.reason.split())[:200]}" if outcome.reason else ""
         _say(f"[{report.seconds:5.0f} s] {part.name}: {outcome.status}{reason}")
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import platform
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sana_export.bench.gpu_check.check import FAILED
 from sana_export.bench.gpu_check.parts import MODELS, PARTS
+from sana_export.bench.gpu_check.privacy import Redaction
 from sana_export.bench.gpu_check.runner import Outcome
 from sana_export.errors import DependencyError, ParityError
 from sana_export.files import write_whole
@@ -25,8 +27,8 @@ _SETTING_COLUMNS = {
     "text encoder, new lengths": "new_length",
     "the longest": "longest_new_length",
 }
-#: A name of at most this many letters is not taken out: it would be part of other words.
-_SHORTEST_NAME = 2
+#: The end of a GPU's entry: its driver's version (`machine.gpu_names`).
+_DRIVER = re.compile(r", ([\d.]+)$")
 #: Backend of a latency part (the end of its name) to its label in the table.
 BACKENDS = {
     "eager": "diffusers, eager",
@@ -89,16 +91,22 @@ class Report:
         sections = (self._head(), self._latency(), self._parity(), self._questions(), self._settings(), self._parts())
         return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
 
-    def write(self, path: Path) -> None:
-        """Write `path` (.json) and the page beside it, each whole or not at all."""
+    def redacted(self, redaction: Redaction) -> Report:
+        """This report without what `redaction` takes out."""
+        outcomes = {name: Outcome(**redaction.apply(asdict(outcome))) for name, outcome in self.outcomes.items()}
+        about = {key: redaction.apply(getattr(self, key)) for key in ("machine", "versions", "setup")}
+        return replace(self, outcomes=outcomes, **about)
+
+    def write(self, path: Path, redaction: Redaction) -> None:
+        """Write `path` (.json) and the page beside it, each whole or not at all, without what `redaction` takes out."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(self.as_json(), indent=1, ensure_ascii=False, default=str) + "\n"
-        for target, text in ((path, content), (path.with_suffix(".md"), self.as_text())):
-            write_whole(target, without_names(text))
+        public = self.redacted(redaction)
+        write_whole(path, json.dumps(public.as_json(), indent=1, ensure_ascii=False) + "\n")
+        write_whole(path.with_suffix(".md"), public.as_text())
 
     def _head(self) -> Iterator[str]:
         machine, capability = self.machine, self.found.get("compute_capability")
-        gpus = ", ".join(self.found.get("gpus", ())) or "an NVIDIA GPU"
+        gpus = ", ".join(_DRIVER.sub(r", driver \1", gpu) for gpu in self.found.get("gpus", ())) or "an NVIDIA GPU"
         yield "# gpu-check"
         yield ""
         yield (
@@ -106,8 +114,9 @@ class Report:
             if capability
             else "**No GPU: there is no NVIDIA driver, or the driver reports no GPU.**"
         )
-        yield f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB; {machine['os']}; Python"
-        yield f"{machine['python']}; {self.created}; {self.seconds:.0f} s of {self.limit_seconds:.0f} s."
+        memory = f"{machine['memory'] / 2**30:.0f} GiB"
+        yield f"{machine['cpu']}, {machine['cores']} cores, {memory}; {machine['os']}; Python {machine['python']};"
+        yield f"{self.created}; {self.seconds:.0f} s of {self.limit_seconds:.0f} s."
         for state in self.found.get("gpu_state", ()):
             yield "; ".join(f"{key} {value}" for key, value in state.items())
         if backends := self.found.get("backends"):
@@ -125,6 +134,7 @@ class Report:
             yield ""
             yield "1024x1024, 20 steps, guidance 4.5, fp16, synthetic weights, text encoder with one layer. Medians in ms."
             yield "Speedup: eager's loop time divided by this one's; the two are timed one after the other. dB: PSNR against eager."
+            yield "SM MHz and W are medians while the counted calls ran. Slowed by: why the GPU lowered its clocks meanwhile."
             yield ""
             head = (
                 "model",
@@ -138,6 +148,7 @@ class Report:
                 "GiB",
                 "SM MHz",
                 "W",
+                "slowed by",
                 "speedup",
                 "dB",
             )
@@ -156,7 +167,8 @@ class Report:
                     memory = f"{row['peak_device_bytes'] / 2**30:.1f}" if row["peak_device_bytes"] else ""
                     spread = f"{loop['p10']:.1f} to {loop['p90']:.1f}"
                     gpu = row.get("gpu") or {}
-                    state = (_median(gpu.get("sm_clock_mhz")), _median(gpu.get("power_w")))
+                    slowed_by = ", ".join(gpu.get("slowed_by", ()))
+                    state = (_median(gpu.get("sm_clock_mhz")), _median(gpu.get("power_w")), slowed_by)
                     yield model, batch, BACKENDS[name], _ms(loop), spread, *stages, memory, *state, ratio, db
 
     def _parity(self) -> Iterator[str]:
@@ -207,6 +219,11 @@ class Report:
     def _parts(self) -> Iterator[str]:
         yield "## Parts"
         yield ""
+        counts = Counter(outcome.status for outcome in self.outcomes.values())
+        yield ", ".join(f"{count} {status}" for status, count in counts.items()) + "."
+        if others := [part.name for part in PARTS if part.name not in self.planned]:
+            yield f"Not chosen for this run: {', '.join(others)}."
+        yield ""
         rows = [
             (name, outcome.status, f"{outcome.seconds:.0f}", outcome.reason or "")
             if (outcome := self.outcomes.get(name))
@@ -221,7 +238,7 @@ class Report:
 
 def _module_row(entry: tuple[str, Mapping[str, Any]]) -> tuple[str, str, str]:
     name, answer = entry
-    more = {key: value for key, value in answer.items() if key not in ("version", "error")}
+    more = {key: value for key, value in answer.items() if key not in ("version", "error") and value is not None}
     text = ", ".join(f"{key} {value}" for key, value in more.items())
     return name, answer.get("version", "does not load"), answer.get("error", text)
 
@@ -231,15 +248,6 @@ def _table(head: tuple[str, ...], rows: Iterable[Iterable[object]]) -> Iterator[
     yield f"|{'---|' * len(head)}"
     for row in rows:
         yield f"| {' | '.join(' '.join(str(cell).split()).replace('|', '/')[:400] for cell in row)} |"
-
-
-def without_names(text: str) -> str:
-    """`text` without the folders of this machine and its name, which a report for others must not have."""
-    private = ((str(Path.cwd()), "."), (str(Path.home()), "~"), (platform.node(), "this-machine"))
-    for name, stand_in in private:
-        if len(name) > _SHORTEST_NAME:
-            text = text.replace(name, stand_in)
-    return text
 
 
 def _median(values: Mapping[str, float] | None) -> str:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Outcome:
     seconds: float = 0.0
     #: What it found, also if it did not finish.
     found: Mapping[str, Any] = field(default_factory=dict)
-    #: Path of the file with its output.
+    #: Path of the file with its output, in the work folder.
     log: str | None = None
 
 
@@ -140,10 +140,10 @@ class PartRunner:
             finally:
                 _end(process)
         seconds = round(time.monotonic() - started, 2)
-        outcome = _read(answer, code, limit, seconds, log)
+        outcome = replace(_read(answer, code, limit, seconds, log), log=log.relative_to(self.work).as_posix())
         if code is None and cut_short and outcome.status == FAILED:
             reason = f"out of time: ended after {limit:.0f} s, but it may take {part.most:.0f} s"
-            return Outcome(NOT_RUN, reason, seconds, outcome.found, log.name)
+            return replace(outcome, status=NOT_RUN, reason=reason)
         return outcome
 
     def _file(self, part: CheckPart, kind: str) -> Path:
@@ -168,14 +168,14 @@ def _read(answer: Path, code: int | None, limit: float, seconds: float, log: Pat
         document = {}
     found, status = document.get("found", {}), document.get("status")
     if status is not None:
-        return Outcome(status, document.get("reason"), seconds, found, log.name)
+        return Outcome(status, document.get("reason"), seconds, found)
     if code is None:
         ended = f"ended because it was still running after its {limit:.0f} s"
     elif code < 0:
         ended = f"its process was killed by {signal.Signals(-code).name}"
     else:
         ended = f"its process ended with exit code {code} and no answer"
-    return Outcome(FAILED, "; ".join([ended, *_last_lines(log)]), seconds, found, log.name)
+    return Outcome(FAILED, "; ".join([ended, *_last_lines(log)]), seconds, found)
 
 
 def _last_lines(log: Path) -> list[str]:

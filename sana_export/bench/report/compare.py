@@ -1,19 +1,17 @@
-"""Compares two reports of one workload: what got faster or slower by more than a threshold and more than the spread."""
+"""Compares two runs of one workload: what got faster or slower by more than a threshold and more than the spread."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_export.bench.report.document import SCHEMA_VERSION
-from sana_export.errors import ArtifactError, UsageError
+from sana_export.bench.candidates.table import BASELINE
+from sana_export.bench.report.timed_run import Key, TimedRun, TimedStage, read_run
+from sana_export.errors import UsageError
 
-#: Fields of the workload that may differ between the two runs.
-_MAY_DIFFER = ("warmup", "repeats", "sweep")
 BETTER, WORSE, SAME = "better", "worse", ""
 
 
@@ -23,7 +21,7 @@ class Change:
 
     #: Name of the backend.
     backend: str
-    #: Name of the stage; for a point of the sweep, its size and batch too.
+    #: Name of the stage; for a point of the sweep its size and batch too, and for gpu-check the model and the batch.
     stage: str
     #: Median milliseconds in the first report.
     before_ms: float
@@ -60,7 +58,7 @@ class Comparison:
     baseline: str
     #: Every stage that both reports have.
     changes: tuple[Change, ...]
-    #: Backend to the reason why the second report has no valid time for it.
+    #: Backend (for gpu-check, model and backend) to the reason why it has times that count only in the first report.
     lost: Mapping[str, str]
     #: Other differences between the two runs: machine, versions, bundle, noise.
     differs: tuple[str, ...]
@@ -104,127 +102,81 @@ def _row(change: Change) -> str:
 
 
 def compare_files(before: Path, after: Path, threshold: float) -> Comparison:
-    """Compare two bench.json files.
+    """Compare two reports of `sana-export bench`, or two of `make gpu-check`.
 
-    Raises ArtifactError if a file is not a report, UsageError if the workloads differ.
+    Raises ArtifactError if a file is not a report, UsageError if the two are of different kinds or workloads.
     """
-    return compare(read_report(before), read_report(after), threshold, str(before), str(after))
+    return compare(read_run(before), read_run(after), threshold)
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """The report at `path`, which may also be its folder. Raises ArtifactError if it is not a report of this version."""
-    path = path / "bench.json" if path.is_dir() else path
-    fix = f"run sana-export bench again with -o {path.parent}"
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read", found=error, wanted="a bench.json written by sana-export bench", fix=fix
-        ) from error
-    found = document.get("schema_version") if isinstance(document, dict) else None
-    if found != SCHEMA_VERSION or "backends" not in document:
-        raise ArtifactError(
-            f"{path} is not a report of this version",
-            found=f"schema_version {found}",
-            wanted=f"schema_version {SCHEMA_VERSION}",
-            fix=fix,
+def compare(before: TimedRun, after: TimedRun, threshold: float) -> Comparison:
+    """Compare two runs. `threshold` is a fraction: 0.05 is 5%."""
+    if before.made_by != after.made_by:
+        raise UsageError(
+            "reports of different kinds cannot be compared",
+            found=f"{before.name}, made by {before.made_by}, and {after.name}, made by {after.made_by}",
+            wanted="two reports of one kind",
+            fix=f"run {before.made_by} both times",
         )
-    return dict(document)
-
-
-def compare(before: Mapping[str, Any], after: Mapping[str, Any], threshold: float, old: str, new: str) -> Comparison:
-    """Compare two documents, which messages call `old` and `new`. `threshold` is a fraction: 0.05 is 5%."""
-    for key, value in before["workload"].items():
-        if key not in _MAY_DIFFER and after["workload"].get(key) != value:
+    for key, value in before.workload.items():
+        if after.workload.get(key) != value:
             raise UsageError(
                 "reports of different workloads cannot be compared",
-                found=f"{key} {value!r} in {old}, {after['workload'].get(key)!r} in {new}",
+                found=f"{key} {value!r} in {before.name}, {after.workload.get(key)!r} in {after.name}",
                 wanted="the same workload in both",
-                fix="time both with the same --workload",
+                fix=f"run {before.made_by} both times with the same options",
             )
-    counted = dict(_counted(after))
-    changes = tuple(_change(key, entry, counted[key], threshold) for key, entry in _counted(before) if key in counted)
     return Comparison(
-        old,
-        new,
+        before.name,
+        after.name,
         threshold,
-        before["baseline"],
-        changes,
-        _lost(before["backends"], after["backends"]),
+        BASELINE,
+        tuple(_change(key, stage, after.stages[key], threshold) for key, stage in before.stages.items() if key in after.stages),
+        _lost(before.reasons, after.reasons),
         tuple(_differences(before, after)),
     )
 
 
-#: Backend and stage.
-Key = tuple[str, str]
-
-
-def _counted(document: Mapping[str, Any]) -> Iterator[tuple[Key, Mapping[str, Any]]]:
-    """Every measured time. A point of the sweep counts as a stage of its own."""
-    for name, backend in document["backends"].items():
-        for stage, entry in backend["stages"].items():
-            if entry is not None:
-                yield (name, stage), entry
-    for point in document["sweep"]:
-        where = f"{point['height']}x{point['width']}, {point['images_per_prompt']} image(s), end_to_end"
-        for name, backend in point["backends"].items():
-            if backend["end_to_end"] is not None:
-                yield (name, where), backend["end_to_end"]
-
-
-def _change(key: Key, before: Mapping[str, Any], after: Mapping[str, Any], threshold: float) -> Change:
-    ratios = [entry["ratio_to_eager"] and entry["ratio_to_eager"]["median"] for entry in (before, after)]
+def _change(key: Key, before: TimedStage, after: TimedStage, threshold: float) -> Change:
     verdict = SAME
-    if _beyond(before, after, ratios, threshold):
+    if _beyond(before, after, threshold):
         verdict = WORSE
-    elif _beyond(after, before, ratios[::-1], threshold):
+    elif _beyond(after, before, threshold):
         verdict = BETTER
     backend, stage = key
     return Change(
         backend,
         stage,
-        before["median_ms"],
-        after["median_ms"],
-        (before["p10_ms"], before["p90_ms"]),
-        (after["p10_ms"], after["p90_ms"]),
-        ratios[0],
-        ratios[1],
+        before.median_ms,
+        after.median_ms,
+        (before.p10_ms, before.p90_ms),
+        (after.p10_ms, after.p90_ms),
+        before.ratio,
+        after.ratio,
         verdict,
     )
 
 
-def _beyond(fast: Mapping[str, Any], slow: Mapping[str, Any], ratios: list[float | None], threshold: float) -> bool:
+def _beyond(fast: TimedStage, slow: TimedStage, threshold: float) -> bool:
     """Whether `slow` is slower than `fast` by more than the threshold and the spread.
 
     If both have a ratio to eager, the ratio must show it too: if eager got slower by as much, the machine did.
     """
-    if slow["median_ms"] <= fast["median_ms"] * (1.0 + threshold) or slow["p10_ms"] <= fast["p90_ms"]:
+    if slow.median_ms <= fast.median_ms * (1.0 + threshold) or slow.p10_ms <= fast.p90_ms:
         return False
-    high, low = ratios
-    return high is None or low is None or high > low * (1.0 + threshold)
+    return fast.ratio is None or slow.ratio is None or fast.ratio > slow.ratio * (1.0 + threshold)
 
 
-def _lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
-    """Backends with valid times in the first report only, with the reason."""
-    lost = {}
-    for name, old in before.items():
-        new = after.get(name, {"failed": "not in the second report", "skipped": None, "agreement": None})
-        agreed = [side["agreement"] is None or side["agreement"]["agrees"] for side in (old, new)]
-        if old["failed"] or old["skipped"] or not agreed[0]:
-            continue
-        if reason := new["failed"] or new["skipped"]:
-            lost[name] = " ".join(str(reason).split())
-        elif not agreed[1]:
-            lost[name] = f"its images no longer agree with eager's: {new['agreement']['psnr_db']} dB"
-    return lost
+def _lost(before: Mapping[str, str | None], after: Mapping[str, str | None]) -> dict[str, str]:
+    """What has times that count in the first report only, with the reason."""
+    reasons = {name: after.get(name, "not in the second report") for name, reason in before.items() if reason is None}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    for part in ("machine", "versions", "bundle"):
-        for key in {**before[part], **after[part]}:
-            old, new = before[part].get(key), after[part].get(key)
-            if old != new:
-                yield f"{part} {key}: {old} to {new}"
-    for name, document in (("first", before), ("second", after)):
-        if document["noisy"]:
-            yield f"the {name} run was noisy ({'; '.join(document['noise'])})"
+def _differences(before: TimedRun, after: TimedRun) -> Iterator[str]:
+    for key in {**before.facts, **after.facts}:
+        old, new = before.facts.get(key), after.facts.get(key)
+        if old != new:
+            yield f"{key}: {old} to {new}"
+    for name, run in (("first", before), ("second", after)):
+        yield from (f"the {name} run {doubt}" for doubt in run.doubts)

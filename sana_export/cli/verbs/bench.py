@@ -43,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser, "the workload's, or every core")
     modes = parser.add_argument_group("instead of a run").add_mutually_exclusive_group()
     modes.add_argument(
-        "--compare", metavar="REPORT", nargs=2, type=Path, help="show what got better or worse between two bench.json files"
+        "--compare",
+        metavar="REPORT",
+        nargs=2,
+        type=Path,
+        help="show what got better or worse between two bench.json files, or two reports of make gpu-check",
     )
     modes.add_argument("--profile", action="store_true", help="show the slowest layers of each graph in one backend")
     modes.add_argument("--floor", action="store_true", help="compute the shortest possible times of published models on known GPUs")
