@@ -149,9 +149,8 @@ class CudaDevice:
         return self._handle if self._thread.capturing is None else self._thread.capturing
 
     def enter(self) -> None:
-        if not self._thread.entered:
-            self._device.set_current()
-            self._thread.entered = True
+        # Always: another device, or another library, may have made itself the thread's current one since the last call.
+        self._device.set_current()
 
     def allocate(self, size: int) -> Memory:
         self._enter_outside_capture()
@@ -260,8 +259,6 @@ class CudaDevice:
 class _ThreadState(threading.local):
     """What a device knows about the calling thread."""
 
-    #: Whether the thread has made the device its current one.
-    entered = False
     #: The handle of the stream that the thread captures, if it does.
     capturing: int | None = None
     #: The buffers that were dropped during the capture.

@@ -102,6 +102,7 @@ class EngineContext:
         return bool(self._context.is_stream_capturable(self._device.stream))
 
     def _enqueue(self, addresses: Mapping[str, int]) -> None:
+        self._device.enter()
         with self._engine.logger.collect() as log:
             for name, address in addresses.items():
                 if not self._context.set_tensor_address(name, address):

@@ -140,6 +140,27 @@ def test_graphs_run_in_other_threads(device: CudaDevice) -> None:
     np.testing.assert_array_equal(in_a_thread(lambda: downloaded(device, target)), values)
 
 
+def test_a_thread_s_current_device_may_change_between_calls(device: CudaDevice) -> None:
+    """As it does if the thread uses two devices, or a library that makes its own device the current one."""
+    from cuda.bindings import driver
+
+    values = random_bytes(4096)
+    source, target = uploaded(device, values), device.allocate(4096)
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: device.copy(target.address, source.address, 4096),
+        device.wait,
+        device.free_bytes,
+        lambda: device.allocate(16),
+        lambda: device.upload(source.address, values),
+        device.record_event,
+        lambda: device.capture(lambda: device.clear(source.address, 16))(),
+    )
+    for call in calls:
+        assert driver.cuCtxSetCurrent(0) == (driver.CUresult.CUDA_SUCCESS,)
+        call()
+    np.testing.assert_array_equal(downloaded(device, target), values)
+
+
 @pytest.mark.parametrize("kind", [ZeroDivisionError, ArtifactError])
 def test_a_failed_capture_raises_what_its_work_raised(device: CudaDevice, kind: type[Exception]) -> None:
     memory, error = device.allocate(4096), kind("the reason")
