@@ -61,21 +61,33 @@ class Gpu:
     driver: str | None = None
 
 
-@cache
 def find_gpus() -> tuple[Gpu, ...]:
     """The NVIDIA GPUs that CUDA can use, in CUDA's order: by default engines run on the first one. Empty without a driver.
 
     The driver is asked. nvidia-smi has another order and ignores CUDA_VISIBLE_DEVICES.
     """
+    return ask_cuda()[0]
+
+
+def find_cuda_error() -> str | None:
+    """The name of the error with which NVIDIA's driver says why there is no GPU. None if there is a GPU, or no driver."""
+    return ask_cuda()[1]
+
+
+@cache
+def ask_cuda() -> tuple[tuple[Gpu, ...], str | None]:
+    """`find_gpus` and `find_cuda_error`. The driver is asked once."""
     try:
         driver = ctypes.CDLL(_LIBRARIES.get(platform.system(), "libcuda.so.1"))
     except OSError:
-        return ()
+        return (), None
     count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return ()
+    if status := driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        name = ctypes.c_char_p()
+        driver.cuGetErrorName(status, ctypes.byref(name))
+        return (), (name.value or b"CUDA error %d" % status).decode()
     version = _driver_version() if count.value else None
-    return tuple(_ask_driver(driver, index, version) for index in range(count.value))
+    return tuple(_ask_driver(driver, index, version) for index in range(count.value)), None
 
 
 def _ask_driver(driver: Any, index: int, version: str | None) -> Gpu:

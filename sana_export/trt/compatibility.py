@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from sana_export.cuda_errors import find_failure
 from sana_export.environment import installed_version, operating_system, release
 from sana_export.errors import UsageError
 from sana_export.gpu_support import RTX_PORTABLE, backends_for, unsupported_reason
-from sana_export.machine import Gpu, find_gpus
+from sana_export.machine import Gpu, find_cuda_error, find_gpus
 from sana_export.manifest import EngineEntry
 from sana_export.trt.flavour import ANY_SYSTEM, FLAVOURS, Target
 from sana_export.trt.options import BuildOptions
@@ -27,6 +28,8 @@ class Host:
     versions: Mapping[str, str | None]
     #: Its platform, as `environment.operating_system` names it.
     operating_system: str
+    #: Why NVIDIA's driver finds no GPU (`machine.find_cuda_error`).
+    cuda_error: str | None = None
 
 
 def detect_host(device: int | None = None) -> Host:
@@ -44,7 +47,8 @@ def detect_host(device: int | None = None) -> Host:
             fix="sana-export doctor",
         )
     first = device or 0
-    return Host(found[first : first + 1], {backend: installed_version(backend) for backend in FLAVOURS}, operating_system())
+    versions = {backend: installed_version(backend) for backend in FLAVOURS}
+    return Host(found[first : first + 1], versions, operating_system(), find_cuda_error())
 
 
 def incompatibilities(engine: EngineEntry, host: Host) -> list[str]:
@@ -58,7 +62,10 @@ def missing_parts(backend: str, host: Host) -> dict[str, str]:
     """What `host` lacks to run any engine of `backend`: each reason with its fix. Other engines would not help."""
     flavour = FLAVOURS[backend]
     missing = {}
-    if not host.gpus:
+    if host.cuda_error is not None:
+        failure = find_failure(host.cuda_error)
+        missing[f"NVIDIA's driver finds no GPU here: {host.cuda_error}"] = failure.fix if failure else "sana-export doctor"
+    elif not host.gpus:
         missing["no NVIDIA GPU and driver here"] = (
             "run sana-export doctor to see what was found, or use --backend onnxruntime, which needs no GPU"
         )

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from sana_export.errors import DependencyError
-from sana_export.machine import gpu_compute_capability
+from sana_export.machine import find_cuda_error, gpu_compute_capability
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,10 @@ def choose_provider(onnxruntime: Any, device: int | None = None) -> str:
     if CUDA not in onnxruntime.get_available_providers():
         return CPU
     if gpu_compute_capability(device or 0) is None:
-        log.info("onnxruntime-gpu runs on the CPU: CUDA finds no GPU")
+        error = find_cuda_error()
+        # Hiding the GPU is how a user asks for the CPU. Any other error is news.
+        level = logging.INFO if error in (None, "CUDA_ERROR_NO_DEVICE") else logging.WARNING
+        log.log(level, "onnxruntime-gpu runs on the CPU: CUDA finds no GPU (%s)", error or "no driver")
         return CPU
     with contextlib.redirect_stdout(sys.stderr):  # it prints what it cannot find, and programs write JSON to stdout
         onnxruntime.preload_dlls()

@@ -44,6 +44,19 @@ def test_cuda_is_chosen_if_there_is_a_gpu_and_its_libraries_are_loaded(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(("error", "level"), [(None, "INFO"), ("CUDA_ERROR_NO_DEVICE", "INFO"), ("CUDA_ERROR_UNKNOWN", "WARNING")])
+def test_a_broken_driver_is_news(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: str | None, level: str
+) -> None:
+    monkeypatch.setattr(provider, "gpu_compute_capability", lambda index: None)
+    monkeypatch.setattr(provider, "find_cuda_error", lambda: error)
+    with caplog.at_level("INFO"):
+        assert provider.choose_provider(gpu_package([])) == provider.CPU
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert (error or "no driver") in record.getMessage()
+
+
 def test_the_cpu_package_never_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provider, "gpu_compute_capability", lambda index: pytest.fail("asked"))
     assert provider.choose_provider(onnxruntime) == provider.CPU

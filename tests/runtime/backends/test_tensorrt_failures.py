@@ -115,6 +115,12 @@ def test_other_errors_while_loading_are_the_engines_fault(bundle: Path, module: 
     ("machine", "engine", "found", "fix"),
     [
         ({"gpus": ()}, {}, "no NVIDIA GPU and driver here", DOCTOR),
+        (
+            {"gpus": (), "cuda_error": "CUDA_ERROR_SYSTEM_NOT_READY"},
+            {},
+            "NVIDIA's driver finds no GPU here: CUDA_ERROR_SYSTEM_NOT_READY",
+            "start NVIDIA's fabric manager, which GPUs with NVSwitch need: sudo systemctl start nvidia-fabricmanager",
+        ),
         ({"gpus": (Gpu("H100", "9.0"),)}, {}, "TensorRT-RTX does not support compute capability 9.0", OTHERS),
         ({"gpus": (Gpu("RTX 2080", "7.5"),)}, {}, "here is 7.5", f"{BUILD} --compute-capability 7.5"),
         ({"versions": {"tensorrt-rtx": "1.8"}}, {}, "built with TensorRT-RTX 1.7.1.116, here is 1.8", BUILD),
