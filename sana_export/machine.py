@@ -14,6 +14,7 @@ from typing import Any
 
 from sana_export import __version__
 from sana_export.environment import installed_version
+from sana_export.errors import UsageError
 
 #: The packages whose versions reports show.
 PACKAGES = (
@@ -131,6 +132,19 @@ def gpu_compute_capability(index: int = 0) -> str | None:
     """The compute capability ("8.9") of the GPU that CUDA numbers `index`. None if there is no such GPU."""
     gpus = find_gpus()
     return gpus[index].compute_capability if 0 <= index < len(gpus) else None
+
+
+def require_gpu(index: int) -> None:
+    """Raise UsageError if there is no GPU that CUDA numbers `index`."""
+    gpus = find_gpus()
+    if not 0 <= index < len(gpus):
+        listed = ", ".join(f"{number}: {gpu.name}" for number, gpu in enumerate(gpus))
+        raise UsageError(
+            f"there is no GPU {index}",
+            found=listed or find_cuda_error() or "no NVIDIA GPU and driver",
+            wanted="the number of a GPU that CUDA can use",
+            fix="sana-export doctor",
+        )
 
 
 def describe_machine() -> dict[str, Any]:

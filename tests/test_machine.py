@@ -119,3 +119,7 @@ def test_engines_are_judged_by_the_gpu_that_they_run_on(driver: Driver, monkeypa
     with pytest.raises(UsageError, match="there is no GPU 2") as caught:
         compatibility.detect_host(2)
     assert caught.value.found == "0: NVIDIA A100, 1: NVIDIA GeForce RTX 4090"
+    driver.error = 802
+    with pytest.raises(UsageError, match="there is no GPU 0") as caught:
+        compatibility.detect_host(0)
+    assert caught.value.found == "CUDA_ERROR_SYSTEM_NOT_READY"

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from sana_export.cuda_errors import find_failure
 from sana_export.environment import installed_version, operating_system, release
-from sana_export.errors import UsageError
 from sana_export.gpu_support import RTX_PORTABLE, backends_for, unsupported_reason
-from sana_export.machine import Gpu, find_cuda_error, find_gpus
+from sana_export.machine import Gpu, find_cuda_error, find_gpus, require_gpu
 from sana_export.manifest import EngineEntry
 from sana_export.trt.flavour import ANY_SYSTEM, FLAVOURS, Target
 from sana_export.trt.options import BuildOptions
@@ -38,17 +37,11 @@ def detect_host(device: int | None = None) -> Host:
     Nothing is imported: the versions come from the metadata of the installed packages, which have the names of the backends. Raises
     UsageError if there is no GPU of that number.
     """
-    found = find_gpus()
-    if device is not None and not 0 <= device < len(found):
-        raise UsageError(
-            f"there is no GPU {device}",
-            found=", ".join(f"{index}: {gpu.name}" for index, gpu in enumerate(found)) or "no NVIDIA GPU",
-            wanted="the number of a GPU that CUDA can use",
-            fix="sana-export doctor",
-        )
+    if device is not None:
+        require_gpu(device)
     first = device or 0
     versions = {backend: installed_version(backend) for backend in FLAVOURS}
-    return Host(found[first : first + 1], versions, operating_system(), find_cuda_error())
+    return Host(find_gpus()[first : first + 1], versions, operating_system(), find_cuda_error())
 
 
 def incompatibilities(engine: EngineEntry, host: Host) -> list[str]:
