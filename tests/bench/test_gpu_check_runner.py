@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import platform
@@ -200,6 +201,20 @@ def test_a_report_has_no_names_of_the_machine(tmp_path: Path, monkeypatch: pytes
         assert "./tests/x.py: ~/models on this-machine" in text
         assert "installed from ~/wheels" in text
         assert "jane" not in text
+
+
+def test_names_that_are_common_words_or_have_a_backslash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "C:\\Users\\jane"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(platform, "node", lambda: "gpu")
+    monkeypatch.setattr(getpass, "getuser", lambda: "jane")
+    document = report(find=GPU)
+    document.outcomes["parity/torch"] = Outcome("failed", f"{home}/x in /tmp/pytest-of-jane/0, /data/jane/y and /data/janet on gpu")
+    document.write(tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text("utf-8"))
+    assert "gpu" in found["machine"]
+    assert found["parts"]["parity/torch"]["reason"] == "~/x in /tmp/pytest-of-user/0, /data/user/y and /data/janet on this-machine"
+    assert (tmp_path / "r.md").read_text("utf-8").startswith("# gpu-check\n")
 
 
 def test_without_a_gpu_the_report_is_written_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

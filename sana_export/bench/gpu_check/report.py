@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import platform
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,9 +94,9 @@ class Report:
     def write(self, path: Path) -> None:
         """Write `path` (.json) and the page beside it, each whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(self.as_json(), indent=1, ensure_ascii=False, default=str) + "\n"
-        for target, text in ((path, content), (path.with_suffix(".md"), self.as_text())):
-            write_whole(target, without_names(text))
+        document = _without_names(json.loads(json.dumps(self.as_json(), default=str)))
+        write_whole(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        write_whole(path.with_suffix(".md"), without_names(self.as_text()))
 
     def _head(self) -> Iterator[str]:
         machine, capability = self.machine, self.found.get("compute_capability")
@@ -234,12 +236,30 @@ def _table(head: tuple[str, ...], rows: Iterable[Iterable[object]]) -> Iterator[
 
 
 def without_names(text: str) -> str:
-    """`text` without the folders of this machine and its name, which a report for others must not have."""
-    private = ((str(Path.cwd()), "."), (str(Path.home()), "~"), (platform.node(), "this-machine"))
-    for name, stand_in in private:
-        if len(name) > _SHORTEST_NAME:
-            text = text.replace(name, stand_in)
-    return text
+    """`text` without this machine's folders and its name and its user's, which a report for others must not have."""
+    for folder, stand_in in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
+        text = text.replace(folder, stand_in) if len(folder) > _SHORTEST_NAME else text
+    if len(host := platform.node()) > _SHORTEST_NAME:
+        text = re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", "this-machine", text)
+    # A user's name may be any word, so it is looked for in paths alone: /data/jane/models, /tmp/pytest-of-jane.
+    user = re.escape(_user() or "")
+    return re.sub(rf"(?<=[/\\]){user}(?=[/\\\s]|$)|(?<=pytest-of-){user}", "user", text) if user else text
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user may have no name
+        return None
+
+
+def _without_names(value: Any) -> Any:
+    """A value of a JSON document without names (`without_names`). Keys stay, because the machine may be called "gpu"."""
+    if isinstance(value, dict):
+        return {key: _without_names(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_names(item) for item in value]
+    return without_names(value) if isinstance(value, str) else value
 
 
 def _median(values: Mapping[str, float] | None) -> str:
