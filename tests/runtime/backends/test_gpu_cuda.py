@@ -20,6 +20,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def device() -> CudaDevice:
+    pytest.importorskip("cuda.core")
     return CudaDevice()
 
 
