@@ -122,6 +122,7 @@ class Context:
             if not lowest <= length <= highest:
                 return self.module.fail(f"{name}: {axis} {length} is not within {lowest} to {highest}")
         assert self.module.device.capturing is None, "a shape was set while work is captured"
+        assert self.module.device.is_current, "a shape was set in a thread whose current device is another one"
         self.shapes[name] = shape
         return True
 
@@ -158,6 +159,7 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         device, engine = self.module.device, self.engine
         assert stream == device.stream
+        assert device.is_current, "an engine runs in a thread whose current device is another one"
         if device.capturing is not None and self.module.breaks_captures:
             return self.module.fail("Error Code 1: Cuda Runtime (operation not permitted when stream is capturing)")
         if self.module.out_of_memory == "running":

@@ -55,6 +55,7 @@ class EngineContext:
         if shapes != self._shapes:
             self._shapes = {}  # if one is refused, the context has a mix of old and new ones
             self._buffers.clear()
+            self._device.enter()
             with self._engine.logger.collect() as log:
                 refused = [name for name, shape in shapes.items() if not self._context.set_input_shape(name, shape)]
                 if refused:
