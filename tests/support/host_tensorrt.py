@@ -127,6 +127,8 @@ class Context:
         return True
 
     def update_device_memory_size_for_shapes(self) -> int:
+        if self.module.cannot_size:
+            return int(self.module.fail(self.module.cannot_size))
         factor = self.module.work_factors.get(self.engine.spec.name, WORK_FACTOR)
         return factor * sum(math.prod(shape) for shape in self.shapes.values())
 
@@ -351,7 +353,7 @@ class HostTensorRT:
         self.refits: list[tuple[str, set[str]]] = []
         self.refits_fail_on = ""
         self.streamable_bytes, self.refuses_budgets = 0, False
-        self.cannot_load, self.breaks_captures = "", False
+        self.cannot_load, self.cannot_size, self.breaks_captures = "", "", False
         self.contexts: list[tuple[str, RuntimeConfig]] = []
         #: Bytes that a run of a graph works in for each element of its inputs, if they are not `WORK_FACTOR`.
         self.work_factors: dict[str, int] = {}

@@ -60,11 +60,10 @@ class EngineContext:
                 refused = [name for name, shape in shapes.items() if not self._context.set_input_shape(name, shape)]
                 if refused:
                     raise self._engine.failed("shaping " + ", ".join(f"{name} {shapes[name]}" for name in refused), log)
-            self._shapes = dict(shapes)
-            if hasattr(self._context, "update_device_memory_size_for_shapes"):
                 self._needed = self._context.update_device_memory_size_for_shapes()
-            else:  # the largest shapes of the profile
-                self._needed = self._engine.engine.device_memory_size_v2
+                if self._needed == 0 and log.errors:  # some graphs need none
+                    raise self._engine.failed("sizing the memory of", log)
+            self._shapes = dict(shapes)
             self._generation = -1
         if self._generation != self._memory.generation:
             try:
