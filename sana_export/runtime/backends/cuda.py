@@ -26,6 +26,8 @@ from sana_export.formats.arrays import Array
 ALIGNMENT = 256
 #: Larger copies from and to the host go through pinned memory piece by piece, so that it stays small.
 LARGEST_STAGED = 1 << 24
+#: Held by the thread that turned the garbage collector off.
+_COLLECTOR = threading.RLock()
 #: For an error that nothing is known about.
 _UNKNOWN = CudaFailure(
     "a GPU and a driver that work",
@@ -350,10 +352,12 @@ def _cuda_errors(doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    """Turn the process's garbage collector off. One thread at a time: otherwise the first to end would turn it on for all."""
+    with _COLLECTOR:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -259,6 +260,27 @@ def test_memory_that_is_dropped_during_a_capture_is_freed_outside_it(device: Cud
         device.clear(target.address, 4096)
         replay()
         np.testing.assert_array_equal(downloaded(device, target), values)
+
+
+def test_nothing_is_collected_during_a_capture_whatever_other_captures_end(device: CudaDevice) -> None:
+    second_asks, first_is_done, collected = threading.Event(), threading.Event(), []
+
+    def second() -> None:
+        second_asks.set()
+        device.capture(lambda: first_is_done.wait(5) and collected.append(gc.isenabled()))
+
+    thread = threading.Thread(target=second)
+
+    def first() -> None:
+        thread.start()
+        second_asks.wait(5)
+        time.sleep(0.2)  # the second one begins its capture, or waits for its turn
+
+    device.capture(first)
+    first_is_done.set()
+    thread.join()
+    assert collected == [False]
+    assert gc.isenabled()
 
 
 def test_a_gpu_whose_memory_ran_out_works_on(device: CudaDevice) -> None:
