@@ -15,6 +15,7 @@ from typing import Any
 
 from sana_export import __version__
 from sana_export.environment import installed_version
+from sana_export.errors import UsageError
 
 #: The packages whose versions reports show.
 PACKAGES = (
@@ -62,17 +63,31 @@ class Gpu:
     driver: str | None = None
 
 
-@cache
 def find_gpus() -> tuple[Gpu, ...]:
     """The NVIDIA GPUs that CUDA can use, in CUDA's order: by default engines run on the first one. Empty without a driver.
 
     The driver is asked. nvidia-smi has another order and ignores CUDA_VISIBLE_DEVICES.
     """
+    return ask_cuda()[0]
+
+
+def find_cuda_error() -> str | None:
+    """The name of the error with which NVIDIA's driver says why there is no GPU. None if there is a GPU, or no driver."""
+    return ask_cuda()[1]
+
+
+@cache
+def ask_cuda() -> tuple[tuple[Gpu, ...], str | None]:
+    """`find_gpus` and `find_cuda_error`. The driver is asked once."""
     driver, count = _load_driver(), ctypes.c_int()
-    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return ()
+    if driver is None:
+        return (), None
+    if status := driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        name = ctypes.c_char_p()
+        driver.cuGetErrorName(status, ctypes.byref(name))
+        return (), (name.value or b"CUDA error %d" % status).decode()
     version = _driver_version() if count.value else None
-    return tuple(_ask_driver(driver, index, version) for index in range(count.value))
+    return tuple(_ask_driver(driver, index, version) for index in range(count.value)), None
 
 
 def _ask_driver(driver: Any, index: int, version: str | None) -> Gpu:
@@ -88,20 +103,20 @@ def _ask_driver(driver: Any, index: int, version: str | None) -> Gpu:
 
 def gpu_uuid(index: int = 0) -> str | None:
     """The name of the GPU that CUDA numbers `index`, as NVIDIA's tools know it ("GPU-..."), or None. It is unique in the world."""
-    driver = _load_driver()
-    device, name = ctypes.c_int(), (ctypes.c_ubyte * 16)()
-    if driver is None or driver.cuDeviceGet(ctypes.byref(device), index) != 0 or driver.cuDeviceGetUuid_v2(name, device) != 0:
+    driver, device, name = _load_driver(), ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    if driver is None or driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index):
+        return None
+    if driver.cuDeviceGetUuid_v2(name, device):
         return None
     return f"GPU-{uuid.UUID(bytes=bytes(name))}"
 
 
 def _load_driver() -> Any:
-    """NVIDIA's driver library, ready to be asked. None if it is missing or does not start."""
+    """NVIDIA's driver library. None if it is missing."""
     try:
-        driver = ctypes.CDLL(_LIBRARIES.get(platform.system(), "libcuda.so.1"))
+        return ctypes.CDLL(_LIBRARIES.get(platform.system(), "libcuda.so.1"))
     except OSError:
         return None
-    return driver if driver.cuInit(0) == 0 else None
 
 
 def _driver_version() -> str | None:
@@ -134,6 +149,19 @@ def gpu_compute_capability(index: int = 0) -> str | None:
     """The compute capability ("8.9") of the GPU that CUDA numbers `index`. None if there is no such GPU."""
     gpus = find_gpus()
     return gpus[index].compute_capability if 0 <= index < len(gpus) else None
+
+
+def require_gpu(index: int) -> None:
+    """Raise UsageError if there is no GPU that CUDA numbers `index`."""
+    gpus = find_gpus()
+    if not 0 <= index < len(gpus):
+        listed = ", ".join(f"{number}: {gpu.name}" for number, gpu in enumerate(gpus))
+        raise UsageError(
+            f"there is no GPU {index}",
+            found=listed or find_cuda_error() or "no NVIDIA GPU and driver",
+            wanted="the number of a GPU that CUDA can use",
+            fix="sana-export doctor",
+        )
 
 
 def describe_machine() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from sana_export import machine
 from sana_export.errors import UsageError
-from sana_export.machine import Gpu, find_gpus, gpu_compute_capability, gpu_names, gpu_state
+from sana_export.machine import Gpu, ask_cuda, find_cuda_error, gpu_compute_capability, gpu_names, gpu_state
 from sana_export.trt import compatibility
 from tests.support import cuda_driver
 
@@ -20,10 +20,15 @@ class Driver:
     """A driver's library with two GPUs. nvidia-smi lists them in another order."""
 
     gpus = ((b"NVIDIA A100", 8, 0, 80 << 30), (b"NVIDIA GeForce RTX 4090", 8, 9, 24 << 30))
-    broken = False
+    error = 0
 
     def cuInit(self, flags: int) -> int:
-        return 100 if self.broken else 0
+        return self.error
+
+    def cuGetErrorName(self, status: int, name: Any) -> int:
+        known = {100: b"CUDA_ERROR_NO_DEVICE", 802: b"CUDA_ERROR_SYSTEM_NOT_READY"}
+        name._obj.value = known.get(status)
+        return 0 if status in known else 1
 
     def cuDeviceGetCount(self, count: Any) -> int:
         count._obj.value = len(self.gpus)
@@ -50,7 +55,7 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: made)
-    monkeypatch.setattr(machine, "find_gpus", find_gpus.__wrapped__)
+    monkeypatch.setattr(machine, "ask_cuda", ask_cuda.__wrapped__)
     monkeypatch.setattr(
         machine.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess((), 0, "560.35.03\n560.35.03\n", "")
     )
@@ -74,10 +79,16 @@ def test_nvidia_smi_is_not_needed(driver: Driver, monkeypatch: pytest.MonkeyPatc
     assert gpu_state() == []
 
 
-def test_a_driver_that_finds_no_gpu(driver: Driver) -> None:
-    driver.broken = True
+@pytest.mark.parametrize(
+    ("error", "name"), [(100, "CUDA_ERROR_NO_DEVICE"), (802, "CUDA_ERROR_SYSTEM_NOT_READY"), (12345, "CUDA error 12345")]
+)
+def test_a_driver_that_finds_no_gpu_says_why(driver: Driver, error: int, name: str) -> None:
+    assert find_cuda_error() is None
+    driver.error = error
     assert machine.find_gpus() == ()
     assert gpu_compute_capability() is None
+    assert find_cuda_error() == name
+    assert compatibility.detect_host().cuda_error == name
 
 
 def test_without_a_driver(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,14 +97,17 @@ def test_without_a_driver(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     assert machine.find_gpus() == ()
+    assert find_cuda_error() is None
 
 
 def test_the_real_calls_are_those_of_a_driver(driver_library: Any) -> None:
     """On the stand-in for the driver, which has one GPU."""
-    code = "from sana_export.machine import find_gpus, gpu_uuid; print(*find_gpus(), gpu_uuid(0), gpu_uuid(1))"
+    code = "from sana_export.machine import ask_cuda, gpu_uuid; print(ask_cuda(), gpu_uuid(0), gpu_uuid(1))"
     done = cuda_driver.run(driver_library, ["-c", code])
-    assert done.stdout.startswith("Gpu(name='Stand-in GPU', compute_capability='8.9', memory_bytes=4294967296,"), done.stderr
+    assert done.stdout.startswith("((Gpu(name='Stand-in GPU', compute_capability='8.9', memory_bytes=4294967296,"), done.stderr
     assert done.stdout.split()[-2:] == [f"GPU-{uuid.UUID(bytes=b'stand-in, no gpu')}", "None"]
+    done = cuda_driver.run(driver_library, ["-c", code], CUDA_STAND_IN_INIT="803")
+    assert done.stdout == "((), 'CUDA_ERROR_SYSTEM_DRIVER_MISMATCH') None None\n", done.stderr
 
 
 def test_names_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +116,12 @@ def test_names_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_engines_are_judged_by_the_gpu_that_they_run_on(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compatibility, "find_gpus", machine.find_gpus)
     assert [gpu.name for gpu in compatibility.detect_host().gpus] == ["NVIDIA A100"]
     assert [gpu.name for gpu in compatibility.detect_host(1).gpus] == ["NVIDIA GeForce RTX 4090"]
     with pytest.raises(UsageError, match="there is no GPU 2") as caught:
         compatibility.detect_host(2)
     assert caught.value.found == "0: NVIDIA A100, 1: NVIDIA GeForce RTX 4090"
+    driver.error = 802
+    with pytest.raises(UsageError, match="there is no GPU 0") as caught:
+        compatibility.detect_host(0)
+    assert caught.value.found == "CUDA_ERROR_SYSTEM_NOT_READY"

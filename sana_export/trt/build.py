@@ -252,13 +252,7 @@ def _save_timing_cache(config: Any, path: Path) -> None:
 
 
 def _serialize(module: Any, builder: Any, network: Any, config: Any, file: EngineFile) -> bool:
-    """Compile the network and write the engine to `file`. Returns whether both worked.
-
-    If this version can, the engine is written in chunks, so that memory never holds all of it.
-    """
-    if not (hasattr(module, "IStreamWriter") and hasattr(builder, "build_serialized_network_to_stream")):
-        memory = builder.build_serialized_network(network, config)
-        return memory is not None and file.write(memory) == memory.nbytes
+    """Compile the network and write the engine to `file`, in chunks: memory never holds all of it. Returns whether both worked."""
 
     class Writer(module.IStreamWriter):
         def __init__(self) -> None:

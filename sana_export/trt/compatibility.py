@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from sana_export.cuda_errors import find_failure
 from sana_export.environment import installed_version, operating_system, release
-from sana_export.errors import UsageError
 from sana_export.gpu_support import RTX_PORTABLE, backends_for, unsupported_reason
-from sana_export.machine import Gpu, find_gpus
+from sana_export.machine import Gpu, find_cuda_error, find_gpus, require_gpu
 from sana_export.manifest import EngineEntry
 from sana_export.trt.flavour import ANY_SYSTEM, FLAVOURS, Target
 from sana_export.trt.options import BuildOptions
@@ -27,6 +27,8 @@ class Host:
     versions: Mapping[str, str | None]
     #: Its platform, as `environment.operating_system` names it.
     operating_system: str
+    #: Why NVIDIA's driver finds no GPU (`machine.find_cuda_error`).
+    cuda_error: str | None = None
 
 
 def detect_host(device: int | None = None) -> Host:
@@ -35,16 +37,11 @@ def detect_host(device: int | None = None) -> Host:
     Nothing is imported: the versions come from the metadata of the installed packages, which have the names of the backends. Raises
     UsageError if there is no GPU of that number.
     """
-    found = find_gpus()
-    if device is not None and not 0 <= device < len(found):
-        raise UsageError(
-            f"there is no GPU {device}",
-            found=", ".join(f"{index}: {gpu.name}" for index, gpu in enumerate(found)) or "no NVIDIA GPU",
-            wanted="the number of a GPU that CUDA can use",
-            fix="sana-export doctor",
-        )
+    if device is not None:
+        require_gpu(device)
     first = device or 0
-    return Host(found[first : first + 1], {backend: installed_version(backend) for backend in FLAVOURS}, operating_system())
+    versions = {backend: installed_version(backend) for backend in FLAVOURS}
+    return Host(find_gpus()[first : first + 1], versions, operating_system(), find_cuda_error())
 
 
 def incompatibilities(engine: EngineEntry, host: Host) -> list[str]:
@@ -58,7 +55,10 @@ def missing_parts(backend: str, host: Host) -> dict[str, str]:
     """What `host` lacks to run any engine of `backend`: each reason with its fix. Other engines would not help."""
     flavour = FLAVOURS[backend]
     missing = {}
-    if not host.gpus:
+    if host.cuda_error is not None:
+        failure = find_failure(host.cuda_error)
+        missing[f"NVIDIA's driver finds no GPU here: {host.cuda_error}"] = failure.fix if failure else "sana-export doctor"
+    elif not host.gpus:
         missing["no NVIDIA GPU and driver here"] = (
             "run sana-export doctor to see what was found, or use --backend onnxruntime, which needs no GPU"
         )

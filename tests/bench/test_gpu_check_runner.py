@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from sana_export.bench.gpu_check import find
 from sana_export.bench.gpu_check.__main__ import main
+from sana_export.bench.gpu_check.check import PartContext
 from sana_export.bench.gpu_check.parts import PARTS, CheckPart
 from sana_export.bench.gpu_check.privacy import Redaction
 from sana_export.bench.gpu_check.report import Report
@@ -137,6 +139,17 @@ def test_exit_codes() -> None:
     assert report(find=GPU, one=Outcome("failed")).exit_code == 5
     assert report(find=NO_GPU, one=Outcome("failed")).exit_code == 5
     assert report(find=Outcome("failed")).exit_code == 5
+
+
+def test_modules_that_hang_are_waited_for_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        find, "QUESTIONS", {"json": "__import__('time').sleep(60)", "csv": "__import__('time').sleep(60)", "io": "{}"}
+    )
+    monkeypatch.setattr(find, "_TIMEOUT", 8)
+    started = time.monotonic()
+    found = find.find(PartContext(tmp_path, "cuda", lambda more: None))["modules"]
+    assert time.monotonic() - started < 15
+    assert found == {"json": {"error": "no answer in 8 s"}, "csv": {"error": "no answer in 8 s"}, "io": {}}
 
 
 def latency(loop: float, db: float | None) -> Outcome:

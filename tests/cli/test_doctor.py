@@ -82,6 +82,18 @@ def test_engines(gpus: tuple[Gpu, ...], probe: BackendProbe, builds: bool, runs:
     assert not runs or run.fix == ("--device 1" if len(gpus) == 2 else None)
 
 
+def test_what_the_driver_says_without_a_gpu(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_gpus", lambda: ())
+    monkeypatch.setattr(doctor, "find_cuda_error", lambda: "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH")
+    text = cli("doctor").out
+    assert "none (NVIDIA's driver says CUDA_ERROR_SYSTEM_DRIVER_MISMATCH)" in text
+    found = cli("doctor", "--json").json
+    assert found["machine"]["cuda_error"] == "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"
+    for name in ("run TensorRT-RTX engines", "sample on the GPU with ONNX Runtime"):
+        assert "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH" in found["abilities"][name]["reason"]
+    assert "restart the machine" in found["abilities"]["sample on the GPU with ONNX Runtime"]["fix"]
+
+
 def test_onnxruntime_on_the_gpu(installed: dict[str, str], cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "sample on the GPU with ONNX Runtime"
     assert abilities(())[name].reason == "no NVIDIA GPU or no driver"

@@ -22,7 +22,6 @@ OBJECTS: dict[str, dict[str, str]] = {
         "tensor": "ITensor",
         "config": "IBuilderConfig",
         "profile": "IOptimizationProfile",
-        "memory": "IHostMemory",
         "config.get_timing_cache()": "ITimingCache",
     },
     "trt/flavour.py": {"module": MODULE, "config": "IBuilderConfig"},
@@ -38,7 +37,7 @@ OBJECTS: dict[str, dict[str, str]] = {
         "self._config": "IRuntimeConfig",
         "self._cache": "IRuntimeCache",
     },
-    "runtime/backends/tensorrt_context.py": {"self._context": "IExecutionContext", "self._engine.engine": "ICudaEngine"},
+    "runtime/backends/tensorrt_context.py": {"self._context": "IExecutionContext"},
     "runtime/backends/tensorrt_refit.py": {
         "module": MODULE,
         "self._module": MODULE,

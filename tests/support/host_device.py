@@ -7,6 +7,7 @@ freed. During a capture, nothing may be allocated, uploaded or freed.
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Callable
 from time import perf_counter
@@ -17,6 +18,8 @@ import numpy as np
 from sana_export.errors import DependencyError
 from sana_export.runtime.backends.cuda import ALIGNMENT, Memory
 
+#: The current device of each thread.
+CURRENT = threading.local()
 RUBBISH = 0xFB  # as float16 and float32 large and negative, as an index far outside
 
 
@@ -33,7 +36,13 @@ class HostDevice:
         self.capturing: list[Callable[[], None]] | None = None
         self.uploaded = self.downloaded = self.captures = self.replays = self.enqueued = 0
 
-    def enter(self) -> None: ...
+    def enter(self) -> None:
+        CURRENT.device = self
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the calling thread's work goes to this device."""
+        return getattr(CURRENT, "device", None) is self
 
     def enqueue(self, work: Callable[[], None]) -> None:
         self.enqueued += 1

@@ -122,10 +122,13 @@ class Context:
             if not lowest <= length <= highest:
                 return self.module.fail(f"{name}: {axis} {length} is not within {lowest} to {highest}")
         assert self.module.device.capturing is None, "a shape was set while work is captured"
+        assert self.module.device.is_current, "a shape was set in a thread whose current device is another one"
         self.shapes[name] = shape
         return True
 
     def update_device_memory_size_for_shapes(self) -> int:
+        if self.module.cannot_size:
+            return int(self.module.fail(self.module.cannot_size))
         factor = self.module.work_factors.get(self.engine.spec.name, WORK_FACTOR)
         return factor * sum(math.prod(shape) for shape in self.shapes.values())
 
@@ -158,6 +161,7 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         device, engine = self.module.device, self.engine
         assert stream == device.stream
+        assert device.is_current, "an engine runs in a thread whose current device is another one"
         if device.capturing is not None and self.module.breaks_captures:
             return self.module.fail("Error Code 1: Cuda Runtime (operation not permitted when stream is capturing)")
         if self.module.out_of_memory == "running":
@@ -349,7 +353,7 @@ class HostTensorRT:
         self.refits: list[tuple[str, set[str]]] = []
         self.refits_fail_on = ""
         self.streamable_bytes, self.refuses_budgets = 0, False
-        self.cannot_load, self.breaks_captures = "", False
+        self.cannot_load, self.cannot_size, self.breaks_captures = "", "", False
         self.contexts: list[tuple[str, RuntimeConfig]] = []
         #: Bytes that a run of a graph works in for each element of its inputs, if they are not `WORK_FACTOR`.
         self.work_factors: dict[str, int] = {}

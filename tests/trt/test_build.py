@@ -398,21 +398,3 @@ def test_module_without_a_gpu_that_it_needs(tmp_path: Path) -> None:
 
     with pytest.raises(DependencyError, match="CUDA initialization failure with error: 35"):
         build_engine(NeedsGpu(), tmp_path / "m.onnx", tmp_path / "e", GraphSpec("g", (), ()), RANGES)
-
-
-def test_version_without_the_stream_writer_gives_a_whole_engine_too(tmp_path: Path) -> None:
-    class Older:
-        """The module without what newer versions added."""
-
-        def __getattr__(self, name: str) -> Any:
-            if name == "IStreamWriter":
-                raise AttributeError(name)
-            return getattr(tensorrt_rtx, name)
-
-    spec = vae_decoder(tmp_path / "model.onnx", 0)
-    built = build_engine(Older(), tmp_path / "model.onnx", tmp_path / "out.engine", spec, RANGES)
-
-    engine = (tmp_path / "out.engine").read_bytes()
-    assert MAGIC in engine[:4]
-    assert (built.bytes, built.sha256) == (len(engine), hashlib.sha256(engine).hexdigest())
-    assert built.bytes > (tmp_path / "model.onnx.data").stat().st_size

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,8 @@ from sana_export.gpu_support import backends_for
 from sana_export.machine import gpu_compute_capability, gpu_names, gpu_state
 from sana_export.runtime.backends.onnxruntime_provider import CPU, CUDA, check_provider, choose_provider
 
-#: Time limit for one library in seconds.
-_TIMEOUT = 30
+#: Time limit for all libraries in seconds. They are asked at the same time; CUDA's take long to load for the first time.
+_TIMEOUT = 60
 #: Module to the expression that is evaluated after importing it as `m`. Its value must be valid in JSON; `no_gpu` says why the
 #: module cannot use the GPU, or is None.
 QUESTIONS: dict[str, str] = {
@@ -44,7 +45,8 @@ def find(context: PartContext) -> Mapping[str, Any]:
     backends = backends_for(capability) if capability else ()
     context.keep({"gpus": gpu_names(), "compute_capability": capability, "gpu_state": gpu_state(), "backends": backends})
     children = {name: _ask(name, question) for name, question in QUESTIONS.items() if installed(name)}
-    return {"modules": {name: _answer(child) for name, child in children.items()}}
+    deadline = time.monotonic() + _TIMEOUT
+    return {"modules": {name: _answer(child, deadline) for name, child in children.items()}}
 
 
 def no_torch(torch: Any) -> str | None:
@@ -82,9 +84,9 @@ def _ask(name: str, question: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def _answer(child: subprocess.Popen[str]) -> dict[str, Any]:
+def _answer(child: subprocess.Popen[str], deadline: float) -> dict[str, Any]:
     try:
-        output, errors = child.communicate(timeout=_TIMEOUT)
+        output, errors = child.communicate(timeout=max(deadline - time.monotonic(), 0.1))
         answer: dict[str, Any] = json.loads(output.splitlines()[-1])
         return answer
     except subprocess.TimeoutExpired:

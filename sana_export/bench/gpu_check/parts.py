@@ -101,7 +101,7 @@ def _settings(backend: str, *names: str) -> CheckPart:
 
 
 PARTS: tuple[CheckPart, ...] = (
-    CheckPart("find", f"{_PACKAGE}.find:find", most=40, least=5, modules=(), gpu=False),
+    CheckPart("find", f"{_PACKAGE}.find:find", most=75, least=5, modules=(), gpu=False),
     _parity("torch"),
     *map(_question, ("current", "portable", "sm80-ampere-plus")),
     _make("1600m"),

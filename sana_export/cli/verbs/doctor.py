@@ -18,9 +18,10 @@ from sana_export.cli.probe import BackendProbe, probe_backend
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import plural, size, table
 from sana_export.cli.verb import Answer, Verb
+from sana_export.cuda_errors import find_failure
 from sana_export.environment import installed_version, operating_system
 from sana_export.gpu_support import backends_for, unsupported_reason
-from sana_export.machine import Gpu, cpu_name, find_gpus, gpu_memory_bytes, memory_bytes, usable_cores
+from sana_export.machine import Gpu, cpu_name, find_cuda_error, find_gpus, gpu_memory_bytes, memory_bytes, usable_cores
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.onnxruntime_provider import INSTALL
 from sana_export.trt.flavour import FLAVOURS
@@ -46,6 +47,8 @@ class Machine:
     memory_bytes: int
     #: The NVIDIA GPUs.
     gpus: tuple[Gpu, ...]
+    #: The name of the error with which NVIDIA's driver says why there is no GPU. None if there is one, or no driver.
+    cuda_error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def this_machine() -> Machine:
         cores=usable_cores(),
         memory_bytes=memory_bytes(),
         gpus=find_gpus(),
+        cuda_error=find_cuda_error(),
     )
 
 
@@ -130,7 +134,7 @@ def _cuda_ability(machine: Machine) -> Ability:
     """ONNX Runtime on the GPU. Whether its CUDA libraries are there shows when a bundle is loaded."""
     reason, fix = None, None
     if not machine.gpus:
-        reason = "no NVIDIA GPU or no driver"
+        reason, fix = _no_gpu(machine)
     elif installed_version("onnxruntime-gpu") is None:
         reason, fix = "onnxruntime-gpu is not installed", INSTALL
     return Ability("sample on the GPU with ONNX Runtime", reason is None, reason, fix)
@@ -148,8 +152,9 @@ def _run_ability(probe: BackendProbe, machine: Machine, bundle: str) -> Ability:
     unsupported = [unsupported_reason(probe.backend, gpu.compute_capability) for gpu in machine.gpus]
     reasons, fix = [], probe.fix
     if not machine.gpus:
-        reasons.append("no NVIDIA GPU or no driver")
-        fix = fix or f"sana-export generate {bundle} 'a red apple' -o apple.png --backend onnxruntime"
+        reason, driver_fix = _no_gpu(machine)
+        reasons.append(reason)
+        fix = fix or driver_fix or f"sana-export generate {bundle} 'a red apple' -o apple.png --backend onnxruntime"
     if probe.reason is not None:
         reasons.append(probe.reason)
     if all(unsupported):
@@ -157,6 +162,14 @@ def _run_ability(probe: BackendProbe, machine: Machine, bundle: str) -> Ability:
     elif unsupported[0] and not reasons:  # without a choice, engines run on the first GPU
         fix = f"--device {unsupported.index(None)}"
     return Ability(f"run {FLAVOURS[probe.backend].title} engines", not reasons, "; ".join(reasons) or None, fix)
+
+
+def _no_gpu(machine: Machine) -> tuple[str, str | None]:
+    """Why `machine` has no GPU, and the fix if there is one."""
+    if machine.cuda_error is None:
+        return "no NVIDIA GPU or no driver", None
+    failure = find_failure(machine.cuda_error)
+    return f"NVIDIA's driver finds no GPU: {machine.cuda_error}", failure.fix if failure else None
 
 
 def _verdict(ability: Ability) -> str:
@@ -180,7 +193,8 @@ def _machine_text(machine: Machine) -> str:
         rows.append(("gpu", f"{gpu.name}, {', '.join(details)}"))
         rows.append(("", f"backends for it: {', '.join(backends_for(gpu.compute_capability))}"))
     if not machine.gpus:
-        rows.append(("gpu", "none (no NVIDIA driver found)"))
+        why = "no NVIDIA driver found" if machine.cuda_error is None else f"NVIDIA's driver says {machine.cuda_error}"
+        rows.append(("gpu", f"none ({why})"))
     return table(rows)
 
 

@@ -26,6 +26,8 @@ from sana_export.formats.arrays import Array
 ALIGNMENT = 256
 #: Larger copies from and to the host go through pinned memory piece by piece, so that it stays small.
 LARGEST_STAGED = 1 << 24
+#: Held by the thread that turned the garbage collector off.
+_COLLECTOR = threading.RLock()
 #: For an error that nothing is known about.
 _UNKNOWN = CudaFailure(
     "a GPU and a driver that work",
@@ -149,9 +151,8 @@ class CudaDevice:
         return self._handle if self._thread.capturing is None else self._thread.capturing
 
     def enter(self) -> None:
-        if not self._thread.entered:
-            self._device.set_current()
-            self._thread.entered = True
+        # Always: another device, or another library, may have made itself the thread's current one since the last call.
+        self._device.set_current()
 
     def allocate(self, size: int) -> Memory:
         self._enter_outside_capture()
@@ -260,8 +261,6 @@ class CudaDevice:
 class _ThreadState(threading.local):
     """What a device knows about the calling thread."""
 
-    #: Whether the thread has made the device its current one.
-    entered = False
     #: The handle of the stream that the thread captures, if it does.
     capturing: int | None = None
     #: The buffers that were dropped during the capture.
@@ -353,10 +352,12 @@ def _cuda_errors(doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    """Turn the process's garbage collector off. One thread at a time: otherwise the first to end would turn it on for all."""
+    with _COLLECTOR:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()

@@ -17,6 +17,7 @@ from sana_export.files import check_files
 from sana_export.formats.arrays import Array
 from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.onnx_weights import check_external_data
+from sana_export.machine import find_cuda_error
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session
 from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
@@ -228,9 +229,10 @@ class OnnxRuntimeBackend(Backend):
             return
         what = f"GPU {self._settings.device}" if self._settings.device is not None else f"the backend {self.name}"
         available = self._onnxruntime.get_available_providers()
+        no_gpu = find_cuda_error() or "no NVIDIA GPU and driver"
         raise DependencyError(
             f"{what} was asked for, but onnxruntime runs on the CPU here",
-            found="no GPU that CUDA can use" if CUDA in available else f"an ONNX Runtime with {', '.join(available)}",
+            found=no_gpu if CUDA in available else f"an ONNX Runtime with {', '.join(available)}",
             wanted="onnxruntime-gpu with its CUDA libraries and an NVIDIA GPU",
             fix=f"{INSTALL}, or --backend onnxruntime without --device",
         )

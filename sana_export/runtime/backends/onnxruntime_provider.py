@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from sana_export.errors import DependencyError
-from sana_export.machine import gpu_compute_capability
+from sana_export.machine import find_cuda_error, find_gpus, require_gpu
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +25,18 @@ INSTALL = 'pip uninstall -y onnxruntime && pip install --force-reinstall "onnxru
 def choose_provider(onnxruntime: Any, device: int | None = None) -> str:
     """CUDA's provider if this ONNX Runtime has it and there is a GPU (`device`, or the first one), otherwise the CPU's.
 
-    `onnxruntime` is the module. CUDA's libraries are loaded, from the packages that `onnxruntime-gpu[cuda,cudnn]` installs.
+    `onnxruntime` is the module. CUDA's libraries are loaded, from the packages that `onnxruntime-gpu[cuda,cudnn]` installs. Raises
+    UsageError if there are GPUs but not this one.
     """
     if CUDA not in onnxruntime.get_available_providers():
         return CPU
-    if gpu_compute_capability(device or 0) is None:
-        log.info("onnxruntime-gpu runs on the CPU: CUDA finds no GPU")
+    if find_gpus() and device is not None:
+        require_gpu(device)
+    if not find_gpus():
+        error = find_cuda_error()
+        # Hiding the GPU is how a user asks for the CPU. Any other error is news.
+        level = logging.INFO if error in (None, "CUDA_ERROR_NO_DEVICE") else logging.WARNING
+        log.log(level, "onnxruntime-gpu runs on the CPU: CUDA finds no GPU (%s)", error or "no driver")
         return CPU
     with contextlib.redirect_stdout(sys.stderr):  # it prints what it cannot find, and programs write JSON to stdout
         onnxruntime.preload_dlls()

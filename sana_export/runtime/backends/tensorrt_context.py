@@ -55,15 +55,15 @@ class EngineContext:
         if shapes != self._shapes:
             self._shapes = {}  # if one is refused, the context has a mix of old and new ones
             self._buffers.clear()
+            self._device.enter()
             with self._engine.logger.collect() as log:
                 refused = [name for name, shape in shapes.items() if not self._context.set_input_shape(name, shape)]
                 if refused:
                     raise self._engine.failed("shaping " + ", ".join(f"{name} {shapes[name]}" for name in refused), log)
-            self._shapes = dict(shapes)
-            if hasattr(self._context, "update_device_memory_size_for_shapes"):
                 self._needed = self._context.update_device_memory_size_for_shapes()
-            else:  # the largest shapes of the profile
-                self._needed = self._engine.engine.device_memory_size_v2
+                if self._needed == 0 and log.errors:  # some graphs need none
+                    raise self._engine.failed("sizing the memory of", log)
+            self._shapes = dict(shapes)
             self._generation = -1
         if self._generation != self._memory.generation:
             try:
@@ -102,6 +102,7 @@ class EngineContext:
         return bool(self._context.is_stream_capturable(self._device.stream))
 
     def _enqueue(self, addresses: Mapping[str, int]) -> None:
+        self._device.enter()
         with self._engine.logger.collect() as log:
             for name, address in addresses.items():
                 if not self._context.set_tensor_address(name, address):

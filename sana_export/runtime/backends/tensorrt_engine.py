@@ -80,14 +80,13 @@ class LoadedEngine:
                     raise self.failed("streaming the weights of", log)
                 self.streams = streams_weights(self.engine)
         # Contexts may refer to their configuration, so it lives as long as the engine.
-        self._config = self._configure() if hasattr(self.engine, "create_runtime_config") else None
+        self._config = self._configure()
 
     def create_context(self) -> Any:
         """A new `IExecutionContext` of the module, without memory to work in. The engine has all its weights by now."""
-        user_managed = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
         self._device.enter()
         with self.logger.collect() as log:
-            context = self.engine.create_execution_context(user_managed if self._config is None else self._config)
+            context = self.engine.create_execution_context(self._config)
             if context is None:
                 raise self.failed("making an execution context of", log)
         return context

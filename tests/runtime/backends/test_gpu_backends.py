@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import logging
 import shutil
 import threading
@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from sana_export.bench.gpu_check import find
 from sana_export.errors import DependencyError
 from sana_export.gpu_support import unsupported_reason
-from sana_export.machine import gpu_compute_capability
+from sana_export.machine import find_cuda_error, gpu_compute_capability
 from sana_export.manifest import Manifest
 from sana_export.profiles import Profile
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.base import CapturingBackend
 from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from sana_export.runtime.backends.torch import require_compiler
 from sana_export.trt.bundle import build_bundle
 from sana_export.trt.flavour import FLAVOURS
 from sana_export.trt.options import BuildOptions
@@ -34,14 +35,21 @@ pytestmark = pytest.mark.gpu
 SMALL: dict[str, Any] = {"height": 128, "width": 192, "use_resolution_binning": False, "num_inference_steps": 4, "seed": 3}
 #: fp32 images of a GPU and of a CPU, which sum in different orders.
 PSNR_LIMIT = 40.0
-#: Every backend, and the module that it needs.
+#: Every backend, and the modules that it needs.
 BACKENDS = {
-    "torch": "torch",
-    "torch-compile": "triton",
-    "onnxruntime": "onnxruntime",
-    "onnxruntime-cuda-graphs": "onnxruntime",
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt_rtx",
+    "torch": ("torch",),
+    "torch-compile": ("torch", "triton"),
+    "onnxruntime": ("onnxruntime",),
+    "onnxruntime-cuda-graphs": ("onnxruntime",),
+    "tensorrt": ("tensorrt", "cuda.core"),
+    "tensorrt-rtx": ("tensorrt_rtx", "cuda.core"),
+}
+#: Why a module cannot use the GPU.
+REASONS: dict[str, Callable[[Any], str | None]] = {
+    "torch": find.no_torch,
+    "onnxruntime": find.no_cuda_provider,
+    "tensorrt": find.no_engine_runtime,
+    "tensorrt_rtx": find.no_engine_runtime,
 }
 PROFILE = Profile("tests", (1, 1, 2), (1, 2, 3), ((128, 192), (256, 256)))
 #: Images of one backend in two sizes, with and without PAG and guidance: the shapes that work is captured for.
@@ -67,21 +75,38 @@ def wanted(tiny_bundle: Path) -> SanaRuntime:
     return SanaRuntime.from_pretrained(tiny_bundle, backend=on_the_cpu)
 
 
+def why_not(backend: str) -> str | None:
+    """Why `backend` cannot run on the GPU of this machine. None if it can."""
+    capability = gpu_compute_capability()
+    if capability is None:
+        return find_cuda_error() or "no GPU"
+    if reason := unsupported_reason(backend, capability):
+        return reason
+    if missing := [module for module in BACKENDS[backend] if not find.installed(module)]:
+        return f"not installed: {', '.join(missing)}"
+    if backend == "torch-compile":
+        try:
+            require_compiler("cuda")
+        except DependencyError as error:
+            return str(error)
+    module = BACKENDS[backend][0]
+    return REASONS[module](importlib.import_module(module))
+
+
 @pytest.fixture(scope="module", params=BACKENDS)
 def name(request: pytest.FixtureRequest) -> str:
     backend: str = request.param
-    capability = gpu_compute_capability()
-    if capability is None:
-        pytest.skip("no GPU")
-    if reason := unsupported_reason(backend, capability):
+    if reason := why_not(backend):
         pytest.skip(reason)
-    if importlib.util.find_spec(BACKENDS[backend]) is None:
-        pytest.skip(f"not installed: {BACKENDS[backend]}")
-    if backend.startswith("torch") and not torch.cuda.is_available():
-        pytest.skip("this PyTorch finds no GPU")
-    if backend.startswith("onnxruntime") and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("this ONNX Runtime has no CUDA provider")
     return backend
+
+
+@pytest.fixture
+def torch_cuda() -> Any:
+    """PyTorch on the GPU, to look at it beside the backend."""
+    if reason := find.no_torch(torch):
+        pytest.skip(reason)
+    return torch.cuda
 
 
 def built(bundle: Path, backend: str, folder: Path, **options: bool) -> Path:
@@ -178,7 +203,7 @@ def test_sprint(name: str, sprint_bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("memory", ["resident", "staged", "streaming"])
 def test_memory_modes_draw_the_same_and_give_everything_back(
-    name: str, bundle: Path, tiny_bundle: Path, wanted: SanaRuntime, memory: str, tmp_path: Path
+    name: str, bundle: Path, tiny_bundle: Path, wanted: SanaRuntime, memory: str, tmp_path: Path, torch_cuda: Any
 ) -> None:
     if memory == "streaming":
         if name not in FLAVOURS:
@@ -189,14 +214,10 @@ def test_memory_modes_draw_the_same_and_give_everything_back(
         with SanaRuntime.from_pretrained(bundle, backend=name, memory=memory) as runtime:
             for request in (REQUESTS["guidance"], REQUESTS["another size"], REQUESTS["guidance"]):
                 assert psnr(draw(runtime, **request), draw(wanted, **request)) >= PSNR_LIMIT
-        torch.cuda.empty_cache()
-        held.append(used_bytes())
+        torch_cuda.empty_cache()
+        free, total = torch_cuda.mem_get_info()
+        held.append(total - free)
     assert held[2] <= held[1] + (64 << 20), f"bytes in use after each runtime was closed: {held}"
-
-
-def used_bytes() -> int:
-    free, total = torch.cuda.mem_get_info()
-    return int(total - free)
 
 
 def in_threads(*work: Callable[[], Any]) -> list[Any]:
@@ -271,7 +292,12 @@ def test_loras_are_folded_in_and_taken_out_again(name: str, tiny_bundle: Path, w
 
 
 def test_a_capture_that_fails_is_reported_and_the_image_is_drawn_all_the_same(
-    name: str, bundle: Path, shared: SanaRuntime, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    bundle: Path,
+    shared: SanaRuntime,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    torch_cuda: Any,
 ) -> None:
     with SanaRuntime.from_pretrained(bundle, backend=name) as runtime:
         backend = runtime.backend
@@ -282,7 +308,7 @@ def test_a_capture_that_fails_is_reported_and_the_image_is_drawn_all_the_same(
         def broken(work: Callable[[], None]) -> Callable[[], None]:
             def and_wait() -> None:
                 work()
-                torch.cuda.synchronize()  # the driver allows no such call during a capture
+                torch_cuda.synchronize()  # the driver allows no such call during a capture
 
             return capture(and_wait)
 
@@ -294,14 +320,16 @@ def test_a_capture_that_fails_is_reported_and_the_image_is_drawn_all_the_same(
     assert psnr(found, draw(shared)) >= 60.0
 
 
-def test_running_out_of_memory_is_said_and_can_be_recovered_from(name: str, bundle: Path, shared: SanaRuntime) -> None:
+def test_running_out_of_memory_is_said_and_can_be_recovered_from(
+    name: str, bundle: Path, shared: SanaRuntime, torch_cuda: Any
+) -> None:
     """While loading and while running. All but a few MiB are taken by somebody else."""
     before = draw(shared)
     side = 256 if name in FLAVOURS else 1024  # engines are built for the sizes of `PROFILE`
     large = {"height": side, "width": side, "num_images_per_prompt": 2, "seed": [1, 2]}
     with SanaRuntime.from_pretrained(bundle, backend=name) as runtime:
         draw(runtime)
-        with taken_memory():
+        with taken_memory(torch_cuda):
             with pytest.raises(DependencyError, match="memory"), SanaRuntime.from_pretrained(bundle, backend=name) as other:
                 draw(other, **large)
             if name not in FLAVOURS:  # engines have reserved what they need
@@ -311,18 +339,17 @@ def test_running_out_of_memory_is_said_and_can_be_recovered_from(name: str, bund
 
 
 @contextlib.contextmanager
-def taken_memory(left: int = 16 << 20) -> Iterator[None]:
+def taken_memory(torch_cuda: Any, left: int = 16 << 20) -> Iterator[None]:
     """All of the GPU's memory is taken but `left` bytes."""
-    from cuda.bindings import driver
-
-    torch.cuda.empty_cache()
+    driver = pytest.importorskip("cuda.bindings.driver")
+    torch_cuda.empty_cache()
     blocks = []
-    size = torch.cuda.mem_get_info()[0] - left
+    size = torch_cuda.mem_get_info()[0] - left
     while size >= left:
         status, address = driver.cuMemAlloc(size)
         if int(status) == 0:
             blocks.append(address)
-            size = torch.cuda.mem_get_info()[0] - left
+            size = torch_cuda.mem_get_info()[0] - left
         else:
             size //= 2
     try:

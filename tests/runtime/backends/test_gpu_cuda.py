@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def device() -> CudaDevice:
+    pytest.importorskip("cuda.core")
     return CudaDevice()
 
 
@@ -140,6 +142,27 @@ def test_graphs_run_in_other_threads(device: CudaDevice) -> None:
     np.testing.assert_array_equal(in_a_thread(lambda: downloaded(device, target)), values)
 
 
+def test_a_thread_s_current_device_may_change_between_calls(device: CudaDevice) -> None:
+    """As it does if the thread uses two devices, or a library that makes its own device the current one."""
+    from cuda.bindings import driver
+
+    values = random_bytes(4096)
+    source, target = uploaded(device, values), device.allocate(4096)
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: device.copy(target.address, source.address, 4096),
+        device.wait,
+        device.free_bytes,
+        lambda: device.allocate(16),
+        lambda: device.upload(source.address, values),
+        device.record_event,
+        lambda: device.capture(lambda: device.clear(source.address, 16))(),
+    )
+    for call in calls:
+        assert driver.cuCtxSetCurrent(0) == (driver.CUresult.CUDA_SUCCESS,)
+        call()
+    np.testing.assert_array_equal(downloaded(device, target), values)
+
+
 @pytest.mark.parametrize("kind", [ZeroDivisionError, ArtifactError])
 def test_a_failed_capture_raises_what_its_work_raised(device: CudaDevice, kind: type[Exception]) -> None:
     memory, error = device.allocate(4096), kind("the reason")
@@ -237,6 +260,27 @@ def test_memory_that_is_dropped_during_a_capture_is_freed_outside_it(device: Cud
         device.clear(target.address, 4096)
         replay()
         np.testing.assert_array_equal(downloaded(device, target), values)
+
+
+def test_nothing_is_collected_during_a_capture_whatever_other_captures_end(device: CudaDevice) -> None:
+    second_asks, first_is_done, collected = threading.Event(), threading.Event(), []
+
+    def second() -> None:
+        second_asks.set()
+        device.capture(lambda: first_is_done.wait(5) and collected.append(gc.isenabled()))
+
+    thread = threading.Thread(target=second)
+
+    def first() -> None:
+        thread.start()
+        second_asks.wait(5)
+        time.sleep(0.2)  # the second one begins its capture, or waits for its turn
+
+    device.capture(first)
+    first_is_done.set()
+    thread.join()
+    assert collected == [False]
+    assert gc.isenabled()
 
 
 def test_a_gpu_whose_memory_ran_out_works_on(device: CudaDevice) -> None:

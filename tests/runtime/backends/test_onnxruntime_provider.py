@@ -10,10 +10,12 @@ from typing import Any
 import onnxruntime
 import pytest
 
+from sana_export import machine
 from sana_export.bench.candidates import runtime as candidate
 from sana_export.bench.candidates.table import Job
 from sana_export.bench.workload import Workload
-from sana_export.errors import ArtifactError, DependencyError, SanaExportError
+from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
+from sana_export.machine import Gpu
 from sana_export.manifest import Options
 from sana_export.runtime.backends import onnxruntime_provider as provider
 from sana_export.runtime.backends import open_backend
@@ -32,27 +34,49 @@ def gpu_package(preloaded: list[str]) -> Any:
     return SimpleNamespace(get_available_providers=lambda: [provider.CUDA, provider.CPU], preload_dlls=preload_dlls)
 
 
-@pytest.mark.parametrize(("capability", "wanted"), [("8.9", provider.CUDA), (None, provider.CPU)])
+GPU = Gpu("a GPU", "8.9")
+
+
+@pytest.mark.parametrize(("gpus", "wanted"), [((GPU,), provider.CUDA), ((), provider.CPU)])
 def test_cuda_is_chosen_if_there_is_a_gpu_and_its_libraries_are_loaded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], capability: str | None, wanted: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpus: tuple[Gpu, ...], wanted: str
 ) -> None:
-    asked, preloaded = [], list[str]()
-    monkeypatch.setattr(provider, "gpu_compute_capability", lambda index: asked.append(index) or capability)
-    assert provider.choose_provider(gpu_package(preloaded), 3) == wanted
-    assert asked == [3]
-    assert preloaded == (["cuda"] if capability else [])
+    preloaded = list[str]()
+    monkeypatch.setattr(machine, "ask_cuda", lambda: (gpus, None))
+    assert provider.choose_provider(gpu_package(preloaded)) == wanted
+    assert preloaded == (["cuda"] if gpus else [])
     assert capsys.readouterr().out == ""
 
 
+def test_a_gpu_that_is_not_there_is_not_replaced_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "ask_cuda", lambda: ((GPU, GPU), None))
+    assert provider.choose_provider(gpu_package([]), 1) == provider.CUDA
+    with pytest.raises(UsageError, match="there is no GPU 2") as caught:
+        provider.choose_provider(gpu_package([]), 2)
+    assert caught.value.found == "0: a GPU, 1: a GPU"
+
+
+@pytest.mark.parametrize(("error", "level"), [(None, "INFO"), ("CUDA_ERROR_NO_DEVICE", "INFO"), ("CUDA_ERROR_UNKNOWN", "WARNING")])
+def test_a_broken_driver_is_news(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: str | None, level: str
+) -> None:
+    monkeypatch.setattr(machine, "ask_cuda", lambda: ((), error))
+    with caplog.at_level("INFO"):
+        assert provider.choose_provider(gpu_package([])) == provider.CPU
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert (error or "no driver") in record.getMessage()
+
+
 def test_the_cpu_package_never_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provider, "gpu_compute_capability", lambda index: pytest.fail("asked"))
+    monkeypatch.setattr(machine, "ask_cuda", lambda: pytest.fail("asked"))
     assert provider.choose_provider(onnxruntime) == provider.CPU
 
 
 @pytest.fixture
 def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine has a GPU and onnxruntime-gpu, whose CUDA provider cannot start."""
-    monkeypatch.setattr(provider, "gpu_compute_capability", lambda index: "8.9")
+    monkeypatch.setattr(machine, "ask_cuda", lambda: ((GPU,), None))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [provider.CUDA, provider.CPU])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
 

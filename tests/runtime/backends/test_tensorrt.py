@@ -415,6 +415,27 @@ def test_threads_share_a_runtime(runtime: SanaRuntime) -> None:
         np.testing.assert_array_equal(found[seed], alone[seed])
 
 
+@pytest.mark.parametrize("memory", ["resident", "staged"])
+def test_steps_go_on_in_other_threads_and_beside_another_device(bundle: Path, tiny_runtime: SanaRuntime, memory: str) -> None:
+    device, other = HostDevice(), HostDevice()
+    runtime = opened(bundle, device, HostTensorRT(device), memory=memory)
+    request = Request("fox", seed=1, output_type="latent", **SMALL)
+    plan = runtime.plan(request)
+    steps = runtime.steps(plan, runtime.encode(plan))
+    latents = []
+
+    def advance() -> None:
+        other.enter()
+        latents.append(runtime.to_host(next(steps).latents))
+
+    for _ in plan.schedule.timesteps:
+        thread = threading.Thread(target=advance)
+        thread.start()
+        thread.join()
+    wanted = tiny_runtime("fox", seed=1, output_type="latent", **SMALL).images
+    np.testing.assert_allclose(latents[-1], wanted, atol=TOLERANCE)
+
+
 def test_sprint_draws_fresh_noise_every_step(sprint_bundle: Path, sprint_runtime: SanaRuntime, tmp_path: Path) -> None:
     copy = shutil.copytree(sprint_bundle, tmp_path / "bundle")
     with_engines(copy, WIDE)

@@ -104,6 +104,14 @@ def test_an_error_of_cuda_is_not_the_engines_fault(bundle: Path, module: HostTen
     assert caught.value.exit_code == 3
 
 
+def test_an_engine_that_cannot_say_how_much_memory_it_needs(bundle: Path, module: HostTensorRT) -> None:
+    runtime = opened(bundle, module)
+    module.cannot_size = "Error Code 3: API Usage Error (a shape is missing)"
+    with pytest.raises(ArtifactError, match="sizing the memory of the engine of text_encoder failed") as caught:
+        runtime("fox", height=96, width=160, use_resolution_binning=False, num_inference_steps=1)
+    assert caught.value.found == module.cannot_size
+
+
 def test_other_errors_while_loading_are_the_engines_fault(bundle: Path, module: HostTensorRT) -> None:
     module.cannot_load = "Error Code 1: Serialization (magic tag)"
     with pytest.raises(ArtifactError, match="loading the engine of text_encoder failed in host_tensorrt") as caught:
@@ -115,6 +123,12 @@ def test_other_errors_while_loading_are_the_engines_fault(bundle: Path, module: 
     ("machine", "engine", "found", "fix"),
     [
         ({"gpus": ()}, {}, "no NVIDIA GPU and driver here", DOCTOR),
+        (
+            {"gpus": (), "cuda_error": "CUDA_ERROR_SYSTEM_NOT_READY"},
+            {},
+            "NVIDIA's driver finds no GPU here: CUDA_ERROR_SYSTEM_NOT_READY",
+            "start NVIDIA's fabric manager, which GPUs with NVSwitch need: sudo systemctl start nvidia-fabricmanager",
+        ),
         ({"gpus": (Gpu("H100", "9.0"),)}, {}, "TensorRT-RTX does not support compute capability 9.0", OTHERS),
         ({"gpus": (Gpu("RTX 2080", "7.5"),)}, {}, "here is 7.5", f"{BUILD} --compute-capability 7.5"),
         ({"versions": {"tensorrt-rtx": "1.8"}}, {}, "built with TensorRT-RTX 1.7.1.116, here is 1.8", BUILD),

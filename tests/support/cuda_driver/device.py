@@ -59,6 +59,12 @@ class DriverDevice(CudaDevice):
         self.raised: list[BaseException] = []
 
     @property
+    def is_current(self) -> bool:
+        """Whether the calling thread has a context."""
+        context = ctypes.c_void_p()
+        return DRIVER.cuCtxGetCurrent(ctypes.byref(context)) == 0 and bool(context.value)
+
+    @property
     def kept(self) -> int:
         """What the memory pool, which all devices share, has taken from the driver, used or not."""
         return alive().reserved

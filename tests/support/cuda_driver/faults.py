@@ -77,9 +77,19 @@ FAULTS = {
         "test_time_passes",
     ),
     "the device is current only in the first thread": Fault(
+        "        self._device.set_current()\n",
+        "        if threading.current_thread() is threading.main_thread():\n            self._device.set_current()\n",
+        "test_graphs_run_in_other_threads",
+    ),
+    "the device is made current once in each thread": Fault(
+        "        self._device.set_current()\n",
+        "        self._thread.entered = getattr(self._thread, 'entered', False) or self._device.set_current() or True\n",
+        "test_a_thread_s_current_device_may_change_between_calls",
+    ),
+    "work of other threads counts as captured": Fault(
         "class _ThreadState(threading.local):",
         "class _ThreadState:",
-        "test_graphs_run_in_other_threads",
+        "test_other_threads_work_during_a_capture",
     ),
     "memory that is kept for later does not count as free": Fault(
         "held.reserved_mem_current - held.used_mem_current if held else 0",
