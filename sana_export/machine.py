@@ -35,8 +35,8 @@ _LIBRARIES = {"Windows": "nvcuda.dll"}
 _STATE = (
     "clocks.max.sm",
     "clocks.max.memory",
-    "clocks.sm",
-    "clocks.memory",
+    "clocks.current.sm",
+    "clocks.current.memory",
     "power.limit",
     "power.draw",
     "temperature.gpu",
@@ -137,7 +137,7 @@ def _nvidia_smi(*fields: str) -> list[list[str]]:
 
 def gpu_state() -> list[dict[str, str]]:
     """Clocks, power, temperature, and memory of each GPU, in nvidia-smi's words and units. Empty without nvidia-smi."""
-    return [dict(zip(_STATE, values, strict=True)) for values in _nvidia_smi(*_STATE)]
+    return [dict(zip(_STATE, values, strict=True)) for values in _nvidia_smi(*_STATE) if len(values) == len(_STATE)]
 
 
 def gpu_memory_bytes(gpus: Sequence[Gpu]) -> int | None:

@@ -41,6 +41,14 @@ class Context:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return (2, 2)
 
+    def update_device_memory_size_for_shapes(self) -> int:
+        return 512
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert address > 0
+        assert size == 512
+        self.module.did.append("memory")
+
     def set_tensor_address(self, name: str, address: int) -> bool:
         return self.module.refuses != "set_tensor_address"
 
@@ -58,7 +66,8 @@ class Engine:
     def __init__(self, module: Any) -> None:
         self.module = module
 
-    def create_execution_context(self) -> Context:
+    def create_execution_context(self, strategy: str) -> Context:
+        assert strategy == "user managed"
         self.module.did.append("context")
         return Context(self.module)
 
@@ -86,6 +95,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     found = SimpleNamespace(did=did, loaded=loaded, refuses="", stream=Stream(), __name__="host_tensorrt", __version__=VERSION)
     found.ILogger = type("Logger", (ILogger,), {})
     found.IProfiler = type("IProfiler", (), {})
+    found.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
     found.LayerInformationFormat = SimpleNamespace(JSON="json")
 
     class Module(SimpleNamespace):

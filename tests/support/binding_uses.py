@@ -37,7 +37,7 @@ OBJECTS: dict[str, dict[str, str]] = {
         "self._config": "IRuntimeConfig",
         "self._cache": "IRuntimeCache",
     },
-    "runtime/backends/tensorrt_context.py": {"self._context": "IExecutionContext"},
+    "runtime/backends/tensorrt_context.py": {"self._context": "IExecutionContext", "self._engine.engine": "ICudaEngine"},
     "runtime/backends/tensorrt_refit.py": {
         "module": MODULE,
         "self._module": MODULE,
@@ -52,9 +52,10 @@ OBJECTS: dict[str, dict[str, str]] = {
         "self._trt": MODULE,
         "runtime": "Runtime",
         "engine": "ICudaEngine",
-        "context": "IExecutionContext",
+        "bound.context": "IExecutionContext",
         "inspector": "EngineInspector",
     },
+    "bench/torch_engine.py": {"module": MODULE, "engine": "ICudaEngine", "context": "IExecutionContext"},
     "bench/gpu_check/rtx.py": {
         "module": MODULE,
         "config": "IBuilderConfig",
@@ -64,7 +65,7 @@ OBJECTS: dict[str, dict[str, str]] = {
         "parser": "OnnxParser",
         "engine": "ICudaEngine",
         "module.Runtime(logger)": "Runtime",
-        "execution": "IExecutionContext",
+        "bound.context": "IExecutionContext",
     },
 }
 #: Members of TensorRT's classes with an underscore that objects of other packages have too.

@@ -13,6 +13,7 @@ from typing import Any
 
 from sana_export.bench.gpu_check.bundles import checkpoint_of, exported
 from sana_export.bench.gpu_check.check import CheckFailed, PartContext
+from sana_export.bench.torch_engine import Refused, bind
 from sana_export.trt.logger import CollectedLog, logger_for
 
 GRAPH = "denoiser"
@@ -107,22 +108,18 @@ def _run(context: PartContext, module: Any, engine: Any, spec: Any, bundle: Path
     from sana_export.graphs.builders import build_graph
     from sana_export.manifest import Manifest
 
-    execution = engine.create_execution_context()
-    if execution is None:
-        return None
     inputs = {name: value.cuda() for name, value in random_inputs(spec, CHECK_SIZES, 0).items()}
-    for name, value in inputs.items():
-        if not execution.set_input_shape(name, tuple(value.shape)) or not execution.set_tensor_address(name, value.data_ptr()):
-            return None
-    (tensor,) = spec.outputs
-    output = torch.zeros(tuple(execution.get_tensor_shape(tensor.name)), dtype=torch.float32, device="cuda")
-    if not execution.set_tensor_address(tensor.name, output.data_ptr()):
+    try:
+        bound = bind(module, engine, spec, inputs)
+    except Refused:
         return None
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    if not execution.execute_async_v3(stream.cuda_stream):
+    if not bound.context.execute_async_v3(stream.cuda_stream):
         return None
     stream.synchronize()
+    (tensor,) = spec.outputs
+    output = bound.tensors[tensor.name]
     checkpoint, options = checkpoint_of(context, "tiny-random", "float32"), Manifest.load(bundle).options
     with torch.no_grad():
         wanted = build_graph(GRAPH, checkpoint, options).cuda()(*(inputs[tensor.name] for tensor in spec.inputs))

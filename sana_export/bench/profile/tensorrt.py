@@ -9,6 +9,7 @@ from typing import Any
 
 from sana_export.bench.nvtx_ranges import nvtx_range
 from sana_export.bench.profile.profile import GraphRun, LayerTime
+from sana_export.bench.torch_engine import Refused, bind
 from sana_export.commands import engines_command, export_command
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.manifest import EngineEntry
@@ -85,36 +86,23 @@ class _Profile:
         if entry.refittable:
             graph, export = run.manifest.graphs[run.graph], export_command(run.bundle, run.manifest)
             EngineWeights(self._trt, engine, graph, run.bundle, export=export, build=self._fix).fill()
-        context, timer = engine.create_execution_context(), _timer(self._trt)
-        self._check(context is not None, "creating a context of")
-        context.profiler = timer
         # TensorRT adds synchronization to work on the default stream.
-        stream = torch.cuda.Stream()
-        tensors = self._bind(context, stream.device)
+        timer, stream = _timer(self._trt), torch.cuda.Stream()
+        try:
+            bound = bind(self._trt, engine, run.spec, {name: tensor.to(stream.device) for name, tensor in run.inputs.items()})
+        except Refused as error:
+            self._check(False, str(error))
+            raise
+        bound.context.profiler = timer
         stream.wait_stream(torch.cuda.current_stream())  # it copies the inputs
         for number in range(1 + run.runs):
             if number == 1:
                 timer.times.clear()  # the first run warms up
             with nvtx_range(run.graph):
-                self._check(context.execute_async_v3(stream.cuda_stream), "running")
+                self._check(bound.context.execute_async_v3(stream.cuda_stream), "running")
                 stream.synchronize()
-        del tensors
-        kinds = _kinds(engine, context, self._trt)
+        kinds = _kinds(engine, bound.context, self._trt)
         return [LayerTime(name[:60], kinds.get(name, ""), statistics.median(times)) for name, times in timer.times.items()]
-
-    def _bind(self, context: Any, device: Any) -> dict[str, Any]:
-        """Give each input and output a tensor on the GPU. The caller must keep the returned tensors alive."""
-        import torch
-
-        tensors = {name: tensor.to(device) for name, tensor in self._run.inputs.items()}
-        for name, tensor in tensors.items():
-            self._check(context.set_input_shape(name, tuple(tensor.shape)), f"shaping {name} {tuple(tensor.shape)} of")
-        for output in self._run.spec.outputs:
-            shape = tuple(context.get_tensor_shape(output.name))
-            tensors[output.name] = torch.empty(shape, dtype=getattr(torch, output.dtype), device=device)
-        for name, tensor in tensors.items():
-            self._check(context.set_tensor_address(name, tensor.data_ptr()), f"binding {name} of")
-        return tensors
 
     def _check(self, worked: bool, doing: str) -> None:
         if not worked:

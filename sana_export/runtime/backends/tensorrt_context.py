@@ -63,6 +63,8 @@ class EngineContext:
                 self._needed = self._context.update_device_memory_size_for_shapes()
                 if self._needed == 0 and log.errors:  # some graphs need none
                     raise self._engine.failed("sizing the memory of", log)
+            if self._engine.streams:  # what weights are streamed through is part of this size alone
+                self._needed = max(self._needed, self._engine.engine.device_memory_size_v2)
             self._shapes = dict(shapes)
             self._generation = -1
         if self._generation != self._memory.generation:

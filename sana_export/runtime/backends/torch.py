@@ -164,6 +164,8 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
     generation = 0
     #: The memory that all captured work shares: a replay needs it only while it runs, and replays run one after another.
     _pool: Any = None
+    #: What this backend captures on: PyTorch has one stream for all captures of a process, which may overlap.
+    _capture_stream: Any = None
 
     def zeros(self, shape: Sequence[int], dtype: str | torch.dtype) -> Tensor:
         return torch.zeros(tuple(shape), dtype=_dtype(dtype), device=self.torch_device)
@@ -184,7 +186,8 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool, self._capture_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.torch_device)
+        settings = {"pool": self._pool, "stream": self._capture_stream, "capture_error_mode": "thread_local"}
         failed: list[RuntimeError] = []
 
         def noted_work() -> None:
@@ -196,7 +199,7 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
 
         try:
             # thread_local: other threads may use the GPU meanwhile
-            with torch.cuda.device(self.torch_device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.device(self.torch_device), torch.cuda.graph(graph, **settings):
                 noted_work()
         except RuntimeError as error:
             first = failed[0] if failed else error  # ending a broken capture fails too, and that error says nothing

@@ -151,8 +151,8 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def replay(self) -> None: ...
 
     @contextlib.contextmanager
-    def graph(target: Graph, *, pool: Any, capture_error_mode: str) -> Iterator[None]:
-        assert capture_error_mode == "thread_local"
+    def graph(target: Graph, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert (stream, capture_error_mode) == ("a stream of the cpu", "thread_local")
         used.append(pool)
         try:
             yield
@@ -160,6 +160,7 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of the {device}")
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
