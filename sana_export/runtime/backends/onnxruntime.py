@@ -13,10 +13,10 @@ import numpy as np
 
 from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, DependencyError, UsageError
-from sana_export.files import check_files
 from sana_export.formats.arrays import Array
 from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.onnx_weights import check_external_data
+from sana_export.known_files import check_known_files
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session
 from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
@@ -186,7 +186,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _checked(self, graph: str) -> tuple[Path, Any]:
         """Check the graph's files against the manifest. Returns the ONNX file and the options of its session."""
-        path, *data = check_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
+        path, *data = check_known_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
         check_external_data(path, data, fix=self._fix)
         options = session_options(self._onnxruntime, self._settings.threads)
         for name, value in self._settings.options.get(SESSION_OPTIONS, {}).items():
