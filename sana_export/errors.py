@@ -57,7 +57,7 @@ class ParityError(SanaExportError):
 
 def first_line(error: object) -> str:
     """The first line of what an error, or a program, says. If it says nothing, the name of its type."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip()
 
 
 _BY_NAME = {kind.__name__: kind for kind in (UsageError, DependencyError, ArtifactError, ParityError)}

@@ -11,7 +11,7 @@ from sana_export.errors import first_line
     ("error", "line"),
     [
         (RuntimeError("CUDA error 2\nat cuda_call.cc:129"), "CUDA error 2"),
-        (RuntimeError("\n  out of memory \r\nmore"), "out of memory "),
+        (RuntimeError("\n  out of memory \r\nmore"), "out of memory"),
         (MemoryError(), "MemoryError"),
         (ValueError(" \n"), "ValueError"),
         ("status 1\nstatus 2", "status 1"),

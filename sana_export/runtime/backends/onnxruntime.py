@@ -34,8 +34,8 @@ _ARENA = {"cpu": "cpu:0", "cuda": "gpu:{}"}
 SESSION_OPTIONS, PROVIDER_OPTIONS_KEY = "session_options", "provider_options"
 #: Graphs whose memory is freed after each run: they run once per image and need more memory than the graphs after them.
 _FREED_AFTER_RUN = ("vae_decoder_head",)
-#: By default the CUDA provider rounds the factors of float32 products to TF32; our float32 is exact. And its memory arena grows by the
-#: next power of two, so up to half of what it takes stays unused.
+#: By default the CUDA provider rounds the factors of float32 products to TF32; our float32 is exact. And its memory arena grows by
+#: powers of two, so up to half of what it takes stays unused.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
     "cpu": {},
     "cuda": {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"},
