@@ -55,6 +55,11 @@ class ParityError(SanaExportError):
     exit_code = 5
 
 
+def first_line(error: object) -> str:
+    """The first line of what an error, or a program, says. If it says nothing, the name of its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip()
+
+
 _BY_NAME = {kind.__name__: kind for kind in (UsageError, DependencyError, ArtifactError, ParityError)}
 
 

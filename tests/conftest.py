@@ -16,6 +16,7 @@ import pytest
 from sana_export.environment import import_digest
 from tests.support import cuda_driver
 from tests.support.bundles import sprint_bundle_in, tiny_bundle_in
+from tests.support.hashes import Hashes
 from tests.support.small_bundles import write_bundle
 
 KEPT_SECONDS = 24 * 3600
@@ -56,7 +57,7 @@ def driver_library(build_cache: Path) -> Path:
     return cuda_driver.build(build_cache)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def own_cache(build_cache: Path) -> Iterator[None]:
     """sana_export's own cache is in `build_cache`."""
     with pytest.MonkeyPatch.context() as patch:
@@ -133,3 +134,9 @@ def bundle(tmp_path: Path) -> Path:
     """A bundle with the graphs `sampler` and `vae_decoder` and no engines."""
     write_bundle(tmp_path / "bundle")
     return tmp_path / "bundle"
+
+
+@pytest.fixture
+def hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hashes:
+    """The files that are hashed, with an empty cache folder in `tmp_path / "cache"`."""
+    return Hashes(tmp_path / "cache", monkeypatch)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
+from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError, first_line
 from sana_export.files import disk_errors, is_disk_error
 from sana_export.variants import INDEX
 
@@ -197,7 +197,7 @@ def _hub_errors(repo: str, revision: str | None, offline: bool) -> Iterator[None
         texts = {"repo": repo, "revision": revision}
         raise refusal.kind(
             refusal.message.format(**texts),
-            found=refusal.found or (str(cause).strip().splitlines() or [type(cause).__name__])[0],
+            found=refusal.found or first_line(cause),
             wanted=refusal.wanted,
             fix=refusal.fix.format(**texts),
         ) from error

@@ -31,6 +31,8 @@ from sana_export.graphs.numerics import (
 )
 
 TIME_CHANNELS = 256
+#: Latent pixels along the longest side of an image that the position table covers.
+LONGEST_AXIS = 512
 
 
 class Denoiser(nn.Module):
@@ -216,7 +218,7 @@ class WaveEmbedding(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Sinusoidal position embedding [h * w, C] for any latent size, with coordinates in units of the native grid.
+    """Sinusoidal position embedding [h * w, C] for latents of up to 512x512, with coordinates in units of the native grid.
 
     Source: diffusers `get_2d_sincos_pos_embed`.
     """
@@ -226,6 +228,7 @@ class PositionTable(nn.Module):
         quarter = config["num_attention_heads"] * config["attention_head_dim"] // 4
         exponent = torch.arange(quarter, dtype=torch.float64) / quarter
         self.frequencies = parameter(1.0 / 10000**exponent, torch.float32)
+        self.positions = parameter(torch.arange(LONGEST_AXIS), torch.float32)
         self.native = config["sample_size"] / config["interpolation_scale"]
         self.numerics = numerics
 
@@ -235,8 +238,13 @@ class PositionTable(nn.Module):
         return torch.cat([columns, rows], dim=-1).flatten(0, 1)
 
     def axis(self, count: int) -> Tensor:
-        """[count, C / 2]: sines and cosines along one axis."""
-        coordinate = torch.arange(count, dtype=torch.float32, device=self.frequencies.device) * self.native / count
+        """[count, C / 2]: sines and cosines along one axis.
+
+        The size is read from the last position and not from `count`. As a number it would come from the host, and ONNX Runtime
+        captures no graph into which a number is copied.
+        """
+        position = self.positions[:count]
+        coordinate = position * self.native / (position[-1:] + 1.0)
         angles = coordinate.unsqueeze(-1) * self.frequencies
         table = torch.cat([angles.sin(), angles.cos()], dim=-1)
         return (table * self.numerics.scale).to(self.numerics.dtype)

@@ -10,9 +10,9 @@ from sana_export.adapters import Lora
 from sana_export.commands import export_command
 from sana_export.environment import return_free_memory
 from sana_export.errors import ArtifactError, DependencyError, UsageError
-from sana_export.files import check_files
 from sana_export.formats.arrays import Array, Bytes
 from sana_export.formats.onnx_weights import read_tensors
+from sana_export.known_files import check_known_files
 from sana_export.runtime.backends.base import Backend, Session
 from sana_export.runtime.lora_values import Adapter, lora_values, read_adapter, touched
 
@@ -120,7 +120,7 @@ class LoraStack:
         """The bundle's own weights of `graph`, memory-mapped. The files are checked once."""
         if graph not in self._base:
             fix = self._export_command()
-            onnx, *data = check_files(self._bundle, self._manifest.graphs[graph].files, fix=fix)
+            onnx, *data = check_known_files(self._bundle, self._manifest.graphs[graph].files, fix=fix)
             self._base[graph] = read_tensors(onnx, data, fix=fix)
         return self._base[graph]
 

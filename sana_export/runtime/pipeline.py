@@ -18,8 +18,8 @@ from sana_export.adapters import Lora
 from sana_export.commands import export_command
 from sana_export.contract import GRAPHS, WEIGHTS_OF
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
-from sana_export.files import check_files
 from sana_export.formats.arrays import Array, Float32
+from sana_export.known_files import check_known_files
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
@@ -99,7 +99,7 @@ class SanaRuntime:
             )
         settings = BackendSettings(device, threads, backend_options or {})
         opened = open_backend(backend, bundle, manifest, settings)
-        check_files(bundle, manifest.files, fix=fix)
+        check_known_files(bundle, manifest.files, fix=fix)
         text = PromptEncoder.load(bundle, manifest, fix=fix)
         return cls(opened, text, opened.choose_memory_mode(memory))
 

@@ -23,6 +23,7 @@ from sana_export.export.evaluator import RangeMeter
 from sana_export.export.parity import Parity, compare_images, compare_tensors
 from sana_export.files import locked, manifest_lock
 from sana_export.formats.arrays import Array
+from sana_export.known_files import hash_always
 from sana_export.manifest import Manifest, ModelInfo
 from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.runtime import SanaRuntime
@@ -86,10 +87,10 @@ def verify_bundle(
     """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and images.
 
     `backend`, `device` and `threads` are those of `open_runtime`. `quality` also measures what the images show (quality.py). A
-    bundle with PAG layers is also sampled with PAG. The report is stored in the bundle's manifest. Raises UsageError if the bundle
-    was not exported from `checkpoint`.
+    bundle with PAG layers is also sampled with PAG. Every file that it loads is hashed. The report is stored in the bundle's
+    manifest. Raises UsageError if the bundle was not exported from `checkpoint`.
     """
-    with open_runtime(bundle, backend, device=device, threads=threads) as runtime:
+    with hash_always(), open_runtime(bundle, backend, device=device, threads=threads) as runtime:
         report = _compare(runtime, checkpoint, sampling, quality, on_progress)
     with locked(manifest_lock(bundle)):
         replace(Manifest.load(bundle), parity=report.as_json()).save(bundle)
@@ -208,7 +209,7 @@ def measure_ranges(
             fix=export_command(bundle.with_name(f"{bundle.name}-fp16"), manifest, precision="fp16") + " --dtype fp16",
         )
     backend, prompts = evaluator_backend(partial(RangeMeter, threads=threads), "float32 with ranges"), sampling.prompts
-    with SanaRuntime.from_pretrained(bundle, backend=backend) as runtime:
+    with hash_always(), SanaRuntime.from_pretrained(bundle, backend=backend) as runtime:
         for done, prompt in enumerate(prompts):
             on_progress(Progress(f"sampling {prompt!r}", done, len(prompts)))
             plan = runtime.plan(sampling.request(prompt, manifest.model))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
-from sana_export.graphs.denoiser import PositionTable
+from sana_export.graphs.denoiser import LONGEST_AXIS, PositionTable
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.resolutions import BINS
 
@@ -65,3 +65,16 @@ def test_every_bin_of_the_checkpoint(name):
 def test_half_precision_only_rounds_the_table(name, precision, rounding):
     """The angles stay in float32, so the error is that of storing a value of at most 1."""
     assert worst(name, precision) < rounding / 2 + TOLERANCE
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@torch.no_grad()
+def test_positions_are_exact(name, precision):
+    """Positions and sizes are whole numbers in float32, so reading them from a table changes no bit."""
+    table, _ = tables(name, precision)
+    side, scale = CHECKPOINTS[name]
+    for count in (1, 2, 3, 57, 127, 128, 511, LONGEST_AXIS):
+        angles = (torch.arange(count).float() * (side / scale) / count).unsqueeze(-1) * table.frequencies
+        wanted = torch.cat([angles.sin(), angles.cos()], dim=-1) * table.numerics.scale
+        assert torch.equal(table.axis(count), wanted.to(table.numerics.dtype))

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sana_export.cuda_errors import CudaFailure, find_failure
-from sana_export.errors import DependencyError, SanaExportError
+from sana_export.errors import DependencyError, SanaExportError, first_line
 from sana_export.formats.arrays import Array
 
 #: TensorRT needs the address of a tensor to be a multiple of this.
@@ -335,8 +335,9 @@ class _Staging:
 def cuda_error(doing: str, found: object) -> DependencyError:
     """The error for a failure while `doing` something. `found` is what the driver said."""
     failure = find_failure(str(found)) or _UNKNOWN
-    text = (str(found).splitlines() or [type(found).__name__])[0]
-    return DependencyError(f"the GPU cannot be used: {doing} failed", found=text, wanted=failure.wanted, fix=failure.fix)
+    return DependencyError(
+        f"the GPU cannot be used: {doing} failed", found=first_line(found), wanted=failure.wanted, fix=failure.fix
+    )
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sana_export.commands import export_command
-from sana_export.errors import ArtifactError, DependencyError, UsageError
-from sana_export.files import check_files
+from sana_export.errors import ArtifactError, DependencyError, UsageError, first_line
 from sana_export.formats.arrays import Array
 from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.onnx_weights import check_external_data
+from sana_export.known_files import check_known_files
 from sana_export.machine import find_cuda_error
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session
@@ -35,8 +35,12 @@ _ARENA = {"cpu": "cpu:0", "cuda": "gpu:{}"}
 SESSION_OPTIONS, PROVIDER_OPTIONS_KEY = "session_options", "provider_options"
 #: Graphs whose memory is freed after each run: they run once per image and need more memory than the graphs after them.
 _FREED_AFTER_RUN = ("vae_decoder_head",)
-#: By default the CUDA provider rounds the factors of float32 products to TF32. Our float32 is exact.
-_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
+#: By default the CUDA provider rounds the factors of float32 products to TF32; our float32 is exact. And its memory arena grows by
+#: powers of two, so up to half of what it takes stays unused.
+_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
+    "cpu": {},
+    "cuda": {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"},
+}
 #: The graphs whose work is captured: they run in every step with the same shapes.
 _CAPTURED = ("denoiser", "sampler")
 #: What ONNX Runtime, CUDA, cuBLAS and cuDNN report when memory runs out, in lower case.
@@ -150,7 +154,7 @@ class OnnxRuntimeBackend(Backend):
             session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base
             _raise_out_of_memory(error, f"loading {graph}", self.device)
-            log.warning("onnxruntime runs %s without a CUDA graph: %s", graph, _first_line(error))
+            log.warning("onnxruntime runs %s without a CUDA graph: %s", graph, first_line(error))
             return None
         check_provider(self._onnxruntime, session, self._provider, f"loading {graph}")
         spec = self.manifest.graphs[graph].spec
@@ -178,7 +182,7 @@ class OnnxRuntimeBackend(Backend):
             _raise_out_of_memory(error, f"loading {graph}", self.device)
             raise ArtifactError(
                 f"onnxruntime {self._onnxruntime.__version__} cannot load {path}",
-                found=_first_line(error),
+                found=first_line(error),
                 wanted=f"a graph that its {self._provider} can run",
                 fix=self._fix,
             ) from error
@@ -187,7 +191,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _checked(self, graph: str) -> tuple[Path, Any]:
         """Check the graph's files against the manifest. Returns the ONNX file and the options of its session."""
-        path, *data = check_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
+        path, *data = check_known_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
         check_external_data(path, data, fix=self._fix)
         options = session_options(self._onnxruntime, self._settings.threads)
         for name, value in self._settings.options.get(SESSION_OPTIONS, {}).items():
@@ -285,11 +289,7 @@ def _raise_out_of_memory(error: Exception, doing: str, device: str) -> None:
         return None
     raise DependencyError(
         f"out of memory while {doing} with onnxruntime on the {device}",
-        found=_first_line(error),
+        found=first_line(error),
         wanted="more free memory",
         fix="generate fewer or smaller images at once, or free memory",
     ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

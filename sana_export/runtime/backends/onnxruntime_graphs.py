@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sana_export.contract import GraphSpec
+from sana_export.errors import first_line
 from sana_export.formats.arrays import Array
 from sana_export.runtime.backends.base import Session
 
@@ -88,7 +89,7 @@ class GraphedSession(Session):
             captured = self._bind(shapes, feeds)
             self._session.run_with_iobinding(captured.binding, captured.run_options)
         except Exception as error:  # they have no common base; an error that is not about graphs comes back from the plain session
-            self._give_up((str(error).splitlines() or [type(error).__name__])[0])
+            self._give_up(first_line(error))
         else:
             self._captured[shapes] = captured
 

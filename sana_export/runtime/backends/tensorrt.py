@@ -17,9 +17,9 @@ import numpy as np
 
 from sana_export.commands import engines_command, export_command
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.files import check_files
 from sana_export.formats.arrays import Array
 from sana_export.formats.dtypes import DTYPES
+from sana_export.known_files import check_known_files
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import explain_outside
 from sana_export.runtime.backends.base import (
@@ -203,7 +203,6 @@ class TensorRTBackend(CapturingBackend):
         self._module = load(name) if module is None else module
         self.gpu = CudaDevice(settings.device or 0) if device is None else device
         self.shared = SharedMemory(self.gpu)
-        self._checked: set[str] = set()
         self._stream_weights = False
 
     def load(self, graph: str) -> EngineSession:
@@ -215,12 +214,9 @@ class TensorRTBackend(CapturingBackend):
         return EngineSession(self, graph, engines)
 
     def load_engine(self, entry: EngineEntry) -> LoadedEngine:
-        """Load an engine. Its file is checked the first time."""
+        """Check an engine's file and load it."""
         build = engines_command(self.bundle, self.name)
-        path = self.bundle / entry.file.path
-        if entry.key not in self._checked:
-            (path,) = check_files(self.bundle, [entry.file], fix=build)
-            self._checked.add(entry.key)
+        (path,) = check_known_files(self.bundle, [entry.file], fix=build)
         settings = self._options.settings(entry.graph)
         return LoadedEngine(
             self._module, self.gpu, entry, path, settings=settings, build=build, stream_weights=self._stream_weights

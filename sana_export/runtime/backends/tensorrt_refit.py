@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from sana_export.errors import ArtifactError
-from sana_export.files import check_files
 from sana_export.formats.arrays import Array
 from sana_export.formats.onnx_weights import read_tensors
+from sana_export.known_files import check_known_files
 from sana_export.manifest import GraphEntry
 from sana_export.trt.logger import logger_for
 
@@ -33,7 +33,7 @@ class EngineWeights:
     """
 
     def __init__(self, module: Any, engine: Any, graph: GraphEntry, bundle: Path, *, export: str, build: str) -> None:
-        onnx, *data = check_files(bundle, graph.files, fix=export)
+        onnx, *data = check_known_files(bundle, graph.files, fix=export)
         self._refitter = EngineRefitter(module, engine, graph.spec.name, build=build)
         #: The bundle's own values by name.
         self.own: dict[str, Array] = dict(read_tensors(onnx, data, fix=export))

@@ -24,7 +24,7 @@ from sana_export.adapters import Lora
 from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.commands import export_command
 from sana_export.contract import GraphSpec
-from sana_export.errors import ArtifactError, DependencyError, UsageError
+from sana_export.errors import ArtifactError, DependencyError, UsageError, first_line
 from sana_export.formats.arrays import Array
 from sana_export.graphs.builders import build_graph
 from sana_export.graphs.denoiser import Block
@@ -341,7 +341,7 @@ def place(value: DeviceTensor | Array, device: str) -> Tensor:
 
 def raise_out_of_memory(error: RuntimeError, doing: str, device: str) -> None:
     """Raise DependencyError if `error` says that memory ran out."""
-    text = (str(error).splitlines() or [""])[0]
+    text = first_line(error)
     if isinstance(error, torch.OutOfMemoryError) or any(words in text.lower() for words in _OUT_OF_MEMORY):
         raise DependencyError(
             f"out of memory while {doing} with torch on the {device}",

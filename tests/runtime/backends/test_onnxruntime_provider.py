@@ -93,6 +93,35 @@ def test_a_provider_that_cannot_start_is_an_error_that_names_the_missing_librari
     assert 'pip install --force-reinstall "onnxruntime-gpu[cuda,cudnn]"' in str(caught.value.fix)
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-cuda-graphs"])
+@pytest.mark.parametrize(
+    ("given", "changes"),
+    [
+        ({}, {}),
+        ({"arena_extend_strategy": "kNextPowerOfTwo"}, {"arena_extend_strategy": "kNextPowerOfTwo"}),
+        ({"prefer_nhwc": 1, "use_tf32": 1}, {"prefer_nhwc": "1", "use_tf32": "1"}),
+    ],
+)
+def test_the_options_of_the_cuda_provider(
+    tmp_path: Path, with_a_gpu: None, monkeypatch: pytest.MonkeyPatch, backend: str, given: dict[str, Any], changes: dict[str, str]
+) -> None:
+    seen: list[Any] = []
+
+    def make(path: str, options: Any, providers: list[Any]) -> Any:
+        seen.append(dict(entry for entry in providers if isinstance(entry, tuple)))
+        raise RuntimeError("no CUDA here")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", make)
+    options = {"provider_options": given}
+    opened = open_backend(backend, tmp_path, write_bundle(tmp_path), BackendSettings(device=1, options=options))
+    with pytest.raises(ArtifactError, match="cannot load"):
+        opened.load("sampler")
+    wanted = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested", "device_id": "1", **changes}
+    assert seen[-1] == {provider.CUDA: wanted}
+    captured = {"enable_cuda_graph": "1"}
+    assert seen[:-1] == ([{provider.CUDA: wanted | captured}] if backend.endswith("graphs") else [])
+
+
 @pytest.mark.parametrize(("backend", "device"), [("onnxruntime-cuda-graphs", None), ("onnxruntime", 0)])
 def test_asking_for_a_gpu_without_one_is_an_error(tmp_path: Path, backend: str, device: int | None) -> None:
     with pytest.raises(DependencyError, match="but onnxruntime runs on the CPU here") as caught:
