@@ -61,7 +61,7 @@ class Environment:
         if self.python.exists():
             return
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(self.folder)], check=True)
-        own = Path(self._ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
+        own = Path(self._folder())
         seen = dict.fromkeys([*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
         (own / "seen-from-outside.pth").write_text("\n".join(path for path in seen if Path(path).is_dir()) + "\n", "utf-8")
 
@@ -72,14 +72,22 @@ class Environment:
 
     def own_packages(self) -> set[str]:
         """The packages in its own folder, without those that it sees from outside."""
-        folder = self._ask("import sysconfig; print(sysconfig.get_path('purelib'))")
-        return {(found.metadata["Name"] or "").lower().replace("_", "-") for found in metadata.distributions(path=[folder])}
+        return {(found.metadata["Name"] or "").lower().replace("_", "-") for found in metadata.distributions(path=[self._folder()])}
 
     def library_folders(self) -> list[str]:
-        """The folders of CUDA's libraries in all packages that it sees. ONNX Runtime only looks beside its own."""
+        """The folders of CUDA's libraries in the packages that it sees from outside, if it has none of its own.
+
+        ONNX Runtime only looks beside its own folder. With libraries there it needs no others, and PyTorch must not get those.
+        """
+        if list(Path(self._folder()).glob("nvidia")):
+            return []
         paths = self._ask("import os, sys; print(os.pathsep.join(sys.path))").split(os.pathsep)
         found = (folder for path in paths if path for pattern in LIBRARIES for folder in sorted(Path(path).glob(pattern)))
         return list(dict.fromkeys(map(str, found)))
+
+    def _folder(self) -> str:
+        """The folder of its own packages."""
+        return self._ask("import sysconfig; print(sysconfig.get_path('purelib'))")
 
     def _ask(self, code: str) -> str:
         return subprocess.run([self.python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

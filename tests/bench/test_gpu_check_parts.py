@@ -12,11 +12,12 @@ import pytest
 from sana_export.bench.gpu_check import latency, parity, rtx, settings, suite
 from sana_export.bench.gpu_check.bundles import MODELS, checkpoint_of, without_onnx
 from sana_export.bench.gpu_check.check import CheckFailed, PartContext
-from sana_export.bench.gpu_check.parts import PARTS
+from sana_export.bench.gpu_check.parts import BACKEND_TESTS, DEVICE_TESTS, PARTS
 from sana_export.contract import GRAPHS
 from sana_export.errors import ArtifactError
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends import BACKENDS
 from sana_export.runtime.backends import torch as torch_backend
 from sana_export.runtime.backends.tensorrt_options import EngineOptions
 from sana_export.variants import VARIANTS
@@ -132,17 +133,30 @@ def test_the_suite_counts_outcomes_and_fails_with_a_test(context: PartContext, t
     from sana_export.bench.gpu_check.runner import Capabilities, Outcome, PartRunner
 
     mark = "import pytest\npytestmark = pytest.mark.gpu\n"
-    (tmp_path / "test_some.py").write_text(f"{mark}def test_a(): pass\ndef test_b(): assert 0\n")
     (tmp_path / "test_others.py").write_text("import a_package_that_is_not_installed\n")
 
-    def run() -> Outcome:
-        part = CheckPart("suite", f"{suite.__name__}:run", 60, 1, {"where": str(tmp_path)}, ())
+    def run(tests: str, most: float = 60) -> Outcome:
+        (tmp_path / "test_some.py").write_text(mark + tests)
+        part = CheckPart(
+            "suite", f"{suite.__name__}:run", most, 1, {"where": str(tmp_path), "file": "test_some.py", "backend": "torch"}, ()
+        )
         runner = PartRunner(tmp_path / "work", Capabilities("8.9", ()), "cpu", deadline=1e12)
         return runner.run([part], lambda part, outcome: None)["suite"]
 
-    failed = run()
+    failed = run("def test_a(): pass\ndef test_b(): assert 0\n")
     assert failed.status == "failed"
     assert failed.found["outcomes"] == {"passed": 1, "failed": 1}
     assert "test_b" in str(failed.reason)
-    (tmp_path / "test_some.py").write_text(f"{mark}def test_a(): pass\n")
-    assert run().found["outcomes"] == {"passed": 1}
+    backend = f"import os\ndef test_a(): assert os.environ[{suite.BACKEND_VARIABLE!r}] == 'torch'\n"
+    assert run(backend).found["outcomes"] == {"passed": 1}
+    assert run("").status == "failed", "no tests are no success"
+    ended = run("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n", most=15)
+    assert ended.status == "failed"
+    assert ended.found["outcomes"] == {"passed": 1}, "what was known when it was ended"
+
+
+def test_every_test_of_a_gpu_is_in_a_part() -> None:
+    files = {path: path.read_text("utf-8").splitlines() for path in Path("tests").rglob("test_*.py")}
+    marked = {path.name for path, lines in files.items() if "pytestmark = pytest.mark.gpu" in lines}
+    assert marked == {part.arguments["file"] for part in PARTS if part.name.startswith("tests/")} == {DEVICE_TESTS, BACKEND_TESTS}
+    assert {part.arguments.get("backend") for part in PARTS if part.name.startswith("tests/")} == {None, *BACKENDS}

@@ -225,16 +225,16 @@ def test_a_report_has_no_names_of_the_machine(tmp_path: Path) -> None:
     # The page cuts long reasons, and what is left of a name could not be found afterwards.
     cut = "x" * (400 - len(" /home/jan")) + " /home/jane/models"
     found = {"tests": {"tests/x.py::test_y": {"reason": "/home/jane/a.py: jane"}}, "said": ["on jane's machine"]}
-    document.outcomes["tests"] = Outcome("failed", cut, found=found, log="parts/tests.log")
+    document.outcomes["tests/torch"] = Outcome("failed", cut, found=found, log="parts/tests.log")
     document.write(tmp_path / "r.json", redaction)
     for name in ("r.json", "r.md"):
         text = (tmp_path / name).read_text("utf-8")
         assert "~/wheels" in text
         assert "jan" not in text
-    outcome = json.loads((tmp_path / "r.json").read_text("utf-8"))["parts"]["tests"]
+    outcome = json.loads((tmp_path / "r.json").read_text("utf-8"))["parts"]["tests/torch"]
     assert outcome["found"]["tests"]["tests/x.py::test_y"]["reason"] == "~/a.py: user"
     assert outcome["reason"].endswith("x ~/models")
-    assert document.outcomes["tests"].reason == cut, "the run itself goes on with what it knows"
+    assert document.outcomes["tests/torch"].reason == cut, "the run itself goes on with what it knows"
 
 
 def test_a_run_tells_nobody_where_it_worked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

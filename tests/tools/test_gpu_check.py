@@ -122,12 +122,16 @@ def test_onnxruntime_is_the_one_for_the_gpu(environment: Any, monkeypatch: pytes
     assert not environment.notes
 
 
-def test_cuda_s_libraries_are_found_in_every_folder_of_packages(environment: Any) -> None:
+def test_cuda_s_libraries_are_those_of_other_packages_if_it_has_none(environment: Any, tmp_path: Path) -> None:
     site = next(path for path in environment.folder.rglob("site-packages") if path.is_dir())
-    folders = [site / "nvidia" / name / "lib" for name in ("cu13", "cudnn")]
+    seen = tmp_path / "packages"
+    folders = [seen / "nvidia" / name / "lib" for name in ("cu13", "cudnn")]
     for folder in folders:
         folder.mkdir(parents=True)
+    (site / "more.pth").write_text(f"{seen}\n")
     assert set(map(str, folders)) <= set(environment.library_folders())
+    (site / "nvidia").mkdir()
+    assert environment.library_folders() == []
 
 
 def test_the_whole_command_without_a_gpu(environment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

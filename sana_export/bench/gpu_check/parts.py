@@ -19,6 +19,8 @@ EXPORTED: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime",),
 }
 MODELS = ("1600m", "600m")
+#: The files with the tests of the device, and of each backend.
+DEVICE_TESTS, BACKEND_TESTS = "test_gpu_cuda.py", "test_gpu_backends.py"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,13 @@ def _parity(backend: str, *modules: str) -> CheckPart:
     )
 
 
+def _tests(backend: str, *modules: str) -> CheckPart:
+    needed = (*_BASE, "onnxscript", "pytest", *modules)
+    arguments = {"file": BACKEND_TESTS, "backend": backend}
+    target = f"{_PACKAGE}.suite:run"
+    return CheckPart(f"tests/{backend}", target, 300, 45, arguments, needed, on_gpu=_on_gpu(backend), backend=backend)
+
+
 def _make(model: str) -> CheckPart:
     return CheckPart(f"make/{model}", f"{_PACKAGE}.bundles:make", most=90, least=15, arguments={"model": model})
 
@@ -108,7 +117,10 @@ PARTS: tuple[CheckPart, ...] = (
     _latency("1600m", "eager"),
     _latency("1600m", "torch"),
     _latency("1600m", "torch-compile", most=120),
-    CheckPart("tests", f"{_PACKAGE}.suite:run", most=600, least=60, modules=(*_BASE, "pytest")),
+    CheckPart("tests/device", f"{_PACKAGE}.suite:run", 60, 10, {"file": DEVICE_TESTS}, ("torch", "cuda.core", "pytest")),
+    _tests("torch"),
+    _tests("torch-compile"),
+    *(_tests(backend, *modules) for backend, modules in EXPORTED.items()),
     _parity("torch-compile"),
     *(_parity(backend, *modules) for backend, modules in EXPORTED.items()),
     _settings("tensorrt-rtx"),

@@ -155,8 +155,11 @@ class PartRunner:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the child and all processes of its session."""
-    with contextlib.suppress(ProcessLookupError):  # all have ended already
-        os.killpg(process.pid, signal.SIGKILL)
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):  # all have ended already
+            os.killpg(process.pid, signal.SIGKILL)
+    else:  # Windows has no groups of processes
+        process.kill()
     process.wait()
 
 

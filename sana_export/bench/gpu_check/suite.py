@@ -1,8 +1,8 @@
-"""Runs all tests that are marked `gpu`."""
+"""Runs tests that are marked `gpu`, those of one backend or of the device itself."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +12,36 @@ from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 from sana_export.errors import DependencyError
 
 MARK = "gpu"
+#: The environment variable that names the backend whose tests run.
+BACKEND_VARIABLE = "SANA_EXPORT_GPU_TESTS_BACKEND"
 
 
-def run(context: PartContext, *, where: str = "tests") -> Mapping[str, Any]:
-    """Returns outcomes (outcome to number of tests) and tests (all tests).
+class Results:
+    """A pytest plugin that keeps the outcome of every test as soon as it is known: the part may be ended before the last one."""
 
-    Raises CheckFailed if a test failed, DependencyError if there are no tests.
+    def __init__(self, context: PartContext) -> None:
+        self._context = context
+        #: Test to its outcome, seconds, and reason.
+        self.tests: dict[str, dict[str, Any]] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        test = self.tests.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0, "reason": None})
+        test["seconds"] = round(test["seconds"] + report.duration, 3)
+        if report.outcome != "passed" and test["outcome"] == "passed":
+            test["outcome"] = report.outcome if report.when == "call" or report.skipped else "error"
+            test["reason"] = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        if report.when == "teardown":
+            self._context.keep(self.found())
+
+    def found(self) -> dict[str, Any]:
+        """outcomes (outcome to number of tests) and tests."""
+        return {"outcomes": dict(Counter(test["outcome"] for test in self.tests.values())), "tests": self.tests}
+
+
+def run(context: PartContext, *, file: str, backend: str | None = None, where: str = "tests") -> Mapping[str, Any]:
+    """Run the tests in the files named `file` below `where`, for `backend` or for all. Returns what `Results.found` does.
+
+    Raises CheckFailed if a test failed or there is no such test, DependencyError if there are no tests at all.
     """
     import pytest
 
@@ -28,16 +52,12 @@ def run(context: PartContext, *, where: str = "tests") -> Mapping[str, Any]:
             wanted="a checkout of the project",
             fix="run make gpu-check in a checkout of the project",
         )
-    report = context.work / "gpu-tests.json"
-    # Other test files may need packages that only developers have.
-    files = [str(path) for path in sorted(Path(where).rglob("test_*.py")) if f"mark.{MARK}" in path.read_text("utf-8")]
-    arguments = ["-m", MARK, "-p", "tests.support.json_report", f"--json-report={report}", "-p", "no:xdist", *files]
-    code = pytest.main(arguments)
-    tests = json.loads(report.read_text("utf-8"))["tests"]
-    outcomes = Counter(test["outcome"] for test in tests.values())
-    found = {"outcomes": dict(outcomes), "tests": tests}
-    context.keep(found)
+    if backend is not None:
+        os.environ[BACKEND_VARIABLE] = backend  # this process runs nothing else
+    results = Results(context)
+    files = [str(path) for path in sorted(Path(where).rglob(file))]
+    code = pytest.main(["-m", MARK, "-p", "no:xdist", *files], plugins=[results])
     if int(code) != 0:
-        bad = [name for name, test in tests.items() if test["outcome"] not in ("passed", "skipped")]
+        bad = [name for name, test in results.tests.items() if test["outcome"] not in ("passed", "skipped")]
         raise CheckFailed(f"pytest ended with {int(code)}: {', '.join(bad) or 'see the log'}")
-    return found
+    return results.found()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from sana_export.bench.gpu_check import find
+from sana_export.bench.gpu_check.suite import BACKEND_VARIABLE
 from sana_export.errors import DependencyError
 from sana_export.gpu_support import unsupported_reason
 from sana_export.machine import find_cuda_error, gpu_compute_capability
@@ -93,7 +95,7 @@ def why_not(backend: str) -> str | None:
     return REASONS[module](importlib.import_module(module))
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=[os.environ[BACKEND_VARIABLE]] if BACKEND_VARIABLE in os.environ else BACKENDS)
 def name(request: pytest.FixtureRequest) -> str:
     backend: str = request.param
     if reason := why_not(backend):
