@@ -32,7 +32,7 @@ def test_the_runtime_gets_the_job_s_device_and_threads(monkeypatch: pytest.Monke
     seen: dict[str, Any] = {}
 
     class Backend:
-        name, device = "tensorrt", "gpu"
+        name, device = "tensorrt", "cuda"
 
     class Runtime:
         backend = Backend()
@@ -45,4 +45,4 @@ def test_the_runtime_gets_the_job_s_device_and_threads(monkeypatch: pytest.Monke
     monkeypatch.setattr(runtime, "SanaRuntime", Runtime)
     candidate: Candidate = runtime.load(JOB)
     assert seen == {"bundle": "bundle", "backend": "tensorrt", "device": 1, "threads": 3}
-    assert candidate.description == "SanaRuntime, fp16, tensorrt on the gpu"
+    assert candidate.description == "SanaRuntime, fp16, tensorrt on the cuda"
