@@ -74,16 +74,16 @@ def test_the_cpu_package_never_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine has a GPU and onnxruntime-gpu, whose CUDA provider cannot start."""
-    monkeypatch.setattr(machine, "ask_cuda", lambda: ((GPU,), None))
+def with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine has two GPUs and onnxruntime-gpu, whose CUDA provider cannot start."""
+    monkeypatch.setattr(machine, "ask_cuda", lambda: ((GPU, GPU), None))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [provider.CUDA, provider.CPU])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-cuda-graphs"])
 def test_a_provider_that_cannot_start_is_an_error_that_names_the_missing_libraries(
-    tmp_path: Path, with_a_gpu: None, backend: str
+    tmp_path: Path, with_gpus: None, backend: str
 ) -> None:
     opened = open_backend(backend, tmp_path, write_bundle(tmp_path))
     assert opened.device == "cuda"
@@ -103,7 +103,7 @@ def test_a_provider_that_cannot_start_is_an_error_that_names_the_missing_librari
     ],
 )
 def test_the_options_of_the_cuda_provider(
-    tmp_path: Path, with_a_gpu: None, monkeypatch: pytest.MonkeyPatch, backend: str, given: dict[str, Any], changes: dict[str, str]
+    tmp_path: Path, with_gpus: None, monkeypatch: pytest.MonkeyPatch, backend: str, given: dict[str, Any], changes: dict[str, str]
 ) -> None:
     seen: list[Any] = []
 
