@@ -78,6 +78,7 @@ _FAILURES = (
             "stub library",
             "nvidia display driver is installed",
             "libcuda.so.1: cannot open",
+            "failed to dlopen libcuda",
         ),
     ),
     CudaFailure(

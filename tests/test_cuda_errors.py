@@ -34,6 +34,7 @@ from sana_export.cuda_errors import OUT_OF_MEMORY, find_failure
         ("CUDA_ERROR_LAUNCH_FAILED: An exception occurred on the device", "start the program again"),
         # cuda-core without a driver
         ('"cuda" is an NVIDIA driver library […]. Ensure the NVIDIA display driver is installed.', "install NVIDIA's driver"),
+        ("Failed to dlopen libcuda.so.1", "install NVIDIA's driver"),
         ("cudaErrorInsufficientDriver", "update NVIDIA's driver"),
     ],
 )
