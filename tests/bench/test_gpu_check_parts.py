@@ -107,8 +107,9 @@ def test_the_question_to_tensorrt_rtx_builds_without_a_gpu(context: PartContext)
         assert not found["loaded"]
 
 
-def test_settings_are_measured_one_by_one(context: PartContext) -> None:
+def test_settings_are_measured_one_by_one(context: PartContext, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With settings of ONNX Runtime: engines need a GPU."""
+    monkeypatch.setattr(settings, "exported", lambda *_: tiny_bundle)
     threads = {"session_options": {"intra_op_num_threads": 1}}
     settings_of = {"defaults": {}, "one thread": threads}
     found = settings.measure(context, backend="onnxruntime", settings=settings_of, model="tiny-random", size=64)["rows"]
