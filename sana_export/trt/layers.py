@@ -16,7 +16,7 @@ from sana_export.errors import ArtifactError
 HEAD = "Layers:\n"
 #: Bytes of a number, by TensorRT's name of its type.
 _BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int32": 4, "Int64": 8, "Bool": 1, "Int8": 1, "UInt8": 1, "FP8": 1}
-#: Kinds that are no kernels: they order the streams of an engine, or compute shapes on the host and copy them.
+#: Kinds that are not kernels: they order the streams of an engine, or compute shapes on the host and copy them.
 _BOOKKEEPING = frozenset({"signal", "wait", "shape_call", "ShapeHostToDevice"})
 _KIND = re.compile(r"Name: .*?, LayerType: (\w+), ")
 _LAYER = re.compile(

@@ -150,7 +150,7 @@ def test_the_suite_counts_outcomes_and_fails_with_a_test(context: PartContext, t
     assert "test_b" in str(failed.reason)
     backend = f"import os\ndef test_a(): assert os.environ[{suite.BACKEND_VARIABLE!r}] == 'torch'\n"
     assert run(backend).found["outcomes"] == {"passed": 1}
-    assert run("").status == "failed", "no tests are no success"
+    assert run("").status == "failed", "a run without tests has not passed"
     ended = run("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n", most=15)
     assert ended.status == "failed"
     assert ended.found["outcomes"] == {"passed": 1}, "what was known when it was ended"

@@ -41,7 +41,7 @@ class Results:
 def run(context: PartContext, *, file: str, backend: str | None = None, where: str = "tests") -> Mapping[str, Any]:
     """Run the tests in the files named `file` below `where`, for `backend` or for all. Returns what `Results.found` does.
 
-    Raises CheckFailed if a test failed or there is no such test, DependencyError if there are no tests at all.
+    Raises CheckFailed if a test failed or nothing was collected, and DependencyError if `where` does not exist.
     """
     import pytest
 
