@@ -21,7 +21,15 @@ from sana_export.machine import find_cuda_error
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session
 from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
-from sana_export.runtime.backends.onnxruntime_provider import CPU, CUDA, DEVICES, INSTALL, check_provider, choose_provider
+from sana_export.runtime.backends.onnxruntime_provider import (
+    CPU,
+    CUDA,
+    DEVICES,
+    INSTALL,
+    check_provider,
+    choose_provider,
+    cuda_failures,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +51,6 @@ _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
 }
 #: The graphs whose work is captured: they run in every step with the same shapes.
 _CAPTURED = ("denoiser", "sampler")
-#: What ONNX Runtime, CUDA, cuBLAS and cuDNN report when memory runs out, in lower case.
-_OUT_OF_MEMORY = ("failed to allocate memory", "bad_alloc", "bad allocation", "out of memory", "_alloc_failed")
 
 
 class Place(NamedTuple):
@@ -85,11 +91,8 @@ class OnnxRuntimeSession(Session):
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             binding.bind_output(name, self._place.device, self._place.number)
-        try:
+        with cuda_failures(f"running {self._graph}", self._place.device):
             self._loaded.session.run_with_iobinding(binding, self._run_options)
-        except Exception as error:  # ONNX Runtime's errors have no common base; others than out of memory are raised again
-            _raise_out_of_memory(error, f"running {self._graph}", self._place.device)
-            raise
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
     def refit(self, weights: Mapping[str, Array]) -> None:
@@ -130,7 +133,7 @@ class OnnxRuntimeBackend(Backend):
         self._settings, self._cuda_graphs = settings, cuda_graphs
         if cuda_graphs:
             self.name = "onnxruntime-cuda-graphs"
-            self.text_multiple = 32  # so that prompts of similar length share a captured graph
+            self.text_multiple = 32  # so that prompts of similar length have the shapes of the captured graph
         self.bundle, self.manifest = bundle, manifest
         self._fix = export_command(bundle, manifest)
         self._onnxruntime = onnxruntime
@@ -151,9 +154,11 @@ class OnnxRuntimeBackend(Backend):
         path, options = self._checked(graph)
         providers = [(self._provider, {**self._provider_options(), **PROVIDER_OPTIONS}), CPU]
         try:
-            session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
+            with cuda_failures(f"loading {graph}", self.device):
+                session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except DependencyError:
+            raise
         except Exception as error:  # ONNX Runtime's errors have no common base
-            _raise_out_of_memory(error, f"loading {graph}", self.device)
             log.warning("onnxruntime runs %s without a CUDA graph: %s", graph, first_line(error))
             return None
         check_provider(self._onnxruntime, session, self._provider, f"loading {graph}")
@@ -177,9 +182,11 @@ class OnnxRuntimeBackend(Backend):
         if self.device == "cuda":
             providers.append(CPU)
         try:
-            session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
+            with cuda_failures(f"loading {graph}", self.device):
+                session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except DependencyError:
+            raise
         except Exception as error:  # ONNX Runtime's errors have no common base
-            _raise_out_of_memory(error, f"loading {graph}", self.device)
             raise ArtifactError(
                 f"onnxruntime {self._onnxruntime.__version__} cannot load {path}",
                 found=first_line(error),
@@ -271,7 +278,8 @@ def _to_device(value: Any, place: Place) -> Any:
         return value
     import onnxruntime
 
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), place.device, place.number)
+    with cuda_failures("copying to the device", place.device):
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), place.device, place.number)
 
 
 def _as_initializer(values: Array) -> Any:
@@ -281,15 +289,3 @@ def _as_initializer(values: Array) -> Any:
     if values.dtype == np.uint16:
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values, DTYPES["bfloat16"].onnx)
     return onnxruntime.OrtValue.ortvalue_from_numpy(values)
-
-
-def _raise_out_of_memory(error: Exception, doing: str, device: str) -> None:
-    """Raise DependencyError if `error` says that memory ran out."""
-    if not isinstance(error, MemoryError) and not any(text in str(error).lower() for text in _OUT_OF_MEMORY):
-        return None
-    raise DependencyError(
-        f"out of memory while {doing} with onnxruntime on the {device}",
-        found=first_line(error),
-        wanted="more free memory",
-        fix="generate fewer or smaller images at once, or free memory",
-    ) from error

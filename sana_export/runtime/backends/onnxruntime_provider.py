@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from sana_export.errors import DependencyError
+import numpy as np
+
+from sana_export.cuda_errors import find_failure
+from sana_export.errors import DependencyError, first_line
 from sana_export.machine import find_cuda_error, find_gpus, require_gpu
 
 log = logging.getLogger(__name__)
@@ -19,6 +23,15 @@ log = logging.getLogger(__name__)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 #: The device that each provider keeps its tensors on.
 DEVICES = {CUDA: "cuda", CPU: "cpu"}
+#: What ONNX Runtime, CUDA, cuBLAS and cuDNN report when memory runs out, in lower case.
+_OUT_OF_MEMORY = (
+    "failed to allocate memory",
+    "bad_alloc",
+    "bad allocation",
+    "out of memory",
+    "_alloc_failed",
+    "the resource allocation failed",
+)
 INSTALL = 'pip uninstall -y onnxruntime && pip install --force-reinstall "onnxruntime-gpu[cuda,cudnn]"'
 
 
@@ -47,6 +60,9 @@ def check_provider(onnxruntime: Any, session: Any, wanted: str, doing: str) -> N
     """Raise DependencyError if `session` does not run on the provider `wanted`, because that could not start."""
     if (active := session.get_providers()[0]) == wanted:
         return
+    # CUDA may have failed earlier in this process, or its memory may be full. Any other answer means that a library is missing.
+    with contextlib.suppress(RuntimeError), cuda_failures(doing, DEVICES[wanted]):
+        onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), DEVICES[wanted], 0)
     version = getattr(onnxruntime, "cuda_version", "") or "the version that onnxruntime was built for"
     raise DependencyError(
         f"onnxruntime could not start its {wanted} while {doing}",
@@ -54,3 +70,24 @@ def check_provider(onnxruntime: Any, session: Any, wanted: str, doing: str) -> N
         wanted=f"the libraries of CUDA {version} and cuDNN, which onnxruntime-gpu does not bring by itself",
         fix=f"{INSTALL}; to run on the CPU instead, set CUDA_VISIBLE_DEVICES=-1",
     )
+
+
+@contextlib.contextmanager
+def cuda_failures(doing: str, device: str) -> Iterator[None]:
+    """Errors of CUDA, and of memory that ran out, become DependencyErrors. Others pass: ONNX Runtime's have no common base."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        if isinstance(error, MemoryError) or any(words in text.lower() for words in _OUT_OF_MEMORY):
+            raise DependencyError(
+                f"out of memory while {doing} with onnxruntime on the {device}",
+                found=first_line(error),
+                wanted="more free memory",
+                fix="generate fewer or smaller images at once, or free memory",
+            ) from error
+        if device == "cuda" and (failure := find_failure(text)) is not None:
+            raise DependencyError(
+                f"CUDA failed while {doing} with onnxruntime", found=first_line(error), wanted=failure.wanted, fix=failure.fix
+            ) from error
+        raise

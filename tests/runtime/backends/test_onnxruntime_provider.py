@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 
@@ -91,6 +92,32 @@ def test_a_provider_that_cannot_start_is_an_error_that_names_the_missing_librari
         opened.load("sampler")
     assert "CPUExecutionProvider" in str(caught.value.found)
     assert 'pip install --force-reinstall "onnxruntime-gpu[cuda,cudnn]"' in str(caught.value.fix)
+
+
+#: What ONNX Runtime 1.31.1 reported on an H100.
+CUDA_FAILED = "CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; expr=cudaStreamSynchronize(stream_);"
+MEMORY_FULL = "CUBLAS failure 3: the resource allocation failed ; GPU=0 ; expr=cublasCreate(&cublas_handle_);"
+
+
+@pytest.mark.parametrize(
+    ("reported", "title", "fix"),
+    [(CUDA_FAILED, "CUDA failed while", "start the program again"), (MEMORY_FULL, "out of memory while", "free memory")],
+)
+def test_what_failed_in_cuda_is_not_called_a_missing_library(
+    tmp_path: Path, with_gpus: None, monkeypatch: pytest.MonkeyPatch, reported: str, title: str, fix: str
+) -> None:
+    """After an error of CUDA, ONNX Runtime puts new sessions on the CPU without a word, and every copy to the GPU fails."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError(reported)
+
+    opened = open_backend("onnxruntime", tmp_path, write_bundle(tmp_path))
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", fail)
+    for work in (lambda: opened.load("sampler"), lambda: opened.to_device(np.zeros(1, np.float32))):
+        with pytest.raises(DependencyError, match=title) as caught:
+            work()
+        assert fix in str(caught.value.fix)
+        assert "GPU=0" in str(caught.value.found)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-cuda-graphs"])
