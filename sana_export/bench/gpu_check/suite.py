@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,13 +30,20 @@ class Results:
         test["seconds"] = round(test["seconds"] + report.duration, 3)
         if report.outcome != "passed" and test["outcome"] == "passed":
             test["outcome"] = report.outcome if report.when == "call" or report.skipped else "error"
-            test["reason"] = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+            test["reason"] = report.longrepr[2] if isinstance(report.longrepr, tuple) else shorten(report.longreprtext)
         if report.when == "teardown":
             self._context.keep(self.found())
 
     def found(self) -> dict[str, Any]:
         """outcomes (outcome to number of tests) and tests."""
         return {"outcomes": dict(Counter(test["outcome"] for test in self.tests.values())), "tests": self.tests}
+
+
+def shorten(traceback: str) -> str:
+    """The lines of pytest's text that say what was raised, and where. The whole text shows source code of every package in between."""
+    lines = traceback.strip().splitlines()
+    raised = [line for line in lines if re.match(r"E( |$)", line)]
+    return "\n".join([*raised, lines[-1]]) if raised else traceback
 
 
 def run(context: PartContext, *, file: str, backend: str | None = None, where: str = "tests") -> Mapping[str, Any]:
