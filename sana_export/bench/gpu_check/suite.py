@@ -40,7 +40,7 @@ class Results:
 
 
 def shorten(traceback: str) -> str:
-    """The lines of pytest's text that say what was raised, and where. The whole text shows source code of every package in between."""
+    """The lines of pytest's text that say what was raised, and where. The rest is source code of every package in between."""
     lines = traceback.strip().splitlines()
     raised = [line for line in lines if re.match(r"E( |$)", line)]
     return "\n".join([*raised, lines[-1]]) if raised else traceback
