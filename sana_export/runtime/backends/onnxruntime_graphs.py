@@ -2,7 +2,7 @@
 
 Source: ONNX Runtime's documentation, "CUDA Execution Provider", section "Using CUDA Graphs". The session is created with the
 provider option enable_cuda_graph. A session can capture several graphs, but not ours: its MatMul of one matrix with each of a batch
-copies addresses from the host's memory. A captured copy reads that memory again at each replay, even after work for other shapes has
+copies addresses from the memory of the host. A captured copy reads them again at each replay, even after work for other shapes has
 overwritten it. On an H100, ONNX Runtime 1.31.1 then failed with "an illegal memory access was encountered".
 """
 
