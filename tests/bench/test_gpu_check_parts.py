@@ -149,7 +149,9 @@ def test_the_suite_counts_outcomes_and_fails_with_a_test(context: PartContext, t
     assert failed.found["outcomes"] == {"passed": 1, "failed": 1}
     assert "test_b" in str(failed.reason)
     (reason,) = (test["reason"] for test in failed.found["tests"].values() if test["outcome"] == "failed")
-    assert reason.startswith("E   ") and reason.endswith("AssertionError") and "def test_b" not in reason
+    assert reason.startswith("E   ")
+    assert reason.endswith("AssertionError")
+    assert "def test_b" not in reason
     backend = f"import os\ndef test_a(): assert os.environ[{suite.BACKEND_VARIABLE!r}] == 'torch'\n"
     assert run(backend).found["outcomes"] == {"passed": 1}
     assert run("").status == "failed", "a run without tests has not passed"
