@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from sana_export.contract import MAX_TOKENS
@@ -52,7 +53,7 @@ def _number(value: object) -> bool:
 
 def _widths(value: Sequence[int]) -> bool:
     """Whether each stage's shortcut can move the channels of the stage below it to pixels."""
-    return len(value) == VAE_STAGES and all(4 * upper % lower == 0 for upper, lower in zip(value, value[1:], strict=False))
+    return len(value) == VAE_STAGES and all(4 * upper % lower == 0 for upper, lower in pairwise(value))
 
 
 NUMBER = Rule("a number", _number)
