@@ -82,7 +82,7 @@ def check_index(index: Mapping[str, Any], source: str) -> None:
 def check_configs(index: Mapping[str, Any], read: Callable[[str], Mapping[str, Any]], source: str) -> None:
     """Raise ArtifactError unless an export supports all of a checkpoint's configs. `read` reads a JSON file of the checkpoint."""
     check_index(index, source)
-    refuse(source, config_problems(index, read, source))
+    refuse(source, (problem for _, problem in config_problems(index, read, source, {})))
 
 
 def check_checkpoint(checkpoint: SanaCheckpoint) -> None:
@@ -112,7 +112,10 @@ def _listed(lines: Iterable[str]) -> str:
 
 def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
     source, parts = checkpoint.source, dict[str, Part]()
-    yield from config_problems(checkpoint.index, checkpoint.read, source, parts)
+    doubtful = set()
+    for name, problem in config_problems(checkpoint.index, checkpoint.read, source, parts):
+        doubtful.add(name)
+        yield problem
     for name in COMPONENTS:
         owner = str(checkpoint.transformer_file or source) if name == "transformer" else source
         try:
@@ -120,7 +123,7 @@ def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
         except ArtifactError as error:
             yield error
             continue
-        if name in parts:
+        if name in parts and name not in doubtful:  # the shapes follow from the config
             yield from check_weights(name, parts[name].shapes, weights, owner)
     try:
         check_tokenizer(checkpoint, parts["text_encoder"].config["vocab_size"] if "text_encoder" in parts else None)
@@ -129,24 +132,26 @@ def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
 
 
 def config_problems(
-    index: Mapping[str, Any], read: Callable[[str], Mapping[str, Any]], source: str, parts: dict[str, Part] | None = None
-) -> Iterator[ArtifactError]:
-    """Everything in model_index.json and the configs that an export does not support. `parts` gets the parts that could be read."""
-    parts = {} if parts is None else parts
+    index: Mapping[str, Any], read: Callable[[str], Mapping[str, Any]], source: str, parts: dict[str, Part]
+) -> Iterator[tuple[str, ArtifactError]]:
+    """Everything in model_index.json and the configs that an export does not support, with the part that it belongs to.
+
+    `parts` gets the parts that could be read.
+    """
     for name in CONFIGURED:
         try:
             parts[name] = read_part(name, read(config_name(name)), class_of(index, name, source, read))
         except ArtifactError as error:
-            yield error
+            yield name, error
     for name, part in parts.items():
         for setting in unsupported(part.class_name, part.config, part.given):
-            yield _unsupported(name, setting.key, setting.found, setting.wanted)
+            yield name, _unsupported(name, setting.key, setting.found, setting.wanted)
     yield from _foreign(parts)
     for fit in FITS:
         if fit.part in parts and fit.owner in parts:
             found, allowed = parts[fit.part].config[fit.key], fit.allowed(parts[fit.owner].config)
             if found not in allowed:
-                yield _unsupported(fit.part, fit.key, repr(found), f"{allowed[0]} ({fit.meaning})")
+                yield fit.part, _unsupported(fit.part, fit.key, repr(found), f"{allowed[0]} ({fit.meaning})")
     yield from _pipeline_problems(str(index["_class_name"]), parts)
 
 
@@ -183,27 +188,28 @@ def _unsupported(name: str, key: str, found: object, wanted: object) -> Artifact
     return ArtifactError(f"{config_name(name)} has an unsupported {key}", found=found, wanted=wanted, fix=fix)
 
 
-def _foreign(parts: Mapping[str, Part]) -> Iterator[ArtifactError]:
+def _foreign(parts: Mapping[str, Part]) -> Iterator[tuple[str, ArtifactError]]:
     """Keys that make a config another model's, although its class would ignore them."""
     text = parts.get("text_encoder")
     if text is not None and text.given.get("model_type", "gemma2") != "gemma2":
-        yield _unsupported("text_encoder", "model_type", repr(text.given["model_type"]), "gemma2")
+        yield "text_encoder", _unsupported("text_encoder", "model_type", repr(text.given["model_type"]), "gemma2")
     for name, part in parts.items():
         if (method := part.given.get("quantization_config")) is not None:
             kind = method.get("quant_method") if isinstance(method, Mapping) else method
-            yield _unsupported(name, "quantization_config", kind, "weights that are not quantized")
+            yield name, _unsupported(name, "quantization_config", kind, "weights that are not quantized")
 
 
-def _pipeline_problems(pipeline: str, parts: Mapping[str, Part]) -> Iterator[ArtifactError]:
+def _pipeline_problems(pipeline: str, parts: Mapping[str, Part]) -> Iterator[tuple[str, ArtifactError]]:
     """What does not fit the class of the pipeline. Only SANA-Sprint has a guidance embedding and samples with SCMScheduler."""
     sprint = pipeline == SPRINT
     if "transformer" in parts and bool(found := parts["transformer"].config["guidance_embeds"]) != sprint:
-        yield _unsupported("transformer", "guidance_embeds", found, f"{sprint}, because {INDEX} names {pipeline}")
+        yield "transformer", _unsupported("transformer", "guidance_embeds", found, f"{sprint}, because {INDEX} names {pipeline}")
     if "scheduler" in parts and (parts["scheduler"].class_name == SPRINT_SCHEDULER) != sprint:
         wanted = [name for name in SCHEDULERS if (name == SPRINT_SCHEDULER) == sprint]
-        yield ArtifactError(
+        error = ArtifactError(
             f"{INDEX} names a scheduler that {pipeline} cannot sample with",
             found=parts["scheduler"].class_name,
             wanted=" or ".join(wanted),
             fix=f"name the pipeline and the scheduler that the checkpoint was trained for in {INDEX}",
         )
+        yield "scheduler", error

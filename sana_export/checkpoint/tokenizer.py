@@ -40,7 +40,7 @@ def load_tokenizer(checkpoint: SanaCheckpoint) -> Any:
 
     entry = checkpoint.index.get("tokenizer")
     library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    kind: Any = getattr(transformers, str(name), None) if library == "transformers" else None
+    kind = getattr(transformers, str(name), None) if library == "transformers" else None
     tokenizers = (transformers.PreTrainedTokenizerBase, transformers.AutoTokenizer)
     if not (isinstance(kind, type) and issubclass(kind, tokenizers)):
         raise ArtifactError(
@@ -52,7 +52,7 @@ def load_tokenizer(checkpoint: SanaCheckpoint) -> Any:
     folder = checkpoint.folder / "tokenizer"
     stamps = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
     try:
-        return _load(kind, folder, stamps)
+        return _load(str(name), folder, stamps)
     except Exception as error:  # whatever a class raises for files that it does not expect
         raise ArtifactError(
             f"the tokenizer of {checkpoint.source} cannot be loaded",
@@ -92,9 +92,11 @@ def check_tokenizer(checkpoint: SanaCheckpoint, rows: int | None) -> None:
 
 
 @lru_cache(maxsize=2)
-def _load(kind: Any, folder: Path, stamps: tuple[tuple[str, int], ...]) -> Any:
+def _load(name: str, folder: Path, stamps: tuple[tuple[str, int], ...]) -> Any:
     """The tokenizer in `folder`, without padding and truncation. `stamps` are the times of its files."""
-    tokenizer = kind.from_pretrained(folder, local_files_only=True)
+    import transformers
+
+    tokenizer = getattr(transformers, name).from_pretrained(folder, local_files_only=True)
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         backend.no_padding()
         backend.no_truncation()
