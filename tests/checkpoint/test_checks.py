@@ -173,7 +173,9 @@ def test_every_rule_is_for_a_key_of_its_class() -> None:
     from transformers import Gemma2Config
 
     for name, rules in SUPPORTED.items():
-        made = Gemma2Config().to_dict() if name == "Gemma2Model" else getattr(diffusers, name)._get_init_keys(getattr(diffusers, name))
+        made = (
+            Gemma2Config().to_dict() if name == "Gemma2Model" else getattr(diffusers, name)._get_init_keys(getattr(diffusers, name))
+        )
         assert rules.keys() <= set(made)
 
 
