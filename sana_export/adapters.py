@@ -24,7 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import hash_file
 from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
-from sana_export.formats.safetensors_file import PICKLES
+from sana_export.formats.recognize import PICKLES
 
 DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 #: The prefix of the transformer's layer names: True in PEFT's format, False in the format of diffusers.

@@ -10,7 +10,7 @@ from typing import Any
 from sana_export.checkpoint.weights import Stored, Weights
 from sana_export.errors import ArtifactError
 from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
-from sana_export.formats.safetensors_file import PICKLES
+from sana_export.formats.recognize import PICKLES
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sana_export.checkpoint.weights import Stored, Weights, read_headers
 from sana_export.errors import ArtifactError
-from sana_export.formats.safetensors_file import PICKLES
+from sana_export.formats.recognize import PICKLES
 
 #: A prefix that tensor names may have.
 PREFIX = "model.diffusion_model."
