@@ -40,7 +40,7 @@ class Stored:
     @property
     def bytes(self) -> int:
         """Its size in the file."""
-        return self.entry.end - self.entry.begin
+        return self.entry.bytes
 
     def part(self, first: int, last: int) -> Stored:
         """The rows from `first` to `last`, which is not included."""

@@ -35,13 +35,19 @@ class FileKind:
     fix: str | None = None
 
 
-_PICKLE_FIX = "convert it with the library that wrote it, for example with safetensors.torch.save_file; only load a pickle that you trust"
+_PICKLE_FIX = (
+    "convert it with the library that wrote it, for example with safetensors.torch.save_file; only load a pickle that you trust"
+)
 _UNPACK_FIX = "unpack it, and use the file that it contains"
 _IMAGE_FIX = "check the name: this is not a model's file"
 
 #: How files begin, with the offset of these bytes.
 _MAGIC: tuple[tuple[int, bytes, FileKind], ...] = (
-    (0, b"GGUF", FileKind("a GGUF file (weights in blocks of few bits)", "use the model's .safetensors files: GGUF is not supported")),
+    (
+        0,
+        b"GGUF",
+        FileKind("a GGUF file (weights in blocks of few bits)", "use the model's .safetensors files: GGUF is not supported"),
+    ),
     (0, b"ggjt", FileKind("a GGML file", "use the model's .safetensors files: GGML is not supported")),
     (0, b"\x93NUMPY", FileKind("a NumPy array (.npy)")),
     (0, b"\x89HDF\r\n\x1a\n", FileKind("an HDF5 file (.h5)")),
@@ -60,7 +66,11 @@ _MAGIC: tuple[tuple[int, bytes, FileKind], ...] = (
     (0, b"ftrt", FileKind("a TensorRT engine")),
     (0, b"ptrt", FileKind("a TensorRT engine")),
     (0, b"\x7fELF", FileKind("a program")),
-    (0, b"# xet version", FileKind("a pointer of Xet storage, not the file itself", "download the file itself, with `hf download`")),
+    (
+        0,
+        b"# xet version",
+        FileKind("a pointer of Xet storage, not the file itself", "download the file itself, with `hf download`"),
+    ),
 )
 
 

@@ -45,8 +45,8 @@ class StoredTensor:
 class TensorFile(Mapping[str, StoredTensor]):
     """The tensors of the .safetensors file at `path`, by name. `metadata` is the file's own metadata.
 
-    Raises ArtifactError, with `fix` as the command that fixes it, if the file is damaged or something else, or if it does not contain
-    a requested tensor in a supported dtype.
+    Raises ArtifactError, with `fix` as the command that fixes it, if the file is damaged or something else, or if it does not
+    contain a requested tensor in a supported dtype.
     """
 
     def __init__(self, path: Path, *, fix: str | None = None) -> None:

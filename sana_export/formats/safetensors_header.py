@@ -3,9 +3,9 @@
 A file starts with the length of its header (8 bytes, little-endian). The header is JSON: for each name the dtype, the shape and the
 range of bytes after the header. The values follow, without gaps. Source: https://github.com/huggingface/safetensors, "Format".
 
-What the library takes and this refuses: a name that occurs twice (the library takes the last one), an entry or a dtype in another
-form of JSON, more than `MOST_TENSORS` tensors, more than `MOST_DIMENSIONS` dimensions, and a tensor without values whose other sizes
-have a product of 2**63 or more. No program writes any of these.
+What the library takes and this refuses, which no program writes: a name that occurs twice (the library takes the last one), an entry
+or a dtype in another form of JSON, more than `MOST_TENSORS` tensors, more than `MOST_DIMENSIONS` dimensions, and a tensor without
+values whose other sizes are too large for an array. What the library refuses and this takes: unknown fields that nest deep.
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ class TensorEntry:
     #: Where its values begin and end in the file.
     begin: int
     end: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of its values."""
+        return self.end - self.begin
 
 
 @dataclass(frozen=True)
@@ -168,9 +173,10 @@ def _entry(name: str, entry: Any, start: int) -> TensorEntry:
         raise ValueError(f"{shown} has the shape {str(shape)[:80]} and the bytes {str(offsets)[:80]}")
     if len(shape) > MOST_DIMENSIONS:
         raise ValueError(f"{shown} has {len(shape)} dimensions, more than {MOST_DIMENSIONS}")
-    if BITS[dtype] * math.prod(max(size, 1) for size in shape) > _MOST_SIZE:
+    bits = BITS[dtype] * math.prod(shape)
+    if BITS[dtype] * math.prod(size or 1 for size in shape) > _MOST_SIZE:
         raise ValueError(f"{shown} has the shape {shape}, which is too large")
-    begin, end, bits = *offsets, BITS[dtype] * math.prod(shape)
+    begin, end = offsets
     if bits % 8 or end - begin != bits // 8:
         raise ValueError(f"{shown} of dtype {dtype} and shape {shape} does not fit the bytes {begin} to {end}")
     return TensorEntry(dtype, tuple(shape), start + begin, start + end)

@@ -105,7 +105,7 @@ def test_a_wrong_header_length_is_an_artifact_error(tmp_path: Path, length: int)
 
 
 def test_a_missing_file_and_a_missing_tensor_are_reported(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="none.safetensors is missing"):
+    with pytest.raises(ArtifactError, match="is missing"):
         TensorFile(tmp_path / "none.safetensors")
     with pytest.raises(ArtifactError, match="no tensor 'b', but a"):
         TensorFile(write(tmp_path / "a.safetensors", {"a": GOOD}, b"\0" * 8))["b"]
