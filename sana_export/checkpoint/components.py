@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from sana_export.checkpoint.foreign_weights import missing_tensors, refuse_quantized
 from sana_export.checkpoint.weights import Stored, Weights
 from sana_export.errors import ArtifactError
 from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
@@ -97,19 +98,15 @@ def check_weights(component: str, config: Mapping[str, Any], weights: Weights, s
     Raises ArtifactError for the first tensor that is missing or has another shape or an unsupported dtype. In the transformer, a
     tensor that the network does not have is an error too: the weights then belong to another network.
     """
-    wanted = expected_shapes(component, config)
+    wanted, owner = expected_shapes(component, config), f"{component} of {source}"
+    refuse_quantized((name for name in weights if name not in wanted), owner)
     if missing := [name for name in wanted if name not in weights]:
-        raise ArtifactError(
-            f"{component} of {source} is missing {len(missing)} of {len(wanted)} tensors",
-            found=f"no {missing[0]}",
-            wanted=f"{missing[0]} of shape {list(wanted[missing[0]])}",
-            fix="download the checkpoint again, or use weights that match its config",
-        )
+        raise missing_tensors(list(weights), wanted, missing, owner)
     for name, shape in wanted.items():
-        _check_tensor(name, weights.stored[name], shape, f"{component} of {source}")
+        _check_tensor(name, weights.stored[name], shape, owner)
     if component == "transformer" and (foreign := [name for name in weights if name not in wanted]):
         raise ArtifactError(
-            f"{component} of {source} has {len(foreign)} tensors that its network does not have",
+            f"{owner} has {len(foreign)} tensors that its network does not have",
             found=foreign[0],
             wanted="weights of the network that config.json describes",
             fix="use a base checkpoint of the same architecture (sana-export variants)",
@@ -117,19 +114,19 @@ def check_weights(component: str, config: Mapping[str, Any], weights: Weights, s
 
 
 def _check_tensor(name: str, found: Stored, shape: tuple[int, ...], owner: str) -> None:
-    if found.shape != shape:
-        raise ArtifactError(
-            f"{name} in the {owner} does not have the shape that follows from its config",
-            found=list(found.shape),
-            wanted=list(shape),
-            fix="use weights and a checkpoint of the same architecture (sana-export variants)",
-        )
     if found.dtype not in SAFETENSORS_WEIGHT_DTYPES:
         raise ArtifactError(
             f"{name} in the {owner} has an unsupported dtype",
             found=found.dtype,
             wanted=", ".join(SAFETENSORS_WEIGHT_DTYPES),
             fix="use weights that are not quantized",
+        )
+    if found.shape != shape:
+        raise ArtifactError(
+            f"{name} in the {owner} does not have the shape that follows from its config",
+            found=list(found.shape),
+            wanted=list(shape),
+            fix="use weights and a checkpoint of the same architecture (sana-export variants)",
         )
 
 

@@ -3,9 +3,9 @@
 A file starts with the length of its header (8 bytes, little-endian). The header is JSON: for each name the dtype, the shape and the
 range of bytes after the header. The values follow, without gaps. Source: https://github.com/huggingface/safetensors, "Format".
 
-What the library takes and this refuses, which no program writes: a name that occurs twice (the library takes the last one), an entry
-or a dtype in another form of JSON, more than `MOST_TENSORS` tensors, more than `MOST_DIMENSIONS` dimensions, and a tensor without
-values whose other sizes are too large for an array. What the library refuses and this takes: unknown fields that nest deep.
+What the library takes and this refuses, which no program writes: a name that occurs twice (the library takes the last one), an
+entry or a dtype in another form of JSON, more than `MOST_TENSORS` tensors, more than `MOST_DIMENSIONS` dimensions, and a tensor
+without values whose other sizes are too large for an array. What the library refuses and this takes: unknown fields that nest deep.
 """
 
 from __future__ import annotations

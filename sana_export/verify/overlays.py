@@ -84,9 +84,10 @@ def _merge_renamed(transformer: Any, lora: Lora, file: TensorFile, parts: Mappin
         for role, name in (("lora_A", names.down), ("lora_B", names.up)):
             matrices[f"transformer.{layer}.{role}.weight"] = torch.from_numpy(file[name].read().copy())
         rank = file[names.down].shape[0]
-        if names.alpha is not None or config is not None:
-            alpha = file[names.alpha].read().item() if names.alpha is not None else config.alpha_of(layer)
-            alphas[f"transformer.{layer}.alpha"] = alpha * (rank**0.5 if config is not None and config.rslora else 1)
+        alpha = config.alpha_of(layer) if config is not None else float(rank)
+        if names.alpha is not None:
+            alpha = file[names.alpha].read().item()
+        alphas[f"transformer.{layer}.alpha"] = alpha * (rank**0.5 if config is not None and config.rslora else 1)
     transformer.load_lora_adapter(matrices, prefix="transformer", adapter_name="overlay", network_alphas=alphas)
     _fuse(transformer, lora)
 
