@@ -158,6 +158,34 @@ TEXT_ENCODER: Config = {
     "rms_norm_eps": 1e-6,
 }
 
+_SIGMAS_OFF = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting"), False)
+
+#: The defaults of the schedulers in diffusers, for the keys that sampling reads.
+SCHEDULER_DEFAULTS: dict[str, Config] = {
+    "DPMSolverMultistepScheduler": {
+        "num_train_timesteps": 1000,
+        "flow_shift": 1.0,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "solver_order": 2,
+        "prediction_type": "epsilon",
+        "use_flow_sigmas": False,
+        "final_sigmas_type": "zero",
+        "thresholding": False,
+        "use_lu_lambdas": False,
+        **_SIGMAS_OFF,
+    },
+    "FlowMatchEulerDiscreteScheduler": {
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+        "shift_terminal": None,
+        "invert_sigmas": False,
+        "stochastic_sampling": False,
+        **_SIGMAS_OFF,
+    },
+    "SCMScheduler": {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5},
+}
+
 #: The keys that identify a checkpoint: those that change shapes or results.
 _IDENTIFYING_KEYS = (
     *("num_layers", "num_attention_heads", "attention_head_dim", "num_cross_attention_heads", "cross_attention_head_dim"),

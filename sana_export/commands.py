@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Protocol
 
 from sana_export.adapters import Lora
@@ -85,6 +85,16 @@ def model_words(checkpoint: Checkpoint) -> list[str]:
     for lora in checkpoint.loras:
         words += ["--lora", f"{lora.path}:{lora.scale}"]
     return words
+
+
+def resave_command(source: str, pipeline: str, suffix: str, *changes: str) -> str:
+    """The command that loads a checkpoint as diffusers' `pipeline`, makes `changes` to it in Python, and saves it to a new folder.
+
+    The folder has the checkpoint's name and `suffix`.
+    """
+    folder = PurePath(source).name + suffix
+    steps = [f"pipeline = diffusers.{pipeline}.from_pretrained({source!r})", *changes, f"pipeline.save_pretrained({folder!r})"]
+    return shlex.join(["python", "-c", "; ".join(["import diffusers", *steps])])
 
 
 def build_command(bundle: Path, backend: str, *, height: int, width: int, batch: int = 1) -> str:

@@ -19,6 +19,7 @@ from sana_export.commands import export_command, first_export_command
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError
 from sana_export.files import FileEntry, write_whole
+from sana_export.formats.recognize import not_what_was_wanted, recognize
 from sana_export.records import (
     PRECISIONS,
     Checkpoint,
@@ -132,7 +133,9 @@ def _read(bundle: Path) -> Any:
         )
     try:
         return json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        if recognize(path) is not None:
+            raise not_what_was_wanted(path, "a manifest", error, fix=_export_again(bundle, None)) from error
         raise _damaged(bundle, error, None) from error
 
 

@@ -133,24 +133,23 @@ VARIANTS: dict[str, Variant] = {
 def find_variant(model: str) -> Variant | None:
     """The row whose alias, hub id or hub id without "_diffusers" is `model`. None if there is none."""
     for variant in VARIANTS.values():
-        names = (variant.alias, variant.repo, (variant.repo or "").removesuffix("_diffusers"))
-        if model in names:
+        repo = variant.repo or variant.alias
+        if model in (variant.alias, repo, repo.removesuffix("_diffusers")):
             return variant
     return None
 
 
-def recognize(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[Variant, ...]:
+def recognize(transformer: Mapping[str, Any], scheduler: Mapping[str, Any] | None = None) -> tuple[Variant, ...]:
     """The published and embedded rows with the same configs as a local folder or a fine-tune.
 
-    `transformer` and `scheduler` are the contents of config.json and scheduler_config.json. There may be several rows, and they may
-    differ in `clamp`, which no config says (Sana_1600M_1024px and its BF16 twin).
+    `transformer` and `scheduler` are the contents of config.json and scheduler_config.json. Without `scheduler`, any schedule will
+    do. There may be several rows, and they may differ in `clamp`, which no config says (Sana_1600M_1024px and its BF16 twin).
     """
-    wanted = identity(transformer, scheduler)
-    return tuple(
-        variant
-        for variant in VARIANTS.values()
-        if not variant.recipe and identity(variant.transformer, variant.scheduler) == wanted
-    )
+
+    def fits(row: Variant) -> bool:
+        return identity(row.transformer, row.scheduler if scheduler is not None else {}) == identity(transformer, scheduler or {})
+
+    return tuple(row for row in VARIANTS.values() if not row.recipe and fits(row))
 
 
 def unknown_alias(model: str) -> UsageError:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2Model
 
-from sana_export.architectures import AUTOENCODER, TEXT_ENCODER, TRANSFORMER_DEFAULTS
+from sana_export.architectures import AUTOENCODER, SCHEDULER_DEFAULTS, TEXT_ENCODER, TRANSFORMER_DEFAULTS
+from sana_export.supported import SUPPORTED
 from sana_export.variants import VARIANTS, recognize
 
 QK = "rms_norm_across_heads"
@@ -91,6 +92,10 @@ def test_defaults_are_those_of_the_installed_classes() -> None:
     assert {name: value.default for name, value in signature.items() if name != "self"} == TRANSFORMER_DEFAULTS
     assert set(inspect.signature(diffusers.AutoencoderDC.__init__).parameters) == {"self", *AUTOENCODER}
     assert Gemma2Config(**TEXT_ENCODER).to_dict() == Gemma2Config().to_dict()  # the class's defaults are Gemma-2-2B's
+    for name, defaults in SCHEDULER_DEFAULTS.items():
+        parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+        assert {key: parameters[key].default for key in defaults} == defaults
+        assert SUPPORTED[name].keys() <= defaults.keys()
     for name, steps in (("SanaPipeline", 20), ("SanaSprintPipeline", 2)):
         call = inspect.signature(getattr(diffusers, name).__call__).parameters
         assert (call["num_inference_steps"].default, call["guidance_scale"].default) == (steps, 4.5)

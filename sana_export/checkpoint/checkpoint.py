@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from sana_export.adapters import Lora
-from sana_export.checkpoint.components import COMPONENTS, check_weights, select_weights
+from sana_export.checkpoint.checks import check_checkpoint, check_configs, check_index, class_of
+from sana_export.checkpoint.clamp import Clamp, trained_with_clamp
+from sana_export.checkpoint.components import COMPONENTS, select_weights
+from sana_export.checkpoint.configs import CONFIGURED, config_name, read_part
 from sana_export.checkpoint.fold_lora import fold_loras
-from sana_export.checkpoint.hub import Hub, ReadJson, fetch, not_a_checkpoint, read_json
+from sana_export.checkpoint.hub import Hub, ReadJson, fetch, read_json
+from sana_export.checkpoint.model_names import a_file, check_words, from_url, not_a_checkpoint
 from sana_export.checkpoint.single_file import open_single_file
 from sana_export.checkpoint.weights import Weights, read_headers
 from sana_export.environment import cache_folder, import_digest
-from sana_export.errors import ArtifactError, UsageError
+from sana_export.errors import UsageError
 from sana_export.files import hash_file
 from sana_export.manifest import Checkpoint, Overlay
 from sana_export.synth.checkpoint import MARKER
@@ -27,7 +31,6 @@ log = logging.getLogger(__name__)
 
 #: The folder of the checkpoints that the package contains.
 EMBEDDED = Path(__file__).parents[1] / "models"
-PIPELINES = ("SanaPipeline", "SanaPAGPipeline", "SanaSprintPipeline")
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,27 @@ class SanaCheckpoint:
     rows: tuple[Variant, ...] = ()
     #: The variant of the weight files: "fp16" means files such as *.fp16.safetensors.
     weights_variant: str | None = None
-    #: The content of model_index.json.
-    index: Mapping[str, Any] = field(default_factory=dict)
     #: A file whose weights replace the folder's transformer.
     transformer_file: Path | None = None
     #: The LoRAs that are folded into the transformer.
     loras: tuple[Lora, ...] = ()
 
-    def config(self, component: str) -> dict[str, Any]:
-        """The component's config.json (scheduler_config.json for the scheduler)."""
-        return read_json(self.folder / _config_name(component))
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """The content of model_index.json."""
+        return self.read(INDEX)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The JSON object in the file `name` of the folder."""
+        return read_json(self.folder / name)
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The config of a component or of the scheduler, as its class reads it: with a value for every key.
+
+        The classes are those of model_index.json.
+        """
+        class_name = class_of(self.index, part, self.source, self.read)
+        return dict(read_part(part, self.read(config_name(part)), class_name).config)
 
     def weights(self, component: str) -> Weights:
         """The component's tensors by their names in diffusers or transformers, with LoRAs folded in."""
@@ -72,13 +86,13 @@ class SanaCheckpoint:
         if component == "transformer" and self.transformer_file is not None:
             return [self.transformer_file]
         names = {path.relative_to(self.folder).as_posix() for path in self.folder.glob("*/*")}
-        found = select_weights(component, names, self.weights_variant, lambda name: read_json(self.folder / name), self.source)
+        found = select_weights(component, names, self.weights_variant, self.read, self.source)
         return [self.folder / name for name in found]
 
     @cached_property
     def sha256(self) -> str:
         """Hash of every config and weight file that an export reads, and of the scales of LoRAs."""
-        parts = [(_config_name(component), self.folder / _config_name(component)) for component in (*COMPONENTS, "scheduler")]
+        parts = [(name, self.folder / name) for name in (INDEX, *map(config_name, CONFIGURED))]
         parts += [(f"tokenizer/{path.name}", path) for path in sorted(self.folder.glob("tokenizer/*.json"))]
         for component in COMPONENTS:
             parts += [(f"{component}/{number}", path) for number, path in enumerate(self.weight_files(component))]
@@ -99,7 +113,7 @@ class SanaCheckpoint:
             self.variant.alias if self.variant else None,
             self.synthetic,
             self.weights_variant,
-            self.trained_with_clamp()[0],
+            self.trained_with_clamp().on,
             None if file is None else Overlay(str(file), hash_file(file)),
             tuple(Overlay(str(lora.path), lora.sha256, lora.scale) for lora in self.loras),
         )
@@ -127,16 +141,14 @@ class SanaCheckpoint:
         return next(iter(self._family()), None)
 
     def _family(self) -> list[Variant]:
-        clamp, _ = self.trained_with_clamp()
+        clamp = self.trained_with_clamp().on
         return [row for row in self.rows if row.clamp == clamp]
 
-    def trained_with_clamp(self) -> tuple[bool, str]:
+    def trained_with_clamp(self) -> Clamp:
         """Whether the checkpoint was trained with self-attention outputs clipped to +-65504, and how that is known."""
-        families = {row.clamp for row in self.rows}
-        if len(families) == 1:
-            return families.pop(), f"the table of variants says so for {' and '.join(row.alias for row in self.rows)}"
-        stored = self.base_weights("transformer").dtype()
-        return stored == "F16", f"its transformer is stored as {stored}"
+        rows = self.rows or recognize(self.config("transformer"))  # the clip depends on the transformer, whatever the scheduler
+        names = [path.name for path in (self.folder / "transformer").glob("*.safetensors")]
+        return trained_with_clamp(rows, names, self.base_weights("transformer").dtype())
 
 
 def open_checkpoint(
@@ -154,12 +166,14 @@ def open_checkpoint(
     Raises UsageError for an unknown name, ArtifactError if the checkpoint is not a Sana, is incomplete or has parts that do not fit
     together, and DependencyError if the hub cannot be reached.
     """
+    check_words(model, revision=revision, variant=weights_variant)
     if transformer is not None and not transformer.is_file():
         raise UsageError(
             f"the transformer file {transformer} does not exist",
             found="no such file",
             wanted="a .safetensors file of a Sana transformer",
         )
+    model, revision = from_url(model, revision)
     named = find_variant(model)
     components = [name for name in COMPONENTS if transformer is None or name != "transformer"]
     requested, local = weights_variant, Path(model).is_dir()
@@ -169,21 +183,22 @@ def open_checkpoint(
         folder = EMBEDDED / named.alias
     elif local:
         folder, named = Path(model), None
+    elif Path(model).is_file():
+        raise a_file(Path(model))
     elif named is not None or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
         weights_variant = weights_variant or (named.weights_variant if named else None)
         repo = named.repo if named and named.repo else model
+        checks = partial(check_index, source=repo), partial(check_configs, source=repo)
         select = partial(_select, components=components, weights_variant=weights_variant, source=repo)
-        folder = fetch(repo, revision, hub or Hub(), partial(_check_index, source=repo), select)
+        folder = fetch(repo, revision, hub or Hub(), *checks, select)
     else:
         raise unknown_alias(model)
     if not (folder / INDEX).is_file():
-        raise not_a_checkpoint(model, [path.name for path in folder.iterdir()], lambda name: read_json(folder / name))
-    index = read_json(folder / INDEX)
-    _check_index(index, model)
-    draft = SanaCheckpoint(folder, model, revision, (named,) if named else (), weights_variant, index, transformer, tuple(loras))
-    rows = draft.rows or _rows(draft)
-    checkpoint = SanaCheckpoint(folder, model, revision, rows, weights_variant, index, transformer, tuple(loras))
-    _check(checkpoint)
+        raise not_a_checkpoint(model, [path.name for path in folder.iterdir()], lambda name: read_json(folder / name), folder)
+    draft = SanaCheckpoint(folder, model, revision, (named,) if named else (), weights_variant, transformer, tuple(loras))
+    check_checkpoint(draft)
+    checkpoint = draft if named else replace(draft, rows=_rows(draft))
+    checkpoint.weights("transformer")  # with the LoRAs
     if requested and not any(f".{requested}" in path.name for name in components for path in checkpoint.weight_files(name)):
         raise UsageError(
             f"{model} has no weights of the variant {requested!r}",
@@ -194,55 +209,21 @@ def open_checkpoint(
     return checkpoint
 
 
-def _config_name(component: str) -> str:
-    return "scheduler/scheduler_config.json" if component == "scheduler" else f"{component}/config.json"
-
-
 def _select(
     names: Collection[str], read: ReadJson, *, components: Iterable[str], weights_variant: str | None, source: str
 ) -> list[str]:
     """The files of a hub repository that `export` and `verify` read."""
-    small = [INDEX, MARKER, *(_config_name(component) for component in (*COMPONENTS, "scheduler"))]
+    small = [INDEX, MARKER, *map(config_name, CONFIGURED)]
     found = [name for name in names if name in small or (name.startswith("tokenizer/") and name.count("/") == 1)]
     for component in components:
         found += select_weights(component, names, weights_variant, read, source)
     return found
 
 
-def _check_index(index: Mapping[str, Any], source: str) -> None:
-    """Raise ArtifactError unless model_index.json describes a Sana text-to-image pipeline with components of known classes."""
-    if index.get("_class_name") not in PIPELINES:
-        raise ArtifactError(
-            f"{source} is not a Sana text-to-image checkpoint",
-            found=f"model_index.json names {index.get('_class_name')}",
-            wanted=" or ".join(PIPELINES),
-            fix="sana-export variants  (lists the published checkpoints)",
-        )
-    for name, component in COMPONENTS.items():
-        found = (index.get(name) or [None, None])[1]
-        if found not in component.classes:
-            raise ArtifactError(f"{source} has an unknown {name}", found=found, wanted=" or ".join(component.classes))
-
-
 def _rows(checkpoint: SanaCheckpoint) -> tuple[Variant, ...]:
     """The rows of variants.py that fit a checkpoint which is not one of them by name."""
     marked = VARIANTS.get(str(checkpoint.marker.get("variant")))
     return (marked,) if marked else recognize(checkpoint.config("transformer"), checkpoint.config("scheduler"))
-
-
-def _check(checkpoint: SanaCheckpoint) -> None:
-    checkpoint.config("scheduler")
-    for component in COMPONENTS:
-        file = checkpoint.transformer_file if component == "transformer" else None
-        check_weights(component, checkpoint.config(component), checkpoint.base_weights(component), str(file or checkpoint.source))
-    checkpoint.weights("transformer")
-    if not (checkpoint.folder / "tokenizer" / "tokenizer.json").is_file():
-        raise ArtifactError(
-            f"the tokenizer of {checkpoint.source} is missing",
-            found="no tokenizer/tokenizer.json",
-            wanted="the tokenizer in the format of the tokenizers library",
-            fix="download the checkpoint again",
-        )
 
 
 def _synthetic_folder(recipe: str) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from sana_export.checkpoint.foreign_weights import missing_tensors, refuse_quantized
-from sana_export.checkpoint.weights import Stored, Weights
+from sana_export.checkpoint.foreign_weights import missing_tensors, quantized
+from sana_export.checkpoint.weights import Weights
 from sana_export.errors import ArtifactError
 from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
 from sana_export.formats.recognize import PICKLES
@@ -18,7 +18,9 @@ from sana_export.formats.recognize import PICKLES
 class Component:
     """One component."""
 
-    #: The classes that model_index.json may name.
+    #: The library of its class.
+    library: str
+    #: The classes that model_index.json may name. The first one reads its config.
     classes: tuple[str, ...]
     #: The stem of the weight files' names.
     stem: str
@@ -27,9 +29,9 @@ class Component:
 
 
 COMPONENTS = {
-    "transformer": Component(("SanaTransformer2DModel",), "diffusion_pytorch_model"),
-    "vae": Component(("AutoencoderDC",), "diffusion_pytorch_model", "decoder."),
-    "text_encoder": Component(("Gemma2Model", "Gemma2ForCausalLM", "Gemma2PreTrainedModel"), "model"),
+    "transformer": Component("diffusers", ("SanaTransformer2DModel",), "diffusion_pytorch_model"),
+    "vae": Component("diffusers", ("AutoencoderDC",), "diffusion_pytorch_model", "decoder."),
+    "text_encoder": Component("transformers", ("Gemma2Model", "Gemma2ForCausalLM", "Gemma2PreTrainedModel"), "model"),
 }
 
 
@@ -92,20 +94,35 @@ def _no_weights(component: str, names: Collection[str], weights_variant: str | N
     )
 
 
-def check_weights(component: str, config: Mapping[str, Any], weights: Weights, source: str) -> None:
-    """Compare the headers of `weights` with the tensors of the network that `config` describes.
+def check_weights(component: str, shapes: Mapping[str, tuple[int, ...]], weights: Weights, source: str) -> Iterator[ArtifactError]:
+    """Compare the headers of `weights` with the `shapes` of the network that the component's config describes.
 
-    Raises ArtifactError for the first tensor that is missing or has another shape or an unsupported dtype. In the transformer, a
-    tensor that the network does not have is an error too: the weights then belong to another network.
+    Yields an error for missing tensors, one for other shapes and one for unsupported dtypes. Each names the first tensor. In the
+    transformer, tensors that the network does not have are an error too: they then belong to another network.
     """
-    wanted, owner = expected_shapes(component, config), f"{component} of {source}"
-    refuse_quantized((name for name in weights if name not in wanted), owner)
-    if missing := [name for name in wanted if name not in weights]:
-        raise missing_tensors(list(weights), wanted, missing, owner)
-    for name, shape in wanted.items():
-        _check_tensor(name, weights.stored[name], shape, owner)
-    if component == "transformer" and (foreign := [name for name in weights if name not in wanted]):
-        raise ArtifactError(
+    owner = f"{component} of {source}"
+    if (problem := quantized((name for name in weights if name not in shapes), owner)) is not None:
+        yield problem
+        return
+    if missing := [name for name in shapes if name not in weights]:
+        yield missing_tensors(list(weights), shapes, missing, owner)
+    stored = {name: weights.stored[name] for name in shapes if name in weights}
+    if other := [name for name, found in stored.items() if found.shape != shapes[name]]:
+        yield ArtifactError(
+            f"{other[0]}{_more(other)} in the {owner} does not have the shape that follows from its config",
+            found=list(stored[other[0]].shape),
+            wanted=list(shapes[other[0]]),
+            fix="use weights and a checkpoint of the same architecture (sana-export variants)",
+        )
+    if other := [name for name, found in stored.items() if found.dtype not in SAFETENSORS_WEIGHT_DTYPES]:
+        yield ArtifactError(
+            f"{other[0]}{_more(other)} in the {owner} has an unsupported dtype",
+            found=stored[other[0]].dtype,
+            wanted=", ".join(SAFETENSORS_WEIGHT_DTYPES),
+            fix="use weights that are not quantized",
+        )
+    if component == "transformer" and not missing and (foreign := [name for name in weights if name not in shapes]):
+        yield ArtifactError(
             f"{owner} has {len(foreign)} tensors that its network does not have",
             found=foreign[0],
             wanted="weights of the network that config.json describes",
@@ -113,49 +130,5 @@ def check_weights(component: str, config: Mapping[str, Any], weights: Weights, s
         )
 
 
-def _check_tensor(name: str, found: Stored, shape: tuple[int, ...], owner: str) -> None:
-    if found.dtype not in SAFETENSORS_WEIGHT_DTYPES:
-        raise ArtifactError(
-            f"{name} in the {owner} has an unsupported dtype",
-            found=found.dtype,
-            wanted=", ".join(SAFETENSORS_WEIGHT_DTYPES),
-            fix="use weights that are not quantized",
-        )
-    if found.shape != shape:
-        raise ArtifactError(
-            f"{name} in the {owner} does not have the shape that follows from its config",
-            found=list(found.shape),
-            wanted=list(shape),
-            fix="use weights and a checkpoint of the same architecture (sana-export variants)",
-        )
-
-
-def expected_shapes(component: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that an export reads, by name. They come from the component's class, built without its weights."""
-    import torch
-
-    with torch.device("meta"):
-        model = _MAKERS[component](dict(config))
-    read = COMPONENTS[component].read
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name.startswith(read)}
-
-
-def _transformer(config: dict[str, Any]) -> Any:
-    from diffusers import SanaTransformer2DModel
-
-    return SanaTransformer2DModel.from_config(config)
-
-
-def _vae(config: dict[str, Any]) -> Any:
-    from diffusers import AutoencoderDC
-
-    return AutoencoderDC.from_config(config)
-
-
-def _text_encoder(config: dict[str, Any]) -> Any:
-    from transformers import Gemma2Config, Gemma2Model
-
-    return Gemma2Model(Gemma2Config.from_dict(config))
-
-
-_MAKERS: dict[str, Callable[[dict[str, Any]], Any]] = {"transformer": _transformer, "vae": _vae, "text_encoder": _text_encoder}
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -38,15 +38,16 @@ def plain_names(tensors: Mapping[str, T], owner: str) -> dict[str, T]:
     return {name: value for name, (_, value) in found.items()}
 
 
-def refuse_quantized(names: Iterable[str], owner: str) -> None:
-    """Raise ArtifactError if `names` are those of quantized weights, with `owner` as what contains them."""
-    if (found := find_first(QUANTIZED, names)) is not None:
-        raise ArtifactError(
-            f"{owner} has {found[0].what}, which are not supported",
-            found=found[1],
-            wanted="weights in float32, float16 or bfloat16",
-            fix="use the weights before they were quantized",
-        )
+def quantized(names: Iterable[str], owner: str) -> ArtifactError | None:
+    """The error for quantized weights, with `owner` as what contains them. None if no name is one of quantized weights."""
+    if (found := find_first(QUANTIZED, names)) is None:
+        return None
+    return ArtifactError(
+        f"{owner} has {found[0].what}, which are not supported",
+        found=found[1],
+        wanted="weights in float32, float16 or bfloat16",
+        fix="use the weights before they were quantized",
+    )
 
 
 def missing_tensors(

@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sana_export.checkpoint.model_names import not_a_checkpoint
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError, first_line
 from sana_export.files import disk_errors, is_disk_error
+from sana_export.formats.recognize import not_what_was_wanted
 from sana_export.variants import INDEX
 
 log = logging.getLogger(__name__)
 
+#: The largest JSON file that is read. The index of a sharded model has a megabyte or two.
+MOST_JSON = 100_000_000
 #: Reads a JSON file of the checkpoint, by its path relative to the checkpoint.
 ReadJson = Callable[[str], Mapping[str, Any]]
 #: Chooses the files that an export reads, from the names of all files of a checkpoint.
@@ -34,10 +38,18 @@ class Hub:
     offline: bool = False
 
 
-def fetch(repo: str, revision: str | None, hub: Hub, check_index: Callable[[Mapping[str, Any]], None], select: Select) -> Path:
+def fetch(
+    repo: str,
+    revision: str | None,
+    hub: Hub,
+    check_index: Callable[[Mapping[str, Any]], None],
+    check_configs: Callable[[Mapping[str, Any], ReadJson], None],
+    select: Select,
+) -> Path:
     """Download the files of `repo` that `select` chooses, all of one commit, and return their folder in huggingface_hub's cache.
 
-    model_index.json is downloaded first, so that `check_index` can refuse another pipeline before anything else is downloaded.
+    model_index.json is downloaded first, so that `check_index` can refuse another pipeline before anything else is downloaded. Then
+    come the configs, so that `check_configs` can refuse them before any weights are downloaded.
     Raises UsageError for an unknown repository or revision, ArtifactError if it is not a diffusers checkpoint, and DependencyError
     if the hub cannot be reached or refuses, or if offline mode is on and a file is not in the cache.
     """
@@ -61,30 +73,23 @@ def fetch(repo: str, revision: str | None, hub: Hub, check_index: Callable[[Mapp
         except huggingface_hub.errors.RemoteEntryNotFoundError as error:
             names = huggingface_hub.list_repo_files(repo, revision=revision, token=hub.token)
             raise not_a_checkpoint(repo, names, lambda name: read_json(read(name))) from error
-        check_index(read_json(index))
+        content = read_json(index)
+        check_index(content)
         folder, commit = index.parent, index.parent.name
         if offline:
             return _cached(repo, folder, select)
         names = huggingface_hub.list_repo_files(repo, revision=commit, token=hub.token)
-        wanted = select(names, lambda name: read_json(read(name, commit)))
+
+        def read_config(name: str) -> Mapping[str, Any]:
+            if name not in names:
+                raise ArtifactError(f"{name} of {repo} is missing", found="no such file", wanted="a config in JSON")
+            return read_json(read(name, commit))
+
+        check_configs(content, read_config)
+        wanted = select(names, read_config)
         log.info("%d of %d files of %s are needed", len(wanted), len(names), repo)
         huggingface_hub.snapshot_download(repo, revision=commit, cache_dir=hub.cache_dir, token=hub.token, allow_patterns=wanted)
         return folder
-
-
-def not_a_checkpoint(source: str, names: Collection[str], read_json: ReadJson) -> ArtifactError:
-    """The error for a folder or repository without model_index.json. It says what is there instead."""
-    found = f"no {INDEX}"
-    if "config.json" in names and (kind := read_json("config.json").get("_class_name")):
-        found += f", and a config.json of {kind}"
-    elif pickles := sorted(name for name in names if name.endswith((".pth", ".pt", ".ckpt", ".bin"))):
-        found += f", but {pickles[0]}"
-    return ArtifactError(
-        f"{source} is not a diffusers checkpoint",
-        found=found,
-        wanted="a folder that SanaPipeline.from_pretrained loads",
-        fix="sana-export variants  (lists the published checkpoints)",
-    )
 
 
 def _cached(repo: str, folder: Path, select: Select) -> Path:
@@ -104,11 +109,13 @@ def _cached(repo: str, folder: Path, select: Select) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ArtifactError if there is none."""
     try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"more than {MOST_JSON} bytes")
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing", found="no such file", wanted="a config in JSON") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged", found=str(error), wanted="a config in JSON") from error
+    except (OSError, ValueError, RecursionError) as error:  # a folder, not JSON, not UTF-8
+        raise not_what_was_wanted(path, "a config in JSON", error, fix="download it again") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} is damaged", found=type(content).__name__, wanted="a JSON object")
     return content

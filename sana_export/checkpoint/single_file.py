@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from sana_export.checkpoint.foreign_weights import plain_names, refuse_quantized
+from sana_export.checkpoint.foreign_weights import plain_names, quantized
 from sana_export.checkpoint.weights import Stored, Weights, read_headers
 from sana_export.errors import ArtifactError
 from sana_export.formats.recognize import refuse_pickle
@@ -35,7 +35,8 @@ def open_single_file(path: Path) -> Weights:
     """
     refuse_pickle(path)
     stored = plain_names(read_headers([path], fix="download the file again"), str(path))
-    refuse_quantized(stored, str(path))
+    if (problem := quantized(stored, str(path))) is not None:
+        raise problem
     return Weights(_converted(stored, path) if ORIGINAL in stored else stored)
 
 

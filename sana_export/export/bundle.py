@@ -158,14 +158,17 @@ def choose_options(checkpoint: SanaCheckpoint, precision: str, pag_layers: Itera
     """Check the options against the checkpoint, choose the clamp and log the reason."""
     if precision not in PRECISIONS:
         raise UsageError("unknown precision", found=precision, wanted=", ".join(PRECISIONS))
-    trained, reason = checkpoint.trained_with_clamp()
+    trained = checkpoint.trained_with_clamp()
     if clamp is None:
-        clamp = trained
-        log.info("self-attention outputs are %s: %s", "clipped to +-65504" if clamp else "not clipped", reason)
-    elif clamp != trained:
-        log.warning("--%sclamp contradicts how this checkpoint was trained: %s", "" if clamp else "no-", reason)
+        clamp = trained.on
+        level = logging.INFO if trained.certain else logging.WARNING
+        log.log(level, "self-attention outputs are %s: %s", "clipped to +-65504" if clamp else "not clipped", trained.reason)
+        if not trained.certain:
+            log.warning("if the checkpoint was trained in bf16, export it with --no-clamp")
+    elif clamp != trained.on and trained.certain:
+        log.warning("--%sclamp contradicts how this checkpoint was trained: %s", "" if clamp else "no-", trained.reason)
     transformer, names = checkpoint.config("transformer"), [*map(str, pag_layers)]
-    if names and transformer.get("guidance_embeds"):
+    if names and transformer["guidance_embeds"]:
         raise UsageError(
             f"{checkpoint.source} does not support PAG: its guidance is distilled into a single branch (SANA-Sprint)",
             found=f"--pag-layers {' '.join(names)}",
@@ -263,13 +266,13 @@ def model_info(checkpoint: SanaCheckpoint, instruction: str) -> ModelInfo:
     transformer, vae, text = (checkpoint.config(component) for component in ("transformer", "vae", "text_encoder"))
     # The halo depends only on the layers, so the weights need no values.
     layers = VaeDecoderTail(vae, checkpoint.weights("vae").on_meta(), NUMERICS["float32"])
-    variant, guidance_embeds = checkpoint.defaults_from, bool(transformer.get("guidance_embeds"))
+    variant, guidance_embeds = checkpoint.defaults_from, bool(transformer["guidance_embeds"])
     return ModelInfo(
         sample_size=transformer["sample_size"],
         latent_channels=transformer["in_channels"],
         vae_scale_factor=2 ** (len(vae["encoder_block_out_channels"]) - 1),
         # SanaSprintPipeline does not apply the config's scale.
-        timestep_scale=1.0 if guidance_embeds else transformer.get("timestep_scale", 1.0),
+        timestep_scale=1.0 if guidance_embeds else transformer["timestep_scale"],
         text_channels=text["hidden_size"],
         embedding_rows=checkpoint.weights("text_encoder").shape("embed_tokens.weight")[0],
         scheduler=checkpoint.config("scheduler"),

@@ -28,7 +28,7 @@ def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> Graph
         "text_head_dim": text["head_dim"],
         "feature_channels": feature_channels(checkpoint.config("vae")),
     }
-    return resolve(name, dimensions, options.dtype, features=[key for key in FEATURE_TENSORS.values() if transformer.get(key)])
+    return resolve(name, dimensions, options.dtype, features=[key for key in FEATURE_TENSORS.values() if transformer[key]])
 
 
 @dataclass(frozen=True)

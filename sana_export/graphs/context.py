@@ -29,7 +29,7 @@ class Context(nn.Module):
         self.linear_1 = _linear(weights, "caption_projection.linear_1", numerics)
         self.linear_2 = _linear(weights, "caption_projection.linear_2", numerics)
         self.caption_norm = parameter(weights["caption_norm.weight"], torch.float32)
-        self.qk_norm = config.get("qk_norm") is not None
+        self.qk_norm = config["qk_norm"] is not None
         factor = self.dim**-0.5
         blocks = [f"transformer_blocks.{index}.attn2." for index in range(self.layers)]
         key_factor = 1.0 if self.qk_norm else factor

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from sana_export.errors import ArtifactError
-from sana_export.graphs.config_errors import unsupported_config
 from sana_export.graphs.gated_conv import gated_conv_halves
 from sana_export.graphs.numerics import (
     FP16_MAX,
@@ -54,9 +52,8 @@ class Denoiser(nn.Module):
         pag_layers: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        check_config(config, pag_layers)
         self.numerics = numerics
-        self.position = PositionTable(config, numerics) if config.get("interpolation_scale") is not None else None
+        self.position = PositionTable(config, numerics) if config["interpolation_scale"] is not None else None
         scale = numerics.scale
         patch = weights["patch_embed.proj.weight"].flatten(1)
         self.patch_embed = Linear(patch, weights["patch_embed.proj.bias"], numerics, scale)
@@ -125,7 +122,7 @@ class Block(nn.Module):
         self.scale_shift_table = parameter(weights["scale_shift_table"], numerics.dtype)
         self.qkv = parameter(torch.cat([weights[f"attn1.to_{name}.weight"] for name in "qkv"]), numerics.dtype)
         self.out = Linear(weights["attn1.to_out.0.weight"], weights["attn1.to_out.0.bias"], numerics, scale)
-        self.qk_norm = config.get("qk_norm") is not None
+        self.qk_norm = config["qk_norm"] is not None
         if self.qk_norm:
             self.query_norm = parameter(weights["attn1.norm_q.weight"].unsqueeze(-1), torch.float32)
             self.key_norm = parameter(weights["attn1.norm_k.weight"].unsqueeze(-1), torch.float32)
@@ -181,11 +178,11 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
         super().__init__()
-        guided = config.get("guidance_embeds")
+        guided = config["guidance_embeds"]
         prefix = "time_embed." if guided else "time_embed.emb."
         self.timestep = WaveEmbedding(weights, f"{prefix}timestep_embedder.linear_", numerics)
         # diffusers' pipeline multiplies the guidance scale by this factor before it calls the transformer.
-        factor = config.get("guidance_embeds_scale", 0.1)
+        factor = config["guidance_embeds_scale"]
         self.guidance = WaveEmbedding(weights, f"{prefix}guidance_embedder.linear_", numerics, factor) if guided else None
         self.linear = Linear(weights["time_embed.linear.weight"], weights["time_embed.linear.bias"], numerics)
 
@@ -258,28 +255,6 @@ def modulated_norm(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tens
 def expand_branches(x: Tensor, branches: int) -> Tensor:
     """[B, N, C] repeated to [K * B, N, C]."""
     return x.unsqueeze(0).expand(branches, -1, -1, -1).flatten(0, 1)
-
-
-def check_config(config: Mapping[str, Any], pag_layers: tuple[int, ...]) -> None:
-    """Raise ArtifactError if this graph does not support the transformer's config or has no block for a PAG layer."""
-    wanted = {
-        "patch_size": 1,
-        "attention_bias": False,
-        "norm_elementwise_affine": False,
-        "out_channels": config["in_channels"],
-    }
-    for key, value in wanted.items():
-        if config.get(key, value) not in (value, None):
-            raise unsupported_config("transformer", key, found=config[key], wanted=value)
-    if config.get("qk_norm") not in (None, "rms_norm_across_heads"):
-        raise unsupported_config("transformer", "qk_norm", found=config["qk_norm"], wanted="rms_norm_across_heads or null")
-    if beyond := [layer for layer in pag_layers if not 0 <= layer < config["num_layers"]]:
-        raise ArtifactError(
-            "the transformer has no such block for PAG",
-            found=", ".join(map(str, beyond)),
-            wanted=f"blocks from 0 to {config['num_layers'] - 1}",
-            fix="choose other PAG layers",
-        )
 
 
 def _block_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:

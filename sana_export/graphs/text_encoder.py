@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from sana_export.contract import MAX_TOKENS
-from sana_export.graphs.config_errors import unsupported_config
 from sana_export.graphs.numerics import MASKED, NUMERICS, Linear, Numerics, parameter, rms_norm
 
 
@@ -28,7 +26,6 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
         super().__init__()
-        check_config(config)
         self.numerics = numerics
         self.embedding_scale = float(config["hidden_size"]) ** 0.5
         self.rotary = Rotary(config)
@@ -55,7 +52,7 @@ class GemmaLayer(nn.Module):
         eps = config["rms_norm_eps"]
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         self.head_dim = config["head_dim"]
-        self.softcap = config.get("attn_logit_softcapping")
+        self.softcap = config["attn_logit_softcapping"]
         self.input_norm = Norm(weights["input_layernorm.weight"], eps, numerics, scaled_input=True)
         self.qkv = Linear(torch.cat([weights[f"self_attn.{name}_proj.weight"] for name in "qkv"]), None, numerics)
         self.out = Linear(weights["self_attn.o_proj.weight"], None, numerics, scale=numerics.scale)
@@ -131,9 +128,9 @@ class Rotary(nn.Module):
         super().__init__()
         dim = config["head_dim"]
         self.frequencies = parameter(
-            1.0 / (rope_theta(config) ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)), torch.float32
+            1.0 / (config["rope_parameters"]["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)), torch.float32
         )
-        self.query_scale = config["query_pre_attn_scalar"] ** -0.5 / (config.get("attn_logit_softcapping") or 1.0)
+        self.query_scale = config["query_pre_attn_scalar"] ** -0.5 / (config["attn_logit_softcapping"] or 1.0)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         angles = positions.float().unsqueeze(-1) * self.frequencies
@@ -176,32 +173,6 @@ def encode_instruction(config: Mapping[str, Any], weights: Mapping[str, Tensor],
         prefix.append(own[:, 0])
     last = Norm(weights["norm.weight"], config["rms_norm_eps"], numerics)(x)
     return torch.stack(prefix), last[0, 0]
-
-
-def rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base, from the config key of transformers 4 or of transformers 5."""
-    parameters = config.get("rope_parameters") or {}
-    return float(config.get("rope_theta") or parameters["rope_theta"])
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Raise ArtifactError if this graph does not support the text encoder's config."""
-    wanted = {
-        "model_type": ("gemma2",),
-        "hidden_activation": ("gelu_pytorch_tanh",),
-        "attention_bias": (False,),
-        "use_bidirectional_attention": (False, None),
-    }
-    for key, values in wanted.items():
-        found = config.get(key, values[0])
-        if found not in values:
-            raise unsupported_config("text_encoder", key, found=found, wanted=values[0])
-    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    if rope_type != "default" or config.get("rope_scaling"):
-        scaling = rope_type if rope_type != "default" else config["rope_scaling"]
-        raise unsupported_config("text_encoder", "scaling of the rotary embedding", found=scaling, wanted="no scaling")
-    if (window := config.get("sliding_window") or MAX_TOKENS) < MAX_TOKENS:
-        raise unsupported_config("text_encoder", "sliding_window", found=window, wanted=f"at least {MAX_TOKENS}")
 
 
 def _layer_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:

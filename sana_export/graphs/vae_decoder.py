@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sana_export.graphs.config_errors import unsupported_config
 from sana_export.graphs.numerics import Conv, Numerics
 from sana_export.graphs.vae_blocks import BLOCKS, ChannelNorm, Upsample
 
@@ -46,7 +45,6 @@ class VaeDecoderHead(nn.Module):
         self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics, *, bands: int = MAX_BANDS
     ) -> None:
         super().__init__()
-        check_config(config)
         weights = _decoder_weights(weights)
         self.dtype, self.factor = numerics.dtype, numerics.scale / config["scaling_factor"]
         self.conv_in = Conv(_with_shortcut(weights["conv_in.weight"]), weights["conv_in.bias"], numerics, bias_scale=numerics.scale)
@@ -68,7 +66,6 @@ class VaeDecoderTail(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
         super().__init__()
-        check_config(config)
         weights = _decoder_weights(weights)
         stages = range(local_stages(config))
         self.stages = nn.Sequential(*(build_stage(config, weights, stage, numerics) for stage in reversed(stages)))
@@ -164,24 +161,3 @@ _REACH: dict[type[nn.Module], Callable[[Any, int], int]] = {
     Upsample: lambda upsample, reach: reach // 2 + 1,
     nn.Sequential: lambda nothing, reach: reach,
 }
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Raise ArtifactError if this graph does not support the VAE's config."""
-
-    def every(key: str) -> set[str]:
-        value = config[key]
-        return {value} if isinstance(value, str) else set(value)
-
-    supported = {
-        "decoder_block_types": (every("decoder_block_types") <= set(BLOCKS), " or ".join(BLOCKS)),
-        "decoder_norm_types": (every("decoder_norm_types") == {"rms_norm"}, "rms_norm"),
-        "decoder_act_fns": (every("decoder_act_fns") == {"silu"}, "silu"),
-        "upsample_block_type": (config["upsample_block_type"] == "interpolate", "interpolate"),
-        "decoder_in_shortcut": (config.get("decoder_in_shortcut", True) is True, "true"),
-        "decoder_conv_act_fn": (config.get("decoder_conv_act_fn", "relu") == "relu", "relu"),
-        "decoder_layers_per_block": (min(config["decoder_layers_per_block"]) > 0, "at least 1 layer in every stage"),
-    }
-    for key, (passed, wanted) in supported.items():
-        if not passed:
-            raise unsupported_config("vae", key, found=config.get(key), wanted=wanted)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Float32
 from sana_export.formats.safetensors_file import StoredTensor, TensorFile
+from sana_export.formats.tokenizer_file import read_tokenizer
 from sana_export.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -148,11 +149,7 @@ class PromptEncoder:
     @classmethod
     def load(cls, bundle: Path, manifest: Manifest, *, fix: str | None = None) -> PromptEncoder:
         """The encoder of a bundle, from its files tokenizer/, instruction.safetensors and embeddings.safetensors."""
-        path = bundle / "tokenizer" / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the tokenizers library raises nothing narrower
-            raise ArtifactError(f"{path} is damaged", found=error, wanted="a tokenizer", fix=fix) from error
+        tokenizer = read_tokenizer(bundle / "tokenizer" / "tokenizer.json", fix=fix)
         stored = TensorFile(bundle / "instruction.safetensors", fix=fix)
         instruction = Instruction(
             manifest.model.instruction,

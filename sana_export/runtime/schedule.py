@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sana_export.architectures import SCHEDULER_DEFAULTS
 from sana_export.contract import COEFFICIENTS
 from sana_export.errors import UsageError
 from sana_export.formats.arrays import Float32
+from sana_export.supported import SCHEDULERS, unsupported
 
 #: The defaults of diffusers' SanaSprintPipeline: SANA-Sprint's first timestep, and the second of two.
 SPRINT_MAX_TIMESTEP = 1.57080
@@ -44,60 +46,29 @@ class Schedule:
     needs_noise: bool
 
 
-@dataclass(frozen=True)
-class _Option:
-    """A key of scheduler_config.json with the values that are supported."""
-
-    #: What diffusers uses if the key is missing.
-    default: object
-    supported: tuple[object, ...]
-
-
-@dataclass(frozen=True)
-class _Solver:
-    """One of diffusers' schedulers."""
-
-    #: What must be checked in its config, by key.
-    options: Mapping[str, _Option]
-    #: From the config and the number of steps.
-    build: Callable[[Mapping[str, Any], int], Schedule]
-
-
 def make_schedule(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
-    """The schedule of `num_inference_steps` steps; `config` is the content of the checkpoint's scheduler_config.json.
+    """The schedule of `num_inference_steps` steps for the scheduler config of a bundle's manifest.
 
     Raises UsageError for fewer than 1 step, a scheduler that is not in `SCHEDULERS`, and a setting that the table cannot express.
+    An export refuses such a checkpoint, but older exports did not.
     """
     name = config.get("_class_name")
-    solver = _SOLVERS.get(str(name))
-    if solver is None:
+    if name not in SCHEDULERS:
         raise UsageError(
             "this checkpoint's scheduler is not supported",
             found=f"_class_name {name!r}",
             wanted=" or ".join(SCHEDULERS),
         )
-    for key, option in solver.options.items():
-        _check_option(name, config, key, option)
-    if num_inference_steps < 1:
-        raise UsageError("sampling needs at least one step", found=num_inference_steps, wanted="1 or more")
-    return solver.build(config, int(num_inference_steps))
-
-
-def _check_option(name: object, config: Mapping[str, Any], key: str, option: _Option) -> None:
-    value = config.get(key, option.default)
-    if value not in option.supported:
+    full = SCHEDULER_DEFAULTS[name] | dict(config)  # older bundles have what the checkpoint's file says, which may lack keys
+    for setting in unsupported(name, full, config):
         raise UsageError(
             f"this setting of the checkpoint's {name} is not supported",
-            found=f"{key} = {value!r}" + ("" if key in config else " (diffusers' default: the key is missing)"),
-            wanted=f"{key} = " + " or ".join(map(repr, option.supported)),
+            found=f"{setting.key} = {setting.found}",
+            wanted=f"{setting.key} = {setting.wanted}",
         )
-
-
-def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise UsageError(f"the checkpoint's scheduler config has a bad {key}", found=repr(value), wanted="a positive number")
-    return value
+    if num_inference_steps < 1:
+        raise UsageError("sampling needs at least one step", found=num_inference_steps, wanted="1 or more")
+    return _SOLVERS[name](full, int(num_inference_steps))
 
 
 def _table(num_inference_steps: int, **columns: npt.ArrayLike) -> Float32:
@@ -122,7 +93,7 @@ def _dpm_solver(config: Mapping[str, Any], num_inference_steps: int) -> Schedule
     sigmas at the last step (IndexError). This happens from 501 steps at shift 3 and from 201 at shift 6. The schedule of this
     function always starts at the first sigma.
     """
-    train_steps, shift = _positive(config, "num_train_timesteps", 1000), _positive(config, "flow_shift", 1.0)
+    train_steps, shift = config["num_train_timesteps"], config["flow_shift"]
     linear = 1.0 - np.linspace(1, 1 / train_steps, num_inference_steps + 1)
     shifted = np.flip(shift * linear / (1 + (shift - 1) * linear))[:-1]
     sigmas = np.append(shifted, 0).astype(np.float32)
@@ -132,7 +103,7 @@ def _dpm_solver(config: Mapping[str, Any], num_inference_steps: int) -> Schedule
     h = np.diff(log_snr)
     decay = alphas[1:] * (_rounded(np.exp, -h) - np.float32(1))
     gain = np.zeros(num_inference_steps)
-    if config.get("solver_order", 2) == 2:  # all steps but the first and the last
+    if config["solver_order"] == 2:  # all steps but the first and the last
         gain[1:-1] = 0.5 * decay[1:-1] * (h[1:-1] / h[:-2])
     coefficients = _table(
         num_inference_steps,
@@ -150,13 +121,13 @@ def _flow_euler(config: Mapping[str, Any], num_inference_steps: int) -> Schedule
 
     As in diffusers, the shift is applied twice to the smallest sigma: to find the range, and to the sigmas spread over it.
     """
-    train_steps, shift = _positive(config, "num_train_timesteps", 1000), _positive(config, "shift", 1.0)
+    train_steps, shift = config["num_train_timesteps"], config["shift"]
     ends = np.array([train_steps, 1], dtype=np.float32) / np.float32(train_steps)
     ends = np.float32(shift) * ends / (1 + np.float32(shift - 1) * ends)
     linear = np.linspace(float(ends[0]) * train_steps, float(ends[1]) * train_steps, num_inference_steps) / train_steps
     sigmas = np.append(shift * linear / (1 + (shift - 1) * linear), 0).astype(np.float32)
     now, after = sigmas[:-1].astype(np.float64), sigmas[1:].astype(np.float64)
-    if config.get("stochastic_sampling", False):
+    if config["stochastic_sampling"]:
         columns = {"x0": 1 - after, "noise": after}
     else:
         columns = {"latents": after / now, "x0": 1 - after / now}
@@ -186,7 +157,7 @@ def _sprint(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
     diffusers accepts only 2 steps unless the intermediate timestep is None; this function uses None for every other number of
     steps. The timesteps are equal to diffusers' for 1 and 2 steps, and equal up to float32 rounding (2.5e-7) for more.
     """
-    train_steps = _positive(config, "num_train_timesteps", 1000)
+    train_steps = config["num_train_timesteps"]
     if num_inference_steps > train_steps:
         raise UsageError(
             "SCMScheduler cannot have more steps than it was trained with",
@@ -208,39 +179,9 @@ def _sprint(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
     return Schedule(timesteps[:-1], coefficients, float(n[0]), num_inference_steps > 1)
 
 
-_OFF = _Option(False, (False, None))
-
-_SOLVERS: dict[str, _Solver] = {
-    "DPMSolverMultistepScheduler": _Solver(
-        {
-            "algorithm_type": _Option("dpmsolver++", ("dpmsolver++",)),
-            "solver_type": _Option("midpoint", ("midpoint",)),
-            "solver_order": _Option(2, (1, 2)),
-            "prediction_type": _Option("epsilon", ("flow_prediction",)),
-            "use_flow_sigmas": _Option(False, (True,)),
-            "final_sigmas_type": _Option("zero", ("zero",)),
-            "thresholding": _OFF,
-            "use_karras_sigmas": _OFF,
-            "use_exponential_sigmas": _OFF,
-            "use_beta_sigmas": _OFF,
-            "use_lu_lambdas": _OFF,
-            "use_dynamic_shifting": _OFF,
-        },
-        _dpm_solver,
-    ),
-    "FlowMatchEulerDiscreteScheduler": _Solver(
-        {
-            "shift_terminal": _Option(None, (None,)),
-            "invert_sigmas": _OFF,
-            "use_karras_sigmas": _OFF,
-            "use_exponential_sigmas": _OFF,
-            "use_beta_sigmas": _OFF,
-            "use_dynamic_shifting": _OFF,
-        },
-        _flow_euler,
-    ),
-    "SCMScheduler": _Solver({"prediction_type": _Option("trigflow", ("trigflow",))}, _sprint),
+#: How the schedule of each of `SCHEDULERS` is made from its complete config and the number of steps.
+_SOLVERS: Mapping[str, Callable[[Mapping[str, Any], int], Schedule]] = {
+    "DPMSolverMultistepScheduler": _dpm_solver,
+    "FlowMatchEulerDiscreteScheduler": _flow_euler,
+    "SCMScheduler": _sprint,
 }
-
-#: The diffusers schedulers that `make_schedule` supports.
-SCHEDULERS = tuple(_SOLVERS)

@@ -9,7 +9,7 @@ import torch
 
 from sana_export.bench.work import floors
 from sana_export.bench.work.networks import MetaWeights
-from sana_export.checkpoint.components import expected_shapes
+from sana_export.checkpoint.configs import expected_shapes
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
 from sana_export.synth.recipes import RECIPES

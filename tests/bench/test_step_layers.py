@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sana_export.bench.work.layers import Account, make_account
-from sana_export.checkpoint.components import expected_shapes
+from sana_export.checkpoint.configs import expected_shapes
 from sana_export.contract import resolve
 from sana_export.export.onnx import export_onnx
 from sana_export.graphs.denoiser import Denoiser

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sana_export.checkpoint.checkpoint import open_checkpoint
+from sana_export.checkpoint.clamp import Clamp
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.variants import VARIANTS
 
@@ -123,7 +124,8 @@ def test_other_pipelines_are_refused(folder, name):
     with pytest.raises(ArtifactError, match=f"not a Sana text-to-image checkpoint\n.*model_index.json names {name}") as caught:
         open_checkpoint(str(folder))
     assert "SanaPipeline" in caught.value.wanted
-    assert "sana-export variants" in caught.value.fix
+    fix = "diffusers.SanaPipeline.from_pretrained" if name == "SanaControlNetPipeline" else "sana-export variants"
+    assert fix in caught.value.fix
 
 
 def test_a_controlnet_folder_is_not_a_checkpoint(folder):
@@ -252,7 +254,7 @@ PUBLISHED = VARIANTS["sana-1600m-1024px"], VARIANTS["sana-1600m-1024px-multiling
 def recognized(folder, monkeypatch, *rows):
     """Make `folder` look like a checkpoint that is not synthetic and has the configs of `rows`."""
     (folder / "sana_export.json").unlink()
-    monkeypatch.setattr("sana_export.checkpoint.checkpoint.recognize", lambda transformer, scheduler: rows)
+    monkeypatch.setattr("sana_export.checkpoint.checkpoint.recognize", lambda transformer, scheduler=None: rows)
 
 
 @pytest.mark.parametrize(
@@ -265,9 +267,9 @@ def test_if_rows_differ_in_the_clamp_the_stored_dtype_decides(folder, monkeypatc
     edit_weights(folder / "transformer" / "diffusion_pytorch_model.safetensors", change)
     recognized(folder, monkeypatch, *PUBLISHED)
     checkpoint = open_checkpoint(str(folder))
-    found, reason = checkpoint.trained_with_clamp()
-    assert found is clamp
-    assert "stored as" in reason
+    found = checkpoint.trained_with_clamp()
+    assert (found.on, found.certain) == (clamp, True)
+    assert "stored as" in found.reason
     assert (checkpoint.variant and checkpoint.variant.alias) == alias  # two rows with the clamp fit, so it is neither
     assert checkpoint.defaults_from.clamp is clamp
 
@@ -275,10 +277,8 @@ def test_if_rows_differ_in_the_clamp_the_stored_dtype_decides(folder, monkeypatc
 def test_if_rows_agree_on_the_clamp_it_is_known(folder, monkeypatch):
     recognized(folder, monkeypatch, *PUBLISHED[:2])
     checkpoint = open_checkpoint(str(folder))  # stored as F32
-    assert checkpoint.trained_with_clamp() == (
-        True,
-        "the table of variants says so for sana-1600m-1024px and sana-1600m-1024px-multiling",
-    )
+    reason = "the table of variants says so for sana-1600m-1024px and sana-1600m-1024px-multiling"
+    assert checkpoint.trained_with_clamp() == Clamp(True, reason)
     assert checkpoint.defaults_from is PUBLISHED[0]
 
 

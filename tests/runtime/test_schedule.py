@@ -12,13 +12,8 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 from sana_export.contract import COEFFICIENTS
 from sana_export.errors import UsageError
-from sana_export.runtime.schedule import (
-    SCHEDULERS,
-    SPRINT_INTERMEDIATE_TIMESTEP,
-    SPRINT_MAX_TIMESTEP,
-    Schedule,
-    make_schedule,
-)
+from sana_export.runtime.schedule import SPRINT_INTERMEDIATE_TIMESTEP, SPRINT_MAX_TIMESTEP, Schedule, make_schedule
+from sana_export.supported import SCHEDULERS
 
 #: diffusers passes a tensor to np.array, for which numpy 2 has a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

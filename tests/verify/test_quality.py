@@ -62,7 +62,7 @@ def test_fp16_files_do_not_make_it_one_of_the_clamped_family(drawing_checkpoint:
     assert drawing_checkpoint.base_weights("transformer").dtype() == "F16"
     copy = shutil.copytree(drawing_checkpoint.folder, tmp_path / "copy")
     for checkpoint in (drawing_checkpoint, open_checkpoint(str(copy))):
-        assert checkpoint.trained_with_clamp()[0] is False
+        assert checkpoint.trained_with_clamp().on is False
         assert not checkpoint.synthetic
         assert checkpoint.variant is not None
         assert checkpoint.variant.alias == "tiny"

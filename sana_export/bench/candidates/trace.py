@@ -133,7 +133,7 @@ def _shapes(job: Job) -> tuple[tuple[int, int, int, int], int]:
     factor = 2 ** (len(checkpoint.config("vae")["encoder_block_out_channels"]) - 1)
     transformer = checkpoint.config("transformer")
     shape = (work.images_per_prompt, transformer["in_channels"], work.height // factor, work.width // factor)
-    return shape, 2 if work.guidance_scale > 1 and not transformer.get("guidance_embeds") else 1
+    return shape, 2 if work.guidance_scale > 1 and not transformer["guidance_embeds"] else 1
 
 
 def _runner(session: Any) -> Callable[..., Any]:

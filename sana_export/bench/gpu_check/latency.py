@@ -71,7 +71,7 @@ def measure(
 def _job(context: PartContext, model: str, backend: str, with_onnx: bool, workload: Workload) -> Job:
     checkpoint = checkpoint_of(context, model)
     bundle: Path = (exported if with_onnx else without_onnx)(context, checkpoint, model)
-    clamp = checkpoint.trained_with_clamp()[0]
+    clamp = checkpoint.trained_with_clamp().on
     threads = workload.resolved_threads()
     return Job(backend, str(bundle), str(checkpoint.folder), None, PRECISION, clamp, (), threads, workload)
 

@@ -13,7 +13,7 @@ from sana_export.bench.work.call_shape import CallShape, GraphWork, with_totals
 from sana_export.bench.work.count import Work
 from sana_export.bench.work.torch import torch_work
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
-from sana_export.checkpoint.components import expected_shapes
+from sana_export.checkpoint.configs import expected_shapes, read_part
 from sana_export.export.example_inputs import graph_spec
 from sana_export.graphs.builders import build_graph
 from sana_export.manifest import Options
@@ -46,11 +46,7 @@ class MetaCheckpoint:
         self.configs = configs
 
     def config(self, component: str) -> dict[str, Any]:
-        if component != "text_encoder":
-            return dict(self.configs[component])
-        from transformers import Gemma2Config
-
-        return Gemma2Config.from_dict(dict(self.configs[component])).to_dict()  # with the defaults that a stored config.json has
+        return dict(read_part(component, self.configs[component]).config)
 
     def weights(self, component: str) -> MetaWeights:
         return MetaWeights(expected_shapes(component, self.configs[component]))
@@ -102,7 +98,7 @@ def reference_work(configs: Configs, shape: CallShape, dtypes: Mapping[str, str]
         def step() -> Any:
             latents = torch.empty(rows, channels, *size, dtype=dtype["transformer"])
             text = torch.empty(rows, TEXT_TOKENS, config["transformer"]["caption_channels"], dtype=dtype["transformer"])
-            guidance = torch.empty(rows) if config["transformer"].get("guidance_embeds") else None
+            guidance = torch.empty(rows) if config["transformer"]["guidance_embeds"] else None
             mask = torch.empty(rows, TEXT_TOKENS)
             return transformer(latents, text, torch.empty(rows), guidance, encoder_attention_mask=mask)
 
