@@ -14,7 +14,7 @@ MOST_BYTES = 500_000_000
 
 
 def read_tokenizer(path: Path, *, fix: str | None = None) -> Tokenizer:
-    """The tokenizer in `path`. Raises ArtifactError, with `fix` as the command that fixes it, if it is damaged or something else."""
+    """The tokenizer in `path`. Raises ArtifactError, with `fix` as the advice, if it is damaged or something else."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES} bytes")
