@@ -25,8 +25,6 @@ LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.1
 _FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-#: A pointer or a web page instead of a file is smaller.
-_MOST_POINTER_BYTES = 1_000_000
 _BUSY = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 
 
@@ -173,7 +171,7 @@ def check_files(bundle: Path, entries: Iterable[FileEntry], *, fix: str) -> list
             raise ArtifactError(f"{entry.path} is missing from {bundle}", found="no such file", wanted=entry.path, fix=fix)
         size = path.stat().st_size
         if size != entry.bytes:
-            if size < _MOST_POINTER_BYTES and (kind := recognize(path)) is not None:
+            if (kind := recognize(path)) is not None and kind.stands_in:
                 raise not_what_was_wanted(path, f"the file of {entry.bytes} bytes that the manifest lists", kind.name, fix=fix)
             raise ArtifactError(f"{entry.path} is damaged", found=f"{size} bytes", wanted=f"{entry.bytes} bytes", fix=fix)
         digest = hash_file(path)

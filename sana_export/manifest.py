@@ -85,6 +85,18 @@ class Manifest:
         kept = tuple(entry for entry in self.engines if (entry.graph, entry.backend, entry.key) != same)
         return replace(self, engines=(*kept, engine))
 
+    def entry(self, bundle: Path, path: str) -> FileEntry:
+        """The entry of the file at `path` that belongs to no graph. Raises ArtifactError if the manifest of `bundle` has none."""
+        found = next((entry for entry in self.files if entry.path == path), None)
+        if found is None:
+            raise ArtifactError(
+                f"{bundle / FILE_NAME} does not list {path}",
+                found=", ".join(entry.path for entry in self.files) or "no files",
+                wanted=path,
+                fix=export_command(bundle, self),
+            )
+        return found
+
     def save(self, bundle: Path) -> None:
         """Write `manifest.json`, whole or not at all. Raises DependencyError if the disk refuses."""
         document = dataclasses.asdict(self)

@@ -70,7 +70,7 @@ def _missing(checkpoint: SanaCheckpoint) -> ArtifactError:
         found += f", but tokenizer/{SENTENCEPIECE}: the same in the format of SentencePiece"
         convert = (
             "import sys, transformers; "
-            "transformers.GemmaTokenizer.from_pretrained(sys.argv[1], local_files_only=True).save_pretrained(sys.argv[1])"
+            "transformers.GemmaTokenizer.from_pretrained(sys.argv[1], add_bos_token=True).save_pretrained(sys.argv[1])"
         )
         fix = f"pip install sentencepiece protobuf && {shlex.join(['python', '-c', convert, str(folder)])}"
     return ArtifactError(

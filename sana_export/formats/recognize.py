@@ -33,6 +33,8 @@ class FileKind:
     name: str
     #: What to do. None: what the reader advises for a damaged file.
     fix: str | None = None
+    #: Whether it stands in for a file of any kind, as a pointer or an error page does.
+    stands_in: bool = False
 
 
 _PICKLE_FIX = (
@@ -69,7 +71,7 @@ _MAGIC: tuple[tuple[int, bytes, FileKind], ...] = (
     (
         0,
         b"# xet version",
-        FileKind("a pointer of Xet storage, not the file itself", "download the file itself, with `hf download`"),
+        FileKind("a pointer of Xet storage, not the file itself", "download the file itself, with `hf download`", True),
     ),
 )
 
@@ -87,7 +89,7 @@ def recognize(path: Path) -> FileKind | None:
     except (OSError, ValueError):
         return None
     if not status.st_size:
-        return FileKind("an empty file")
+        return FileKind("an empty file", stands_in=True)
     return next((kind for look in _LOOKS if (kind := look(path, head, status.st_size)) is not None), None)
 
 
@@ -123,7 +125,7 @@ def _pointer(path: Path, head: bytes, size: int) -> FileKind | None:
         fix = shlex.join(["git", "-C", str(path.parent), "lfs", "pull"])
     else:
         fix = "git lfs pull in the repository that it comes from, or download the file itself"
-    return FileKind(f"a git-lfs pointer to the file{own}", fix)
+    return FileKind(f"a git-lfs pointer to the file{own}", fix, stands_in=True)
 
 
 def _magic(path: Path, head: bytes, size: int) -> FileKind | None:
@@ -152,9 +154,9 @@ def _page(path: Path, head: bytes, size: int) -> FileKind | None:
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<!--")) or (start.startswith(b"<?xml") and b"<html" in start):
         title = re.search(rb"<title[^>]*>\s*([^<]{1,200})", head, re.IGNORECASE)
         named = f" with the title {_text(title[1])!r}" if title else ""
-        return FileKind(f"an HTML page{named}: a login or error page instead of the file", "download the file itself")
+        return FileKind(f"an HTML page{named}: a login or error page instead of the file", "download the file itself", True)
     if start.startswith(b"<?xml"):
-        return FileKind("an XML document: an error message instead of the file", "download the file itself")
+        return FileKind("an XML document: an error message instead of the file", "download the file itself", True)
     return None
 
 
@@ -182,12 +184,12 @@ def _json(path: Path, head: bytes, size: int) -> FileKind | None:
     if b'"weight_map"' in head:
         return FileKind("the index of a sharded model, not its weights", "name the folder that contains the shards")
     if re.match(rb'\s*\{\s*"(error|message|detail|status)"', head):
-        return FileKind(f"an error message of a server, {_text(head)!r}", "download the file itself")
+        return FileKind(f"an error message of a server, {_text(head)!r}", "download the file itself", True)
     return FileKind("a JSON document")
 
 
 def _zeros(path: Path, head: bytes, size: int) -> FileKind | None:
-    return None if head.strip(b"\0") else FileKind("a file of zeros, as an interrupted download leaves it")
+    return None if head.strip(b"\0") else FileKind("a file of zeros, as an interrupted download leaves it", stands_in=True)
 
 
 def _plain_text(path: Path, head: bytes, size: int) -> FileKind | None:
