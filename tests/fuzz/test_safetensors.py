@@ -105,7 +105,8 @@ def compare(path: Path, content: bytes) -> None:
         if dtype in BY_SAFETENSORS:
             assert file[name].stored.tobytes() == values
             assert list(file[name].shape) == shape
-            assert bytes(stored[name].read().contiguous().reshape(-1).view(torch.uint8).numpy()) == values
+            tensor = stored[name].read()
+            assert (tensor.view(torch.int16) if dtype == "BF16" else tensor).numpy().tobytes() == values
 
 
 @inputs(12)
