@@ -1,11 +1,11 @@
-"""LoRA files: their formats, what they may contain, and what they add to each layer. Needs no PyTorch.
+"""LoRA files: what they add to each layer. The one reader for `export --lora`, `generate --lora` and the runtime. Needs no PyTorch.
 
 A layer's weight W becomes
 
     W + scale * (alpha / r) * B A
 
-With use_rslora, alpha / sqrt(r) replaces alpha / r. If a file of diffusers has no alpha, alpha / r is 1. The caller reads the
-tensors: `checkpoint/` with torch, `runtime/` with numpy.
+With use_rslora, alpha / sqrt(r) replaces alpha / r. If a file has no alpha, alpha / r is 1. lora_names.py knows the tensor names of
+each program that writes LoRAs, and lora_config.py reads configs.
 
 Source: arXiv 2106.09685; the formats of diffusers (`SanaLoraLoaderMixin`) and PEFT.
 """
@@ -13,66 +13,25 @@ Source: arXiv 2106.09685; the formats of diffusers (`SanaLoraLoaderMixin`) and P
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
 
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import hash_file
+from sana_export.formats.arrays import Float32
 from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
-from sana_export.formats.safetensors_file import PICKLES
+from sana_export.formats.recognize import refuse_pickle
+from sana_export.formats.safetensors_file import StoredTensor, TensorFile
+from sana_export.lora_config import METADATA, LoraConfig, config_in_file, config_in_text
+from sana_export.lora_names import PEFT_PREFIX, Parts, find_parts
 
 DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
-#: The prefix of the transformer's layer names: True in PEFT's format, False in the format of diffusers.
-PREFIXES = {True: "base_model.model.", False: "transformer."}
-#: Suffixes of tensor names, and the role of such a tensor in its layer.
-ROLES = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".alpha": "alpha",
-}
-#: The key of a safetensors file's metadata under which diffusers stores the adapter's config. Its keys start with "transformer.".
-METADATA = "lora_adapter_metadata"
-#: PEFT's default of lora_alpha.
-PEFT_ALPHA = 8
-#: Keys of a config that make an adapter more than a product B A added to W.
-UNSUPPORTED = (
-    "use_dora",
-    "use_qalora",
-    "lora_bias",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "target_parameters",
-    "use_bdlora",
-)
-#: Values of init_lora_weights that do not change the base weights.
-PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-#: The depthwise convolution of every block. No graph supports a LoRA on it.
-DEPTHWISE = "ff.conv_depth"
-
-#: The shape of a layer's weight, [out, in] or [out, in / groups, kh, kw]; None if the model has no such layer.
-ShapeOf = Callable[[str], tuple[int, ...] | None]
-
-
-class Matrix(Protocol):
-    """A tensor of a safetensors file. Its values are read on demand."""
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def read(self) -> Any: ...
-
-
-M = TypeVar("M", bound=Matrix)
+_SAVE_AGAIN = "load it with diffusers and save it again: pipeline.save_lora_weights(folder, ..., safe_serialization=True)"
+_MOST_ALPHA_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -95,22 +54,34 @@ class Lora:
         return _weights_file(self.path)
 
     @property
+    def config_file(self) -> Path:
+        """Where PEFT's config is, if there is one."""
+        return self.weights.with_name(PEFT_CONFIG)
+
+    @property
     def sha256(self) -> str:
         """Hash of everything that is read."""
-        files = (self.weights, self.weights.with_name(PEFT_CONFIG)) if self.peft else (self.weights,)
+        files = [self.weights, *([self.config_file] if self.config_file.is_file() else [])]
         return hashlib.sha256("".join(map(hash_file, files)).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Fold(Generic[M]):
+@dataclass(frozen=True, eq=False)
+class Fold:
     """What one adapter adds to one weight: `factor` * up down."""
 
     #: The matrix A, [r, in, ...].
-    down: M
+    down: StoredTensor
     #: The matrix B, [out, r, ...].
-    up: M
+    up: StoredTensor
     #: The adapter's scale times alpha / r.
     factor: float
+
+    def product(self, rows: slice = slice(None)) -> Float32:
+        """These rows of the product [out, in * kh * kw], times the factor. The matrices are read now."""
+        up, down = (part.read().reshape(part.shape[0], -1) for part in (self.up, self.down))
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller finds values that are not finite
+            product: Float32 = (up[rows] @ down) * np.float32(self.factor)
+        return product
 
 
 def parse_lora(text: str) -> Lora:
@@ -129,37 +100,32 @@ def parse_lora(text: str) -> Lora:
     return Lora(Path(path), factor)
 
 
-def read_folds(lora: Lora, tensors: Mapping[str, M], metadata: Mapping[str, str], shape_of: ShapeOf) -> dict[str, Fold[M]]:
-    """What the adapter adds to each layer, by the layer's name.
+def read_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fold]:
+    """What the LoRA adds to each layer, by the layer's name.
 
-    `tensors` and `metadata` are those of `lora.weights`; `shape_of` gives the shapes of the model's weights. No matrix is read.
-    Raises ArtifactError, naming the tensor, if the adapter's format or kind is not supported or it does not fit the model.
+    `shapes` are those of the weights that it may change, [out, in] or [out, in / groups, kh, kw], by layer. No matrix is read.
+    Raises UsageError if there is no such file, and ArtifactError, naming the tensor, if the file is damaged or something else, if
+    its kind is not supported, or if it does not fit the model.
     """
-    config = _config(lora, metadata)
-    if config is not None:
-        _check_config(lora, config)
-    layers: dict[str, dict[str, str]] = {}
-    for name in tensors:
-        layer, role = _parse(name, lora)
-        layers.setdefault(layer, {})[role] = name
-    if not layers:
-        raise ArtifactError(f"the LoRA {lora.path} is empty", found="no tensors", wanted="lora_A and lora_B of at least one layer")
+    file = TensorFile(lora.weights, fix="download the LoRA again")
+    parts = find_parts(lora.path, file, shapes)
+    config = read_config(lora, file, parts)
     folds = {}
-    for layer, parts in layers.items():
-        _check_layer(lora, layer, parts, tensors, shape_of(layer))
-        down, up = tensors[parts["down"]], tensors[parts["up"]]
+    for layer, names in parts.items():
+        _check_layer(lora, file, layer, names, shapes.get(layer))
+        down, up = file[names.down], file[names.up]
         rank = down.shape[0]
-        given = float(tensors[parts["alpha"]].read()) if "alpha" in parts else _alpha(layer, config)
-        alpha = float(rank) if given is None else given
-        spread = math.sqrt(rank) if config and config.get("use_rslora") else rank
-        folds[layer] = Fold(down, up, lora.scale * alpha / spread)
+        alpha = float(rank) if config is None else config.alpha_of(layer)
+        if names.alpha is not None:
+            alpha = _alpha(lora, names.alpha, file)
+        factor = lora.scale * alpha / (math.sqrt(rank) if config and config.rslora else rank)
+        folds[layer] = Fold(down, up, factor)
     return folds
 
 
 def _weights_file(path: Path) -> Path:
     if path.is_file():
-        if path.suffix in PICKLES:
-            raise _pickle(path, path.name)
+        refuse_pickle(path, fix=_SAVE_AGAIN)
         return path
     if not path.is_dir():
         raise UsageError(
@@ -171,8 +137,8 @@ def _weights_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     names = sorted(entry.name for entry in path.iterdir())
-    if pickles := [name for name in names if name.endswith(PICKLES)]:
-        raise _pickle(path, pickles[0])
+    for name in names:
+        refuse_pickle(path / name, fix=_SAVE_AGAIN)
     raise ArtifactError(
         f"{path} contains no LoRA",
         found=", ".join(names[:8]) or "an empty folder",
@@ -181,102 +147,39 @@ def _weights_file(path: Path) -> Path:
     )
 
 
-def _pickle(path: Path, name: str) -> ArtifactError:
-    return ArtifactError(
-        f"the LoRA {path} is not stored as safetensors",
-        found=f"{name}, which can run code when it is loaded",
-        wanted="a .safetensors file",
-        fix="load it with diffusers and save it again: pipeline.save_lora_weights(folder, ..., safe_serialization=True)",
-    )
+def read_config(lora: Lora, file: TensorFile, parts: Mapping[str, Parts]) -> LoraConfig | None:
+    """The config of a LoRA, from its file's metadata or adapter_config.json. None if it has none and needs none.
 
-
-def _config(lora: Lora, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The adapter's LoraConfig, from adapter_config.json or the file's metadata. None if a diffusers file has none."""
-    if lora.peft:
-        path = lora.weights.with_name(PEFT_CONFIG)
-        if not path.is_file():
+    Raises ArtifactError if the config is damaged, of a kind that is not supported, or missing although alpha is known only there.
+    """
+    if not lora.peft and METADATA in file.metadata:
+        return config_in_text(file.metadata[METADATA], lora.path)
+    if lora.peft or any(name.startswith(PEFT_PREFIX) for name in file):
+        if lora.config_file.is_file():
+            return config_in_file(lora.config_file, lora.path)
+        if lora.peft or any(names.alpha is None for names in parts.values()):
             raise ArtifactError(
                 f"the LoRA {lora.path} is incomplete",
-                found=f"no {PEFT_CONFIG} next to {PEFT_FILE}",
+                found=f"no {PEFT_CONFIG} next to {lora.weights.name}",
                 wanted=f"both files of PEFT's format: {PEFT_CONFIG} contains alpha",
                 fix=f"put {PEFT_CONFIG} next to it",
             )
-        text: str | bytes = path.read_bytes()
-    elif METADATA in metadata:
-        text = metadata[METADATA]
-    else:
-        return None
-    try:
-        return {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ArtifactError(f"the config of the LoRA {lora.path} is damaged", found=str(error), wanted="a JSON object") from error
+    return None
 
 
-def _check_config(lora: Lora, config: Mapping[str, Any]) -> None:
-    unsupported = [key for key in UNSUPPORTED if config.get(key)]
-    if config.get("peft_type", "LORA") != "LORA":
-        unsupported.append("peft_type")
-    if config.get("init_lora_weights") not in PLAIN_INITIALIZATIONS:
-        unsupported.append("init_lora_weights")
-    if unsupported:
-        raise ArtifactError(
-            f"the LoRA {lora.path} is of a kind that is not supported",
-            found=f"{unsupported[0]} = {config[unsupported[0]]!r}",
-            wanted="a plain LoRA: a product B A added to each weight",
-            fix="merge it with PEFT and export the merged checkpoint",
-        )
-
-
-def _parse(name: str, lora: Lora) -> tuple[str, str]:
-    """The layer that a tensor belongs to, and the tensor's role in it."""
-    if "lora_magnitude_vector" in name or "dora_scale" in name:
-        raise ArtifactError(
-            f"the LoRA {lora.path} is a DoRA, which is not supported",
-            found=name,
-            wanted="only lora_A and lora_B",
-            fix="train with use_dora=False, or merge it with PEFT and export the merged checkpoint",
-        )
-    prefix = PREFIXES[lora.peft]
-    role = next((end for end in ROLES if name.endswith(end)), None)
-    if not name.startswith(prefix) or role is None:
-        raise ArtifactError(
-            f"the LoRA {lora.path} contains a tensor that does not belong to Sana's transformer",
-            found=name,
-            wanted=f"names like {prefix}transformer_blocks.0.attn1.to_q.lora_A.weight",
-            fix="use a LoRA in the format of diffusers or PEFT that was trained on this transformer",
-        )
-    return name.removeprefix(prefix).removesuffix(role), ROLES[role]
-
-
-def _check_layer(
-    lora: Lora, layer: str, parts: Mapping[str, str], tensors: Mapping[str, Matrix], shape: tuple[int, ...] | None
-) -> None:
-    """Raise ArtifactError unless the model has the layer and its matrices fit a weight of `shape`."""
-    if shape is None and not layer.endswith(DEPTHWISE):
-        raise ArtifactError(
-            f"the LoRA {lora.path} belongs to another model",
-            found=f"{layer}, which this transformer does not have",
-            wanted="layers of this checkpoint's transformer",
-            fix="use a LoRA that was trained on this checkpoint",
-        )
-    if missing := [role for role in ("down", "up") if role not in parts]:
-        raise ArtifactError(
-            f"the LoRA {lora.path} is incomplete",
-            found=f"no {'lora_A' if missing == ['down'] else 'lora_B'} of {layer}",
-            wanted="lora_A and lora_B of each layer",
-            fix="download the LoRA again",
-        )
+def _check_layer(lora: Lora, file: TensorFile, layer: str, names: Parts, shape: tuple[int, ...] | None) -> None:
+    """Raise ArtifactError unless the layer's matrices fit a weight of `shape`."""
     if shape is None or (len(shape) == 4 and shape[1] == 1 < shape[0]):
         raise ArtifactError(
             f"the LoRA {lora.path} changes a depthwise convolution, which is not supported",
-            found=parts["down"],
+            found=names.down,
             wanted="linear layers and convolutions without groups",
             fix=f"train without {layer.rpartition('.')[2]}: a LoRA on it mixes channels, which a depthwise weight cannot",
         )
-    rank = tensors[parts["down"]].shape[:1] or (0,)
-    for role, wanted in (("down", (*rank, *shape[1:])), ("up", (*shape[:1], *rank, *(1 for _ in shape[2:])))):
-        name, part = parts[role], tensors[parts[role]]
-        if part.shape != wanted or not rank[0]:
+    rank = file.entries[names.down].shape[:1] or (0,)
+    for name, wanted in ((names.down, (*rank, *shape[1:])), (names.up, (*shape[:1], *rank, *(1 for _ in shape[2:])))):
+        part = file.entries[name]
+        if not _fits(part.shape, wanted) or not rank[0]:
             raise ArtifactError(
                 f"{name} in the LoRA {lora.path} does not fit this checkpoint",
                 found=list(part.shape),
@@ -288,14 +191,23 @@ def _check_layer(
                 f"{name} in the LoRA {lora.path} has an unsupported dtype",
                 found=part.dtype,
                 wanted=", ".join(SAFETENSORS_WEIGHT_DTYPES),
+                fix="save it in float16, bfloat16 or float32",
             )
 
 
-def _alpha(layer: str, config: Mapping[str, Any] | None) -> float | None:
-    """The layer's alpha: that of the first matching pattern of the config (matched as in PEFT), or else the config's own."""
-    if config is None:
-        return None
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return float(value)
-    return float(config.get("lora_alpha", PEFT_ALPHA))
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether both are equal, or differ only in dimensions of 1 at the end: some programs store a 1x1 convolution as a matrix."""
+    return (shape[:2] == wanted[:2] and all(size == 1 for size in (*shape[2:], *wanted[2:]))) or shape == wanted
+
+
+def _alpha(lora: Lora, name: str, file: TensorFile) -> float:
+    """The number in an alpha tensor, of any shape with one value."""
+    values = file[name].read() if file.entries[name].bytes <= _MOST_ALPHA_BYTES else np.zeros(0)
+    if values.size != 1 or not np.isfinite(values).all():
+        raise ArtifactError(
+            f"{name} in the LoRA {lora.path} is not a number",
+            found=f"shape {list(file.entries[name].shape)}, values {values.reshape(-1)[:4].tolist()}",
+            wanted="one finite number",
+            fix="download the LoRA again",
+        )
+    return float(values.reshape(-1)[0])

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from sana_export.errors import ArtifactError, DependencyError
+from sana_export.formats.recognize import not_what_was_wanted, recognize
 
 Content = bytes | bytearray | memoryview
 
@@ -170,6 +171,8 @@ def check_files(bundle: Path, entries: Iterable[FileEntry], *, fix: str) -> list
             raise ArtifactError(f"{entry.path} is missing from {bundle}", found="no such file", wanted=entry.path, fix=fix)
         size = path.stat().st_size
         if size != entry.bytes:
+            if (kind := recognize(path)) is not None and kind.stands_in:
+                raise not_what_was_wanted(path, f"the file of {entry.bytes} bytes that the manifest lists", kind.name, fix=fix)
             raise ArtifactError(f"{entry.path} is damaged", found=f"{size} bytes", wanted=f"{entry.bytes} bytes", fix=fix)
         digest = hash_file(path)
         if digest != entry.sha256:

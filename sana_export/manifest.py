@@ -19,6 +19,7 @@ from sana_export.commands import export_command, first_export_command
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError
 from sana_export.files import FileEntry, write_whole
+from sana_export.formats.recognize import not_what_was_wanted, recognize
 from sana_export.records import (
     PRECISIONS,
     Checkpoint,
@@ -84,6 +85,18 @@ class Manifest:
         kept = tuple(entry for entry in self.engines if (entry.graph, entry.backend, entry.key) != same)
         return replace(self, engines=(*kept, engine))
 
+    def entry(self, bundle: Path, path: str) -> FileEntry:
+        """The entry of the file at `path` that belongs to no graph. Raises ArtifactError if the manifest of `bundle` has none."""
+        found = next((entry for entry in self.files if entry.path == path), None)
+        if found is None:
+            raise ArtifactError(
+                f"{bundle / FILE_NAME} does not list {path}",
+                found=", ".join(entry.path for entry in self.files) or "no files",
+                wanted=path,
+                fix=export_command(bundle, self),
+            )
+        return found
+
     def save(self, bundle: Path) -> None:
         """Write `manifest.json`, whole or not at all. Raises DependencyError if the disk refuses."""
         document = dataclasses.asdict(self)
@@ -132,7 +145,9 @@ def _read(bundle: Path) -> Any:
         )
     try:
         return json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        if recognize(path) is not None:
+            raise not_what_was_wanted(path, "a manifest", error, fix=_export_again(bundle, None)) from error
         raise _damaged(bundle, error, None) from error
 
 

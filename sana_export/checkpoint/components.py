@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from sana_export.checkpoint.foreign_weights import missing_tensors, quantized
 from sana_export.checkpoint.weights import Weights
 from sana_export.errors import ArtifactError
 from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
-from sana_export.formats.safetensors_file import PICKLES
+from sana_export.formats.recognize import PICKLES
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,11 @@ def check_weights(component: str, shapes: Mapping[str, tuple[int, ...]], weights
     transformer, tensors that the network does not have are an error too: they then belong to another network.
     """
     owner = f"{component} of {source}"
+    if (problem := quantized((name for name in weights if name not in shapes), owner)) is not None:
+        yield problem
+        return
     if missing := [name for name in shapes if name not in weights]:
-        yield ArtifactError(
-            f"{owner} is missing {len(missing)} of {len(shapes)} tensors",
-            found=f"no {missing[0]}",
-            wanted=f"{missing[0]} of shape {list(shapes[missing[0]])}",
-            fix="download the checkpoint again, or use weights that match its config",
-        )
+        yield missing_tensors(list(weights), shapes, missing, owner)
     stored = {name: weights.stored[name] for name in shapes if name in weights}
     if other := [name for name, found in stored.items() if found.shape != shapes[name]]:
         yield ArtifactError(

@@ -1,35 +1,43 @@
-"""LoRAs folded into a transformer's weights, one tensor at a time and on demand (adapters.py has the formats)."""
+"""LoRAs folded into a transformer's weights, one tensor at a time and on demand (adapters.py reads the files)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sana_export.adapters import Fold, Lora, read_folds
-from sana_export.checkpoint.weights import Stored, Weights, read_headers
+from sana_export.adapters import Fold, Lora, read_lora
+from sana_export.checkpoint.weights import Weights
+from sana_export.errors import ArtifactError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_WEIGHT = ".weight"
 
 
 class FoldedWeights(Weights):
     """The tensors of `base` with LoRAs folded in. Those that a LoRA changes are float32."""
 
-    def __init__(self, base: Weights, folds: Mapping[str, Sequence[Fold[Stored]]]) -> None:
+    def __init__(self, base: Weights, folds: Mapping[str, Sequence[Fold]]) -> None:
         super().__init__(base.stored)
         self.folds = folds
 
     def __getitem__(self, name: str) -> Tensor:
+        import torch
+
         value = super().__getitem__(name)
-        for fold in self.folds.get(name, ()):
-            value = value.float() + delta(fold, value.shape)
+        if name not in self.folds:
+            return value
+        for fold in self.folds[name]:
+            value = value.float() + torch.from_numpy(fold.product()).reshape(value.shape)
+        if not torch.isfinite(value).all():
+            raise ArtifactError(
+                f"{name} with the LoRAs leaves the range of float32",
+                found="values that are infinite or not numbers",
+                wanted="finite weights",
+                fix="use a smaller scale, or a LoRA with finite values",
+            )
         return value
-
-
-def delta(fold: Fold[Stored], shape: Sequence[int]) -> Tensor:
-    """What `fold` adds to a linear layer [out, in] or a convolution [out, in, kh, kw], in float32."""
-    product = fold.up.read().float().flatten(1) @ fold.down.read().float().flatten(1)
-    return (product * fold.factor).reshape(tuple(shape))
 
 
 def fold_loras(base: Weights, loras: Sequence[Lora]) -> Weights:
@@ -38,22 +46,13 @@ def fold_loras(base: Weights, loras: Sequence[Lora]) -> Weights:
     Raises UsageError if a path does not exist. Raises ArtifactError, naming the tensor, if a LoRA's format or kind is not supported
     or it does not fit the model.
     """
-
-    def shape_of(layer: str) -> tuple[int, ...] | None:
-        name = f"{layer}.weight"
-        return base.shape(name) if name in base else None
-
-    folds: dict[str, list[Fold[Stored]]] = {}
+    shapes = {
+        name.removesuffix(_WEIGHT): entry.shape
+        for name, entry in base.stored.items()
+        if name.endswith(_WEIGHT) and len(entry.shape) in (2, 4)
+    }
+    folds: dict[str, list[Fold]] = {}
     for lora in loras:
-        tensors = read_headers([lora.weights], fix="download the LoRA again")
-        for layer, fold in read_folds(lora, tensors, read_metadata(lora), shape_of).items():
-            folds.setdefault(f"{layer}.weight", []).append(fold)
+        for layer, fold in read_lora(lora, shapes).items():
+            folds.setdefault(layer + _WEIGHT, []).append(fold)
     return FoldedWeights(base, folds) if folds else base
-
-
-def read_metadata(lora: Lora) -> Mapping[str, str]:
-    """The metadata of the LoRA's safetensors file."""
-    from safetensors import safe_open
-
-    with safe_open(lora.weights, framework="pt") as file:
-        return file.metadata() or {}

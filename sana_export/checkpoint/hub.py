@@ -13,10 +13,13 @@ from typing import Any
 from sana_export.checkpoint.model_names import not_a_checkpoint
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError, first_line
 from sana_export.files import disk_errors, is_disk_error
+from sana_export.formats.recognize import not_what_was_wanted
 from sana_export.variants import INDEX
 
 log = logging.getLogger(__name__)
 
+#: The largest JSON file that is read. The index of a sharded model has a megabyte or two.
+MOST_JSON = 100_000_000
 #: Reads a JSON file of the checkpoint, by its path relative to the checkpoint.
 ReadJson = Callable[[str], Mapping[str, Any]]
 #: Chooses the files that an export reads, from the names of all files of a checkpoint.
@@ -106,11 +109,13 @@ def _cached(repo: str, folder: Path, select: Select) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ArtifactError if there is none."""
     try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"more than {MOST_JSON} bytes")
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing", found="no such file", wanted="a config in JSON") from error
     except (OSError, ValueError, RecursionError) as error:  # a folder, not JSON, not UTF-8
-        raise ArtifactError(f"{path} is damaged", found=str(error), wanted="a config in JSON") from error
+        raise not_what_was_wanted(path, "a config in JSON", error, fix="download it again") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} is damaged", found=type(content).__name__, wanted="a JSON object")
     return content

@@ -13,7 +13,7 @@ from sana_export.checkpoint.single_file import open_single_file
 from sana_export.checkpoint.weights import Weights
 from sana_export.commands import export_command, first_export_command
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
-from sana_export.formats.safetensors_file import PICKLES
+from sana_export.formats.recognize import PICKLES, recognize
 from sana_export.manifest import FILE_NAME, Manifest
 from sana_export.variants import INDEX, VARIANTS, Variant, find_variant
 
@@ -73,7 +73,7 @@ def from_url(model: str, revision: str | None) -> tuple[str, str | None]:
 
 def a_file(path: Path) -> UsageError:
     """The error for a MODEL that is a file. For a transformer's weights or a LoRA it says which command takes it."""
-    found, fix = FILES.get(path.suffix.lower(), f"a file {path.suffix}".strip()), LIST_VARIANTS
+    found, fix = FILES.get(path.suffix.lower()) or _what(path), LIST_VARIANTS
     if path.suffix == ".safetensors":
         found, fix = _safetensors(path)
     elif (row := find_variant(f"Efficient-Large-Model/{path.stem}")) is not None:  # Sana_1600M_1024px.pth
@@ -81,12 +81,18 @@ def a_file(path: Path) -> UsageError:
     return UsageError(f"{path} is a file, not a checkpoint", found=found, wanted=WANTED, fix=fix)
 
 
+def _what(path: Path) -> str:
+    kind = recognize(path)
+    return kind.name if kind else f"a file {path.suffix}".strip()
+
+
 def _safetensors(path: Path) -> tuple[str, str]:
     """What is in a safetensors file, and the command that takes it."""
     try:
         weights = open_single_file(path)
     except SanaExportError as error:
-        return f"a safetensors file that cannot be read: {error.message}", error.fix or LIST_VARIANTS
+        kind = recognize(path)
+        return kind.name if kind else f"a safetensors file that cannot be read: {error.message}", error.fix or LIST_VARIANTS
     if any("lora" in name.lower() for name in weights):
         return "a LoRA", _with_base("MODEL", "--lora", path)
     if bases := fitting(weights):

@@ -6,12 +6,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from sana_export.checkpoint.foreign_weights import plain_names, quantized
 from sana_export.checkpoint.weights import Stored, Weights, read_headers
 from sana_export.errors import ArtifactError
-from sana_export.formats.safetensors_file import PICKLES
+from sana_export.formats.recognize import refuse_pickle
 
-#: A prefix that tensor names may have.
-PREFIX = "model.diffusion_model."
 #: A name that only the original code uses.
 ORIGINAL = "x_embedder.proj.weight"
 #: Original tensors that sampling does not use. diffusers' converter needs the first two.
@@ -31,17 +30,13 @@ GUIDED = (r"time_embed\.emb\.(timestep_embedder\..*)", r"time_embed.\1")
 def open_single_file(path: Path) -> Weights:
     """The transformer's tensors in `path`, by their names in diffusers.
 
-    Raises ArtifactError if the file is damaged or not a safetensors file, or if it uses the original names and lacks a tensor.
+    Raises ArtifactError if the file is damaged or something else, if its weights are quantized, or if it uses the original names
+    and lacks a tensor.
     """
-    if path.suffix in PICKLES:
-        raise ArtifactError(
-            f"{path} is not a safetensors file",
-            found=f"a {path.suffix} file, which can run code when it is loaded",
-            wanted="weights as .safetensors",
-            fix="save its tensors with safetensors.torch.save_file",
-        )
-    headers = read_headers([path], fix="download the file again")
-    stored = {name.removeprefix(PREFIX): entry for name, entry in headers.items()}
+    refuse_pickle(path)
+    stored = plain_names(read_headers([path], fix="download the file again"), str(path))
+    if (problem := quantized(stored, str(path))) is not None:
+        raise problem
     return Weights(_converted(stored, path) if ORIGINAL in stored else stored)
 
 

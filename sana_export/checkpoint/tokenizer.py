@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sana_export.errors import ArtifactError
+from sana_export.formats.recognize import not_what_was_wanted, recognize
 from sana_export.variants import INDEX
 
 if TYPE_CHECKING:
     from sana_export.checkpoint.checkpoint import SanaCheckpoint
 
 FILE = "tokenizer/tokenizer.json"
+#: The tokenizer in the format of SentencePiece, which the tokenizers library does not read.
+SENTENCEPIECE = "tokenizer.model"
 
 
 def complex_human_instruction() -> str:
@@ -30,12 +34,7 @@ def load_tokenizer(checkpoint: SanaCheckpoint) -> Any:
     Raises ArtifactError if it is missing or cannot be loaded.
     """
     if not (checkpoint.folder / FILE).is_file():
-        raise ArtifactError(
-            f"the tokenizer of {checkpoint.source} is missing",
-            found=f"no {FILE}",
-            wanted="the tokenizer in the format of the tokenizers library",
-            fix="download the checkpoint again",
-        )
+        raise _missing(checkpoint)
     import transformers
 
     entry = checkpoint.index.get("tokenizer")
@@ -54,12 +53,32 @@ def load_tokenizer(checkpoint: SanaCheckpoint) -> Any:
     try:
         return _load(str(name), folder, stamps)
     except Exception as error:  # whatever a class raises for files that it does not expect
+        for path in sorted(folder.glob("*.json")):
+            if recognize(path) is not None:
+                raise not_what_was_wanted(path, "a tokenizer's file in JSON", error, fix=_replace(checkpoint)) from error
         raise ArtifactError(
             f"the tokenizer of {checkpoint.source} cannot be loaded",
             found=" ".join(f"{type(error).__name__}: {error}".split()),
             wanted=f"files that transformers' {name} loads",
             fix=_replace(checkpoint),
         ) from error
+
+
+def _missing(checkpoint: SanaCheckpoint) -> ArtifactError:
+    found, fix, folder = f"no {FILE}", "download the checkpoint again", checkpoint.folder / "tokenizer"
+    if (folder / SENTENCEPIECE).is_file():
+        found += f", but tokenizer/{SENTENCEPIECE}: the same in the format of SentencePiece"
+        convert = (
+            "import sys, transformers; "
+            "transformers.GemmaTokenizer.from_pretrained(sys.argv[1], add_bos_token=True).save_pretrained(sys.argv[1])"
+        )
+        fix = f"pip install sentencepiece protobuf && {shlex.join(['python', '-c', convert, str(folder)])}"
+    return ArtifactError(
+        f"the tokenizer of {checkpoint.source} is missing",
+        found=found,
+        wanted="the tokenizer in the format of the tokenizers library",
+        fix=fix,
+    )
 
 
 def check_tokenizer(checkpoint: SanaCheckpoint, rows: int | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sana_export.errors import ArtifactError
+from sana_export.formats.dtypes import BY_SAFETENSORS
+from sana_export.formats.safetensors_file import map_tensor
+from sana_export.formats.safetensors_header import TensorEntry, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,36 +25,47 @@ class Stored:
     path: Path
     #: Its name in the file.
     name: str
-    #: Its dtype, as in the file's header.
-    dtype: str
-    #: Its shape.
-    shape: tuple[int, ...]
-    #: First and end of the rows of the file's tensor that it consists of. None: all of them.
-    rows: tuple[int, int] | None = None
+    #: Its dtype, shape and place, as in the file's header.
+    entry: TensorEntry
+
+    @property
+    def dtype(self) -> str:
+        """The name of its dtype in the safetensors format."""
+        return self.entry.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
 
     @property
     def bytes(self) -> int:
         """Its size in the file."""
-        bits = re.search(r"\d+", self.dtype)  # of "F32", "BF16", "F8_E4M3"; a "BOOL" takes a byte
-        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+        return self.entry.bytes
 
     def part(self, first: int, last: int) -> Stored:
         """The rows from `first` to `last`, which is not included."""
-        if (first, last) == (0, self.shape[0]):
-            return self
-        return replace(self, shape=(last - first, *self.shape[1:]), rows=(first, last))
+        rows, begin = self.shape[0], self.entry.begin
+        row = self.bytes // max(rows, 1)
+        entry = replace(self.entry, shape=(last - first, *self.shape[1:]), begin=begin + first * row, end=begin + last * row)
+        return replace(self, entry=entry)
 
     def read(self) -> Tensor:
         """The tensor, mapped from the file.
 
         Each tensor has its own map, which is closed with it. A file that stays open would keep every page that was ever read.
+        Raises ArtifactError for a dtype that weights cannot have.
         """
-        from safetensors import safe_open
+        import torch
 
-        with safe_open(self.path, framework="pt") as file:
-            if self.rows is None:
-                return file.get_tensor(self.name)
-            return file.get_slice(self.name)[slice(*self.rows)]
+        if self.dtype not in BY_SAFETENSORS:
+            raise ArtifactError(
+                f"{self.name} in {self.path} has an unsupported dtype", found=self.dtype, wanted=", ".join(BY_SAFETENSORS)
+            )
+        dtype = BY_SAFETENSORS[self.dtype]
+        values = map_tensor(self.path, self.entry, dtype.numpy, writable=True)
+        if values.ctypes.data % dtype.bytes:  # torch wants aligned values
+            values = values.copy()
+        return torch.from_numpy(values).view(getattr(torch, dtype.name))
 
 
 class Weights(Mapping[str, "Tensor"]):
@@ -64,6 +76,9 @@ class Weights(Mapping[str, "Tensor"]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.stored[name].read()
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
@@ -95,18 +110,5 @@ class Weights(Mapping[str, "Tensor"]):
 
 
 def read_headers(files: Iterable[Path], *, fix: str = "download the checkpoint again") -> dict[str, Stored]:
-    """Every tensor of the safetensors files, by name. Raises ArtifactError if a file is damaged or truncated."""
-    from safetensors import SafetensorError, safe_open
-
-    stored = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a file is not a mapping)
-                    header = file.get_slice(name)
-                    stored[name] = Stored(path, name, str(header.get_dtype()), tuple(header.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(
-                f"{path} is damaged or truncated", found=str(error), wanted="a whole safetensors file", fix=fix
-            ) from error
-    return stored
+    """Every tensor of the safetensors files, by name. Raises ArtifactError if a file is damaged, truncated or something else."""
+    return {name: Stored(path, name, entry) for path in files for name, entry in read_header(path, fix=fix).entries.items()}

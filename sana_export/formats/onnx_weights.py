@@ -7,6 +7,7 @@ Old versions of ONNX Runtime read external data from any place (1.22 does; 1.32 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from sana_export.errors import ArtifactError
 from sana_export.formats.arrays import Array, Bytes
+from sana_export.formats.recognize import not_what_was_wanted
 
 #: The fields of onnx.proto3 that lead to external data: message -> field number -> its message or text. Other fields are skipped.
 _MESSAGES: dict[str, dict[int, str]] = {
@@ -33,6 +35,9 @@ _MESSAGES: dict[str, dict[int, str]] = {
 _TO_INITIALIZERS = ("Graph", "Tensor")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MOST_VARINT_BYTES = 10
+#: protobuf's limits for the number of a field with its type, and for a field's length.
+_MOST_TAG, _MOST_LENGTH = 2**32, 2**31
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class Field(NamedTuple):
@@ -44,45 +49,6 @@ class Field(NamedTuple):
     raw: memoryview
     #: Its content if it is length-delimited: a text, bytes or a message.
     value: memoryview | None
-
-
-def external_locations(model: bytes) -> set[str]:
-    """The locations of all external data in a serialized ModelProto. Raises ValueError if `model` is damaged."""
-    locations: set[str] = set()
-    pending = [("Model", memoryview(model))]
-    while pending:
-        message, content = pending.pop()
-        for number, _, value in message_fields(content):
-            field = _MESSAGES[message].get(number)
-            if field is None or value is None:
-                continue
-            if field == "Entry":
-                key, text = _entry(value)
-                if key == "location":
-                    locations.add(text)
-            elif field in _MESSAGES:
-                pending.append((field, value))
-    return locations
-
-
-def check_external_data(model: Path, recorded: Sequence[Path], *, fix: str | None = None) -> None:
-    """Raise ArtifactError unless every file that the ONNX file `model` reads weights from is one of `recorded`.
-
-    `recorded` are the model's data files in the manifest, which are inside the bundle and were checked.
-    """
-    try:
-        locations = external_locations(model.read_bytes())
-    except ValueError as error:
-        raise ArtifactError(f"{model} is damaged", found=error, wanted="an ONNX model", fix=fix) from error
-    allowed = {path.resolve() for path in recorded}
-    for location in sorted(locations):
-        if (model.parent / location).resolve() not in allowed:
-            raise ArtifactError(
-                f"{model} reads its weights from a file that does not belong to the bundle",
-                found=location,
-                wanted=", ".join(path.name for path in recorded) or "no external data",
-                fix=fix,
-            )
 
 
 @dataclass(frozen=True)
@@ -99,31 +65,87 @@ class ExternalTensor:
     bytes: int
 
 
+def external_locations(model: bytes) -> set[str]:
+    """The locations of all external data in a serialized ModelProto. Raises ValueError if `model` is damaged."""
+    return {tensor.location for tensor in _external(model)}
+
+
+def check_external_data(model: Path, recorded: Sequence[Path], *, fix: str | None = None) -> None:
+    """Raise ArtifactError unless all external weights of the ONNX file `model` are inside files in `recorded`.
+
+    `recorded` are the model's data files in the manifest, which are inside the bundle and were checked.
+    """
+    sizes = {path.resolve(): path.stat().st_size for path in recorded}
+    try:
+        for tensor in _external(model.read_bytes()):
+            _check_place(model, tensor, sizes, fix)
+    except ValueError as error:
+        raise not_what_was_wanted(model, "an ONNX model", error, fix=fix) from error
+
+
+def _check_place(model: Path, tensor: ExternalTensor, sizes: Mapping[Path, int], fix: str | None) -> Path:
+    """The file with the values of `tensor`. Raises ArtifactError unless it is one of `sizes` and contains all of them."""
+    try:
+        place = (model.parent / tensor.location).resolve()
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
+        place = None
+    if place is None or place not in sizes:
+        raise ArtifactError(
+            f"{model} reads its weights from a file that does not belong to the bundle",
+            found=tensor.location[:200],
+            wanted=", ".join(path.name for path in sizes) or "no external data",
+            fix=fix,
+        )
+    if tensor.offset + tensor.bytes > sizes[place]:
+        raise ArtifactError(
+            f"{model} does not match its weight files",
+            found=f"{tensor.name[:200]} at {tensor.offset} to {tensor.offset + tensor.bytes} of {tensor.location}",
+            wanted=f"a range within {place.name} ({sizes[place]} bytes)",
+            fix=fix,
+        )
+    return place
+
+
 def external_tensors(model: bytes) -> tuple[ExternalTensor, ...]:
     """The external initializers of a serialized ModelProto, in its order. Raises ValueError if `model` is damaged."""
-    found: list[ExternalTensor] = []
+    return tuple(_external(model, only=_TO_INITIALIZERS, required=("location", "length")))
 
-    def visit(message: str, content: memoryview) -> None:
-        name, entries = "", {}
+
+def _external(model: bytes, *, only: Iterable[str] = (), required: tuple[str, ...] = ("location",)) -> Iterator[ExternalTensor]:
+    """The external tensors of a serialized ModelProto, in its order. `only`: those that lead there through these messages alone.
+
+    A tensor without a length has 0 bytes here. Raises ValueError if `model` is damaged or a tensor lacks a `required` entry.
+    """
+    follow = set(only) or _MESSAGES.keys() - {"Entry"}
+    pending = [("Model", memoryview(model))]
+    while pending:
+        message, content = pending.pop()
+        name, entries, inner = "", dict[str, str](), list[tuple[str, memoryview]]()
         for number, _, value in message_fields(content):
             field = _MESSAGES[message].get(number)
             if field is None or value is None:
                 continue
-            if field in _TO_INITIALIZERS:
-                visit(field, value)
+            if field in follow:
+                inner.append((field, value))
             elif field == "name":
                 name = bytes(value).decode("utf-8")
             elif field == "Entry":
                 key, text = _entry(value)
-                entries[key] = text
+                if entries.setdefault(key, text) != text:  # readers could differ in which one they take
+                    raise ValueError(f"{name[:200]!r} has two values of {key[:200]!r}")
+        pending += reversed(inner)
         if entries:
-            try:
-                found.append(ExternalTensor(name, entries["location"], int(entries.get("offset", 0)), int(entries["length"])))
-            except KeyError as error:
-                raise ValueError(f"{name} has external data without {error.args[0]!r}") from error
+            yield _placed(name, entries, required)
 
-    visit("Model", memoryview(model))
-    return tuple(found)
+
+def _placed(name: str, entries: Mapping[str, str], required: tuple[str, ...]) -> ExternalTensor:
+    """The tensor whose external data `entries` describes. Raises ValueError if they do not."""
+    if missing := [key for key in required if key not in entries]:
+        raise ValueError(f"{name[:200]} has external data without {missing[0]!r}")
+    for key in ("offset", "length"):
+        if not _NUMBER.fullmatch(entries.get(key, "0")):
+            raise ValueError(f"{name[:200]} has the {key} {entries[key][:200]!r}")
+    return ExternalTensor(name, entries["location"], int(entries.get("offset", 0)), int(entries.get("length", 0)))
 
 
 def structure_sha256(model: bytes) -> str:
@@ -154,17 +176,15 @@ def read_tensors(onnx: Path, data: Iterable[Path], *, fix: str | None = None) ->
     `data` are the model's data files in the manifest, and `fix` is the command that exports the bundle again. Raises ArtifactError
     if the model reads another file, or past the end of one.
     """
-    maps = {path.resolve(): np.memmap(path, np.uint8, "r") for path in data}
+    maps = {path.resolve(): np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8) for path in data}
+    sizes = {path: file.size for path, file in maps.items()}
+    try:
+        found = external_tensors(onnx.read_bytes())
+    except ValueError as error:
+        raise not_what_was_wanted(onnx, "an ONNX model", error, fix=fix) from error
     tensors: dict[str, Bytes] = {}
-    for tensor in external_tensors(onnx.read_bytes()):
-        values = maps.get((onnx.parent / tensor.location).resolve())
-        if values is None or tensor.offset + tensor.bytes > values.size:
-            raise ArtifactError(
-                f"{onnx} does not match its weight files",
-                found=f"{tensor.name} at {tensor.offset} to {tensor.offset + tensor.bytes} of {tensor.location}",
-                wanted=", ".join(f"a range within {path.name} ({file.size} bytes)" for path, file in maps.items()) or "no weights",
-                fix=fix,
-            )
+    for tensor in found:
+        values = maps[_check_place(onnx, tensor, sizes, fix)]
         tensors[tensor.name] = values[tensor.offset : tensor.offset + tensor.bytes]
     return tensors
 
@@ -201,12 +221,16 @@ def message_fields(content: memoryview) -> Iterator[Field]:
         value: memoryview | None = None
         tag, position = _varint(content, position)
         kind = tag & 7
+        if not 8 <= tag < _MOST_TAG:  # other readers drop the upper bits, and then find another field here
+            raise ValueError(f"a field of number {tag >> 3}")
         if kind == _VARINT:
             _, position = _varint(content, position)
         elif kind in (_FIXED64, _FIXED32):
             position += 8 if kind == _FIXED64 else 4
         elif kind == _BYTES:
             length, start = _varint(content, position)
+            if length >= _MOST_LENGTH:
+                raise ValueError(f"a field of {length} bytes")
             position = start + length
             value = content[start:position]
         else:

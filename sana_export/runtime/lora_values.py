@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sana_export.adapters import Fold, Lora, read_folds
+from sana_export.adapters import Fold, Lora, read_lora
 from sana_export.errors import ArtifactError
-from sana_export.formats.arrays import Array, Bytes, Float32
+from sana_export.formats.arrays import Array, Bytes
 from sana_export.formats.dtypes import WEIGHT_DTYPES
-from sana_export.formats.safetensors_file import StoredTensor, TensorFile
 from sana_export.manifest import LoraTarget
 
 
@@ -26,14 +25,12 @@ class Adapter:
 
     lora: Lora
     #: What it adds, by layer. The matrices are memory-mapped and read when they are needed.
-    folds: Mapping[str, Fold[StoredTensor]]
+    folds: Mapping[str, Fold]
 
 
 def read_adapter(lora: Lora, targets: Iterable[LoraTarget]) -> Adapter:
-    """Read a LoRA, checking that every layer that it changes is among `targets`. Raises the errors of `read_folds`."""
-    shapes = {target.module: target.shape for target in targets}
-    file = TensorFile(lora.weights, fix="download the LoRA again")
-    return Adapter(lora, read_folds(lora, file, file.metadata, shapes.get))
+    """Read a LoRA, checking that every layer that it changes is among `targets`. Raises the errors of `read_lora`."""
+    return Adapter(lora, read_lora(lora, {target.module: target.shape for target in targets}))
 
 
 def touched(targets: Iterable[LoraTarget], adapters: Sequence[Adapter]) -> set[str]:
@@ -85,7 +82,7 @@ def _stored(base: Mapping[str, Bytes], target: LoraTarget, fix: str | None) -> A
     return base[target.initializer].view(WEIGHT_DTYPES[target.dtype].numpy).reshape(target.initializer_shape)
 
 
-def _add(array: Array, target: LoraTarget, folds: Sequence[Fold[StoredTensor]], adapters: Sequence[Adapter]) -> None:
+def _add(array: Array, target: LoraTarget, folds: Sequence[Fold], adapters: Sequence[Adapter]) -> None:
     """Add `folds` to the target's slice of `array`, in place."""
     first, end = target.source_rows or (0, target.shape[0])
     rows = slice(target.row_offset, target.row_offset + end - first)
@@ -93,7 +90,7 @@ def _add(array: Array, target: LoraTarget, folds: Sequence[Fold[StoredTensor]], 
     dtype = WEIGHT_DTYPES[target.dtype]
     old = dtype.widen(part)
     with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are found below
-        total = sum((_product(fold, slice(first, end)) for fold in folds), np.float32(0)) * np.float32(target.factor)
+        total = sum((fold.product(slice(first, end)) for fold in folds), np.float32(0)) * np.float32(target.factor)
         new = old + (total.T if target.transposed else total).reshape(part.shape)
         rounded = dtype.round(new)
     if not (np.isfinite(new).all() and np.isfinite(dtype.widen(rounded)).all()):
@@ -105,10 +102,3 @@ def _add(array: Array, target: LoraTarget, folds: Sequence[Fold[StoredTensor]], 
             fix="load the LoRA with a smaller scale",
         )
     part[...] = rounded
-
-
-def _product(fold: Fold[StoredTensor], rows: slice) -> Float32:
-    """These rows of the product [out, in] of both matrices with its factor, in float32."""
-    up, down = (part.read().reshape(part.shape[0], -1) for part in (fold.up, fold.down))
-    product: Float32 = (up[rows] @ down) * np.float32(fold.factor)
-    return product

@@ -20,10 +20,16 @@ from tokenizers import Tokenizer
 
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Float32
+from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
 from sana_export.formats.safetensors_file import StoredTensor, TensorFile
+from sana_export.formats.tokenizer_file import read_tokenizer
+from sana_export.known_files import check_known_files
 from sana_export.manifest import Manifest
 
 log = logging.getLogger(__name__)
+
+#: The files of a bundle that turn a prompt into the text encoder's input.
+_FILES = ("tokenizer/tokenizer.json", "instruction.safetensors", "embeddings.safetensors")
 
 #: From inputs_embeds [B, S, C] and prefix [layers, 2, kv_heads, P, head_dim], float32 on the host, to prompt_embeds [B, S, C], a
 #: tensor of a backend.
@@ -148,20 +154,26 @@ class PromptEncoder:
     @classmethod
     def load(cls, bundle: Path, manifest: Manifest, *, fix: str | None = None) -> PromptEncoder:
         """The encoder of a bundle, from its files tokenizer/, instruction.safetensors and embeddings.safetensors."""
-        path = bundle / "tokenizer" / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the tokenizers library raises nothing narrower
-            raise ArtifactError(f"{path} is damaged", found=error, wanted="a tokenizer", fix=fix) from error
-        stored = TensorFile(bundle / "instruction.safetensors", fix=fix)
-        instruction = Instruction(
-            manifest.model.instruction,
-            tuple(stored["token_ids"].read().tolist()),
-            stored["prefix"].read(),
-            stored["bos_row"].read(),
-        )
-        table = TensorFile(bundle / "embeddings.safetensors", fix=fix)["embed_tokens.weight"]
-        return cls(tokenizer, instruction, table, fix=fix)
+        entries = [manifest.entry(bundle, name) for name in _FILES]
+        tokenizer, instruction, embeddings = check_known_files(bundle, entries, fix=fix or "")
+        stored = TensorFile(instruction, fix=fix)
+        token_ids, prefix, bos_row = (stored[name] for name in ("token_ids", "prefix", "bos_row"))
+        table = TensorFile(embeddings, fix=fix)["embed_tokens.weight"]
+        for name, tensor, dimensions, dtypes in (
+            ("token_ids", token_ids, 1, ("I64",)),
+            ("prefix", prefix, 5, ("F32",)),
+            ("bos_row", bos_row, 1, ("F32",)),
+            ("embed_tokens.weight", table, 2, SAFETENSORS_WEIGHT_DTYPES),
+        ):
+            if len(tensor.shape) != dimensions or tensor.dtype not in dtypes:
+                raise ArtifactError(
+                    f"{bundle} is damaged: {name} is not what a prompt needs",
+                    found=f"{tensor.dtype} {list(tensor.shape)}",
+                    wanted=f"{' or '.join(dtypes)} with {dimensions} dimensions",
+                    fix=fix,
+                )
+        known = Instruction(manifest.model.instruction, tuple(token_ids.read().tolist()), prefix.read(), bos_row.read())
+        return cls(read_tokenizer(tokenizer, fix=fix), known, table, fix=fix)
 
     def tokenize(self, text: str, *, max_sequence_length: int, instruct: bool) -> PromptTokens:
         """The tokens of `text`, after the instruction if `instruct`. A prompt of more than `max_sequence_length` rows is truncated.

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from sana_export.commands import export_command
-from sana_export.errors import UsageError
+from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import FileEntry, check_files, disk_errors, locked, manifest_lock, require_free
+from sana_export.formats.onnx_weights import check_external_data
 from sana_export.formats.safetensors_file import TensorFile
+from sana_export.known_files import check_known_files
 from sana_export.machine import find_gpus
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import Profile, Range
@@ -99,8 +101,13 @@ def plan_bundle(
 
 def read_instruction_tokens(bundle: Path) -> int:
     """The number of tokens of the stored instruction: the length of its tensor `prefix` [layers, 2, heads, tokens, dim]."""
-    tensors = TensorFile(bundle / INSTRUCTION_FILE, fix=export_command(bundle, Manifest.load(bundle)))
-    return int(tensors["prefix"].shape[3])
+    manifest = Manifest.load(bundle)
+    fix = export_command(bundle, manifest)
+    (path,) = check_known_files(bundle, [manifest.entry(bundle, INSTRUCTION_FILE)], fix=fix)
+    shape = TensorFile(path, fix=fix)["prefix"].shape
+    if len(shape) != 5:
+        raise ArtifactError(f"{path} is damaged", found=f"prefix {shape}", wanted="5 dimensions", fix=fix)
+    return int(shape[3])
 
 
 def _counted(on_progress: OnProgress, finished: int, total: int) -> OnProgress:
@@ -132,7 +139,8 @@ def _job(bundle: Path, planned: PlannedEngine, destination: Path) -> EngineJob:
     manifest = Manifest.load(bundle)
     graph, export = manifest.graphs[spec.graph], export_command(bundle, manifest)
     options = BuildOptions(**spec.options)
-    onnx, *_ = check_files(bundle, graph.files, fix=export)
+    onnx, *data = check_files(bundle, graph.files, fix=export)
+    check_external_data(onnx, data, fix=export)
     included = [graph.onnx] if options.refittable else graph.files
     room = next(folder for folder in destination.parents if folder.is_dir())
     require_free(room, sum(file.bytes for file in included) + ENGINE_OVERHEAD, f"the engine of {spec.graph}")

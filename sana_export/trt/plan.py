@@ -20,6 +20,7 @@ from sana_export.contract import DECODERS, DYNAMIC_AXES, GRAPHS, GraphSpec
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import check_files
 from sana_export.formats.onnx_weights import structure_sha256
+from sana_export.formats.recognize import not_what_was_wanted
 from sana_export.manifest import EngineEntry, GraphEntry, Manifest
 from sana_export.profiles import MAX_BRANCHES, UNTILED_AREA, Profile, Range
 from sana_export.trt.flavour import Target, check_refittable
@@ -140,7 +141,10 @@ def onnx_sha256(graph: GraphEntry) -> str:
 
 def _structure(bundle: Path, graph: GraphEntry, export: str) -> str:
     (onnx,) = check_files(bundle, [graph.onnx], fix=export)
-    return structure_sha256(onnx.read_bytes())
+    try:
+        return structure_sha256(onnx.read_bytes())
+    except ValueError as error:
+        raise not_what_was_wanted(onnx, "an ONNX model", error, fix=export) from error
 
 
 def dynamic_axes(spec: GraphSpec) -> tuple[str, ...]:

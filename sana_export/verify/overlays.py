@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from sana_export.adapters import Lora, read_config
 from sana_export.errors import DependencyError
+from sana_export.formats.safetensors_file import TensorFile
+from sana_export.lora_names import PEFT_PREFIX, Parts, find_parts
 
 if TYPE_CHECKING:
-    from sana_export.adapters import Lora
     from sana_export.checkpoint.checkpoint import SanaCheckpoint
 
 
@@ -39,7 +42,15 @@ def merge_lora(transformer: Any, lora: Lora) -> None:
             wanted="peft",
             fix="pip install peft",
         ) from error
-    (_merge_peft if lora.peft else _merge_diffusers)(transformer, lora)
+    layers = [name.removesuffix(".weight") for name, value in transformer.state_dict().items() if value.ndim in (2, 4)]
+    file = TensorFile(lora.weights)
+    parts = find_parts(lora.path, file, layers)
+    if lora.peft and all(names.down == f"{PEFT_PREFIX}{layer}.lora_A.weight" for layer, names in parts.items()):
+        _merge_peft(transformer, lora)
+    elif all(names.down.startswith(f"transformer.{layer}.") and names.alpha is None for layer, names in parts.items()):
+        _merge_diffusers(transformer, lora)
+    else:
+        _merge_renamed(transformer, lora, file, parts)
 
 
 def _merge_peft(transformer: Any, lora: Lora) -> None:
@@ -59,9 +70,28 @@ def _merge_diffusers(transformer: Any, lora: Lora) -> None:
     state, metadata = SanaPipeline.lora_state_dict(
         str(lora.weights.parent), weight_name=lora.weights.name, local_files_only=True, return_lora_metadata=True
     )
-    alphas = {name: float(value) for name, value in state.items() if name.endswith(".alpha")}
-    matrices = {name: value for name, value in state.items() if name not in alphas}
-    known = {"network_alphas": alphas} if alphas else {"metadata": metadata}
-    transformer.load_lora_adapter(matrices, prefix="transformer", adapter_name="overlay", **known)
+    transformer.load_lora_adapter(state, prefix="transformer", adapter_name="overlay", metadata=metadata)
+    _fuse(transformer, lora)
+
+
+def _merge_renamed(transformer: Any, lora: Lora, file: TensorFile, parts: Mapping[str, Parts]) -> None:
+    """For a LoRA of a program whose names or alphas neither library reads: by the names of diffusers."""
+    import torch
+
+    config = read_config(lora, file, parts)
+    matrices, alphas = {}, {}
+    for layer, names in parts.items():
+        for role, name in (("lora_A", names.down), ("lora_B", names.up)):
+            matrices[f"transformer.{layer}.{role}.weight"] = torch.from_numpy(file[name].read().copy())
+        rank = file[names.down].shape[0]
+        alpha = config.alpha_of(layer) if config is not None else float(rank)
+        if names.alpha is not None:
+            alpha = file[names.alpha].read().item()
+        alphas[f"transformer.{layer}.alpha"] = alpha * (rank**0.5 if config is not None and config.rslora else 1)
+    transformer.load_lora_adapter(matrices, prefix="transformer", adapter_name="overlay", network_alphas=alphas)
+    _fuse(transformer, lora)
+
+
+def _fuse(transformer: Any, lora: Lora) -> None:
     transformer.fuse_lora(lora_scale=lora.scale, adapter_names=["overlay"])
     transformer.unload_lora()

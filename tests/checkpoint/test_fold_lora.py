@@ -12,12 +12,12 @@ import torch
 from diffusers import SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from sana_export.adapters import Lora, parse_lora
+from sana_export.adapters import Lora, parse_lora, read_lora
 from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.manifest import Options
 from sana_export.verify.reference import load_reference
-from tests.support.lora_files import diffusers_lora, load_transformer, peft_lora, refusals, write
+from tests.support.lora_files import SPELLINGS, diffusers_lora, load_transformer, peft_lora, refusals, respelled, write
 
 
 @pytest.fixture
@@ -107,6 +107,112 @@ def test_alpha_tensors_are_read(tiny_checkpoint, transformer, tmp_path):
     assert torch.allclose(found.double(), base.double() + 0.7 * 6 / 4 * up @ down, atol=1e-6)
     reference = load_reference(checkpoint, Options("fp32", False), pag=False).transformer
     assert torch.allclose(reference.transformer_blocks[0].attn1.to_q.weight, found, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [None, 7.0])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_same_lora_by_any_program_is_the_same(tiny_checkpoint, transformer, tmp_path, spelling, alpha):
+    """Bit by bit the weights of the file that diffusers wrote, which another test compares with diffusers."""
+    folder = diffusers_lora(transformer, tmp_path / "lora", metadata=False, r=4)
+    tensors = load_file(folder / "pytorch_lora_weights.safetensors")
+    save_file(respelled(tensors, "diffusers", alpha), tmp_path / "wanted.safetensors")
+    save_file(respelled(tensors, spelling, alpha), tmp_path / "found.safetensors")
+    wanted, found = (
+        open_checkpoint(str(tiny_checkpoint.folder), loras=[Lora(tmp_path / f"{name}.safetensors", 0.7)]).weights("transformer")
+        for name in ("wanted", "found")
+    )
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    changed = [name for name in wanted if not torch.equal(wanted[name], tiny_checkpoint.weights("transformer")[name])]
+    assert len(changed) == len(tensors) / 2
+
+
+@pytest.mark.parametrize("alpha", [None, 7.0])
+@pytest.mark.parametrize("spelling", ["diffusers", "kohya", "OneTrainer, dots", "bare", "compiled"])
+def test_the_reference_has_the_lora_of_any_program(tiny_checkpoint, transformer, tmp_path, spelling, alpha):
+    """`verify` compares with weights that PEFT merged."""
+    folder = diffusers_lora(transformer, tmp_path / "lora", metadata=False, r=4)
+    path = tmp_path / "style.safetensors"
+    save_file(respelled(load_file(folder / "pytorch_lora_weights.safetensors"), spelling, alpha), path)
+    checkpoint = open_checkpoint(str(tiny_checkpoint.folder), loras=[Lora(path, 0.7)])
+    weights = checkpoint.weights("transformer")
+    reference = load_reference(checkpoint, Options("fp32", False), pag=False).transformer.state_dict()
+    plain = tiny_checkpoint.weights("transformer")
+    changed = [name for name in weights if not torch.equal(weights[name], plain[name])]
+    assert len(changed) > 30
+    for name in weights:
+        assert torch.allclose(reference[name], weights[name], atol=2e-6), name
+
+
+@pytest.mark.parametrize("spelling", ["diffusers, older", "bare"])
+def test_diffusers_reads_these_files_as_we_do(tiny_checkpoint, transformer, tmp_path, spelling):
+    folder = diffusers_lora(transformer, tmp_path / "lora", metadata=False, r=4)
+    tensors = respelled(load_file(folder / "pytorch_lora_weights.safetensors"), spelling)
+    save_file(tensors, tmp_path / "style.safetensors")
+    theirs = load_transformer(tiny_checkpoint)
+    theirs.load_lora_adapter(tensors, prefix=None if spelling == "bare" else "transformer", adapter_name="style")
+    theirs.fuse_lora(lora_scale=0.7, adapter_names=["style"])
+    theirs.unload_lora()
+    ours = folded(tiny_checkpoint, Lora(tmp_path / "style.safetensors", 0.7))
+    for name, value in theirs.state_dict().items():
+        assert torch.allclose(value, ours.state_dict()[name], atol=2e-6), name
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_names_of_peft_in_any_file(tiny_checkpoint, transformer, tmp_path, config):
+    folder = peft_lora(transformer, tmp_path / "lora", r=4, lora_alpha=7)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    wanted = open_checkpoint(str(tiny_checkpoint.folder), loras=[Lora(folder)]).weights("transformer")
+    (tmp_path / "other").mkdir()
+    path = tmp_path / "other" / "style.safetensors"
+    save_file(
+        {name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default"): tensors[name] for name in tensors}, path
+    )
+    if config:
+        path.with_name("adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+    else:
+        layers = {name.rsplit(".lora_", 1)[0] for name in tensors}
+        save_file({**load_file(path), **{f"{layer}.alpha": torch.tensor([[7.0]]) for layer in layers}}, path)
+    checkpoint = open_checkpoint(str(tiny_checkpoint.folder), loras=[Lora(path)])
+    found = checkpoint.weights("transformer")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    reference = load_reference(checkpoint, Options("fp32", False), pag=False).transformer.state_dict()
+    assert all(torch.allclose(reference[name], wanted[name], atol=2e-6) for name in wanted)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_alpha_may_have_any_shape_with_one_value(tiny_checkpoint, tmp_path, shape):
+    layer, width = "transformer_blocks.0.attn1.to_q", 128
+    up, down = torch.randn(width, 4), torch.randn(4, width)
+    tensors = {f"{layer}.lora_B.weight": up, f"{layer}.lora_A.weight": down, f"{layer}.alpha": torch.full(shape, 6.0)}
+    save_file(tensors, tmp_path / "style.safetensors")
+    base = tiny_checkpoint.weights("transformer")[f"{layer}.weight"]
+    found = open_checkpoint(str(tiny_checkpoint.folder), loras=[Lora(tmp_path / "style.safetensors")]).weights("transformer")
+    wanted = base.double() + 6 / 4 * up.double() @ down.double()
+    assert torch.allclose(found[f"{layer}.weight"].double(), wanted, atol=1e-5)
+    (fold,) = read_lora(Lora(tmp_path / "style.safetensors"), {layer: tuple(base.shape)}).values()
+    assert torch.equal(base + torch.from_numpy(fold.product()), found[f"{layer}.weight"])
+
+
+def test_matrices_of_a_convolution_may_be_stored_without_its_kernel(tiny_checkpoint, tmp_path):
+    layer = "transformer_blocks.0.ff.conv_point"
+    out, inner = tiny_checkpoint.weights("transformer").shape(f"{layer}.weight")[:2]
+    up, down = torch.randn(out, 2), torch.randn(2, inner)
+    found = []
+    for kernel in ((), (1, 1)):
+        tensors = {f"{layer}.lora_B.weight": up.reshape(out, 2, *kernel), f"{layer}.lora_A.weight": down.reshape(2, inner, *kernel)}
+        save_file(tensors, tmp_path / "style.safetensors")
+        checkpoint = open_checkpoint(str(tiny_checkpoint.folder), loras=[Lora(tmp_path / "style.safetensors")])
+        found.append(checkpoint.weights("transformer")[f"{layer}.weight"].clone())
+    assert torch.equal(*found)
+
+
+def test_values_that_are_not_finite_are_refused(tiny_checkpoint, tmp_path):
+    layer = "transformer_blocks.0.attn1.to_q"
+    tensors = {f"{layer}.lora_B.weight": torch.full((128, 2), torch.nan), f"{layer}.lora_A.weight": torch.ones(2, 128)}
+    save_file(tensors, tmp_path / "style.safetensors")
+    weights = open_checkpoint(str(tiny_checkpoint.folder), loras=[Lora(tmp_path / "style.safetensors")]).weights("transformer")
+    with pytest.raises(ArtifactError, match="leaves the range of float32"):
+        weights[f"{layer}.weight"]
 
 
 def test_several_adapters_add_up_and_the_reference_has_them_too(tiny_checkpoint, transformer, tmp_path):

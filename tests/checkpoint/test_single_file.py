@@ -66,7 +66,9 @@ def drawn(config: dict, seed: int = 3) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "kind", [{}, {"qk_norm": "rms_norm_across_heads"}, {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True}]
 )
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "model.diffusion_model.", "_orig_mod.", "diffusion_model.", "module._orig_mod.", "transformer.", "model."]
+)
 @pytest.mark.parametrize("names", [dict, original])
 def test_both_kinds_of_names_give_the_same_tensors(tiny_checkpoint, tmp_path, kind, prefix, names):
     wanted = drawn({**tiny_checkpoint.config("transformer"), **kind})
@@ -77,6 +79,83 @@ def test_both_kinds_of_names_give_the_same_tensors(tiny_checkpoint, tmp_path, ki
     assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
     assert {name: weights.shape(name) for name in weights} == {name: tuple(value.shape) for name, value in wanted.items()}
     assert weights.bytes == sum(value.nbytes for value in wanted.values())
+
+
+def test_compiled_blocks_and_all_in_one_files_give_the_same_tensors(tiny_checkpoint, tmp_path):
+    wanted = drawn(tiny_checkpoint.config("transformer"))
+    file = tmp_path / "transformer.safetensors"
+    compiled = {re.sub(r"^(transformer_blocks\.\d+\.)", r"\1_orig_mod.", name): value for name, value in wanted.items()}
+    others = {"first_stage_model.encoder.conv_in.weight": torch.zeros(1), "text_encoders.gemma2.embed": torch.zeros(1)}
+    whole = {f"model.diffusion_model.{name}": value for name, value in wanted.items()} | others
+    for tensors in (compiled, whole):
+        save_file(tensors, file)
+        weights = open_single_file(file)
+        assert set(weights) == set(wanted)
+        assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def test_two_tensors_of_one_name_are_refused(tiny_checkpoint, tmp_path):
+    file = tmp_path / "transformer.safetensors"
+    save_file({"proj_out.weight": torch.zeros(1), "_orig_mod.proj_out.weight": torch.zeros(1)}, file)
+    with pytest.raises(ArtifactError, match="two tensors of one name") as caught:
+        open_single_file(file)
+    assert "_orig_mod.proj_out.weight" in caught.value.found
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (("transformer_blocks.0.attn1.to_q.weight.absmax",), "4-bit weights of bitsandbytes"),
+        (("transformer_blocks.0.attn1.to_q.weight.quant_state.bitsandbytes__nf4",), "4-bit weights of bitsandbytes"),
+        (("transformer_blocks.0.attn1.to_q.SCB",), "8-bit weights of bitsandbytes"),
+        (("transformer_blocks.0.attn1.to_q.qweight", "transformer_blocks.0.attn1.to_q.wscales"), "nunchaku (SVDQuant)"),
+        (("transformer_blocks.0.attn1.to_q.qweight", "transformer_blocks.0.attn1.to_q.qzeros"), "GPTQ or AWQ"),
+        (("scaled_fp8", "model.diffusion_model.blocks.0.attn.qkv.scale_weight"), "scaled 8-bit weights (fp8)"),
+        (("transformer_blocks.0.attn1.to_q.weight_scale",), "scaled 8-bit weights (fp8)"),
+        (("transformer_blocks.0.attn1.to_q.weight:_data",), "torchao"),
+        (("transformer_blocks.0.attn1.to_q.weight._data",), "optimum-quanto"),
+    ],
+)
+def test_quantized_weights_are_called_what_they_are(tiny_checkpoint, tmp_path, names, what):
+    file = tmp_path / "transformer.safetensors"
+    for prefix in ("", "_orig_mod."):
+        tensors = {prefix + name: torch.zeros(4, 1, dtype=torch.uint8) for name in names}
+        save_file({**tensors, f"{prefix}transformer_blocks.0.attn1.to_q.weight": torch.zeros(4, 1, dtype=torch.uint8)}, file)
+        with pytest.raises(ArtifactError, match="which are not supported") as caught:
+            open_checkpoint(str(tiny_checkpoint.folder), transformer=file)
+        assert what in caught.value.message
+        assert str(file) in caught.value.message
+        assert str(caught.value.found).removeprefix(prefix) in [name.removeprefix("model.diffusion_model.") for name in names]
+
+
+def test_8_bit_floats_are_named(tiny_checkpoint, tmp_path):
+    file = tmp_path / "transformer.safetensors"
+    save_file({name: value.to(torch.float8_e4m3fn) for name, value in drawn(tiny_checkpoint.config("transformer")).items()}, file)
+    with pytest.raises(ArtifactError, match="unsupported dtype") as caught:
+        open_checkpoint(str(tiny_checkpoint.folder), transformer=file)
+    assert caught.value.found == "F8_E4M3"
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("double_blocks.0.img_attn.qkv.weight", "FLUX"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "a U-Net of Stable Diffusion"),
+        ("joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        ("decoder.up_blocks.0.0.conv1.weight", "a VAE"),
+        ("model.layers.0.self_attn.q_proj.weight", "Gemma or Llama"),
+        ("transformer_blocks.0.ff.net.0.proj.weight", "PixArt"),
+        ("text_model.encoder.layers.0.self_attn.q_proj.weight", "CLIP"),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "--lora"),
+    ],
+)
+def test_weights_of_another_network_are_called_what_they_are(tiny_checkpoint, tmp_path, name, what):
+    file = tmp_path / "transformer.safetensors"
+    save_file({name: torch.zeros(2, 2)}, file)
+    with pytest.raises(ArtifactError, match=r"is missing (\d+) of \1 tensors") as caught:
+        open_checkpoint(str(tiny_checkpoint.folder), transformer=file)
+    assert what in str(caught.value)
+    assert str(caught.value.found).split(", but ")[1].split(":")[0] in name
 
 
 @pytest.mark.parametrize("names", [dict, original])

@@ -58,7 +58,7 @@ def test_a_truncated_file_is_damaged(tmp_path: Path) -> None:
     for size in [*range(0, len(whole) - 1, 7), len(whole) - 1]:
         cut = tmp_path / "cut.safetensors"
         cut.write_bytes(whole[:size])
-        with pytest.raises(ArtifactError, match=r"cut\.safetensors is damaged") as caught:
+        with pytest.raises(ArtifactError, match=r"cut\.safetensors is (damaged|not a safetensors file)") as caught:
             TensorFile(cut, fix=FIX)
         assert caught.value.exit_code == 4
         assert FIX in str(caught.value)
@@ -105,7 +105,7 @@ def test_a_wrong_header_length_is_an_artifact_error(tmp_path: Path, length: int)
 
 
 def test_a_missing_file_and_a_missing_tensor_are_reported(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="No such file"):
+    with pytest.raises(ArtifactError, match="is missing"):
         TensorFile(tmp_path / "none.safetensors")
     with pytest.raises(ArtifactError, match="no tensor 'b', but a"):
         TensorFile(write(tmp_path / "a.safetensors", {"a": GOOD}, b"\0" * 8))["b"]

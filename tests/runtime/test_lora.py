@@ -25,7 +25,7 @@ from sana_export.manifest import FILE_NAME, Manifest
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.lora_values import lora_values, read_adapter
 from sana_export.verify.reference import load_reference
-from tests.support.lora_files import diffusers_lora, load_transformer, peft_lora, refusals, write
+from tests.support.lora_files import diffusers_lora, load_transformer, peft_lora, refusals, respelled, write
 
 PROMPT = "A cute 🐼 eating 🎋, 水墨画 style"
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
@@ -166,6 +166,28 @@ def test_only_the_arrays_that_the_lora_changes_are_refitted(
     assert changed[128:256].mean() > 0.99
     assert not changed[:128].any()
     assert not changed[256:].any()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("spelling", ["kohya", "OneTrainer, dots"])
+def test_a_lora_of_another_program_is_the_same(
+    runtime: SanaRuntime, lora: Path, tmp_path: Path, spelling: str, shape: tuple[int, ...]
+) -> None:
+    """With alpha in a tensor of any shape, which the config of the file of diffusers has too."""
+    tensors = load_file(lora / "pytorch_lora_weights.safetensors")
+    renamed = {
+        name: value.reshape(shape) if name.endswith(".alpha") else value
+        for name, value in respelled(tensors, spelling, 7.0).items()
+    }
+    save_file(renamed, tmp_path / "style.safetensors")
+    recorders = record(runtime)
+    for path in (lora, tmp_path / "style.safetensors"):
+        runtime.load_lora(path, 0.7)
+        runtime.unload_lora()
+    for recorder in recorders.values():
+        wanted, _, found, _ = recorder.refits
+        assert wanted.keys() == found.keys()
+        assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_the_sessions_of_a_staged_runtime_have_the_lora(runtime: SanaRuntime, tiny_bundle: Path, lora: Path, second: Path) -> None:

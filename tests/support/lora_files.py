@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,48 @@ def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return folder
 
 
+def flat(layer: str) -> str:
+    return layer.replace(".", "_")
+
+
+def kohya(layer: str, matrix: str) -> str:
+    return f"{layer}.lora_{'down' if matrix == 'A' else 'up'}.weight"
+
+
+#: How each program spells the name of a layer's matrix A or B. They all write down the same LoRA.
+SPELLINGS: dict[str, Callable[[str, str], str]] = {
+    "diffusers": lambda layer, matrix: f"transformer.{layer}.lora_{matrix}.weight",
+    "diffusers, older": lambda layer, matrix: f"transformer.{layer}.lora.{'down' if matrix == 'A' else 'up'}.weight",
+    "diffusers, lora_linear_layer": lambda layer, matrix: (
+        f"transformer.{layer}.lora_linear_layer.{'down' if matrix == 'A' else 'up'}.weight"
+    ),
+    "bare": lambda layer, matrix: f"{layer}.lora_{matrix}.weight",
+    "bare, an adapter's name": lambda layer, matrix: f"{layer}.lora_{matrix}.default.weight",
+    "compiled": lambda layer, matrix: f"transformer._orig_mod.{layer}.lora_{matrix}.weight",
+    "compiled blocks": lambda layer, matrix: f"transformer.{layer.replace('.0.', '.0._orig_mod.', 1)}.lora_{matrix}.weight",
+    "ComfyUI": lambda layer, matrix: f"diffusion_model.{layer}.lora_{matrix}.weight",
+    "ComfyUI, down and up": lambda layer, matrix: kohya(f"diffusion_model.{layer}", matrix),
+    "kohya": lambda layer, matrix: kohya(f"lora_unet_{flat(layer)}", matrix),
+    "LyCORIS": lambda layer, matrix: kohya(f"lycoris_{flat(layer)}", matrix),
+    "OneTrainer": lambda layer, matrix: kohya(f"lora_transformer_{flat(layer)}", matrix),
+    "OneTrainer, dots": lambda layer, matrix: kohya(f"lora_transformer.{layer}", matrix),
+    "OneTrainer, down and up": lambda layer, matrix: kohya(f"transformer.{layer}", matrix),
+    "DistributedDataParallel": lambda layer, matrix: f"module.{layer}.lora_{matrix}.weight",
+}
+
+
+def respelled(tensors: Mapping[str, torch.Tensor], spelling: str, alpha: float | None = None) -> dict[str, torch.Tensor]:
+    """The LoRA `tensors`, with diffusers' names, as the program `spelling` writes it. `alpha`: with alpha tensors too."""
+    found = {}
+    for name, value in tensors.items():
+        layer, matrix = name.removeprefix("transformer.").removesuffix(".weight").rsplit(".lora_", 1)
+        new = SPELLINGS[spelling](layer, matrix)
+        found[new] = value
+        if alpha is not None:
+            found[f"{new[: new.rindex('.lora')]}.alpha"] = torch.tensor(alpha)
+    return found
+
+
 LAYER = "transformer.transformer_blocks.0.attn1.to_q"
 
 
@@ -69,11 +112,55 @@ def refusals(width: int) -> dict[str, tuple[dict[str, torch.Tensor], tuple[str, 
             {**pair(width=width), f"{LAYER}.lora_magnitude_vector": torch.zeros(1)},
             ("DoRA", f"{LAYER}.lora_magnitude_vector"),
         ),
-        "kohya": ({"lora_unet_blocks_0_attn_qkv.lora_down.weight": torch.zeros(2, 2)}, ("lora_unet_blocks_0_attn_qkv", LAYER[:12])),
-        "text encoder": (pair("text_encoder.layers.0.self_attn.q_proj"), ("text_encoder.layers.0", "transformer_blocks.0")),
+        "original names": (
+            {"lora_unet_blocks_0_attn_qkv.lora_down.weight": torch.zeros(2, 2)},
+            ("original Sana code", "lora_unet_blocks_0_attn_qkv", "_diffusers"),
+        ),
+        "text encoder": (
+            pair("text_encoder.layers.0.self_attn.q_proj"),
+            ("changes the text encoder", "text_encoder.layers.0", "transformer_blocks.0"),
+        ),
+        "kohya's text encoder": (
+            {"lora_te_layers_0_self_attn_q_proj.lora_down.weight": torch.zeros(2, 2)},
+            ("changes the text encoder", "lora_te_layers_0"),
+        ),
+        "LoKr": ({f"{LAYER}.lokr_w1": torch.zeros(2, 2)}, ("is a LoKr", f"{LAYER}.lokr_w1")),
+        "LoHa": ({"lora_unet_transformer_blocks_0_attn1_to_q.hada_w1_a": torch.zeros(2, 2)}, ("is a LoHa", "hada_w1_a")),
+        "OFT": ({f"{LAYER}.oft_R.weight": torch.zeros(2, 2)}, ("an OFT", f"{LAYER}.oft_R.weight")),
+        "LoCon": ({**pair(width=width), f"{LAYER}.lora_mid.weight": torch.zeros(4, 4)}, ("Tucker", f"{LAYER}.lora_mid.weight")),
+        "two adapters": (
+            {
+                f"{layer}.lora_{matrix}.{name}.weight": torch.zeros(size)
+                for layer, name in ((LAYER, "first"), (LAYER.replace("to_q", "to_k"), "second"))
+                for matrix, size in (("A", (4, width)), ("B", (width, 4)))
+            },
+            ("several adapters", "lora_A.first", "lora_A.second"),
+        ),
+        "twice": (
+            {**pair(width=width), **pair(LAYER.removeprefix("transformer."), width=width)},
+            ("two tensors for one matrix of transformer_blocks.0.attn1.to_q",),
+        ),
+        "whole weights": ({f"{LAYER}.weight": torch.zeros(width, width)}, ("is not a LoRA", f"{LAYER}.weight", "--transformer")),
+        "SDXL": (
+            {"lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight": torch.zeros(2, 2)},
+            ("another model", "U-Net of Stable Diffusion", "lora_unet_down_blocks_1"),
+        ),
+        "Stable Diffusion 3": (pair("transformer.transformer_blocks.0.attn.to_q"), ("another model", "Stable Diffusion 3")),
+        "Wan": (pair("diffusion_model.blocks.0.self_attn.q"), ("another model", "Wan")),
+        "deeper": (
+            pair("transformer.transformer_blocks.99.attn1.to_q"),
+            ("another model", "transformer_blocks.99.attn1.to_q, which"),
+        ),
+        "unknown kind": ({f"{LAYER}.lora_C.weight": torch.zeros(2, 2)}, ("unknown kind", f"{LAYER}.lora_C.weight")),
+        "alpha": ({**pair(width=width), f"{LAYER}.alpha": torch.zeros(2)}, (f"{LAYER}.alpha", "is not a number", "[2]")),
+        "infinite alpha": ({**pair(width=width), f"{LAYER}.alpha": torch.tensor(torch.inf)}, (f"{LAYER}.alpha", "[inf]")),
+        "PEFT without a config": (
+            pair("base_model.model.transformer_blocks.0.attn1.to_q", width=width),
+            ("is incomplete", "no adapter_config.json"),
+        ),
         "FLUX": (
             pair("transformer.single_transformer_blocks.0.attn.to_q"),
-            ("another model", "single_transformer_blocks.0.attn.to_q"),
+            ("another model", "FLUX", "single_transformer_blocks.0.attn.to_q"),
         ),
         "wider": (pair(width=2 * width), (f"{LAYER}.lora_A.weight", f"[4, {2 * width}]", f"[4, {width}]")),
         "one rank": (

@@ -148,7 +148,7 @@ def write_bundle(bundle: Path, graphs: Iterable[str] = ("sampler", "vae_decoder"
         options=Options("fp16", clamp=False, pag_layers=(1,)),
         model=model_info(),
         graphs=entries,
-        files=(),
+        files=(file_entry(bundle, bundle / "instruction.safetensors"),),
         export_key="0" * 64,
         engines=engines,
     )

@@ -1,11 +1,14 @@
 """`build_bundle` with the real TensorRT-RTX compiler, in its child process."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
-from sana_export.files import check_files
+from sana_export.errors import ArtifactError
+from sana_export.files import check_files, file_entry
 from sana_export.machine import Gpu
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import custom_profile
@@ -154,4 +157,28 @@ def test_a_hardware_compatible_engine_runs_on_a_later_gpu(
 def test_the_instructions_length_is_read_from_the_bundle(tokens: int, tmp_path: Path) -> None:
     write_bundle(tmp_path, ["sampler"])
     write_instruction(tmp_path, tokens)
+    listed = file_entry(tmp_path, tmp_path / "instruction.safetensors")
+    dataclasses.replace(Manifest.load(tmp_path), files=(listed,)).save(tmp_path)
     assert read_instruction_tokens(tmp_path) == tokens
+    write_instruction(tmp_path, tokens + 1)
+    with pytest.raises(ArtifactError, match=r"instruction\.safetensors is damaged"):
+        read_instruction_tokens(tmp_path)
+
+
+def test_a_graph_that_reads_weights_from_elsewhere_is_not_built(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    write_bundle(bundle, ["vae_decoder"])
+    manifest = Manifest.load(bundle)
+    graph = manifest.graphs["vae_decoder"]
+    path, outside = bundle / graph.onnx.path, tmp_path / "secret.data"
+    outside.write_bytes((bundle / graph.data[0].path).read_bytes())
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../../../secret.data" if entry.key == "location" else entry.value
+    path.write_bytes(model.SerializeToString())
+    tampered = dataclasses.replace(graph, onnx=file_entry(bundle, path))
+    dataclasses.replace(manifest, graphs={"vae_decoder": tampered}).save(bundle)
+    with pytest.raises(ArtifactError, match="a file that does not belong to the bundle") as caught:
+        build(bundle)
+    assert "secret.data" in str(caught.value.found)
