@@ -12,8 +12,11 @@ TEST_FLAGS ?=
 TEST_WORKERS ?= 2
 # Inputs for each test of `make fuzz`.
 FUZZ_INPUTS ?= 2000
-# The environment of `make test-lowest`.
+# The environments of `make test-lowest`, `make test-lowest-export` and `make test-newest`, and the Python of the last one.
 LOWEST ?= .venv-lowest
+LOWEST_EXPORT ?= .venv-lowest-export
+NEWEST ?= .venv-newest
+NEWEST_PYTHON ?= $(PYTHON)
 GPU_REPORT ?= benchmarks/out/gpu-check.json
 # Options for gpu-check, for example --resume, or --only 'parity/*'.
 GPU_FLAGS ?=
@@ -29,7 +32,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines bench test test-lowest fuzz bindings lint gpu-check clean
+.PHONY: help setup engines bench test test-lowest test-lowest-export test-newest fuzz bindings lint gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -55,16 +58,40 @@ test: $(STAMP) ## run every test that needs no GPU
 fuzz: $(STAMP) ## run the property-based tests with many new inputs (FUZZ_INPUTS=2000 for each test)
 	SANA_EXPORT_FUZZ=$(FUZZ_INPUTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(TEST_FLAGS) tests/fuzz
 
-test-lowest: $(STAMP) $(LOWEST)/.installed ## run the tests of sampling and of engine builds with the lowest versions that are allowed
-	rm -rf $(LOWEST)/bundles
-	OMP_NUM_THREADS=1 $(BIN)/python -m tools.lowest $(LOWEST)/bundles
-	SANA_EXPORT_TEST_BUNDLES=$(abspath $(LOWEST)/bundles) OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest \
-		-p tests.support.runtime_only -m "not gpu" $(TEST_FLAGS) tests/formats tests/runtime tests/trt
+test-lowest: $(LOWEST)/.installed ## run the tests of sampling and of engine builds with the lowest versions that are allowed
+	$(call runtime-tests,$(LOWEST))
+
+test-lowest-export: $(LOWEST_EXPORT)/.installed ## run the tests of exports with the lowest versions (several GB with CUDA's PyTorch)
+	OMP_NUM_THREADS=1 $(LOWEST_EXPORT)/bin/python -m pytest -m "not gpu" $(TEST_FLAGS) \
+		tests/checkpoint tests/export tests/graphs tests/synth tests/verify
+
+test-newest: $(NEWEST)/.installed ## the same as test-lowest with the newest versions (NEWEST_PYTHON=python3.13)
+	$(call runtime-tests,$(NEWEST))
+
+# The tests that need no PyTorch, in the environment $(1). The bundles are exported outside.
+define runtime-tests
+rm -rf $(1)/bundles
+OMP_NUM_THREADS=1 $(BIN)/python -m tools.lowest bundles $(1)/bundles
+SANA_EXPORT_TEST_BUNDLES=$(abspath $(1)/bundles) OMP_NUM_THREADS=1 $(1)/bin/python -m pytest \
+	-p tests.support.runtime_only -m "not gpu" $(TEST_FLAGS) tests/formats tests/fuzz tests/runtime tests/trt
+endef
 
 $(LOWEST)/.installed: pyproject.toml tools/lowest.py | $(STAMP)
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	$(BIN)/python -m tools.lowest > $(LOWEST)/requirements.txt
+	$(BIN)/python -m tools.lowest runtime > $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) -r $(LOWEST)/requirements.txt
+	@touch $@
+
+$(LOWEST_EXPORT)/.installed: pyproject.toml tools/lowest.py | $(STAMP)
+	test -x $(LOWEST_EXPORT)/bin/python || $(PYTHON) -m venv $(LOWEST_EXPORT)
+	$(BIN)/python -m tools.lowest export > $(LOWEST_EXPORT)/requirements.txt
+	$(LOWEST_EXPORT)/bin/python -m pip install --quiet $(PIP_FLAGS) -r $(LOWEST_EXPORT)/requirements.txt
+	@touch $@
+
+$(NEWEST)/.installed: pyproject.toml | $(STAMP)
+	test -x $(NEWEST)/bin/python || $(NEWEST_PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) ".[cpu,tensorrt-rtx]" onnx pytest psutil hypothesis
+	$(NEWEST)/bin/python -m pip uninstall --quiet --yes sana-export
 	@touch $@
 
 bindings: $(STAMP) ## record the interfaces of TensorRT's versions, which tests compare with what the code uses

@@ -7,22 +7,46 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from sana_export.trt.flavour import FLAVOURS
 from tools.bindings import VERSIONS
-from tools.lowest import ROOT, requirements
+from tools.lowest import ENVIRONMENTS, ROOT, requirements
+
+PROJECT = """[project]
+dependencies = ["numpy>=1.26", "tokenizers>=0.20"]
+[project.optional-dependencies]
+cpu = ["onnxruntime>=1.26"]
+tensorrt-rtx = ["tensorrt-rtx>=1.7"]
+export = ["torch>=2.9"]
+dev = ["ruff>=0.9", "peft>=0.18"]
+"""
+WANTED = {
+    "runtime": [
+        "numpy==1.26",
+        "tokenizers==0.20",
+        "onnxruntime==1.26",
+        "tensorrt-rtx==1.7.*",
+        "onnx",
+        "pytest",
+        "psutil",
+        "hypothesis",
+    ],
+    "export": ["numpy==1.26", "onnxruntime==1.26", "torch==2.9", "peft==0.18", "pytest", "psutil", "hypothesis"],
+}
 
 
-def test_requirements_are_the_lowest_versions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_requirements_are_the_lowest_versions(environment: str, tmp_path: Path) -> None:
     project = tmp_path / "project.toml"
-    project.write_text(
-        '[project]\ndependencies = ["numpy>=1.26"]\n[project.optional-dependencies]\n'
-        'cpu = ["onnxruntime>=1.26"]\ntensorrt-rtx = ["tensorrt-rtx>=1.7"]\nexport = ["torch>=2.9"]\n'
-    )
-    assert [*requirements(project)] == ["numpy==1.26", "onnxruntime==1.26", "tensorrt-rtx==1.7.*", "onnx", "pytest", "psutil"]
+    project.write_text(PROJECT)
+    assert [*requirements(environment, project)] == WANTED[environment]
 
 
-def test_every_requirement_of_the_project_has_a_lowest_version() -> None:
-    assert all("==" in line for line in [*requirements()][:-3])
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_every_requirement_of_the_project_has_a_lowest_version(environment: str) -> None:
+    found = [*requirements(environment)]
+    assert {line for line in found if "==" not in line} == set(ENVIRONMENTS[environment].testing)
 
 
 def test_errors_name_the_lowest_version() -> None:
