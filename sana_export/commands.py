@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable
 from pathlib import Path, PurePath
@@ -93,7 +94,8 @@ def resave_command(source: str, pipeline: str, suffix: str, *changes: str) -> st
     The folder has the checkpoint's name and `suffix`.
     """
     folder = PurePath(source).name + suffix
-    steps = [f"pipeline = diffusers.{pipeline}.from_pretrained({source!r})", *changes, f"pipeline.save_pretrained({folder!r})"]
+    load, save = (json.dumps(name, ensure_ascii=False) for name in (source, folder))  # the shell's quotes are the single ones
+    steps = [f"pipeline = diffusers.{pipeline}.from_pretrained({load})", *changes, f"pipeline.save_pretrained({save})"]
     return shlex.join(["python", "-c", "; ".join(["import diffusers", *steps])])
 
 

@@ -16,7 +16,7 @@ from sana_export.contract import MAX_TOKENS
 
 
 @dataclass(frozen=True)
-class Rule:
+class ConfigRule:
     """The values of a key that are supported."""
 
     #: What they are, for an error.
@@ -37,14 +37,14 @@ class Unsupported:
     wanted: str
 
 
-def one_of(*values: object) -> Rule:
+def one_of(*values: object) -> ConfigRule:
     """Only `values`."""
-    return Rule(" or ".join(map(repr, values)), lambda value: value in values)
+    return ConfigRule(" or ".join(map(repr, values)), lambda value: value in values)
 
 
-def each_of(*names: str) -> Rule:
+def each_of(*names: str) -> ConfigRule:
     """One of `names`, or a list of them with an item for each stage."""
-    return Rule(" or ".join(names), lambda value: set([value] if isinstance(value, str) else value) <= set(names))
+    return ConfigRule(" or ".join(names), lambda value: set([value] if isinstance(value, str) else value) <= set(names))
 
 
 def _number(value: object) -> bool:
@@ -56,16 +56,16 @@ def _widths(value: Sequence[int]) -> bool:
     return len(value) == VAE_STAGES and all(4 * upper % lower == 0 for upper, lower in pairwise(value))
 
 
-NUMBER = Rule("a number", _number)
-POSITIVE = Rule("a positive number", lambda value: _number(value) and value > 0)
-POSITIVE_OR_NONE = Rule("a positive number or null", lambda value: value is None or (_number(value) and value > 0))
-WHOLE = Rule("a whole number, 1 or more", lambda value: _number(value) and isinstance(value, int) and value > 0)
+NUMBER = ConfigRule("a number", _number)
+POSITIVE = ConfigRule("a positive number", lambda value: _number(value) and value > 0)
+POSITIVE_OR_NONE = ConfigRule("a positive number or null", lambda value: value is None or (_number(value) and value > 0))
+WHOLE = ConfigRule("a whole number, 1 or more", lambda value: _number(value) and isinstance(value, int) and value > 0)
 OFF = one_of(False, None)
 #: The stages of an autoencoder with 32 image pixels per latent pixel.
 VAE_STAGES = 6
 
 #: The rules for each class, by key.
-SUPPORTED: Mapping[str, Mapping[str, Rule]] = {
+SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
     "SanaTransformer2DModel": {
         "patch_size": one_of(1),
         "attention_bias": one_of(False),
@@ -81,11 +81,11 @@ SUPPORTED: Mapping[str, Mapping[str, Rule]] = {
     },
     "AutoencoderDC": {
         "in_channels": one_of(3),
-        "encoder_block_out_channels": Rule(f"{VAE_STAGES} stages", lambda value: len(value) == VAE_STAGES),
-        "decoder_block_out_channels": Rule(
+        "encoder_block_out_channels": ConfigRule(f"{VAE_STAGES} stages", lambda value: len(value) == VAE_STAGES),
+        "decoder_block_out_channels": ConfigRule(
             f"the widths of {VAE_STAGES} stages, each a divisor of 4 times the width before it", _widths
         ),
-        "decoder_layers_per_block": Rule("at least 1 layer in every stage", lambda value: min(value) > 0),
+        "decoder_layers_per_block": ConfigRule("at least 1 layer in every stage", lambda value: min(value) > 0),
         "decoder_block_types": each_of("ResBlock", "EfficientViTBlock"),
         "decoder_norm_types": each_of("rms_norm"),
         "decoder_act_fns": each_of("silu"),
@@ -99,11 +99,11 @@ SUPPORTED: Mapping[str, Mapping[str, Rule]] = {
         "attention_bias": one_of(False),
         "use_bidirectional_attention": OFF,
         "layer_types": each_of("sliding_attention", "full_attention"),
-        "sliding_window": Rule(f"at least {MAX_TOKENS}, or null", lambda value: value is None or value >= MAX_TOKENS),
+        "sliding_window": ConfigRule(f"at least {MAX_TOKENS}, or null", lambda value: value is None or value >= MAX_TOKENS),
         "attn_logit_softcapping": POSITIVE_OR_NONE,
         "query_pre_attn_scalar": POSITIVE,
         "rms_norm_eps": POSITIVE,
-        "rope_parameters": Rule(
+        "rope_parameters": ConfigRule(
             "a rope_theta without scaling (rope_type 'default')",
             lambda value: value.get("rope_type") == "default" and _number(value.get("rope_theta")) and value["rope_theta"] > 0,
         ),

@@ -10,7 +10,7 @@ from sana_export.checkpoint.components import COMPONENTS, check_weights
 from sana_export.checkpoint.configs import CONFIGURED, Part, config_name, read_part
 from sana_export.checkpoint.tokenizer import check_tokenizer
 from sana_export.commands import resave_command
-from sana_export.errors import ArtifactError, SanaExportError
+from sana_export.errors import ArtifactError
 from sana_export.supported import SCHEDULERS, unsupported
 from sana_export.variants import INDEX
 
@@ -26,11 +26,6 @@ TEXT_TO_IMAGE = {
 }
 LIST_VARIANTS = "sana-export variants  (lists the published checkpoints)"
 ANOTHER = "use a checkpoint with the architecture of a published Sana model (sana-export variants lists them)"
-#: The library and the classes that model_index.json may name for each part.
-CLASSES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    **{name: (component.library, component.classes) for name, component in COMPONENTS.items()},
-    "scheduler": ("diffusers", SCHEDULERS),
-}
 
 
 @dataclass(frozen=True)
@@ -97,17 +92,23 @@ def refuse(source: str, problems: Iterable[ArtifactError]) -> None:
     if len(found) == 1:
         raise found[0]
     if found:
-        fixes = dict.fromkeys(problem.fix for problem in found if problem.fix)
+        fixes: dict[str, list[str]] = {}
+        for number, problem in enumerate(found, 1):
+            fixes.setdefault(str(problem.fix), []).append(str(number))
         raise ArtifactError(
             f"{source} cannot be exported, for {len(found)} reasons",
-            found=_listed(f"{problem.message}: found {problem.found}, wanted {problem.wanted}" for problem in found),
+            found=_lines(
+                f"{number}. {problem.message}: found {problem.found}, wanted {problem.wanted}"
+                for number, problem in enumerate(found, 1)
+            ),
             wanted="a checkpoint without these",
-            fix=_listed(fixes) if len(fixes) > 1 else next(iter(fixes), None),
+            fix=_lines(f"for {', '.join(numbers)}: {fix}" for fix, numbers in fixes.items()),
         )
 
 
-def _listed(lines: Iterable[str]) -> str:
-    return "\n          ".join(f"{number}. {' '.join(line.split())}" for number, line in enumerate(lines, 1))
+def _lines(lines: Iterable[str]) -> str:
+    """Lines that stand below each other in an error."""
+    return "\n          ".join(" ".join(line.split()) for line in lines)
 
 
 def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
@@ -152,34 +153,41 @@ def config_problems(
             found, allowed = parts[fit.part].config[fit.key], fit.allowed(parts[fit.owner].config)
             if found not in allowed:
                 yield fit.part, _unsupported(fit.part, fit.key, repr(found), f"{allowed[0]} ({fit.meaning})")
-    yield from _pipeline_problems(str(index["_class_name"]), parts)
+    pipeline = index["_class_name"]
+    if "transformer" in parts and bool(found := parts["transformer"].config["guidance_embeds"]) != (pipeline == SPRINT):
+        wanted = f"{pipeline == SPRINT}, because {INDEX} names {pipeline}"
+        yield "transformer", _unsupported("transformer", "guidance_embeds", found, wanted)
 
 
 def class_of(index: Mapping[str, Any], part: str, source: str, read: Callable[[str], Mapping[str, Any]]) -> str:
     """The class of a part. As in diffusers, model_index.json decides. Raises ArtifactError for an unsupported class."""
-    library, classes = CLASSES[part]
-    found = index.get(part)
-    if isinstance(found, list) and len(found) == 2 and found[0] == library and found[1] in classes:
-        return str(found[1])
-    empty = found is None or found == [None, None]
-    named = found[1] if isinstance(found, list) and len(found) == 2 and found[0] == library else found
+    sprint = index.get("_class_name") == SPRINT
+    if part == "scheduler":
+        library, classes = "diffusers", tuple(name for name in SCHEDULERS if (name == SPRINT_SCHEDULER) == sprint)
+    else:
+        library, classes = COMPONENTS[part].library, COMPONENTS[part].classes
+    entry = index.get(part)
+    named = entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[0] == library else entry
+    if named in classes and named != entry:
+        return str(named)
     raise ArtifactError(
-        f"{source} has no {part}" if empty else f"{source} has an unsupported {part}",
-        found=f"{INDEX} names {'none' if empty else named}",
+        f"{source} has no {part}" if entry in (None, [None, None]) else f"{source} has an unsupported {part}",
+        found=f"{INDEX} names {'none' if entry in (None, [None, None]) else named}",
         wanted=" or ".join(classes),
-        fix=_scheduler_fix(source, read) if part == "scheduler" else ANOTHER,
+        fix=_scheduler_fix(source, read, sprint=sprint) if part == "scheduler" else ANOTHER,
     )
 
 
-def _scheduler_fix(source: str, read: Callable[[str], Mapping[str, Any]]) -> str:
-    """How to give a checkpoint the scheduler of the published ones."""
+def _scheduler_fix(source: str, read: Callable[[str], Mapping[str, Any]], *, sprint: bool) -> str:
+    """The command that gives a checkpoint the scheduler of the published ones."""
     try:
         shift = read(config_name("scheduler")).get("flow_shift")
-    except SanaExportError:
+    except ArtifactError:
         shift = None
-    settings = f"flow_shift={shift or 3.0}, use_flow_sigmas=True, prediction_type='flow_prediction'"
-    change = f"pipeline.scheduler = diffusers.DPMSolverMultistepScheduler({settings})"
-    return f"{resave_command(source, 'DiffusionPipeline', '-dpm', change)}  (then export that folder)"
+    settings = f'flow_shift={shift or 3.0}, use_flow_sigmas=True, prediction_type="flow_prediction"'
+    scheduler = f"{SPRINT_SCHEDULER}()" if sprint else f"DPMSolverMultistepScheduler({settings})"
+    change = f"pipeline.scheduler = diffusers.{scheduler}"
+    return f"{resave_command(source, 'DiffusionPipeline', '-fixed', change)}  (then export that folder)"
 
 
 def _unsupported(name: str, key: str, found: object, wanted: object) -> ArtifactError:
@@ -197,19 +205,3 @@ def _foreign(parts: Mapping[str, Part]) -> Iterator[tuple[str, ArtifactError]]:
         if (method := part.given.get("quantization_config")) is not None:
             kind = method.get("quant_method") if isinstance(method, Mapping) else method
             yield name, _unsupported(name, "quantization_config", kind, "weights that are not quantized")
-
-
-def _pipeline_problems(pipeline: str, parts: Mapping[str, Part]) -> Iterator[tuple[str, ArtifactError]]:
-    """What does not fit the class of the pipeline. Only SANA-Sprint has a guidance embedding and samples with SCMScheduler."""
-    sprint = pipeline == SPRINT
-    if "transformer" in parts and bool(found := parts["transformer"].config["guidance_embeds"]) != sprint:
-        yield "transformer", _unsupported("transformer", "guidance_embeds", found, f"{sprint}, because {INDEX} names {pipeline}")
-    if "scheduler" in parts and (parts["scheduler"].class_name == SPRINT_SCHEDULER) != sprint:
-        wanted = [name for name in SCHEDULERS if (name == SPRINT_SCHEDULER) == sprint]
-        error = ArtifactError(
-            f"{INDEX} names a scheduler that {pipeline} cannot sample with",
-            found=parts["scheduler"].class_name,
-            wanted=" or ".join(wanted),
-            fix=f"name the pipeline and the scheduler that the checkpoint was trained for in {INDEX}",
-        )
-        yield "scheduler", error

@@ -60,7 +60,8 @@ def test_float16_graphs(name: str, tiny_checkpoint: Any, tmp_path: Path) -> None
 def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A small checkpoint with the position table of the 2K checkpoints. Its waves are too many to count as a small constant."""
     recipe = RECIPES["tiny-random"]
-    changes = {"interpolation_scale": 1.0, "sample_size": 64, "num_layers": 1, "num_attention_heads": 16}
+    changes = {"interpolation_scale": 1.0, "sample_size": 64, "num_layers": 1}
+    changes |= {"num_attention_heads": 16, "cross_attention_dim": 16 * 32}
     recipe = replace(recipe, transformer={**recipe.transformer, **changes})
     return open_checkpoint(str(make_checkpoint(recipe, tmp_path_factory.mktemp("large") / "checkpoint")))
 
