@@ -10,7 +10,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sana_export.errors import ArtifactError
-from sana_export.formats.onnx_weights import copies_of_shared, external_tensors, read_tensors, structure_sha256
+from sana_export.formats.onnx_weights import (
+    check_external_data,
+    copies_of_shared,
+    external_locations,
+    external_tensors,
+    read_tensors,
+    structure_sha256,
+)
 from sana_export.manifest import Manifest
 from tests.support.small_bundles import slow, vae_decoder
 
@@ -143,3 +150,41 @@ def test_a_damaged_model_is_a_value_error(damage: bytes) -> None:
     for read in (external_tensors, structure_sha256):
         with pytest.raises(ValueError, match=r"field|number"):
             read(damage)
+
+
+def varint(value: int, length: int) -> bytes:
+    """`value` in `length` bytes, with more than it needs if `length` says so."""
+    return bytes([(value >> 7 * index & 0x7F) | (0x80 if index + 1 < length else 0) for index in range(length)])
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [varint(0x3A | 1 << 32, 5), varint(0x3A | 1 << 40, 6), varint(0x02, 1), varint(0x3A | 1 << 34, 5)],
+)
+def test_a_field_that_protobuf_could_read_as_another_one_is_refused(tag: bytes, model: Path) -> None:
+    """C++ drops the upper bits of a tag, and would find a graph where a reader with longer numbers finds an unknown field."""
+    graph = onnx.load(model, load_external_data=False).graph.SerializeToString()
+    hidden = tag + varint(len(graph), 3) + graph
+    for read in (external_tensors, external_locations, structure_sha256):
+        with pytest.raises(ValueError, match="a field of number"):
+            read(hidden)
+    with pytest.raises(ValueError, match=r"a field of \d+ bytes"):
+        external_locations(b"\x3a" + varint(2**31, 5) + graph)
+
+
+@pytest.mark.parametrize("key", ["offset", "length"])
+@pytest.mark.parametrize("number", ["-1", "1.0", " 8", "1_0", "٣", "9" * 19, "9" * 5000, ""])
+def test_a_place_that_is_not_a_number_is_refused(key: str, number: str, model: Path) -> None:
+    changed = onnx.load(model, load_external_data=False)
+    set_external(changed.graph.initializer[1], **{key: number})
+    model.write_bytes(changed.SerializeToString())
+    for read in (check_external_data, read_tensors):
+        with pytest.raises(ArtifactError, match=rf"b has the {key} '|is not an ONNX model|is damaged"):
+            read(model, [model.with_name("weights.data")])
+
+
+def test_two_values_of_one_entry_are_refused(model: Path) -> None:
+    changed = onnx.load(model, load_external_data=False)
+    changed.graph.initializer[0].external_data.add(key="location", value="other.data")
+    with pytest.raises(ValueError, match="two values of 'location'"):
+        external_locations(changed.SerializeToString())

@@ -62,12 +62,13 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )
+PATTERNS = st.sampled_from(["to_q", r"attn\d.to_k", r"([a-z_.\d]+)+!", "(", ".*.*.*.*x", "\\"])
 CONFIGS = st.none() | st.text(max_size=10) | JSON.map(json.dumps) | st.fixed_dictionaries(
     {},
     optional={
         "lora_alpha": JSON,
         "transformer.lora_alpha": st.integers(1, 9),
-        "alpha_pattern": JSON | st.dictionaries(st.sampled_from(["to_q", r"attn\d.to_k", "(a+)+$", "(", ".*.*.*.*x", "\\"]), JSON),
+        "alpha_pattern": JSON | st.dictionaries(PATTERNS, JSON),
         "use_rslora": JSON,
         "use_dora": JSON,
         "init_lora_weights": JSON,
@@ -82,8 +83,18 @@ def names(draw: Any) -> str:
     return draw(PREFIX) + (layer.replace(".", "_") if draw(SPELLED) else layer) + draw(ENDINGS)
 
 
+#: A right LoRA, and one with an alpha of any shape.
+RIGHT = {"proj_out.lora_A.weight": (2, 4), "proj_out.lora_B.weight": (6, 2)}
+TENSORS = st.builds(
+    lambda right, alpha, more: {**(RIGHT if right else {}), **({"proj_out.alpha": alpha} if alpha is not None else {}), **more},
+    st.booleans(),
+    st.none() | SIZES,
+    st.dictionaries(names() | st.text(max_size=8), SIZES, max_size=4),
+)
+
+
 @inputs(8)
-@given(st.dictionaries(names() | st.text(max_size=8), SIZES, max_size=6), CONFIGS, st.floats())
+@given(TENSORS, CONFIGS, st.floats())
 def test_any_names_shapes_and_configs(
     tmp_path: Path, tensors: dict[str, tuple[int, ...]], config: str | None, scale: float
 ) -> None:

@@ -15,13 +15,13 @@ from sana_export.checkpoint.weights import read_headers
 from sana_export.errors import ArtifactError
 from sana_export.formats.dtypes import BY_SAFETENSORS
 from sana_export.formats.safetensors_file import TensorFile
-from sana_export.formats.safetensors_header import BITS, MOST_DIMENSIONS, MOST_TENSORS, read_header
+from sana_export.formats.safetensors_header import BITS, MOST_DIMENSIONS, read_header
 from tests.fuzz.support import MIB, at_most, inputs
 
 #: What the library takes and this reader refuses, by a part of our error (safetensors_header.py says why).
 STRICTER = ("occurs twice", "has no dtype, shape and data_offsets", "unknown dtype", f"more than {MOST_DIMENSIONS}", "is too large")
 
-NAMES = st.text(max_size=6) | st.sampled_from(["a", "b", "__metadata__", "\x00", "é", "a.b"])
+NAMES = st.text(max_size=6) | st.sampled_from(["a", "b", "__metadata__", "\x00", "é", "a.b", "\ud800", "\ud83d\ude00"])
 NUMBERS = st.integers(-2, 40) | st.sampled_from([2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 2**70])
 SCALARS = st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=4)
 ANYTHING = st.recursive(
@@ -51,10 +51,14 @@ def whole_files(draw: Any) -> tuple[list[tuple[str, Any]], bytes]:
 @st.composite
 def changed(draw: Any, entry: Any) -> Any:
     """`entry` of a header with one thing changed."""
-    key = draw(st.sampled_from(["dtype", "shape", "data_offsets", "more", "all"]))
+    key = draw(st.sampled_from(["dtype", "shape", "data_offsets", "shifted", "more", "all"]))
     if key == "all" or not isinstance(entry, dict):
         return draw(ANYTHING)
+    if key == "shifted" and "data_offsets" in entry:
+        step = draw(st.sampled_from([-4, -1, 1, 4]))
+        return {**entry, "data_offsets": [offset + step for offset in entry["data_offsets"]]}
     values = {
+        "shifted": ANYTHING,
         "dtype": DTYPES | ANYTHING,
         "shape": st.lists(NUMBERS, max_size=4) | st.just([1] * 40) | ANYTHING,
         "data_offsets": st.lists(NUMBERS, min_size=2, max_size=2) | ANYTHING,
@@ -78,7 +82,7 @@ def files(draw: Any) -> bytes:
     length = draw(st.sampled_from([len(header)] * 8 + [0, 1, len(header) + 1, 100_000_001, 2**63, 2**64 - 1]))
     content = length.to_bytes(8, "little") + header + values
     cut = draw(st.sampled_from([0, 0, 0, 0, 0, 1, 9]))
-    content = content[: len(content) - cut] + draw(st.sampled_from([b"", b"", b"", b"", b"x"]))
+    content = content[: len(content) - cut] + draw(st.sampled_from([b"", b"", b"", b"x", b"xxxx"]))
     if draw(st.integers(0, 5)) == 5 and content:
         place = draw(st.integers(0, len(content) - 1))
         content = content[:place] + bytes([draw(st.integers(0, 255))]) + content[place + 1 :]
@@ -119,19 +123,3 @@ def test_generated_files(tmp_path: Path, content: bytes) -> None:
 @given(st.binary(max_size=64), st.booleans())
 def test_any_bytes(tmp_path: Path, content: bytes, framed: bool) -> None:
     compare(tmp_path / "a.safetensors", len(content).to_bytes(8, "little") + content if framed else content)
-
-
-@inputs(0.1)
-@given(st.sampled_from(['"%d":{},', "[[],[]],", "0,", '"%d":0,', '"\\"', "{", "[", '"a":"' + "x" * 90 + '",']), st.integers(0, 1))
-def test_headers_of_megabytes_take_no_more_than_a_multiple_of_them(tmp_path: Path, piece: str, rest: int) -> None:
-    count = 2 * MIB // len(piece)
-    text = "".join(piece.replace("%d", str(number)) for number in range(count)).rstrip(",")
-    header = (["{" + text + "}", '{"a":{"dtype":"U8","shape":[' + text + "]}}"][rest]).encode()
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header)
-    try:
-        with at_most(40 * len(header) + 200 * MOST_TENSORS):
-            read_header(path)
-    except ArtifactError:
-        return
-    raise AssertionError("no such file is right")

@@ -1,0 +1,21 @@
+"""A limit on the memory that a block of a test allocates."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MIB = 2**20
+
+
+@contextmanager
+def at_most(bytes: int) -> Iterator[None]:
+    """Fail if the block has more than `bytes` of Python's and numpy's memory allocated at one time. Maps of files do not count."""
+    tracemalloc.start()
+    try:
+        yield
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= bytes, f"{peak / MIB:.1f} MiB were allocated; the limit is {bytes / MIB:.1f} MiB"
