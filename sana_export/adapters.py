@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import hash_file
 from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
 from sana_export.formats.safetensors_file import PICKLES
+from sana_export.numeric import MOST_SCALE, real
+from sana_export.user_paths import user_path
 
 DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 #: The prefix of the transformer's layer names: True in PEFT's format, False in the format of diffusers.
@@ -116,17 +119,25 @@ class Fold(Generic[M]):
 def parse_lora(text: str) -> Lora:
     """Parse PATH or PATH:SCALE."""
     path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Lora(Path(text))
+    if not colon or user_path(text, "the LoRA").exists():
+        return Lora(user_path(text, "the LoRA"))
+    if re.fullmatch(r"[+-]?\d*,\d+", scale):
+        point = shlex.quote(f"{path}:{scale.replace(',', '.')}")
+        raise UsageError(f"the scale of the LoRA {path} has a comma", found=text, wanted="a decimal point", fix=f"--lora {point}")
     try:
         factor = float(scale)
     except ValueError:
-        return Lora(Path(text))  # the colon is part of the path, such as that of a Windows drive
-    if not path or not math.isfinite(factor):
+        return Lora(user_path(text, "the LoRA"))  # the colon is part of the path, such as that of a Windows drive
+    if not path:
         raise UsageError(
             "a LoRA is given as a path and a scale", found=text, wanted="PATH or PATH:SCALE", fix="--lora style.safetensors:0.7"
         )
-    return Lora(Path(path), factor)
+    return Lora(user_path(path, "the LoRA"), checked_scale(factor, path))
+
+
+def checked_scale(scale: Any, path: str | Path) -> float:
+    """The scale of the LoRA at `path`. Raises UsageError unless it is a number within +-`MOST_SCALE`."""
+    return real(f"the scale of the LoRA {path}", scale, -MOST_SCALE, MOST_SCALE)
 
 
 def read_folds(lora: Lora, tensors: Mapping[str, M], metadata: Mapping[str, str], shape_of: ShapeOf) -> dict[str, Fold[M]]:
@@ -135,6 +146,7 @@ def read_folds(lora: Lora, tensors: Mapping[str, M], metadata: Mapping[str, str]
     `tensors` and `metadata` are those of `lora.weights`; `shape_of` gives the shapes of the model's weights. No matrix is read.
     Raises ArtifactError, naming the tensor, if the adapter's format or kind is not supported or it does not fit the model.
     """
+    checked_scale(lora.scale, lora.path)
     config = _config(lora, metadata)
     if config is not None:
         _check_config(lora, config)

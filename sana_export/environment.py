@@ -16,6 +16,8 @@ from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from sana_export.user_paths import home_folder, user_path
+
 PACKAGE = Path(__file__).parent
 #: The modules of distributions that only require another one, which has the module and can be installed alone.
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -128,6 +130,12 @@ def return_free_memory() -> None:
 
 
 def cache_folder() -> Path:
-    """The folder of sana_export's caches: $SANA_EXPORT_CACHE, or `sana_export` in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("SANA_EXPORT_CACHE") or f"{root}/sana_export").expanduser()
+    """The folder of sana_export's caches: $SANA_EXPORT_CACHE, or `sana_export` in the user's cache folder.
+
+    Raises DependencyError if neither is set and the user has no home folder.
+    """
+    if given := os.environ.get("SANA_EXPORT_CACHE"):
+        return user_path(given, "SANA_EXPORT_CACHE")
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return user_path(root, "XDG_CACHE_HOME") / "sana_export"
+    return home_folder("SANA_EXPORT_CACHE") / ".cache" / "sana_export"

@@ -41,7 +41,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise DependencyError(
                 f"the disk is full: {path} was not written",
-                found=f"{free_bytes(path.parent)} bytes free",
+                found=None if (free := free_bytes(path.parent)) is None else f"{free} bytes free",
                 wanted="more space",
                 fix="free some space and run the same command again: it continues where it stopped",
             ) from error
@@ -50,8 +50,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def require_free(folder: Path, wanted: int, what: str) -> None:
-    """Raise DependencyError unless `wanted` bytes are free for `what` on the disk of `folder`."""
-    if (free := free_bytes(folder)) < wanted:
+    """Raise DependencyError unless `wanted` bytes are free for `what` on the disk of `folder`, or the system does not say."""
+    free = free_bytes(folder)
+    if free is not None and free < wanted:
         raise DependencyError(
             f"there is too little disk space for {what}",
             found=f"{free} bytes free at {folder}",
@@ -96,11 +97,14 @@ def manifest_lock(bundle: Path) -> Path:
     return bundle / ".locks" / "manifest"
 
 
-def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of `folder`, or of its nearest existing parent."""
+def free_bytes(folder: Path) -> int | None:
+    """Free bytes on the disk of `folder`, or of its nearest existing parent. None if the system does not say."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    try:
+        return shutil.disk_usage(folder).free
+    except (AttributeError, OSError):  # neither statvfs nor Windows, or a file system that refuses
+        return None
 
 
 def _is_file(descriptor: int, path: Path) -> bool:

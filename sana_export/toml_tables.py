@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sana_export.errors import UsageError
+from sana_export.user_paths import user_path
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ class ValueType:
 
 VALUE_TYPES: dict[Any, ValueType] = {
     str: ValueType((str,), str, "a string"),
-    Path: ValueType((str,), Path, "a path"),
+    Path: ValueType((str,), user_path, "a path"),
     bool: ValueType((bool,), bool, "true or false"),
     int: ValueType((int,), int, "a whole number"),
     float: ValueType((int, float), float, "a number"),

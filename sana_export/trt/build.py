@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.contract import GraphSpec, TensorSpec
-from sana_export.errors import ArtifactError, DependencyError, SanaExportError
+from sana_export.errors import ArtifactError, Cancelled, DependencyError, SanaExportError
 from sana_export.files import write_whole
 from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.onnx_weights import copies_of_shared, external_tensors
@@ -29,12 +29,6 @@ from sana_export.trt.options import BUILDER_FLAGS, DEFAULT_OPTIONS, FLAGS, PREVI
 from sana_export.trt.progress import progress_monitor
 
 LOG = logging.getLogger(__name__)
-
-
-class Cancelled(SanaExportError):
-    """The caller cancelled the build. Nothing was written."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True)

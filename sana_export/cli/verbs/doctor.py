@@ -8,7 +8,6 @@ import platform
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sana_export import __version__
@@ -89,7 +88,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         table([(ability.name, _verdict(ability)) for ability in abilities]),
     ]
     if options.bundle is not None:
-        bundle = Path(options.bundle)
+        bundle = options.bundle
         memory = memory_needs(bundle, Manifest.load(bundle))
         document["memory"] = memory_document(memory)
         parts.append(memory_text(memory, gpu_memory_bytes(machine.gpus)) or f"{bundle} has no engines")
