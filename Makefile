@@ -10,6 +10,8 @@ PIP_FLAGS ?=
 TEST_FLAGS ?=
 # Number of parallel test processes, each with one thread.
 TEST_WORKERS ?= 2
+# Inputs for each test of `make fuzz`.
+FUZZ_INPUTS ?= 2000
 # The environment of `make test-lowest`.
 LOWEST ?= .venv-lowest
 GPU_REPORT ?= benchmarks/out/gpu-check.json
@@ -27,12 +29,12 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines bench test test-lowest bindings lint gpu-check clean
+.PHONY: help setup engines bench test test-lowest fuzz bindings lint gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo
-	@echo "variables: PYTHON, VENV, RECIPE, BENCH_RECIPE, PIP_FLAGS, TEST_FLAGS, GPU_REPORT, GPU_FLAGS, WHEELS"
+	@echo "variables: PYTHON, VENV, RECIPE, BENCH_RECIPE, PIP_FLAGS, TEST_FLAGS, FUZZ_INPUTS, GPU_REPORT, GPU_FLAGS, WHEELS"
 
 setup: $(STAMP) ## create the virtual environment with the tested versions
 
@@ -49,6 +51,9 @@ bench: $(STAMP) ## latency against eager diffusers, on a checkpoint with 100 mil
 
 test: $(STAMP) ## run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile $(TEST_FLAGS)
+
+fuzz: $(STAMP) ## run the property-based tests with many new inputs (FUZZ_INPUTS=2000 for each test)
+	SANA_EXPORT_FUZZ=$(FUZZ_INPUTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(TEST_FLAGS) tests/fuzz
 
 test-lowest: $(STAMP) $(LOWEST)/.installed ## run the tests of sampling and of engine builds with the lowest versions that are allowed
 	rm -rf $(LOWEST)/bundles
@@ -75,5 +80,5 @@ gpu-check: ## run every check and timing that needs a GPU, in at most 30 minutes
 	$(GPU_PYTHON) -m tools.gpu_check --venv $(GPU_VENV) $(if $(WHEELS),--wheels $(WHEELS)) --report $(GPU_REPORT) $(GPU_FLAGS)
 
 clean: ## remove everything that was built, except the virtual environment
-	rm -rf engines/out benchmarks/out build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf engines/out benchmarks/out build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
