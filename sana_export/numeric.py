@@ -12,6 +12,8 @@ from sana_export.errors import UsageError
 MOST_SCALE = 1000.0
 #: Threads for work on the CPU. The largest machines have fewer cores.
 MOST_THREADS = 1024
+#: The largest index of a GPU.
+MOST_DEVICES = 1023
 #: A value in an error is cut to this many characters.
 _SHOWN = 100
 

@@ -28,6 +28,21 @@ from sana_export.formats.arrays import Float32
 #: The defaults of diffusers' SanaSprintPipeline: SANA-Sprint's first timestep, and the second of two.
 SPRINT_MAX_TIMESTEP = 1.57080
 SPRINT_INTERMEDIATE_TIMESTEP = 1.3
+#: An angle of pi / 2 is pure noise. diffusers' default is a little above it.
+SPRINT_MOST_TIMESTEP = 1.5709
+
+
+@dataclass(frozen=True)
+class SprintAngles:
+    """Parameters of SanaSprintPipeline that choose its timesteps."""
+
+    #: `max_timesteps`: the first timestep.
+    first: float = SPRINT_MAX_TIMESTEP
+    #: `intermediate_timesteps`: the second of two timesteps. None: evenly spaced timesteps.
+    second: float | None = SPRINT_INTERMEDIATE_TIMESTEP
+
+
+DEFAULT_ANGLES = SprintAngles()
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +57,8 @@ class Schedule:
     initial_noise_scale: float
     #: Whether fresh noise is drawn at every step, after the initial noise and from the same generator, as in diffusers.
     needs_noise: bool
+    #: float32 [N]: the latents after each step in diffusers are these factors times ours.
+    latents_scale: Float32
 
 
 @dataclass(frozen=True)
@@ -59,14 +76,17 @@ class _Solver:
 
     #: What must be checked in its config, by key.
     options: Mapping[str, _Option]
-    #: From the config and the number of steps.
-    build: Callable[[Mapping[str, Any], int], Schedule]
+    #: From the config, the number of steps, and the angles, which all but SANA-Sprint's ignore.
+    build: Callable[[Mapping[str, Any], int, SprintAngles], Schedule]
+    #: Whether it has the angles.
+    angular: bool = False
 
 
-def make_schedule(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+def make_schedule(config: Mapping[str, Any], num_inference_steps: int, angles: SprintAngles = DEFAULT_ANGLES) -> Schedule:
     """The schedule of `num_inference_steps` steps; `config` is the content of the checkpoint's scheduler_config.json.
 
-    Raises UsageError for fewer than 1 step, a scheduler that is not in `SCHEDULERS`, and a setting that the table cannot express.
+    Raises UsageError for fewer than 1 step, a scheduler that is not in `SCHEDULERS`, a setting that the table cannot express, and
+    `angles` for another checkpoint than SANA-Sprint.
     """
     name = config.get("_class_name")
     solver = _SOLVERS.get(str(name))
@@ -80,7 +100,13 @@ def make_schedule(config: Mapping[str, Any], num_inference_steps: int) -> Schedu
         _check_option(name, config, key, option)
     if num_inference_steps < 1:
         raise UsageError("sampling needs at least one step", found=num_inference_steps, wanted="1 or more")
-    return solver.build(config, int(num_inference_steps))
+    if angles != DEFAULT_ANGLES and not solver.angular:
+        raise UsageError(
+            "this checkpoint has no max_timesteps and intermediate_timesteps: they belong to SANA-Sprint",
+            found=f"max_timesteps {angles.first:g}, intermediate_timesteps {angles.second}",
+            wanted="num_inference_steps alone",
+        )
+    return solver.build(config, int(num_inference_steps), angles)
 
 
 def _check_option(name: object, config: Mapping[str, Any], key: str, option: _Option) -> None:
@@ -113,7 +139,7 @@ def _rounded(function: Callable[[Any], Any], x: Float32) -> Float32:
     return np.asarray(function(x.astype(np.float64))).astype(np.float32)
 
 
-def _dpm_solver(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+def _dpm_solver(config: Mapping[str, Any], num_inference_steps: int, _: SprintAngles) -> Schedule:
     """DPM-Solver++ of order 1 or 2 (midpoint) over flow sigmas, ending at sigma 0: diffusers' DPMSolverMultistepScheduler.
 
     `lower_order_final` and `euler_at_final` have no effect: a last step to sigma 0 is always of order 1.
@@ -142,10 +168,11 @@ def _dpm_solver(config: Mapping[str, Any], num_inference_steps: int) -> Schedule
         x0=-(decay + gain),
         previous_x0=gain,
     )
-    return Schedule((shifted * train_steps).astype(np.int64).astype(np.float32), coefficients, 1.0, False)
+    timesteps = (shifted * train_steps).astype(np.int64).astype(np.float32)
+    return Schedule(timesteps, coefficients, 1.0, False, np.ones_like(timesteps))
 
 
-def _flow_euler(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+def _flow_euler(config: Mapping[str, Any], num_inference_steps: int, _: SprintAngles) -> Schedule:
     """Euler steps of the flow; with `stochastic_sampling`, fresh noise on x0: diffusers' FlowMatchEulerDiscreteScheduler.
 
     As in diffusers, the shift is applied twice to the smallest sigma: to find the range, and to the sigmas spread over it.
@@ -161,19 +188,24 @@ def _flow_euler(config: Mapping[str, Any], num_inference_steps: int) -> Schedule
     else:
         columns = {"latents": after / now, "x0": 1 - after / now}
     coefficients = _table(num_inference_steps, x0_latents=1, x0_noise_pred=-now, **columns)
-    return Schedule(
-        sigmas[:-1] * np.float32(train_steps), coefficients, 1.0, bool(coefficients[:, COEFFICIENTS.index("noise")].any())
-    )
+    timesteps, noisy = sigmas[:-1] * np.float32(train_steps), bool(coefficients[:, COEFFICIENTS.index("noise")].any())
+    return Schedule(timesteps, coefficients, 1.0, noisy, np.ones_like(timesteps))
 
 
-def _sprint_timesteps(num_inference_steps: int) -> Float32:
-    """The angles t [N + 1] of SanaSprintPipeline, from `SPRINT_MAX_TIMESTEP` down to 0."""
-    if num_inference_steps == 2:
-        return np.array([SPRINT_MAX_TIMESTEP, SPRINT_INTERMEDIATE_TIMESTEP, 0], dtype=np.float32)
-    return np.linspace(SPRINT_MAX_TIMESTEP, 0, num_inference_steps + 1).astype(np.float32)
+def _sprint_timesteps(num_inference_steps: int, angles: SprintAngles) -> Float32:
+    """The angles t [N + 1] of SanaSprintPipeline, from the first one down to 0."""
+    if num_inference_steps == 2 and angles.second is not None:
+        return np.array([angles.first, angles.second, 0], dtype=np.float32)
+    if angles.second not in (None, DEFAULT_ANGLES.second):
+        raise UsageError(
+            "intermediate_timesteps is the second of two timesteps",
+            found=f"intermediate_timesteps {angles.second:g} and {num_inference_steps} steps",
+            wanted="2 steps, or intermediate_timesteps None",
+        )
+    return np.linspace(angles.first, 0, num_inference_steps + 1).astype(np.float32)
 
 
-def _sprint(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+def _sprint(config: Mapping[str, Any], num_inference_steps: int, given: SprintAngles) -> Schedule:
     """SANA-Sprint: diffusers' SCMScheduler (trigflow) and what SanaSprintPipeline computes around it.
 
     With sd = sigma_data, angle t, s = sin t / (cos t + sin t) and n = sqrt(s^2 + (1 - s)^2), the pipeline feeds the denoiser
@@ -181,7 +213,7 @@ def _sprint(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
     computes pred_x0 = cos t * x - sin t * v and the next x = cos t' * pred_x0 + sin t' * sd * noise. The pipeline decodes
     pred_x0 / sd of the last step. All of this is linear, and sd cancels in these variables of the table:
 
-        latents = z (the first: n * standard normal noise), x0 = pred_x0 / sd, timesteps = s
+        latents = z (the first: n * standard normal noise), x0 = pred_x0 / sd, timesteps = s, latents_scale = sd / n
 
     diffusers accepts only 2 steps unless the intermediate timestep is None; this function uses None for every other number of
     steps. The timesteps are equal to diffusers' for 1 and 2 steps, and equal up to float32 rounding (2.5e-7) for more.
@@ -193,7 +225,7 @@ def _sprint(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
             found=f"{num_inference_steps} steps",
             wanted=f"1 to {train_steps}",
         )
-    angles = _sprint_timesteps(num_inference_steps)
+    angles = _sprint_timesteps(num_inference_steps, given)
     sine, cosine = _rounded(np.sin, angles), _rounded(np.cos, angles)
     timesteps = sine / (cosine + sine)
     sin, cos, s = (values.astype(np.float64) for values in (sine, cosine, timesteps))
@@ -205,7 +237,8 @@ def _sprint(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
         x0=(n * cos)[1:],
         noise=(n * sin)[1:],
     )
-    return Schedule(timesteps[:-1], coefficients, float(n[0]), num_inference_steps > 1)
+    scale = (_positive(config, "sigma_data", 0.5) / n[1:]).astype(np.float32)
+    return Schedule(timesteps[:-1], coefficients, float(n[0]), num_inference_steps > 1, scale)
 
 
 _OFF = _Option(False, (False, None))
@@ -239,7 +272,7 @@ _SOLVERS: dict[str, _Solver] = {
         },
         _flow_euler,
     ),
-    "SCMScheduler": _Solver({"prediction_type": _Option("trigflow", ("trigflow",))}, _sprint),
+    "SCMScheduler": _Solver({"prediction_type": _Option("trigflow", ("trigflow",))}, _sprint, True),
 }
 
 #: The diffusers schedulers that `make_schedule` supports.
