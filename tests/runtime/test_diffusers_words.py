@@ -99,7 +99,8 @@ def test_embeddings_under_perturbed_attention(tiny_runtime: SanaRuntime, tiny_pi
     given = embeddings(tiny_pipeline, ["a red fox"], negative_prompt="blue")
     options = {**SMALL, "pag_scale": 2.0, "seed": 3, "output_type": "latent"}
     found = tiny_runtime(**given, **options).images
-    np.testing.assert_allclose(found, tiny_runtime("a red fox", negative_prompt="blue", **options).images, atol=TOLERANCE)
+    wanted = tiny_runtime("a red fox", negative_prompt="blue", complex_human_instruction=None, **options).images
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
 
 
 def test_embeddings_for_sprint(sprint_runtime: SanaRuntime, sprint_pipeline: Any) -> None:
@@ -184,6 +185,13 @@ def test_words_that_change_nothing(tiny_runtime: SanaRuntime, words: dict[str, A
     wanted = tiny_runtime("a red fox", seed=7, output_type="latent", **SMALL).images
     found = tiny_runtime("a red fox", **{"seed": 7, "output_type": "latent", **SMALL, **words}).images
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_latents_of_torch_in_any_dtype(tiny_runtime: SanaRuntime) -> None:
+    latents = torch.randn(1, 32, 3, 5, dtype=torch.bfloat16, generator=generator(2)).requires_grad_()
+    options = {**SMALL, "output_type": "latent", "seed": 7}
+    wanted = tiny_runtime("a red fox", latents=latents.detach().float().numpy(), **options).images
+    np.testing.assert_array_equal(tiny_runtime("a red fox", latents=latents, **options).images, wanted)
 
 
 @pytest.mark.parametrize(
@@ -295,8 +303,9 @@ def test_decoding_is_cancelled_between_tiles(tiny_runtime: SanaRuntime) -> None:
         asked.append(0)
         return len(asked) == 7  # start, turn, encoding, one step; the seventh is before the third tile
 
+    options = {**SMALL, "num_inference_steps": 1, "height": 512, "width": 512}
     with pytest.raises(Cancelled):
-        tiny_runtime("x", cancelled=cancelled, decoder_tile=64, **{**SMALL, "num_inference_steps": 1})
+        tiny_runtime("x", cancelled=cancelled, decoder_tile=64, **options)
     assert len(asked) == 7
 
 
