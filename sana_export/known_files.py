@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sana_export.environment import cache_folder
 from sana_export.errors import ArtifactError, DependencyError
-from sana_export.files import FileEntry, check_files, resolve_inside, write_whole
+from sana_export.files import FileEntry, check_files, check_inside, write_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def record_path(path: Path) -> Path:
 
 
 def _check(bundle: Path, entry: FileEntry, fix: str) -> Path:
-    path = resolve_inside(bundle, entry.path, fix=fix)
+    path = check_inside(bundle, entry.path, fix=fix)
     record = _describe(path, entry)
     if record is not None and not (_hash_always.get() or os.environ.get(SWITCH)) and _is_known(path, record):
         return path

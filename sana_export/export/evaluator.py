@@ -18,6 +18,8 @@ import onnxruntime
 from onnx import NodeProto, TensorProto, helper
 
 from sana_export.formats.arrays import Array
+from sana_export.formats.linked_files import pass_linked_files
+from sana_export.formats.onnx_weights import external_locations
 
 HALF: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 LARGEST = {"float16": 65504.0, "bfloat16": float(np.finfo(np.float32).max)}
@@ -58,7 +60,10 @@ class StorageEvaluator:
     def __init__(self, path: Path, threads: int | None = None) -> None:
         model = _load(path)
         if not _half_values(model):
-            self._session = onnxruntime.InferenceSession(path, _options(threads), providers=["CPUExecutionProvider"])
+            options, content = _options(threads), path.read_bytes()
+            maps = pass_linked_files(options, path.parent, _weight_files(content, path.parent), path.resolve().parent)
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            del maps  # the session has copied them
             self._dtypes: Mapping[str, int] = {}
             return
         self._dtypes = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
@@ -183,13 +188,22 @@ def _options(threads: int | None) -> onnxruntime.SessionOptions:
     return options
 
 
+def _weight_files(model: bytes, folder: Path) -> list[Path]:
+    """The files in `folder` that a serialized model reads its weights from."""
+    return [folder / location for location in external_locations(model)]
+
+
 def _session(model: onnx.ModelProto, folder: Path, threads: int | None) -> onnxruntime.InferenceSession:
     """A session that keeps every cast: ONNX Runtime's optimizations would drop them."""
     options = _options(threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    content = model.SerializeToString()
+    maps = pass_linked_files(options, folder, _weight_files(content, folder))
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    del maps  # the session has copied them
+    return session
 
 
 def _wide(session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError, Cancelled, DependencyError, SanaExportError
-from sana_export.files import write_whole
+from sana_export.files import read_unlisted, write_whole
 from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.onnx_weights import copies_of_shared, external_tensors
 from sana_export.profiles import Range
@@ -237,7 +237,7 @@ def configure(
 
 
 def _load_timing_cache(config: Any, path: Path) -> None:
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    cache = config.create_timing_cache(read_unlisted(path) or b"")
     config.set_timing_cache(cache, False)
 
 

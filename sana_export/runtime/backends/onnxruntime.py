@@ -15,6 +15,7 @@ from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, DependencyError, UsageError, first_line
 from sana_export.formats.arrays import Array
 from sana_export.formats.dtypes import DTYPES
+from sana_export.formats.linked_files import pass_linked_files
 from sana_export.formats.onnx_weights import check_external_data
 from sana_export.known_files import check_known_files
 from sana_export.machine import find_cuda_error
@@ -148,7 +149,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _load_captured(self, graph: str) -> GraphedSession | None:
         """A session that captures its work. None if ONNX Runtime cannot create it; the log says why."""
-        path, options = self._checked(graph)
+        path, options, _maps = self._checked(graph)
         providers = [(self._provider, {**self._provider_options(), **PROVIDER_OPTIONS}), CPU]
         try:
             session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
@@ -169,7 +170,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _create(self, graph: str, weights: Mapping[str, Array]) -> Loaded:
         """Load `graph` with `weights` as the values of those initializers. Shares their memory."""
-        path, options = self._checked(graph)
+        path, options, maps = self._checked(graph)
         values = [_as_initializer(value) for value in weights.values()]
         if weights:  # add_initializer makes ONNX Runtime 1.32 compute wrong results if weights are in another file
             options.add_external_initializers(list(weights), values)
@@ -187,19 +188,21 @@ class OnnxRuntimeBackend(Backend):
                 fix=self._fix,
             ) from error
         check_provider(self._onnxruntime, session, self._provider, f"loading {graph}")
+        del maps  # the session has copied them
         return Loaded(session, values)
 
-    def _checked(self, graph: str) -> tuple[Path, Any]:
-        """Check the graph's files against the manifest. Returns the ONNX file and the options of its session."""
+    def _checked(self, graph: str) -> tuple[Path, Any, list[Any]]:
+        """Check the graph's files against the manifest. Returns the ONNX file, its session's options, and what those refer to."""
         path, *data = check_known_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
         check_external_data(path, data, fix=self._fix)
         options = session_options(self._onnxruntime, self._settings.threads)
+        maps = pass_linked_files(options, path.parent, data, path.resolve().parent)
         for name, value in self._settings.options.get(SESSION_OPTIONS, {}).items():
             if "." in name:
                 options.add_session_config_entry(name, str(value))
             else:
                 setattr(options, name, value)
-        return path, options
+        return path, options, maps
 
     def _provider_options(self) -> dict[str, str]:
         index = {"device_id": str(self._place.number)} if self.device == "cuda" else {}
