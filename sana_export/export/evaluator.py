@@ -19,7 +19,6 @@ from onnx import NodeProto, TensorProto, helper
 
 from sana_export.formats.arrays import Array
 from sana_export.formats.linked_files import pass_linked_files
-from sana_export.formats.onnx_weights import external_locations
 
 HALF: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 LARGEST = {"float16": 65504.0, "bfloat16": float(np.finfo(np.float32).max)}
@@ -60,8 +59,8 @@ class StorageEvaluator:
     def __init__(self, path: Path, threads: int | None = None) -> None:
         model = _load(path)
         if not _half_values(model):
-            options, content = _options(threads), path.read_bytes()
-            maps = pass_linked_files(options, path.parent, _weight_files(content, path.parent), path.resolve().parent)
+            options = _options(threads)
+            maps = pass_linked_files(options, path.read_bytes(), path.parent, path.resolve().parent)
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             del maps  # the session has copied them
             self._dtypes: Mapping[str, int] = {}
@@ -188,11 +187,6 @@ def _options(threads: int | None) -> onnxruntime.SessionOptions:
     return options
 
 
-def _weight_files(model: bytes, folder: Path) -> list[Path]:
-    """The files in `folder` that a serialized model reads its weights from."""
-    return [folder / location for location in external_locations(model)]
-
-
 def _session(model: onnx.ModelProto, folder: Path, threads: int | None) -> onnxruntime.InferenceSession:
     """A session that keeps every cast: ONNX Runtime's optimizations would drop them."""
     options = _options(threads)
@@ -200,7 +194,7 @@ def _session(model: onnx.ModelProto, folder: Path, threads: int | None) -> onnxr
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.log_severity_level = 3
     content = model.SerializeToString()
-    maps = pass_linked_files(options, folder, _weight_files(content, folder))
+    maps = pass_linked_files(options, content, folder)
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     del maps  # the session has copied them
     return session

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sana_export.formats.onnx_weights import external_locations
 
-def pass_linked_files(options: Any, folder: Path, data: Iterable[Path], real: Path | None = None) -> list[Any]:
-    """Pass those of a model's `data` files in memory that are links out of its folder, which ONNX Runtime refuses to open.
 
-    `options` are a session's. `folder` has the model's file, and `real` the file that it is if it is a link itself. Check the files
-    first. Returns the maps of the files: keep them until the session is created. It copies what it needs.
+def pass_linked_files(options: Any, model: bytes, folder: Path, real_folder: Path | None = None) -> list[Any]:
+    """Pass those weight files of a model in memory that are links out of its folder, which ONNX Runtime refuses to open.
+
+    `options` are a session's, and `model` is the content of a file in `folder`; `real_folder` is where that file is if it is a link
+    itself. Check the files first. Returns the maps of the files: keep them until the session is created. It copies what it needs.
     """
-    allowed = (real or folder).resolve()
-    linked = [path for path in data if not path.resolve().is_relative_to(allowed)]
-    maps = [np.memmap(path, np.uint8, "r") for path in linked]
+    allowed = (real_folder or folder).resolve()
+    paths = {location: folder / location for location in external_locations(model)}
+    linked = {location: path for location, path in paths.items() if not path.resolve().is_relative_to(allowed)}
+    maps = [np.memmap(path, np.uint8, "r") for path in linked.values()]
     if maps:
-        names = [os.path.relpath(path, folder) for path in linked]
-        options.add_external_initializers_from_files_in_memory(names, maps, [values.size for values in maps])
+        options.add_external_initializers_from_files_in_memory(list(linked), maps, [values.size for values in maps])
     return maps

@@ -24,8 +24,8 @@ def layers(run: GraphRun) -> list[LayerTime]:
     options = session_options(onnxruntime)
     options.intra_op_num_threads = run.threads
     options.enable_profiling = True
-    path, *data = (run.bundle / file.path for file in run.manifest.graphs[run.graph].files)
-    maps = pass_linked_files(options, path.parent, data, path.resolve().parent)
+    path = run.bundle / run.manifest.graphs[run.graph].onnx.path
+    maps = pass_linked_files(options, path.read_bytes(), path.parent, path.resolve().parent)
     with tempfile.TemporaryDirectory(prefix="sana-export-profile-") as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         provider = choose_provider(onnxruntime)

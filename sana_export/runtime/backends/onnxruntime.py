@@ -196,7 +196,7 @@ class OnnxRuntimeBackend(Backend):
         path, *data = check_known_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
         check_external_data(path, data, fix=self._fix)
         options = session_options(self._onnxruntime, self._settings.threads)
-        maps = pass_linked_files(options, path.parent, data, path.resolve().parent)
+        maps = pass_linked_files(options, path.read_bytes(), path.parent, path.resolve().parent)
         for name, value in self._settings.options.get(SESSION_OPTIONS, {}).items():
             if "." in name:
                 options.add_session_config_entry(name, str(value))
