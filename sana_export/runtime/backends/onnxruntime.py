@@ -17,6 +17,7 @@ from sana_export.formats.arrays import Array
 from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.linked_files import pass_linked_files
 from sana_export.formats.onnx_weights import check_external_data
+from sana_export.installation import install_command
 from sana_export.known_files import check_known_files
 from sana_export.machine import find_cuda_error
 from sana_export.manifest import Manifest
@@ -126,7 +127,7 @@ class OnnxRuntimeBackend(Backend):
                 "the backend onnxruntime is not installed",
                 found=error,
                 wanted="onnxruntime, or onnxruntime-gpu with an NVIDIA GPU",
-                fix='pip install "sana-export[cpu]"',
+                fix=install_command("cpu"),
             ) from error
         self._settings, self._cuda_graphs = settings, cuda_graphs
         if cuda_graphs:

@@ -21,6 +21,7 @@ from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
 from sana_export.files import file_entry
 from sana_export.formats.onnx_weights import check_external_data, external_locations
+from sana_export.installation import install_command
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import BACKENDS, open_backend
@@ -151,7 +152,7 @@ def test_the_table_of_backends(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(DependencyError, match="not installed") as missing:
         open_backend("onnxruntime", tiny_bundle, manifest)
-    assert missing.value.fix == 'pip install "sana-export[cpu]"'
+    assert missing.value.fix == install_command("cpu")
     assert missing.value.exit_code == 3
 
 
