@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 
 from sana_export.errors import DependencyError, UsageError
+from sana_export.numeric import shown
 
 
-def user_path(value: str | os.PathLike[str], what: str = "the path") -> Path:
+def user_path(value: str | os.PathLike[str], what: str = "the path", home: str = "HOME") -> Path:
     """The path that a user wrote as `value`, with `~` as the home folder. `what` is what errors call it.
+
+    `home` is the environment variable that an error tells the user to set if there is no home folder.
 
     Raises UsageError if it is empty, is not text, or contains what no file system or library accepts (a NUL, bytes that are not
     UTF-8), and DependencyError if it starts with `~` and the home folder is not known.
@@ -17,12 +20,13 @@ def user_path(value: str | os.PathLike[str], what: str = "the path") -> Path:
     try:
         text = os.fspath(value)
     except TypeError as error:
-        raise UsageError(f"{what} is not a path", found=repr(value), wanted="a str or a pathlib.Path") from error
+        raise UsageError(f"{what} is not a path", found=shown(value), wanted="a str or a pathlib.Path") from error
     if not isinstance(text, str) or not text.strip() or "\0" in text:
-        raise UsageError(f"{what} is not a path", found=repr(text), wanted="the name of a file or folder")
+        raise UsageError(f"{what} is not a path", found=shown(text), wanted="the name of a file or folder")
     check_unicode(text, what)
-    path = Path(text)
-    return path if path.parts[0] != "~" else home_folder().joinpath(*path.parts[1:])
+    if text == "~" or text.startswith(("~/", f"~{os.sep}")):
+        return home_folder(home) / text[2:]
+    return Path(text)
 
 
 def check_unicode(text: str, what: str) -> None:
@@ -32,7 +36,7 @@ def check_unicode(text: str, what: str) -> None:
     except UnicodeEncodeError as error:
         raise UsageError(
             f"{what} is not UTF-8 text",
-            found=repr(text),
+            found=shown(text),
             wanted="a name or text in UTF-8",
             fix="rename the file or folder, or set the terminal to UTF-8",
         ) from error
@@ -49,7 +53,7 @@ def home_folder(variable: str = "HOME") -> Path:
     except RuntimeError as error:
         raise DependencyError(
             "the home folder of this user is not known",
-            found=f"no HOME in the environment, and the system does not know user {os.getuid() if hasattr(os, 'getuid') else ''}",
+            found="no HOME in the environment, and no home in the system's list of users",
             wanted=f"a folder that this user may write to, in {variable}",
             fix=f"export {variable}=/tmp/sana-export",
         ) from error

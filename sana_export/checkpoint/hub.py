@@ -12,6 +12,7 @@ from typing import Any
 
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError, first_line
 from sana_export.files import disk_errors, is_disk_error
+from sana_export.user_paths import user_path
 from sana_export.variants import INDEX
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ def fetch(repo: str, revision: str | None, hub: Hub, check_index: Callable[[Mapp
             )
         )
 
-    cache = Path(hub.cache_dir or huggingface_hub.constants.HF_HUB_CACHE)
+    # huggingface_hub leaves the `~` of its default in place if there is no home folder.
+    cache = user_path(hub.cache_dir or huggingface_hub.constants.HF_HUB_CACHE, "the hub's cache folder", home="HF_HOME")
     with disk_errors(cache / repo), _hub_errors(repo, revision, offline):
         try:
             index = read(INDEX)

@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, NoReturn
 
@@ -27,6 +27,7 @@ from sana_export.cli.terminal.interrupt import interruptible
 from sana_export.cli.terminal.stdout import Stdout, open_streams
 from sana_export.cli.verb import Answer, Verb
 from sana_export.cli.verbs import bench, build, doctor, engines, export, generate, inspect, synth, variants, verify
+from sana_export.environment import NO_TELEMETRY, default_environment
 from sana_export.errors import UsageError
 from sana_export.user_paths import check_unicode
 
@@ -116,21 +117,13 @@ def _run(options: argparse.Namespace, stdout: Stdout) -> Answer:
     verb = VERBS[options.verb]
     verbosity = max(-1, min(options.verbose - options.quiet, 2))
     console = Console(level=LEVELS.get(verbosity, verb.level))
-    variables = {**(QUIET_ENVIRONMENT if verbosity <= 0 else {}), **({} if sys.stderr.isatty() else NO_PROGRESS_BARS)}
-    with stdout.guarded(), _default_environment(variables), logging_to(console, everything=verbosity > 0):
+    variables = {
+        **NO_TELEMETRY,
+        **(QUIET_ENVIRONMENT if verbosity <= 0 else {}),
+        **({} if sys.stderr.isatty() else NO_PROGRESS_BARS),
+    }
+    with stdout.guarded(), default_environment(variables), logging_to(console, everything=verbosity > 0):
         return verb.run(options, console)
-
-
-@contextlib.contextmanager
-def _default_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set those environment variables that are not set yet, for the duration of the block."""
-    added = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -136,16 +136,18 @@ def instruction_text(value: Any, default: str) -> str:
     return text
 
 
-def checked_seeds(seed: Any, batch: int) -> tuple[int, ...]:
-    """One seed, or `batch` seeds. None draws one."""
+def checked_seeds(seed: Any, batch: int | None = None) -> tuple[int, ...]:
+    """One seed, or `batch` seeds (None: any number up to the most images). None draws one."""
     if seed is None:
         return (secrets.randbelow(2**32),)
     count = _count(seed)
+    if batch is None and count is not None and count <= MAX_IMAGES:
+        batch = count
     if count not in (None, 1, batch):
         raise UsageError(
             "the number of seeds does not match the number of images",
-            found=f"{count} seeds for {batch} images",
-            wanted="1 seed" if batch == 1 else f"1 seed, or {batch}",
+            found=f"{count} seeds for {batch or MAX_IMAGES} images",
+            wanted="1 seed" if batch in (None, 1) else f"1 seed, or {batch}",
         )
     many = [seed] if count is None else list(seed)
     for value in many:

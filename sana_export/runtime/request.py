@@ -110,6 +110,7 @@ class Request:
             texts("prompt", self.prompt)
         if self.negative_prompt is not None:
             texts("negative_prompt", self.negative_prompt)
+        checked_seeds(self.seed)
         check_flag("use_resolution_binning", self.use_resolution_binning)
         check_choice("output_type", self.output_type, OUTPUT_TYPES)
         instruction_text(self.complex_human_instruction, "")

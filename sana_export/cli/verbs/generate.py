@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     output = options.output
     output_type = check_output(output)
     from sana_export.adapters import parse_lora
-    from sana_export.runtime import SanaRuntime
+    from sana_export.runtime import Request, SanaRuntime
 
     loras = [parse_lora(text) for text in options.lora]
     settings = {
@@ -89,6 +89,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         "use_resolution_binning": False if options.no_resolution_binning else None,
         "decoder_tile": options.decoder_tile,
     }
+    Request(prompt=options.prompts, **settings)  # checks the values before anything is loaded
     with SanaRuntime.from_pretrained(
         options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
     ) as runtime:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sana_export.commands import export_command
+from sana_export.environment import NO_TELEMETRY, default_environment
 from sana_export.errors import ArtifactError, DependencyError, UsageError, first_line
 from sana_export.formats.arrays import Array
 from sana_export.formats.dtypes import DTYPES
@@ -121,7 +122,8 @@ class OnnxRuntimeBackend(Backend):
         provider: str | None = None,
     ) -> None:
         try:
-            import onnxruntime
+            with default_environment(NO_TELEMETRY):  # it reads this once, when it is imported
+                import onnxruntime
         except ImportError as error:
             raise DependencyError(
                 "the backend onnxruntime is not installed",
