@@ -26,7 +26,7 @@ def integer(name: str, value: Any, least: int, most: int) -> int:
     wanted = f"an integer from {least} to {most}"
     try:
         number = operator.index(value)
-    except TypeError as error:
+    except Exception as error:  # TypeError, or any: the object is the caller's
         raise UsageError(f"{name} is not an integer", found=shown(value), wanted=wanted) from error
     if isinstance(value, bool) or not least <= number <= most:
         raise UsageError(f"{name} is out of range", found=shown(value), wanted=wanted)
@@ -36,16 +36,17 @@ def integer(name: str, value: Any, least: int, most: int) -> int:
 def real(name: str, value: Any, least: float, most: float) -> float:
     """`value` as a float. Raises UsageError, which calls it `name`, unless it is a number from `least` to `most`.
 
-    Numbers of numpy are taken. Booleans, texts and arrays are not.
+    Numbers of numpy are taken. Booleans, texts and arrays are not, not even arrays of one number.
     """
     wanted = f"a number from {least:g} to {most:g}"
-    scalar = not isinstance(value, str | bytes | bytearray) and not getattr(value, "ndim", 0)
+    number = None
     try:
-        number = float(value) if scalar and type(value).__name__ not in ("bool", "bool_") else None
-    except (TypeError, ValueError):
-        number = None
+        if not isinstance(value, str | bytes | bytearray) and type(value).__name__ not in ("bool", "bool_", "ndarray"):
+            number = float(value)
     except OverflowError:  # an integer that no float can hold
         number = math.inf
+    except Exception as error:  # any: the object is the caller's
+        raise UsageError(f"{name} is not a number", found=shown(value), wanted=wanted) from error
     if number is None:
         raise UsageError(f"{name} is not a number", found=shown(value), wanted=wanted)
     if not least <= number <= most:  # NaN is never in between

@@ -78,11 +78,12 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def _count(value: Any) -> int | None:
     """The number of items of a list, a tuple or an array of one axis; None for anything else."""
-    if getattr(value, "ndim", 1) != 1 or isinstance(value, str | bytes | Mapping) or not hasattr(value, "__getitem__"):
+    array = isinstance(value, np.ndarray) and value.ndim == 1
+    if not array and (isinstance(value, str | bytes) or not isinstance(value, Sequence)):
         return None
     try:
         return len(value)
-    except Exception:  # any: the object is the caller's
+    except OverflowError:  # range(10**30)
         return None
 
 
@@ -150,13 +151,19 @@ def checked_seeds(seed: Any, batch: int | None = None) -> tuple[int, ...]:
             wanted="1 seed" if batch in (None, 1) else f"1 seed, or {batch}",
         )
     many = [seed] if count is None else list(seed)
-    for value in many:
-        if isinstance(value, bool | np.ndarray) or not hasattr(value, "__index__"):
-            raise UsageError("seed is not an integer", found=shown(value), wanted="an integer, or one for each image")
-    seeds = tuple(operator.index(value) for value in many)
-    for number in seeds:
-        TorchGenerator(number)  # checks the range
-    return seeds
+    return tuple(_seed(value) for value in many)
+
+
+def _seed(value: Any) -> int:
+    wanted = "an integer, or one for each image"
+    try:
+        number = operator.index(value)
+    except Exception as error:  # TypeError, or any: the object is the caller's
+        raise UsageError("seed is not an integer", found=shown(value), wanted=wanted) from error
+    if isinstance(value, bool | np.ndarray):
+        raise UsageError("seed is not an integer", found=shown(value), wanted=wanted)
+    TorchGenerator(number)  # checks the range
+    return number
 
 
 def checked_array(name: str, value: Any, wanted: str) -> Float32:
