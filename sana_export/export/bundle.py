@@ -1,7 +1,7 @@
 """Exports a checkpoint to a bundle: everything in it except the engines.
 
 The export writes into the folder `<name>.partial`, with a journal of the finished graphs, and renames it to `<name>` at the end
-(`places.py` says where these are if `<name>` cannot be renamed). Meanwhile `<name>.lock` makes other exports to the same place
+(`output_folder.py` says where these are if `<name>` cannot be renamed). Meanwhile `<name>.lock` makes other exports to the same place
 wait. A killed export leaves the lock file behind, but the file no longer locks anything. An interrupted export leaves the old
 bundle unchanged, and the next export of the same checkpoint with the same options continues after the last finished graph.
 """
@@ -33,7 +33,7 @@ from sana_export.files import check_files, disk_errors, file_entry, locked, requ
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
 from sana_export.manifest import FILE_NAME, PRECISIONS, GraphEntry, Manifest, ModelInfo, Options, parse_graph
-from sana_export.places import Place
+from sana_export.output_folder import OutputFolder
 from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.user_paths import user_path
 from sana_export.variants import SPRINT_STEPS, STEPS
@@ -68,7 +68,7 @@ def export_bundle(
     checkpoint that the graphs do not support, ParityError if an exported graph does not equal its module, and DependencyError if
     the disk is full or not writable.
     """
-    place = Place.of(user_path(output, "the output folder"))
+    place = OutputFolder.of(user_path(output, "the output folder"))
     options = choose_options(checkpoint, precision, pag_layers, clamp)
     names = choose_graphs(graphs)
     check_replaceable(place)  # before anything is written into it
@@ -76,7 +76,9 @@ def export_bundle(
         return _export(checkpoint, place, options, names, on_progress)
 
 
-def _export(checkpoint: SanaCheckpoint, place: Place, options: Options, names: Sequence[str], on_progress: OnProgress) -> Manifest:
+def _export(
+    checkpoint: SanaCheckpoint, place: OutputFolder, options: Options, names: Sequence[str], on_progress: OnProgress
+) -> Manifest:
     """`export_bundle` while this process holds the lock on the place."""
     key = export_key(checkpoint, options, names)
     output, partial = place.folder, place.partial
@@ -197,7 +199,7 @@ def export_key(checkpoint: SanaCheckpoint, options: Options, names: Iterable[str
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def check_replaceable(place: Place) -> None:
+def check_replaceable(place: OutputFolder) -> None:
     """Raise UsageError if there is anything at `place` but a bundle or an empty folder."""
     output = place.folder
     empty = output.is_dir() and not place.content()
@@ -210,7 +212,7 @@ def check_replaceable(place: Place) -> None:
         )
 
 
-def existing_bundle(place: Place) -> Manifest | None:
+def existing_bundle(place: OutputFolder) -> Manifest | None:
     """The manifest of the bundle at `place`. None if there is nothing, an empty folder or a damaged bundle.
 
     Raises UsageError if there is anything else.

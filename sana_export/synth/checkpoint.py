@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sana_export.errors import DependencyError, UsageError
 from sana_export.files import require_free
 from sana_export.formats.dtypes import WEIGHT_DTYPES
-from sana_export.places import Place
+from sana_export.output_folder import OutputFolder
 from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe
 from sana_export.synth.shards import StoredWeights
@@ -135,7 +135,7 @@ def write_pipeline(
     existing synthetic checkpoint is replaced. Raises UsageError if `folder` contains anything else, and DependencyError if there is
     too little disk space (before anything is written), the disk is full or a permission is missing.
     """
-    place = Place.of(user_path(folder, "the output folder"), f".{os.getpid()}-{threading.get_ident()}")
+    place = OutputFolder.of(user_path(folder, "the output folder"), f".{os.getpid()}-{threading.get_ident()}")
     folder, partial = place.folder, place.partial
     _check_request(folder, dtype)
     stored = {component: _stored(getattr(pipeline, component), component, dtype, values) for component in STEMS}

@@ -16,7 +16,7 @@ import pytest
 from sana_export import SanaRuntime
 from sana_export.errors import DependencyError, UsageError
 from sana_export.manifest import FILE_NAME, Manifest
-from sana_export.places import Place
+from sana_export.output_folder import OutputFolder
 from sana_export.user_paths import user_path
 from tests.support.command_line import Cli, command
 
@@ -161,7 +161,7 @@ def test_the_target_of_a_link_is_filled(tmp_path: Path, cli: Cli) -> None:
 
 
 def test_an_interrupted_replacement_is_undone(tmp_path: Path) -> None:
-    place = Place.of(tmp_path / "b")
+    place = OutputFolder.of(tmp_path / "b")
     place.old.mkdir()
     (place.old / "x").write_text("kept")
     place.restore()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Place:
+class OutputFolder:
     """Where a folder is written first, and where it goes. All paths are on one disk."""
 
     #: The folder itself. It may not exist yet.
@@ -24,7 +24,7 @@ class Place:
     inside: bool
 
     @classmethod
-    def of(cls, folder: Path, tag: str = "") -> Place:
+    def of(cls, folder: Path, tag: str = "") -> OutputFolder:
         """The place of `folder`. A link is followed, so that the content goes where the link points. `tag` becomes part of the
         temporary names.
 
