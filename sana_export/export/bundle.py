@@ -1,8 +1,8 @@
 """Exports a checkpoint to a bundle: everything in it except the engines.
 
 The export writes into the folder `<name>.partial`, with a journal of the finished graphs, and renames it to `<name>` at the end
-(`output_folder.py` says where these are if `<name>` cannot be renamed). Meanwhile `<name>.lock` makes other exports to the same place
-wait. A killed export leaves the lock file behind, but the file no longer locks anything. An interrupted export leaves the old
+(`output_folder.py` says where these are if `<name>` cannot be renamed). Meanwhile `<name>.lock` makes other exports to the same
+place wait. A killed export leaves the lock file behind, but the file no longer locks anything. An interrupted export leaves the old
 bundle unchanged, and the next export of the same checkpoint with the same options continues after the last finished graph.
 """
 
