@@ -5,7 +5,7 @@ curl "http://127.0.0.1:8000/?prompt=a+red+apple&seed=1&steps=20" -o apple.png
 
 One thread draws one image at a time. At most `--places` requests draw or wait; the next one gets 503. A request that takes
 longer than `--timeout` gets 504. A timeout, or a client that goes away, frees the place at once and stops drawing after the current
-step. If the prompt is still being encoded, drawing stops after the first step. A decoder that has started runs to its end.
+stage, step or tile.
 """
 
 from __future__ import annotations
@@ -26,10 +26,6 @@ from sana_export.errors import DependencyError, SanaExportError, UsageError
 USAGE = b"ask for /?prompt=TEXT&seed=NUMBER&steps=NUMBER"
 
 
-class Cancelled(Exception):
-    """Nobody waits for this image anymore."""
-
-
 class ImageService:
     def __init__(self, runtime: SanaRuntime, *, places: int, timeout: float, max_steps: int) -> None:
         self.runtime, self.timeout, self.max_steps = runtime, timeout, max_steps
@@ -37,15 +33,11 @@ class ImageService:
         self.worker = ThreadPoolExecutor(max_workers=1)  # a second thread would only wait for the runtime
 
     async def draw(self, prompt: str, seed: int | None, steps: int | None) -> bytes:
-        """A PNG. If the task is cancelled, drawing never starts, or stops after a step; a decoder that has started finishes."""
+        """A PNG. If the task is cancelled, drawing never starts, or stops soon."""
         cancelled = threading.Event()
 
-        def on_step(*_: object) -> None:
-            if cancelled.is_set():
-                raise Cancelled
-
         def work() -> bytes:
-            result = self.runtime(prompt, seed=seed, num_inference_steps=steps, callback_on_step_end=on_step)
+            result = self.runtime(prompt, seed=seed, num_inference_steps=steps, cancelled=cancelled.is_set)
             buffer = io.BytesIO()
             result.images[0].save(buffer, "PNG")
             return buffer.getvalue()

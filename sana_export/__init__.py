@@ -44,12 +44,13 @@ def __getattr__(name: str) -> Any:
         if (error.name or "").partition(".")[0] == __name__:
             raise
         from sana_export.errors import DependencyError
+        from sana_export.installation import install_command
 
         raise DependencyError(
             f"{__name__}.{name} needs a package that is not installed",
             found=error,
             wanted="the extra `export`: torch, diffusers, transformers, onnx",
-            fix='pip install "sana-export[export]"',
+            fix=install_command("export"),
         ) from error
 
 

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +31,8 @@ from sana_export.formats.recognize import refuse_pickle
 from sana_export.formats.safetensors_file import StoredTensor, TensorFile
 from sana_export.lora_config import METADATA, LoraConfig, config_in_file, config_in_text
 from sana_export.lora_names import PEFT_PREFIX, Parts, find_parts
+from sana_export.numeric import MOST_SCALE, real
+from sana_export.user_paths import user_path
 
 DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 _SAVE_AGAIN = "load it with diffusers and save it again: pipeline.save_lora_weights(folder, ..., safe_serialization=True)"
@@ -87,17 +92,25 @@ class Fold:
 def parse_lora(text: str) -> Lora:
     """Parse PATH or PATH:SCALE."""
     path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Lora(Path(text))
+    if not colon or user_path(text, "the LoRA").exists():
+        return Lora(user_path(text, "the LoRA"))
+    if re.fullmatch(r"[+-]?\d*,\d+", scale):
+        point = shlex.quote(f"{path}:{scale.replace(',', '.')}")
+        raise UsageError(f"the scale of the LoRA {path} has a comma", found=text, wanted="a decimal point", fix=f"--lora {point}")
     try:
         factor = float(scale)
     except ValueError:
-        return Lora(Path(text))  # the colon is part of the path, such as that of a Windows drive
-    if not path or not math.isfinite(factor):
+        return Lora(user_path(text, "the LoRA"))  # the colon is part of the path, such as that of a Windows drive
+    if not path:
         raise UsageError(
             "a LoRA is given as a path and a scale", found=text, wanted="PATH or PATH:SCALE", fix="--lora style.safetensors:0.7"
         )
-    return Lora(Path(path), factor)
+    return Lora(user_path(path, "the LoRA"), checked_scale(factor, path))
+
+
+def checked_scale(scale: Any, path: str | Path) -> float:
+    """The scale of the LoRA at `path`. Raises UsageError unless it is a number within +-`MOST_SCALE`."""
+    return real(f"the scale of the LoRA {path}", scale, -MOST_SCALE, MOST_SCALE)
 
 
 def read_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fold]:
@@ -107,6 +120,7 @@ def read_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fo
     Raises UsageError if there is no such file, and ArtifactError, naming the tensor, if the file is damaged or something else, if
     its kind is not supported, or if it does not fit the model.
     """
+    checked_scale(lora.scale, lora.path)
     file = TensorFile(lora.weights, fix="download the LoRA again")
     parts = find_parts(lora.path, file, shapes)
     config = read_config(lora, file, parts)

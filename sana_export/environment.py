@@ -10,15 +10,33 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from sana_export.user_paths import home_folder, user_path
+
 PACKAGE = Path(__file__).parent
 #: The modules of distributions that only require another one, which has the module and can be installed alone.
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+
+#: ONNX Runtime 1.32 records what it runs in a database in the user's cache folder, and complains if it cannot.
+NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1"}
+
+
+@contextlib.contextmanager
+def default_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set those environment variables that are not set yet, for the duration of the block."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @cache
@@ -128,6 +146,12 @@ def return_free_memory() -> None:
 
 
 def cache_folder() -> Path:
-    """The folder of sana_export's caches: $SANA_EXPORT_CACHE, or `sana_export` in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("SANA_EXPORT_CACHE") or f"{root}/sana_export").expanduser()
+    """The folder of sana_export's caches: $SANA_EXPORT_CACHE, or `sana_export` in the user's cache folder.
+
+    Raises DependencyError if neither is set and the user has no home folder.
+    """
+    if given := os.environ.get("SANA_EXPORT_CACHE"):
+        return user_path(given, "SANA_EXPORT_CACHE")
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return user_path(root, "XDG_CACHE_HOME") / "sana_export"
+    return home_folder("SANA_EXPORT_CACHE") / ".cache" / "sana_export"

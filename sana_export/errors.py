@@ -55,6 +55,12 @@ class ParityError(SanaExportError):
     exit_code = 5
 
 
+class Cancelled(SanaExportError):
+    """The caller cancelled a build or a call. Nothing was written."""
+
+    exit_code = 130
+
+
 def first_line(error: object) -> str:
     """The first line of what an error, or a program, says. If it says nothing, the name of its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip()

@@ -8,11 +8,12 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
 from sana_export.errors import ArtifactError, DependencyError
@@ -42,7 +43,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise DependencyError(
                 f"the disk is full: {path} was not written",
-                found=f"{free_bytes(path.parent)} bytes free",
+                found=None if (free := free_bytes(path.parent)) is None else f"{free} bytes free",
                 wanted="more space",
                 fix="free some space and run the same command again: it continues where it stopped",
             ) from error
@@ -51,8 +52,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def require_free(folder: Path, wanted: int, what: str) -> None:
-    """Raise DependencyError unless `wanted` bytes are free for `what` on the disk of `folder`."""
-    if (free := free_bytes(folder)) < wanted:
+    """Raise DependencyError unless `wanted` bytes are free for `what` on the disk of `folder`, or the system does not say."""
+    free = free_bytes(folder)
+    if free is not None and free < wanted:
         raise DependencyError(
             f"there is too little disk space for {what}",
             found=f"{free} bytes free at {folder}",
@@ -72,7 +74,7 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None, *, remove: bo
     while True:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = _open_without_links(str(path), os.O_RDWR | os.O_CREAT)
         try:
             while not _try_lock(descriptor, path):
                 if not waited:
@@ -97,11 +99,14 @@ def manifest_lock(bundle: Path) -> Path:
     return bundle / ".locks" / "manifest"
 
 
-def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of `folder`, or of its nearest existing parent."""
+def free_bytes(folder: Path) -> int | None:
+    """Free bytes on the disk of `folder`, or of its nearest existing parent. None if the system does not say."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    try:
+        return shutil.disk_usage(folder).free
+    except (AttributeError, OSError):  # neither statvfs nor Windows, or a file system that refuses
+        return None
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
@@ -160,21 +165,28 @@ def hash_file(path: Path) -> str:
 
 
 def check_files(bundle: Path, entries: Iterable[FileEntry], *, fix: str) -> list[Path]:
-    """Check that each of `entries` is inside the bundle, exists, and has its size and hash. Returns the paths.
+    """Check that each of `entries` exists and has its size and hash. Returns the paths.
 
     Raises ArtifactError for the first file that fails, with `fix` as the command that fixes it.
     """
     paths = []
     for entry in entries:
-        path = resolve_inside(bundle, entry.path, fix=fix)
-        if not path.is_file():
+        path = check_inside(bundle, entry.path, fix=fix)
+        if not path.is_file():  # also a pipe or a device, which could be read without end
             raise ArtifactError(f"{entry.path} is missing from {bundle}", found="no such file", wanted=entry.path, fix=fix)
         size = path.stat().st_size
-        if size != entry.bytes:
+        digest = hash_file(path) if size == entry.bytes else None
+        if digest != entry.sha256 and leads_outside(bundle, path):  # say nothing about a file that is not the bundle's
+            raise ArtifactError(
+                f"{entry.path} is a link to a file outside the bundle that is not the one in its manifest",
+                found="a link",
+                wanted=f"sha256 {entry.sha256[:16]}...",
+                fix=fix,
+            )
+        if digest is None:
             if (kind := recognize(path)) is not None and kind.stands_in:
                 raise not_what_was_wanted(path, f"the file of {entry.bytes} bytes that the manifest lists", kind.name, fix=fix)
             raise ArtifactError(f"{entry.path} is damaged", found=f"{size} bytes", wanted=f"{entry.bytes} bytes", fix=fix)
-        digest = hash_file(path)
         if digest != entry.sha256:
             raise ArtifactError(
                 f"{entry.path} is damaged or was replaced",
@@ -186,12 +198,42 @@ def check_files(bundle: Path, entries: Iterable[FileEntry], *, fix: str) -> list
     return paths
 
 
-def resolve_inside(bundle: Path, relative: str, *, fix: str) -> Path:
-    """`bundle / relative`. Raises ArtifactError if that is outside the bundle (by `..`, an absolute path or a link)."""
-    path = bundle / PurePosixPath(relative)
-    if not path.resolve().is_relative_to(bundle.resolve()):
+def check_inside(bundle: Path, relative: str, *, fix: str) -> Path:
+    """`bundle / relative`. Raises ArtifactError if that names a place outside the bundle, by `..`, a drive or an absolute path.
+
+    It may be a link that leads outside, as every file in the hub's cache is. Whoever reads the file checks its hash first, so only
+    a file that the manifest knows is used.
+    """
+    parts = PurePosixPath(relative).parts
+    windows = PureWindowsPath(relative)
+    outside = not parts or ".." in (*parts, *windows.parts) or bool(windows.anchor) or PurePosixPath(relative).is_absolute()
+    if outside or "\0" in relative:
         raise ArtifactError(f"the bundle {bundle} names a file outside itself", found=relative, wanted="a path inside it", fix=fix)
-    return path
+    return bundle.joinpath(*parts)
+
+
+def leads_outside(bundle: Path, path: Path) -> bool:
+    """Whether `path`, which is in the bundle, is a link to a file outside it."""
+    return not path.resolve().is_relative_to(bundle.resolve())
+
+
+def read_unlisted(path: Path) -> bytes | None:
+    """The content of a file in a bundle that the manifest does not list, such as a cache. None if there is none.
+
+    A link is not followed: nothing says what the file behind it is.
+    """
+    try:
+        with open(path, "rb", opener=_open_without_links) as file:
+            return file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+    except OSError:
+        return None
+
+
+def _open_without_links(path: str, flags: int) -> int:
+    """Open a file, but not what a link points to, and without waiting for the other end of a pipe."""
+    if os.path.islink(path):  # noqa: PTH114
+        raise FileNotFoundError(errno.ENOENT, "a link", path)
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def write_whole(path: Path, content: str | Content | Callable[[BinaryIO], object]) -> None:

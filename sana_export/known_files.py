@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sana_export.environment import cache_folder
 from sana_export.errors import ArtifactError, DependencyError
-from sana_export.files import FileEntry, check_files, resolve_inside, write_whole
+from sana_export.files import FileEntry, check_files, check_inside, write_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ SWITCH = "SANA_EXPORT_REHASH"
 #: A file that changed more recently is not recorded: within the resolution of the clock, it could change again unnoticed.
 SETTLED_NS = 3_000_000_000
 #: Windows reports no time of the last change of an inode, so nothing is recorded there.
-HAS_CHANGE_TIME = os.name == "posix"
+HAS_CHANGE_TIME = os.name == "posix" and hasattr(os, "geteuid")
 
 _hash_always: ContextVar[bool] = ContextVar("hash_always", default=False)
 #: The records of this process, for one that cannot write to the cache folder and loads graphs again and again.
@@ -58,7 +58,7 @@ def record_path(path: Path) -> Path:
 
 
 def _check(bundle: Path, entry: FileEntry, fix: str) -> Path:
-    path = resolve_inside(bundle, entry.path, fix=fix)
+    path = check_inside(bundle, entry.path, fix=fix)
     record = _describe(path, entry)
     if record is not None and not (_hash_always.get() or os.environ.get(SWITCH)) and _is_known(path, record):
         return path
@@ -99,7 +99,7 @@ def _is_known(path: Path, record: str) -> bool:
     try:
         place = record_path(path)
         return _is_private(place.parent) and place.read_bytes() == record.encode()
-    except (OSError, RuntimeError):  # no record, or no home folder
+    except (OSError, DependencyError):  # no record, or no home folder
         return False
 
 
@@ -112,14 +112,14 @@ def _remember(path: Path, record: str) -> None:
             write_whole(place, record)
         else:
             LOG.debug("%s belongs to another user or is open to others: no record is kept there", place.parent)
-    except (OSError, RuntimeError, DependencyError) as error:  # it only saves time
+    except (OSError, DependencyError) as error:  # it only saves time
         LOG.debug("%s will be hashed again at the next start: %s", path, error)
 
 
 def _forget(path: Path, record: str | None) -> None:
     if record is not None:
         records.discard(record)
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError, DependencyError):
         record_path(path).unlink()
 
 

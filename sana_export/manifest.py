@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sana_export import __version__
 from sana_export.commands import export_command, first_export_command
-from sana_export.contract import GraphSpec, TensorSpec
+from sana_export.contract import GraphSpec
 from sana_export.errors import ArtifactError
-from sana_export.files import FileEntry, write_whole
+from sana_export.files import FileEntry, check_inside, write_whole
 from sana_export.formats.recognize import not_what_was_wanted, recognize
+from sana_export.json_records import record_from_json
 from sana_export.records import (
     PRECISIONS,
     Checkpoint,
@@ -51,7 +52,25 @@ __all__ = [
 FORMAT = 2
 FILE_NAME = "manifest.json"
 #: What parsing a document of another shape can raise.
-_MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
+#: A manifest of Sana 4.8B with a hundred engines has 0.4 MB.
+MAX_BYTES = 32 << 20
+#: Pixels of the native image's side. Sana's largest is 4096.
+MAX_NATIVE_SIZE = 16384
+#: The least and the largest value of the model's numbers. A file that is not an export's must not exhaust memory.
+_LIMITS: dict[str, tuple[float, float]] = {
+    "sample_size": (1, 4096),
+    "latent_channels": (1, 4096),
+    "vae_scale_factor": (1, 1024),
+    "timestep_scale": (1e-6, 1e6),
+    "text_channels": (1, 1 << 17),
+    "embedding_rows": (1, 1 << 24),
+    "max_sequence_length": (1, 1 << 16),
+    "default_steps": (1, 1000),
+    "default_guidance_scale": (-1000, 1000),
+    "decoder_tile_halo": (0, 4096),
+    "decoder_tile_scale": (1, 1024),
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,11 @@ class Manifest:
         """Read and check `manifest.json`. Raises ArtifactError if it is missing, damaged, edited or of another version."""
         document = _read(bundle)
         sealed = _check_version(bundle, document)
-        if (found := seal(document)) != sealed:
+        try:
+            found = seal(document)
+        except _MALFORMED as error:  # a text that is not Unicode, or nested too deep
+            raise _damaged(bundle, error, document) from error
+        if found != sealed:
             raise ArtifactError(
                 f"{bundle / FILE_NAME} was edited after it was written",
                 found=f"content hash {found[:16]}",
@@ -116,9 +139,19 @@ class Manifest:
                 fix=_export_again(bundle, document),
             )
         try:
-            return _parse(document)
+            manifest = _parse(document)
         except _MALFORMED as error:
             raise _damaged(bundle, error, document) from error
+        for entry in manifest.entries():
+            check_inside(bundle, entry.path, fix=export_command(bundle, manifest))
+        return manifest
+
+    def entries(self) -> Iterator[FileEntry]:
+        """Every file that the manifest names."""
+        yield from self.files
+        for graph in self.graphs.values():
+            yield from graph.files
+        yield from (engine.file for engine in self.engines)
 
 
 def seal(document: Mapping[str, Any]) -> str:
@@ -144,8 +177,12 @@ def _read(bundle: Path) -> Any:
             fix=_export_again(bundle, None),
         )
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        return json.loads(content.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # too large, not JSON, or not UTF-8
         if recognize(path) is not None:
             raise not_what_was_wanted(path, "a manifest", error, fix=_export_again(bundle, None)) from error
         raise _damaged(bundle, error, None) from error
@@ -181,7 +218,8 @@ def _damaged(bundle: Path, error: Exception, document: Any) -> ArtifactError:
 def _export_again(bundle: Path, document: Any) -> str:
     """The command that exports the bundle again, from as much of the manifest as can be read."""
     try:
-        return export_command(bundle, _Origin(_parse_checkpoint(document["checkpoint"]), _parse_options(document["options"])))
+        origin = _Origin(record_from_json(Checkpoint, document["checkpoint"]), record_from_json(Options, document["options"]))
+        return export_command(bundle, origin)
     except _MALFORMED:
         return f"sana-export export MODEL -o {bundle}, with the checkpoint that it was exported from as MODEL"
 
@@ -195,58 +233,22 @@ class _Origin:
 
 
 def parse_spec(entry: Mapping[str, Any]) -> GraphSpec:
-    """The graph that `dataclasses.asdict` turned into `entry`."""
-
-    def tensors(entries: Iterable[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(tensor["name"], tensor["dtype"], tuple(tensor["shape"])) for tensor in entries)
-
-    return GraphSpec(entry["name"], tensors(entry["inputs"]), tensors(entry["outputs"]))
+    """The graph that `dataclasses.asdict` turned into `entry`. Raises ValueError."""
+    return record_from_json(GraphSpec, entry, "spec")
 
 
 def parse_graph(entry: Mapping[str, Any]) -> GraphEntry:
-    """The entry that `dataclasses.asdict` turned into `entry`."""
-    return GraphEntry(
-        parse_spec(entry["spec"]),
-        FileEntry(**entry["onnx"]),
-        tuple(FileEntry(**file) for file in entry["data"]),
-        entry["opset"],
-        entry["parameters"],
-        tuple(map(_parse_target, entry.get("lora_targets", ()))),
-    )
-
-
-def _parse_target(entry: Mapping[str, Any]) -> LoraTarget:
-    rows = entry["source_rows"]
-    shapes = {name: tuple(entry[name]) for name in ("shape", "initializer_shape")}
-    return LoraTarget(**{**entry, **shapes, "source_rows": None if rows is None else tuple(rows)})
-
-
-def _parse_engine(entry: Mapping[str, Any]) -> EngineEntry:
-    ranges = {axis: tuple(values) for axis, values in entry["ranges"].items()}
-    capabilities = tuple(entry["compute_capabilities"])
-    return EngineEntry(**{**entry, "file": FileEntry(**entry["file"]), "ranges": ranges, "compute_capabilities": capabilities})
-
-
-def _parse_checkpoint(entry: Mapping[str, Any]) -> Checkpoint:
-    transformer, loras = entry.get("transformer"), entry.get("loras", ())
-    overlays = {"transformer": Overlay(**transformer) if transformer else None, "loras": tuple(Overlay(**lora) for lora in loras)}
-    return Checkpoint(**{**entry, **overlays})
-
-
-def _parse_options(entry: Mapping[str, Any]) -> Options:
-    return Options(**{**entry, "pag_layers": tuple(entry["pag_layers"])})
+    """The entry that `dataclasses.asdict` turned into `entry`. Raises ValueError."""
+    return record_from_json(GraphEntry, entry, "graph")
 
 
 def _parse(document: Mapping[str, Any]) -> Manifest:
-    return Manifest(
-        checkpoint=_parse_checkpoint(document["checkpoint"]),
-        options=_parse_options(document["options"]),
-        model=ModelInfo(**document["model"]),
-        graphs={name: parse_graph(entry) for name, entry in document["graphs"].items()},
-        files=tuple(FileEntry(**file) for file in document["files"]),
-        export_key=document["export_key"],
-        engines=tuple(map(_parse_engine, document["engines"])),
-        parity=document["parity"],
-        tool_version=document["tool_version"],
-        format=document["format"],
-    )
+    manifest = record_from_json(Manifest, document, "manifest")
+    for name, (least, most) in _LIMITS.items():
+        if not least <= (value := getattr(manifest.model, name)) <= most:
+            raise ValueError(f"manifest.model.{name} is {value}, not from {least} to {most}")
+    if manifest.options.precision not in PRECISIONS:
+        raise ValueError(f"manifest.options.precision is {manifest.options.precision!r}")
+    if manifest.model.sample_size * manifest.model.vae_scale_factor > MAX_NATIVE_SIZE:
+        raise ValueError(f"manifest.model has images of {manifest.model.native_size} pixels")
+    return manifest

@@ -12,9 +12,13 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sana_export.errors import UsageError
+from sana_export.errors import UsageError, first_line
+from sana_export.user_paths import user_path
 
 T = TypeVar("T")
+
+#: The largest file. Nobody writes a recipe or a workload of this size.
+MAX_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,7 @@ class ValueType:
 
 VALUE_TYPES: dict[Any, ValueType] = {
     str: ValueType((str,), str, "a string"),
-    Path: ValueType((str,), Path, "a path"),
+    Path: ValueType((str,), user_path, "a path"),
     bool: ValueType((bool,), bool, "true or false"),
     int: ValueType((int,), int, "a whole number"),
     float: ValueType((int, float), float, "a number"),
@@ -45,9 +49,13 @@ VALUE_TYPES: dict[Any, ValueType] = {
 def read_toml(path: Path, what: str, example: str = "a TOML file") -> dict[str, Any]:
     """The content of `path`. Raises UsageError, calling the file a `what`, if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as a {what}", found=str(error), wanted=example) from error
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        return tomllib.loads(content.decode("utf-8").replace("\r\n", "\n"))
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, too large or nested too deep
+        raise UsageError(f"{path} cannot be read as a {what}", found=first_line(error), wanted=example) from error
 
 
 def parse_table(kind: type[T], table: object, where: str) -> T:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
+import re
 import shutil
 
 import pytest
 
 from sana_export import __version__
 from sana_export.contract import GRAPHS, resolve
-from sana_export.errors import ArtifactError
-from sana_export.files import FileEntry, check_files
+from sana_export.errors import ArtifactError, DependencyError
+from sana_export.files import FileEntry, check_files, locked, manifest_lock, read_unlisted
 from sana_export.manifest import FORMAT, EngineEntry, LoraTarget, Manifest, Overlay, seal
 
 
@@ -142,12 +145,98 @@ def test_damaged_files_are_named(bundle, damage):
     assert caught.value.fix == "the command that fixes it"
 
 
-@pytest.mark.parametrize("path", ["../outside", "/etc/hostname", "link"])
-def test_files_outside_are_never_read(bundle, path):
+@pytest.mark.parametrize(
+    "path", ["../outside", "onnx/../../outside", "/etc/hostname", "", ".", "C:\\x", "..\\outside", "\\\\host\\x", "a\0b"]
+)
+def test_paths_lead_inside(bundle, path):
     (bundle.parent / "outside").write_text("x")
-    (bundle / "link").symlink_to(bundle.parent / "outside")
     with pytest.raises(ArtifactError, match="outside itself"):
         check_files(bundle, [FileEntry(path, "0" * 64, 1)], fix="")
+    manifest = Manifest.load(bundle)
+    dataclasses.replace(manifest, files=(*manifest.files, FileEntry(path, "0" * 64, 1))).save(bundle)
+    with pytest.raises(ArtifactError, match="outside itself"):
+        Manifest.load(bundle)
+
+
+def test_a_link_leads_to_the_file_that_the_manifest_knows(bundle):
+    outside = bundle.parent / "outside"
+    outside.write_text("known")
+    (bundle / "link").symlink_to(outside)
+    known = hashlib.sha256(b"known").hexdigest()
+    assert check_files(bundle, [FileEntry("link", known, 5)], fix="") == [bundle / "link"]
+    for entry in (FileEntry("link", "0" * 64, 5), FileEntry("link", known, 6)):
+        with pytest.raises(ArtifactError, match="a link to a file outside the bundle that is not the one") as caught:
+            check_files(bundle, [entry], fix="")
+        assert caught.value.found == "a link", "the error says nothing of what is behind it"
+
+
+def test_a_pipe_or_a_device_is_not_read(bundle):
+    os.mkfifo(bundle / "pipe")
+    (bundle / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(ArtifactError, match="missing"):
+            check_files(bundle, [FileEntry(name, "0" * 64, 0)], fix="")
+        assert read_unlisted(bundle / name) is None
+
+
+def test_a_file_that_the_manifest_does_not_list_is_no_link(bundle):
+    (bundle / "cache").write_text("x")
+    (bundle / "linked").symlink_to(bundle / "cache")
+    assert read_unlisted(bundle / "cache") == b"x"
+    assert read_unlisted(bundle / "linked") is None
+    assert read_unlisted(bundle / "nothing") is None
+
+
+def test_a_lock_is_no_link(bundle, tmp_path):
+    manifest_lock(bundle).parent.mkdir()
+    manifest_lock(bundle).symlink_to(tmp_path / "made by the lock")
+    with pytest.raises(DependencyError, match="cannot be written"), locked(manifest_lock(bundle)):
+        pass
+    assert not (tmp_path / "made by the lock").exists()
+
+
+def edited(bundle, edit):
+    """Change the manifest's document and seal it again."""
+    document = json.loads((bundle / "manifest.json").read_text("utf-8"))
+    del document["sha256"]
+    edit(document)
+    (bundle / "manifest.json").write_text(json.dumps({**document, "sha256": seal(document)}))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "found"),
+    [
+        (("model", "vae_scale_factor"), 0, "vae_scale_factor is 0"),
+        (("model", "latent_channels"), 10**9, "latent_channels is 1000000000"),
+        (("model", "sample_size"), True, "sample_size is a bool, not int"),
+        (("model", "instruction"), None, "instruction is a NoneType, not str"),
+        (("options", "precision"), "fp8", "precision is 'fp8'"),
+        (("options", "pag_layers"), [1.5], r"pag_layers\[0\] is a float, not int"),
+        (("files",), {}, "files is a dict, not a list"),
+        (("files", 0, "bytes"), "3", r"files\[0\].bytes is a str, not int"),
+        (("graphs", "sampler", "spec", "inputs"), 3, "inputs is a int"),
+        (("graphs", "denoiser", "lora_targets", 0, "source_rows"), [1, 2, 3], "source_rows is a list, not a list of 2"),
+        (("parity",), 3, "parity is a int"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_a_sealed_value_of_another_type_is_damage(bundle, place, value, found):
+    def edit(document):
+        for key in place[:-1]:
+            document = document[key]
+        document[place[-1]] = value
+
+    edited(bundle, edit)
+    with pytest.raises(ArtifactError, match="damaged") as caught:
+        Manifest.load(bundle)
+    assert re.search(found, str(caught.value.found)), caught.value.found
+
+
+def test_a_manifest_has_a_largest_size(bundle, monkeypatch):
+    monkeypatch.setattr("sana_export.manifest.MAX_BYTES", 1000)
+    with pytest.raises(ArtifactError, match="damaged") as caught:
+        Manifest.load(bundle)
+    assert "more than 1000 bytes" in caught.value.found
 
 
 def test_the_contract_leaves_only_dynamic_axes_open(tiny_bundle):

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import sana_export
+from sana_export.installation import install_command
 from tests.support.imports import heavy_modules
 
 TORCH_FREE = ("SanaRuntime", "Request", "build_bundle", "errors")
@@ -44,7 +45,7 @@ def test_without_the_extra_the_error_names_the_command() -> None:
         "except sana_export.errors.DependencyError as error:\n    print(error.fix)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == 'pip install "sana-export[export]"'
+    assert done.stdout.strip() == install_command("export")
 
 
 def test_dir_lists_the_public_names() -> None:

@@ -13,9 +13,9 @@ def busy_seconds() -> float | None:
     try:
         fields = Path("/proc/stat").read_text("utf-8").splitlines()[0].split()
         user, nice, system, _idle, _wait, interrupt, soft_interrupt = map(int, fields[1:8])
-    except (OSError, ValueError, IndexError):
+        return (user + nice + system + interrupt + soft_interrupt) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
         return None
-    return (user + nice + system + interrupt + soft_interrupt) / os.sysconf("SC_CLK_TCK")
 
 
 class LoadMeter:

@@ -14,6 +14,7 @@ from sana_export.checkpoint.model_names import not_a_checkpoint
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError, first_line
 from sana_export.files import disk_errors, is_disk_error
 from sana_export.formats.recognize import not_what_was_wanted
+from sana_export.user_paths import user_path
 from sana_export.variants import INDEX
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ def fetch(
             )
         )
 
-    cache = Path(hub.cache_dir or huggingface_hub.constants.HF_HUB_CACHE)
+    # huggingface_hub leaves the `~` of its default in place if there is no home folder.
+    cache = user_path(hub.cache_dir or huggingface_hub.constants.HF_HUB_CACHE, "the hub's cache folder", home="HF_HOME")
     with disk_errors(cache / repo), _hub_errors(repo, revision, offline):
         try:
             index = read(INDEX)

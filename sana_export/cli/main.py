@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import os
 import re
+import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from sana_export import __version__
@@ -21,10 +24,12 @@ from sana_export.cli.terminal.console import EVERYTHING, SILENT, VERBOSE, Consol
 from sana_export.cli.terminal.failure import describe
 from sana_export.cli.terminal.interrupt import EXIT_CODE as INTERRUPTED
 from sana_export.cli.terminal.interrupt import interruptible
-from sana_export.cli.terminal.stdout import Stdout
+from sana_export.cli.terminal.stdout import Stdout, open_streams
 from sana_export.cli.verb import Answer, Verb
 from sana_export.cli.verbs import bench, build, doctor, engines, export, generate, inspect, synth, variants, verify
+from sana_export.environment import NO_TELEMETRY, default_environment
 from sana_export.errors import UsageError
+from sana_export.user_paths import check_unicode
 
 VERBS: dict[str, Verb] = {
     module.VERB.name: module.VERB for module in (engines, export, build, verify, generate, bench, inspect, doctor, variants, synth)
@@ -42,14 +47,50 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, fix=f"{self.prog} --help")
 
-    def long_options(self) -> list[str]:
-        """Every option that starts with two dashes, from the lines of the help that begin with an option."""
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        action = super().add_argument(*names, **settings)
+        if action.option_strings and action.nargs is None:
+            self.with_value.update(action.option_strings)
+        return action
+
+    @functools.cached_property
+    def with_value(self) -> set[str]:
+        """The options that take exactly one value."""
+        return set()
+
+    def options(self) -> list[str]:
+        """Every option, from the lines of the help that begin with an option."""
         lines = re.findall(r"^  (-\S.*?)(?:  |$)", self.format_help(), re.MULTILINE)
-        return re.findall(r"--[a-z][a-z-]*", " ".join(lines))
+        return re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join(lines))
+
+    def joined(self, arguments: Sequence[str]) -> list[str]:
+        """`arguments` with "--option=-value" for "--option -value", unless "-value" is an option itself.
+
+        argparse takes a value that begins with a dash only in the first form. Anyone may write a text such as "-ugly".
+        """
+        known, words = {*self.options()}, list[str]()
+        for position, word in enumerate(arguments):
+            if word == "--":
+                return [*words, *arguments[position:]]
+            if words and words[-1] in self.with_value and word.startswith("-") and word.partition("=")[0] not in known:
+                words[-1] += f"={word}" if words[-1].startswith("--") else word
+            else:
+                words.append(word)
+        return words
+
+    def stranger(self, arguments: Sequence[str]) -> str | None:
+        """The first of `arguments` that looks like an option and is none."""
+        known = {*self.options()}
+        for word in takewhile(lambda word: word != "--", arguments):
+            option = word.partition("=")[0] if word.startswith("--") else word[:2]
+            if re.match(r"-(?![\d.]*$)\S+$", word) and option not in known:
+                return word
+        return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (None: the process's own) and return its exit code."""
+    open_streams()
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments or bool(os.environ.get("SANA_EXPORT_DEBUG"))
     stdout = Stdout(as_json="--json" in arguments)
@@ -76,36 +117,40 @@ def _run(options: argparse.Namespace, stdout: Stdout) -> Answer:
     verb = VERBS[options.verb]
     verbosity = max(-1, min(options.verbose - options.quiet, 2))
     console = Console(level=LEVELS.get(verbosity, verb.level))
-    variables = {**(QUIET_ENVIRONMENT if verbosity <= 0 else {}), **({} if sys.stderr.isatty() else NO_PROGRESS_BARS)}
-    with stdout.guarded(), _default_environment(variables), logging_to(console, everything=verbosity > 0):
+    variables = {
+        **NO_TELEMETRY,
+        **(QUIET_ENVIRONMENT if verbosity <= 0 else {}),
+        **({} if sys.stderr.isatty() else NO_PROGRESS_BARS),
+    }
+    with stdout.guarded(), default_environment(variables), logging_to(console, everything=verbosity > 0):
         return verb.run(options, console)
-
-
-@contextlib.contextmanager
-def _default_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set those environment variables that are not set yet, for the duration of the block."""
-    added = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a command line. Raises UsageError, which suggests the most similar option if one is unknown."""
+    for word in arguments:
+        check_unicode(word, "an argument")
     parser, verbs = make_parser()
-    options, unknown = parser.parse_known_args(arguments)
-    if not unknown:
-        return options
-    known = verbs[options.verb].long_options()
-    near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-    raise UsageError(
-        f"unrecognized argument {unknown[0]!r}",
-        wanted=f"{near[0]}?" if near else None,
-        fix=f"sana-export {options.verb} --help",
-    )
+    verb = next((word for word in arguments if word in verbs), None)
+    if verb is None:
+        return parser.parse_args(arguments)
+    words = verbs[verb].joined(arguments)
+    if stranger := verbs[verb].stranger(words):
+        raise _unrecognized(stranger, words, verb, verbs[verb].options())
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        raise _unrecognized(unknown[0], words, verb, verbs[verb].options())
+    return options
+
+
+def _unrecognized(word: str, words: Sequence[str], verb: str, known: Sequence[str]) -> UsageError:
+    near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+    fix = f"sana-export {verb} --help"
+    if not near and word.startswith("-") and word in words:
+        position = words.index(word)
+        fix = shlex.join(["sana-export", *words[:position], *words[position + 1 :], "--", word])
+    wanted = f"{near[0]}?" if near else "an option, or -- before a text that begins with a dash" if word.startswith("-") else None
+    return UsageError(f"unrecognized argument {word!r}", wanted=wanted, fix=fix)
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:

@@ -12,8 +12,8 @@ from importlib import metadata
 
 from sana_export.environment import installed_version, release
 from sana_export.errors import DependencyError
+from sana_export.installation import DISTRIBUTION, install_command
 
-DISTRIBUTION = "sana-export"
 #: Extras that are not for users.
 DEVELOPMENT = ("dev",)
 #: What each extra is for.
@@ -75,12 +75,6 @@ def packages() -> list[Package]:
             continue
         found.append(Package(match[1], extra[1] if extra else "", match[2], installed_version(match[1])))
     return found
-
-
-def install_command(*extras: str) -> str:
-    """The command that installs sana_export with `extras`."""
-    names = ",".join(sorted(set(filter(None, extras))))
-    return f'pip install "{DISTRIBUTION}[{names}]"' if names else f"pip install {DISTRIBUTION}"
 
 
 def require(*extras: str) -> None:

@@ -7,13 +7,18 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sana_export.cli.terminal.console import QUIET, Console
 from sana_export.commands import model_words
 from sana_export.errors import ArtifactError
 from sana_export.manifest import Manifest
+from sana_export.user_paths import user_path
+
+#: No option takes a number with more digits.
+_MOST_DIGITS = 20
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,10 @@ def add_names(parser: argparse.ArgumentParser, option: str, metavar: str, help: 
     parser.add_argument(option, nargs="+", action=ListAction, default=[], metavar=metavar, help=help)
 
 
-def add_bundle(parser: argparse.ArgumentParser) -> None:
+def add_bundle(parser: argparse.ArgumentParser, nargs: Literal["?"] | None = None) -> None:
     """The positional argument BUNDLE."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by `sana-export export`")
+    kind = path_named("BUNDLE")
+    parser.add_argument("bundle", metavar="BUNDLE", nargs=nargs, type=kind, help="a folder made by `sana-export export`")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +86,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--transformer",
         metavar="FILE",
-        type=Path,
+        type=path_named("--transformer"),
         help="a .safetensors file with weights that replace the checkpoint's transformer (diffusers' names or the original ones)",
     )
     parser.add_argument(
@@ -98,7 +104,12 @@ def add_hub_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token", metavar="TOKEN", help="access token for the hub (default: HF_TOKEN, or the login saved by `hf auth login`)"
     )
-    parser.add_argument("--cache-dir", metavar="DIR", type=Path, help="folder for files from the hub (default: huggingface_hub's)")
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        type=path_named("--cache-dir"),
+        help="folder for files from the hub (default: huggingface_hub's)",
+    )
     parser.add_argument("--offline", action="store_true", help="use only cached files; never contact the hub")
 
 
@@ -140,6 +151,11 @@ def add_device(parser: argparse.ArgumentParser, threads: str = "the backend deci
     parser.add_argument("--threads", type=positive, metavar="N", help=f"threads for work on the CPU (default: {threads})")
 
 
+def path_named(name: str) -> Callable[[str], Path]:
+    """A type for argparse: the path that a user writes as the argument `name` (`user_path`)."""
+    return partial(user_path, what=name)
+
+
 def positive(text: str) -> int:
     """A whole number, 1 or more, for argparse."""
     return _at_least(1, text)
@@ -151,6 +167,6 @@ def index(text: str) -> int:
 
 
 def _at_least(least: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < least:
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {least} or more")
     return int(text)

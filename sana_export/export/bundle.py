@@ -1,9 +1,9 @@
 """Exports a checkpoint to a bundle: everything in it except the engines.
 
-The export writes into the folder `<name>.partial`, with a journal of the finished graphs, and renames it to `<name>` at the end.
-Meanwhile `<name>.lock` makes other exports to the same place wait. A killed export leaves the lock file behind, but the file no
-longer locks anything. An interrupted export leaves the old bundle unchanged, and the next export of the same checkpoint with the
-same options continues after the last finished graph.
+The export writes into the folder `<name>.partial`, with a journal of the finished graphs, and renames it to `<name>` at the end
+(`output_folder.py` says where these are if `<name>` cannot be renamed). Meanwhile `<name>.lock` makes other exports to the same
+place wait. A killed export leaves the lock file behind, but the file no longer locks anything. An interrupted export leaves the old
+bundle unchanged, and the next export of the same checkpoint with the same options continues after the last finished graph.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from sana_export.files import check_files, disk_errors, file_entry, locked, requ
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
 from sana_export.manifest import FILE_NAME, PRECISIONS, GraphEntry, Manifest, ModelInfo, Options, parse_graph
+from sana_export.output_folder import OutputFolder
 from sana_export.progress import OnProgress, Progress, ignore_progress
+from sana_export.user_paths import user_path
 from sana_export.variants import SPRINT_STEPS, STEPS
 
 log = logging.getLogger(__name__)
@@ -66,20 +68,22 @@ def export_bundle(
     checkpoint that the graphs do not support, ParityError if an exported graph does not equal its module, and DependencyError if
     the disk is full or not writable.
     """
+    place = OutputFolder.of(user_path(output, "the output folder"))
     options = choose_options(checkpoint, precision, pag_layers, clamp)
     names = choose_graphs(graphs)
-    lock = output.with_name(output.name + ".lock")
-    with locked(lock, lambda: log.warning("another process exports to %s: waiting for it", output), remove=True):
-        return _export(checkpoint, output, options, names, on_progress)
+    check_replaceable(place)  # before anything is written into it
+    with locked(place.lock, lambda: log.warning("another process exports to %s: waiting for it", output), remove=True):
+        return _export(checkpoint, place, options, names, on_progress)
 
 
-def _export(checkpoint: SanaCheckpoint, output: Path, options: Options, names: Sequence[str], on_progress: OnProgress) -> Manifest:
-    """`export_bundle` while this process holds the lock on `output`."""
+def _export(
+    checkpoint: SanaCheckpoint, place: OutputFolder, options: Options, names: Sequence[str], on_progress: OnProgress
+) -> Manifest:
+    """`export_bundle` while this process holds the lock on the place."""
     key = export_key(checkpoint, options, names)
-    partial, old = output.with_name(output.name + ".partial"), output.with_name(output.name + ".old")
-    if old.exists() and not output.exists():
-        old.rename(output)
-    if (existing := existing_bundle(output)) is not None:
+    output, partial = place.folder, place.partial
+    place.restore()
+    if (existing := existing_bundle(place)) is not None:
         if existing.export_key == key:
             log.info("%s is up to date", output)
             return existing
@@ -110,11 +114,7 @@ def _export(checkpoint: SanaCheckpoint, output: Path, options: Options, names: S
         )
         manifest.save(partial)
         journal.path.unlink()
-        if output.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            output.rename(old)
-        partial.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
+        place.put(last=FILE_NAME)
     meter.done()
     log.info("exported in %.0f s with a peak of %.2f GB of memory", meter.seconds, peak_rss_bytes() / 1e9)
     return manifest
@@ -202,20 +202,28 @@ def export_key(checkpoint: SanaCheckpoint, options: Options, names: Iterable[str
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def existing_bundle(output: Path) -> Manifest | None:
-    """The manifest of the bundle at `output`. None if `output` does not exist, is an empty folder or is a damaged bundle.
-
-    Raises UsageError if it contains anything else.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    if not (output / FILE_NAME).is_file():
+def check_replaceable(place: OutputFolder) -> None:
+    """Raise UsageError if there is anything at `place` but a bundle or an empty folder."""
+    output = place.folder
+    empty = output.is_dir() and not place.content()
+    if output.exists() and not empty and not (output / FILE_NAME).is_file():
         raise UsageError(
             f"{output} holds something that is not a bundle",
             found="no manifest.json in it",
             wanted="a path that does not exist, an empty folder or an older bundle",
             fix="choose another output folder with -o",
         )
+
+
+def existing_bundle(place: OutputFolder) -> Manifest | None:
+    """The manifest of the bundle at `place`. None if there is nothing, an empty folder or a damaged bundle.
+
+    Raises UsageError if there is anything else.
+    """
+    check_replaceable(place)
+    output = place.folder
+    if not place.content():
+        return None
     try:
         manifest = Manifest.load(output)
         check_files(output, [*manifest.files, *(file for graph in manifest.graphs.values() for file in graph.files)], fix="")

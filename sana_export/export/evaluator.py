@@ -18,6 +18,7 @@ import onnxruntime
 from onnx import NodeProto, TensorProto, helper
 
 from sana_export.formats.arrays import Array
+from sana_export.formats.linked_files import pass_linked_files
 
 HALF: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 LARGEST = {"float16": 65504.0, "bfloat16": float(np.finfo(np.float32).max)}
@@ -58,7 +59,10 @@ class StorageEvaluator:
     def __init__(self, path: Path, threads: int | None = None) -> None:
         model = _load(path)
         if not _half_values(model):
-            self._session = onnxruntime.InferenceSession(path, _options(threads), providers=["CPUExecutionProvider"])
+            options = _options(threads)
+            maps = pass_linked_files(options, path.read_bytes(), path.parent, path.resolve().parent)
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            del maps  # the session has copied them
             self._dtypes: Mapping[str, int] = {}
             return
         self._dtypes = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
@@ -189,7 +193,11 @@ def _session(model: onnx.ModelProto, folder: Path, threads: int | None) -> onnxr
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    content = model.SerializeToString()
+    maps = pass_linked_files(options, content, folder)
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    del maps  # the session has copied them
+    return session
 
 
 def _wide(session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:

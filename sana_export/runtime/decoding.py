@@ -103,10 +103,16 @@ def check_latents_shape(latents: DeviceTensor | Array, plan: Plan) -> None:
         )
 
 
-def decode_latents(plan: Plan, latents: DeviceTensor | Array, backend: Backend, sessions: Sessions) -> DeviceTensor | Float32:
+def decode_latents(
+    plan: Plan,
+    latents: DeviceTensor | Array,
+    backend: Backend,
+    sessions: Sessions,
+    before_tile: Callable[[], None] = lambda: None,
+) -> DeviceTensor | Float32:
     """Latents [B, C, h, w] to the decoder's image float32 [B, 3, H, W] in about [-1, 1], in one piece or in tiles as planned.
 
-    The features stay on the device. Tiles are assembled on the host.
+    The features stay on the device. Tiles are assembled on the host. `before_tile` is called before each; it may raise an error.
     """
     if not plan.decoder_tile:
         return sessions["vae_decoder"].run({"latents": latents})["image"]
@@ -114,6 +120,7 @@ def decode_latents(plan: Plan, latents: DeviceTensor | Array, backend: Backend, 
     features = sessions["vae_decoder_head"].run({"latents": latents})["features"]
 
     def render(rows: Index, columns: Index) -> Float32:
+        before_tile()
         feeds = {"features": features, "row_index": rows, "column_index": columns}
         tile: Float32 = backend.to_host(sessions["vae_decoder_tail"].run(feeds)["image"])
         return tile

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from sana_export.adapters import Lora
+from sana_export.adapters import Lora, checked_scale
 from sana_export.commands import export_command
 from sana_export.environment import return_free_memory
-from sana_export.errors import ArtifactError, DependencyError, UsageError
+from sana_export.errors import ArtifactError, DependencyError
 from sana_export.formats.arrays import Array, Bytes
 from sana_export.formats.onnx_weights import read_tensors
 from sana_export.known_files import check_known_files
@@ -43,8 +42,7 @@ class LoraStack:
         If it does not fit or a session refuses it, `sessions` keep the weights that they have. Raises UsageError, ArtifactError or
         DependencyError then.
         """
-        if not math.isfinite(lora.scale):
-            raise UsageError(f"the scale of the LoRA {lora.path} is not a number", found=lora.scale, wanted="a finite factor")
+        checked_scale(lora.scale, lora.path)
         if not self._targets:
             raise ArtifactError(
                 f"{self._bundle} does not say where the transformer's layers are in its graphs",

@@ -24,6 +24,7 @@ import numpy as np
 
 from sana_export.errors import UsageError
 from sana_export.formats.arrays import Float32
+from sana_export.numeric import shown
 
 #: torch draws fewer values than this one at a time.
 _VECTOR_SIZE = 16
@@ -60,7 +61,7 @@ class TorchGenerator:
 
     def __init__(self, seed: int) -> None:
         if not _SEEDS[0] <= seed <= _SEEDS[1]:
-            raise UsageError("the seed is out of range", found=seed, wanted="an integer from -2**63 to 2**64 - 1")
+            raise UsageError("the seed is out of range", found=shown(seed), wanted="an integer from -2**63 to 2**64 - 1")
         # RandomState(int) initializes mt19937 as torch does, and numpy promises never to change its stream.
         self._words = np.random.RandomState(seed & 0xFFFFFFFF)
         self._kept: float | None = None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, Never
 
 import numpy as np
 import numpy.typing as npt
@@ -21,27 +22,31 @@ from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.formats.arrays import Array, Float32
 from sana_export.known_files import check_known_files
 from sana_export.manifest import Manifest
+from sana_export.numeric import MOST_DEVICES, MOST_THREADS, integer, shown
 from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
+from sana_export.runtime.callbacks import IsCancelled, StepCallback, call_back, check_callbacks, check_cancelled
 from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images
+from sana_export.runtime.inputs import checked_latents
 from sana_export.runtime.lora import LoraStack
 from sana_export.runtime.memory import AUTO, DENOISING_STAGE, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
 from sana_export.runtime.prompt import PromptEmbeddings, PromptEncoder, PromptTokens
-from sana_export.runtime.request import Plan, Request, checked_latents, make_plan, request_axes
+from sana_export.runtime.request import Plan, Request, make_plan, request_axes
 from sana_export.runtime.results import Conditioning, Images, SanaResult, Step, Timings
 from sana_export.runtime.sampling import CapturedLoop, LoopCache, SamplingLoop, check_conditioning, loop_inputs, take_loop
+from sana_export.runtime.schedule import SPRINT_INTERMEDIATE_TIMESTEP, SPRINT_MAX_TIMESTEP
 from sana_export.runtime.sessions import Sessions
+from sana_export.runtime.unpicklable import OfThisProcess
+from sana_export.runtime.words import CALL_WORDS, LOADING_WORDS, METHODS, check_words, parameters_of
+from sana_export.user_paths import user_path
 
 LOG = logging.getLogger(__name__)
 
 #: The number of the instruction's prefixes that stay on the device. Most prompts share the same number of its tokens.
 KEPT_PREFIXES = 4
-#: Called after each step with (runtime, step index, timestep, {"latents": float32 [B, C, h, w]}). It may return {"latents": array}
-#: to continue with other latents.
-StepCallback = Callable[["SanaRuntime", int, float, dict[str, Array]], Mapping[str, Any] | None]
 
 
-class SanaRuntime:
+class SanaRuntime(OfThisProcess):
     """A bundle loaded into a backend.
 
     Threads may share a runtime. Every public method holds the runtime's lock while it uses the device, so calls take turns. Calling
@@ -57,6 +62,7 @@ class SanaRuntime:
         self._prefixes: dict[int, DeviceTensor] = {}
         self._loras = LoraStack(backend)
         self._closed = False
+        self._interrupt = False
         #: The sessions by graph. Reading one loads it. From several threads, use `run` instead.
         self.sessions = Sessions(backend, self._loras, staged=memory != "resident")
         if not self.sessions.staged:
@@ -72,6 +78,7 @@ class SanaRuntime:
         device: int | None = None,
         threads: int | None = None,
         backend_options: Mapping[str, Any] | None = None,
+        **others: Never,
     ) -> SanaRuntime:
         """Check the bundle in the folder `bundle` and load it.
 
@@ -82,11 +89,15 @@ class SanaRuntime:
         backend_options: options of the backend's library, for ONNX Runtime {"session_options": {...}, "provider_options": {...}}.
 
         Raises ArtifactError if the bundle is damaged, incomplete or unfit for this machine; UsageError for an unknown backend, mode
-        or option; DependencyError if the backend's package, a GPU or memory is missing.
+        or option, and for other words of diffusers, saying what to write; DependencyError if the backend's package, a GPU or memory
+        is missing.
         """
+        check_words("from_pretrained", others, LOADING_WORDS, LOADING_PARAMETERS)
         if memory not in MEMORY_MODES:
             raise UsageError(f"unknown memory mode {memory!r}", wanted=", ".join(MEMORY_MODES), fix=f"--memory {AUTO}")
-        bundle = Path(bundle)
+        bundle = user_path(bundle, "the bundle")
+        device = None if device is None else integer("device", device, 0, MOST_DEVICES)
+        threads = None if threads is None else integer("threads", threads, 1, MOST_THREADS)
         manifest = Manifest.load(bundle)
         fix = export_command(bundle, manifest)
         required = [name for name in GRAPHS if name not in WEIGHTS_OF]
@@ -145,9 +156,9 @@ class SanaRuntime:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | None = None,
+        *positional: Never,
+        negative_prompt: str | Sequence[str] | None = "",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         pag_scale: float = 0.0,
@@ -159,18 +170,36 @@ class SanaRuntime:
         latents: npt.ArrayLike | None = None,
         output_type: str = "pil",
         use_resolution_binning: bool | None = None,
-        complex_human_instruction: bool = True,
+        complex_human_instruction: bool | Sequence[str] | None = True,
         max_sequence_length: int | None = None,
         decoder_tile: int | None = None,
+        prompt_embeds: npt.ArrayLike | None = None,
+        prompt_attention_mask: npt.ArrayLike | None = None,
+        negative_prompt_embeds: npt.ArrayLike | None = None,
+        negative_prompt_attention_mask: npt.ArrayLike | None = None,
+        max_timesteps: float = SPRINT_MAX_TIMESTEP,
+        intermediate_timesteps: float | None = SPRINT_INTERMEDIATE_TIMESTEP,
         callback_on_step_end: StepCallback | None = None,
+        cancelled: IsCancelled | None = None,
+        return_dict: bool = True,
+        **others: Never,
     ) -> SanaResult:
         """Draw images for one or more prompts. `Request` documents the parameters.
 
-        callback_on_step_end: called after every step (`StepCallback`). Raise an exception in it to cancel the call.
+        callback_on_step_end: called after every step (`StepCallback`). It may set `runtime._interrupt = True`, as in diffusers: no
+        further step runs, and the call returns the images as they are.
+        cancelled: called between stages, steps and tiles, from the thread that makes the call. If it returns True, the call raises
+        Cancelled. It may look at a `threading.Event` that another thread sets.
+        return_dict: False returns the tuple (images,), as in diffusers.
 
-        Raises UsageError for a request that cannot be met, ArtifactError if the result is NaN or infinite, and DependencyError if
-        memory runs out.
+        Raises UsageError for a request that cannot be met, and for other words of diffusers, saying what to write; ArtifactError if
+        the result is NaN or infinite; DependencyError if memory runs out; Cancelled.
         """
+        if positional:
+            found = ", ".join(map(shown, positional))
+            raise UsageError("only the prompt may be given without a name", found=found, wanted="runtime(prompt, name=value)")
+        check_words("the runtime", others, CALL_WORDS, CALL_PARAMETERS)
+        check_callbacks(callback_on_step_end, cancelled)
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -188,20 +217,32 @@ class SanaRuntime:
             complex_human_instruction=complex_human_instruction,
             max_sequence_length=max_sequence_length,
             decoder_tile=decoder_tile,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_timesteps=max_timesteps,
+            intermediate_timesteps=intermediate_timesteps,
         )
+        check_cancelled(cancelled)
         with self._using():
-            return self._generate(request, callback_on_step_end)
+            result = self._generate(request, callback_on_step_end, cancelled)
+        # Overloads that say so would repeat all parameters.
+        return result if return_dict else (result.images,)  # type: ignore[return-value]
 
-    def _generate(self, request: Request, callback: StepCallback | None) -> SanaResult:
+    def _generate(self, request: Request, callback: StepCallback | None, cancelled: IsCancelled | None) -> SanaResult:
         started, record_event = perf_counter(), self.backend.record_event
+        check_cancelled(cancelled)  # it may have waited for its turn
+        self._interrupt = False
         plan = self.plan(request)
         if not self.sessions.staged:
             self.sessions.require(plan.decoder_graphs)  # report a damaged decoder before sampling, not after
         conditioning = self.encode(plan)
+        check_cancelled(cancelled)
         before = record_event()
-        latents, events = self._denoise(plan, conditioning, callback)
+        latents, events = self._denoise(plan, conditioning, callback, cancelled)
         after = events[-1] if events else record_event()
-        images = self.decode(plan, latents)
+        images = self._decode(plan, latents, cancelled)
         decoded, seconds = record_event(), self.backend.seconds
         timings = Timings(
             text_encoder=seconds(*conditioning.events[:2]),
@@ -214,19 +255,25 @@ class SanaRuntime:
         return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, timings)
 
     def _denoise(
-        self, plan: Plan, conditioning: Conditioning, callback: StepCallback | None
+        self, plan: Plan, conditioning: Conditioning, callback: StepCallback | None, cancelled: IsCancelled | None
     ) -> tuple[DeviceTensor | Array, list[Any]]:
         """The latents after the last step, and an event after each step if they ran one by one."""
         events: list[Any] = []
         with self._loop(plan, conditioning) as (loop, version):
-            if callback is None and isinstance(loop, CapturedLoop):
+            if callback is None and cancelled is None and isinstance(loop, CapturedLoop):
                 loop.run(0, len(plan.schedule.timesteps))
-            else:
-                for step in self._run_steps(plan, loop, version):
-                    if callback is not None:
-                        self._call_back(callback, step)
-                    events.append(self.backend.record_event())
-            return loop.result(), events
+                return loop.result(), events
+            for step in self._run_steps(plan, loop, version):
+                if callback is not None:
+                    call_back(callback, self, step, plan)
+                events.append(self.backend.record_event())
+                if cancelled is not None:
+                    self.backend.wait()  # otherwise all steps are enqueued before the first one is done
+                    check_cancelled(cancelled)
+                if self._interrupt:
+                    break
+            # As in diffusers: SANA-Sprint's pipeline decodes what the last step predicts, the others its latents.
+            return step.x0 if plan.guidance is not None else step.latents, events
 
     def plan(self, request: Request) -> Plan:
         """Check a request and compute everything that follows from it.
@@ -247,7 +294,7 @@ class SanaRuntime:
         """Run the text encoder on the plan's prompts, each once, whatever `num_images_per_prompt` is."""
         with self._using():
             self.sessions.require(TEXT_STAGE)
-            return self.text.encode(self.tokenize(plan), self._run_text_encoder, self.backend.text_multiple)
+            return self.text.encode(self.tokenize(plan), self._run_text_encoder, self.backend.text_multiple, plan.embeddings)
 
     def encode(self, plan: Plan) -> Conditioning:
         """Run the text encoder and the context graph on the plan's prompts."""
@@ -318,12 +365,15 @@ class SanaRuntime:
 
         Raises UsageError for latents of another shape, and ArtifactError if they are not finite.
         """
+        return self._decode(plan, latents, None)
+
+    def _decode(self, plan: Plan, latents: DeviceTensor | Array, cancelled: IsCancelled | None) -> Images:
         with self._using():
             check_latents_shape(latents, plan)
             if plan.output_type == "latent":
                 return np.array(self._finite_latents(latents))
             self.sessions.require((*plan.decoder_graphs, "postprocess"))
-            image = decode_latents(plan, latents, self.backend, self.sessions)
+            image = decode_latents(plan, latents, self.backend, self.sessions, partial(check_cancelled, cancelled))
             self._finite_latents(latents)
             return finish_images(plan, image, self.backend, self.sessions)
 
@@ -352,6 +402,18 @@ class SanaRuntime:
         """The loaded LoRAs, in the order in which they were loaded."""
         return self._loras.loras
 
+    @property
+    def interrupt(self) -> bool:
+        """Whether the current call stops after this step: a callback has set `_interrupt`, as in diffusers."""
+        return self._interrupt
+
+    if not TYPE_CHECKING:  # a type checker would take every name
+
+        def __getattr__(self, name: str) -> Any:
+            """Raises AttributeError; for a method of diffusers, with what to write instead."""
+            instead = f": write {METHODS[name]}" if name in METHODS else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{instead}")
+
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Add `scale` times the LoRA in the file or folder `path` to the weights, on top of those already loaded (docs/lora.md).
 
@@ -361,7 +423,7 @@ class SanaRuntime:
         """
         with self._using():
             self._drop_loops()
-            self._loras.add(Lora(Path(path), scale), self.sessions)
+            self._loras.add(Lora(user_path(path, "the LoRA"), scale), self.sessions)
 
     def unload_lora(self) -> None:
         """Remove all LoRAs. The weights are the bundle's own again, bit for bit."""
@@ -384,17 +446,6 @@ class SanaRuntime:
         feeds = {"inputs_embeds": inputs_embeds, "prefix": self._prefixes[shared]}
         return self.sessions["text_encoder"].run(feeds)["prompt_embeds"]
 
-    def _call_back(self, callback: StepCallback, step: Step) -> None:
-        """Pass a copy of the latents to the callback, and assign the ones that it returns to the step."""
-        returned = callback(self, step.index, step.timestep, {"latents": self.to_host(step.latents)})
-        if returned is None:
-            return
-        if not isinstance(returned, Mapping) or (unknown := set(returned) - {"latents"}):
-            found = type(returned).__name__ if not isinstance(returned, Mapping) else ", ".join(map(str, unknown))
-            raise UsageError("callback_on_step_end returned an unknown value", found=found, wanted='None or {"latents": array}')
-        if "latents" in returned:
-            step.latents = returned["latents"]
-
     def _assigned_latents(self, assigned: Any, current: DeviceTensor, plan: Plan) -> DeviceTensor:
         """The latents that the caller assigned in place of `current`, on the device. Raises UsageError for another shape."""
         if isinstance(assigned, type(current)) and not isinstance(assigned, np.ndarray):
@@ -407,3 +458,6 @@ class SanaRuntime:
         host = self.backend.to_host(latents)
         check_finite(host, "latents", self.backend)
         return host
+
+
+CALL_PARAMETERS, LOADING_PARAMETERS = parameters_of(SanaRuntime.__call__), parameters_of(SanaRuntime.from_pretrained)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sana_export.formats.safetensors_file import StoredTensor, TensorFile
 from sana_export.formats.tokenizer_file import read_tokenizer
 from sana_export.known_files import check_known_files
 from sana_export.manifest import Manifest
+from sana_export.runtime.unpicklable import OfThisProcess
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,16 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
+class GivenEmbeddings:
+    """What the caller gave in place of B prompts."""
+
+    #: float32 [B, L, C].
+    embeds: Float32
+    #: float32 [B, L]: 1 for the rows of a prompt.
+    mask: Float32
+
+
+@dataclass(frozen=True, eq=False)
 class PromptEmbeddings:
     """prompt_embeds as the rows that it is assembled from; all other rows are zero.
 
@@ -139,7 +151,7 @@ class PromptEmbeddings:
         return PromptEmbeddings((branches, batch, longer, channels), self.rows, mask)
 
 
-class PromptEncoder:
+class PromptEncoder(OfThisProcess):
     """Encodes prompts with a tokenizer, the stored instruction and the token embedding table [vocabulary, C].
 
     Raises ArtifactError if these do not belong together. `fix` is the command that fixes the bundle then.
@@ -175,46 +187,62 @@ class PromptEncoder:
         known = Instruction(manifest.model.instruction, tuple(token_ids.read().tolist()), prefix.read(), bos_row.read())
         return cls(read_tokenizer(tokenizer, fix=fix), known, table, fix=fix)
 
-    def tokenize(self, text: str, *, max_sequence_length: int, instruct: bool) -> PromptTokens:
-        """The tokens of `text`, after the instruction if `instruct`. A prompt of more than `max_sequence_length` rows is truncated.
+    def tokenize(self, text: str, *, max_sequence_length: int, instruction: str = "") -> PromptTokens:
+        """The tokens of `text` after `instruction`. A prompt of more than `max_sequence_length` rows is truncated.
 
         Logs a warning for a truncated prompt. Raises UsageError if the limit allows more than `MAX_TOKENS` tokens.
         """
         known = self.instruction.token_ids
-        first_kept = len(known) - 1 if instruct else 1
+        first_kept = self._first_kept(instruction)
         limit = first_kept + max_sequence_length - 1
         if limit > MAX_TOKENS:
             raise UsageError(
-                "max_sequence_length is too large",
-                found=max_sequence_length,
-                wanted=f"1 to {MAX_TOKENS - first_kept + 1}",
+                "max_sequence_length is too large" if first_kept < MAX_TOKENS else "complex_human_instruction is too long",
+                found=max_sequence_length if first_kept < MAX_TOKENS else f"{first_kept + 1} tokens",
+                wanted=f"1 to {MAX_TOKENS - first_kept + 1}" if first_kept < MAX_TOKENS else f"at most {MAX_TOKENS}",
             )
         text = text.lower().strip()
-        ids = self._ids(self.instruction.text + text if instruct else text)
+        ids = self._ids(instruction + text)
         if dropped := ids[limit:]:
             self._warn(text, dropped, max_sequence_length)
         ids = ids[:limit]
         return PromptTokens(ids, first_kept, min(_common_length(ids, known), first_kept), limit)
 
-    def tokenize_plan(self, texts: Sequence[tuple[Sequence[str], bool]], max_sequence_length: int) -> list[list[PromptTokens]]:
+    def tokenize_plan(self, texts: Sequence[tuple[Sequence[str], str]], max_sequence_length: int) -> list[list[PromptTokens]]:
         """The tokens of each guidance branch's prompts; `texts` as in `Plan.texts`."""
         return [
-            [self.tokenize(text, max_sequence_length=max_sequence_length, instruct=instruct) for text in prompts]
-            for prompts, instruct in texts
+            [self.tokenize(text, max_sequence_length=max_sequence_length, instruction=instruction) for text in prompts]
+            for prompts, instruction in texts
         ]
 
-    def encode(self, branches: Sequence[Sequence[PromptTokens]], run: RunTextEncoder, multiple: int = 1) -> PromptEmbeddings:
+    def encode(
+        self,
+        branches: Sequence[Sequence[PromptTokens]],
+        run: RunTextEncoder,
+        multiple: int = 1,
+        given: Mapping[int, GivenEmbeddings] = MappingProxyType({}),
+    ) -> PromptEmbeddings:
         """Embeddings of K branches of B prompts each. Equal prompts run once; all with the same prefix run in one batch.
 
-        The tokens of a batch are padded to a multiple of `multiple`, so that shapes repeat. The padding's rows are not used.
+        The tokens of a batch are padded to a multiple of `multiple`, so that shapes repeat. The padding's rows are not used. The
+        branches in `given`, by number, have no tokens.
         """
         outputs = self._run(dict.fromkeys(tokens for branch in branches for tokens in branch), run, multiple)
-        longest = max(tokens.kept_rows for branch in branches for tokens in branch)
-        shape = (len(branches), len(branches[0]), longest)
+        longest = max(
+            *(tokens.kept_rows for branch in branches for tokens in branch),
+            *(values.embeds.shape[1] for values in given.values()),
+            1,
+        )
+        shape = (len(branches), len(given[0].embeds) if 0 in given else len(branches[0]), longest)
         mask = np.zeros(shape, dtype=np.float32)
         bos_row = self.instruction.bos_row.reshape(1, 1, -1)
         rows: list[Rows] = []
         for index, branch in enumerate(branches):
+            if index in given:
+                count, length = given[index].mask.shape
+                rows += [Rows(given[index].embeds, item, 0, length, (index, item, 0)) for item in range(count)]
+                mask[index, :, :length] = given[index].mask
+                continue
             for number, tokens in enumerate(branch):
                 rows.append(Rows(bos_row, 0, 0, 1, (index, number, 0)))
                 if tokens in outputs:
@@ -244,6 +272,15 @@ class PromptEncoder:
             output = run(embeds, np.ascontiguousarray(self.instruction.prefix[..., :shared, :]))
             outputs |= {tokens: (output, item) for item, tokens in enumerate(batch)}
         return outputs
+
+    def _first_kept(self, instruction: str) -> int:
+        """`PromptTokens.first_kept` of a prompt after `instruction`."""
+        if not instruction:
+            return 1
+        count = len(self.instruction.token_ids if instruction == self.instruction.text else self._ids(instruction))
+        if count < 2:
+            raise UsageError("complex_human_instruction has no token", found=repr(instruction), wanted="a line of text, or None")
+        return count - 1
 
     def _ids(self, text: str) -> tuple[int, ...]:
         """All ids of `text`, BOS first."""

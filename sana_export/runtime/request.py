@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import operator
-import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +16,32 @@ from sana_export.formats.arrays import Float32
 from sana_export.manifest import Manifest
 from sana_export.profiles import DECODER_TILE, UNTILED_AREA
 from sana_export.resolutions import BINS
-from sana_export.runtime.noise import TorchGenerator
+from sana_export.runtime.inputs import (
+    MAX_IMAGES,
+    MAX_PIXELS,
+    OUTPUT_TYPES,
+    check_choice,
+    check_flag,
+    checked_latents,
+    checked_numbers,
+    checked_seeds,
+    given_embeddings,
+    instruction_text,
+    negative_prompts,
+    texts,
+)
+from sana_export.runtime.prompt import GivenEmbeddings
 from sana_export.runtime.resolution import ResizePlan, check_size, choose_bin, make_resize_plan
-from sana_export.runtime.schedule import Schedule, make_schedule
+from sana_export.runtime.schedule import (
+    SPRINT_INTERMEDIATE_TIMESTEP,
+    SPRINT_MAX_TIMESTEP,
+    Schedule,
+    SprintAngles,
+    make_schedule,
+)
 
-#: Pixels: twice the longest side of Sana's largest resolution bin. Memory runs out long before.
-MAX_SIDE = 16384
-OUTPUT_TYPES = ("pil", "np", "latent")
+#: Which prompts each branch is conditioned on.
+_SOURCES = {"uncond": "uncond", "cond": "cond", "perturbed": "cond"}
 #: With `pag_adaptive_scale`, diffusers lowers PAG by the distance of the timestep from this one.
 _FIRST_TIMESTEP = 1000
 
@@ -38,10 +54,10 @@ class Request:
     SANA-Sprint checkpoint.
     """
 
-    #: One text, or a list of texts.
-    prompt: str | Sequence[str]
+    #: One text, or a list of texts. None with `prompt_embeds`.
+    prompt: str | Sequence[str] | None = None
     #: One text for all prompts, or one for each. Unused without guidance. A SANA-Sprint checkpoint accepts none.
-    negative_prompt: str | Sequence[str] = ""
+    negative_prompt: str | Sequence[str] | None = ""
     #: Number of sampling steps.
     num_inference_steps: int | None = None
     #: Above 1: classifier-free guidance. A SANA-Sprint checkpoint reads any value itself.
@@ -66,21 +82,49 @@ class Request:
     #: True: sample at the nearest size that the checkpoint was trained on, then resize and crop. False: sample at this size, in
     #: multiples of the manifest's `vae_scale_factor` (32 for Sana). None: True if the checkpoint has a table of sizes.
     use_resolution_binning: bool | None = None
-    #: Encode the prompts after the checkpoint's instruction.
-    complex_human_instruction: bool = True
+    #: The text before each prompt, in lines. True: the checkpoint's own. None, False or an empty list: no text.
+    complex_human_instruction: bool | Sequence[str] | None = True
     #: Tokens of a prompt that reach the denoiser. A longer prompt is truncated with a warning.
     max_sequence_length: int | None = None
     #: Side in image pixels of the tiles that the decoder works in: the same values in less memory. 0: one piece. None: one piece up
     #: to 2048x2048 pixels of area, tiles above.
     decoder_tile: int | None = None
+    #: float [prompts, tokens, channels]: what the text encoder would compute for the prompts.
+    prompt_embeds: npt.ArrayLike | None = None
+    #: [prompts, tokens]: 1 for the tokens of `prompt_embeds` that count.
+    prompt_attention_mask: npt.ArrayLike | None = None
+    #: As `prompt_embeds`, in place of `negative_prompt`.
+    negative_prompt_embeds: npt.ArrayLike | None = None
+    negative_prompt_attention_mask: npt.ArrayLike | None = None
+    #: The first timestep of a SANA-Sprint checkpoint, an angle.
+    max_timesteps: float = SPRINT_MAX_TIMESTEP
+    #: Its second timestep, with 2 steps. None: evenly spaced timesteps.
+    intermediate_timesteps: float | None = SPRINT_INTERMEDIATE_TIMESTEP
+
+    def __post_init__(self) -> None:
+        """Check everything that does not depend on the checkpoint. Raises UsageError."""
+        optional = [item.name for item in fields(self) if item.default is None or item.name == "intermediate_timesteps"]
+        for name, number in checked_numbers(vars(self), optional).items():
+            object.__setattr__(self, name, number)
+        if self.prompt_embeds is None or self.prompt is not None:
+            texts("prompt", self.prompt)
+        if self.negative_prompt is not None:
+            texts("negative_prompt", self.negative_prompt)
+        checked_seeds(self.seed)
+        check_flag("use_resolution_binning", self.use_resolution_binning)
+        check_choice("output_type", self.output_type, OUTPUT_TYPES)
+        instruction_text(self.complex_human_instruction, "")
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A checked request and what follows from it for one checkpoint. B images, K guidance branches, N steps."""
 
-    #: For each branch: its prompts, one for each of the request's, and whether the instruction precedes them.
-    texts: tuple[tuple[tuple[str, ...], bool], ...]
+    #: For each branch: its prompts, one for each of the request's, and the instruction before them, "" for none. No prompts for a
+    #: branch in `embeddings`.
+    texts: tuple[tuple[tuple[str, ...], str], ...]
+    #: The branches whose embeddings the caller gave, by number.
+    embeddings: Mapping[int, GivenEmbeddings]
     images_per_prompt: int
     max_sequence_length: int
     #: [B, C, h, w] as sampled.
@@ -127,34 +171,36 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     Raises UsageError, saying what is possible, and ArtifactError if the bundle lacks the graphs that decode in tiles.
     """
     model = manifest.model
-    prompts = _texts("prompt", request.prompt)
-    negatives = _negative_prompts(request.negative_prompt, len(prompts))
-    images_per_prompt = _integer("num_images_per_prompt", request.num_images_per_prompt)
-    steps = _integer("num_inference_steps", _default(request.num_inference_steps, model.default_steps))
-    schedule = make_schedule(model.scheduler, steps)
-    scale = _number("guidance_scale", _default(request.guidance_scale, model.default_guidance_scale))
+    prompts, given = _prompts(request, model.text_channels)
+    count = len(prompts) or len(given["cond"].embeds)
+    negatives = negative_prompts(request.negative_prompt, count)
+    steps = _default(request.num_inference_steps, model.default_steps)
+    schedule = make_schedule(model.scheduler, steps, SprintAngles(request.max_timesteps, request.intermediate_timesteps))
+    scale = _default(request.guidance_scale, model.default_guidance_scale)
     if model.guidance_embeds:
         _check_embedded_guidance(request, negatives)
         branches, weights = ["cond"], np.ones((steps, 1), dtype=np.float32)
     else:
         branches, weights = _guidance(scale, request, schedule, bundle, manifest)
-    output_height = _side("height", _default(request.height, model.native_size))
-    output_width = _side("width", _default(request.width, model.native_size))
+    output_height, output_width = (_default(side, model.native_size) for side in (request.height, request.width))
+    batch, factor = count * request.num_images_per_prompt, model.vae_scale_factor
+    _check_total(batch, output_height, output_width)
     if bins_resolution(request, model.sample_size):
         height, width = choose_bin(output_height, output_width, model.sample_size)
     else:
-        check_size(output_height, output_width, model.vae_scale_factor)
+        check_size(output_height, output_width, factor)
         height, width = output_height, output_width
-    batch, factor = len(prompts) * images_per_prompt, model.vae_scale_factor
     shape = (batch, model.latent_channels, height // factor, width // factor)
-    texts = {"uncond": (negatives, False)}
+    conditions = (prompts, instruction_text(request.complex_human_instruction, model.instruction))
+    written = {"uncond": (() if "uncond" in given else negatives, "")}
     plan = Plan(
-        texts=tuple(texts.get(branch, (prompts, bool(request.complex_human_instruction))) for branch in branches),
-        images_per_prompt=images_per_prompt,
-        max_sequence_length=_integer("max_sequence_length", _default(request.max_sequence_length, model.max_sequence_length)),
+        texts=tuple(written.get(branch, conditions) for branch in branches),
+        embeddings={index: given[_SOURCES[branch]] for index, branch in enumerate(branches) if _SOURCES[branch] in given},
+        images_per_prompt=request.num_images_per_prompt,
+        max_sequence_length=_default(request.max_sequence_length, model.max_sequence_length),
         latents_shape=shape,
         latents=None if request.latents is None else checked_latents(request.latents, shape),
-        seeds=_seeds(request.seed, batch),
+        seeds=checked_seeds(request.seed, batch),
         schedule=schedule,
         perturbed=np.array([branch == "perturbed" for branch in branches], dtype=np.float32),
         guidance_weights=weights,
@@ -162,7 +208,7 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
         resize=make_resize_plan(height, width, output_height, output_width),
         output_height=output_height,
         output_width=output_width,
-        output_type=_choice("output_type", request.output_type, OUTPUT_TYPES),
+        output_type=request.output_type,
         decoder_tile=choose_tile(_checked_tile(request.decoder_tile, model.decoder_tile_scale), height, width),
     )
     if missing := [name for name in plan.decoder_graphs if name not in manifest.graphs]:
@@ -203,27 +249,38 @@ def choose_tile(requested: int | None, height: int, width: int) -> int:
     return DECODER_TILE if height * width > UNTILED_AREA else 0
 
 
-def checked_latents(latents: npt.ArrayLike, shape: tuple[int, ...]) -> Float32:
-    """A float32 copy of latents from the caller. Raises UsageError for another shape or values that are not finite."""
-    try:
-        array = np.array(latents, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise UsageError("latents are not an array of numbers", found=error, wanted=f"float32 {shape}") from error
-    if array.shape != shape:
+def _prompts(request: Request, channels: int) -> tuple[tuple[str, ...], dict[str, GivenEmbeddings]]:
+    """The prompts, none if the caller gave their embeddings, and the given embeddings of the branches "cond" and "uncond"."""
+    rows = {
+        "cond": (request.prompt_embeds, request.prompt_attention_mask, "prompt", request.prompt is None),
+        "uncond": (
+            request.negative_prompt_embeds,
+            request.negative_prompt_attention_mask,
+            "negative_prompt",
+            not request.negative_prompt,
+        ),
+    }
+    given = {
+        branch: given_embeddings(name, embeds, mask, channels, alone=alone)
+        for branch, (embeds, mask, name, alone) in rows.items()
+        if embeds is not None or mask is not None
+    }
+    prompts = () if "cond" in given else texts("prompt", request.prompt)
+    count = len(prompts) or len(given["cond"].embeds)
+    if "uncond" in given and len(given["uncond"].embeds) != count:
         raise UsageError(
-            "latents have the wrong shape for this request",
-            found=array.shape,
-            wanted=f"{shape} (images, channels, and the sampled height and width in latent pixels)",
+            "the number of negative prompts does not match the number of prompts",
+            found=f"negative_prompt_embeds of {len(given['uncond'].embeds)} prompts for {count} prompts",
+            wanted=f"negative_prompt_embeds of {count} prompts",
         )
-    if count := int(np.count_nonzero(~np.isfinite(array))):
-        raise UsageError("latents must be finite", found=f"{count} of {array.size} values are NaN or infinite", wanted="numbers")
-    return array
+    return prompts, given
 
 
 def _check_embedded_guidance(request: Request, negatives: Sequence[str]) -> None:
     """Raise UsageError for parameters that a checkpoint with distilled guidance does not have."""
     for name, given, found in (
         ("negative_prompt", any(negatives), request.negative_prompt),
+        ("negative_prompt_embeds", request.negative_prompt_embeds is not None, "given"),
         ("pag_scale", request.pag_scale != 0, request.pag_scale),
     ):
         if given:
@@ -241,8 +298,7 @@ def _guidance(scale: float, request: Request, schedule: Schedule, bundle: Path, 
     Guidance is uncond + g * (cond - uncond) + p * (cond - perturbed), which is linear in the predictions. Without classifier-free
     guidance g is 1. Source: diffusers `SanaPipeline.__call__` and `PAGMixin._apply_perturbed_attention_guidance`.
     """
-    pag_scale = _number("pag_scale", request.pag_scale, minimum=0.0)
-    adaptive = _number("pag_adaptive_scale", request.pag_adaptive_scale, minimum=0.0)
+    pag_scale, adaptive = request.pag_scale, request.pag_adaptive_scale
     if pag_scale > 0 and not manifest.options.pag_layers:
         raise UsageError(
             "this bundle has no layers for perturbed attention guidance",
@@ -259,12 +315,9 @@ def _guidance(scale: float, request: Request, schedule: Schedule, bundle: Path, 
     return branches, np.stack([weights[branch] for branch in branches], axis=1).astype(np.float32)
 
 
-def _checked_tile(decoder_tile: Any, scale: int) -> int | None:
+def _checked_tile(pixels: int | None, scale: int) -> int | None:
     """The requested side of a tile in image pixels. `scale` pixels are one feature, which cannot be divided."""
-    if decoder_tile is None:
-        return None
-    pixels = _integer("decoder_tile", decoder_tile, minimum=0)
-    if pixels % scale:
+    if pixels is not None and pixels % scale:
         raise UsageError(
             "decoder_tile does not fit the decoder",
             found=f"{pixels} pixels",
@@ -274,83 +327,15 @@ def _checked_tile(decoder_tile: Any, scale: int) -> int | None:
     return pixels
 
 
-def _texts(name: str, value: Any) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"{name} is not text", found=repr(value), wanted="a str, or a list of one or more str")
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"{name} is not Unicode text", found=repr(text), wanted="text without lone surrogates") from error
-    return texts
-
-
-def _negative_prompts(negative_prompt: Any, count: int) -> tuple[str, ...]:
-    if negative_prompt is None:
-        return ("",) * count
-    negatives = _texts("negative_prompt", negative_prompt)
-    if isinstance(negative_prompt, str):
-        return negatives * count
-    if len(negatives) != count:
+def _check_total(images: int, height: int, width: int) -> None:
+    """Raise UsageError if the delivered images of one call are too many or too large together."""
+    if images > MAX_IMAGES or images * height * width > MAX_PIXELS:
         raise UsageError(
-            "the number of negative prompts does not match the number of prompts",
-            found=f"{len(negatives)} negative prompts for {count} prompts",
-            wanted=f"one str for all, or a list of {count}",
+            "a call cannot make that many images of this size",
+            found=f"{images} images of {height}x{width} (height x width)",
+            wanted=f"at most {MAX_IMAGES} images with {MAX_PIXELS} pixels together",
+            fix="make several calls",
         )
-    return negatives
-
-
-def _seeds(seed: Any, batch: int) -> tuple[int, ...]:
-    if seed is None:
-        return (secrets.randbelow(2**32),)
-    many = isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str)
-    seeds = tuple(_integer("seed", value, minimum=None) for value in (seed if many else [seed]))
-    if len(seeds) not in (1, batch):
-        raise UsageError(
-            "the number of seeds does not match the number of images",
-            found=f"{len(seeds)} seeds for {batch} images",
-            wanted="1 seed" if batch == 1 else f"1 seed, or {batch}",
-        )
-    for value in seeds:
-        TorchGenerator(value)  # checks the range
-    return seeds
-
-
-def _integer(name: str, value: Any, minimum: int | None = 1) -> int:
-    wanted = "an integer" if minimum is None else f"an integer, {minimum} or more"
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise UsageError(f"{name} is not an integer", found=repr(value), wanted=wanted) from error
-    if isinstance(value, bool) or (minimum is not None and number < minimum):
-        raise UsageError(f"{name} is out of range", found=repr(value), wanted=wanted)
-    return number
-
-
-def _number(name: str, value: Any, minimum: float | None = None) -> float:
-    wanted = "a finite number" + ("" if minimum is None else f", {minimum:g} or more")
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{name} is not a number", found=repr(value), wanted=wanted) from error
-    if not math.isfinite(number) or (minimum is not None and number < minimum):
-        raise UsageError(f"{name} is out of range", found=repr(value), wanted=wanted)
-    return number
-
-
-def _choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise UsageError(f"unknown {name} {value!r}", wanted=", ".join(choices))
-    return str(value)
-
-
-def _side(name: str, value: Any) -> int:
-    """A side of the delivered image in pixels."""
-    pixels = _integer(name, value)
-    if pixels > MAX_SIDE:
-        raise UsageError(f"{name} is out of range", found=f"{pixels} pixels", wanted=f"at most {MAX_SIDE} pixels")
-    return pixels
 
 
 def _default(value: Any, default: Any) -> Any:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from sana_export.formats.arrays import Array, Float32
 from sana_export.runtime.backends.base import DeviceTensor
+from sana_export.runtime.unpicklable import OfThisProcess
 
 Images = list[Image.Image] | Float32
 
@@ -46,9 +47,16 @@ class SanaResult:
     #: Seconds of each stage.
     timings: Timings
 
+    def __getitem__(self, key: int | str) -> Any:
+        """`result[0]` and `result["images"]` are the images, as in diffusers, and `(images,) = result` works."""
+        return {"images": self.images}[key] if isinstance(key, str) else (self.images,)[key]
+
+    def __len__(self) -> int:
+        return 1
+
 
 @dataclass(frozen=True, eq=False)
-class Conditioning:
+class Conditioning(OfThisProcess):
     """The encoded prompts, as inputs of the denoiser on the device (contract.py has the shapes)."""
 
     #: Cross-attention keys and values.
@@ -62,7 +70,7 @@ class Conditioning:
 
 
 @dataclass(eq=False)
-class Step:
+class Step(OfThisProcess):
     """The state after a sampling step."""
 
     #: Number of the step, from 0.

@@ -30,6 +30,21 @@ from sana_export.supported import SCHEDULERS, unsupported
 #: The defaults of diffusers' SanaSprintPipeline: SANA-Sprint's first timestep, and the second of two.
 SPRINT_MAX_TIMESTEP = 1.57080
 SPRINT_INTERMEDIATE_TIMESTEP = 1.3
+#: An angle of pi / 2 is pure noise. diffusers' default is a little above it.
+SPRINT_MOST_TIMESTEP = 1.5709
+
+
+@dataclass(frozen=True)
+class SprintAngles:
+    """Parameters of SanaSprintPipeline that choose its timesteps."""
+
+    #: `max_timesteps`: the first timestep.
+    first: float = SPRINT_MAX_TIMESTEP
+    #: `intermediate_timesteps`: the second of two timesteps. None: evenly spaced timesteps.
+    second: float | None = SPRINT_INTERMEDIATE_TIMESTEP
+
+
+DEFAULT_ANGLES = SprintAngles()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +59,25 @@ class Schedule:
     initial_noise_scale: float
     #: Whether fresh noise is drawn at every step, after the initial noise and from the same generator, as in diffusers.
     needs_noise: bool
+    #: float32 [N]: the latents after each step in diffusers are these factors times ours.
+    latents_scale: Float32
 
 
-def make_schedule(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+@dataclass(frozen=True)
+class _Solver:
+    """One of diffusers' schedulers."""
+
+    #: From the complete config, the number of steps, and the angles, which all but SANA-Sprint's ignore.
+    build: Callable[[Mapping[str, Any], int, SprintAngles], Schedule]
+    #: Whether it has the angles.
+    angular: bool = False
+
+
+def make_schedule(config: Mapping[str, Any], num_inference_steps: int, angles: SprintAngles = DEFAULT_ANGLES) -> Schedule:
     """The schedule of `num_inference_steps` steps for the scheduler config of a bundle's manifest.
 
-    Raises UsageError for fewer than 1 step, a scheduler that is not in `SCHEDULERS`, and a setting that the table cannot express.
-    An export refuses such a checkpoint, but older exports did not.
+    Raises UsageError for fewer than 1 step, a scheduler that is not in `SCHEDULERS`, a setting that the table cannot express, and
+    `angles` for another checkpoint than SANA-Sprint. An export refuses such a checkpoint, but older exports did not.
     """
     name = config.get("_class_name")
     if name not in SCHEDULERS:
@@ -68,7 +95,14 @@ def make_schedule(config: Mapping[str, Any], num_inference_steps: int) -> Schedu
         )
     if num_inference_steps < 1:
         raise UsageError("sampling needs at least one step", found=num_inference_steps, wanted="1 or more")
-    return _SOLVERS[name](full, int(num_inference_steps))
+    solver = _SOLVERS[name]
+    if angles != DEFAULT_ANGLES and not solver.angular:
+        raise UsageError(
+            "this checkpoint has no max_timesteps and intermediate_timesteps: they belong to SANA-Sprint",
+            found=f"max_timesteps {angles.first:g}, intermediate_timesteps {angles.second}",
+            wanted="num_inference_steps alone",
+        )
+    return solver.build(full, int(num_inference_steps), angles)
 
 
 def _table(num_inference_steps: int, **columns: npt.ArrayLike) -> Float32:
@@ -84,7 +118,7 @@ def _rounded(function: Callable[[Any], Any], x: Float32) -> Float32:
     return np.asarray(function(x.astype(np.float64))).astype(np.float32)
 
 
-def _dpm_solver(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+def _dpm_solver(config: Mapping[str, Any], num_inference_steps: int, _: SprintAngles) -> Schedule:
     """DPM-Solver++ of order 1 or 2 (midpoint) over flow sigmas, ending at sigma 0: diffusers' DPMSolverMultistepScheduler.
 
     `lower_order_final` and `euler_at_final` have no effect: a last step to sigma 0 is always of order 1.
@@ -113,10 +147,11 @@ def _dpm_solver(config: Mapping[str, Any], num_inference_steps: int) -> Schedule
         x0=-(decay + gain),
         previous_x0=gain,
     )
-    return Schedule((shifted * train_steps).astype(np.int64).astype(np.float32), coefficients, 1.0, False)
+    timesteps = (shifted * train_steps).astype(np.int64).astype(np.float32)
+    return Schedule(timesteps, coefficients, 1.0, False, np.ones_like(timesteps))
 
 
-def _flow_euler(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+def _flow_euler(config: Mapping[str, Any], num_inference_steps: int, _: SprintAngles) -> Schedule:
     """Euler steps of the flow; with `stochastic_sampling`, fresh noise on x0: diffusers' FlowMatchEulerDiscreteScheduler.
 
     As in diffusers, the shift is applied twice to the smallest sigma: to find the range, and to the sigmas spread over it.
@@ -132,19 +167,24 @@ def _flow_euler(config: Mapping[str, Any], num_inference_steps: int) -> Schedule
     else:
         columns = {"latents": after / now, "x0": 1 - after / now}
     coefficients = _table(num_inference_steps, x0_latents=1, x0_noise_pred=-now, **columns)
-    return Schedule(
-        sigmas[:-1] * np.float32(train_steps), coefficients, 1.0, bool(coefficients[:, COEFFICIENTS.index("noise")].any())
-    )
+    timesteps, noisy = sigmas[:-1] * np.float32(train_steps), bool(coefficients[:, COEFFICIENTS.index("noise")].any())
+    return Schedule(timesteps, coefficients, 1.0, noisy, np.ones_like(timesteps))
 
 
-def _sprint_timesteps(num_inference_steps: int) -> Float32:
-    """The angles t [N + 1] of SanaSprintPipeline, from `SPRINT_MAX_TIMESTEP` down to 0."""
-    if num_inference_steps == 2:
-        return np.array([SPRINT_MAX_TIMESTEP, SPRINT_INTERMEDIATE_TIMESTEP, 0], dtype=np.float32)
-    return np.linspace(SPRINT_MAX_TIMESTEP, 0, num_inference_steps + 1).astype(np.float32)
+def _sprint_timesteps(num_inference_steps: int, angles: SprintAngles) -> Float32:
+    """The angles t [N + 1] of SanaSprintPipeline, from the first one down to 0."""
+    if num_inference_steps == 2 and angles.second is not None:
+        return np.array([angles.first, angles.second, 0], dtype=np.float32)
+    if angles.second not in (None, DEFAULT_ANGLES.second):
+        raise UsageError(
+            "intermediate_timesteps is the second of two timesteps",
+            found=f"intermediate_timesteps {angles.second:g} and {num_inference_steps} steps",
+            wanted="2 steps, or intermediate_timesteps None",
+        )
+    return np.linspace(angles.first, 0, num_inference_steps + 1).astype(np.float32)
 
 
-def _sprint(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+def _sprint(config: Mapping[str, Any], num_inference_steps: int, given: SprintAngles) -> Schedule:
     """SANA-Sprint: diffusers' SCMScheduler (trigflow) and what SanaSprintPipeline computes around it.
 
     With sd = sigma_data, angle t, s = sin t / (cos t + sin t) and n = sqrt(s^2 + (1 - s)^2), the pipeline feeds the denoiser
@@ -152,7 +192,7 @@ def _sprint(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
     computes pred_x0 = cos t * x - sin t * v and the next x = cos t' * pred_x0 + sin t' * sd * noise. The pipeline decodes
     pred_x0 / sd of the last step. All of this is linear, and sd cancels in these variables of the table:
 
-        latents = z (the first: n * standard normal noise), x0 = pred_x0 / sd, timesteps = s
+        latents = z (the first: n * standard normal noise), x0 = pred_x0 / sd, timesteps = s, latents_scale = sd / n
 
     diffusers accepts only 2 steps unless the intermediate timestep is None; this function uses None for every other number of
     steps. The timesteps are equal to diffusers' for 1 and 2 steps, and equal up to float32 rounding (2.5e-7) for more.
@@ -164,7 +204,7 @@ def _sprint(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
             found=f"{num_inference_steps} steps",
             wanted=f"1 to {train_steps}",
         )
-    angles = _sprint_timesteps(num_inference_steps)
+    angles = _sprint_timesteps(num_inference_steps, given)
     sine, cosine = _rounded(np.sin, angles), _rounded(np.cos, angles)
     timesteps = sine / (cosine + sine)
     sin, cos, s = (values.astype(np.float64) for values in (sine, cosine, timesteps))
@@ -176,12 +216,12 @@ def _sprint(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
         x0=(n * cos)[1:],
         noise=(n * sin)[1:],
     )
-    return Schedule(timesteps[:-1], coefficients, float(n[0]), num_inference_steps > 1)
+    scale = (config["sigma_data"] / n[1:]).astype(np.float32)
+    return Schedule(timesteps[:-1], coefficients, float(n[0]), num_inference_steps > 1, scale)
 
 
-#: How the schedule of each of `SCHEDULERS` is made from its complete config and the number of steps.
-_SOLVERS: Mapping[str, Callable[[Mapping[str, Any], int], Schedule]] = {
-    "DPMSolverMultistepScheduler": _dpm_solver,
-    "FlowMatchEulerDiscreteScheduler": _flow_euler,
-    "SCMScheduler": _sprint,
+_SOLVERS: Mapping[str, _Solver] = {
+    "DPMSolverMultistepScheduler": _Solver(_dpm_solver),
+    "FlowMatchEulerDiscreteScheduler": _Solver(_flow_euler),
+    "SCMScheduler": _Solver(_sprint, angular=True),
 }

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-import tempfile
+import os
+import shutil
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 from sana_export.errors import DependencyError, UsageError
 from sana_export.files import require_free
 from sana_export.formats.dtypes import WEIGHT_DTYPES
+from sana_export.output_folder import OutputFolder
 from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe
 from sana_export.synth.shards import StoredWeights
 from sana_export.synth.tokenizer import build_gemma_tokenizer
 from sana_export.synth.weights import RandomWeights, fill
-from sana_export.variants import find_variant
+from sana_export.user_paths import user_path
+from sana_export.variants import INDEX, find_variant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,27 +135,28 @@ def write_pipeline(
     existing synthetic checkpoint is replaced. Raises UsageError if `folder` contains anything else, and DependencyError if there is
     too little disk space (before anything is written), the disk is full or a permission is missing.
     """
+    place = OutputFolder.of(user_path(folder, "the output folder"), f".{os.getpid()}-{threading.get_ident()}")
+    folder, partial = place.folder, place.partial
     _check_request(folder, dtype)
     stored = {component: _stored(getattr(pipeline, component), component, dtype, values) for component in STEMS}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         require_free(folder.parent, sum(weights.size for weights in stored.values()) + _SMALL_FILES, f"the checkpoint {folder}")
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as scratch:
-            fresh = Path(scratch, "fresh")
-            _write_configs(pipeline, fresh, dtype)
-            for component, weights in stored.items():
-                weights.write(fresh / component, shard_size, variant, _counter(on_progress, component, weights.size))
-            (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-            if folder.exists():
-                folder.rename(Path(scratch, "old"))
-            fresh.rename(folder)
-            on_progress(Progress("done", len(stored), len(stored)))
+        partial.mkdir()
+        _write_configs(pipeline, partial, dtype)
+        for component, weights in stored.items():
+            weights.write(partial / component, shard_size, variant, _counter(on_progress, component, weights.size))
+        (partial / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        place.put(last=INDEX)
+        on_progress(Progress("done", len(stored), len(stored)))
     except OSError as error:
         raise DependencyError(
             "the checkpoint could not be written",
             found=error,
             wanted=f"a writable disk with enough space at {folder.parent}",
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.contract import GraphSpec, TensorSpec
-from sana_export.errors import ArtifactError, DependencyError, SanaExportError
-from sana_export.files import write_whole
+from sana_export.errors import ArtifactError, Cancelled, DependencyError, SanaExportError
+from sana_export.files import read_unlisted, write_whole
 from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.onnx_weights import copies_of_shared, external_tensors
 from sana_export.profiles import Range
@@ -29,12 +29,6 @@ from sana_export.trt.options import BUILDER_FLAGS, DEFAULT_OPTIONS, FLAGS, PREVI
 from sana_export.trt.progress import progress_monitor
 
 LOG = logging.getLogger(__name__)
-
-
-class Cancelled(SanaExportError):
-    """The caller cancelled the build. Nothing was written."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True)
@@ -243,7 +237,7 @@ def configure(
 
 
 def _load_timing_cache(config: Any, path: Path) -> None:
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    cache = config.create_timing_cache(read_unlisted(path) or b"")
     config.set_timing_cache(cache, False)
 
 

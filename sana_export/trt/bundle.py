@@ -28,6 +28,7 @@ from sana_export.trt.layers import EngineLayer, parse_layers
 from sana_export.trt.options import DEFAULT_OPTIONS, BuildOptions
 from sana_export.trt.plan import PlannedEngine, plan_engines
 from sana_export.trt.worker import EngineJob, build_in_child
+from sana_export.user_paths import user_path
 
 LOG = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def build_bundle(
     processes may build into one bundle. Raises what `target_for`, `plan_engines` and `build_engine` raise. Ctrl-C leaves no
     partial file.
     """
+    bundle = user_path(bundle, "the bundle")
     current = functools.partial(
         plan_bundle,
         bundle,
@@ -94,6 +96,7 @@ def plan_bundle(
     instruction_tokens: int | None = None,
 ) -> list[PlannedEngine]:
     """All engines that `build_bundle` with the same arguments needs, in its order, with those that exist. Writes nothing."""
+    bundle = user_path(bundle, "the bundle")
     target = target_for(backend, load(backend), compute_capabilities)
     tokens = instruction_tokens or read_instruction_tokens(bundle)
     return plan_engines(bundle, Manifest.load(bundle), target, profile, instruction_tokens=tokens, options=options, graphs=graphs)

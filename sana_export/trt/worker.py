@@ -29,12 +29,12 @@ from typing import IO, Any
 from sana_export.child_process import start_module
 from sana_export.contract import GraphSpec
 from sana_export.environment import peak_rss_bytes
-from sana_export.errors import ArtifactError, DependencyError, SanaExportError, error_from_json
+from sana_export.errors import ArtifactError, Cancelled, DependencyError, SanaExportError, error_from_json
 from sana_export.files import partial_path
 from sana_export.manifest import parse_spec
 from sana_export.profiles import Range
 from sana_export.progress import OnProgress, Progress
-from sana_export.trt.build import Built, Cancelled, build_engine
+from sana_export.trt.build import Built, build_engine
 from sana_export.trt.options import BuildOptions
 
 LOG = logging.getLogger(__name__)

@@ -29,6 +29,7 @@ from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.memory import AUTO
 from sana_export.runtime.request import Request, bins_resolution
+from sana_export.user_paths import user_path
 from sana_export.verify.evaluator_backend import EvaluatorBackend, evaluator_backend, open_runtime
 from sana_export.verify.graph_checks import GRAPH_CHECKS
 from sana_export.verify.quality import Meter, Quality, measure_quality
@@ -90,6 +91,7 @@ def verify_bundle(
     bundle with PAG layers is also sampled with PAG. Every file that it loads is hashed. The report is stored in the bundle's
     manifest. Raises UsageError if the bundle was not exported from `checkpoint`.
     """
+    bundle = user_path(bundle, "the bundle")
     with hash_always(), open_runtime(bundle, backend, device=device, threads=threads) as runtime:
         report = _compare(runtime, checkpoint, sampling, quality, on_progress)
     with locked(manifest_lock(bundle)):
@@ -200,6 +202,7 @@ def measure_ranges(
 
     Raises UsageError for an fp32 bundle, which has no half-precision tensors.
     """
+    bundle = user_path(bundle, "the bundle")
     manifest = Manifest.load(bundle)
     if manifest.options.precision == "fp32":
         raise UsageError(

@@ -14,6 +14,7 @@ from sana_export.cli.probe import BackendProbe
 from sana_export.cli.verbs import doctor
 from sana_export.cli.verbs.doctor import Ability, Machine, judge
 from sana_export.errors import DependencyError
+from sana_export.installation import install_command
 from sana_export.machine import Gpu
 from tests.support.command_line import Cli
 
@@ -110,7 +111,7 @@ def test_missing_and_old_packages_are_named_with_the_command_that_installs_them(
     ability = abilities((), found=found)["export"]
     assert not ability.possible
     assert ability.reason == "needs torch (older than 2.9), onnx (missing)"
-    assert ability.fix == 'pip install "sana-export[export]"'
+    assert ability.fix == install_command("export")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_two_onnxruntimes_give_a_warning(installed: dict[str, str], cli: Cli) ->
     installed["onnxruntime"] = "1.32.0"
     assert exclusive_conflict() is None
     (gpu,) = [package for package in packages.packages() if package.name == "onnxruntime-gpu"]
-    assert gpu.install == 'pip uninstall -y onnxruntime && pip install "sana-export[cuda]"'
+    assert gpu.install == "pip uninstall -y onnxruntime && " + install_command("cuda")
     installed["onnxruntime-gpu"] = "1.32.0"
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in str(exclusive_conflict())
     assert cli("doctor").out.startswith("warning: onnxruntime and onnxruntime-gpu are installed together")
@@ -147,7 +148,7 @@ def test_a_verb_names_its_missing_packages(verb: str, installed: dict[str, str],
     assert "torch missing" in ran.err
     assert "torch>=2.9" in ran.err
     assert "diffusers" not in ran.err
-    assert 'fix:    pip install "sana-export[export]"' in ran.err
+    assert f"fix:    {install_command('export')}" in ran.err
 
 
 def test_require_accepts_installed_packages() -> None:
@@ -178,5 +179,5 @@ def test_commands_name_the_bundle(tiny_bundle: Path, cli: Cli) -> None:
 def test_missing_modules() -> None:
     error = missing_package(ModuleNotFoundError("", name="tensorrt_rtx.nothing"))
     assert isinstance(error, DependencyError)
-    assert error.fix == 'pip install "sana-export[tensorrt-rtx]"'
+    assert error.fix == install_command("tensorrt-rtx")
     assert missing_package(ModuleNotFoundError("", name="antigravity2")) is None

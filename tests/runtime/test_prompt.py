@@ -93,7 +93,8 @@ def reference(encoder: PromptEncoder, text: str, instruct: bool, length: int) ->
 def assert_equals_reference(encoder: PromptEncoder, branches: list[list[tuple[str, bool]]], length: int) -> ToyEncoder:
     toy = ToyEncoder()
     tokens = [
-        [encoder.tokenize(text, max_sequence_length=length, instruct=instruct) for text, instruct in branch] for branch in branches
+        [encoder.tokenize(text, max_sequence_length=length, instruction=INSTRUCTION * instruct) for text, instruct in branch]
+        for branch in branches
     ]
     result = encoder.encode(tokens, toy.run)
     embeds = result.gather()
@@ -126,9 +127,9 @@ def test_every_boundary_gives_the_rows_of_the_reference(merges: str, length: int
 def test_the_prefix_ends_where_the_prompt_differs(merges: str, shared: int) -> None:
     encoder = make_encoder(merges)
     assert len(encoder.instruction.token_ids) == 6
-    tokens = encoder.tokenize("xyz", max_sequence_length=10, instruct=True)
+    tokens = encoder.tokenize("xyz", max_sequence_length=10, instruction=INSTRUCTION)
     assert tokens.shared == shared
-    assert encoder.tokenize("yz", max_sequence_length=10, instruct=True).shared == 5
+    assert encoder.tokenize("yz", max_sequence_length=10, instruction=INSTRUCTION).shared == 5
 
 
 def test_one_run_for_each_prefix_and_none_for_repeated_or_empty_prompts() -> None:
@@ -150,7 +151,7 @@ def test_padded_batches_give_the_same_rows(multiple: int) -> None:
     """The padding is on the right, so it changes no row. It ends where the longest prompt of the request could end."""
     encoder, limit = make_encoder("two"), 20
     texts = [(text, True) for text in ("y", "yy", "xyzyz", "y" * 40)] + [("plain", False), ("", False)]
-    tokens = [[encoder.tokenize(text, max_sequence_length=limit, instruct=instruct) for text, instruct in texts]]
+    tokens = [[encoder.tokenize(text, max_sequence_length=limit, instruction=INSTRUCTION * instruct) for text, instruct in texts]]
     plain, padded = ToyEncoder(), ToyEncoder()
     wanted = encoder.encode(tokens, plain.run)
     found = encoder.encode(tokens, padded.run, multiple)
@@ -166,7 +167,7 @@ def test_a_prompt_over_the_limit_is_truncated_with_a_warning(caplog: pytest.LogC
     encoder = make_encoder()
     text = "Y" * 10 + " the end of a long prompt"
     with caplog.at_level(logging.WARNING):
-        tokens = encoder.tokenize(text, max_sequence_length=12, instruct=True)
+        tokens = encoder.tokenize(text, max_sequence_length=12, instruction=INSTRUCTION)
     # 12 rows: BOS, the last token of the instruction and 10 tokens of the prompt.
     assert tokens.ids == tuple(encoder.tokenizer.encode(INSTRUCTION + "y" * 10).ids)
     assert tokens.kept_rows == 12
@@ -174,7 +175,7 @@ def test_a_prompt_over_the_limit_is_truncated_with_a_warning(caplog: pytest.LogC
     assert "last 25 tokens are dropped" in record.getMessage()
     assert "n g   p r o m p t'" in record.getMessage()
     caplog.clear()
-    encoder.tokenize("y" * 10, max_sequence_length=12, instruct=True)
+    encoder.tokenize("y" * 10, max_sequence_length=12, instruction=INSTRUCTION)
     assert not caplog.records
 
 
@@ -185,17 +186,17 @@ def test_padding_and_truncation_in_the_tokenizer_file_have_no_effect() -> None:
     tokenizer.enable_truncation(4)
     other = make_encoder(tokenizer=tokenizer)
     for text in ("y", "y" * 50):
-        assert other.tokenize(text, max_sequence_length=60, instruct=True) == encoder.tokenize(
-            text, max_sequence_length=60, instruct=True
+        assert other.tokenize(text, max_sequence_length=60, instruction=INSTRUCTION) == encoder.tokenize(
+            text, max_sequence_length=60, instruction=INSTRUCTION
         )
 
 
 def test_a_limit_beyond_the_attention_window_is_refused() -> None:
     encoder = make_encoder()
     most = MAX_TOKENS - 5 + 1
-    assert encoder.tokenize("y", max_sequence_length=most, instruct=True).kept_rows == 3
+    assert encoder.tokenize("y", max_sequence_length=most, instruction=INSTRUCTION).kept_rows == 3
     with pytest.raises(UsageError, match=f"1 to {most}"):
-        encoder.tokenize("y", max_sequence_length=most + 1, instruct=True)
+        encoder.tokenize("y", max_sequence_length=most + 1, instruction=INSTRUCTION)
 
 
 @pytest.mark.parametrize(

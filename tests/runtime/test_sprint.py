@@ -98,7 +98,9 @@ def test_the_defaults_are_those_of_diffusers(sprint_runtime: SanaRuntime) -> Non
     assert plan.guidance.tolist() == [DEFAULTS["guidance_scale"].default]
     assert (plan.output_height, plan.output_width) == (DEFAULTS["height"].default, DEFAULTS["width"].default)
     assert plan.max_sequence_length == DEFAULTS["max_sequence_length"].default
-    assert plan.texts == ((("a fox",), True),)
+    assert plan.texts == ((("a fox",), "\n".join(DEFAULTS["complex_human_instruction"].default)),)
+    assert Request("a fox").max_timesteps == DEFAULTS["max_timesteps"].default
+    assert Request("a fox").intermediate_timesteps == DEFAULTS["intermediate_timesteps"].default
     instruction = DEFAULTS["complex_human_instruction"].default
     assert sprint_runtime.manifest.model.instruction == "\n".join(instruction)
     assert DEFAULTS["max_timesteps"].default == SPRINT_MAX_TIMESTEP

@@ -15,11 +15,11 @@ import tensorrt_rtx
 from onnx import TensorProto, helper, numpy_helper
 
 from sana_export.contract import GraphSpec, TensorSpec
-from sana_export.errors import ArtifactError, DependencyError
+from sana_export.errors import ArtifactError, Cancelled, DependencyError
 from sana_export.files import partial_path
 from sana_export.profiles import Range
 from sana_export.progress import Progress
-from sana_export.trt.build import Built, Cancelled, build_engine, configure, input_shapes
+from sana_export.trt.build import Built, build_engine, configure, input_shapes
 from sana_export.trt.logger import logger_for
 from sana_export.trt.options import BuildOptions
 from tests.support.small_bundles import sampler, vae_decoder, write_onnx

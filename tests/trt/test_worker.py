@@ -16,11 +16,10 @@ import psutil
 import pytest
 
 from sana_export.environment import peak_rss_bytes
-from sana_export.errors import ArtifactError, DependencyError
+from sana_export.errors import ArtifactError, Cancelled, DependencyError
 from sana_export.files import check_files
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.progress import Progress
-from sana_export.trt.build import Cancelled
 from sana_export.trt.plan import PlannedEngine
 from tests.support.engine_builds import INTERRUPTED, build, built_graphs, start_slow_build, tree
 from tests.support.small_bundles import write_bundle

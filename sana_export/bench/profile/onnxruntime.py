@@ -12,6 +12,7 @@ from typing import Any
 
 from sana_export.bench.nvtx_ranges import nvtx_range
 from sana_export.bench.profile.profile import GraphRun, LayerTime
+from sana_export.formats.linked_files import pass_linked_files
 from sana_export.runtime.backends.onnxruntime import session_options
 from sana_export.runtime.backends.onnxruntime_provider import CPU, check_provider, choose_provider
 
@@ -23,11 +24,13 @@ def layers(run: GraphRun) -> list[LayerTime]:
     options = session_options(onnxruntime)
     options.intra_op_num_threads = run.threads
     options.enable_profiling = True
-    path = run.bundle / run.manifest.graphs[run.graph].files[0].path
+    path = run.bundle / run.manifest.graphs[run.graph].onnx.path
+    maps = pass_linked_files(options, path.read_bytes(), path.parent, path.resolve().parent)
     with tempfile.TemporaryDirectory(prefix="sana-export-profile-") as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         provider = choose_provider(onnxruntime)
         session = onnxruntime.InferenceSession(str(path), options, providers=list(dict.fromkeys((provider, CPU))))
+        del maps  # the session has copied them
         check_provider(onnxruntime, session, provider, f"profiling {run.graph}")
         feeds = {name: tensor.numpy() for name, tensor in run.inputs.items()}
         for _ in range(1 + run.runs):

@@ -10,6 +10,7 @@ from typing import Any
 
 from sana_export.bench.report.result import BenchReport, SweepPoint
 from sana_export.bench.stages import END_TO_END, STAGES
+from sana_export.installation import install_command
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ _SIZE = (7.2, 4.0)
 def draw_plots(report: BenchReport, folder: Path) -> list[Path]:
     """Draw those of `PLOTS` that the report has data for; returns their paths."""
     if importlib.util.find_spec("matplotlib") is None:
-        log.warning('no plots: matplotlib is not installed (pip install "sana-export[bench]")')
+        log.warning("no plots: matplotlib is not installed (%s)", install_command("bench"))
         return []
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -11,6 +11,21 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
 
+def open_streams() -> None:
+    """Open the null device in place of each standard stream that the caller has closed (`>&-`).
+
+    Otherwise the next file that is opened gets the stream's descriptor, and what a library prints ends up in that file.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
+
+
 class Stdout:
     """Writes the answer as one JSON document or as text."""
 

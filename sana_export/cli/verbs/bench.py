@@ -12,7 +12,18 @@ from typing import Any
 
 from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import Console
-from sana_export.cli.verb import Answer, Verb, add_device, add_model_options, add_names, model_options, positive, reference_options
+from sana_export.cli.verb import (
+    Answer,
+    Verb,
+    add_bundle,
+    add_device,
+    add_model_options,
+    add_names,
+    model_options,
+    path_named,
+    positive,
+    reference_options,
+)
 from sana_export.errors import DependencyError, ParityError, UsageError
 
 DEFAULT_BACKENDS = ("onnxruntime",)
@@ -22,7 +33,7 @@ DEFAULT_THRESHOLD = 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="a folder made by `sana-export export`")
+    add_bundle(parser, nargs="?")
     parser.add_argument("--reference", metavar="MODEL", help="the checkpoint that eager diffusers runs")
     add_names(
         parser,
@@ -38,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_names(parser, "--prompts", "SET", "sets of prompts instead of the workload's: short, long, chinese, emoji")
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, help=f"folder for the report (default: {DEFAULT_OUTPUT}/WORKLOAD)"
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=path_named("--output"),
+        help=f"folder for the report (default: {DEFAULT_OUTPUT}/WORKLOAD)",
     )
     add_device(parser, "the workload's, or every core")
     modes = parser.add_argument_group("instead of a run").add_mutually_exclusive_group()
@@ -46,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         metavar="REPORT",
         nargs=2,
-        type=Path,
+        type=path_named("--compare"),
         help="show what got better or worse between two bench.json files, or two reports of make gpu-check",
     )
     modes.add_argument("--profile", action="store_true", help="show the slowest layers of each graph in one backend")
@@ -82,7 +97,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     if options.bundle is None:
         raise UsageError("bench needs BUNDLE", wanted=VERB.example, fix="sana-export bench --help")
     if options.reference is None:
-        fix = f"sana-export bench {shlex.quote(options.bundle)} {reference_options(Path(options.bundle))}"
+        fix = f"sana-export bench {shlex.quote(str(options.bundle))} {reference_options(options.bundle)}"
         raise UsageError("bench needs --reference MODEL", wanted="the checkpoint that the bundle was exported from", fix=fix)
     opening = model_options(options, options)
     if options.profile:
@@ -91,7 +106,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         return _profile(options, console, opening)
     output = DEFAULT_OUTPUT / Path(options.workload).stem if options.output is None else options.output
     return measure(
-        Path(options.bundle),
+        options.bundle,
         options.reference,
         console,
         opening,
@@ -168,7 +183,7 @@ def _profile(options: argparse.Namespace, console: Console, opening: Mapping[str
         raise UsageError("--profile takes one backend", found=", ".join(names), wanted="one name", fix=f"--backend {names[0]}")
     workload = load_workload(options.workload)
     profile = run_profile(
-        Path(options.bundle),
+        options.bundle,
         open_checkpoint(options.reference, **opening),
         backend=names[0],
         workload=workload if options.threads is None else dataclasses.replace(workload, threads=options.threads),

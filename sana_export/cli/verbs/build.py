@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
-    bundle = Path(options.bundle)
+    bundle = options.bundle
     manifest = Manifest.load(bundle)
     profiles = choose_profiles(manifest, options)
     settings: dict[str, Any] = {

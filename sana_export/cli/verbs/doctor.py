@@ -8,19 +8,19 @@ import platform
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sana_export import __version__
 from sana_export.cli.bundle_text import memory_document, memory_needs, memory_text
-from sana_export.cli.packages import EXCLUSIVE, PURPOSES, Package, exclusive_conflict, install_command, packages
+from sana_export.cli.packages import EXCLUSIVE, PURPOSES, Package, exclusive_conflict, packages
 from sana_export.cli.probe import BackendProbe, probe_backend
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import plural, size, table
-from sana_export.cli.verb import Answer, Verb
+from sana_export.cli.verb import Answer, Verb, path_named
 from sana_export.cuda_errors import find_failure
 from sana_export.environment import installed_version, operating_system
 from sana_export.gpu_support import backends_for, unsupported_reason
+from sana_export.installation import install_command
 from sana_export.machine import Gpu, cpu_name, find_cuda_error, find_gpus, gpu_memory_bytes, memory_bytes, usable_cores
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.onnxruntime_provider import INSTALL
@@ -66,13 +66,19 @@ class Ability:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="also show how much GPU memory the engines of this bundle need")
+    parser.add_argument(
+        "bundle",
+        type=path_named("BUNDLE"),
+        metavar="BUNDLE",
+        nargs="?",
+        help="also show how much GPU memory the engines of this bundle need",
+    )
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
     machine, found = this_machine(), packages()
     probes = [probe_backend(backend) for backend in FLAVOURS]
-    abilities = list(judge(machine, found, probes, options.bundle or "BUNDLE"))
+    abilities = list(judge(machine, found, probes, str(options.bundle or "BUNDLE")))
     conflict = exclusive_conflict()
     document: dict[str, Any] = {
         "sana_export": __version__,
@@ -89,7 +95,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         table([(ability.name, _verdict(ability)) for ability in abilities]),
     ]
     if options.bundle is not None:
-        bundle = Path(options.bundle)
+        bundle = options.bundle
         memory = memory_needs(bundle, Manifest.load(bundle))
         document["memory"] = memory_document(memory)
         parts.append(memory_text(memory, gpu_memory_bytes(machine.gpus)) or f"{bundle} has no engines")

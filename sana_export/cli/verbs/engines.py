@@ -18,7 +18,7 @@ from sana_export.cli.recipe import BuildSection, Recipe, load_recipe
 from sana_export.cli.stage_cache import StageCache, stage_key
 from sana_export.cli.terminal.console import VERBOSE, Console
 from sana_export.cli.terminal.text import plural, seconds, table
-from sana_export.cli.verb import Answer, Verb, add_hub_options, model_options
+from sana_export.cli.verb import Answer, Verb, add_hub_options, model_options, path_named
 from sana_export.cli.verbs.bench import measure
 from sana_export.cli.verbs.build import build_engines, choose_profile
 from sana_export.cli.verbs.export import export_model
@@ -46,12 +46,14 @@ class Stage:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE.toml", help="the recipe, for example engines/tiny.toml")
+    parser.add_argument(
+        "recipe", metavar="RECIPE.toml", type=path_named("RECIPE.toml"), help="the recipe, for example engines/tiny.toml"
+    )
     add_hub_options(parser)
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
-    recipe = load_recipe(Path(options.recipe))
+    recipe = load_recipe(options.recipe)
     require("", "export")
     if recipe.sample is not None:
         check_output(recipe.sample.output)

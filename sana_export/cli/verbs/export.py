@@ -12,14 +12,14 @@ from sana_export.cli.bundle_text import bundle_document, bundle_summary
 from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import VERBOSE, Console
 from sana_export.cli.terminal.text import seconds, size
-from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, model_options
+from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, model_options, path_named
 from sana_export.manifest import PRECISIONS, Manifest
 from sana_export.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="alias (see variants), hub id, or local folder in diffusers' format")
-    parser.add_argument("-o", "--output", metavar="BUNDLE", required=True, help="folder of the bundle")
+    parser.add_argument("-o", "--output", metavar="BUNDLE", type=path_named("--output"), required=True, help="folder of the bundle")
     parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="fp16", help="precision of the graphs (default: fp16)")
     add_names(
         parser,
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
-    output = Path(options.output)
+    output = options.output
     manifest = export_model(
         options.model,
         output,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sana_export.cli.images import check_output, write_images
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
-from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, positive
+from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, path_named, positive
 from sana_export.runtime.backends import BACKENDS
 from sana_export.runtime.memory import AUTO
 
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         metavar="OUT.png",
+        type=path_named("--output"),
         required=True,
         help="the image file (.png, .jpg, .webp, .npy); several images are named OUT-0.png, OUT-1.png, ...",
     )
@@ -70,10 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
-    output = Path(options.output)
+    output = options.output
     output_type = check_output(output)
     from sana_export.adapters import parse_lora
-    from sana_export.runtime import SanaRuntime
+    from sana_export.runtime import Request, SanaRuntime
 
     loras = [parse_lora(text) for text in options.lora]
     settings = {
@@ -88,6 +89,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         "use_resolution_binning": False if options.no_resolution_binning else None,
         "decoder_tile": options.decoder_tile,
     }
+    Request(prompt=options.prompts, **settings)  # checks the values before anything is loaded
     with SanaRuntime.from_pretrained(
         options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
     ) as runtime:

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
-    bundle = Path(options.bundle)
+    bundle = options.bundle
     manifest = Manifest.load(bundle)
     files = [*manifest.files, *(file for graph in manifest.graphs.values() for file in graph.files)]
     damaged = damaged_files(bundle, files)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 
 from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import VERBOSE, Console
 from sana_export.cli.terminal.text import size
-from sana_export.cli.verb import Answer, Verb, index
+from sana_export.cli.verb import Answer, Verb, index, path_named
 from sana_export.commands import first_export_command
 from sana_export.manifest import PRECISIONS
 from sana_export.variants import VARIANTS
@@ -20,7 +19,9 @@ _DEFAULT_SHARD = "2GB"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="VARIANT", help="alias or hub id from `sana-export variants`")
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder of the checkpoint")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=path_named("--output"), required=True, help="folder of the checkpoint"
+    )
     parser.add_argument(
         "--dtype",
         choices=tuple(PRECISIONS),
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     dtype = options.dtype or VARIANTS[recipe.name].weights_variant or "fp32"
     folder = make_checkpoint(
         recipe,
-        Path(options.output),
+        options.output,
         dtype=PRECISIONS[dtype],
         seed=options.seed,
         shard_size=options.shard_size,

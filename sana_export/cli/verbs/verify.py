@@ -68,7 +68,7 @@ SETTINGS = {
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
-    bundle = Path(options.bundle)
+    bundle = options.bundle
     found = {parameter: getattr(options, option) for parameter, option in SETTINGS.items()}
     settings: dict[str, Any] = {parameter: value for parameter, value in found.items() if value is not None}
     if options.ranges:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from sana_export.errors import ArtifactError, DependencyError, UsageError
+from sana_export.installation import install_command
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendFactory, BackendSettings, Loader
 from sana_export.runtime.memory import AUTO
@@ -31,7 +32,7 @@ def _torch(*, compiled: bool) -> BackendFactory:
                 "the backend torch is not installed",
                 found=error,
                 wanted="PyTorch",
-                fix='pip install "sana-export[export]"',
+                fix=install_command("export"),
             ) from error
         return open_torch(bundle, manifest, settings, compiled=compiled)
 

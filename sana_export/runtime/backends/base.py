@@ -19,6 +19,7 @@ from sana_export.formats.arrays import Array
 from sana_export.manifest import Manifest
 from sana_export.runtime.memory import AUTO, MEMORY_MODES
 from sana_export.runtime.prompt import PromptEmbeddings
+from sana_export.runtime.unpicklable import OfThisProcess
 
 #: A tensor where the backend computes: opaque, made by `Backend.to_device` or by a session, readable with `Backend.to_host`.
 DeviceTensor = Any
@@ -50,7 +51,7 @@ class BackendSettings:
 DEFAULT_SETTINGS = BackendSettings()
 
 
-class Session(ABC):
+class Session(OfThisProcess, ABC):
     """One loaded graph."""
 
     @abstractmethod
@@ -97,7 +98,7 @@ class EnqueuedSession(Session):
         return self
 
 
-class Backend(ABC):
+class Backend(OfThisProcess, ABC):
     """Loads graphs of one bundle."""
 
     #: The backend's name, as in `backends.BACKENDS`.

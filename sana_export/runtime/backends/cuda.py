@@ -21,6 +21,7 @@ import numpy.typing as npt
 from sana_export.cuda_errors import CudaFailure, find_failure
 from sana_export.errors import DependencyError, SanaExportError, first_line
 from sana_export.formats.arrays import Array
+from sana_export.installation import install_command
 
 #: TensorRT needs the address of a tensor to be a multiple of this.
 ALIGNMENT = 256
@@ -130,7 +131,7 @@ class CudaDevice:
                 "running engines needs the package cuda-core, which is not installed",
                 found=error,
                 wanted="cuda-core",
-                fix='pip install "sana-export[tensorrt-rtx]"',
+                fix=install_command("tensorrt-rtx"),
             ) from error
         self._driver, self._thread = driver, _ThreadState()
         with _cuda_errors("opening the GPU"):

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sana_export.commands import export_command
+from sana_export.environment import NO_TELEMETRY, default_environment
 from sana_export.errors import ArtifactError, DependencyError, UsageError, first_line
 from sana_export.formats.arrays import Array
 from sana_export.formats.dtypes import DTYPES
+from sana_export.formats.linked_files import pass_linked_files
 from sana_export.formats.onnx_weights import check_external_data
+from sana_export.installation import install_command
 from sana_export.known_files import check_known_files
 from sana_export.machine import find_cuda_error
 from sana_export.manifest import Manifest
@@ -122,13 +125,14 @@ class OnnxRuntimeBackend(Backend):
         provider: str | None = None,
     ) -> None:
         try:
-            import onnxruntime
+            with default_environment(NO_TELEMETRY):  # it reads this once, when it is imported
+                import onnxruntime
         except ImportError as error:
             raise DependencyError(
                 "the backend onnxruntime is not installed",
                 found=error,
                 wanted="onnxruntime, or onnxruntime-gpu with an NVIDIA GPU",
-                fix='pip install "sana-export[cpu]"',
+                fix=install_command("cpu"),
             ) from error
         self._settings, self._cuda_graphs = settings, cuda_graphs
         if cuda_graphs:
@@ -151,7 +155,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _load_captured(self, graph: str) -> GraphedSession | None:
         """A session that captures its work. None if ONNX Runtime cannot create it; the log says why."""
-        path, options = self._checked(graph)
+        path, options, _maps = self._checked(graph)
         providers = [(self._provider, {**self._provider_options(), **PROVIDER_OPTIONS}), CPU]
         try:
             with cuda_failures(f"loading {graph}", self.device):
@@ -174,7 +178,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _create(self, graph: str, weights: Mapping[str, Array]) -> Loaded:
         """Load `graph` with `weights` as the values of those initializers. Shares their memory."""
-        path, options = self._checked(graph)
+        path, options, maps = self._checked(graph)
         values = [_as_initializer(value) for value in weights.values()]
         if weights:  # add_initializer makes ONNX Runtime 1.32 compute wrong results if weights are in another file
             options.add_external_initializers(list(weights), values)
@@ -194,19 +198,21 @@ class OnnxRuntimeBackend(Backend):
                 fix=self._fix,
             ) from error
         check_provider(self._onnxruntime, session, self._provider, f"loading {graph}")
+        del maps  # the session has copied them
         return Loaded(session, values)
 
-    def _checked(self, graph: str) -> tuple[Path, Any]:
-        """Check the graph's files against the manifest. Returns the ONNX file and the options of its session."""
+    def _checked(self, graph: str) -> tuple[Path, Any, list[Any]]:
+        """Check the graph's files against the manifest. Returns the ONNX file, its session's options, and what those refer to."""
         path, *data = check_known_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
         check_external_data(path, data, fix=self._fix)
         options = session_options(self._onnxruntime, self._settings.threads)
+        maps = pass_linked_files(options, path.read_bytes(), path.parent, path.resolve().parent)
         for name, value in self._settings.options.get(SESSION_OPTIONS, {}).items():
             if "." in name:
                 options.add_session_config_entry(name, str(value))
             else:
                 setattr(options, name, value)
-        return path, options
+        return path, options, maps
 
     def _provider_options(self) -> dict[str, str]:
         index = {"device_id": str(self._place.number)} if self.device == "cuda" else {}

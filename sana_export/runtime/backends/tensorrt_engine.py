@@ -8,7 +8,6 @@ and has not been run on one: the tests use a module of the same interface that r
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 
 from sana_export.cuda_errors import OUT_OF_MEMORY, find_failure
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError
-from sana_export.files import write_whole
+from sana_export.files import read_unlisted, write_whole
 from sana_export.manifest import EngineEntry
 from sana_export.runtime.backends.cuda import Device
 from sana_export.runtime.backends.tensorrt_options import ContextSettings
@@ -116,8 +115,7 @@ class LoadedEngine:
             config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if self.settings.cuda_graph else strategies.DISABLED
         if hasattr(config, "create_runtime_cache"):
             self._cache = config.create_runtime_cache()
-            with contextlib.suppress(OSError):  # no cache yet
-                content = self._cache_path.read_bytes()
+            if (content := read_unlisted(self._cache_path)) is not None:
                 if self._cache.deserialize(content):
                     self._cached_bytes = len(content)
                 else:

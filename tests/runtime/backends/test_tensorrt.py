@@ -254,7 +254,7 @@ def test_only_tokens_noise_tables_and_pixels_cross(runtime: SanaRuntime, device:
     runtime("a red fox", seed=2, **SMALL)
     latents = 32 * 3 * 5 * 4
     assert device.downloaded - down == latents + 96 * 160 * 3
-    tokens = runtime.text.tokenize("a red fox", max_sequence_length=300, instruct=True)
+    tokens = runtime.text.tokenize("a red fox", max_sequence_length=300, instruction=runtime.manifest.model.instruction)
     assert len(tokens.ids) - tokens.shared < 32
     rows = (32 + 1) * model.text_channels * 4  # padded, and BOS's
     tables = 3 * 3 * 256

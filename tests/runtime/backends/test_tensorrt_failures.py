@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
+from sana_export.installation import install_command
 from sana_export.machine import Gpu, gpu_compute_capability
 from sana_export.manifest import Manifest
 from sana_export.profiles import Profile
@@ -74,7 +75,7 @@ def test_no_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
     with pytest.raises(DependencyError) as caught:
         CudaDevice()
-    assert 'pip install "sana-export[tensorrt-rtx]"' in complete_text(caught.value)
+    assert install_command("tensorrt-rtx") in complete_text(caught.value)
 
 
 def test_an_error_that_nothing_is_known_about_is_not_explained_away() -> None:

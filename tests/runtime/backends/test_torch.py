@@ -21,6 +21,7 @@ from sana_export.errors import ArtifactError, DependencyError
 from sana_export.export.example_inputs import CHECK_SIZES, graph_spec, random_inputs
 from sana_export.export.parity import compare_images
 from sana_export.graphs.builders import build_graph
+from sana_export.installation import install_command
 from sana_export.manifest import Manifest, Options
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import open_backend
@@ -190,7 +191,7 @@ def test_without_torch_the_error_names_the_command_that_installs_it(tiny_bundle:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(DependencyError, match="torch is not installed") as missing:
         open_backend("torch", tiny_bundle, Manifest.load(tiny_bundle))
-    assert missing.value.fix == 'pip install "sana-export[export]"'
+    assert missing.value.fix == install_command("export")
 
 
 def test_running_out_of_memory_is_a_dependency_error(runtime: SanaRuntime) -> None:
