@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2Model
 
-from sana_export.architectures import AUTOENCODER, TEXT_ENCODER, TRANSFORMER_DEFAULTS
+from sana_export.architectures import AUTOENCODER, AUTOENCODER_DEFAULTS, LITE, TEXT_ENCODER, TRANSFORMER_DEFAULTS
 from sana_export.variants import VARIANTS, recognize
 
 QK = "rms_norm_across_heads"
@@ -89,7 +89,9 @@ def test_schedulers_are_the_published_ones(name: str) -> None:
 def test_defaults_are_those_of_the_installed_classes() -> None:
     signature = inspect.signature(diffusers.SanaTransformer2DModel.__init__).parameters
     assert {name: value.default for name, value in signature.items() if name != "self"} == TRANSFORMER_DEFAULTS
-    assert set(inspect.signature(diffusers.AutoencoderDC.__init__).parameters) == {"self", *AUTOENCODER}
+    vae = inspect.signature(diffusers.AutoencoderDC.__init__).parameters
+    assert {name: value.default for name, value in vae.items() if name != "self"} == AUTOENCODER_DEFAULTS
+    assert set(AUTOENCODER_DEFAULTS) == set(AUTOENCODER) >= set(LITE)
     assert Gemma2Config(**TEXT_ENCODER).to_dict() == Gemma2Config().to_dict()  # the class's defaults are Gemma-2-2B's
     for name, steps in (("SanaPipeline", 20), ("SanaSprintPipeline", 2)):
         call = inspect.signature(getattr(diffusers, name).__call__).parameters
