@@ -18,7 +18,7 @@ from sana_export.errors import DependencyError, UsageError
 from sana_export.files import require_free
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.progress import OnProgress, Progress, ignore_progress
-from sana_export.synth.recipes import RECIPES, SyntheticRecipe
+from sana_export.synth.recipes import AUTOENCODER_RECIPES, RECIPES, SyntheticRecipe, recipe_with_decoder
 from sana_export.synth.shards import StoredWeights
 from sana_export.synth.tokenizer import build_gemma_tokenizer
 from sana_export.synth.weights import RandomWeights, fill
@@ -95,23 +95,51 @@ def make_checkpoint(
     seed: int = 0,
     variant: str | None = None,
     shard_size: int = SHARD_SIZE,
+    vae: str | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Path:
     """Write the synthetic checkpoint `recipe` to `folder` in diffusers' layout and return `folder`.
 
     The same recipe, dtype, seed and shard size give the same bytes. `dtype` is that of the stored weights ("float32", "float16",
-    "bfloat16"). `variant` ("fp16") becomes part of the weight files' names. A weight file has at most `shard_size` bytes, unless a
+    "bfloat16"). `variant` ("fp16") becomes part of the weight files' names. `vae` is the autoencoder's decoder (a row of
+    autoencoders.DECODERS; None: the published one). A weight file has at most `shard_size` bytes, unless a
     single tensor is larger. This needs the memory of a few pieces of `weights.PIECE` values. An existing folder is treated as by
     `write_pipeline`, which also has the errors.
     """
     recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
     _check_request(folder, dtype)
-    pipeline = _assemble(recipe, "meta")
+    pipeline = _assemble(recipe if vae is None else recipe_with_decoder(recipe, vae), "meta")
     values = {component: RandomWeights(component, shapes_of(getattr(pipeline, component)), seed).pieces for component in STEMS}
-    marker = {"synthetic": True, "variant": recipe.name, "dtype": dtype, "seed": seed}
+    marker = {"synthetic": True, "variant": recipe.name, "dtype": dtype, "seed": seed} | ({"vae": vae} if vae else {})
     return write_pipeline(
         pipeline, folder, marker, dtype=dtype, variant=variant, shard_size=shard_size, values=values, on_progress=on_progress
     )
+
+
+def make_autoencoder(
+    alias: str,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    shard_size: int = SHARD_SIZE,
+    on_progress: OnProgress = ignore_progress,
+) -> Path:
+    """Write the autoencoder `alias` (a row of autoencoders.AUTOENCODERS) to `folder`, for `--vae`, and return `folder`.
+
+    It consists of config.json and the weights. They are those of the autoencoder of a checkpoint with the same config and seed. The
+    other parameters and the errors are those of `make_checkpoint`.
+    """
+    import torch
+    from diffusers import AutoencoderDC
+
+    _check_request(folder, dtype)
+    with torch.device("meta"):
+        network = AutoencoderDC(**AUTOENCODER_RECIPES[alias])
+    values = {"vae": RandomWeights("vae", shapes_of(network), seed).pieces}
+    marker = {"synthetic": True, "autoencoder": alias, "dtype": dtype, "seed": seed}
+    stored = {"": _stored(network, "vae", dtype, values)}
+    return _write(folder, marker, stored, network.save_config, shard_size, None, on_progress)
 
 
 def write_pipeline(
@@ -133,14 +161,28 @@ def write_pipeline(
     """
     _check_request(folder, dtype)
     stored = {component: _stored(getattr(pipeline, component), component, dtype, values) for component in STEMS}
+    return _write(folder, marker, stored, lambda fresh: _write_configs(pipeline, fresh, dtype), shard_size, variant, on_progress)
+
+
+def _write(
+    folder: Path,
+    marker: Mapping[str, Any],
+    stored: Mapping[str, StoredWeights],
+    write_configs: Callable[[Path], None],
+    shard_size: int,
+    variant: str | None,
+    on_progress: OnProgress,
+) -> Path:
+    """Write what `write_configs` writes, and the weights `stored` by the name of their folder, "" for `folder` itself."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         require_free(folder.parent, sum(weights.size for weights in stored.values()) + _SMALL_FILES, f"the checkpoint {folder}")
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as scratch:
             fresh = Path(scratch, "fresh")
-            _write_configs(pipeline, fresh, dtype)
-            for component, weights in stored.items():
-                weights.write(fresh / component, shard_size, variant, _counter(on_progress, component, weights.size))
+            write_configs(fresh)
+            for number, (name, weights) in enumerate(stored.items()):
+                count = _counter(on_progress, name or "weights", weights.size, number, len(stored))
+                weights.write(fresh / name, shard_size, variant, count)
             (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
             if folder.exists():
                 folder.rename(Path(scratch, "old"))
@@ -193,14 +235,14 @@ def _write_configs(pipeline: Any, folder: Path, dtype: str) -> None:
     config.save_pretrained(folder / "text_encoder")
 
 
-def _counter(on_progress: OnProgress, component: str, total: int) -> Callable[[int], None]:
-    """A function that gets the number of bytes just written and reports how much of the network is written."""
-    written, finished = 0, list(STEMS).index(component)
+def _counter(on_progress: OnProgress, what: str, total: int, finished: int, parts: int) -> Callable[[int], None]:
+    """A function that gets the number of bytes just written and reports how much of the part `what` is written."""
+    written = 0
 
     def count(more: int) -> None:
         nonlocal written
         written += more
-        if written < total:  # the next report follows the last byte: the next network, or the end
-            on_progress(Progress(f"writing {component}", finished + written / total, len(STEMS)))
+        if written < total:  # the next report follows the last byte: the next part, or the end
+            on_progress(Progress(f"writing {what}", finished + written / total, parts))
 
     return count
