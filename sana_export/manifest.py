@@ -213,9 +213,8 @@ def _parse_engine(entry: Mapping[str, Any]) -> EngineEntry:
 
 
 def _parse_checkpoint(entry: Mapping[str, Any]) -> Checkpoint:
-    transformer, loras = entry.get("transformer"), entry.get("loras", ())
-    overlays = {"transformer": Overlay(**transformer) if transformer else None, "loras": tuple(Overlay(**lora) for lora in loras)}
-    return Checkpoint(**{**entry, **overlays})
+    single = {name: Overlay(**entry[name]) if entry.get(name) else None for name in ("transformer", "vae")}
+    return Checkpoint(**{**entry, **single, "loras": tuple(Overlay(**lora) for lora in entry.get("loras", ()))})
 
 
 def _parse_options(entry: Mapping[str, Any]) -> Options:

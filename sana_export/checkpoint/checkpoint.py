@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from sana_export.checkpoint.components import COMPONENTS, check_weights, select_
 from sana_export.checkpoint.fold_lora import fold_loras
 from sana_export.checkpoint.hub import Hub, ReadJson, fetch, not_a_checkpoint, read_json
 from sana_export.checkpoint.single_file import open_single_file
+from sana_export.checkpoint.vae import CONFIG, Vae, check_fit, open_vae
+from sana_export.checkpoint.vae_config import read_decoder
 from sana_export.checkpoint.weights import Weights, read_headers
 from sana_export.environment import cache_folder, import_digest
 from sana_export.errors import ArtifactError, UsageError
@@ -50,10 +52,18 @@ class SanaCheckpoint:
     transformer_file: Path | None = None
     #: The LoRAs that are folded into the transformer.
     loras: tuple[Lora, ...] = ()
+    #: The autoencoder that replaces the folder's.
+    vae: Vae | None = None
 
     def config(self, component: str) -> dict[str, Any]:
         """The component's config.json (scheduler_config.json for the scheduler)."""
-        return read_json(self.folder / _config_name(component))
+        return read_json(self.config_file(component))
+
+    def config_file(self, component: str) -> Path:
+        """Where the component's config is."""
+        if component == "vae" and self.vae is not None:
+            return self.vae.folder / CONFIG
+        return self.folder / _config_name(component)
 
     def weights(self, component: str) -> Weights:
         """The component's tensors by their names in diffusers or transformers, with LoRAs folded in."""
@@ -71,6 +81,8 @@ class SanaCheckpoint:
         """The component's safetensors files: one, or the shards that its index lists."""
         if component == "transformer" and self.transformer_file is not None:
             return [self.transformer_file]
+        if component == "vae" and self.vae is not None:
+            return self.vae.weight_files
         names = {path.relative_to(self.folder).as_posix() for path in self.folder.glob("*/*")}
         found = select_weights(component, names, self.weights_variant, lambda name: read_json(self.folder / name), self.source)
         return [self.folder / name for name in found]
@@ -78,7 +90,7 @@ class SanaCheckpoint:
     @cached_property
     def sha256(self) -> str:
         """Hash of every config and weight file that an export reads, and of the scales of LoRAs."""
-        parts = [(_config_name(component), self.folder / _config_name(component)) for component in (*COMPONENTS, "scheduler")]
+        parts = [(_config_name(component), self.config_file(component)) for component in (*COMPONENTS, "scheduler")]
         parts += [(f"tokenizer/{path.name}", path) for path in sorted(self.folder.glob("tokenizer/*.json"))]
         for component in COMPONENTS:
             parts += [(f"{component}/{number}", path) for number, path in enumerate(self.weight_files(component))]
@@ -102,6 +114,7 @@ class SanaCheckpoint:
             self.trained_with_clamp()[0],
             None if file is None else Overlay(str(file), hash_file(file)),
             tuple(Overlay(str(lora.path), lora.sha256, lora.scale) for lora in self.loras),
+            None if self.vae is None else Overlay(self.vae.source, self.vae.sha256),
         )
 
     @property
@@ -113,7 +126,7 @@ class SanaCheckpoint:
     @property
     def synthetic(self) -> bool:
         """Whether its weights are random."""
-        return bool(self.marker.get("synthetic"))
+        return bool(self.marker.get("synthetic")) or (self.vae is not None and self.vae.synthetic)
 
     @property
     def variant(self) -> Variant | None:
@@ -145,12 +158,14 @@ def open_checkpoint(
     revision: str | None = None,
     weights_variant: str | None = None,
     transformer: Path | None = None,
+    vae: str | None = None,
     loras: Iterable[Lora] = (),
     hub: Hub | None = None,
 ) -> SanaCheckpoint:
     """Find `model` (an alias, a local folder or a hub id) and check that it is a complete Sana checkpoint.
 
-    `transformer` is a safetensors file whose weights replace the checkpoint's transformer. `loras` are folded into the transformer.
+    `transformer` is a safetensors file whose weights replace the checkpoint's transformer. `vae` names an autoencoder that replaces
+    the checkpoint's (`open_vae`). `loras` are folded into the transformer.
     Raises UsageError for an unknown name, ArtifactError if the checkpoint is not a Sana, is incomplete or has parts that do not fit
     together, and DependencyError if the hub cannot be reached.
     """
@@ -161,7 +176,8 @@ def open_checkpoint(
             wanted="a .safetensors file of a Sana transformer",
         )
     named = find_variant(model)
-    components = [name for name in COMPONENTS if transformer is None or name != "transformer"]
+    replaced = {"transformer": transformer, "vae": vae}
+    components = [name for name in COMPONENTS if replaced.get(name) is None]
     requested, local = weights_variant, Path(model).is_dir()
     if named is not None and named.recipe is not None:
         folder = _synthetic_folder(named.recipe)
@@ -180,9 +196,10 @@ def open_checkpoint(
         raise not_a_checkpoint(model, [path.name for path in folder.iterdir()], lambda name: read_json(folder / name))
     index = read_json(folder / INDEX)
     _check_index(index, model)
-    draft = SanaCheckpoint(folder, model, revision, (named,) if named else (), weights_variant, index, transformer, tuple(loras))
-    rows = draft.rows or _rows(draft)
-    checkpoint = SanaCheckpoint(folder, model, revision, rows, weights_variant, index, transformer, tuple(loras))
+    other = None if vae is None else open_vae(vae, weights_variant, hub or Hub())
+    rows = (named,) if named else ()
+    draft = SanaCheckpoint(folder, model, revision, rows, weights_variant, index, transformer, tuple(loras), other)
+    checkpoint = replace(draft, rows=draft.rows or _rows(draft))
     _check(checkpoint)
     if requested and not any(f".{requested}" in path.name for name in components for path in checkpoint.weight_files(name)):
         raise UsageError(
@@ -202,6 +219,7 @@ def _select(
     names: Collection[str], read: ReadJson, *, components: Iterable[str], weights_variant: str | None, source: str
 ) -> list[str]:
     """The files of a hub repository that `export` and `verify` read."""
+    # The config of an autoencoder that is replaced says which latents the transformer was trained for.
     small = [INDEX, MARKER, *(_config_name(component) for component in (*COMPONENTS, "scheduler"))]
     found = [name for name in names if name in small or (name.startswith("tokenizer/") and name.count("/") == 1)]
     for component in components:
@@ -232,9 +250,14 @@ def _rows(checkpoint: SanaCheckpoint) -> tuple[Variant, ...]:
 
 def _check(checkpoint: SanaCheckpoint) -> None:
     checkpoint.config("scheduler")
+    sources = {"transformer": checkpoint.transformer_file, "vae": checkpoint.vae and checkpoint.vae.source}
+    read_decoder(checkpoint.config("vae"))
+    if checkpoint.vae is not None:
+        own = checkpoint.folder / _config_name("vae")
+        check_fit(checkpoint.vae, checkpoint.config("transformer"), read_json(own) if own.is_file() else None, checkpoint.source)
     for component in COMPONENTS:
-        file = checkpoint.transformer_file if component == "transformer" else None
-        check_weights(component, checkpoint.config(component), checkpoint.base_weights(component), str(file or checkpoint.source))
+        source = str(sources.get(component) or checkpoint.source)
+        check_weights(component, checkpoint.config(component), checkpoint.base_weights(component), source)
     checkpoint.weights("transformer")
     if not (checkpoint.folder / "tokenizer" / "tokenizer.json").is_file():
         raise ArtifactError(

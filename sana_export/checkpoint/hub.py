@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +35,18 @@ class Hub:
     offline: bool = False
 
 
-def fetch(repo: str, revision: str | None, hub: Hub, check_index: Callable[[Mapping[str, Any]], None], select: Select) -> Path:
+def fetch(
+    repo: str,
+    revision: str | None,
+    hub: Hub,
+    check_index: Callable[[Mapping[str, Any]], None],
+    select: Select,
+    *,
+    first: Sequence[str] = (INDEX,),
+) -> Path:
     """Download the files of `repo` that `select` chooses, all of one commit, and return their folder in huggingface_hub's cache.
 
-    model_index.json is downloaded first, so that `check_index` can refuse another pipeline before anything else is downloaded.
-    Raises UsageError for an unknown repository or revision, ArtifactError if it is not a diffusers checkpoint, and DependencyError
+    The first of the files `first` that exists is downloaded before all others, so that `check_index` can refuse its content. Raises UsageError for an unknown repository or revision, ArtifactError if it is not a diffusers checkpoint, and DependencyError
     if the hub cannot be reached or refuses, or if offline mode is on and a file is not in the cache.
     """
     import huggingface_hub
@@ -56,13 +64,21 @@ def fetch(repo: str, revision: str | None, hub: Hub, check_index: Callable[[Mapp
 
     cache = Path(hub.cache_dir or huggingface_hub.constants.HF_HUB_CACHE)
     with disk_errors(cache / repo), _hub_errors(repo, revision, offline):
-        try:
-            index = read(INDEX)
-        except huggingface_hub.errors.RemoteEntryNotFoundError as error:
-            names = huggingface_hub.list_repo_files(repo, revision=revision, token=hub.token)
-            raise not_a_checkpoint(repo, names, lambda name: read_json(read(name))) from error
+        missing = (huggingface_hub.errors.RemoteEntryNotFoundError, huggingface_hub.errors.LocalEntryNotFoundError)
+        for name in first[:-1]:
+            with contextlib.suppress(*missing):
+                index = read(name)
+                break
+        else:
+            name = first[-1]
+            try:
+                index = read(name)
+            except huggingface_hub.errors.RemoteEntryNotFoundError as error:
+                names = huggingface_hub.list_repo_files(repo, revision=revision, token=hub.token)
+                raise not_a_checkpoint(repo, names, lambda name: read_json(read(name)), first) from error
         check_index(read_json(index))
-        folder, commit = index.parent, index.parent.name
+        folder = index.parents[name.count("/")]
+        commit = folder.name
         if offline:
             return _cached(repo, folder, select)
         names = huggingface_hub.list_repo_files(repo, revision=commit, token=hub.token)
@@ -72,9 +88,9 @@ def fetch(repo: str, revision: str | None, hub: Hub, check_index: Callable[[Mapp
         return folder
 
 
-def not_a_checkpoint(source: str, names: Collection[str], read_json: ReadJson) -> ArtifactError:
-    """The error for a folder or repository without model_index.json. It says what is there instead."""
-    found = f"no {INDEX}"
+def not_a_checkpoint(source: str, names: Collection[str], read_json: ReadJson, wanted: Sequence[str] = (INDEX,)) -> ArtifactError:
+    """The error for a folder or repository with none of the files `wanted`. It says what is there instead."""
+    found = f"no {' or '.join(wanted)}"
     if "config.json" in names and (kind := read_json("config.json").get("_class_name")):
         found += f", and a config.json of {kind}"
     elif pickles := sorted(name for name in names if name.endswith((".pth", ".pt", ".ckpt", ".bin"))):
@@ -82,7 +98,9 @@ def not_a_checkpoint(source: str, names: Collection[str], read_json: ReadJson) -
     return ArtifactError(
         f"{source} is not a diffusers checkpoint",
         found=found,
-        wanted="a folder that SanaPipeline.from_pretrained loads",
+        wanted="a folder that SanaPipeline.from_pretrained loads"
+        if INDEX in wanted
+        else "one that AutoencoderDC.from_pretrained loads",
         fix="sana-export variants  (lists the published checkpoints)",
     )
 

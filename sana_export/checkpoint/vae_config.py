@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from sana_export.architectures import AUTOENCODER_DEFAULTS
@@ -118,7 +119,7 @@ def _contradictions(full: Mapping[str, Any]) -> Iterator[str]:
         yield f"decoder_block_out_channels has {len(channels)} stages, supported: {stages}, as in encoder_block_out_channels"
     if 0 in depths[1:-1]:
         yield f"decoder_layers_per_block is {_short(depths)}, supported: at least 1 except in the first and the last stage"
-    for stage, (fine, coarse) in enumerate(zip(channels, channels[1:], strict=False)):
+    for stage, (fine, coarse) in enumerate(pairwise(channels)):
         if depths[stage] and (4 * fine) % coarse:
             yield f"decoder_block_out_channels is {_short(channels)}, supported: {coarse} divides 4 x {fine}"
     if len(full["decoder_qkv_multiscales"]) < len(channels):

@@ -1,6 +1,6 @@
 """The DC-AE decoder (arXiv 2410.10733): latents to image.
 
-Source: diffusers `AutoencoderDC` with ResBlock and EfficientViTBlock stages (checkpoint/vae_config.py has what is supported). Every stream, convolution and attention output is
+Source: diffusers `AutoencoderDC`, as far as checkpoint/vae_config.py supports it. Every stream, convolution and attention output is
 stored multiplied by `numerics.scale`. The RMSNorms that read them divide it out (see numerics.py).
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sana_export.checkpoint.vae_config import DecoderConfig, read_decoder
@@ -48,7 +47,8 @@ class VaeDecoderHead(nn.Module):
     """The stages up to the last one with global attention: latents float32 [B, C, h, w] -> features [B, C', f h, f w].
 
     Features are in the graph's precision and stored multiplied by its scale. In the published decoder C' = 512 and f = 4, which is
-    1/8 of the image. In a decoder without attention (DC-AE-Lite) the head is the first convolution alone, and f = 1. `bands` save memory (see `GatedConv`). A decoder that decodes images in one piece has enough without them.
+    1/8 of the image. In a decoder without attention (DC-AE-Lite) the head is the first convolution alone, and f = 1. `bands` save
+    memory (see `GatedConv`). A decoder that decodes images in one piece has enough without them.
     """
 
     def __init__(
@@ -72,8 +72,9 @@ class VaeDecoderTail(nn.Module):
     """The stages without attention: a window of the head's features -> that part of the image.
 
     features are [B, C', H, W]. row_index int64 [n] and column_index int64 [m] select the window's rows and columns. Returns float32
-    [B, 3, s n, s m], with s = 8 in the published decoder and 32 in DC-AE-Lite. It equals the untiled image except within `tile_halo` features of a
-    window border that is not a border of the features: there the convolutions read zero padding instead of the missing pixels.
+    [B, 3, s n, s m], with s = 8 in the published decoder and 32 in DC-AE-Lite. It equals the untiled image except within
+    `tile_halo` features of a window border that is not a border of the features: there the convolutions read zero padding instead
+    of the missing pixels.
     """
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
@@ -120,8 +121,8 @@ def tile_halo(tail: VaeDecoderTail) -> int:
     * a k x k convolution needs r + (k - 1) / 2 more pixels on each side;
     * a norm over channels needs r;
     * moving channels to 2x2 pixels (`PixelShuffle`) needs ceil(r / 2) low-resolution pixels;
-    * an upsampling by repetition (`Upsample`) reads for pixel p the low-resolution pixels floor((p - 1) / 2) to floor((p + 1) / 2). For pixels
-      -r to 2 n - 1 + r these are floor((-r - 1) / 2) = -(floor(r / 2) + 1) to floor((2 n + r) / 2) = n - 1 + (floor(r / 2) + 1).
+    * an upsampling by repetition (`Upsample`) reads for pixel p the low-resolution pixels floor((p - 1) / 2) to floor((p + 1) / 2).
+      For pixels -r to 2 n - 1 + r these are floor((-r - 1) / 2) = -(floor(r / 2) + 1) to floor((2 n + r) / 2) = n - 1 + (floor(r / 2) + 1).
       So it needs floor(r / 2) + 1 low-resolution pixels on each side.
 
     A residual block reaches as far as its longer branch, the convolutions. For the published decoder: 1 (conv_out), then for each

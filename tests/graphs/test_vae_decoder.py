@@ -31,12 +31,12 @@ CONFIGS = {
     "other activations": {"decoder_act_fns": ("relu", "silu", "swish", "relu", "relu", "silu")},
     "no shortcut of the latents": {"decoder_in_shortcut": False},
     "batch norm": {"decoder_norm_types": ("batch_norm", "rms_norm", "batch_norm", "batch_norm", "rms_norm", "batch_norm")},
-    "five stages": {
-        key: AUTOENCODER[key][1:]
-        for key in ("decoder_layers_per_block", "decoder_block_types", "decoder_qkv_multiscales", "encoder_layers_per_block")
-        + ("encoder_block_types", "encoder_qkv_multiscales")
-    }
-    | {"decoder_block_out_channels": (32, 32, 64, 64, 128), "encoder_block_out_channels": (16, 32, 32, 32, 32)},
+    "five stages": {key: AUTOENCODER[key][1:] for key in AUTOENCODER if key.endswith(("layers_per_block", "types", "multiscales"))}
+    | {
+        "decoder_norm_types": "rms_norm",
+        "decoder_block_out_channels": (32, 32, 64, 64, 128),
+        "encoder_block_out_channels": (16, 32, 32, 32, 32),
+    },
 }
 
 

@@ -22,10 +22,16 @@ _DEFAULT_SHARD = "2GB"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="VARIANT", help="alias or hub id from `sana-export variants`, or an autoencoder for --vae: " + ", ".join(AUTOENCODERS))
+    parser.add_argument(
+        "model",
+        metavar="VARIANT",
+        help="alias or hub id from `sana-export variants`, or an autoencoder for --vae: " + ", ".join(AUTOENCODERS),
+    )
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder of the checkpoint")
     parser.add_argument(
-        "--vae", choices=tuple(DECODERS), help="decoder of the checkpoint's autoencoder (default: dc-ae, that of the published ones)"
+        "--vae",
+        choices=tuple(DECODERS),
+        help="decoder of the checkpoint's autoencoder (default: dc-ae, that of the published ones)",
     )
     parser.add_argument(
         "--dtype",
@@ -71,9 +77,10 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         "bytes": sum(file.stat().st_size for file in files),
     }
     document |= {"vae": options.vae} if options.vae else {}
+    full_name = name if options.vae is None else f"{name} with {options.vae}"
     text = (
-        f"{folder}: {name}{f' with {options.vae}' if options.vae else ''}, synthetic: random weights of seed {options.seed}, {dtype}, "
-        f"{size(document['bytes'])}\nnext: {following}"
+        f"{folder}: {full_name}, synthetic: random weights of seed {options.seed}, {dtype}, {size(document['bytes'])}\n"
+        f"next: {following}"
     )
     return Answer(document, text)
 
