@@ -46,8 +46,9 @@ def fetch(
 ) -> Path:
     """Download the files of `repo` that `select` chooses, all of one commit, and return their folder in huggingface_hub's cache.
 
-    The first of the files `first` that exists is downloaded before all others, so that `check_index` can refuse its content. Raises UsageError for an unknown repository or revision, ArtifactError if it is not a diffusers checkpoint, and DependencyError
-    if the hub cannot be reached or refuses, or if offline mode is on and a file is not in the cache.
+    The first of the files `first` that exists is downloaded before all others, so that `check_index` can refuse its content. Raises
+    UsageError for an unknown repository or revision, ArtifactError if it is not a diffusers checkpoint, and DependencyError if the
+    hub cannot be reached or refuses, or if offline mode is on and a file is not in the cache.
     """
     import huggingface_hub
     import huggingface_hub.constants

@@ -80,11 +80,10 @@ def read_decoder(config: Mapping[str, Any]) -> DecoderConfig:
         )
     full = AUTOENCODER_DEFAULTS | dict(config)
     channels = full["decoder_block_out_channels"]
-    columns = (_each(full[key], len(channels)) for key in ("decoder_block_types", "decoder_norm_types", "decoder_act_fns"))
-    stages = tuple(
-        Stage(*row, head_dim=full["attention_head_dim"])
-        for row in zip(channels, full["decoder_layers_per_block"], *columns, strict=True)
-    )
+    keys = ("decoder_block_types", "decoder_norm_types", "decoder_act_fns")
+    blocks, norms, activations = (_each(full[key], len(channels)) for key in keys)
+    rows = zip(channels, full["decoder_layers_per_block"], blocks, norms, activations, strict=True)
+    stages = tuple(Stage(*row, full["attention_head_dim"]) for row in rows)
     return DecoderConfig(
         stages,
         full["latent_channels"],

@@ -122,8 +122,8 @@ def tile_halo(tail: VaeDecoderTail) -> int:
     * a norm over channels needs r;
     * moving channels to 2x2 pixels (`PixelShuffle`) needs ceil(r / 2) low-resolution pixels;
     * an upsampling by repetition (`Upsample`) reads for pixel p the low-resolution pixels floor((p - 1) / 2) to floor((p + 1) / 2).
-      For pixels -r to 2 n - 1 + r these are floor((-r - 1) / 2) = -(floor(r / 2) + 1) to floor((2 n + r) / 2) = n - 1 + (floor(r / 2) + 1).
-      So it needs floor(r / 2) + 1 low-resolution pixels on each side.
+      For pixels -r to 2 n - 1 + r these are floor((-r - 1) / 2) = -(floor(r / 2) + 1) to
+      floor((2 n + r) / 2) = n - 1 + (floor(r / 2) + 1). So it needs floor(r / 2) + 1 low-resolution pixels on each side.
 
     A residual block reaches as far as its longer branch, the convolutions. For the published decoder: 1 (conv_out), then for each
     of three stages six 3x3 convolutions and the upsampling, 7 -> 4, 10 -> 6, 12 -> 7 features, which is 56 image pixels. For

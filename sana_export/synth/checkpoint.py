@@ -135,7 +135,7 @@ def make_autoencoder(
 
     _check_request(folder, dtype)
     with torch.device("meta"):
-        network = AutoencoderDC(**AUTOENCODER_RECIPES[alias])
+        network: Any = AutoencoderDC(**AUTOENCODER_RECIPES[alias])
     values = {"vae": RandomWeights("vae", shapes_of(network), seed).pieces}
     marker = {"synthetic": True, "autoencoder": alias, "dtype": dtype, "seed": seed}
     stored = {"": _stored(network, "vae", dtype, values)}
