@@ -61,8 +61,13 @@ def test_windows_are_those_of_the_published_decoder() -> None:
     }
 
 
-def test_the_decoders_work(found: list[floors.Floor]) -> None:
-    decoders = {(floor.decoder, floor.side): floor for floor in floors.decoder_floors()}
+@pytest.fixture(scope="module")
+def found_decoders() -> list[floors.DecoderFloor]:
+    return list(floors.decoder_floors())
+
+
+def test_the_decoders_work(found: list[floors.Floor], found_decoders: list[floors.DecoderFloor]) -> None:
+    decoders = {(floor.decoder, floor.side): floor for floor in found_decoders}
     for floor in found:
         assert decoders["DC-AE", floor.side].ours == floor.ours["vae_decoder"]
         assert decoders["DC-AE", floor.side].reference.flop == floor.reference["vae_decoder"].flop
@@ -74,6 +79,9 @@ def test_the_decoders_work(found: list[floors.Floor]) -> None:
     assert decoders["DC-AE-Lite", 4096].ours.flop / (16 * LITE) == pytest.approx(9 * 68**2 / 128**2, rel=0.01)
 
 
-def test_the_committed_page_is_what_the_code_writes(found: list[floors.Floor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_committed_page_is_what_the_code_writes(
+    found: list[floors.Floor], found_decoders: list[floors.DecoderFloor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(floors, "floors", lambda: iter(found))
+    monkeypatch.setattr(floors, "decoder_floors", lambda: iter(found_decoders))
     assert PAGE.read_text("utf-8") == floors.markdown(), "sana-export bench --floor > benchmarks/floors.md"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,8 @@ def decoder_work(shape: CallShape, graph_work: GraphWork) -> Work:
         return graph_work("vae_decoder", _latents(shape))
     height, width = shape.features
     features = {"batch": shape.batch, "feature_height": height, "feature_width": width}
-    tiles = [graph_work("vae_decoder_tail", {**features, "tile_height": h, "tile_width": w}) for h, w in shape.windows]
+    sizes = Counter(shape.windows)  # few sizes, and each takes time to count
+    tiles = (graph_work("vae_decoder_tail", {**features, "tile_height": h, "tile_width": w}) * n for (h, w), n in sizes.items())
     return sum(tiles, graph_work("vae_decoder_head", _latents(shape)))
 
 
