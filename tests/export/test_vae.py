@@ -113,7 +113,7 @@ def test_half_precision_is_safe_with_a_hot_decoder(lite: SanaCheckpoint, tmp_pat
     vae.save_pretrained(tmp_path / "hot")
     hot = open_checkpoint("tiny-random", vae=str(tmp_path / "hot"))
     graphs = export_graphs("vae_decoder", DECODER, hot, Options("fp16", clamp=False), tmp_path)
-    given = latents(1, 32, 16, 2)
+    given = latents(1, 32, 16, 1)
     streams: list[float] = []
     for stage in filter(len, vae.decoder.up_blocks):
         stage.register_forward_hook(lambda module, inputs, output: streams.append(output.abs().max().item()))
@@ -128,12 +128,12 @@ def test_half_precision_is_safe_with_a_hot_decoder(lite: SanaCheckpoint, tmp_pat
     def render(rows: Any, columns: Any) -> Any:
         return tail.run({"features": features, "row_index": rows, "column_index": columns})["image"]
 
-    tiled = assemble(render, plan_windows(16, 2, 1, 6), np.empty_like(whole), 32)
+    tiled = assemble(render, plan_windows(16, 1, 1, 6), np.empty_like(whole), 32)
     for found in (whole, tiled):
         assert psnr(found, wanted) >= 40.0
         assert relative_error(found, wanted) <= 1e-2
     meter = RangeMeter(paths["vae_decoder"])
-    meter.run({"latents": given})
+    meter.run({"latents": given[:, :, :5]})
     assert meter.ranges()[0].headroom > 2.0
 
 
