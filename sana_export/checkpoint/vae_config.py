@@ -19,7 +19,7 @@ UPSAMPLES = ("interpolate", "pixel_shuffle")
 
 
 @dataclass(frozen=True)
-class Stage:
+class DecoderStage:
     """The part of a decoder that works at one resolution: an upsampling, except in the lowest stage, and blocks."""
 
     #: Its channels.
@@ -46,7 +46,7 @@ class DecoderConfig:
     """A decoder that the graphs support."""
 
     #: From full resolution down.
-    stages: tuple[Stage, ...]
+    stages: tuple[DecoderStage, ...]
     #: Channels of the latents.
     latent_channels: int
     #: Whether the latents are added to the first convolution's output.
@@ -83,7 +83,7 @@ def read_decoder(config: Mapping[str, Any]) -> DecoderConfig:
     keys = ("decoder_block_types", "decoder_norm_types", "decoder_act_fns")
     blocks, norms, activations = (_each(full[key], len(channels)) for key in keys)
     rows = zip(channels, full["decoder_layers_per_block"], blocks, norms, activations, strict=True)
-    stages = tuple(Stage(*row, full["attention_head_dim"]) for row in rows)
+    stages = tuple(DecoderStage(*row, full["attention_head_dim"]) for row in rows)
     return DecoderConfig(
         stages,
         full["latent_channels"],
