@@ -145,6 +145,8 @@ def compare_decoders(
     """
     import torch
 
+    for checkpoint in checkpoints:
+        _check_sides(checkpoint, sides)
     count = torch.get_num_threads() if threads is None else threads
     total = len(checkpoints) + 1 + rounds
     with tempfile.TemporaryDirectory(prefix="sana-export-decoders-") as scratch, _torch_threads(count):
@@ -153,8 +155,6 @@ def compare_decoders(
             assert checkpoint.vae is not None
             on_progress(Progress(f"exporting the decoder of {checkpoint.vae.source}", number, total))
             decoders += _load(checkpoint, Path(scratch, str(number)), count)
-        for decoder in decoders:
-            _check_sides(decoder, sides)
         inputs = {
             (side, decoder.stride): _latents(checkpoints[0], side // decoder.stride) for side in sides for decoder in decoders
         }
@@ -226,14 +226,14 @@ def _latents(checkpoint: SanaCheckpoint, side: int) -> Array:
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def _check_sides(decoder: _Decoder, sides: Sequence[int]) -> None:
-    if wrong := [side for side in sides if side % decoder.stride]:
-        fit = max(decoder.stride, round(wrong[0] / decoder.stride) * decoder.stride)
+def _check_sides(checkpoint: SanaCheckpoint, sides: Sequence[int]) -> None:
+    stride = read_decoder(checkpoint.config("vae")).stride
+    if wrong := [side for side in sides if side % stride]:
         raise UsageError(
             "a side does not fit the decoder",
-            found=f"{wrong[0]} px with {decoder.vae}",
-            wanted=f"a multiple of {decoder.stride}",
-            fix=f"--sides {fit}",
+            found=f"{wrong[0]} px with {checkpoint.vae and checkpoint.vae.source}",
+            wanted=f"a multiple of {stride}",
+            fix=f"--sides {max(stride, round(wrong[0] / stride) * stride)}",
         )
 
 
