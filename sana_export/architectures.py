@@ -140,6 +140,40 @@ AUTOENCODER: Config = {
     "scaling_factor": 0.41407,
 }
 
+#: How the config of DC-AE-Lite (mit-han-lab/dc-ae-lite-f32c32-diffusers) differs: a decoder without attention that skips the stage
+#: at full resolution. Its published config was not at hand: widths, encoder and scaling factor are assumed to be `AUTOENCODER`'s.
+#: An export reads the real ones from the file.
+LITE: Config = {
+    "decoder_block_types": ("ResBlock",) * 6,
+    "decoder_layers_per_block": (0, 3, 5, 4, 4, 4),
+    "decoder_qkv_multiscales": ((),) * 6,
+    "upsample_block_type": "pixel_shuffle",
+    "decoder_conv_act_fn": "silu",
+}
+
+#: The defaults of `AutoencoderDC`, which apply to keys that a config.json does not have.
+AUTOENCODER_DEFAULTS: Config = {
+    "in_channels": 3,
+    "latent_channels": 32,
+    "attention_head_dim": 32,
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "encoder_block_out_channels": _WIDTHS,
+    "decoder_block_out_channels": _WIDTHS,
+    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+    "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
+    "encoder_qkv_multiscales": _MULTISCALES,
+    "decoder_qkv_multiscales": _MULTISCALES,
+    "upsample_block_type": "pixel_shuffle",
+    "downsample_block_type": "pixel_unshuffle",
+    "decoder_norm_types": "rms_norm",
+    "decoder_act_fns": "silu",
+    "encoder_out_shortcut": True,
+    "decoder_in_shortcut": True,
+    "decoder_conv_act_fn": "relu",
+    "scaling_factor": 1.0,
+}
+
 #: text_encoder/config.json of `Gemma2Model`: Gemma-2-2B-IT, which every published checkpoint uses.
 TEXT_ENCODER: Config = {
     "vocab_size": 256_000,

@@ -83,6 +83,8 @@ def model_words(checkpoint: Checkpoint) -> list[str]:
         words += ["--variant", str(checkpoint.weights_variant)]
     if checkpoint.transformer is not None:
         words += ["--transformer", checkpoint.transformer.path]
+    if checkpoint.vae is not None:
+        words += ["--vae", checkpoint.vae.path]
     for lora in checkpoint.loras:
         words += ["--lora", f"{lora.path}:{lora.scale}"]
     return words

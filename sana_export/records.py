@@ -108,9 +108,9 @@ class EngineEntry:
 
 @dataclass(frozen=True)
 class Overlay:
-    """Weights that replace or change some of a checkpoint's: a transformer or a LoRA."""
+    """Weights that replace or change some of a checkpoint's: a transformer, an autoencoder or a LoRA."""
 
-    #: The path that the user gave.
+    #: The path or name that the user gave.
     path: str
     #: Hash of what was read from it.
     sha256: str
@@ -140,6 +140,8 @@ class Checkpoint:
     transformer: Overlay | None = None
     #: The LoRAs that were folded into the weights.
     loras: tuple[Overlay, ...] = ()
+    #: The autoencoder that replaced the checkpoint's own: its alias, hub id or folder.
+    vae: Overlay | None = None
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,19 @@ def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _widths(value: Sequence[int]) -> bool:
-    """Whether each stage's shortcut can move the channels of the stage below it to pixels."""
-    return len(value) == VAE_STAGES and all(4 * upper % lower == 0 for upper, lower in pairwise(value))
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _stages(least: int) -> ConfigRule:
+    """A whole number for each of several stages."""
+    wanted = f"a list of at least two whole numbers, each {least} or more"
+    return ConfigRule(wanted, lambda value: len(value) > 1 and all(_whole(item, least) for item in value))
+
+
+def _kernels(value: Sequence[Sequence[int]]) -> bool:
+    """Whether these are lists of kernel sizes that keep the size of an image."""
+    return all(_whole(size, 1) and size % 2 for row in value for size in row)
 
 
 NUMBER = ConfigRule("a number", _number)
@@ -61,8 +71,11 @@ POSITIVE = ConfigRule("a positive number", lambda value: _number(value) and valu
 POSITIVE_OR_NONE = ConfigRule("a positive number or null", lambda value: value is None or (_number(value) and value > 0))
 WHOLE = ConfigRule("a whole number, 1 or more", lambda value: _number(value) and isinstance(value, int) and value > 0)
 OFF = one_of(False, None)
-#: The stages of an autoencoder with 32 image pixels per latent pixel.
-VAE_STAGES = 6
+#: Blocks, norms, activations and upsamplings of a decoder (graphs/vae_blocks.py has a table for each).
+VAE_BLOCKS = ("ResBlock", "EfficientViTBlock")
+VAE_NORMS = ("rms_norm", "batch_norm")
+VAE_ACTIVATIONS = ("silu", "swish", "relu")
+VAE_UPSAMPLES = ("interpolate", "pixel_shuffle")
 
 #: The rules for each class, by key.
 SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
@@ -81,17 +94,18 @@ SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
     },
     "AutoencoderDC": {
         "in_channels": one_of(3),
-        "encoder_block_out_channels": ConfigRule(f"{VAE_STAGES} stages", lambda value: len(value) == VAE_STAGES),
-        "decoder_block_out_channels": ConfigRule(
-            f"the widths of {VAE_STAGES} stages, each a divisor of 4 times the width before it", _widths
-        ),
-        "decoder_layers_per_block": ConfigRule("at least 1 layer in every stage", lambda value: min(value) > 0),
-        "decoder_block_types": each_of("ResBlock", "EfficientViTBlock"),
-        "decoder_norm_types": each_of("rms_norm"),
-        "decoder_act_fns": each_of("silu"),
-        "decoder_conv_act_fn": one_of("relu"),
-        "upsample_block_type": one_of("interpolate"),
-        "decoder_in_shortcut": one_of(True),
+        "latent_channels": WHOLE,
+        "attention_head_dim": WHOLE,
+        "encoder_block_out_channels": _stages(1),
+        "decoder_block_out_channels": _stages(1),
+        "decoder_layers_per_block": _stages(0),
+        "decoder_block_types": each_of(*VAE_BLOCKS),
+        "decoder_norm_types": each_of(*VAE_NORMS),
+        "decoder_act_fns": each_of(*VAE_ACTIVATIONS),
+        "decoder_qkv_multiscales": ConfigRule("a list of odd kernel sizes for each stage", _kernels),
+        "decoder_conv_act_fn": one_of(*VAE_ACTIVATIONS),
+        "decoder_in_shortcut": one_of(True, False),
+        "upsample_block_type": one_of(*VAE_UPSAMPLES),
         "scaling_factor": POSITIVE,
     },
     "Gemma2Model": {
@@ -137,11 +151,45 @@ SCHEDULERS = tuple(name for name in SUPPORTED if name.endswith("Scheduler"))
 
 def unsupported(class_name: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Unsupported]:
     """The keys of the complete `config` of a class that have an unsupported value. `given` is the content of the config's file."""
-    for key, rule in SUPPORTED[class_name].items():
-        try:
-            accepted = rule.accepts(config[key])
-        except (TypeError, ValueError, AttributeError, KeyError):  # a value of another type
-            accepted = False
-        if not accepted:
-            source = "" if key in given else f" (the default of {class_name}: the key is missing)"
-            yield Unsupported(key, f"{config.get(key)!r}{source}", rule.wanted)
+    found = [key for key, rule in SUPPORTED[class_name].items() if not _accepted(rule, config, key)]
+    for key in found:
+        source = "" if key in given else f" (the default of {class_name}: the key is missing)"
+        yield Unsupported(key, f"{config.get(key)!r}{source}", SUPPORTED[class_name][key].wanted)
+    if not found:
+        yield from TOGETHER.get(class_name, lambda _: iter(()))(config)
+
+
+def _accepted(rule: ConfigRule, config: Mapping[str, Any], key: str) -> bool:
+    try:
+        return rule.accepts(config[key])
+    except (TypeError, ValueError, AttributeError, KeyError):  # a value of another type
+        return False
+
+
+def _vae_together(config: Mapping[str, Any]) -> Iterator[Unsupported]:
+    """Entries of an autoencoder's config that are supported alone but not together."""
+    widths, depths = config["decoder_block_out_channels"], config["decoder_layers_per_block"]
+    for key in ("decoder_layers_per_block", "decoder_block_types", "decoder_norm_types", "decoder_act_fns"):
+        if not isinstance(config[key], str) and len(config[key]) != len(widths):
+            yield Unsupported(
+                key, f"{len(config[key])} entries", f"{len(widths)}, one for each entry of decoder_block_out_channels"
+            )
+            return
+    if len(stages := config["encoder_block_out_channels"]) != len(widths):
+        wanted = f"{len(stages)}, as in encoder_block_out_channels"
+        yield Unsupported("decoder_block_out_channels", f"{len(widths)} stages", wanted)
+    if 0 in depths[1:-1]:
+        yield Unsupported("decoder_layers_per_block", repr(depths), "at least 1 except in the first and the last stage")
+    for stage, (upper, lower) in enumerate(pairwise(widths)):
+        if depths[stage] and 4 * upper % lower:  # the shortcut moves channels to pixels
+            yield Unsupported("decoder_block_out_channels", repr(widths), f"{lower} is a divisor of 4 times {upper}")
+    if len(kernels := config["decoder_qkv_multiscales"]) < len(widths):
+        yield Unsupported("decoder_qkv_multiscales", f"{len(kernels)} entries", f"{len(widths)}, one for each stage")
+    if config["decoder_in_shortcut"] and widths[-1] % config["latent_channels"]:
+        yield Unsupported(
+            "latent_channels", repr(config["latent_channels"]), f"a divisor of the lowest stage's {widths[-1]} channels"
+        )
+
+
+#: What is checked of several keys of a class together, if each key alone is supported.
+TOGETHER: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Unsupported]]] = {"AutoencoderDC": _vae_together}

@@ -10,7 +10,14 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2Model
 
-from sana_export.architectures import AUTOENCODER, SCHEDULER_DEFAULTS, TEXT_ENCODER, TRANSFORMER_DEFAULTS
+from sana_export.architectures import (
+    AUTOENCODER,
+    AUTOENCODER_DEFAULTS,
+    LITE,
+    SCHEDULER_DEFAULTS,
+    TEXT_ENCODER,
+    TRANSFORMER_DEFAULTS,
+)
 from sana_export.supported import SUPPORTED
 from sana_export.variants import VARIANTS, recognize
 
@@ -90,7 +97,9 @@ def test_schedulers_are_the_published_ones(name: str) -> None:
 def test_defaults_are_those_of_the_installed_classes() -> None:
     signature = inspect.signature(diffusers.SanaTransformer2DModel.__init__).parameters
     assert {name: value.default for name, value in signature.items() if name != "self"} == TRANSFORMER_DEFAULTS
-    assert set(inspect.signature(diffusers.AutoencoderDC.__init__).parameters) == {"self", *AUTOENCODER}
+    vae = inspect.signature(diffusers.AutoencoderDC.__init__).parameters
+    assert {name: value.default for name, value in vae.items() if name != "self"} == AUTOENCODER_DEFAULTS
+    assert set(AUTOENCODER_DEFAULTS) == set(AUTOENCODER) >= set(LITE)
     assert Gemma2Config(**TEXT_ENCODER).to_dict() == Gemma2Config().to_dict()  # the class's defaults are Gemma-2-2B's
     for name, defaults in SCHEDULER_DEFAULTS.items():
         parameters = inspect.signature(getattr(diffusers, name).__init__).parameters

@@ -19,6 +19,7 @@ from sana_export.checkpoint.fold_lora import fold_loras
 from sana_export.checkpoint.hub import Hub, ReadJson, fetch, read_json
 from sana_export.checkpoint.model_names import a_file, check_words, from_url, not_a_checkpoint
 from sana_export.checkpoint.single_file import open_single_file
+from sana_export.checkpoint.vae import CONFIG, Vae, open_vae
 from sana_export.checkpoint.weights import Weights, read_headers
 from sana_export.environment import cache_folder, import_digest
 from sana_export.errors import UsageError
@@ -51,6 +52,8 @@ class SanaCheckpoint:
     transformer_file: Path | None = None
     #: The LoRAs that are folded into the transformer.
     loras: tuple[Lora, ...] = ()
+    #: The autoencoder that replaces the folder's.
+    vae: Vae | None = None
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -59,14 +62,21 @@ class SanaCheckpoint:
 
     def read(self, name: str) -> dict[str, Any]:
         """The JSON object in the file `name` of the folder."""
-        return read_json(self.folder / name)
+        return read_json(self.config_file(name))
+
+    def config_file(self, name: str) -> Path:
+        """Where the config `name` is: in the folder, or in that of the autoencoder that replaces the folder's."""
+        if self.vae is not None and name == config_name("vae"):
+            return self.vae.folder / CONFIG
+        return self.folder / name
 
     def config(self, part: str) -> dict[str, Any]:
         """The config of a component or of the scheduler, as its class reads it: with a value for every key.
 
         The classes are those of model_index.json.
         """
-        class_name = class_of(self.index, part, self.source, self.read)
+        own = part != "vae" or self.vae is None
+        class_name = class_of(self.index, part, self.source, self.read) if own else None
         return dict(read_part(part, self.read(config_name(part)), class_name).config)
 
     def weights(self, component: str) -> Weights:
@@ -85,6 +95,8 @@ class SanaCheckpoint:
         """The component's safetensors files: one, or the shards that its index lists."""
         if component == "transformer" and self.transformer_file is not None:
             return [self.transformer_file]
+        if component == "vae" and self.vae is not None:
+            return self.vae.weight_files
         names = {path.relative_to(self.folder).as_posix() for path in self.folder.glob("*/*")}
         found = select_weights(component, names, self.weights_variant, self.read, self.source)
         return [self.folder / name for name in found]
@@ -92,7 +104,7 @@ class SanaCheckpoint:
     @cached_property
     def sha256(self) -> str:
         """Hash of every config and weight file that an export reads, and of the scales of LoRAs."""
-        parts = [(name, self.folder / name) for name in (INDEX, *map(config_name, CONFIGURED))]
+        parts = [(name, self.config_file(name)) for name in (INDEX, *map(config_name, CONFIGURED))]
         parts += [(f"tokenizer/{path.name}", path) for path in sorted(self.folder.glob("tokenizer/*.json"))]
         for component in COMPONENTS:
             parts += [(f"{component}/{number}", path) for number, path in enumerate(self.weight_files(component))]
@@ -116,6 +128,7 @@ class SanaCheckpoint:
             self.trained_with_clamp().on,
             None if file is None else Overlay(str(file), hash_file(file)),
             tuple(Overlay(str(lora.path), lora.sha256, lora.scale) for lora in self.loras),
+            None if self.vae is None else Overlay(self.vae.source, self.vae.sha256),
         )
 
     @property
@@ -127,7 +140,7 @@ class SanaCheckpoint:
     @property
     def synthetic(self) -> bool:
         """Whether its weights are random."""
-        return bool(self.marker.get("synthetic"))
+        return bool(self.marker.get("synthetic")) or (self.vae is not None and self.vae.synthetic)
 
     @property
     def variant(self) -> Variant | None:
@@ -157,12 +170,14 @@ def open_checkpoint(
     revision: str | None = None,
     weights_variant: str | None = None,
     transformer: Path | None = None,
+    vae: str | None = None,
     loras: Iterable[Lora] = (),
     hub: Hub | None = None,
 ) -> SanaCheckpoint:
     """Find `model` (an alias, a local folder or a hub id) and check that it is a complete Sana checkpoint.
 
-    `transformer` is a safetensors file whose weights replace the checkpoint's transformer. `loras` are folded into the transformer.
+    `transformer` is a safetensors file whose weights replace the checkpoint's transformer. `vae` names an autoencoder that replaces
+    the checkpoint's (`open_vae`). `loras` are folded into the transformer.
     Raises UsageError for an unknown name, ArtifactError if the checkpoint is not a Sana, is incomplete or has parts that do not fit
     together, and DependencyError if the hub cannot be reached.
     """
@@ -175,7 +190,8 @@ def open_checkpoint(
         )
     model, revision = from_url(model, revision)
     named = find_variant(model)
-    components = [name for name in COMPONENTS if transformer is None or name != "transformer"]
+    replaced = {"transformer": transformer, "vae": vae}
+    components = [name for name in COMPONENTS if replaced.get(name) is None]
     requested, local = weights_variant, Path(model).is_dir()
     if named is not None and named.recipe is not None:
         folder = _synthetic_folder(named.recipe)
@@ -188,14 +204,23 @@ def open_checkpoint(
     elif named is not None or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
         weights_variant = weights_variant or (named.weights_variant if named else None)
         repo = named.repo if named and named.repo else model
-        checks = partial(check_index, source=repo), partial(check_configs, source=repo)
+        own = [name for name in CONFIGURED if replaced.get(name) is None or name == "transformer"]
         select = partial(_select, components=components, weights_variant=weights_variant, source=repo)
-        folder = fetch(repo, revision, hub or Hub(), *checks, select)
+        folder = fetch(
+            repo,
+            revision,
+            hub or Hub(),
+            partial(check_index, source=repo),
+            select,
+            check_configs=partial(check_configs, source=repo, names=own),
+        )
     else:
         raise unknown_alias(model)
     if not (folder / INDEX).is_file():
         raise not_a_checkpoint(model, [path.name for path in folder.iterdir()], lambda name: read_json(folder / name), folder)
-    draft = SanaCheckpoint(folder, model, revision, (named,) if named else (), weights_variant, transformer, tuple(loras))
+    other = None if vae is None else open_vae(vae, weights_variant, hub or Hub())
+    rows = (named,) if named else ()
+    draft = SanaCheckpoint(folder, model, revision, rows, weights_variant, transformer, tuple(loras), other)
     check_checkpoint(draft)
     checkpoint = draft if named else replace(draft, rows=_rows(draft))
     checkpoint.weights("transformer")  # with the LoRAs
@@ -213,6 +238,7 @@ def _select(
     names: Collection[str], read: ReadJson, *, components: Iterable[str], weights_variant: str | None, source: str
 ) -> list[str]:
     """The files of a hub repository that `export` and `verify` read."""
+    # The config of an autoencoder that is replaced says which latents the transformer was trained for.
     small = [INDEX, MARKER, *map(config_name, CONFIGURED)]
     found = [name for name in names if name in small or (name.startswith("tokenizer/") and name.count("/") == 1)]
     for component in components:

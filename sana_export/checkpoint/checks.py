@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sana_export.checkpoint.components import COMPONENTS, check_weights
 from sana_export.checkpoint.configs import CONFIGURED, Part, config_name, read_part
+from sana_export.checkpoint.hub import read_json
 from sana_export.checkpoint.tokenizer import check_tokenizer
+from sana_export.checkpoint.vae import fit_problems
 from sana_export.commands import resave_command
 from sana_export.errors import ArtifactError
 from sana_export.supported import SCHEDULERS, unsupported
@@ -25,6 +27,7 @@ TEXT_TO_IMAGE = {
     "SanaSprintImg2ImgPipeline": SPRINT,
 }
 LIST_VARIANTS = "sana-export variants  (lists the published checkpoints)"
+ANOTHER_VAE = "use another autoencoder: --vae dc-ae or --vae dc-ae-lite"
 ANOTHER = "use a checkpoint with the architecture of a published Sana model (sana-export variants lists them)"
 
 
@@ -74,10 +77,12 @@ def check_index(index: Mapping[str, Any], source: str) -> None:
     )
 
 
-def check_configs(index: Mapping[str, Any], read: Callable[[str], Mapping[str, Any]], source: str) -> None:
-    """Raise ArtifactError unless an export supports all of a checkpoint's configs. `read` reads a JSON file of the checkpoint."""
+def check_configs(
+    index: Mapping[str, Any], read: Callable[[str], Mapping[str, Any]], source: str, names: Iterable[str] = CONFIGURED
+) -> None:
+    """Raise ArtifactError unless an export supports the configs of `names`. `read` reads a JSON file of the checkpoint."""
     check_index(index, source)
-    refuse(source, (problem for _, problem in config_problems(index, read, source, {})))
+    refuse(source, (problem for _, problem in config_problems(index, read, source, {}, names)))
 
 
 def check_checkpoint(checkpoint: SanaCheckpoint) -> None:
@@ -114,11 +119,18 @@ def _lines(lines: Iterable[str]) -> str:
 def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
     source, parts = checkpoint.source, dict[str, Part]()
     doubtful = set()
-    for name, problem in config_problems(checkpoint.index, checkpoint.read, source, parts):
+    replaced = () if checkpoint.vae is None else ("vae",)
+    for name, problem in config_problems(checkpoint.index, checkpoint.read, source, parts, replaced=replaced):
         doubtful.add(name)
         yield problem
+    if checkpoint.vae is not None and {"transformer", "vae"} <= parts.keys() - doubtful:
+        own = checkpoint.folder / config_name("vae")
+        yield from fit_problems(
+            checkpoint.vae, parts["vae"].config, parts["transformer"].config, read_json(own) if own.is_file() else None, source
+        )
+    owners = {"transformer": checkpoint.transformer_file, "vae": checkpoint.vae and checkpoint.vae.source}
     for name in COMPONENTS:
-        owner = str(checkpoint.transformer_file or source) if name == "transformer" else source
+        owner = str(owners.get(name) or source)
         try:
             weights = checkpoint.base_weights(name)
         except ArtifactError as error:
@@ -133,15 +145,22 @@ def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
 
 
 def config_problems(
-    index: Mapping[str, Any], read: Callable[[str], Mapping[str, Any]], source: str, parts: dict[str, Part]
+    index: Mapping[str, Any],
+    read: Callable[[str], Mapping[str, Any]],
+    source: str,
+    parts: dict[str, Part],
+    names: Iterable[str] = CONFIGURED,
+    *,
+    replaced: Collection[str] = (),
 ) -> Iterator[tuple[str, ArtifactError]]:
-    """Everything in model_index.json and the configs that an export does not support, with the part that it belongs to.
+    """Everything in model_index.json and the configs of `names` that an export does not support, with the part that it belongs to.
 
-    `parts` gets the parts that could be read.
+    `parts` gets the parts that could be read. Those that are `replaced` are not the checkpoint's own.
     """
-    for name in CONFIGURED:
+    for name in names:
         try:
-            parts[name] = read_part(name, read(config_name(name)), class_of(index, name, source, read))
+            class_name = None if name in replaced else class_of(index, name, source, read)
+            parts[name] = read_part(name, read(config_name(name)), class_name)
         except ArtifactError as error:
             yield name, error
     for name, part in parts.items():
@@ -149,7 +168,7 @@ def config_problems(
             yield name, _unsupported(name, setting.key, setting.found, setting.wanted)
     yield from _foreign(parts)
     for fit in FITS:
-        if fit.part in parts and fit.owner in parts:
+        if fit.part in parts and fit.owner in parts and fit.part not in replaced:
             found, allowed = parts[fit.part].config[fit.key], fit.allowed(parts[fit.owner].config)
             if found not in allowed:
                 yield fit.part, _unsupported(fit.part, fit.key, repr(found), f"{allowed[0]} ({fit.meaning})")
@@ -192,7 +211,8 @@ def _scheduler_fix(source: str, read: Callable[[str], Mapping[str, Any]], *, spr
 
 def _unsupported(name: str, key: str, found: object, wanted: object) -> ArtifactError:
     """The error for the entry `key` of a part's config."""
-    fix = f"change {key} in {config_name(name)}, if the checkpoint was trained for that" if name == "scheduler" else ANOTHER
+    fixes = {"scheduler": f"change {key} in {config_name(name)}, if the checkpoint was trained for that", "vae": ANOTHER_VAE}
+    fix = fixes.get(name, ANOTHER)
     return ArtifactError(f"{config_name(name)} has an unsupported {key}", found=found, wanted=wanted, fix=fix)
 
 

@@ -79,7 +79,11 @@ def _read_part(part: str, class_name: str, text: str) -> Part:
             fix=f"compare it with the {config_name(part)} of a published Sana checkpoint",
         ) from error
     tensors = made.state_dict() if part in COMPONENTS else {}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(COMPONENTS[part].read)}
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in tensors.items()
+        if name.startswith(COMPONENTS[part].read) and tensor.is_floating_point()  # an export reads no counters of a batch norm
+    }
     return Part(class_name, json.loads(text), json.loads(json.dumps(config)), shapes)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,15 +45,17 @@ def fetch(
     revision: str | None,
     hub: Hub,
     check_index: Callable[[Mapping[str, Any]], None],
-    check_configs: Callable[[Mapping[str, Any], ReadJson], None],
     select: Select,
+    *,
+    check_configs: Callable[[Mapping[str, Any], ReadJson], None] = lambda index, read: None,
+    first: Sequence[str] = (INDEX,),
 ) -> Path:
     """Download the files of `repo` that `select` chooses, all of one commit, and return their folder in huggingface_hub's cache.
 
-    model_index.json is downloaded first, so that `check_index` can refuse another pipeline before anything else is downloaded. Then
-    come the configs, so that `check_configs` can refuse them before any weights are downloaded.
-    Raises UsageError for an unknown repository or revision, ArtifactError if it is not a diffusers checkpoint, and DependencyError
-    if the hub cannot be reached or refuses, or if offline mode is on and a file is not in the cache.
+    The first of the files `first` that exists is downloaded before all others, so that `check_index` can refuse its content. Then
+    come the configs, so that `check_configs` can refuse them before any weights are downloaded. Raises UsageError for an unknown
+    repository or revision, ArtifactError if it is not a diffusers checkpoint, and DependencyError if the hub cannot be reached or
+    refuses, or if offline mode is on and a file is not in the cache.
     """
     import huggingface_hub
     import huggingface_hub.constants
@@ -70,14 +73,22 @@ def fetch(
     # huggingface_hub leaves the `~` of its default in place if there is no home folder.
     cache = user_path(hub.cache_dir or huggingface_hub.constants.HF_HUB_CACHE, "the hub's cache folder", home="HF_HOME")
     with disk_errors(cache / repo), _hub_errors(repo, revision, offline):
-        try:
-            index = read(INDEX)
-        except huggingface_hub.errors.RemoteEntryNotFoundError as error:
-            names = huggingface_hub.list_repo_files(repo, revision=revision, token=hub.token)
-            raise not_a_checkpoint(repo, names, lambda name: read_json(read(name))) from error
+        missing = (huggingface_hub.errors.RemoteEntryNotFoundError, huggingface_hub.errors.LocalEntryNotFoundError)
+        for name in first[:-1]:
+            with contextlib.suppress(*missing):
+                index = read(name)
+                break
+        else:
+            name = first[-1]
+            try:
+                index = read(name)
+            except huggingface_hub.errors.RemoteEntryNotFoundError as error:
+                names = huggingface_hub.list_repo_files(repo, revision=revision, token=hub.token)
+                raise not_a_checkpoint(repo, names, lambda name: read_json(read(name)), wanted=first) from error
         content = read_json(index)
         check_index(content)
-        folder, commit = index.parent, index.parent.name
+        folder = index.parents[name.count("/")]
+        commit = folder.name
         if offline:
             return _cached(repo, folder, select)
         names = huggingface_hub.list_repo_files(repo, revision=commit, token=hub.token)

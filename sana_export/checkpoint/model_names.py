@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -122,15 +122,20 @@ def fitting(weights: Weights) -> list[Variant]:
 
 
 def not_a_checkpoint(
-    source: str, names: Collection[str], read_json: Callable[[str], Mapping[str, Any]], folder: Path | None = None
+    source: str,
+    names: Collection[str],
+    read_json: Callable[[str], Mapping[str, Any]],
+    folder: Path | None = None,
+    *,
+    wanted: Sequence[str] = (INDEX,),
 ) -> ArtifactError:
-    """The error for a folder or repository without model_index.json. It says what is there instead.
+    """The error for a folder or repository with none of the files `wanted`. It says what is there instead.
 
     `names` are the files at its top, or all of them. `folder` is its place, if it is on this machine.
     """
     if folder is not None and FILE_NAME in names:
         return _a_bundle(source, folder)
-    found, fix = f"no {INDEX}", LIST_VARIANTS
+    found, fix = f"no {' or '.join(wanted)}", LIST_VARIANTS
     if "config.json" in names:
         config = read_json("config.json")
         kind = config.get("_class_name") or config.get("model_type")
@@ -144,7 +149,7 @@ def not_a_checkpoint(
     return ArtifactError(
         f"{source} is not a diffusers checkpoint",
         found=found,
-        wanted="a folder that SanaPipeline.from_pretrained loads",
+        wanted=f"one that {'SanaPipeline' if INDEX in wanted else 'AutoencoderDC'}.from_pretrained loads",
         fix=fix,
     )
 

@@ -100,6 +100,7 @@ class Recipe:
     revision: str | None = None
     variant: str | None = None
     transformer: Path | None = None
+    vae: str | None = None
     lora: tuple[str, ...] = ()
     build: tuple[BuildSection, ...] = ()
     verify: VerifySection | None = None

@@ -90,6 +90,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="a .safetensors file with weights that replace the checkpoint's transformer (diffusers' names or the original ones)",
     )
     parser.add_argument(
+        "--vae",
+        metavar="VAE",
+        help="an autoencoder in place of the checkpoint's: alias (dc-ae-lite), hub id, or local folder in diffusers' format",
+    )
+    parser.add_argument(
         "--lora",
         metavar="PATH[:SCALE]",
         action="append",
@@ -116,8 +121,8 @@ def add_hub_options(parser: argparse.ArgumentParser) -> None:
 def model_options(files: Any, hub: Any) -> dict[str, Any]:
     """Keyword arguments of `open_checkpoint` from options.
 
-    `files` has the attributes revision, variant, transformer and lora (parsed options or a recipe). `hub` has token, cache_dir and
-    offline (parsed options). Raises UsageError if a LoRA's scale is not a number.
+    `files` has the attributes revision, variant, transformer, vae and lora (parsed options or a recipe). `hub` has token, cache_dir
+    and offline (parsed options). Raises UsageError if a LoRA's scale is not a number.
     """
     from sana_export.adapters import parse_lora
     from sana_export.checkpoint.hub import Hub
@@ -126,6 +131,7 @@ def model_options(files: Any, hub: Any) -> dict[str, Any]:
         "revision": files.revision,
         "weights_variant": files.variant,
         "transformer": files.transformer,
+        "vae": files.vae,
         "loras": tuple(map(parse_lora, files.lora)),
         "hub": Hub(hub.token or None, hub.cache_dir, hub.offline),
     }

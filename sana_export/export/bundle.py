@@ -22,6 +22,7 @@ import torch
 
 from sana_export import __version__
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.checkpoint.vae_config import read_decoder
 from sana_export.contract import GRAPHS
 from sana_export.environment import import_digest, peak_rss_bytes
 from sana_export.errors import ArtifactError, UsageError
@@ -278,7 +279,7 @@ def model_info(checkpoint: SanaCheckpoint, instruction: str) -> ModelInfo:
     return ModelInfo(
         sample_size=transformer["sample_size"],
         latent_channels=transformer["in_channels"],
-        vae_scale_factor=2 ** (len(vae["encoder_block_out_channels"]) - 1),
+        vae_scale_factor=read_decoder(vae).stride,
         # SanaSprintPipeline does not apply the config's scale.
         timestep_scale=1.0 if guidance_embeds else transformer["timestep_scale"],
         text_channels=text["hidden_size"],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad, pixel_shuffle
 
+from sana_export.checkpoint.vae_config import DecoderStage
 from sana_export.graphs.gated_conv import gated_conv_halves
 from sana_export.graphs.numerics import Conv, Numerics, linear_attention, parameter, rms_norm, silu
 
@@ -21,23 +21,24 @@ class Upsample(nn.Module):
     """Doubles the size, [B, C, H, W] -> [B, C', 2 H, 2 W], with one convolution at the low resolution.
 
     diffusers doubles the pixels, runs a 3x3 convolution at the high resolution and adds a shortcut that moves channels to pixels
-    (`DCUpBlock2d`). On doubled pixels the nine taps read only 2x2 distinct pixels. So each of the four output parities is a 2x2
-    convolution whose taps are sums of the original ones: 4/9 of the work. The shortcut adds 1 to the tap of the pixel itself.
+    (`DCUpBlock2d` with `interpolate`). On doubled pixels the nine taps read only 2x2 distinct pixels. So each of the four output
+    parities is a 2x2 convolution whose taps are sums of the original ones: 4/9 of the work. The shortcut adds 1 to the tap of the
+    pixel itself. The tensors are stored multiplied by `scale`.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], name: str, channels: int, out_channels: int, numerics: Numerics) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], name: str, numerics: Numerics, *, shortcut: bool, scale: float) -> None:
         super().__init__()
         kernel = weights[f"{name}.weight"].float()
-        repeats = out_channels * 4 // channels
+        out_channels, channels = kernel.shape[:2]
         # One kernel per parity [C', 2, 2, C, 2, 2]: output channel, row parity, column parity, input channel, tap, tap.
         folded = torch.stack([torch.stack([_fold(kernel, row, column) for column in (0, 1)], dim=1) for row in (0, 1)], dim=1)
-        for position in range(4 * out_channels):
+        for position in range(4 * out_channels if shortcut else 0):
             out, row, column = position // 4, position // 2 % 2, position % 2
-            folded[out, row, column, position // repeats, 1 - row, 1 - column] += 1.0
+            folded[out, row, column, position * channels // (4 * out_channels), 1 - row, 1 - column] += 1.0
         # The flip makes `pixel_shuffle` put odd rows and columns first; forward explains why.
         folded = folded.flip(1, 2).reshape(4 * out_channels, channels, 2, 2)
         self.weight = parameter(folded, numerics.dtype)
-        self.bias = parameter((weights[f"{name}.bias"].float() * numerics.scale).repeat_interleave(4), numerics.dtype)
+        self.bias = parameter((weights[f"{name}.bias"].float() * scale).repeat_interleave(4), numerics.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         # With one pixel of padding, window (i, j) ends at pixel (i, j). The even output row 2 i reads pixels i - 1 and i, which is
@@ -47,6 +48,36 @@ class Upsample(nn.Module):
         return pad(pixel_shuffle(windows, 2), (-1, -1, -1, -1))
 
 
+class PixelShuffle(nn.Module):
+    """Four channels to 2x2 pixels, [B, 4 C, H, W] -> [B, C, 2 H, 2 W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pixel_shuffle(x, 2)
+
+
+def upsampling(
+    kind: str, weights: Mapping[str, Tensor], name: str, numerics: Numerics, *, shortcut: bool = True, scale: float
+) -> nn.Module:
+    """Doubles the size, [B, C, H, W] -> [B, C', 2 H, 2 W], as diffusers' `DCUpBlock2d` of `kind` with the convolution `name`.
+
+    The tensors are stored multiplied by `scale`. The shortcut of "pixel_shuffle" moves channels to the same pixels as the shuffle
+    after the convolution, so it is part of the convolution.
+    """
+    if kind == "interpolate":
+        return Upsample(weights, name, numerics, shortcut=shortcut, scale=scale)
+    kernel = weights[f"{name}.weight"]
+    conv = Conv(with_shortcut(kernel) if shortcut else kernel, weights[f"{name}.bias"], numerics, bias_scale=scale)
+    return nn.Sequential(conv, PixelShuffle())
+
+
+def with_shortcut(kernel: Tensor) -> Tensor:
+    """The 3x3 kernel [C', C, 3, 3] that also adds the input, with each channel repeated, to the convolution's output."""
+    kernel = kernel.float().clone()
+    out = torch.arange(kernel.shape[0])
+    kernel[out, out * kernel.shape[1] // kernel.shape[0], 1, 1] += 1.0
+    return kernel
+
+
 def _fold(kernel: Tensor, row: int, column: int) -> Tensor:
     """The 2x2 kernel [C', C, 2, 2] that equals the 3x3 `kernel` on doubled pixels, for one output parity."""
     rows = torch.stack([kernel[:, :, taps].sum(2) for taps in _TAPS[row]], dim=2)
@@ -54,25 +85,25 @@ def _fold(kernel: Tensor, row: int, column: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a norm over channels, with a residual. It ignores `bands`."""
+    """Two convolutions and a norm, with a residual. It ignores `bands`."""
 
-    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
+    def __init__(self, stage: DecoderStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
-        self.scale = numerics.scale
+        self.scale, self.activation = numerics.scale, ACTIVATIONS[stage.activation]
+        gain, self.norm = _norm(stage.norm, weights, f"{name}norm", numerics)
         self.conv1 = _conv(weights, f"{name}conv1", numerics)
-        self.conv2 = _conv(weights, f"{name}conv2", numerics)
-        self.norm = ChannelNorm(weights, f"{name}norm", numerics)
+        self.conv2 = Conv(gain(weights[f"{name}conv2.weight"]), None, numerics)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.conv2(silu(self.conv1(x), self.scale)))
+        return x + self.norm(self.conv2(self.activation(self.conv1(x), self.scale)))
 
 
 class EfficientViTBlock(nn.Module):
     """Multi-scale linear attention, then a gated convolution, each with a residual. `bands`: see `GatedConv`."""
 
-    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
+    def __init__(self, stage: DecoderStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
-        self.attention = MultiscaleAttention(config, weights, f"{name}attn.", numerics)
+        self.attention = MultiscaleAttention(stage, weights, f"{name}attn.", numerics)
         self.feed_forward = GatedConv(weights, f"{name}conv_out.", numerics, bands)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,13 +114,12 @@ class EfficientViTBlock(nn.Module):
 class MultiscaleAttention(nn.Module):
     """ReLU linear attention over pixels, on q, k, v and on depthwise aggregations of them.
 
-    For images of at most `attention_head_dim` pixels diffusers computes the products in another order. The results differ only by
-    rounding.
+    For images of at most `head_dim` pixels diffusers computes the products in another order. The results differ only by rounding.
     """
 
-    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
+    def __init__(self, stage: DecoderStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
         super().__init__()
-        self.numerics, self.dim = numerics, config["attention_head_dim"]
+        self.numerics, self.dim = numerics, stage.head_dim
         self.qkv = parameter(torch.cat([weights[f"{name}to_{kind}.weight"] for kind in "qkv"]), numerics.dtype)
         inner = self.qkv.shape[0]
         count = sum(key.startswith(f"{name}to_qkv_multiscale.") for key in weights) // 2
@@ -100,8 +130,8 @@ class MultiscaleAttention(nn.Module):
             )
             for index in range(count)
         )
-        self.out = parameter(weights[f"{name}to_out.weight"], numerics.dtype)
-        self.norm = ChannelNorm(weights, f"{name}norm_out", numerics)
+        gain, self.norm = _norm(stage.norm, weights, f"{name}norm_out", numerics)
+        self.out = parameter(gain(weights[f"{name}to_out.weight"]), numerics.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[2:]
@@ -174,6 +204,31 @@ class ChannelNorm(nn.Module):
         return rms_norm(x, self.weight, eps, axis=1, bias=self.bias, scale=self.scale)
 
 
+class ChannelBias(nn.Module):
+    """Adds a number to each channel of [B, C, H, W], which is stored multiplied by the scale."""
+
+    def __init__(self, bias: Tensor, numerics: Numerics) -> None:
+        super().__init__()
+        self.bias = parameter(bias.reshape(-1, 1, 1) * numerics.scale, numerics.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+def _norm(
+    kind: str, weights: Mapping[str, Tensor], name: str, numerics: Numerics
+) -> tuple[Callable[[Tensor], Tensor], ChannelNorm | ChannelBias]:
+    """The norm `name` after a linear layer: a change to the layer's weight, and what is left to do after the layer.
+
+    A batch norm is a constant factor and offset for each channel, so its factor moves into the weight.
+    """
+    if kind == "rms_norm":
+        return (lambda weight: weight), ChannelNorm(weights, name, numerics)
+    mean, variance, factor, bias = (weights[f"{name}.{part}"].float() for part in ("running_mean", "running_var", "weight", "bias"))
+    gain = factor * torch.rsqrt(variance + NORM_EPS)
+    return (lambda weight: weight.float() * gain.reshape(-1, *[1] * (weight.dim() - 1))), ChannelBias(bias - mean * gain, numerics)
+
+
 def _conv(weights: Mapping[str, Tensor], name: str, numerics: Numerics, *, groups: int = 1) -> Conv:
     """The convolution `name` for a tensor that is stored multiplied by the scale. Only the bias has to be scaled."""
     return Conv(weights[f"{name}.weight"], weights.get(f"{name}.bias"), numerics, groups=groups, bias_scale=numerics.scale)
@@ -181,3 +236,5 @@ def _conv(weights: Mapping[str, Tensor], name: str, numerics: Numerics, *, group
 
 #: The block classes, by their names in a VAE's config.
 BLOCKS: dict[str, type[nn.Module]] = {"ResBlock": ResBlock, "EfficientViTBlock": EfficientViTBlock}
+#: The activations, by their names in a VAE's config: functions of a tensor and of the scale that it is stored multiplied by.
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {"silu": silu, "swish": silu, "relu": lambda x, scale: x.relu()}

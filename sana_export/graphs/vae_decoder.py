@@ -1,6 +1,6 @@
 """The DC-AE decoder (arXiv 2410.10733): latents to image.
 
-Source: diffusers `AutoencoderDC` with ResBlock and EfficientViTBlock stages. Every stream, convolution and attention output is
+Source: diffusers `AutoencoderDC`, as far as checkpoint/vae_config.py supports it. Every stream, convolution and attention output is
 stored multiplied by `numerics.scale`. The RMSNorms that read them divide it out (see numerics.py).
 """
 
@@ -9,11 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from sana_export.checkpoint.vae_config import DecoderConfig, read_decoder
 from sana_export.graphs.numerics import Conv, Numerics
-from sana_export.graphs.vae_blocks import BLOCKS, ChannelNorm, Upsample
+from sana_export.graphs.vae_blocks import (
+    ACTIVATIONS,
+    BLOCKS,
+    ChannelBias,
+    ChannelNorm,
+    PixelShuffle,
+    Upsample,
+    upsampling,
+    with_shortcut,
+)
 
 #: The largest number of bands in which the head computes a gated convolution. A stage with fewer rows per latent row has fewer.
 MAX_BANDS = 4
@@ -38,18 +47,21 @@ class VaeDecoderHead(nn.Module):
     """The stages up to the last one with global attention: latents float32 [B, C, h, w] -> features [B, C', f h, f w].
 
     Features are in the graph's precision and stored multiplied by its scale. In the published decoder C' = 512 and f = 4, which is
-    1/8 of the image. `bands` save memory (see `GatedConv`). A decoder that decodes images in one piece has enough without them.
+    1/8 of the image. In a decoder without attention (DC-AE-Lite) the head is the first convolution alone, and f = 1. `bands` save
+    memory (see `GatedConv`). A decoder that decodes images in one piece has enough without them.
     """
 
     def __init__(
         self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics, *, bands: int = MAX_BANDS
     ) -> None:
         super().__init__()
-        weights = _decoder_weights(weights)
-        self.dtype, self.factor = numerics.dtype, numerics.scale / config["scaling_factor"]
-        self.conv_in = Conv(_with_shortcut(weights["conv_in.weight"]), weights["conv_in.bias"], numerics, bias_scale=numerics.scale)
-        stages = range(local_stages(config), len(config["decoder_block_out_channels"]))
-        self.stages = nn.Sequential(*(build_stage(config, weights, stage, numerics, bands) for stage in reversed(stages)))
+        decoder, weights = read_decoder(config), _decoder_weights(weights)
+        self.dtype, self.factor = numerics.dtype, numerics.scale / decoder.scaling_factor
+        kernel = weights["conv_in.weight"]
+        kernel = with_shortcut(kernel) if decoder.in_shortcut else kernel
+        self.conv_in = Conv(kernel, weights["conv_in.bias"], numerics, bias_scale=numerics.scale)
+        stages = range(decoder.local_stages, len(decoder.stages))
+        self.stages = nn.Sequential(*(build_stage(decoder, weights, stage, numerics, bands) for stage in reversed(stages)))
 
     def forward(self, latents: Tensor) -> Tensor:
         features: Tensor = self.stages(self.conv_in((latents * self.factor).to(self.dtype)))
@@ -60,42 +72,44 @@ class VaeDecoderTail(nn.Module):
     """The stages without attention: a window of the head's features -> that part of the image.
 
     features are [B, C', H, W]. row_index int64 [n] and column_index int64 [m] select the window's rows and columns. Returns float32
-    [B, 3, s n, s m], with s = 8 in the published decoder. It equals the untiled image except within `tile_halo` features of a
-    window border that is not a border of the features: there the convolutions read zero padding instead of the missing pixels.
+    [B, 3, s n, s m], with s = 8 in the published decoder and 32 in DC-AE-Lite. It equals the untiled image except within
+    `tile_halo` features of a window border that is not a border of the features: there the convolutions read zero padding instead
+    of the missing pixels.
     """
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
         super().__init__()
-        weights = _decoder_weights(weights)
-        stages = range(local_stages(config))
-        self.stages = nn.Sequential(*(build_stage(config, weights, stage, numerics) for stage in reversed(stages)))
+        decoder, weights = read_decoder(config), _decoder_weights(weights)
+        stages = range(decoder.local_stages)
+        self.stages = nn.Sequential(*(build_stage(decoder, weights, stage, numerics) for stage in reversed(stages)))
+        # From here on, nothing is multiplied by the scale.
         self.norm_out = ChannelNorm(weights, "norm_out", numerics, scaled_output=False)
-        self.conv_out = Conv(weights["conv_out.weight"], weights["conv_out.bias"], numerics)
+        self.activation = ACTIVATIONS[decoder.out_activation]
+        self.conv_out: nn.Module
+        if decoder.stages[0].depth:
+            self.conv_out = Conv(weights["conv_out.weight"], weights["conv_out.bias"], numerics)
+        else:
+            self.conv_out = upsampling(decoder.upsample, weights, "conv_out.conv", numerics, shortcut=False, scale=1.0)
 
     def forward(self, features: Tensor, row_index: Tensor, column_index: Tensor) -> Tensor:
         return self.image(features.index_select(2, row_index).index_select(3, column_index))
 
     def image(self, features: Tensor) -> Tensor:
         """The image of the whole of `features`."""
-        image: Tensor = self.conv_out(self.norm_out(self.stages(features)).relu()).float()
+        image: Tensor = self.conv_out(self.activation(self.norm_out(self.stages(features)), 1.0)).float()
         return image
-
-
-def local_stages(config: Mapping[str, Any]) -> int:
-    """The number of stages at the end of the decoder without attention. Their outputs depend only on pixels near them."""
-    kinds = stage_kinds(config)
-    return next((stage for stage, kind in enumerate(kinds) if kind != "ResBlock"), len(kinds))
 
 
 def feature_channels(config: Mapping[str, Any]) -> int:
     """Channels of the features that go from the head to the tail."""
-    channels = config["decoder_block_out_channels"]
-    return int(channels[min(local_stages(config), len(channels) - 1)])
+    decoder = read_decoder(config)
+    return decoder.stages[min(decoder.local_stages, len(decoder.stages) - 1)].channels
 
 
 def tile_scale(config: Mapping[str, Any]) -> int:
     """Image pixels per feature, in height and in width. Every stage except the lowest doubles both."""
-    return 2 ** min(local_stages(config), len(config["decoder_block_out_channels"]) - 1)
+    decoder = read_decoder(config)
+    return int(2 ** min(decoder.local_stages, len(decoder.stages) - 1))
 
 
 def tile_halo(tail: VaeDecoderTail) -> int:
@@ -106,12 +120,15 @@ def tile_halo(tail: VaeDecoderTail) -> int:
 
     * a k x k convolution needs r + (k - 1) / 2 more pixels on each side;
     * a norm over channels needs r;
-    * an upsampling (`Upsample`) reads for pixel p the low-resolution pixels floor((p - 1) / 2) to floor((p + 1) / 2). For pixels
-      -r to 2 n - 1 + r these are floor((-r - 1) / 2) = -(floor(r / 2) + 1) to floor((2 n + r) / 2) = n - 1 + (floor(r / 2) + 1).
-      So it needs floor(r / 2) + 1 low-resolution pixels on each side.
+    * moving channels to 2x2 pixels (`PixelShuffle`) needs ceil(r / 2) low-resolution pixels;
+    * an upsampling by repetition (`Upsample`) reads for pixel p the low-resolution pixels floor((p - 1) / 2) to floor((p + 1) / 2).
+      For pixels -r to 2 n - 1 + r these are floor((-r - 1) / 2) = -(floor(r / 2) + 1) to
+      floor((2 n + r) / 2) = n - 1 + (floor(r / 2) + 1). So it needs floor(r / 2) + 1 low-resolution pixels on each side.
 
     A residual block reaches as far as its longer branch, the convolutions. For the published decoder: 1 (conv_out), then for each
-    of three stages six 3x3 convolutions and the upsampling, 7 -> 4, 10 -> 6, 12 -> 7 features, which is 56 image pixels.
+    of three stages six 3x3 convolutions and the upsampling, 7 -> 4, 10 -> 6, 12 -> 7 features, which is 56 image pixels. For
+    DC-AE-Lite, whose tail is everything after the first convolution: 1 (conv_out at half of the resolution), then 6, 10, 8 and 8
+    convolutions, each with an upsampling, 7 -> 5, 15 -> 9, 17 -> 10, 18 -> 10, and 8 more: 18 features, which is 576 image pixels.
     """
     reach = 0
     for layer in reversed([module for module in tail.modules() if not list(module.children())]):
@@ -119,37 +136,21 @@ def tile_halo(tail: VaeDecoderTail) -> int:
     return reach
 
 
-def stage_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The block type of each stage, from full resolution down."""
-    kinds = config["decoder_block_types"]
-    return (kinds,) * len(config["decoder_block_out_channels"]) if isinstance(kinds, str) else tuple(kinds)
-
-
 def _decoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("decoder."): weights[name] for name in weights if name.startswith("decoder.")}
 
 
-def _with_shortcut(kernel: Tensor) -> Tensor:
-    """The 3x3 kernel [C', C, 3, 3] that also adds the input, with each channel repeated, to the convolution's output."""
-    kernel = kernel.float().clone()
-    out = torch.arange(kernel.shape[0])
-    kernel[out, out * kernel.shape[1] // kernel.shape[0], 1, 1] += 1.0
-    return kernel
-
-
 def build_stage(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], stage: int, numerics: Numerics, bands: int = 1
+    decoder: DecoderConfig, weights: Mapping[str, Tensor], number: int, numerics: Numerics, bands: int = 1
 ) -> nn.Sequential:
-    """Stage `stage` of the decoder: its upsampling, then its blocks. Stage 0 is the one at full resolution."""
+    """Stage `number` of the decoder: its upsampling, then its blocks. Stage 0 is the one at full resolution."""
     blocks: list[nn.Module] = []
-    channels = config["decoder_block_out_channels"]
-    kind = stage_kinds(config)[stage]
-    name = f"up_blocks.{stage}."
-    if stage < len(channels) - 1:
-        blocks.append(Upsample(weights, f"{name}0.conv", channels[stage + 1], channels[stage], numerics))
-    bands = min(bands, 2 ** (len(channels) - 1 - stage))  # the rows that the stage has per latent row
-    for _ in range(config["decoder_layers_per_block"][stage]):
-        blocks.append(BLOCKS[kind](config, weights, f"{name}{len(blocks)}.", numerics, bands))
+    stage, lowest, name = decoder.stages[number], len(decoder.stages) - 1, f"up_blocks.{number}."
+    if stage.depth and number < lowest:
+        blocks.append(upsampling(decoder.upsample, weights, f"{name}0.conv", numerics, scale=numerics.scale))
+    bands = min(bands, 2 ** (lowest - number))  # the rows that the stage has per latent row
+    for _ in range(stage.depth):
+        blocks.append(BLOCKS[stage.block](stage, weights, f"{name}{len(blocks)}.", numerics, bands))
     return nn.Sequential(*blocks)
 
 
@@ -158,6 +159,8 @@ def build_stage(
 _REACH: dict[type[nn.Module], Callable[[Any, int], int]] = {
     Conv: lambda conv, reach: reach + conv.weight.shape[-1] // 2,
     ChannelNorm: lambda norm, reach: reach,
+    ChannelBias: lambda bias, reach: reach,
     Upsample: lambda upsample, reach: reach // 2 + 1,
+    PixelShuffle: lambda shuffle, reach: (reach + 1) // 2,
     nn.Sequential: lambda nothing, reach: reach,
 }

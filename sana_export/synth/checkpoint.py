@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from sana_export.files import require_free
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.output_folder import OutputFolder
 from sana_export.progress import OnProgress, Progress, ignore_progress
-from sana_export.synth.recipes import RECIPES, SyntheticRecipe
+from sana_export.synth.recipes import AUTOENCODER_RECIPES, RECIPES, SyntheticRecipe, recipe_with_decoder
 from sana_export.synth.shards import StoredWeights
 from sana_export.synth.tokenizer import build_gemma_tokenizer
 from sana_export.synth.weights import RandomWeights, fill
@@ -99,23 +100,52 @@ def make_checkpoint(
     seed: int = 0,
     variant: str | None = None,
     shard_size: int = SHARD_SIZE,
+    vae: str | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Path:
     """Write the synthetic checkpoint `recipe` to `folder` in diffusers' layout and return `folder`.
 
     The same recipe, dtype, seed and shard size give the same bytes. `dtype` is that of the stored weights ("float32", "float16",
-    "bfloat16"). `variant` ("fp16") becomes part of the weight files' names. A weight file has at most `shard_size` bytes, unless a
+    "bfloat16"). `variant` ("fp16") becomes part of the weight files' names. `vae` is the autoencoder's decoder (a row of
+    autoencoders.DECODERS; None: the published one). A weight file has at most `shard_size` bytes, unless a
     single tensor is larger. This needs the memory of a few pieces of `weights.PIECE` values. An existing folder is treated as by
     `write_pipeline`, which also has the errors.
     """
     recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
     _check_request(folder, dtype)
-    pipeline = _assemble(recipe, "meta")
+    pipeline = _assemble(recipe if vae is None else recipe_with_decoder(recipe, vae), "meta")
     values = {component: RandomWeights(component, shapes_of(getattr(pipeline, component)), seed).pieces for component in STEMS}
-    marker = {"synthetic": True, "variant": recipe.name, "dtype": dtype, "seed": seed}
+    marker = {"synthetic": True, "variant": recipe.name, "dtype": dtype, "seed": seed} | ({"vae": vae} if vae else {})
     return write_pipeline(
         pipeline, folder, marker, dtype=dtype, variant=variant, shard_size=shard_size, values=values, on_progress=on_progress
     )
+
+
+def make_autoencoder(
+    alias: str,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    shard_size: int = SHARD_SIZE,
+    on_progress: OnProgress = ignore_progress,
+) -> Path:
+    """Write the autoencoder `alias` (a row of autoencoders.AUTOENCODERS) to `folder`, for `--vae`, and return `folder`.
+
+    It consists of config.json and the weights. They are those of the autoencoder of a checkpoint with the same config and seed. The
+    other parameters and the errors are those of `make_checkpoint`.
+    """
+    import torch
+    from diffusers import AutoencoderDC
+
+    folder = user_path(folder, "the output folder")
+    _check_request(folder, dtype)
+    with torch.device("meta"):
+        network: Any = AutoencoderDC(**AUTOENCODER_RECIPES[alias])
+    values = {"vae": RandomWeights("vae", shapes_of(network), seed).pieces}
+    marker = {"synthetic": True, "autoencoder": alias, "dtype": dtype, "seed": seed}
+    stored = {"": _stored(network, "vae", dtype, values)}
+    return _write(folder, marker, stored, network.save_config, "config.json", shard_size, None, on_progress)
 
 
 def write_pipeline(
@@ -135,19 +165,39 @@ def write_pipeline(
     existing synthetic checkpoint is replaced. Raises UsageError if `folder` contains anything else, and DependencyError if there is
     too little disk space (before anything is written), the disk is full or a permission is missing.
     """
-    place = OutputFolder.of(user_path(folder, "the output folder"), f".{os.getpid()}-{threading.get_ident()}")
-    folder, partial = place.folder, place.partial
+    folder = user_path(folder, "the output folder")
     _check_request(folder, dtype)
     stored = {component: _stored(getattr(pipeline, component), component, dtype, values) for component in STEMS}
+    configs = functools.partial(_write_configs, pipeline, dtype=dtype)
+    return _write(folder, marker, stored, configs, INDEX, shard_size, variant, on_progress)
+
+
+def _write(
+    folder: Path,
+    marker: Mapping[str, Any],
+    stored: Mapping[str, StoredWeights],
+    write_configs: Callable[[Path], None],
+    last: str,
+    shard_size: int,
+    variant: str | None,
+    on_progress: OnProgress,
+) -> Path:
+    """Write what `write_configs` writes, and the weights `stored` by the name of their folder, "" for `folder` itself.
+
+    The file `last` says that the folder is complete.
+    """
+    place = OutputFolder.of(folder, f".{os.getpid()}-{threading.get_ident()}")
+    folder, partial = place.folder, place.partial
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         require_free(folder.parent, sum(weights.size for weights in stored.values()) + _SMALL_FILES, f"the checkpoint {folder}")
         partial.mkdir()
-        _write_configs(pipeline, partial, dtype)
-        for component, weights in stored.items():
-            weights.write(partial / component, shard_size, variant, _counter(on_progress, component, weights.size))
+        write_configs(partial)
+        for number, (name, weights) in enumerate(stored.items()):
+            count = _counter(on_progress, name or "weights", weights.size, number, len(stored))
+            weights.write(partial / name, shard_size, variant, count)
         (partial / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-        place.put(last=INDEX)
+        place.put(last=last)
         on_progress(Progress("done", len(stored), len(stored)))
     except OSError as error:
         raise DependencyError(
@@ -198,14 +248,14 @@ def _write_configs(pipeline: Any, folder: Path, dtype: str) -> None:
     config.save_pretrained(folder / "text_encoder")
 
 
-def _counter(on_progress: OnProgress, component: str, total: int) -> Callable[[int], None]:
-    """A function that gets the number of bytes just written and reports how much of the network is written."""
-    written, finished = 0, list(STEMS).index(component)
+def _counter(on_progress: OnProgress, what: str, total: int, finished: int, parts: int) -> Callable[[int], None]:
+    """A function that gets the number of bytes just written and reports how much of the part `what` is written."""
+    written = 0
 
     def count(more: int) -> None:
         nonlocal written
         written += more
-        if written < total:  # the next report follows the last byte: the next network, or the end
-            on_progress(Progress(f"writing {component}", finished + written / total, len(STEMS)))
+        if written < total:  # the next report follows the last byte: the next part, or the end
+            on_progress(Progress(f"writing {what}", finished + written / total, parts))
 
     return count

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sana_export.architectures import AUTOENCODER, TEXT_ENCODER
+from sana_export.architectures import AUTOENCODER, LITE, TEXT_ENCODER
+from sana_export.autoencoders import AUTOENCODERS
 from sana_export.variants import VARIANTS
 
 Config = Mapping[str, Any]
@@ -82,6 +83,7 @@ _MID: dict[str, Config] = {
     },
 }
 _SMALL = {"tiny-random": _TINY, "tiny-sprint": _TINY, "mid": _MID}
+_WIDTHS = {"tiny": _TINY, "mid": _MID}
 _FULL: dict[str, Config] = {"vae": AUTOENCODER, "text_encoder": TEXT_ENCODER | _EAGER}
 
 RECIPES: dict[str, SyntheticRecipe] = {
@@ -93,4 +95,28 @@ RECIPES: dict[str, SyntheticRecipe] = {
     )
     for alias, variant in VARIANTS.items()
     if not variant.embedded
+}
+
+
+def with_decoder(vae: Config, decoder: str) -> Config:
+    """The autoencoder `vae` with the decoder `decoder` (a row of autoencoders.DECODERS) at its own widths.
+
+    A small autoencoder also keeps its own depths, except for the stage that DC-AE-Lite does not have.
+    """
+    if decoder == "dc-ae":
+        return vae
+    depths = tuple(vae["decoder_layers_per_block"])
+    full = depths == AUTOENCODER["decoder_layers_per_block"]
+    return {**vae, **LITE} | ({} if full else {"decoder_layers_per_block": (0, *depths[1:])})
+
+
+def recipe_with_decoder(recipe: SyntheticRecipe, decoder: str) -> SyntheticRecipe:
+    """The checkpoint `recipe` with the decoder `decoder`."""
+    return replace(recipe, vae=with_decoder(recipe.vae, decoder))
+
+
+#: The configs of the synthetic autoencoders: those of every row of autoencoders.AUTOENCODERS.
+AUTOENCODER_RECIPES: dict[str, Config] = {
+    alias: with_decoder(_WIDTHS.get(alias.removesuffix(f"-{row.decoder}"), _FULL)["vae"], row.decoder)
+    for alias, row in AUTOENCODERS.items()
 }

@@ -71,7 +71,7 @@ AUTOENCODER = (
     _weight(r"conv2\.weight$", 1.5),
     _weight(r"decoder\.conv_in\.weight$", 0.7),
     _weight(r"\d\.conv\.weight$", 0.5),
-    _weight(r"decoder\.conv_out\.weight$", 0.6),
+    _weight(r"decoder\.conv_out\.(conv\.)?weight$", 0.6),
     _weight(r"\.weight$", 1.0),
     _BIASES,
 )
@@ -169,6 +169,7 @@ def _center_pixels(weights: RandomWeights, output: Tensor) -> Tensor:
 _FINISH: dict[tuple[str, str], Callable[[RandomWeights, Tensor], Tensor]] = {
     ("transformer", "proj_out.weight"): _tie_output_to_input,
     ("vae", "decoder.conv_out.weight"): _center_pixels,
+    ("vae", "decoder.conv_out.conv.weight"): _center_pixels,
 }
 
 

@@ -1,4 +1,4 @@
-"""A user's transformer file and LoRAs in the reference, loaded by diffusers and PEFT and not by `checkpoint/fold_lora.py`."""
+"""A user's transformer file, autoencoder and LoRAs in the reference, loaded by diffusers and PEFT, not by our own readers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from sana_export.lora_names import PEFT_PREFIX, Parts, find_parts
 
 if TYPE_CHECKING:
     from sana_export.checkpoint.checkpoint import SanaCheckpoint
+    from sana_export.checkpoint.vae import Vae
 
 
 def load_transformer(checkpoint: SanaCheckpoint, dtype: Any) -> Any:
@@ -26,6 +27,15 @@ def load_transformer(checkpoint: SanaCheckpoint, dtype: Any) -> Any:
         local_files_only=True,
         dtype=dtype,
     )
+
+
+def load_vae(vae: Vae, dtype: Any) -> Any:
+    """diffusers' autoencoder from the folder of `vae`, in `dtype`."""
+    from diffusers import AutoencoderDC
+
+    preferred = vae.weights_variant
+    used = preferred if any(f".{preferred}" in path.name for path in vae.weight_files) else None
+    return AutoencoderDC.from_pretrained(vae.folder, variant=used, local_files_only=True, dtype=dtype)
 
 
 def merge_lora(transformer: Any, lora: Lora) -> None:

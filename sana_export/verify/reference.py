@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sana_export.errors import UsageError
 from sana_export.graphs.numerics import FP16_MAX
-from sana_export.verify.overlays import load_transformer, merge_lora
+from sana_export.verify.overlays import load_transformer, load_vae, merge_lora
 
 if TYPE_CHECKING:
     from sana_export.checkpoint.checkpoint import SanaCheckpoint
@@ -88,8 +88,12 @@ def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, d
     # Names are regular expressions: without the anchors, "blocks.1" would match "blocks.10" too.
     layers = {"pag_applied_layers": [rf"^transformer_blocks\.{layer}\.attn1$" for layer in options.pag_layers]} if pag else {}
     dtypes = torch.float32 if dtypes is None else dtypes
-    dtype = dtypes.get("transformer", dtypes["default"]) if isinstance(dtypes, dict) else dtypes
-    given = {} if checkpoint.transformer_file is None else {"transformer": load_transformer(checkpoint, dtype)}
+
+    def dtype(component: str) -> Any:
+        return dtypes.get(component, dtypes["default"]) if isinstance(dtypes, dict) else dtypes
+
+    given = {} if checkpoint.transformer_file is None else {"transformer": load_transformer(checkpoint, dtype("transformer"))}
+    given |= {} if checkpoint.vae is None else {"vae": load_vae(checkpoint.vae, dtype("vae"))}
     pipeline = getattr(diffusers, REFERENCES[name][pag]).from_pretrained(
         checkpoint.folder,
         dtype=dtypes,

@@ -5,14 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from sana_export.bench.work import floors
-from sana_export.bench.work.networks import MetaWeights
-from sana_export.checkpoint.configs import expected_shapes
-from sana_export.graphs.numerics import NUMERICS
-from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
-from sana_export.synth.recipes import RECIPES
+from sana_export.synth.recipes import AUTOENCODER_RECIPES
 
 PAGE = Path(__file__).parents[2] / "benchmarks" / "floors.md"
 #: TFLOP of one step of diffusers and of its decoder, computed independently from the layers' shapes.
@@ -20,6 +15,17 @@ STEP = {
     **{("600M", 512): 0.63, ("600M", 1024): 2.24, ("600M", 2048): 8.69, ("600M", 4096): 34.5},
     **{("1600M", 512): 1.67, ("1600M", 1024): 5.93, ("1600M", 2048): 22.97, ("1600M", 4096): 91.1},
 }
+#: FLOP of DC-AE-Lite at 1024 px, from its layers: blocks and upsampling of stages 5 to 1, first and last convolution.
+LITE = 18 * sum(
+    [
+        32**2 * (32 * 1024 + 4 * 2 * 1024**2),
+        64**2 * 4 * 2 * 1024**2 + 32**2 * 1024 * 4 * 1024,
+        128**2 * 4 * 2 * 512**2 + 64**2 * 1024 * 4 * 512,
+        256**2 * 5 * 2 * 512**2 + 128**2 * 512 * 4 * 512,
+        512**2 * 3 * 2 * 256**2 + 256**2 * 512 * 4 * 256,
+        512**2 * 256 * 4 * 3,
+    ]
+)
 DECODER = {512: 2.09, 1024: 8.37, 4096: 133.9}
 
 
@@ -47,12 +53,35 @@ def test_ours_is_less_work_at_every_size(found: list[floors.Floor]) -> None:
 
 
 def test_windows_are_those_of_the_published_decoder() -> None:
-    config = RECIPES["sana-1600m-1024px"].vae
-    with torch.device("meta"):
-        tail = VaeDecoderTail(config, MetaWeights(expected_shapes("vae", config)), NUMERICS["float16"])
-    assert (tile_halo(tail), tile_scale(config)) == (floors.TILE_HALO, floors.TILE_SCALE)
+    """At 4096 px: 512 features in tiles of 128 with a halo of 7. With DC-AE-Lite 128 features in tiles of 32 with a halo of 18."""
+    found = {alias: floors.image_shape(4096, AUTOENCODER_RECIPES[alias]) for alias in floors.DECODERS.values()}
+    assert {alias: (shape.features, set(shape.windows), len(shape.windows)) for alias, shape in found.items()} == {
+        "dc-ae": ((512, 512), {(142, 142)}, 16),
+        "dc-ae-lite": ((128, 128), {(68, 68)}, 9),
+    }
 
 
-def test_the_committed_page_is_what_the_code_writes(found: list[floors.Floor], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def found_decoders() -> list[floors.DecoderFloor]:
+    return list(floors.decoder_floors())
+
+
+def test_the_decoders_work(found: list[floors.Floor], found_decoders: list[floors.DecoderFloor]) -> None:
+    decoders = {(floor.decoder, floor.side): floor for floor in found_decoders}
+    for floor in found:
+        assert decoders["DC-AE", floor.side].ours == floor.ours["vae_decoder"]
+        assert decoders["DC-AE", floor.side].reference.flop == floor.reference["vae_decoder"].flop
+    for side in floors.SIDES:
+        assert decoders["DC-AE-Lite", side].reference.flop < decoders["DC-AE", side].reference.flop
+    # A pixel shuffle has nothing to restate: the same products as diffusers, except in overlapping windows.
+    one = decoders["DC-AE-Lite", 1024]
+    assert one.ours.flop == one.reference.flop == LITE
+    assert decoders["DC-AE-Lite", 4096].ours.flop / (16 * LITE) == pytest.approx(9 * 68**2 / 128**2, rel=0.01)
+
+
+def test_the_committed_page_is_what_the_code_writes(
+    found: list[floors.Floor], found_decoders: list[floors.DecoderFloor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(floors, "floors", lambda: iter(found))
+    monkeypatch.setattr(floors, "decoder_floors", lambda: iter(found_decoders))
     assert PAGE.read_text("utf-8") == floors.markdown(), "sana-export bench --floor > benchmarks/floors.md"

@@ -16,6 +16,7 @@ from huggingface_hub import errors
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.checkpoint.hub import Hub
+from sana_export.checkpoint.vae import open_vae
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
 
 REPO, COMMIT = "someone/sana-fine-tune", "0123456789abcdef0123456789abcdef01234567"
@@ -126,6 +127,39 @@ def test_files_of_the_variant_are_preferred_and_others_used_if_it_has_none(hub, 
 def test_the_hubs_transformer_is_not_downloaded_if_the_user_has_one(hub, tiny_checkpoint):
     open_checkpoint(REPO, transformer=tiny_checkpoint.weight_files("transformer")[0])
     assert {name for name in hub.downloaded if name.startswith("transformer/")} == {"transformer/config.json"}
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_an_autoencoder_on_the_hub_is_a_repository_or_a_part_of_one(hub, tiny_checkpoint, pipeline):
+    wanted = open_vae(str(tiny_checkpoint.folder), None, Hub())
+    (hub.source / "sana_export.json").unlink()
+    if not pipeline:
+        for path in (hub.source / "vae").iterdir():
+            path.rename(hub.source / path.name)
+    found = open_vae(f"{REPO}@v1", None, Hub("hf_secret"))
+    files = ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert set(hub.downloaded) == {f"vae/{name}" if pipeline else name for name in files}
+    assert hub.asked[0]["revision"] == "v1"
+    assert {asked["revision"] for asked in hub.asked[2:]} == {COMMIT}
+    assert (found.sha256, found.source) == (wanted.sha256, f"{REPO}@v1")
+    hub.asked.clear()
+    assert open_vae(REPO, None, Hub(offline=True)).sha256 == wanted.sha256
+    assert {asked["local_files_only"] for asked in hub.asked} == {True}
+
+
+def test_another_autoencoder_on_the_hub_is_refused_before_its_weights_are_downloaded(hub):
+    edit_json(hub.source / "vae" / "config.json", _class_name="AutoencoderKL")
+    with pytest.raises(ArtifactError, match=f"{REPO} is not an autoencoder of Sana"):
+        open_vae(REPO, None, Hub())
+    assert hub.downloaded == ["vae/config.json"]
+    shutil.rmtree(hub.source / "vae")
+    with pytest.raises(ArtifactError, match=r"no config\.json or vae/config\.json"):
+        open_vae(REPO, None, Hub())
+
+
+def test_the_hubs_autoencoder_is_not_downloaded_if_the_user_has_one(hub):
+    open_checkpoint(REPO, vae="tiny-dc-ae-lite")
+    assert {name for name in hub.downloaded if name.startswith("vae/")} == {"vae/config.json"}
 
 
 def test_every_call_uses_the_same_commit_token_and_cache(hub, tmp_path):

@@ -97,3 +97,32 @@ def test_a_folder_with_other_files_is_not_changed(cli: Cli, tmp_path: Path) -> N
     assert ran.code == 2
     assert "not a synthetic checkpoint" in ran.err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_it_writes_autoencoders_and_checkpoints_that_have_them(cli: Cli, tmp_path: Path) -> None:
+    alone, whole = tmp_path / "lite", tmp_path / "tiny"
+    ran = cli("synth", "tiny-dc-ae-lite", "-o", alone, "--seed", 5)
+    assert ran.code == 0, ran.err
+    assert f"next: sana-export export MODEL --vae {alone} -o BUNDLE" in ran.out
+    assert {path.name for path in alone.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors", "sana_export.json"}
+    ran = cli("synth", "tiny-random", "--vae", "dc-ae-lite", "--seed", 5, "-o", whole, "--json")
+    assert (ran.code, ran.json["vae"]) == (0, "dc-ae-lite")
+    assert (whole / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == (
+        alone / "diffusion_pytorch_model.safetensors"
+    ).read_bytes()
+    assert json.loads((whole / "vae" / "config.json").read_text())["decoder_layers_per_block"] == [0, 1, 1, 1, 1, 1]
+    assert open_checkpoint(str(whole), vae=str(alone)).sha256 == open_checkpoint(str(whole)).sha256
+    ran = cli("synth", "tiny-dc-ae", "--vae", "dc-ae-lite", "-o", tmp_path / "both")
+    assert (ran.code, (tmp_path / "both").exists()) == (2, False)
+    assert "tiny-dc-ae is an autoencoder itself" in ran.err
+
+
+def test_an_autoencoder_that_does_not_fit_is_refused_before_anything_is_written(cli: Cli, tmp_path: Path) -> None:
+    cli("synth", "tiny-dc-ae-lite", "-o", tmp_path / "lite")
+    config = tmp_path / "lite" / "config.json"
+    config.write_text(config.read_text().replace('"latent_channels": 32', '"latent_channels": 16'))
+    for vae, code in ((tmp_path / "lite", 4), ("no-such-vae", 2), ("", 2)):
+        ran = cli("export", "tiny-random", "--vae", vae, "-o", tmp_path / "bundle")
+        assert ran.code == code, ran.err
+        assert "fix:" in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["lite"]

@@ -1,4 +1,4 @@
-"""The whole published DC-AE decoder (f32c32, sana-1.1) equals diffusers in float32 and is close to it in float16."""
+"""The whole decoders of DC-AE (f32c32, sana-1.1) and DC-AE-Lite equal diffusers in float32 and are close to it in float16."""
 
 from __future__ import annotations
 
@@ -7,31 +7,38 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sana_export.architectures import AUTOENCODER
+from sana_export.architectures import AUTOENCODER, LITE
 from sana_export.graphs.numerics import FP16_MAX, NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoder
 from tests.support.full_width import assert_equal, assert_near, build, run_half, seeded
 from tests.support.heat import cool_decoder, heat_decoder
 
-#: The change to normal weights, and height and width of the latents: 256 px, or so small that diffusers' attention computes its
-#: products in another order.
-KINDS = {"normal": (None, (8, 8)), "hot": (heat_decoder, (3, 4)), "quiet": (cool_decoder, (4, 3))}
+#: The config, the change to normal weights, and height and width of the latents: 256 px, or so small that diffusers' attention
+#: computes its products in another order.
+KINDS = {
+    "normal": (AUTOENCODER, None, (8, 8)),
+    "hot": (AUTOENCODER, heat_decoder, (3, 4)),
+    "quiet": (AUTOENCODER, cool_decoder, (4, 3)),
+    "normal Lite": (AUTOENCODER | LITE, None, (5, 4)),
+    "hot Lite": (AUTOENCODER | LITE, heat_decoder, (3, 4)),
+    "quiet Lite": (AUTOENCODER | LITE, cool_decoder, (3, 2)),
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
 @torch.no_grad()
 def case(request):
-    """A decoder with latents and diffusers' image. The stream of the hot decoder is far beyond the range of fp16."""
-    vae = build("vae", AUTOENCODER, seed=6)
-    change, size = KINDS[request.param]
+    """A decoder with latents and diffusers' image. The stream of the hot decoders is far beyond the range of fp16."""
+    config, change, size = KINDS[request.param]
+    vae = build("vae", config, seed=6)
     if change is not None:
         change(vae.decoder)
     largest = []
-    for stage in vae.decoder.up_blocks:
+    for stage in filter(len, vae.decoder.up_blocks):
         stage.register_forward_hook(lambda module, inputs, output: largest.append(output.abs().max().item()))
     latents = torch.randn(1, 32, *size, generator=seeded("decoder", size))
     wanted = vae.decode(latents / vae.config.scaling_factor).sample
-    assert (min(largest) > 2 * FP16_MAX) == (request.param == "hot")
+    assert (min(largest) > 2 * FP16_MAX) == ("hot" in request.param)
     return SimpleNamespace(name=f"{request.param} decoder, {size}", vae=vae, latents=latents, wanted=wanted)
 
 

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from sana_export.architectures import AUTOENCODER, AUTOENCODER_DEFAULTS, LITE
+from sana_export.graphs import vae_blocks
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoder, VaeDecoderHead, VaeDecoderTail, feature_channels, tile_halo, tile_scale
 from sana_export.runtime.decoding import assemble, plan_windows
+from sana_export.supported import VAE_ACTIVATIONS, VAE_BLOCKS, unsupported
 from sana_export.synth.checkpoint import build_pipeline
 from sana_export.synth.recipes import RECIPES
 
@@ -20,7 +23,31 @@ CONFIGS = {
     "other widths": {"decoder_block_out_channels": (16, 16, 32, 32, 64, 128)},
     "two aggregations": {"decoder_qkv_multiscales": ((), (), (), (3, 5), (5,), ())},
     "attention in four stages": {"decoder_block_types": ("ResBlock",) * 2 + ("EfficientViTBlock",) * 4},
+    "DC-AE-Lite": LITE,
+    "shuffled pixels": {"upsample_block_type": "pixel_shuffle"},
+    "no stage at full resolution": {"decoder_layers_per_block": (0, 1, 2, 1, 1, 1)},
+    "no blocks in the lowest stage": {"decoder_layers_per_block": (1, 1, 1, 1, 1, 0), "decoder_conv_act_fn": "silu"},
+    "other activations": {"decoder_act_fns": ("relu", "silu", "swish", "relu", "relu", "silu")},
+    "no shortcut of the latents": {"decoder_in_shortcut": False},
+    "batch norm": {"decoder_norm_types": ("batch_norm", "rms_norm", "batch_norm", "batch_norm", "rms_norm", "batch_norm")},
+    "five stages": {key: AUTOENCODER[key][1:] for key in AUTOENCODER if key.endswith(("layers_per_block", "types", "multiscales"))}
+    | {
+        "decoder_norm_types": "rms_norm",
+        "decoder_block_out_channels": (32, 32, 64, 64, 128),
+        "encoder_block_out_channels": (16, 32, 32, 32, 32),
+    },
 }
+
+
+def build_vae(config):
+    """diffusers' autoencoder with the widths of `tiny-random`, `config` and random weights, batch norms included."""
+    recipe = RECIPES["tiny-random"]
+    vae = build_pipeline(replace(recipe, vae={**recipe.vae, **config})).vae
+    for module in vae.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0.0, 0.5)
+            module.running_var.uniform_(0.2, 2.0)
+    return vae
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -28,15 +55,51 @@ CONFIGS = {
 @torch.no_grad()
 def test_equals_diffusers(config, batch, height, width):
     """At the last size the first stage has at most 32 pixels, for which diffusers uses its quadratic attention."""
-    recipe = RECIPES["tiny-random"]
-    vae = build_pipeline(replace(recipe, vae={**recipe.vae, **config})).vae
+    vae = build_vae(config)
     latents = torch.randn(batch, 32, height, width)
     wanted = vae.decode(latents / vae.config.scaling_factor).sample
     found = VaeDecoder(dict(vae.config), vae.state_dict(), NUMERICS["float32"])(latents)
-    assert found.shape == wanted.shape == (batch, 3, 32 * height, 32 * width)
+    stride = vae.spatial_compression_ratio
+    assert found.shape == wanted.shape == (batch, 3, stride * height, stride * width)
     cosine = torch.nn.functional.cosine_similarity(found.double().flatten(), wanted.double().flatten(), dim=0)
     assert cosine >= 0.999999
     assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+#: Changes of a config that the graphs do not support, and what is said about each.
+UNSUPPORTED = [
+    ({"upsample_block_type": "bilinear"}, ["upsample_block_type is 'bilinear', supported: interpolate or pixel_shuffle"]),
+    ({"decoder_act_fns": "gelu"}, ["decoder_act_fns is 'gelu', supported: silu or swish or relu"]),
+    ({"decoder_conv_act_fn": "mish"}, ["decoder_conv_act_fn is 'mish', supported: silu or swish or relu"]),
+    ({"decoder_norm_types": ["layer_norm"] * 6}, ["decoder_norm_types is ['layer_norm', 'layer_n"]),
+    ({"decoder_block_types": ("ResBlock",) * 5 + ("AttnBlock",)}, ["supported: ResBlock or EfficientViTBlock"]),
+    ({"decoder_layers_per_block": (1, 1, 0, 1, 1, 1)}, ["at least 1 except in the first and the last stage"]),
+    ({"decoder_layers_per_block": (1, 1)}, ["decoder_layers_per_block has 2 entries, supported: 6"]),
+    ({"decoder_layers_per_block": None}, ["decoder_layers_per_block is None"]),
+    ({"decoder_qkv_multiscales": ((),) * 3 + ((4,),) * 3}, ["odd kernel sizes"]),
+    ({"decoder_qkv_multiscales": ()}, ["decoder_qkv_multiscales has 0 entries"]),
+    ({"decoder_block_out_channels": (16, 32, 32, 48, 64, 64)}, ["48 divides 4 x 32"]),
+    ({"decoder_block_out_channels": (32, 32, 32, 32)}, ["supported: 4"]),
+    ({"encoder_block_out_channels": (16, 16, 32, 32, 32)}, ["6 stages, supported: 5, as in encoder_block_out_channels"]),
+    ({"latent_channels": 48}, ["a divisor of the lowest stage's 64 channels"]),
+    ({"in_channels": 4}, ["in_channels is 4, supported: 3"]),
+    ({"scaling_factor": 0}, ["scaling_factor is 0, supported: a positive number"]),
+    ({"scaling_factor": float("nan"), "decoder_in_shortcut": 1}, ["scaling_factor is nan", "decoder_in_shortcut is 1"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), UNSUPPORTED)
+def test_unsupported_configs_are_refused_with_every_problem(changes, said):
+    config = {**AUTOENCODER_DEFAULTS, **RECIPES["tiny-random"].vae, **changes}
+    problems = [f"{one.key} is {one.found}, supported: {one.wanted}" for one in unsupported("AutoencoderDC", config, config)]
+    for part in said:
+        assert any(part in problem for problem in problems), problems
+
+
+def test_the_tables_name_what_the_blocks_implement():
+    assert set(VAE_BLOCKS) == set(vae_blocks.BLOCKS)
+    assert set(VAE_ACTIVATIONS) == set(vae_blocks.ACTIVATIONS)
+    assert list(unsupported("AutoencoderDC", AUTOENCODER_DEFAULTS, {})) == []
 
 
 #: Config, halo in features, and image pixels per feature. The numbers were derived by hand from the layers.
@@ -50,9 +113,23 @@ TAILS = {
         1,
     ),
     "no attention": ({"decoder_block_types": "ResBlock"}, 5, 32),
+    "DC-AE-Lite": (LITE, 18, 32),
+    "shuffled pixels": ({"upsample_block_type": "pixel_shuffle"}, 4, 8),
+    "attention at half the resolution": (
+        {"decoder_block_types": "EfficientViTBlock", "decoder_layers_per_block": (0, 1, 1, 1, 1, 1)}
+        | {"decoder_block_out_channels": (32, 32, 32, 64, 64, 64), "upsample_block_type": "pixel_shuffle"},
+        1,
+        2,
+    ),
 }
 #: Allowed difference for another order of float32 summation, relative to the image's largest value.
 ROUNDING = 1e-5
+
+
+def weights_of(config):
+    """The config and the weights of `build_vae`."""
+    vae = build_vae(config)
+    return dict(vae.config), vae.state_dict()
 
 
 def build_graphs(config, weights):
@@ -72,8 +149,7 @@ def tiled_error(whole, head, tail, latents, tile, halo, scale):
 
 @pytest.mark.parametrize(("config", "halo", "scale"), TAILS.values(), ids=TAILS)
 def test_tiles_equal_the_whole_image(config, halo, scale):
-    recipe = RECIPES["tiny-random"]
-    vae = build_pipeline(replace(recipe, vae={**recipe.vae, **config})).vae
+    vae = build_vae(config)
     modules = build_graphs(dict(vae.config), vae.state_dict())
     assert (tile_halo(modules[2]), tile_scale(vae.config)) == (halo, scale)
     for batch, height, width in ((2, 2, 5), (1, 6, 1)):
@@ -82,6 +158,20 @@ def test_tiles_equal_the_whole_image(config, halo, scale):
         assert features.shape == (batch, feature_channels(vae.config), *(32 // scale * side for side in (height, width)))
         for tile in (max(32 // scale - 1, 1), 3 * 32 // scale, 1000):
             assert tiled_error(*modules, latents, tile, halo, scale) < ROUNDING
+
+
+@pytest.mark.parametrize(("config", "halo", "scale"), TAILS.values(), ids=TAILS)
+def test_the_halo_is_how_far_gradients_reach(config, halo, scale):
+    """The pixels of one feature depend on all features up to the halo away, and on none beyond."""
+    side, own, whole = 2 * halo + 3, slice((halo + 1) * scale, (halo + 2) * scale), slice(None)
+    tail = build_graphs(*weights_of(config))[2]
+    channels = feature_channels({**RECIPES["tiny-random"].vae, **config})
+    for size, pixels in (((side, 1), (own, whole)), ((1, side), (whole, own))):
+        features = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        image = tail.image(features)[(whole, whole, *pixels)]
+        (image * torch.randn(image.shape)).sum().backward()
+        reached = features.grad.abs().amax((0, 1)).flatten() > 0
+        assert torch.nonzero(reached).flatten().tolist() == list(range(1, side - 1))
 
 
 def reach_far(weights, corner, stages):
@@ -108,8 +198,7 @@ def reach_far(weights, corner, stages):
 @pytest.mark.parametrize("name", ["plain", "published structure"])
 def test_the_halo_is_sufficient_and_minimal(name, corner):
     config, halo, scale = TAILS[name]
-    recipe = RECIPES["tiny-random"]
-    vae = build_pipeline(replace(recipe, vae={**recipe.vae, **config})).vae
+    vae = build_vae(config)
     modules = build_graphs(dict(vae.config), reach_far(vae.state_dict(), corner, 3))
     assert tile_halo(modules[2]) == halo
     latents = torch.randn(1, 32, 5, 5)
@@ -117,14 +206,16 @@ def test_the_halo_is_sufficient_and_minimal(name, corner):
     assert tiled_error(*modules, latents, 4, halo - 1, scale) > 0.01
 
 
+@pytest.mark.parametrize(("config", "scale"), [({}, 8), (LITE, 32)], ids=["plain", "DC-AE-Lite"])
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 @torch.no_grad()
-def test_head_and_tail_equal_the_decoder_in_half_precision(precision):
-    vae = build_pipeline(RECIPES["tiny-random"]).vae
+def test_head_and_tail_equal_the_decoder_in_half_precision(precision, config, scale):
+    vae = build_vae(config)
     whole, head, tail = (
         graph(dict(vae.config), vae.state_dict(), NUMERICS[precision]) for graph in (VaeDecoder, VaeDecoderHead, VaeDecoderTail)
     )
     latents = torch.randn(2, 32, 2, 3)
     features = head(latents)
     assert features.dtype == NUMERICS[precision].dtype
-    assert torch.equal(tail(features, torch.arange(8), torch.arange(12)), whole(latents))
+    sides = (2 * 32 // scale, 3 * 32 // scale)
+    assert torch.equal(tail(features, *map(torch.arange, sides)), whole(latents))

@@ -76,7 +76,7 @@ def heat_decoder(decoder: Any) -> None:
     stream, quiet, blocks = 1e4, 256, 0
     decoder.conv_in.weight *= stream
     decoder.conv_in.bias *= stream
-    for module in decoder.modules():
+    for module in decoder.up_blocks.modules():
         kind = type(module).__name__
         if kind == "DCUpBlock2d":
             module.conv.bias *= stream

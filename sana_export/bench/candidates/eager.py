@@ -15,6 +15,7 @@ from sana_export.adapters import Lora
 from sana_export.bench.candidates.table import Generated, Job
 from sana_export.bench.stages import StageTimes
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.checkpoint.vae import Vae
 from sana_export.errors import DependencyError
 from sana_export.manifest import Options
 from sana_export.runtime.request import Request
@@ -90,6 +91,7 @@ def open_job(job: Job) -> SanaCheckpoint:
         job.checkpoint,
         weights_variant=job.weights_variant,
         transformer_file=None if job.transformer is None else Path(job.transformer),
+        vae=None if job.vae is None else Vae(job.vae, Path(job.vae), job.weights_variant),
         loras=tuple(Lora(Path(path), scale) for path, scale in job.loras),
     )
 

@@ -46,6 +46,8 @@ class Job:
     workload: Workload
     #: A transformer file that replaces the checkpoint's, or None.
     transformer: str | None = None
+    #: The folder of an autoencoder that replaces the checkpoint's, or None.
+    vae: str | None = None
     #: Path and scale of each LoRA that is added to the checkpoint.
     loras: tuple[tuple[str, float], ...] = ()
     #: Index of the GPU. None means the first one. Ignored on a CPU.

@@ -16,6 +16,8 @@ from typing import Any
 
 from sana_export.bench.candidates.eager import PipelineCandidate, load_pipeline, open_job
 from sana_export.bench.candidates.table import Job
+from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.checkpoint.vae_config import read_decoder
 from sana_export.environment import cache_folder
 from sana_export.errors import UsageError
 from sana_export.verify.reference import REFERENCES
@@ -47,7 +49,7 @@ def load(job: Job) -> PipelineCandidate:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = job.threads
         runs[part] = _runner(onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
-    pipeline = _empty_pipeline(Path(job.checkpoint))
+    pipeline = _empty_pipeline(open_job(job))
     pipeline.text_encoder.forward = lambda ids, attention_mask: (runs["text_encoder"](ids, attention_mask),)
     pipeline.vae.decode = lambda latents, return_dict: (runs["vae"](latents),)
 
@@ -130,7 +132,7 @@ def _shapes(job: Job) -> tuple[tuple[int, int, int, int], int]:
     """Shape of the latents [B, C, h, w] and the number of guidance branches."""
     work = job.workload
     checkpoint = open_job(job)
-    factor = 2 ** (len(checkpoint.config("vae")["encoder_block_out_channels"]) - 1)
+    factor = read_decoder(checkpoint.config("vae")).stride
     transformer = checkpoint.config("transformer")
     shape = (work.images_per_prompt, transformer["in_channels"], work.height // factor, work.width // factor)
     return shape, 2 if work.guidance_scale > 1 and not transformer["guidance_embeds"] else 1
@@ -149,13 +151,14 @@ def _runner(session: Any) -> Callable[..., Any]:
     return run
 
 
-def _empty_pipeline(folder: Path) -> Any:
+def _empty_pipeline(checkpoint: SanaCheckpoint) -> Any:
     """The checkpoint's pipeline with modules on the meta device: they have shapes but no weights."""
     import diffusers
     import torch
     from diffusers import AutoencoderDC, SanaTransformer2DModel
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+    folder = checkpoint.folder
     index = diffusers.DiffusionPipeline.load_config(folder, local_files_only=True)
     plain = getattr(diffusers, REFERENCES[index["_class_name"]][False])
     traced = type(f"Traced{plain.__name__}", (plain,), {"_execution_device": torch.device("cpu")})  # its modules say "meta"
@@ -163,7 +166,7 @@ def _empty_pipeline(folder: Path) -> Any:
         modules = {
             "text_encoder": AutoModel.from_config(AutoConfig.from_pretrained(folder / "text_encoder"), dtype=torch.float32),
             "transformer": SanaTransformer2DModel.from_config(SanaTransformer2DModel.load_config(folder / "transformer")),
-            "vae": AutoencoderDC.from_config(AutoencoderDC.load_config(folder / "vae")),
+            "vae": AutoencoderDC.from_config(checkpoint.config("vae")),
         }
     pipeline: Any = traced(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),

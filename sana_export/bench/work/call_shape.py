@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,29 +89,36 @@ def padded_runs(instruction: int, length: int, *, negative: bool) -> tuple[int, 
 
 def stage_work(shape: CallShape, graph_work: GraphWork) -> dict[str, Work]:
     """Stage to the work of the deployment graphs in one call of `shape`."""
-    latents = {"batch": shape.batch, "latent_height": shape.latent_height, "latent_width": shape.latent_width}
-    text = {"branches": shape.branches, "text_tokens": shape.text_tokens}
+    latents, text = _latents(shape), {"branches": shape.branches, "text_tokens": shape.text_tokens}
     step = graph_work("denoiser", {**latents, **text})
     runs = [
         graph_work("text_encoder", {"batch": rows, "tokens": tokens, "prefix_tokens": prefix})
         for rows, tokens, prefix in shape.encoder_runs
     ]
-    if shape.windows:
-        height, width = shape.features
-        features = {"batch": shape.batch, "feature_height": height, "feature_width": width}
-        tiles = [graph_work("vae_decoder_tail", {**features, "tile_height": h, "tile_width": w}) for h, w in shape.windows]
-        decoder = sum(tiles, graph_work("vae_decoder_head", latents))
-    else:
-        decoder = graph_work("vae_decoder", latents)
     return with_totals(
         {
             "text_encoder": sum(runs, Work()),
             "context": graph_work("context", {"batch": shape.batch, **text}),
             "denoise_step": step,
-            "vae_decoder": decoder,
+            "vae_decoder": decoder_work(shape, graph_work),
         },
         shape.steps,
     )
+
+
+def decoder_work(shape: CallShape, graph_work: GraphWork) -> Work:
+    """The work of the decoder's graphs in one call of `shape`."""
+    if not shape.windows:
+        return graph_work("vae_decoder", _latents(shape))
+    height, width = shape.features
+    features = {"batch": shape.batch, "feature_height": height, "feature_width": width}
+    sizes = Counter(shape.windows)  # few sizes, and each takes time to count
+    tiles = (graph_work("vae_decoder_tail", {**features, "tile_height": h, "tile_width": w}) * n for (h, w), n in sizes.items())
+    return sum(tiles, graph_work("vae_decoder_head", _latents(shape)))
+
+
+def _latents(shape: CallShape) -> dict[str, int]:
+    return {"batch": shape.batch, "latent_height": shape.latent_height, "latent_width": shape.latent_width}
 
 
 def with_totals(stages: Mapping[str, Work], steps: int) -> dict[str, Work]:

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from sana_export.bench.stages import END_TO_END
-from sana_export.bench.work.call_shape import CallShape, padded_runs, stage_work
+from sana_export.bench.work.call_shape import CallShape, decoder_work, padded_runs, stage_work
 from sana_export.bench.work.count import Rates, Work
-from sana_export.bench.work.networks import Configs, reference_work, restated_work
+from sana_export.bench.work.networks import Configs, MetaWeights, reference_decoder_work, reference_work, restated_work
+from sana_export.checkpoint.configs import expected_shapes
+from sana_export.checkpoint.vae_config import read_decoder
+from sana_export.graphs.numerics import NUMERICS
+from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
 from sana_export.manifest import Options
 from sana_export.profiles import DECODER_TILE, UNTILED_AREA
 from sana_export.runtime.decoding import plan_windows
-from sana_export.synth.recipes import RECIPES
+from sana_export.synth.recipes import AUTOENCODER_RECIPES, RECIPES, Config
 
 #: Rates of dense fp16 products with fp32 accumulation, and memory bandwidth, as NVIDIA publishes them (see `_SOURCES`).
 CARDS = {
@@ -27,8 +33,8 @@ SIDES = (512, 1024, 2048, 4096)
 STEPS, BRANCHES = 20, 2
 #: Tokens of a prompt of about one sentence, of the instruction before it, and of diffusers' padded text.
 PROMPT_TOKENS, INSTRUCTION_TOKENS, TEXT_LENGTH = 20, 200, 300
-#: Of the published decoder: halo of a tile in features, pixels per feature, and pixels per latent.
-TILE_HALO, TILE_SCALE, LATENT_SCALE = 7, 8, 32
+#: Label to an alias of autoencoders.py. The first one is in the tables of whole images.
+DECODERS = {"DC-AE": "dc-ae", "DC-AE-Lite": "dc-ae-lite"}
 STAGES = ("text_encoder", "context", "denoise_loop", "vae_decoder")
 
 
@@ -46,6 +52,20 @@ class Floor:
     reference: dict[str, Work]
 
 
+@dataclass(frozen=True)
+class DecoderFloor:
+    """The work of one decoder for one image."""
+
+    #: A key of `DECODERS`.
+    decoder: str
+    #: Height and width in pixels.
+    side: int
+    #: The work of our graphs.
+    ours: Work
+    #: The work of diffusers' module, in one piece.
+    reference: Work
+
+
 def floors() -> Iterator[Floor]:
     """Every model at every size: one image with CFG."""
     for label, recipe_name in MODELS.items():
@@ -53,16 +73,31 @@ def floors() -> Iterator[Floor]:
         configs: Configs = {"transformer": recipe.transformer, "vae": recipe.vae, "text_encoder": recipe.text_encoder}
         graph_work = restated_work(configs, Options("fp16", clamp=True))
         for side in SIDES:
-            shape = image_shape(side)
+            shape = image_shape(side, recipe.vae)
             half = {"transformer": "float16", "vae": "bfloat16", "text_encoder": "bfloat16"}
             yield Floor(label, side, stage_work(shape, graph_work), reference_work(configs, shape, half))
 
 
-def image_shape(side: int) -> CallShape:
-    """The sizes of one square image of `side` pixels, as the runtime samples it."""
-    latent, feature = side // LATENT_SCALE, side // TILE_SCALE
+def decoder_floors() -> Iterator[DecoderFloor]:
+    """Every decoder at every size."""
+    recipe = RECIPES[next(iter(MODELS.values()))]
+    for label, alias in DECODERS.items():
+        vae = AUTOENCODER_RECIPES[alias]
+        graph_work = restated_work(
+            {"transformer": recipe.transformer, "vae": vae, "text_encoder": recipe.text_encoder}, Options("fp16", clamp=True)
+        )
+        for side in SIDES:
+            shape = image_shape(side, vae)
+            theirs = reference_decoder_work(vae, (1, shape.latent_height, shape.latent_width), torch.bfloat16)
+            yield DecoderFloor(label, side, decoder_work(shape, graph_work), theirs)
+
+
+def image_shape(side: int, vae: Config) -> CallShape:
+    """The sizes of one square image of `side` pixels, as the runtime samples it and decodes it with the autoencoder `vae`."""
+    scale, halo = tile_scale(vae), tail_halo(vae)
+    latent, feature = side // read_decoder(vae).stride, side // scale
     tiled = side * side > UNTILED_AREA
-    windows = plan_windows(feature, feature, DECODER_TILE // TILE_SCALE, TILE_HALO) if tiled else ()
+    windows = plan_windows(feature, feature, DECODER_TILE // scale, halo) if tiled else ()
     return CallShape(
         1,
         BRANCHES,
@@ -77,11 +112,18 @@ def image_shape(side: int) -> CallShape:
     )
 
 
+def tail_halo(vae: Config) -> int:
+    """The halo of the autoencoder's tiles, in features."""
+    with torch.device("meta"):
+        return tile_halo(VaeDecoderTail(vae, MetaWeights(expected_shapes("vae", vae)), NUMERICS["float16"]))
+
+
 def markdown() -> str:
     """The text of benchmarks/floors.md."""
     found = list(floors())
     lines = [_HEAD.format(steps=STEPS, prompt=PROMPT_TOKENS, instruction=INSTRUCTION_TOKENS)]
     lines += ["## Work of one image", "", *_work_table(found)]
+    lines += ["", *_decoder_table(list(decoder_floors()))]
     for card, rates in CARDS.items():
         lines += ["", f"## {card}", ""]
         lines += [f"{rates.flop / 1e12:g} TFLOP/s, {rates.bytes / 1e9:g} GB/s ({rates.source}).", "", *_card_table(found, rates)]
@@ -122,6 +164,11 @@ Rates are for dense fp16 products with fp32 accumulation.
 """
 
 
+_DECODERS_HEAD = """\
+One image in fp16 with each autoencoder (`export --vae`). DC-AE-Lite has the published depths and, as its config was not at hand,
+the widths of DC-AE. At 4096 px both decode in tiles of 1024 px ([numerics.md](../docs/numerics.md#the-tiled-decoder)).
+"""
+
 _HEAD = """# The floor: computed, not measured
 
 The floor is the time of one image if each matrix product and convolution ran at the card's published rate or moved its operands at
@@ -145,6 +192,24 @@ def _work_table(found: list[Floor]) -> list[str]:
         lines.append(
             f"| {floor.model} | {floor.side} | {step.flop / 1e12:.2f} TFLOP | {decoder.flop / 1e12:.2f} TFLOP "
             f"| {whole.flop / 1e12:.1f} TFLOP | {whole.bytes / 1e9:.1f} GB | {floor.reference[END_TO_END].flop / 1e12:.1f} TFLOP |"
+        )
+    return lines
+
+
+def _decoder_table(found: list[DecoderFloor]) -> list[str]:
+    heads = " | ".join(f"{card}, ms" for card in CARDS)
+    lines = [
+        "## The decoders",
+        "",
+        _DECODERS_HEAD,
+        f"| decoder | px | work | bytes | diffusers | {heads} |",
+        _rule(2, 3 + len(CARDS)),
+    ]
+    for floor in found:
+        cards = " | ".join(f"{1e3 * floor.ours.floor_seconds(rates):.2f}" for rates in CARDS.values())
+        lines.append(
+            f"| {floor.decoder} | {floor.side} | {floor.ours.flop / 1e12:.2f} TFLOP | {floor.ours.bytes / 1e9:.1f} GB "
+            f"| {floor.reference.flop / 1e12:.2f} TFLOP | {cards} |"
         )
     return lines
 

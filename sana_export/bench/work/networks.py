@@ -78,7 +78,7 @@ def reference_work(configs: Configs, shape: CallShape, dtypes: Mapping[str, str]
     The text encoder runs on padded tokens, and the transformer projects the padded text in every step. Perturbed attention counts
     as plain attention.
     """
-    from diffusers import AutoencoderDC, SanaTransformer2DModel
+    from diffusers import SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model
 
     config = {name: dict(content) for name, content in configs.items()}
@@ -89,7 +89,6 @@ def reference_work(configs: Configs, shape: CallShape, dtypes: Mapping[str, str]
     with torch.device("meta"):
         encoder = _cast(Gemma2Model(Gemma2Config.from_dict(config["text_encoder"])), dtype["text_encoder"])
         transformer = _cast(SanaTransformer2DModel.from_config(config["transformer"]), dtype["transformer"])
-        decoder = _cast(AutoencoderDC.from_config(config["vae"]), dtype["vae"])
 
         def encode(tokens: int) -> Work:
             ids = torch.empty(1, tokens, dtype=torch.long)
@@ -106,10 +105,20 @@ def reference_work(configs: Configs, shape: CallShape, dtypes: Mapping[str, str]
             {
                 "text_encoder": sum(map(encode, shape.padded_runs), Work()),
                 "denoise_step": torch_work(step),
-                "vae_decoder": torch_work(lambda: decoder.decode(torch.empty(shape.batch, channels, *size, dtype=dtype["vae"]))),
+                "vae_decoder": reference_decoder_work(config["vae"], (shape.batch, *size), dtype["vae"]),
             },
             shape.steps,
         )
+
+
+def reference_decoder_work(config: Mapping[str, Any], shape: tuple[int, int, int], dtype: torch.dtype) -> Work:
+    """The work of diffusers' decoder for latents of `shape` (images, height, width)."""
+    from diffusers import AutoencoderDC
+
+    batch, *size = shape
+    with torch.device("meta"):
+        vae = _cast(AutoencoderDC.from_config(dict(config)), dtype)
+        return torch_work(lambda: vae.decode(torch.empty(batch, vae.config.latent_channels, *size, dtype=dtype)))
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:

@@ -65,7 +65,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show what got better or worse between two bench.json files, or two reports of make gpu-check",
     )
     modes.add_argument("--profile", action="store_true", help="show the slowest layers of each graph in one backend")
+    modes.add_argument(
+        "--decoders",
+        metavar="VAE",
+        nargs="+",
+        help="time the decoders of autoencoders beside each other, in float32 on the CPU: names or folders as for export --vae",
+    )
     modes.add_argument("--floor", action="store_true", help="compute the shortest possible times of published models on known GPUs")
+    parser.add_argument(
+        "--sides",
+        metavar="PIXELS",
+        type=positive,
+        nargs="+",
+        default=[512, 1024],
+        help="with --decoders: heights and widths of the images (default: 512 1024)",
+    )
+    parser.add_argument("--rounds", metavar="N", type=positive, default=5, help="with --decoders: timed rounds (default: 5)")
     parser.add_argument(
         "--threshold",
         metavar="PERCENT",
@@ -94,6 +109,8 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     require("", "export")
     if options.floor:
         return _floor()
+    if options.decoders:
+        return _decoders(options, console)
     if options.bundle is None:
         raise UsageError("bench needs BUNDLE", wanted=VERB.example, fix="sana-export bench --help")
     if options.reference is None:
@@ -172,6 +189,21 @@ def _floor() -> Answer:
     return Answer({"floors": floors.as_json()}, floors.markdown())
 
 
+def _decoders(options: argparse.Namespace, console: Console) -> Answer:
+    """Exit code 5 if an image differs from diffusers'."""
+    from sana_export.bench.decoders import compare_decoders
+    from sana_export.checkpoint.checkpoint import open_checkpoint
+
+    opening = model_options(options, options)
+    # The transformer is not run: that of any Sana will do.
+    checkpoints = [open_checkpoint("tiny-random", **{**opening, "vae": vae}) for vae in options.decoders]
+    report = compare_decoders(
+        checkpoints, sides=options.sides, rounds=options.rounds, threads=options.threads, on_progress=console.show
+    )
+    passed = all(row.passed for row in report.parity)
+    return Answer(report.as_json(), report.as_text(), 0 if passed else ParityError.exit_code)
+
+
 def _profile(options: argparse.Namespace, console: Console, opening: Mapping[str, Any]) -> Answer:
     """Exit code 3 if a graph could not be run."""
     from sana_export.bench.profile.profile import run_profile
@@ -199,7 +231,8 @@ VERB = Verb(
     description="Times backends and eager diffusers in turns, in one run, and checks that their images agree.",
     example="sana-export bench bundle --reference mid --workload cpu -o report\n"
     "  sana-export bench --compare before/bench.json after/bench.json --threshold 5%\n"
-    "  sana-export bench bundle --reference mid --profile --backend onnxruntime",
+    "  sana-export bench bundle --reference mid --profile --backend onnxruntime\n"
+    "  sana-export bench --decoders mid-dc-ae mid-dc-ae-lite --sides 512",
     add_arguments=add_arguments,
     run=run,
 )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 
+from sana_export.autoencoders import AUTOENCODERS, DECODERS, find_autoencoder
 from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import VERBOSE, Console
 from sana_export.cli.terminal.text import size
 from sana_export.cli.verb import Answer, Verb, index, path_named
 from sana_export.commands import first_export_command
+from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS
 from sana_export.variants import VARIANTS
 
@@ -18,9 +21,18 @@ _DEFAULT_SHARD = "2GB"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="VARIANT", help="alias or hub id from `sana-export variants`")
+    parser.add_argument(
+        "model",
+        metavar="VARIANT",
+        help="alias or hub id from `sana-export variants`, or an autoencoder for --vae: " + ", ".join(AUTOENCODERS),
+    )
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=path_named("--output"), required=True, help="folder of the checkpoint"
+    )
+    parser.add_argument(
+        "--vae",
+        choices=tuple(DECODERS),
+        help="decoder of the checkpoint's autoencoder (default: dc-ae, that of the published ones)",
     )
     parser.add_argument(
         "--dtype",
@@ -39,32 +51,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
     require("", "export")
-    from sana_export.synth.checkpoint import find_recipe, make_checkpoint
+    from sana_export.synth.checkpoint import find_recipe, make_autoencoder, make_checkpoint
 
-    recipe = find_recipe(options.model)
-    dtype = options.dtype or VARIANTS[recipe.name].weights_variant or "fp32"
-    folder = make_checkpoint(
-        recipe,
-        options.output,
-        dtype=PRECISIONS[dtype],
-        seed=options.seed,
-        shard_size=options.shard_size,
-        on_progress=console.show,
-    )
+    folder, row = options.output, find_autoencoder(options.model)
+    settings = {"seed": options.seed, "shard_size": options.shard_size, "on_progress": console.show}
+    if row is not None:
+        if options.vae is not None:
+            raise UsageError(f"{row.alias} is an autoencoder itself", found=f"--vae {options.vae}", fix="omit --vae")
+        name, dtype = row.alias, options.dtype or "fp32"
+        make_autoencoder(row.alias, folder, dtype=PRECISIONS[dtype], **settings)
+        following = f"sana-export export MODEL --vae {shlex.quote(str(folder))} -o BUNDLE"
+    else:
+        recipe = find_recipe(options.model)
+        name, dtype = recipe.name, options.dtype or VARIANTS[recipe.name].weights_variant or "fp32"
+        make_checkpoint(recipe, folder, dtype=PRECISIONS[dtype], vae=options.vae, **settings)
+        following = first_export_command(folder)
     console.clear()
     files = [file for file in folder.rglob("*") if file.is_file()]
     document = {
         "checkpoint": str(folder),
-        "variant": recipe.name,
+        "variant": name,
         "synthetic": True,
         "dtype": dtype,
         "seed": options.seed,
         "files": len(files),
         "bytes": sum(file.stat().st_size for file in files),
     }
+    document |= {"vae": options.vae} if options.vae else {}
+    full_name = name if options.vae is None else f"{name} with {options.vae}"
     text = (
-        f"{folder}: {recipe.name}, synthetic: random weights of seed {options.seed}, {dtype}, {size(document['bytes'])}\n"
-        f"next: {first_export_command(folder)}"
+        f"{folder}: {full_name}, synthetic: random weights of seed {options.seed}, {dtype}, {size(document['bytes'])}\n"
+        f"next: {following}"
     )
     return Answer(document, text)
 

@@ -259,6 +259,7 @@ def _open(recorded: Checkpoint) -> SanaCheckpoint:
         revision=recorded.revision,
         weights_variant=recorded.weights_variant,
         transformer=Path(recorded.transformer.path) if recorded.transformer else None,
+        vae=recorded.vae.path if recorded.vae else None,
         loras=[Lora(Path(overlay.path), overlay.scale) for overlay in recorded.loras],
     )
 

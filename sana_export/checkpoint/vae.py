@@ -1,0 +1,158 @@
+"""An autoencoder that replaces a checkpoint's own: found by name, in a folder or on the hub, and compared with the transformer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sana_export.architectures import AUTOENCODER_DEFAULTS, LATENT_STRIDE
+from sana_export.autoencoders import AUTOENCODERS, Autoencoder, find_autoencoder
+from sana_export.checkpoint.components import COMPONENTS, select_weights
+from sana_export.checkpoint.hub import Hub, ReadJson, fetch, read_json
+from sana_export.environment import cache_folder, import_digest
+from sana_export.errors import ArtifactError, UsageError
+from sana_export.files import hash_file
+from sana_export.synth.checkpoint import MARKER, make_autoencoder
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+#: Where the config is in a folder or a repository: at the top, or in the folder of a pipeline's autoencoder.
+PLACES = (CONFIG, f"vae/{CONFIG}")
+
+
+@dataclass(frozen=True)
+class Vae:
+    """The folder of an autoencoder in diffusers' format: config.json and the weights."""
+
+    #: The alias, hub id or folder that the user gave.
+    source: str
+    #: The folder.
+    folder: Path
+    #: The variant of the weight files that is preferred: "fp16" means files such as *.fp16.safetensors.
+    weights_variant: str | None = None
+
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        return read_json(self.folder / CONFIG)
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """Its safetensors files: one, or the shards that its index lists."""
+        names = [path.name for path in self.folder.iterdir()]
+        found = _weights(names, "", lambda name: read_json(self.folder / name), self.weights_variant, self.source)
+        return [self.folder / name for name in found]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of its config and weights."""
+        digest = hashlib.sha256()
+        for path in (self.folder / CONFIG, *self.weight_files):
+            digest.update(hash_file(path).encode())
+        return digest.hexdigest()
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether its weights are random."""
+        return any((folder / MARKER).is_file() for folder in (self.folder, self.folder.parent))
+
+
+def open_vae(name: str, weights_variant: str | None, hub: Hub) -> Vae:
+    """Find the autoencoder `name`: an alias of autoencoders.py, a local folder, or a hub id, also as "owner/name@revision".
+
+    The folder or repository is an autoencoder itself or a pipeline with one. Raises UsageError for an unknown name, ArtifactError
+    if it is no AutoencoderDC, and DependencyError if the hub cannot be reached.
+    """
+    row = find_autoencoder(name)
+    if row is None and name.strip() and Path(name).is_dir():
+        top = Path(name)
+    elif row is not None and row.repo is None:
+        top = _synthetic_folder(row)
+    elif row is not None or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
+        repo, _, revision = (row.repo if row and row.repo else name).partition("@")
+        check = partial(_check_class, source=name)
+        select = partial(_select, weights_variant=weights_variant, source=name)
+        top = fetch(repo, revision or None, hub, check, select, first=PLACES)
+    else:
+        raise UsageError(
+            f"unknown autoencoder {name!r}",
+            found="not an alias, a folder or a hub id (owner/name)",
+            wanted="a folder or hub id of an AutoencoderDC, or one of " + ", ".join(AUTOENCODERS),
+            fix="--vae dc-ae-lite",
+        )
+    place = next((place for place in PLACES if (top / place).is_file()), None)
+    if place is None:
+        raise ArtifactError(
+            f"{name} has no autoencoder",
+            found=", ".join(sorted(path.name for path in top.iterdir())[:8]) or "an empty folder",
+            wanted=" or ".join(PLACES) + ", and the weights beside it",
+            fix="use the folder that AutoencoderDC.from_pretrained loads, or --vae dc-ae-lite",
+        )
+    vae = Vae(name, (top / place).parent, weights_variant)
+    _check_class(vae.config(), name)
+    return vae
+
+
+def fit_problems(
+    vae: Vae, config: Mapping[str, Any], transformer: Mapping[str, Any], own: Mapping[str, Any] | None, model: str
+) -> Iterator[ArtifactError]:
+    """Why `vae`, whose complete config is `config`, does not fit the checkpoint `model`, if it does not.
+
+    `transformer` is the config of its transformer, `own` that of the autoencoder that it was trained with. None: unknown, so its
+    stride is that of every Sana.
+    """
+    found = (config["latent_channels"], _stride(config))
+    wanted = (transformer["in_channels"], LATENT_STRIDE if own is None else _stride(AUTOENCODER_DEFAULTS | dict(own)))
+    if found != wanted:
+        yield ArtifactError(
+            f"the autoencoder {vae.source} does not fit the transformer of {model}",
+            found=f"{vae.source} decodes latents of {found[0]} channels, {found[1]} image pixels per latent pixel",
+            wanted=f"{wanted[0]} channels and {wanted[1]} pixels, as {model} has",
+            fix="omit --vae, or use --vae dc-ae-lite" if wanted == (32, LATENT_STRIDE) else "omit --vae",
+        )
+
+
+def _stride(config: Mapping[str, Any]) -> int:
+    """Image pixels per latent pixel, in each direction."""
+    return int(2 ** (len(config["encoder_block_out_channels"]) - 1))
+
+
+def _check_class(config: Mapping[str, Any], source: str) -> None:
+    if (found := config.get("_class_name", "AutoencoderDC")) not in COMPONENTS["vae"].classes:
+        raise ArtifactError(
+            f"{source} is not an autoencoder of Sana",
+            found=f"config.json of {found}",
+            wanted=" or ".join(COMPONENTS["vae"].classes),
+            fix="omit --vae, or use --vae dc-ae-lite",
+        )
+
+
+def _select(names: Collection[str], read: ReadJson, *, weights_variant: str | None, source: str) -> list[str]:
+    """The files of a hub repository that are read."""
+    place = next((place for place in PLACES if place in names), CONFIG)
+    folder = place.removesuffix(CONFIG)
+    marker = [MARKER] if MARKER in names else []
+    return [place, *marker, *_weights(names, folder, read, weights_variant, source)]
+
+
+def _weights(names: Collection[str], folder: str, read: ReadJson, weights_variant: str | None, source: str) -> list[str]:
+    """The weight files in `folder` ("" or "vae/") among `names`, as `select_weights` chooses them."""
+    inside = {f"vae/{PurePosixPath(name).name}" for name in names if name == folder + PurePosixPath(name).name}
+
+    def own(name: str) -> str:
+        return folder + name.removeprefix("vae/")
+
+    return [own(name) for name in select_weights("vae", inside, weights_variant, lambda name: read(own(name)), source)]
+
+
+def _synthetic_folder(row: Autoencoder) -> Path:
+    folder = cache_folder() / "checkpoints" / f"{row.alias}-{import_digest('sana_export.synth.checkpoint')[:12]}"
+    if not (folder / CONFIG).is_file():
+        log.info("making the synthetic autoencoder %s in %s", row.alias, folder)
+        make_autoencoder(row.alias, folder)
+    return folder
