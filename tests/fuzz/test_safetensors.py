@@ -54,9 +54,10 @@ def changed(draw: Any, entry: Any) -> Any:
     key = draw(st.sampled_from(["dtype", "shape", "data_offsets", "shifted", "more", "all"]))
     if key == "all" or not isinstance(entry, dict):
         return draw(ANYTHING)
-    if key == "shifted" and "data_offsets" in entry:
+    offsets = entry.get("data_offsets")
+    if key == "shifted" and isinstance(offsets, list) and all(isinstance(offset, int) for offset in offsets):
         step = draw(st.sampled_from([-4, -1, 1, 4]))
-        return {**entry, "data_offsets": [offset + step for offset in entry["data_offsets"]]}
+        return {**entry, "data_offsets": [offset + step for offset in offsets]}
     values = {
         "shifted": ANYTHING,
         "dtype": DTYPES | ANYTHING,
