@@ -43,7 +43,7 @@ def test_the_command_parses_to_the_options_of_the_bundle(tiny_bundle: Path, tmp_
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
     options = parse(shlex.split(export_command(tmp_path, Manifest.load(tmp_path)))[1:])
-    assert (options.model, options.output, options.dtype, options.clamp) == ("someone/sana", str(tmp_path), "bf16", True)
+    assert (options.model, options.output, options.dtype, options.clamp) == ("someone/sana", tmp_path, "bf16", True)
     found = model_options(options, options)
     assert (found["revision"], found["weights_variant"], found["transformer"]) == ("v1", "bf16", Path("own t.safetensors"))
     assert found["loras"] == (Lora(Path("x:1"), 0.7), Lora(Path("y")))
@@ -62,14 +62,14 @@ def test_hub_options_are_parsed_and_the_token_is_never_shown() -> None:
 def test_the_build_command_names_the_size_and_quotes_the_path() -> None:
     line = build_command(Path("my bundles/tiny"), "tensorrt-rtx", height=2048, width=512, batch=2)
     assert line == "sana-export build 'my bundles/tiny' --backend tensorrt-rtx --height 2048 --width 512 --batch 2"
-    assert parse(shlex.split(line)[1:]).bundle == "my bundles/tiny"
+    assert parse(shlex.split(line)[1:]).bundle == Path("my bundles/tiny")
 
 
 def test_the_ranges_command_names_the_whole_checkpoint(tiny_bundle: Path) -> None:
     overlays = {"transformer": Overlay("own t.safetensors", "1"), "loras": (Overlay("x:1", "2", 0.7),)}
     manifest = dataclasses.replace(Manifest.load(tiny_bundle), checkpoint=dataclasses.replace(PLAIN, revision="v1", **overlays))
     options = parse(shlex.split(ranges_command(Path("a bundle"), manifest))[1:])
-    assert (options.verb, options.bundle, options.reference, options.ranges) == ("verify", "a bundle", "someone/sana", True)
+    assert (options.verb, options.bundle, options.reference, options.ranges) == ("verify", Path("a bundle"), "someone/sana", True)
     found = model_options(options, options)
     assert (found["revision"], found["transformer"]) == ("v1", Path("own t.safetensors"))
     assert found["loras"] == (Lora(Path("x:1"), 0.7),)

@@ -151,7 +151,12 @@ def test_generate_refuses_a_damaged_bundle(damage: Callable[[Path], str], bundle
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+def test_inspect_refuses_a_manifest_that_leads_outside(bundle_copy: Path, cli: Cli) -> None:
+    name = point_outside(bundle_copy)
+    refused(cli("inspect", bundle_copy), 4, name, "names a file outside itself", "sana-export export")
+
+
+@pytest.mark.parametrize("damage", [damage for damage in DAMAGE if damage is not point_outside])
 def test_inspect_names_the_damaged_file(damage: Callable[[Path], str], bundle_copy: Path, cli: Cli) -> None:
     intact = cli("inspect", bundle_copy)
     assert (intact.code, "files: all match the manifest" in intact.out) == (0, True)

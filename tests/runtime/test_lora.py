@@ -202,13 +202,21 @@ def test_the_sessions_of_a_staged_runtime_have_the_lora(runtime: SanaRuntime, ti
     np.testing.assert_array_equal(draw(staged), plain)
 
 
+def huge(lora: Path, folder: Path) -> Path:
+    """A copy of a LoRA whose product leaves the range of float32."""
+    tensors = load_file(lora / "pytorch_lora_weights.safetensors")
+    path = folder / "huge.safetensors"
+    save_file({name: tensor * 3e19 for name, tensor in tensors.items()}, path)
+    return path
+
+
 def test_a_lora_that_a_session_loaded_later_would_refuse_is_refused_at_once(
-    tiny_bundle: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     staged = SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="staged")
     assert not staged.sessions
     with pytest.raises(ArtifactError, match="leaves the range of float32"):
-        staged.load_lora(lora, 3e38)
+        staged.load_lora(huge(lora, tmp_path), 1000)
 
     def check_refit(graph: str) -> None:
         raise ArtifactError(f"the engine of {graph} cannot be refitted", found="a test", wanted="--refittable")
@@ -271,13 +279,15 @@ def test_one_unknown_layer_refuses_the_whole_lora(runtime: SanaRuntime, lora: Pa
 
 def test_other_refusals(runtime: SanaRuntime, lora: Path, tmp_path: Path) -> None:
     assert "no such file" in refused(runtime, tmp_path / "nothing", kind=UsageError)
-    assert "finite factor" in refused(runtime, lora, float("nan"), UsageError)
+    for scale in (float("nan"), 1e30, "0.5", True):
+        assert "a number from -1000 to 1000" in refused(runtime, lora, scale, UsageError)
     path = tmp_path / "cut.safetensors"
     path.write_bytes((lora / "pytorch_lora_weights.safetensors").read_bytes()[:-100])
     assert "download the LoRA again" in refused(runtime, path)
-    message = refused(runtime, lora, 3e38)
+    path = huge(lora, tmp_path)
+    message = refused(runtime, path, 1000)
     assert "leaves the range of float32" in message
-    assert str(lora) in message
+    assert str(path) in message
 
 
 def test_a_backend_that_cannot_refit(runtime: SanaRuntime, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
