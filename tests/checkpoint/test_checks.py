@@ -40,7 +40,7 @@ def refusal(folder: Path) -> ArtifactError:
         ("transformer", "guidance_embeds_scale", None, "a number"),
         ("vae", "decoder_act_fns", "gelu", "silu"),
         ("vae", "decoder_act_fns", ["silu"] * 5 + ["gelu"], "silu"),
-        ("vae", "decoder_in_shortcut", False, "True"),
+        ("vae", "decoder_in_shortcut", "yes", "True or False"),
         ("vae", "scaling_factor", 0, "a positive number"),
         ("vae", "scaling_factor", float("nan"), "a positive number"),
         ("text_encoder", "hidden_activation", "silu", "gelu_pytorch_tanh"),

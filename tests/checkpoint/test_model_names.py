@@ -71,7 +71,7 @@ def test_the_address_of_a_repository_names_it(model: str, wanted: tuple[str, str
 def test_the_address_of_a_published_checkpoint_is_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def fetch(repo: str, revision: str | None, *others: object) -> Path:
+    def fetch(repo: str, revision: str | None, *others: object, **checks: object) -> Path:
         asked.append((repo, revision))
         raise KeyboardInterrupt
 

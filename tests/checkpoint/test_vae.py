@@ -173,8 +173,9 @@ def test_a_decoder_that_is_not_supported_is_refused_when_it_is_opened(folder: Pa
     for opening in ({"model": "tiny-random", "vae": str(folder)}, {"model": str(own)}):
         with pytest.raises(ArtifactError) as caught:
             open_checkpoint(**opening)
-        assert "decoder_conv_act_fn is 'gelu'" in str(caught.value)
-        assert "upsample_block_type is 'bilinear'" in str(caught.value)
+        assert "unsupported decoder_conv_act_fn: found 'gelu'" in str(caught.value)
+        assert "unsupported upsample_block_type: found 'bilinear'" in str(caught.value)
+        assert "--vae dc-ae-lite" in str(caught.value.fix)
 
 
 def test_a_config_without_the_keys_that_have_defaults_opens(folder: Path, lite: SanaCheckpoint) -> None:

@@ -68,23 +68,23 @@ def test_equals_diffusers(config, batch, height, width):
 
 #: Changes of a config that the graphs do not support, and what is said about each.
 UNSUPPORTED = [
-    ({"upsample_block_type": "bilinear"}, ["upsample_block_type is 'bilinear', supported: interpolate or pixel_shuffle"]),
+    ({"upsample_block_type": "bilinear"}, ["upsample_block_type is 'bilinear', supported: 'interpolate' or 'pixel_shuffle'"]),
     ({"decoder_act_fns": "gelu"}, ["decoder_act_fns is 'gelu', supported: silu or swish or relu"]),
-    ({"decoder_conv_act_fn": "mish"}, ["decoder_conv_act_fn is 'mish', supported: silu or swish or relu"]),
+    ({"decoder_conv_act_fn": "mish"}, ["decoder_conv_act_fn is 'mish', supported: 'silu' or 'swish' or 'relu'"]),
     ({"decoder_norm_types": ["layer_norm"] * 6}, ["decoder_norm_types is ['layer_norm', 'layer_n"]),
     ({"decoder_block_types": ("ResBlock",) * 5 + ("AttnBlock",)}, ["supported: ResBlock or EfficientViTBlock"]),
     ({"decoder_layers_per_block": (1, 1, 0, 1, 1, 1)}, ["at least 1 except in the first and the last stage"]),
-    ({"decoder_layers_per_block": (1, 1)}, ["decoder_layers_per_block has 2 entries, supported: 6"]),
+    ({"decoder_layers_per_block": (1, 1)}, ["decoder_layers_per_block is 2 entries, supported: 6"]),
     ({"decoder_layers_per_block": None}, ["decoder_layers_per_block is None"]),
     ({"decoder_qkv_multiscales": ((),) * 3 + ((4,),) * 3}, ["odd kernel sizes"]),
-    ({"decoder_qkv_multiscales": ()}, ["decoder_qkv_multiscales has 0 entries"]),
-    ({"decoder_block_out_channels": (16, 32, 32, 48, 64, 64)}, ["48 divides 4 x 32"]),
+    ({"decoder_qkv_multiscales": ()}, ["decoder_qkv_multiscales is 0 entries"]),
+    ({"decoder_block_out_channels": (16, 32, 32, 48, 64, 64)}, ["48 is a divisor of 4 times 32"]),
     ({"decoder_block_out_channels": (32, 32, 32, 32)}, ["supported: 4"]),
     ({"encoder_block_out_channels": (16, 16, 32, 32, 32)}, ["6 stages, supported: 5, as in encoder_block_out_channels"]),
     ({"latent_channels": 48}, ["a divisor of the lowest stage's 64 channels"]),
     ({"in_channels": 4}, ["in_channels is 4, supported: 3"]),
     ({"scaling_factor": 0}, ["scaling_factor is 0, supported: a positive number"]),
-    ({"scaling_factor": float("nan"), "decoder_in_shortcut": 1}, ["scaling_factor is nan", "decoder_in_shortcut is 1"]),
+    ({"scaling_factor": float("nan"), "decoder_in_shortcut": 2}, ["scaling_factor is nan", "decoder_in_shortcut is 2"]),
 ]
 
 
