@@ -165,8 +165,8 @@ Rates are for dense fp16 products with fp32 accumulation.
 
 
 _DECODERS_HEAD = """\
-One image in fp16 with each autoencoder (`export --vae`). DC-AE-Lite has the published depths and, as its config was not at hand,
-the widths of DC-AE. At 4096 px both decode in tiles of 1024 px ([numerics.md](../docs/numerics.md#the-tiled-decoder)).
+One image in fp16 with each autoencoder (`export --vae`). DC-AE-Lite has the depths and widths that its authors' code gives.
+At 4096 px both decode in tiles of 1024 px ([numerics.md](../docs/numerics.md#the-tiled-decoder)).
 """
 
 _HEAD = """# The floor: computed, not measured
