@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import json
 import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
@@ -20,6 +20,8 @@ from sana_export.checkpoint.vae import open_vae
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
 
 REPO, COMMIT = "someone/sana-fine-tune", "0123456789abcdef0123456789abcdef01234567"
+#: What huggingface_hub uses: httpx2 from its version 2 on.
+httpx: Any = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
 
 
 class FakeHub:
@@ -70,8 +72,8 @@ class FakeHub:
 
 
 def http_error(kind: type[Exception], status: int, text: str = "the server's words") -> Exception:
-    request = httpx2.Request("GET", "https://hub.invalid")
-    return kind(text, response=httpx2.Response(status, request=request))  # type: ignore[call-arg]
+    request = httpx.Request("GET", "https://hub.invalid")
+    return kind(text, response=httpx.Response(status, request=request))  # type: ignore[call-arg]
 
 
 @pytest.fixture
@@ -228,11 +230,11 @@ def refused(kind: type[SanaExportError], **options: Any) -> str:
             ("refused", "503 Service Unavailable"),
         ),
         (
-            httpx2.ConnectError("[Errno 111] Connection refused"),
+            httpx.ConnectError("[Errno 111] Connection refused"),
             DependencyError,
             ("cannot be reached", "Connection refused", "--offline"),
         ),
-        (httpx2.ReadTimeout("timed out"), DependencyError, ("cannot be reached", "timed out")),
+        (httpx.ReadTimeout("timed out"), DependencyError, ("cannot be reached", "timed out")),
         (errors.OfflineModeIsEnabled("offline"), DependencyError, ("cannot be reached", "offline")),
         (errors.HFValidationError("bad id"), UsageError, ("is not a hub id", "owner/name")),
     ],
