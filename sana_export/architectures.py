@@ -141,8 +141,8 @@ AUTOENCODER: Config = {
 }
 
 #: How the config of DC-AE-Lite (mit-han-lab/dc-ae-lite-f32c32-diffusers) differs: a decoder without attention that skips the stage
-#: at full resolution. Source: dc-ae-lite-f32c32-sana-1.1 in the authors' code (dc_ae.py of efficientvit). Widths, encoder and scaling
-#: factor are those of `AUTOENCODER` there. An export reads all of them from the file.
+#: at full resolution. Source: dc-ae-lite-f32c32-sana-1.1 in the authors' code (dc_ae.py of efficientvit). Widths, encoder and
+#: scaling factor are those of `AUTOENCODER` there. An export reads all of them from the file.
 LITE: Config = {
     "decoder_block_types": ("ResBlock",) * 6,
     "decoder_layers_per_block": (0, 3, 5, 4, 4, 4),
