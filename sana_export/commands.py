@@ -95,7 +95,8 @@ def resave_command(source: str, pipeline: str, suffix: str, *changes: str) -> st
 
     The folder has the checkpoint's name and `suffix`.
     """
-    folder = PurePath(source).name + suffix
+    named = PurePath(source) if PurePath(source).name not in ("", "..") else Path(source).resolve()
+    folder = named.name + suffix
     load, save = (json.dumps(name, ensure_ascii=False) for name in (source, folder))  # the shell's quotes are the single ones
     steps = [f"pipeline = diffusers.{pipeline}.from_pretrained({load})", *changes, f"pipeline.save_pretrained({save})"]
     return shlex.join(["python", "-c", "; ".join(["import diffusers", *steps])])

@@ -143,7 +143,8 @@ def test_pickled_weights_are_refused(folder):
     with pytest.raises(ArtifactError, match="no weights as safetensors") as caught:
         open_checkpoint(str(folder))
     assert "diffusion_pytorch_model.bin" in caught.value.found
-    assert "safe_serialization=True" in caught.value.fix
+    assert f'diffusers.DiffusionPipeline.from_pretrained("{folder}")' in caught.value.fix
+    assert f'pipeline.save_pretrained("{folder.name}-safetensors")' in caught.value.fix
 
 
 def test_a_folder_of_the_original_code_is_not_a_checkpoint(tmp_path):
@@ -225,9 +226,10 @@ def test_damage_is_named(folder, component, damage):
         open_checkpoint(str(folder))
 
 
-def test_a_missing_variant_is_reported(folder):
-    with pytest.raises(UsageError, match="nonsense") as caught:
-        open_checkpoint(str(folder), weights_variant="nonsense")
+@pytest.mark.parametrize("name", ["nonsense", "safetensors", "s"])
+def test_a_missing_variant_is_reported(folder, name):
+    with pytest.raises(UsageError, match=f"no weights of the variant '{name}'") as caught:
+        open_checkpoint(str(folder), weights_variant=name)
     assert "diffusion_pytorch_model.safetensors" in caught.value.found
 
 
