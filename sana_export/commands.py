@@ -62,10 +62,14 @@ def first_export_command(folder: Path) -> str:
     return shlex.join(["sana-export", "export", model, "-o", f"{named}-bundle"])
 
 
+def verify_command(bundle: Path, exported: Exported, *options: str) -> str:
+    """The command that compares `bundle` with the checkpoint that it was exported from, with more options of `verify`."""
+    return shlex.join(["sana-export", "verify", str(bundle), "--reference", *model_words(exported.checkpoint), *options])
+
+
 def ranges_command(bundle: Path, exported: Exported) -> str:
     """The command that reports which tensors of `bundle` leave the range of its precision."""
-    model, *options = model_words(exported.checkpoint)
-    return shlex.join(["sana-export", "verify", str(bundle), "--reference", model, *options, "--ranges"])
+    return verify_command(bundle, exported, "--ranges")
 
 
 def engines_command(bundle: Path, backend: str, *options: str) -> str:

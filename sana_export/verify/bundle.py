@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
-from sana_export.commands import export_command, model_words
+from sana_export.commands import export_command, model_words, verify_command
 from sana_export.errors import UsageError
 from sana_export.export.evaluator import RangeMeter
 from sana_export.export.parity import Parity, compare_images, compare_tensors
@@ -142,11 +142,12 @@ def _compare(
 
 def _check_origin(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint) -> None:
     if checkpoint.sha256 != manifest.checkpoint.sha256:
+        same = model_words(checkpoint.record()) == model_words(manifest.checkpoint)  # and its files have changed since then
         raise UsageError(
             f"{bundle} was not exported from {checkpoint.source}",
             found=f"weights and configs with the hash {checkpoint.sha256[:16]}",
             wanted=f"{shlex.join(model_words(manifest.checkpoint))}, with the hash {manifest.checkpoint.sha256[:16]}",
-            fix=export_command(bundle, manifest),
+            fix=export_command(bundle, manifest) if same else verify_command(bundle, manifest),
         )
 
 
