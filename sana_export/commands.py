@@ -62,14 +62,14 @@ def first_export_command(folder: Path) -> str:
     return shlex.join(["sana-export", "export", model, "-o", f"{named}-bundle"])
 
 
-def verify_command(bundle: Path, exported: Exported, *options: str) -> str:
-    """The command that compares `bundle` with the checkpoint that it was exported from, with more options of `verify`."""
-    return shlex.join(["sana-export", "verify", str(bundle), "--reference", *model_words(exported.checkpoint), *options])
+def reference_command(verb: str, bundle: Path, exported: Exported, *options: str) -> str:
+    """The command of `verb` (verify, bench) for `bundle` and the checkpoint that it was exported from, with more options."""
+    return shlex.join(["sana-export", verb, str(bundle), "--reference", *model_words(exported.checkpoint), *options])
 
 
 def ranges_command(bundle: Path, exported: Exported) -> str:
     """The command that reports which tensors of `bundle` leave the range of its precision."""
-    return verify_command(bundle, exported, "--ranges")
+    return reference_command("verify", bundle, exported, "--ranges")
 
 
 def engines_command(bundle: Path, backend: str, *options: str) -> str:
