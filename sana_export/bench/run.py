@@ -55,8 +55,8 @@ def run_bench(
     device: index of the GPU. None means the first one.
     threads: number of CPU threads, in place of the workload's.
 
-    Raises UsageError for an unknown backend or workload, a `device` for a workload on the CPU, or another checkpoint, ArtifactError if the bundle cannot
-    be read, DependencyError if `output` cannot be written.
+    Raises UsageError for an unknown backend or workload, a `device` for a workload on the CPU, or another checkpoint, ArtifactError
+    if the bundle cannot be read, DependencyError if `output` cannot be written.
     """
     names = check_names(backends)
     named = {BASELINE, *(name for name in backends if name != ALL)}
