@@ -14,7 +14,7 @@ from transformers import Gemma2Config
 from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.errors import ArtifactError
 from sana_export.supported import SUPPORTED
-from tests.support.checkpoint_edits import LEFT_OUT, edit_config, linked_copy
+from tests.support.checkpoint_edits import LEFT_OUT, edit_config, edit_json, linked_copy
 
 
 @pytest.fixture
@@ -204,6 +204,12 @@ def test_a_tokenizer_that_transformers_does_not_load(folder: Path, name: str) ->
 
 def test_a_damaged_tokenizer(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
+    assert refusal(folder).message == f"the tokenizer of {folder} cannot be loaded"
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_max_length", "300"), ("padding_side", None)])
+def test_a_damaged_config_of_the_tokenizer(folder: Path, key: str, value: object) -> None:
+    edit_json(folder / "tokenizer" / "tokenizer_config.json", **{key: value})
     assert refusal(folder).message == f"the tokenizer of {folder} cannot be loaded"
 
 
