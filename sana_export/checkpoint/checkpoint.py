@@ -17,7 +17,7 @@ from sana_export.checkpoint.components import COMPONENTS, select_weights, varian
 from sana_export.checkpoint.configs import CONFIGURED, config_name, read_part
 from sana_export.checkpoint.fold_lora import fold_loras
 from sana_export.checkpoint.hub import Hub, ReadJson, fetch, read_json
-from sana_export.checkpoint.model_names import a_file, check_words, from_url, not_a_checkpoint
+from sana_export.checkpoint.model_names import a_file, check_words, from_url, may_be_hub_id, not_a_checkpoint
 from sana_export.checkpoint.single_file import open_single_file
 from sana_export.checkpoint.vae import CONFIG, Vae, open_vae
 from sana_export.checkpoint.weights import Weights, read_headers
@@ -202,7 +202,7 @@ def open_checkpoint(
         folder, named = Path(model), None
     elif Path(model).is_file():
         raise a_file(Path(model))
-    elif named is not None or (model.count("/") == 1 and not model.startswith((".", "/"))):
+    elif named is not None or may_be_hub_id(model):
         weights_variant = weights_variant or (named.weights_variant if named else None)
         repo = named.repo if named and named.repo else model
         own = [name for name in CONFIGURED if replaced.get(name) is None or name == "transformer"]

@@ -15,7 +15,7 @@ from sana_export.architectures import LATENT_STRIDE
 from sana_export.autoencoders import AUTOENCODERS, Autoencoder, find_autoencoder
 from sana_export.checkpoint.components import COMPONENTS, select_weights
 from sana_export.checkpoint.hub import Hub, ReadJson, fetch, read_json
-from sana_export.checkpoint.model_names import from_url
+from sana_export.checkpoint.model_names import from_url, may_be_hub_id
 from sana_export.environment import cache_folder, import_digest
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import hash_file
@@ -72,7 +72,7 @@ def open_vae(name: str, weights_variant: str | None, hub: Hub) -> Vae:
     The folder or repository is an autoencoder itself or a pipeline with one. Raises UsageError for an unknown name, ArtifactError
     if it is no AutoencoderDC, and DependencyError if the hub cannot be reached.
     """
-    name, revision = from_url(at_home(name, "--vae"), None)
+    name, revision = from_url(at_home(name, "--vae"), None, "--vae")
     name = name if revision is None else f"{name}@{revision}"
     row = find_autoencoder(name)
     if row is None and name.strip() and Path(name).is_dir():
@@ -86,7 +86,7 @@ def open_vae(name: str, weights_variant: str | None, hub: Hub) -> Vae:
             wanted=f"the folder that contains {CONFIG} and the weights, a hub id (owner/name), or one of {', '.join(AUTOENCODERS)}",
             fix=shlex.join(["--vae", str(Path(name).parent)]) if Path(name).with_name(CONFIG).is_file() else "--vae dc-ae-lite",
         )
-    elif row is not None or (name.count("/") == 1 and not name.startswith((".", "/"))):
+    elif row is not None or may_be_hub_id(name):
         repo, _, commit = (row.repo if row and row.repo else name).partition("@")
         check = partial(_check_class, source=name)
         select = partial(_select, weights_variant=weights_variant, source=name)

@@ -224,6 +224,12 @@ def test_the_address_of_an_autoencoder_is_taken(
     assert asked == [(repo, commit)]
 
 
+def test_a_part_of_a_repository_is_not_an_autoencoder() -> None:
+    with pytest.raises(UsageError, match="is a part of a repository") as caught:
+        open_vae("https://huggingface.co/someone/vae/blob/main/vae/config.json", None, Hub())
+    assert caught.value.fix == "--vae someone/vae"
+
+
 def test_an_autoencoder_may_be_in_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     assert open_vae(f"~/{folder.name}", None, Hub()).source == str(folder)
