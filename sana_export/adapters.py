@@ -190,10 +190,10 @@ def _check_layer(lora: Lora, file: TensorFile, layer: str, names: Parts, shape: 
             wanted="linear layers and convolutions without groups",
             fix=f"train without {layer.rpartition('.')[2]}: a LoRA on it mixes channels, which a depthwise weight cannot",
         )
-    rank = file.entries[names.down].shape[:1] or (0,)
+    rank = (max((1, *file.entries[names.down].shape[:1])),)
     for name, wanted in ((names.down, (*rank, *shape[1:])), (names.up, (*shape[:1], *rank, *(1 for _ in shape[2:])))):
         part = file.entries[name]
-        if not _fits(part.shape, wanted) or not rank[0]:
+        if not _fits(part.shape, wanted):
             raise ArtifactError(
                 f"{name} in the LoRA {lora.path} does not fit this checkpoint",
                 found=list(part.shape),

@@ -62,10 +62,14 @@ def first_export_command(folder: Path) -> str:
     return shlex.join(["sana-export", "export", model, "-o", f"{named}-bundle"])
 
 
+def reference_command(verb: str, bundle: Path, exported: Exported, *options: str) -> str:
+    """The command of `verb` (verify, bench) for `bundle` and the checkpoint that it was exported from, with more options."""
+    return shlex.join(["sana-export", verb, str(bundle), "--reference", *model_words(exported.checkpoint), *options])
+
+
 def ranges_command(bundle: Path, exported: Exported) -> str:
     """The command that reports which tensors of `bundle` leave the range of its precision."""
-    model, *options = model_words(exported.checkpoint)
-    return shlex.join(["sana-export", "verify", str(bundle), "--reference", model, *options, "--ranges"])
+    return reference_command("verify", bundle, exported, "--ranges")
 
 
 def engines_command(bundle: Path, backend: str, *options: str) -> str:
@@ -95,7 +99,8 @@ def resave_command(source: str, pipeline: str, suffix: str, *changes: str) -> st
 
     The folder has the checkpoint's name and `suffix`.
     """
-    folder = PurePath(source).name + suffix
+    named = PurePath(source) if PurePath(source).name not in ("", "..") else Path(source).resolve()
+    folder = named.name + suffix
     load, save = (json.dumps(name, ensure_ascii=False) for name in (source, folder))  # the shell's quotes are the single ones
     steps = [f"pipeline = diffusers.{pipeline}.from_pretrained({load})", *changes, f"pipeline.save_pretrained({save})"]
     return shlex.join(["python", "-c", "; ".join(["import diffusers", *steps])])

@@ -29,6 +29,11 @@ def user_path(value: str | os.PathLike[str], what: str = "the path", home: str =
     return Path(text)
 
 
+def at_home(text: str, what: str) -> str:
+    """`text`, a path or another name, with `~` at its start as the home folder. Raises the errors of `user_path`."""
+    return str(user_path(text, what)) if text.startswith("~") else text
+
+
 def check_unicode(text: str, what: str) -> None:
     """Raise UsageError if `text` has bytes that are not UTF-8, or lone surrogates: libraries and JSON files cannot hold it."""
     try:

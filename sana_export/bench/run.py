@@ -26,6 +26,7 @@ from sana_export.files import disk_errors
 from sana_export.machine import describe_machine, describe_versions
 from sana_export.manifest import Manifest
 from sana_export.progress import OnProgress, Progress, ignore_progress
+from sana_export.verify.bundle import check_origin
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ def run_bench(
     device: index of the GPU. None means the first one.
     threads: number of CPU threads, in place of the workload's.
 
-    Raises UsageError for an unknown backend or workload or a `device` for a workload on the CPU, ArtifactError if the bundle cannot
-    be read, DependencyError if `output` cannot be written.
+    Raises UsageError for an unknown backend or workload, a `device` for a workload on the CPU, or another checkpoint, ArtifactError
+    if the bundle cannot be read, DependencyError if `output` cannot be written.
     """
     names = check_names(backends)
     named = {BASELINE, *(name for name in backends if name != ALL)}
@@ -70,6 +71,7 @@ def run_bench(
             fix="leave out --device, or use --workload laptop",
         )
     manifest = Manifest.load(bundle)
+    check_origin(bundle, manifest, checkpoint, "bench")
     if output is not None:
         with disk_errors(output):  # now, not after minutes of measuring
             output.mkdir(parents=True, exist_ok=True)

@@ -13,11 +13,11 @@ from typing import Any
 from sana_export.adapters import Lora
 from sana_export.checkpoint.checks import check_checkpoint, check_configs, check_index, class_of
 from sana_export.checkpoint.clamp import Clamp, trained_with_clamp
-from sana_export.checkpoint.components import COMPONENTS, select_weights
+from sana_export.checkpoint.components import COMPONENTS, select_weights, variant_among
 from sana_export.checkpoint.configs import CONFIGURED, config_name, read_part
 from sana_export.checkpoint.fold_lora import fold_loras
 from sana_export.checkpoint.hub import Hub, ReadJson, fetch, read_json
-from sana_export.checkpoint.model_names import a_file, check_words, from_url, not_a_checkpoint
+from sana_export.checkpoint.model_names import a_file, check_words, from_url, may_be_hub_id, not_a_checkpoint
 from sana_export.checkpoint.single_file import open_single_file
 from sana_export.checkpoint.vae import CONFIG, Vae, open_vae
 from sana_export.checkpoint.weights import Weights, read_headers
@@ -26,6 +26,7 @@ from sana_export.errors import UsageError
 from sana_export.files import hash_file
 from sana_export.manifest import Checkpoint, Overlay
 from sana_export.synth.checkpoint import MARKER
+from sana_export.user_paths import at_home
 from sana_export.variants import INDEX, VARIANTS, Variant, find_variant, recognize, unknown_alias
 
 log = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ def open_checkpoint(
             found="no such file",
             wanted="a .safetensors file of a Sana transformer",
         )
-    model, revision = from_url(model, revision)
+    model, revision = from_url(at_home(model, "MODEL"), revision)
     named = find_variant(model)
     replaced = {"transformer": transformer, "vae": vae}
     components = [name for name in COMPONENTS if replaced.get(name) is None]
@@ -201,7 +202,7 @@ def open_checkpoint(
         folder, named = Path(model), None
     elif Path(model).is_file():
         raise a_file(Path(model))
-    elif named is not None or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
+    elif named is not None or may_be_hub_id(model):
         weights_variant = weights_variant or (named.weights_variant if named else None)
         repo = named.repo if named and named.repo else model
         own = [name for name in CONFIGURED if replaced.get(name) is None or name == "transformer"]
@@ -224,10 +225,12 @@ def open_checkpoint(
     check_checkpoint(draft)
     checkpoint = draft if named else replace(draft, rows=_rows(draft))
     checkpoint.weights("transformer")  # with the LoRAs
-    if requested and not any(f".{requested}" in path.name for name in components for path in checkpoint.weight_files(name)):
+    owned = [name for name in COMPONENTS if name != "transformer" or transformer is None]
+    files = [path.name for name in owned for path in checkpoint.weight_files(name)]
+    if variant_among(files, requested) != requested:
         raise UsageError(
             f"{model} has no weights of the variant {requested!r}",
-            found=", ".join(path.name for name in components for path in checkpoint.weight_files(name)),
+            found=", ".join(files),
             wanted=f"files named *.{requested}.safetensors",
             fix="omit --variant",
         )

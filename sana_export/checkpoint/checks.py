@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sana_export.checkpoint.components import COMPONENTS, check_weights
 from sana_export.checkpoint.configs import CONFIGURED, Part, config_name, read_part
 from sana_export.checkpoint.hub import read_json
+from sana_export.checkpoint.model_names import LIST_VARIANTS
 from sana_export.checkpoint.tokenizer import check_tokenizer
 from sana_export.checkpoint.vae import fit_problems
 from sana_export.commands import resave_command
@@ -26,9 +27,9 @@ TEXT_TO_IMAGE = {
     "SanaControlNetPipeline": "SanaPipeline",
     "SanaSprintImg2ImgPipeline": SPRINT,
 }
-LIST_VARIANTS = "sana-export variants  (lists the published checkpoints)"
-ANOTHER_VAE = "use another autoencoder: --vae dc-ae or --vae dc-ae-lite"
 ANOTHER = "use a checkpoint with the architecture of a published Sana model (sana-export variants lists them)"
+#: What to do about an unsupported part, if it is not `ANOTHER`.
+FIXES = {"vae": "use another autoencoder: --vae dc-ae or --vae dc-ae-lite"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def refuse(source: str, problems: Iterable[ArtifactError]) -> None:
     if found:
         fixes: dict[str, list[str]] = {}
         for number, problem in enumerate(found, 1):
-            fixes.setdefault(str(problem.fix), []).append(str(number))
+            fixes.setdefault(problem.fix or ANOTHER, []).append(str(number))
         raise ArtifactError(
             f"{source} cannot be exported, for {len(found)} reasons",
             found=_lines(
@@ -124,10 +125,7 @@ def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
         doubtful.add(name)
         yield problem
     if checkpoint.vae is not None and {"transformer", "vae"} <= parts.keys() - doubtful:
-        own = checkpoint.folder / config_name("vae")
-        yield from fit_problems(
-            checkpoint.vae, parts["vae"].config, parts["transformer"].config, read_json(own) if own.is_file() else None, source
-        )
+        yield from fit_problems(checkpoint.vae, parts["vae"].config, parts["transformer"].config, _replaced_vae(checkpoint), source)
     owners = {"transformer": checkpoint.transformer_file, "vae": checkpoint.vae and checkpoint.vae.source}
     for name in COMPONENTS:
         owner = str(owners.get(name) or source)
@@ -142,6 +140,14 @@ def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
         check_tokenizer(checkpoint, parts["text_encoder"].config["vocab_size"] if "text_encoder" in parts else None)
     except ArtifactError as error:
         yield error
+
+
+def _replaced_vae(checkpoint: SanaCheckpoint) -> Mapping[str, Any] | None:
+    """The complete config of the checkpoint's own autoencoder. None if it has none, or one that nobody can read or needs."""
+    try:
+        return read_part("vae", read_json(checkpoint.folder / config_name("vae"))).config
+    except ArtifactError:
+        return None
 
 
 def config_problems(
@@ -193,7 +199,7 @@ def class_of(index: Mapping[str, Any], part: str, source: str, read: Callable[[s
         f"{source} has no {part}" if entry in (None, [None, None]) else f"{source} has an unsupported {part}",
         found=f"{INDEX} names {'none' if entry in (None, [None, None]) else named}",
         wanted=" or ".join(classes),
-        fix=_scheduler_fix(source, read, sprint=sprint) if part == "scheduler" else ANOTHER,
+        fix=_scheduler_fix(source, read, sprint=sprint) if part == "scheduler" else FIXES.get(part, ANOTHER),
     )
 
 
@@ -211,8 +217,8 @@ def _scheduler_fix(source: str, read: Callable[[str], Mapping[str, Any]], *, spr
 
 def _unsupported(name: str, key: str, found: object, wanted: object) -> ArtifactError:
     """The error for the entry `key` of a part's config."""
-    fixes = {"scheduler": f"change {key} in {config_name(name)}, if the checkpoint was trained for that", "vae": ANOTHER_VAE}
-    fix = fixes.get(name, ANOTHER)
+    scheduler = f"change {key} in {config_name(name)}, if the checkpoint was trained for that"
+    fix = scheduler if name == "scheduler" else FIXES.get(name, ANOTHER)
     return ArtifactError(f"{config_name(name)} has an unsupported {key}", found=found, wanted=wanted, fix=fix)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from sana_export.checkpoint.foreign_weights import missing_tensors, quantized
 from sana_export.checkpoint.weights import Weights
+from sana_export.commands import resave_command
 from sana_export.errors import ArtifactError
 from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
 from sana_export.formats.recognize import PICKLES
@@ -33,6 +34,12 @@ COMPONENTS = {
     "vae": Component("diffusers", ("AutoencoderDC",), "diffusion_pytorch_model", "decoder."),
     "text_encoder": Component("transformers", ("Gemma2Model", "Gemma2ForCausalLM", "Gemma2PreTrainedModel"), "model"),
 }
+
+
+def variant_among(files: Iterable[str], weights_variant: str | None) -> str | None:
+    """`weights_variant` if one of the weight `files` is named after it, such as model.fp16.safetensors. None otherwise."""
+    parts = (f".{weights_variant}.", f".{weights_variant}-")  # the second one is for shards
+    return weights_variant if any(part in file for file in files for part in parts) else None
 
 
 def select_weights(
@@ -83,7 +90,9 @@ def _no_weights(component: str, names: Collection[str], weights_variant: str | N
     if variants:
         fix = f"--variant {variants[0]}"
     elif pickles:
-        fix = "load it with diffusers and save it again: pipeline.save_pretrained(folder, safe_serialization=True)"
+        alone = all(name.startswith(f"{component}/") for name in names)  # an autoencoder that is not part of a pipeline
+        loads = COMPONENTS[component].classes[0] if alone else "DiffusionPipeline"
+        fix = f"{resave_command(source, loads, '-safetensors')}  (then use that folder)"
     else:
         fix = "download the checkpoint again"
     return ArtifactError(

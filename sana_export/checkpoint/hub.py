@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sana_export.checkpoint.model_names import not_a_checkpoint
+from sana_export.checkpoint.model_names import LIST_VARIANTS, not_a_checkpoint
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError, first_line
 from sana_export.files import disk_errors, is_disk_error
 from sana_export.formats.recognize import not_what_was_wanted
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 #: The largest JSON file that is read. The index of a sharded model has a megabyte or two.
 MOST_JSON = 100_000_000
+AGAIN = "download the checkpoint again"
 #: Reads a JSON file of the checkpoint, by its path relative to the checkpoint.
 ReadJson = Callable[[str], Mapping[str, Any]]
 #: Chooses the files that an export reads, from the names of all files of a checkpoint.
@@ -72,7 +73,7 @@ def fetch(
 
     # huggingface_hub leaves the `~` of its default in place if there is no home folder.
     cache = user_path(hub.cache_dir or huggingface_hub.constants.HF_HUB_CACHE, "the hub's cache folder", home="HF_HOME")
-    with disk_errors(cache / repo), _hub_errors(repo, revision, offline):
+    with disk_errors(cache / repo), _hub_errors(repo, revision, offline, first):
         missing = (huggingface_hub.errors.RemoteEntryNotFoundError, huggingface_hub.errors.LocalEntryNotFoundError)
         for name in first[:-1]:
             with contextlib.suppress(*missing):
@@ -95,7 +96,9 @@ def fetch(
 
         def read_config(name: str) -> Mapping[str, Any]:
             if name not in names:
-                raise ArtifactError(f"{name} of {repo} is missing", found="no such file", wanted="a config in JSON")
+                raise ArtifactError(
+                    f"{name} of {repo} is missing", found="no such file", wanted="a config in JSON", fix=LIST_VARIANTS
+                )
             return read_json(read(name, commit))
 
         check_configs(content, read_config)
@@ -126,17 +129,17 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"more than {MOST_JSON} bytes")
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path} is missing", found="no such file", wanted="a config in JSON") from error
+        raise ArtifactError(f"{path} is missing", found="no such file", wanted="a config in JSON", fix=AGAIN) from error
     except (OSError, ValueError, RecursionError) as error:  # a folder, not JSON, not UTF-8
         raise not_what_was_wanted(path, "a config in JSON", error, fix="download it again") from error
     if not isinstance(content, dict):
-        raise ArtifactError(f"{path} is damaged", found=type(content).__name__, wanted="a JSON object")
+        raise ArtifactError(f"{path} is damaged", found=type(content).__name__, wanted="a JSON object", fix=AGAIN)
     return content
 
 
 @dataclass(frozen=True)
 class _Refusal:
-    """The error to raise for one of huggingface_hub's. Its texts may contain {repo} and {revision}."""
+    """The error to raise for one of huggingface_hub's. Its texts may contain {repo}, {revision} and {first}."""
 
     #: Its class.
     kind: type[SanaExportError]
@@ -153,7 +156,7 @@ class _Refusal:
 _OFFLINE = _Refusal(
     DependencyError,
     "{repo} is not in the cache, and offline mode is on",
-    "a cached copy of model_index.json at this revision",
+    "a cached copy of {first} at this revision",
     "run the same command once without --offline (and without HF_HUB_OFFLINE), or pass the --cache-dir that contains it",
     found="no such file in the cache",
 )
@@ -199,8 +202,8 @@ _REFUSALS = {
 
 
 @contextmanager
-def _hub_errors(repo: str, revision: str | None, offline: bool) -> Iterator[None]:
-    """Turn huggingface_hub's errors into ours. Disk errors pass through."""
+def _hub_errors(repo: str, revision: str | None, offline: bool, first: Sequence[str]) -> Iterator[None]:
+    """Turn huggingface_hub's errors into ours. `first` are the files that `fetch` asks for first. Disk errors pass through."""
     from huggingface_hub import errors
 
     names = ("HFValidationError", "EntryNotFoundError", "XetDownloadError", "FileMetadataError")
@@ -214,10 +217,10 @@ def _hub_errors(repo: str, revision: str | None, offline: bool) -> Iterator[None
         ancestors = [kind.__name__ for kind in type(error).__mro__]
         refusal = next((row for name, row in _REFUSALS.items() if name in ancestors), _OFFLINE if offline else _UNREACHABLE)
         cause = error.__cause__ if "LocalEntryNotFoundError" in ancestors and error.__cause__ else error
-        texts = {"repo": repo, "revision": revision}
+        texts = {"repo": repo, "revision": revision, "first": " or ".join(first)}
         raise refusal.kind(
             refusal.message.format(**texts),
             found=refusal.found or first_line(cause),
-            wanted=refusal.wanted,
+            wanted=refusal.wanted.format(**texts),
             fix=refusal.fix.format(**texts),
         ) from error

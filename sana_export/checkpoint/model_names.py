@@ -40,10 +40,15 @@ def check_words(model: str, **options: str | None) -> None:
             raise UsageError(f"{name} is empty", found=repr(value), wanted=wanted, fix=fix)
 
 
-def from_url(model: str, revision: str | None) -> tuple[str, str | None]:
+def may_be_hub_id(name: str) -> bool:
+    """Whether `name`, which is not that of a folder here, has the form owner/name."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def from_url(model: str, revision: str | None, option: str | None = None) -> tuple[str, str | None]:
     """The hub id and the revision in the address of a page of the hub. Any other `model` is returned as it is.
 
-    Raises UsageError for any other address, and for one that names another revision.
+    `option` is the option whose value it is. None: it is MODEL. Raises UsageError for any other address, and for one that names another revision.
     """
     text = model if "://" in model else f"https://{model}" if model.startswith(HUBS) else ""
     if not text:
@@ -63,7 +68,7 @@ def from_url(model: str, revision: str | None) -> tuple[str, str | None]:
             f"{model} is a part of a repository",
             found="/".join(parts[2:]),
             wanted="the whole repository",
-            fix=shlex.join(["sana-export", "export", repo, "-o", f"{parts[1]}-bundle"]),
+            fix=shlex.join([option, repo] if option else ["sana-export", "export", repo, "-o", f"{parts[1]}-bundle"]),
         )
     named = parts[3] if len(parts) == 4 else None
     if named is not None and revision not in (None, named):

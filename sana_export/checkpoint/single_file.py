@@ -31,7 +31,7 @@ def open_single_file(path: Path) -> Weights:
     """The transformer's tensors in `path`, by their names in diffusers.
 
     Raises ArtifactError if the file is damaged or something else, if its weights are quantized, or if it uses the original names
-    and lacks a tensor.
+    and is not a whole transformer.
     """
     refuse_pickle(path)
     stored = plain_names(read_headers([path], fix="download the file again"), str(path))
@@ -51,7 +51,7 @@ def _converted(stored: Mapping[str, Stored], path: Path) -> dict[str, Stored]:
 
     entries, stride = list(stored.values()), 2**32
     numbered = enumerate(stored.items())
-    rows = {name: torch.arange(entry.shape[0]) + number * stride for number, (name, entry) in numbered if entry.shape}
+    rows = {name: torch.arange(entry.shape[0]) + number * stride for number, (name, entry) in numbered if any(entry.shape[:1])}
     for name in UNUSED[:2]:
         rows.setdefault(name, torch.arange(1))
     try:
@@ -60,6 +60,13 @@ def _converted(stored: Mapping[str, Stored], path: Path) -> dict[str, Stored]:
         raise ArtifactError(
             f"{path} is missing a tensor of the transformer",
             found=f"no {error.args[0]}",
+            wanted="all tensors of a Sana transformer, with the names of the original code",
+            fix="download the file again",
+        ) from error
+    except (IndexError, ValueError) as error:  # no blocks, or fused tensors with too few rows to split
+        raise ArtifactError(
+            f"{path} does not contain a transformer of Sana",
+            found=f"{len(stored)} tensors that diffusers cannot convert: {error}",
             wanted="all tensors of a Sana transformer, with the names of the original code",
             fix="download the file again",
         ) from error

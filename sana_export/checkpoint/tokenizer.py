@@ -119,6 +119,7 @@ def _load(name: str, folder: Path, stamps: tuple[tuple[str, int], ...]) -> Any:
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         backend.no_padding()
         backend.no_truncation()
+        tokenizer.encode(complex_human_instruction())  # raises for values of other types in its config
     return tokenizer
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sana_export.architectures import AUTOENCODER_DEFAULTS, LATENT_STRIDE
+from sana_export.architectures import LATENT_STRIDE
 from sana_export.autoencoders import AUTOENCODERS, Autoencoder, find_autoencoder
 from sana_export.checkpoint.components import COMPONENTS, select_weights
 from sana_export.checkpoint.hub import Hub, ReadJson, fetch, read_json
+from sana_export.checkpoint.model_names import from_url, may_be_hub_id
 from sana_export.environment import cache_folder, import_digest
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import hash_file
 from sana_export.synth.checkpoint import MARKER, make_autoencoder
+from sana_export.user_paths import at_home
 
 log = logging.getLogger(__name__)
 
@@ -63,21 +66,31 @@ class Vae:
 
 
 def open_vae(name: str, weights_variant: str | None, hub: Hub) -> Vae:
-    """Find the autoencoder `name`: an alias of autoencoders.py, a local folder, or a hub id, also as "owner/name@revision".
+    """Find the autoencoder `name`: an alias of autoencoders.py, a local folder, a hub id (also as "owner/name@revision") or its
+    address.
 
     The folder or repository is an autoencoder itself or a pipeline with one. Raises UsageError for an unknown name, ArtifactError
     if it is no AutoencoderDC, and DependencyError if the hub cannot be reached.
     """
+    name, revision = from_url(at_home(name, "--vae"), None, "--vae")
+    name = name if revision is None else f"{name}@{revision}"
     row = find_autoencoder(name)
     if row is None and name.strip() and Path(name).is_dir():
         top = Path(name)
     elif row is not None and row.repo is None:
         top = _synthetic_folder(row)
-    elif row is not None or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
-        repo, _, revision = (row.repo if row and row.repo else name).partition("@")
+    elif row is None and name.strip() and Path(name).is_file():
+        raise UsageError(
+            f"{name} is a file, not an autoencoder",
+            found="a file",
+            wanted=f"the folder that contains {CONFIG} and the weights, a hub id (owner/name), or one of {', '.join(AUTOENCODERS)}",
+            fix=shlex.join(["--vae", str(Path(name).parent)]) if Path(name).with_name(CONFIG).is_file() else "--vae dc-ae-lite",
+        )
+    elif row is not None or may_be_hub_id(name):
+        repo, _, commit = (row.repo if row and row.repo else name).partition("@")
         check = partial(_check_class, source=name)
         select = partial(_select, weights_variant=weights_variant, source=name)
-        top = fetch(repo, revision or None, hub, check, select, first=PLACES)
+        top = fetch(repo, commit or None, hub, check, select, first=PLACES)
     else:
         raise UsageError(
             f"unknown autoencoder {name!r}",
@@ -103,11 +116,11 @@ def fit_problems(
 ) -> Iterator[ArtifactError]:
     """Why `vae`, whose complete config is `config`, does not fit the checkpoint `model`, if it does not.
 
-    `transformer` is the config of its transformer, `own` that of the autoencoder that it was trained with. None: unknown, so its
-    stride is that of every Sana.
+    `transformer` is the config of its transformer, `own` the complete one of the autoencoder that it was trained with. None:
+    unknown, so its stride is that of every Sana.
     """
     found = (config["latent_channels"], _stride(config))
-    wanted = (transformer["in_channels"], LATENT_STRIDE if own is None else _stride(AUTOENCODER_DEFAULTS | dict(own)))
+    wanted = (transformer["in_channels"], LATENT_STRIDE if own is None else _stride(own))
     if found != wanted:
         yield ArtifactError(
             f"the autoencoder {vae.source} does not fit the transformer of {model}",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
-from sana_export.commands import export_command, model_words
+from sana_export.commands import export_command, model_words, reference_command
 from sana_export.errors import UsageError
 from sana_export.export.evaluator import RangeMeter
 from sana_export.export.parity import Parity, compare_images, compare_tensors
@@ -104,7 +104,7 @@ def _compare(
 ) -> VerifyReport:
     """The report of `verify_bundle` for the bundle in `runtime`."""
     bundle, manifest, prompts = runtime.bundle, runtime.manifest, sampling.prompts
-    _check_origin(bundle, manifest, checkpoint)
+    check_origin(bundle, manifest, checkpoint)
     pipeline = load_reference(checkpoint, manifest.options, pag=False)
     # A bundle, or its engines, may lack the graphs of the tiled decoder.
     names = [name for name in GRAPH_CHECKS if name in manifest.graphs and runtime.backend.ranges(name) is not None]
@@ -140,13 +140,15 @@ def _compare(
     )
 
 
-def _check_origin(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint) -> None:
+def check_origin(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, verb: str = "verify") -> None:
+    """Raise UsageError, with a command of `verb`, unless `bundle` was exported from `checkpoint` as it is now."""
     if checkpoint.sha256 != manifest.checkpoint.sha256:
+        same = model_words(checkpoint.record()) == model_words(manifest.checkpoint)  # and its files have changed since then
         raise UsageError(
             f"{bundle} was not exported from {checkpoint.source}",
             found=f"weights and configs with the hash {checkpoint.sha256[:16]}",
             wanted=f"{shlex.join(model_words(manifest.checkpoint))}, with the hash {manifest.checkpoint.sha256[:16]}",
-            fix=export_command(bundle, manifest),
+            fix=export_command(bundle, manifest) if same else reference_command(verb, bundle, manifest),
         )
 
 

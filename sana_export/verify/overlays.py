@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sana_export.adapters import Lora, read_config
+from sana_export.checkpoint.components import variant_among
 from sana_export.errors import DependencyError
 from sana_export.formats.safetensors_file import TensorFile
 from sana_export.lora_names import PEFT_PREFIX, Parts, find_parts
@@ -33,9 +34,8 @@ def load_vae(vae: Vae, dtype: Any) -> Any:
     """diffusers' autoencoder from the folder of `vae`, in `dtype`."""
     from diffusers import AutoencoderDC
 
-    preferred = vae.weights_variant
-    used = preferred if any(f".{preferred}" in path.name for path in vae.weight_files) else None
-    return AutoencoderDC.from_pretrained(vae.folder, variant=used, local_files_only=True, dtype=dtype)
+    variant = variant_among([path.name for path in vae.weight_files], vae.weights_variant)
+    return AutoencoderDC.from_pretrained(vae.folder, variant=variant, local_files_only=True, dtype=dtype)
 
 
 def merge_lora(transformer: Any, lora: Lora) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sana_export.checkpoint.components import variant_among
 from sana_export.errors import UsageError
 from sana_export.graphs.numerics import FP16_MAX
 from sana_export.verify.overlays import load_transformer, load_vae, merge_lora
@@ -97,7 +98,7 @@ def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, d
     pipeline = getattr(diffusers, REFERENCES[name][pag]).from_pretrained(
         checkpoint.folder,
         dtype=dtypes,
-        variant=checkpoint.weights_variant,
+        variant=variant_among([path.name for path in checkpoint.folder.glob("*/*")], checkpoint.weights_variant),
         local_files_only=True,
         **layers,
         **given,

@@ -227,7 +227,7 @@ def test_no_process_is_left_when_the_run_is_interrupted(
 
 
 def test_unknown_names_and_folders_are_refused_before_anything_starts(
-    tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, tiny_checkpoint: Any, sprint_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (run, rounds):
         monkeypatch.setattr(module, "Worker", None)
@@ -238,6 +238,10 @@ def test_unknown_names_and_folders_are_refused_before_anything_starts(
         run_bench(tiny_bundle, tiny_checkpoint, workload="cqu")
     with pytest.raises(UsageError, match="the workload cpu runs on the CPU"):
         run_bench(tiny_bundle, tiny_checkpoint, device=1)
+    with pytest.raises(UsageError, match="was not exported from") as error:
+        run_bench(tiny_bundle, sprint_checkpoint, output=tmp_path / "report")
+    assert str(error.value.fix).startswith(f"sana-export bench {tiny_bundle} --reference ")
+    assert not (tmp_path / "report").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(DependencyError):
         run_bench(tiny_bundle, tiny_checkpoint, output=tmp_path / "file" / "report")

@@ -143,7 +143,8 @@ def test_pickled_weights_are_refused(folder):
     with pytest.raises(ArtifactError, match="no weights as safetensors") as caught:
         open_checkpoint(str(folder))
     assert "diffusion_pytorch_model.bin" in caught.value.found
-    assert "safe_serialization=True" in caught.value.fix
+    assert f'diffusers.DiffusionPipeline.from_pretrained("{folder}")' in caught.value.fix
+    assert f'pipeline.save_pretrained("{folder.name}-safetensors")' in caught.value.fix
 
 
 def test_a_folder_of_the_original_code_is_not_a_checkpoint(tmp_path):
@@ -225,9 +226,10 @@ def test_damage_is_named(folder, component, damage):
         open_checkpoint(str(folder))
 
 
-def test_a_missing_variant_is_reported(folder):
-    with pytest.raises(UsageError, match="nonsense") as caught:
-        open_checkpoint(str(folder), weights_variant="nonsense")
+@pytest.mark.parametrize("name", ["nonsense", "safetensors", "s"])
+def test_a_missing_variant_is_reported(folder, name):
+    with pytest.raises(UsageError, match=f"no weights of the variant '{name}'") as caught:
+        open_checkpoint(str(folder), weights_variant=name)
     assert "diffusion_pytorch_model.safetensors" in caught.value.found
 
 
@@ -241,6 +243,12 @@ def test_an_unknown_alias_lists_similar_ones():
     with pytest.raises(UsageError, match=r"sana-1600m-1024px") as caught:
         open_checkpoint("sana-1600m-1024")
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["checkpoints/", "~nobody/sana", "./sana", "a//b"])
+def test_a_folder_that_does_not_exist_is_not_sought_on_the_hub(name):
+    with pytest.raises(UsageError, match=f"unknown model '{name}'"):
+        open_checkpoint(name)
 
 
 def test_an_empty_folder_is_not_a_checkpoint(tmp_path):

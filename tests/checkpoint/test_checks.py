@@ -14,7 +14,7 @@ from transformers import Gemma2Config
 from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.errors import ArtifactError
 from sana_export.supported import SUPPORTED
-from tests.support.checkpoint_edits import LEFT_OUT, edit_config, linked_copy
+from tests.support.checkpoint_edits import LEFT_OUT, edit_config, edit_json, linked_copy
 
 
 @pytest.fixture
@@ -103,6 +103,7 @@ def test_all_problems_are_one_list(folder: Path) -> None:
     edit_config(folder, "text_encoder", head_dim="wide")
     next((folder / "text_encoder").glob("*.safetensors")).unlink()
     (folder / "tokenizer" / "tokenizer.json").unlink()
+    (folder / "vae" / "config.json").write_text("[]")
     error = refusal(folder)
     lines = str(error.found).splitlines()
     assert [line.split(".")[0].strip() for line in lines] == [str(number) for number in range(1, len(lines) + 1)]
@@ -114,6 +115,8 @@ def test_all_problems_are_one_list(folder: Path) -> None:
     )
     for words in wanted:
         assert sum(words in line for line in lines) == 1, (words, lines)
+    assert "None" not in str(error.fix)
+    assert "--vae dc-ae-lite" in str(error.fix)
     numbers = [line.strip().removeprefix("for ").split(":")[0] for line in str(error.fix).splitlines()]
     assert sorted(", ".join(numbers).split(", "), key=int) == [str(number) for number in range(1, len(lines) + 1)]
 
@@ -144,6 +147,15 @@ def test_an_unsupported_scheduler_is_refused_with_the_command_that_replaces_it(f
     assert error.found == f"model_index.json names {name}"
     assert error.wanted == "DPMSolverMultistepScheduler or FlowMatchEulerDiscreteScheduler"
     assert "diffusers.DPMSolverMultistepScheduler(flow_shift=4.0, use_flow_sigmas=True" in str(error.fix)
+
+
+def test_the_command_of_a_checkpoint_in_the_current_folder_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_config(folder, "index", scheduler=["diffusers", "UniPCMultistepScheduler"])
+    for current, name in ((folder, "."), (folder / "vae", "..")):
+        monkeypatch.chdir(current)
+        with pytest.raises(ArtifactError) as caught:
+            open_checkpoint(name)
+        assert f'pipeline.save_pretrained("{folder.name}-fixed")' in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("entry", [None, [None, None], ["diffusers"], "AutoencoderDC", ["my_code", "AutoencoderDC"], 3, {}])
@@ -192,6 +204,12 @@ def test_a_tokenizer_that_transformers_does_not_load(folder: Path, name: str) ->
 
 def test_a_damaged_tokenizer(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
+    assert refusal(folder).message == f"the tokenizer of {folder} cannot be loaded"
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_max_length", "300"), ("padding_side", None)])
+def test_a_damaged_config_of_the_tokenizer(folder: Path, key: str, value: object) -> None:
+    edit_json(folder / "tokenizer" / "tokenizer_config.json", **{key: value})
     assert refusal(folder).message == f"the tokenizer of {folder} cannot be loaded"
 
 

@@ -63,6 +63,16 @@ def drawn(config: dict, seed: int = 3) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+@pytest.mark.parametrize("rows", [None, 0, 1, 2])
+def test_a_damaged_file_of_the_original_code_is_the_users(tiny_checkpoint, tmp_path, rows):
+    whole = original(drawn(tiny_checkpoint.config("transformer")))
+    stub = {"x_embedder.proj.weight": torch.ones(4, 4)} if rows is None else {name: torch.ones(rows, 2) for name in whole}
+    save_file(stub, tmp_path / "transformer.safetensors")
+    with pytest.raises(ArtifactError, match="transformer") as caught:
+        open_single_file(tmp_path / "transformer.safetensors")
+    assert caught.value.fix == "download the file again"
+
+
 @pytest.mark.parametrize(
     "kind", [{}, {"qk_norm": "rms_norm_across_heads"}, {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True}]
 )

@@ -106,6 +106,9 @@ def test_if_there_are_only_files_of_a_variant_the_error_says_which(folder: Path)
     with pytest.raises(ArtifactError, match=r"vae of .* has no weights") as caught:
         open_checkpoint("tiny-random", vae=str(folder))
     assert caught.value.fix == "--variant fp16"
+    found = open_checkpoint("tiny-random", vae=str(folder), weights_variant="fp16")  # of which the checkpoint itself has no files
+    reference = load_reference(found, Options("fp32", False), pag=False).vae
+    assert torch.equal(reference.state_dict()["decoder.conv_in.weight"], found.weights("vae")["decoder.conv_in.weight"])
 
 
 def test_it_is_recorded_and_makes_another_export(
@@ -194,10 +197,49 @@ def test_other_things_are_refused_as_what_they_are(folder: Path, tmp_path: Path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="has no autoencoder"):
         open_checkpoint("tiny-random", vae=str(tmp_path / "empty"))
-    for name in ("", " ", "no-such-vae", str(tmp_path / "none"), str(folder / "config.json")):
+    for name in ("", " ", "no-such-vae", str(tmp_path / "none")):
         with pytest.raises(UsageError, match="unknown autoencoder") as unknown:
             open_checkpoint("tiny-random", vae=name)
         assert "dc-ae-lite" in str(unknown.value)
+    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        with pytest.raises(UsageError, match="is a file, not an autoencoder") as unknown:
+            open_vae(str(folder / file), None, Hub())
+        assert unknown.value.fix == f"--vae {folder}"
+
+
+@pytest.mark.parametrize(
+    ("written", "repo", "commit"),
+    [
+        ("https://huggingface.co/mit-han-lab/dc-ae-lite-f32c32-diffusers", "mit-han-lab/dc-ae-lite-f32c32-diffusers", None),
+        ("https://hf.co/someone/vae/tree/v1", "someone/vae", "v1"),
+        ("someone/vae@v1", "someone/vae", "v1"),
+    ],
+)
+def test_the_address_of_an_autoencoder_is_taken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, written: str, repo: str, commit: str | None
+) -> None:
+    asked = []
+    monkeypatch.setattr("sana_export.checkpoint.vae.fetch", lambda *words, first: asked.append(words[:2]) or folder)
+    assert open_vae(written, None, Hub()).source == (repo if commit is None else f"{repo}@{commit}")
+    assert asked == [(repo, commit)]
+
+
+def test_a_part_of_a_repository_is_not_an_autoencoder() -> None:
+    with pytest.raises(UsageError, match="is a part of a repository") as caught:
+        open_vae("https://huggingface.co/someone/vae/blob/main/vae/config.json", None, Hub())
+    assert caught.value.fix == "--vae someone/vae"
+
+
+def test_an_autoencoder_may_be_in_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert open_vae(f"~/{folder.name}", None, Hub()).source == str(folder)
+
+
+@pytest.mark.parametrize("damage", ['{"encoder_block_out_channels": null}', '{"encoder_block_out_channels": 3}', "{", "[]"])
+def test_a_replaced_autoencoder_may_be_damaged(folder: Path, tiny_checkpoint: SanaCheckpoint, damage: str) -> None:
+    own = pipeline_folder(folder, tiny_checkpoint)
+    (own / "vae" / "config.json").write_text(damage)
+    assert open_checkpoint(str(own), vae=str(folder)).config("vae")["decoder_conv_act_fn"] == "silu"
 
 
 def test_the_tables_agree() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sana_export import SanaRuntime
+from sana_export.checkpoint.checkpoint import EMBEDDED
 from sana_export.errors import DependencyError, UsageError
 from sana_export.manifest import FILE_NAME, Manifest
 from sana_export.output_folder import OutputFolder
@@ -61,6 +62,10 @@ def test_a_tilde_is_the_home_folder(
     recipe.write_text('model = "tiny"\noutput = "~/out"\ngraphs = ["sampler"]\n')
     assert cli("engines", recipe, "-q").code == 0
     assert (home / "out" / FILE_NAME).is_file()
+    shutil.copytree(EMBEDDED / "tiny", home / "tiny")
+    recipe.write_text('model = "~/tiny"\noutput = "~/out2"\ngraphs = ["sampler"]\n')
+    assert cli("engines", recipe, "-q").code == 0
+    assert Manifest.load(home / "out2").checkpoint.source == str(home / "tiny")
     with SanaRuntime.from_pretrained("~/bundle", backend="onnxruntime") as runtime, pytest.raises(UsageError) as caught:
         runtime.load_lora("~/nothing.safetensors")
     assert str(home / "nothing.safetensors") in str(caught.value)

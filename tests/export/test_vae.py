@@ -64,6 +64,7 @@ def test_verify_compares_with_the_same_autoencoder(
     with pytest.raises(UsageError, match="was not exported from tiny-random") as caught:
         verify_bundle(lite_bundle, tiny_checkpoint)
     assert "tiny-random --vae tiny-dc-ae-lite" in str(caught.value.wanted)
+    assert caught.value.fix == f"sana-export verify {lite_bundle} --reference tiny-random --vae tiny-dc-ae-lite"
 
 
 @torch.no_grad()

@@ -163,6 +163,7 @@ def refusals(width: int) -> dict[str, tuple[dict[str, torch.Tensor], tuple[str, 
             ("another model", "FLUX", "single_transformer_blocks.0.attn.to_q"),
         ),
         "wider": (pair(width=2 * width), (f"{LAYER}.lora_A.weight", f"[4, {2 * width}]", f"[4, {width}]")),
+        "rank 0": (pair(width=width, rank=0), (f"{LAYER}.lora_A.weight", f"[0, {width}]", f"[1, {width}]")),
         "one rank": (
             {f"{LAYER}.lora_A.weight": torch.zeros(4, width), f"{LAYER}.lora_B.weight": torch.zeros(width, 3)},
             (f"{LAYER}.lora_B.weight", f"[{width}, 3]", f"[{width}, 4]"),

@@ -53,8 +53,19 @@ def test_a_changed_weight_is_found(tiny_bundle, tiny_checkpoint, tmp_path, graph
 
 def test_another_checkpoint_is_refused(tiny_bundle, tmp_path):
     other = open_checkpoint(str(make_checkpoint("tiny-random", tmp_path / "c", seed=5)))
-    with pytest.raises(UsageError, match="was not exported from"):
+    with pytest.raises(UsageError, match="was not exported from") as caught:
         verify_bundle(tiny_bundle, other, QUICK)
+    assert str(caught.value.fix).startswith(f"sana-export verify {tiny_bundle} --reference ")
+
+
+def test_a_checkpoint_that_changed_is_exported_again(tiny_bundle, tiny_checkpoint, tmp_path):
+    source = str(make_checkpoint("tiny-random", tmp_path / "c", seed=5))
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
+    manifest = Manifest.load(bundle)
+    dataclasses.replace(manifest, checkpoint=dataclasses.replace(manifest.checkpoint, source=source)).save(bundle)
+    with pytest.raises(UsageError, match="was not exported from") as caught:
+        verify_bundle(bundle, open_checkpoint(source), QUICK)
+    assert str(caught.value.fix).startswith(f"sana-export export {source} -o {bundle}")
 
 
 def test_ranges_of_a_float32_bundle_are_refused(tiny_bundle):
