@@ -15,6 +15,7 @@ from sana_export.cli.terminal.console import QUIET, Console
 from sana_export.commands import model_words
 from sana_export.errors import ArtifactError
 from sana_export.manifest import Manifest
+from sana_export.numeric import MOST_DEVICES, MOST_THREADS, shown
 from sana_export.user_paths import user_path
 
 #: No option takes a number with more digits.
@@ -153,8 +154,10 @@ def add_size(parser: argparse.ArgumentParser, meaning: str) -> None:
 
 def add_device(parser: argparse.ArgumentParser, threads: str = "the backend decides") -> None:
     """--device and --threads of `SanaRuntime.from_pretrained`. `threads` says what the default number is."""
-    parser.add_argument("--device", type=index, metavar="N", help="index of the GPU (default: the first one)")
-    parser.add_argument("--threads", type=positive, metavar="N", help=f"threads for work on the CPU (default: {threads})")
+    parser.add_argument("--device", type=whole(0, MOST_DEVICES), metavar="N", help="index of the GPU (default: the first one)")
+    parser.add_argument(
+        "--threads", type=whole(1, MOST_THREADS), metavar="N", help=f"threads for work on the CPU (default: {threads})"
+    )
 
 
 def path_named(name: str) -> Callable[[str], Path]:
@@ -172,7 +175,18 @@ def index(text: str) -> int:
     return _at_least(0, text)
 
 
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or len(text) > _MOST_DIGITS or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
 def _at_least(least: int, text: str) -> int:
     if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {least} or more")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number, {least} or more")
     return int(text)

@@ -109,7 +109,7 @@ def test_a_sweep_changes_what_it_names(tmp_path: Path) -> None:
         ("height = 250", "not a valid size"),
         ("guidance_scale = 2", "invalid entry"),
         ("height = true", "invalid entry"),
-        ("repeats = 0", "too small"),
+        ("repeats = 0", "out of range"),
     ],
 )
 def test_a_bad_point_is_named(tmp_path: Path, point: str, message: str) -> None:
