@@ -134,7 +134,7 @@ PROFILES: dict[str, Profile] = {
 
 
 #: Names of profiles for one size in pixels: "static-1024" or "static-HEIGHTxWIDTH".
-_STATIC = re.compile(r"static-(\d+)(?:x(\d+))?")
+_STATIC = re.compile(r"static-(\d{1,9})(?:x(\d{1,9}))?")
 
 
 def profile_named(name: str) -> Profile:

@@ -41,14 +41,13 @@ def test_real_numbers_are_no_integers(value: Any) -> None:
 @pytest.mark.filterwarnings("error")
 def test_what_is_not_one_number(value: Any) -> None:
     for check in (integer, real):
-        with pytest.raises(UsageError, match="n is not|n is out of range"):
+        with pytest.raises(UsageError, match=r"n is not|n is out of range"):
             check("n", value, 0, 5)
     assert as_integer(value) is None
 
 
-@pytest.mark.parametrize(
-    "value", [10**400, -(10**400), float("nan"), float("inf"), Decimal("1e500"), Decimal("nan")], ids=lambda v: str(v)[:9]
-)
-def test_numbers_out_of_range(value: Any) -> None:
-    with pytest.raises(UsageError, match="x is out of range"):
-        real("x", value, -1000, 1000)
+@pytest.mark.parametrize("text", ["1e400", "-1e400", "nan", "inf", "1000.5"])
+def test_numbers_out_of_range(text: str) -> None:
+    for value in (float(text), Decimal(text), *([int(Decimal(text))] if "e" in text else [])):
+        with pytest.raises(UsageError, match="x is out of range"):
+            real("x", value, -1000, 1000)

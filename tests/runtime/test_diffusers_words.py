@@ -380,5 +380,5 @@ def test_negative_prompts_in_an_array(tiny_runtime: SanaRuntime) -> None:
     ids=str,
 )
 def test_options_of_another_type(tiny_bundle: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="not a name|not named options"):
+    with pytest.raises(UsageError, match=r"not a name|not named options"):
         SanaRuntime.from_pretrained(tiny_bundle, **options)
