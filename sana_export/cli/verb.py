@@ -167,26 +167,21 @@ def path_named(name: str) -> Callable[[str], Path]:
 
 def positive(text: str) -> int:
     """A whole number, 1 or more, for argparse."""
-    return _at_least(1, text)
+    return whole(1)(text)
 
 
 def index(text: str) -> int:
     """A whole number, 0 or more, for argparse."""
-    return _at_least(0, text)
+    return whole(0)(text)
 
 
-def whole(least: int, most: int) -> Callable[[str], int]:
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """A type for argparse: a whole number from `least` to `most`."""
+    wanted = f", {least} or more" if most is None else f" from {least} to {most}"
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or len(text) > _MOST_DIGITS or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {least} to {most}")
+        if not text.isdecimal() or len(text) > _MOST_DIGITS or not least <= int(text) <= (int(text) if most is None else most):
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number{wanted}")
         return int(text)
 
     return parse
-
-
-def _at_least(least: int, text: str) -> int:
-    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number, {least} or more")
-    return int(text)
