@@ -77,6 +77,11 @@ def engines_command(bundle: Path, backend: str, *options: str) -> str:
     return shlex.join(["sana-export", "build", str(bundle), "--backend", backend, *options])
 
 
+def generate_command(bundle: Path, backend: str) -> str:
+    """A command that draws an image with a bundle on `backend`."""
+    return shlex.join(["sana-export", "generate", str(bundle), "a red apple", "-o", "apple.png", "--backend", backend])
+
+
 def model_words(checkpoint: Checkpoint) -> list[str]:
     """The words of a command that name a checkpoint: MODEL, then the options for its revision, files and overlays."""
     words = [checkpoint.source]

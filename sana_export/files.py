@@ -24,6 +24,8 @@ Content = bytes | bytearray | memoryview
 LOG = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
+#: A temporary name begins with this many characters of the file's, so that it is not too long where the file's own is not.
+_NAMED = 40
 _FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _BUSY = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
@@ -172,7 +174,7 @@ def check_files(bundle: Path, entries: Iterable[FileEntry], *, fix: str) -> list
     paths = []
     for entry in entries:
         path = check_inside(bundle, entry.path, fix=fix)
-        if not path.is_file():  # also a pipe or a device, which could be read without end
+        if not os.path.isfile(path):  # noqa: PTH113  # also a pipe, which could be read without end; pathlib raises for long names
             raise ArtifactError(f"{entry.path} is missing from {bundle}", found="no such file", wanted=entry.path, fix=fix)
         size = path.stat().st_size
         digest = hash_file(path) if size == entry.bytes else None
@@ -214,7 +216,12 @@ def check_inside(bundle: Path, relative: str, *, fix: str) -> Path:
 
 def leads_outside(bundle: Path, path: Path) -> bool:
     """Whether `path`, which is in the bundle, is a link to a file outside it."""
-    return not path.resolve().is_relative_to(bundle.resolve())
+    return not real_path(path).is_relative_to(real_path(bundle))
+
+
+def real_path(path: Path) -> Path:
+    """The absolute path without links. Links that lead in a circle stay, for which `Path.resolve` raises RuntimeError."""
+    return Path(os.path.realpath(path))
 
 
 def read_unlisted(path: Path) -> bytes | None:
@@ -242,7 +249,7 @@ def write_whole(path: Path, content: str | Content | Callable[[BinaryIO], object
     The file is written under a temporary name in the same folder and then renamed, so an interrupted write leaves the old file.
     Raises DependencyError if the disk is full or the folder is not writable.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    partial = path.with_name(f".{path.name[:_NAMED]}.{os.getpid()}-{threading.get_ident()}.partial")
     with disk_errors(path):
         try:
             with partial.open("wb") as file:

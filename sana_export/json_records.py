@@ -14,12 +14,15 @@ T = TypeVar("T")
 
 #: What JSON has for these types. A number may be written without a fraction.
 _SCALARS: dict[Any, tuple[type, ...]] = {str: (str,), bool: (bool,), int: (int,), float: (int, float)}
+#: The largest magnitude of a number. Other programs have no larger integers.
+_MOST = 2**63 - 1
 
 
 def record_from_json(kind: type[T], value: Any, where: str = "it") -> T:
     """The `kind` that `dataclasses.asdict` turned into `value`. Fields that are missing have their defaults.
 
-    Raises ValueError, naming the place in the document after `where`, for a value of another type, a missing key or an unknown one.
+    Raises ValueError, naming the place in the document after `where`, for a value of another type, a number that is not finite or
+    too large, a missing key or an unknown one.
     """
     if not isinstance(value, Mapping):
         raise _wrong(where, value, "an object")
@@ -51,6 +54,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint in _SCALARS:
         if not isinstance(value, _SCALARS[hint]) or (isinstance(value, bool) and hint is not bool):
             raise _wrong(where, value, hint.__name__)
+        if isinstance(value, int | float) and not abs(value) <= _MOST:
+            raise ValueError(f"{where} is out of range")
         return value
     if dataclasses.is_dataclass(hint):
         return record_from_json(typing.cast(Any, hint), value, where)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sana_export.environment import cache_folder
 from sana_export.errors import ArtifactError, DependencyError
-from sana_export.files import FileEntry, check_files, check_inside, write_whole
+from sana_export.files import FileEntry, check_files, check_inside, real_path, write_whole
 
 LOG = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def hash_always() -> Iterator[None]:
 
 def record_path(path: Path) -> Path:
     """Where the record of the file at `path` is."""
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    name = hashlib.sha256(os.fsencode(real_path(path))).hexdigest()
     return cache_folder() / "known-files" / f"{name}.json"
 
 
@@ -82,7 +82,7 @@ def _describe(path: Path, entry: FileEntry) -> str | None:
     if not (HAS_CHANGE_TIME and settled and found.st_size == entry.bytes):
         return None
     facts = {
-        "path": str(path.resolve()),
+        "path": str(real_path(path)),
         "device": found.st_dev,
         "inode": found.st_ino,
         "bytes": found.st_size,

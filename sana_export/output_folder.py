@@ -7,6 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from sana_export.files import real_path
+
 
 @dataclass(frozen=True)
 class OutputFolder:
@@ -32,7 +34,7 @@ class OutputFolder:
         and a shell whose current folder is replaced is left in a deleted one. Such a folder is written inside itself.
         """
         if folder.is_symlink() or folder.name in ("", ".."):
-            folder = folder.resolve()
+            folder = real_path(folder)
         inside = folder.is_dir() and (
             os.path.ismount(folder) or not os.access(folder.parent, os.W_OK) or _is_current(folder) or not folder.name
         )

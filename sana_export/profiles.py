@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from sana_export.architectures import LATENT_STRIDE
 from sana_export.errors import UsageError
+from sana_export.numeric import MAX_IMAGES, MAX_SIDE, integer
 from sana_export.records import ModelInfo
 from sana_export.resolutions import BINS, Size
 
@@ -133,7 +134,7 @@ PROFILES: dict[str, Profile] = {
 
 
 #: Names of profiles for one size in pixels: "static-1024" or "static-HEIGHTxWIDTH".
-_STATIC = re.compile(r"static-(\d+)(?:x(\d+))?")
+_STATIC = re.compile(r"static-(\d{1,9})(?:x(\d{1,9}))?")
 
 
 def profile_named(name: str) -> Profile:
@@ -168,8 +169,7 @@ def custom_profile(model: ModelInfo, *, height: int | None = None, width: int | 
     height = model.native_size if height is None else height
     width = model.native_size if width is None else width
     _check_multiples(height, width, model.vae_scale_factor)
-    if batch < 1:
-        raise UsageError("a batch needs at least one image", found=f"--batch {batch}", wanted="1 or more", fix="--batch 1")
+    integer("batch", batch, 1, MAX_IMAGES)
     return Profile(f"{height}x{width}-b{batch}", (1, batch, batch), (1, 2, MAX_BRANCHES), ((height, width),))
 
 
@@ -203,6 +203,8 @@ def _check_multiples(height: int, width: int, factor: int) -> None:
             wanted=f"height and width that are multiples of {factor}",
             fix=f"--height {_nearest(height, factor)} --width {_nearest(width, factor)}",
         )
+    for name, side in (("height", height), ("width", width)):
+        integer(name, side, factor, MAX_SIDE)
 
 
 def _axis(lengths: tuple[int, ...], native: int) -> Range:

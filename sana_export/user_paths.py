@@ -8,14 +8,21 @@ from pathlib import Path
 from sana_export.errors import DependencyError, UsageError
 from sana_export.numeric import shown
 
+#: The longest name of a file or folder on the common file systems.
+MOST_NAME_BYTES = 255
+#: The longest path on Linux, without room for the files in a folder.
+MOST_PATH_BYTES = 3072
+
 
 def user_path(value: str | os.PathLike[str], what: str = "the path", home: str = "HOME") -> Path:
-    """The path that a user wrote as `value`, with `~` as the home folder. `what` is what errors call it.
+    """The path that a user wrote as `value`, with `~` as the home folder and `~name` as that of the user `name`, if there is one.
+
+    `what` is what errors call it.
 
     `home` is the environment variable that an error tells the user to set if there is no home folder.
 
     Raises UsageError if it is empty, is not text, or contains what no file system or library accepts (a NUL, bytes that are not
-    UTF-8), and DependencyError if it starts with `~` and the home folder is not known.
+    UTF-8, a name that is too long), and DependencyError if it starts with `~` and the home folder is not known.
     """
     try:
         text = os.fspath(value)
@@ -26,7 +33,16 @@ def user_path(value: str | os.PathLike[str], what: str = "the path", home: str =
     check_unicode(text, what)
     if text == "~" or text.startswith(("~/", f"~{os.sep}")):
         return home_folder(home) / text[2:]
-    return Path(text)
+    path = Path(os.path.expanduser(text))  # noqa: PTH111  # pathlib fails if there is no such user
+    if longest := max((name for name in path.parts if len(name.encode()) > MOST_NAME_BYTES), default=None, key=len):
+        raise UsageError(
+            f"{what} has a name that is too long",
+            found=f"{len(longest.encode())} bytes in {shown(longest)}",
+            wanted=f"at most {MOST_NAME_BYTES} bytes between two slashes",
+        )
+    if len(str(path).encode()) > MOST_PATH_BYTES:
+        raise UsageError(f"{what} is too long", found=f"{len(str(path).encode())} bytes", wanted=f"at most {MOST_PATH_BYTES} bytes")
+    return path
 
 
 def at_home(text: str, what: str) -> str:
@@ -50,15 +66,18 @@ def check_unicode(text: str, what: str) -> None:
 def home_folder(variable: str = "HOME") -> Path:
     """The user's home folder.
 
-    Raises DependencyError if neither HOME nor the system's list of users has it, as for a user id that a container makes up.
+    Raises DependencyError if HOME is empty, or if neither HOME nor the system's list of users has it, as for a user id that a
+    container makes up.
     `variable` is the environment variable that the error tells the user to set.
     """
     try:
+        if os.environ.get("HOME") == "":  # it would be the root of the disk
+            raise RuntimeError("HOME is empty")
         return Path.home()
     except RuntimeError as error:
         raise DependencyError(
             "the home folder of this user is not known",
-            found="no HOME in the environment, and no home in the system's list of users",
+            found="an empty HOME, or none in the environment and no home in the system's list of users",
             wanted=f"a folder that this user may write to, in {variable}",
             fix=f"export {variable}=/tmp/sana-export",
         ) from error

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sana_export.errors import UsageError
 from sana_export.machine import usable_cores
+from sana_export.numeric import MAX_IMAGES, MAX_ROUNDS, MAX_SIDE, MAX_STEPS, MOST_SCALE, MOST_THREADS, integer, real
 from sana_export.toml_tables import parse_table, read_toml
 
 FOLDER = Path(__file__).with_name("workloads")
@@ -74,16 +75,18 @@ class Workload:
 
 #: Fields that a point of a sweep may change.
 _SWEPT = ("height", "width", "images_per_prompt", "num_inference_steps", "warmup", "repeats")
-#: Field to its smallest valid value.
-_LEAST = {
-    "num_inference_steps": 1,
-    "guidance_scale": 0,
-    "pag_scale": 0,
-    "images_per_prompt": 1,
-    "seed": 0,
-    "warmup": 1,
-    "repeats": 1,
-    "threads": 1,
+#: Field to its smallest and its largest valid value.
+_LIMITS: dict[str, tuple[float, float]] = {
+    "height": (SIDE_FACTOR, MAX_SIDE),
+    "width": (SIDE_FACTOR, MAX_SIDE),
+    "num_inference_steps": (1, MAX_STEPS),
+    "guidance_scale": (0, MOST_SCALE),
+    "pag_scale": (0, MOST_SCALE),
+    "images_per_prompt": (1, MAX_IMAGES),
+    "seed": (0, 2**63 - 1),
+    "warmup": (1, MAX_ROUNDS),
+    "repeats": (1, MAX_ROUNDS),
+    "threads": (1, MOST_THREADS),
 }
 
 
@@ -129,13 +132,14 @@ def prompts_of(sets: Any, where: str) -> tuple[str, ...]:
 def _check(workload: Workload, path: Path) -> None:
     if not workload.prompts:
         raise UsageError(f"prompts in {path} is empty", found="[]", wanted="a list of strings")
-    for key, least in _LEAST.items():
+    for key, (least, most) in _LIMITS.items():
         value = getattr(workload, key)
-        if value is not None and value < least:
-            raise UsageError(f"{key} in {path} is too small", found=value, wanted=f"{least} or more")
+        if value is not None:
+            check: Callable[[str, Any, Any, Any], int | float] = integer if isinstance(value, int) else real
+            check(f"{key} in {path}", value, least, most)
     for key in ("height", "width"):
         side = getattr(workload, key)
-        if side < SIDE_FACTOR or side % SIDE_FACTOR:
+        if side % SIDE_FACTOR:
             raise UsageError(f"{key} in {path} is not a valid size", found=side, wanted=f"a multiple of {SIDE_FACTOR}")
     for point in workload.sweep:
         for key, value in point.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from sana_export.errors import UsageError
 from sana_export.files import disk_errors, write_whole
+from sana_export.user_paths import user_path
 
 #: File suffix to Pillow's format. None: a numpy array of float32 values in [0, 1].
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".npy": None}
@@ -19,22 +21,28 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".np
 SAVE_OPTIONS: dict[str | None, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
 
 
-def check_output(output: Path) -> str:
-    """The runtime's output type for the file `output`. Creates its folder.
+def check_output(output: Path, count: int) -> str:
+    """The runtime's output type for `count` images in the file `output`. Writes nothing.
 
-    Raises UsageError if the suffix is not one of `FORMATS`, DependencyError if the folder is not writable.
+    Raises UsageError if the suffix is not one of `FORMATS`, or a file's name is that of a folder or too long; DependencyError if
+    the folder is not writable.
     """
-    if output.suffix.lower() not in FORMATS or output.is_dir():
+    folder = output.is_dir()
+    if output.suffix.lower() not in FORMATS or folder:
         raise UsageError(
             "the output is not the name of an image file",
-            found=str(output),
+            found=f"{output}, a folder" if folder else output,
             wanted="a name that ends with " + ", ".join(FORMATS),
-            fix=f"-o {output / 'image.png' if not output.suffix else output.with_suffix('.png')}",
+            fix=shlex.join(["-o", str(output / "image.png" if folder or not output.suffix else output.with_suffix(".png"))]),
         )
-    with disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent, prefix=".sana-export."):
-            pass
+    for path in output_paths(output, count):
+        if user_path(path, "--output").is_dir():
+            raise UsageError(
+                f"{path} is a folder", wanted="the name of an image file", fix=shlex.join(["-o", str(path / "image.png")])
+            )
+    existing = next(folder for folder in output.parents if folder.exists() or folder == folder.parent)
+    with disk_errors(output), tempfile.TemporaryFile(dir=existing, prefix=".sana-export."):
+        pass
     return "np" if FORMATS[output.suffix.lower()] is None else "pil"
 
 
@@ -46,8 +54,10 @@ def output_paths(output: Path, count: int) -> list[Path]:
 
 
 def write_images(images: Sequence[Any] | npt.NDArray[Any], output: Path) -> list[Path]:
-    """Write Pillow images, or arrays [H, W, 3] for .npy, and return their paths."""
+    """Write Pillow images, or arrays [H, W, 3] for .npy, and return their paths. Creates the folder."""
     paths = output_paths(output, len(images))
+    with disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
     for path, image in zip(paths, images, strict=True):
         write_whole(path, partial(_save, image, FORMATS[path.suffix.lower()]))
     return paths

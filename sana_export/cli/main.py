@@ -109,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc(file=sys.stderr)
         _say(f"error: {failure.text}")
-        stdout.write_json({"error": failure.document, "exit_code": failure.exit_code})
+        with contextlib.suppress(OSError):  # stdout is full: the text on stderr and the exit code say what is wrong
+            stdout.write_json({"error": failure.document, "exit_code": failure.exit_code})
         return failure.exit_code
 
 
@@ -144,7 +145,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _unrecognized(word: str, words: Sequence[str], verb: str, known: Sequence[str]) -> UsageError:
-    near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+    option = word.partition("=")[0]
+    near = [name for name in known if name.startswith(option) and option.startswith("--")]
+    near = near or difflib.get_close_matches(option, known, n=1)
     fix = f"sana-export {verb} --help"
     if not near and word.startswith("-") and word in words:
         position = words.index(word)

@@ -11,6 +11,7 @@ from sana_export.bench.workload import load_workload
 from sana_export.cli.images import FORMATS
 from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS
+from sana_export.numeric import MOST_DEVICES, MOST_THREADS, integer
 from sana_export.profiles import profile_named
 from sana_export.toml_tables import parse_table, read_toml
 from sana_export.trt.flavour import flavour_of
@@ -53,6 +54,12 @@ class VerifySection:
     device: int | None = None
     threads: int | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values that are parameters of a request."""
+        values = {"guidance_scale": self.guidance_scale, "num_inference_steps": self.steps, "seed": self.seed}
+        return {**values, "height": self.height, "width": self.width}
+
 
 @dataclass(frozen=True)
 class SampleSection:
@@ -73,6 +80,31 @@ class SampleSection:
     backend: str = "auto"
     device: int | None = None
     threads: int | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """All prompts."""
+        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+    @property
+    def images(self) -> int:
+        """The number of images."""
+        return len(self.prompts) * self.images_per_prompt
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Parameters of `SanaRuntime.__call__`."""
+        return {
+            "negative_prompt": self.negative_prompt,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "pag_scale": self.pag_scale,
+            "height": self.height,
+            "width": self.width,
+            "seed": self.seed,
+            "num_images_per_prompt": self.images_per_prompt,
+            "use_resolution_binning": self.resolution_binning,
+        }
 
 
 @dataclass(frozen=True)
@@ -160,7 +192,20 @@ def _check(recipe: Recipe) -> None:
             )
     for name in ("verify", "sample", "bench"):
         section = getattr(recipe, name)
-        for key, least in (("device", 0), ("threads", 1)):
-            value = getattr(section, key, None)
-            if value is not None and value < least:
-                raise UsageError(f"{key} in [{name}] of {recipe.path} is too small", found=value, wanted=f"{least} or more")
+        for key, least, most in (("device", 0, MOST_DEVICES), ("threads", 1, MOST_THREADS)):
+            if (value := getattr(section, key, None)) is not None:
+                integer(f"{key} in [{name}] of {recipe.path}", value, least, most)
+    for section in (recipe.sample, recipe.verify):
+        if section is not None:
+            _check_request(section, recipe.path)
+
+
+def _check_request(section: SampleSection | VerifySection, path: Path) -> None:
+    """Raise UsageError for values that no request can have."""
+    from sana_export.runtime import Request
+
+    try:
+        Request(prompt=section.prompts or "", **section.settings)
+    except UsageError as error:
+        name = "sample" if isinstance(section, SampleSection) else "verify"
+        raise UsageError(f"[{name}] of {path}: {error.message}", found=error.found, wanted=error.wanted, fix=error.fix) from error

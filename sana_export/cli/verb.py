@@ -15,6 +15,7 @@ from sana_export.cli.terminal.console import QUIET, Console
 from sana_export.commands import model_words
 from sana_export.errors import ArtifactError
 from sana_export.manifest import Manifest
+from sana_export.numeric import MOST_DEVICES, MOST_THREADS, shown
 from sana_export.user_paths import user_path
 
 #: No option takes a number with more digits.
@@ -153,8 +154,10 @@ def add_size(parser: argparse.ArgumentParser, meaning: str) -> None:
 
 def add_device(parser: argparse.ArgumentParser, threads: str = "the backend decides") -> None:
     """--device and --threads of `SanaRuntime.from_pretrained`. `threads` says what the default number is."""
-    parser.add_argument("--device", type=index, metavar="N", help="index of the GPU (default: the first one)")
-    parser.add_argument("--threads", type=positive, metavar="N", help=f"threads for work on the CPU (default: {threads})")
+    parser.add_argument("--device", type=whole(0, MOST_DEVICES), metavar="N", help="index of the GPU (default: the first one)")
+    parser.add_argument(
+        "--threads", type=whole(1, MOST_THREADS), metavar="N", help=f"threads for work on the CPU (default: {threads})"
+    )
 
 
 def path_named(name: str) -> Callable[[str], Path]:
@@ -164,15 +167,21 @@ def path_named(name: str) -> Callable[[str], Path]:
 
 def positive(text: str) -> int:
     """A whole number, 1 or more, for argparse."""
-    return _at_least(1, text)
+    return whole(1)(text)
 
 
 def index(text: str) -> int:
     """A whole number, 0 or more, for argparse."""
-    return _at_least(0, text)
+    return whole(0)(text)
 
 
-def _at_least(least: int, text: str) -> int:
-    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {least} or more")
-    return int(text)
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A type for argparse: a whole number from `least` to `most`."""
+    wanted = f", {least} or more" if most is None else f" from {least} to {most}"
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or len(text) > _MOST_DIGITS or not least <= int(text) <= (int(text) if most is None else most):
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number{wanted}")
+        return int(text)
+
+    return parse

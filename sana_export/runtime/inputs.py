@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,19 +11,13 @@ import numpy as np
 
 from sana_export.errors import UsageError
 from sana_export.formats.arrays import Float32
-from sana_export.numeric import MOST_SCALE, integer, real, shown
+from sana_export.numeric import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MOST_SCALE, as_integer, integer, real, shown
 from sana_export.runtime.noise import TorchGenerator
 from sana_export.runtime.prompt import MAX_TOKENS, GivenEmbeddings
 from sana_export.runtime.schedule import SPRINT_MOST_TIMESTEP
 
-#: Pixels: twice the longest side of Sana's largest resolution bin. Memory runs out long before.
-MAX_SIDE = 16384
-#: Images of one call.
-MAX_IMAGES = 1024
 #: Delivered pixels of one call, all images together: 3 GB as Pillow images, 13 GB as float32.
 MAX_PIXELS = 2**30
-#: Sana was trained with 1000 timesteps.
-MAX_STEPS = 1000
 #: A prompt is truncated to some hundred tokens, but all of its text is tokenized first.
 MAX_CHARACTERS = 100_000
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -79,7 +72,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 def _count(value: Any) -> int | None:
     """The number of items of a list, a tuple or an array of one axis; None for anything else."""
     array = isinstance(value, np.ndarray) and value.ndim == 1
-    if not array and (isinstance(value, str | bytes) or not isinstance(value, Sequence)):
+    if not array and (isinstance(value, str | bytes | bytearray) or not isinstance(value, Sequence)):
         return None
     try:
         return len(value)
@@ -155,13 +148,9 @@ def checked_seeds(seed: Any, batch: int | None = None) -> tuple[int, ...]:
 
 
 def _seed(value: Any) -> int:
-    wanted = "an integer, or one for each image"
-    try:
-        number = operator.index(value)
-    except Exception as error:  # TypeError, or any: the object is the caller's
-        raise UsageError("seed is not an integer", found=shown(value), wanted=wanted) from error
-    if isinstance(value, bool | np.ndarray):
-        raise UsageError("seed is not an integer", found=shown(value), wanted=wanted)
+    number = as_integer(value)
+    if number is None:
+        raise UsageError("seed is not an integer", found=shown(value), wanted="an integer, or one for each image")
     TorchGenerator(number)  # checks the range
     return number
 

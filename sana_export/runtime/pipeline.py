@@ -226,14 +226,17 @@ class SanaRuntime(OfThisProcess):
         )
         check_cancelled(cancelled)
         with self._using():
-            result = self._generate(request, callback_on_step_end, cancelled)
+            interrupted, self._interrupt = self._interrupt, False
+            try:
+                result = self._generate(request, callback_on_step_end, cancelled)
+            finally:
+                self._interrupt = interrupted  # of the call whose callback made this one
         # Overloads that say so would repeat all parameters.
         return result if return_dict else (result.images,)  # type: ignore[return-value]
 
     def _generate(self, request: Request, callback: StepCallback | None, cancelled: IsCancelled | None) -> SanaResult:
         started, record_event = perf_counter(), self.backend.record_event
         check_cancelled(cancelled)  # it may have waited for its turn
-        self._interrupt = False
         plan = self.plan(request)
         if not self.sessions.staged:
             self.sessions.require(plan.decoder_graphs)  # report a damaged decoder before sampling, not after

@@ -14,10 +14,10 @@ from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Float32
 from sana_export.manifest import Manifest
+from sana_export.numeric import MAX_IMAGES
 from sana_export.profiles import DECODER_TILE, UNTILED_AREA
 from sana_export.resolutions import BINS
 from sana_export.runtime.inputs import (
-    MAX_IMAGES,
     MAX_PIXELS,
     OUTPUT_TYPES,
     check_choice,
@@ -257,7 +257,7 @@ def _prompts(request: Request, channels: int) -> tuple[tuple[str, ...], dict[str
             request.negative_prompt_embeds,
             request.negative_prompt_attention_mask,
             "negative_prompt",
-            not request.negative_prompt,
+            request.negative_prompt is None or not any(texts("negative_prompt", request.negative_prompt)),
         ),
     }
     given = {

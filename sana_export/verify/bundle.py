@@ -105,6 +105,8 @@ def _compare(
     """The report of `verify_bundle` for the bundle in `runtime`."""
     bundle, manifest, prompts = runtime.bundle, runtime.manifest, sampling.prompts
     check_origin(bundle, manifest, checkpoint)
+    for prompt in prompts:  # checks the values before anything is computed
+        sampling.request(prompt, manifest.model)
     pipeline = load_reference(checkpoint, manifest.options, pag=False)
     # A bundle, or its engines, may lack the graphs of the tiled decoder.
     names = [name for name in GRAPH_CHECKS if name in manifest.graphs and runtime.backend.ranges(name) is not None]

@@ -142,5 +142,5 @@ def test_modes_without_a_device_refuse_it(mode: tuple[str, ...], tiny_bundle: Pa
 def test_other_values_are_usage_errors(command: tuple[str, ...], option: str, value: object, least: int, cli: Cli) -> None:
     ran = cli(*command, option, value)
     assert ran.code == 2
-    assert f"argument {option}: {str(value)!r} is not a whole number, {least} or more" in ran.err
+    assert f"argument {option}: {str(value)!r} is not a whole number from {least} to {1023 + least}" in ran.err
     assert f"sana-export {command[0]} --help" in ran.err

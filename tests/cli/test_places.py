@@ -255,3 +255,74 @@ def test_a_system_that_lacks_what_windows_lacks(arguments: tuple[Any, ...], tiny
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+LONG = "x" * 256
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", LONG),
+        ("verify", LONG, "--reference", "tiny"),
+        ("build", LONG, "--backend", "tensorrt-rtx"),
+        ("export", "tiny", "-o", LONG),
+        ("synth", "tiny-random", "-o", LONG),
+        ("engines", LONG),
+        ("generate", "BUNDLE", "a fox", "-o", f"{LONG}.png"),
+        ("generate", "BUNDLE", "a fox", "a cat", "-o", f"{'x' * 250}.png"),
+        ("generate", "/x" * 3000, "a fox", "-o", "a.png"),
+    ],
+    ids=lambda arguments: " ".join(arguments)[:20],
+)
+def test_names_that_are_too_long(
+    arguments: tuple[str, ...], tiny_bundle: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = cli(*(str(tiny_bundle) if word == "BUNDLE" else word for word in arguments))
+    assert (ran.code, "too long" in ran.err) == (2, True), ran.err
+    assert entries(tmp_path) == set()
+
+
+def test_the_longest_name_is_written(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    output = tmp_path / f"{'é' * 125}.png"
+    assert cli("generate", tiny_bundle, "a fox", "-o", output, "--steps", 1).code == 0
+    assert entries(tmp_path) == {output.name}
+
+
+def test_the_home_folder_of_another_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    user = pwd.getpwuid(os.getuid())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path(f"~{user.pw_name}/a.png") == Path(user.pw_dir) / "a.png"
+    assert user_path("~nobody-of-that-name/a.png") == Path("~nobody-of-that-name/a.png")
+
+
+def test_an_empty_home_is_not_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(DependencyError, match="home folder of this user is not known"):
+        user_path("~/a.png")
+
+
+def test_a_bundle_that_is_missing_leaves_no_folder(tmp_path: Path, cli: Cli) -> None:
+    assert cli("generate", tmp_path / "b", "a fox", "-o", tmp_path / "new" / "a.png").code == 4
+    assert entries(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"), [("dir.png", "dir.png/image.png"), ("my dir", "'my dir/image.png'"), ("a b.gif", "'a b.png'")]
+)
+def test_an_output_that_is_no_image_file(
+    name: str, fix: str, tiny_bundle: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not name.endswith(".gif"):
+        (tmp_path / name).mkdir()
+    ran = cli("generate", tiny_bundle, "a fox", "-o", name)
+    assert (ran.code, f"-o {fix}" in ran.err) == (2, True), ran.err
+
+
+def test_one_of_several_outputs_is_a_folder(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "a-1.png").mkdir()
+    ran = cli("generate", tiny_bundle, "a fox", "a cat", "-o", tmp_path / "a.png")
+    assert (ran.code, "a-1.png is a folder" in ran.err) == (2, True), ran.err
+    assert entries(tmp_path) == {"a-1.png"}

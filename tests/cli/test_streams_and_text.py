@@ -119,3 +119,33 @@ def test_numbers_are_checked_before_the_bundle_is_loaded(
     ran = cli("generate", tmp_path / "no bundle", "x", "-o", tmp_path / "a.png", option, value)
     assert ran.code == 2, ran.err
     assert "not a bundle" not in ran.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+@pytest.mark.parametrize(("arguments", "code"), [(("variants",), 3), (("variants", "--json"), 3), (("inspect", "no", "--json"), 4)])
+def test_a_stdout_that_is_full(arguments: tuple[str, ...], code: int) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command(*arguments), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+
+
+def test_the_start_of_an_option_names_the_option(tiny_bundle: Path, cli: Cli) -> None:
+    assert "--negative-prompt?" in cli("generate", tiny_bundle, "x", "-o", "a.png", "--neg", "dark").err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("build", "BUNDLE", "--backend", "tensorrt-rtx", "--batch", "99999999999", "--dry-run"),
+        ("build", "BUNDLE", "--backend", "tensorrt-rtx", "--height", "3200000000", "--width", "32", "--dry-run"),
+        ("build", "BUNDLE", "--backend", "tensorrt-rtx", "--profile", "static-99999999968", "--dry-run"),
+        ("verify", "BUNDLE", "--ranges", "--threads", "99999999"),
+        ("verify", "BUNDLE", "--reference", "tiny", "--seed", "9" * 26),
+        ("bench", "BUNDLE", "--reference", "tiny", "--threads", "99999999"),
+        ("bench", "--decoders", "tiny-dc-ae", "--rounds", "9" * 17),
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_numbers_of_other_verbs_have_limits(arguments: tuple[str, ...], tiny_bundle: Path, cli: Cli) -> None:
+    ran = cli(*(tiny_bundle if word == "BUNDLE" else word for word in arguments))
+    assert ran.code == 2, ran.err

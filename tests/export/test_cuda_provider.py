@@ -19,7 +19,7 @@ from sana_export.graphs.builders import build_graph
 from sana_export.graphs.denoiser import LONGEST_AXIS
 from sana_export.graphs.storage import WeightFile
 from sana_export.manifest import Manifest, Options
-from sana_export.runtime.inputs import MAX_SIDE
+from sana_export.numeric import MAX_SIDE
 from sana_export.synth.checkpoint import make_checkpoint
 from sana_export.synth.recipes import RECIPES
 from tests.support.cuda_provider import place

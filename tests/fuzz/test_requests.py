@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from sana_export.cli.main import parse
 from sana_export.errors import Cancelled, SanaExportError, UsageError
+from sana_export.numeric import MAX_IMAGES, MAX_SIDE, MAX_STEPS
 from sana_export.runtime import Request, SanaRuntime
-from sana_export.runtime.inputs import MAX_IMAGES, MAX_PIXELS, MAX_SIDE, MAX_STEPS
+from sana_export.runtime.inputs import MAX_PIXELS
 from sana_export.runtime.pipeline import CALL_PARAMETERS
 from sana_export.runtime.words import CALL_WORDS
 from tests.fuzz.support import MIB, at_most

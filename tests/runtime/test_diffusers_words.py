@@ -9,6 +9,7 @@ import multiprocessing
 import pickle
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -333,3 +334,51 @@ def test_plans_and_results_travel(tiny_runtime: SanaRuntime) -> None:
     plan = pickle.loads(pickle.dumps(tiny_runtime.plan(request)))
     result = pickle.loads(pickle.dumps(tiny_runtime("a fox", seed=3, **SMALL)))
     assert plan.seeds == result.seeds == (3,)
+
+
+def test_a_call_within_a_callback_has_its_own_interruption(tiny_runtime: SanaRuntime) -> None:
+    wanted = tiny_runtime("a fox", seed=7, output_type="latent", **SMALL).images
+    steps = []
+
+    def stop(pipe: Any, *_: Any) -> None:
+        pipe._interrupt = True
+
+    def call_again(pipe: Any, index: int, *_: Any) -> None:
+        steps.append(index)
+        if index == 0:
+            pipe("a cat", seed=8, output_type="latent", callback_on_step_end=stop, **SMALL)
+
+    def stop_and_call(pipe: Any, index: int, *_: Any) -> None:
+        steps.append(index)
+        pipe._interrupt = True
+        pipe("a cat", seed=8, output_type="latent", **SMALL)
+
+    found = tiny_runtime("a fox", seed=7, output_type="latent", callback_on_step_end=call_again, **SMALL).images
+    assert steps == [0, 1, 2]
+    np.testing.assert_array_equal(found, wanted)
+    tiny_runtime("a fox", seed=7, output_type="latent", callback_on_step_end=stop_and_call, **SMALL)
+    assert steps == [0, 1, 2, 0]
+
+
+def test_negative_prompts_in_an_array(tiny_runtime: SanaRuntime) -> None:
+    texts = ["blurry", "dark"]
+    plans = [tiny_runtime.plan(Request(["a", "b"], negative_prompt=given)) for given in (texts, np.array(texts))]
+    assert plans[0].texts == plans[1].texts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": None},
+        {"backend": 5},
+        {"backend_options": 5},
+        {"backend_options": [("session_options", {})]},
+        {"backend_options": {1: 2}},
+        {"backend": "onnxruntime", "backend_options": {"session_options": 5}},
+        {"backend": "onnxruntime", "backend_options": {"provider_options": [1]}},
+    ],
+    ids=str,
+)
+def test_options_of_another_type(tiny_bundle: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"not a name|not named options"):
+        SanaRuntime.from_pretrained(tiny_bundle, **options)

@@ -68,3 +68,12 @@ def test_a_link_to_another_file_is_refused(tiny_bundle: Path, tmp_path: Path, na
     with pytest.raises(ArtifactError, match="a link to a file outside the bundle") as caught:
         SanaRuntime.from_pretrained(linked, backend="onnxruntime")
     assert hashlib.sha256(secret.read_bytes()).hexdigest()[:8] not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["embeddings.safetensors", "onnx/sampler/model.onnx"])
+def test_a_link_to_itself_is_a_missing_file(tiny_bundle: Path, tmp_path: Path, name: str) -> None:
+    bundle = link_all(tiny_bundle, tmp_path / "hub", apart=False)
+    (bundle / name).unlink()
+    (bundle / name).symlink_to((bundle / name).name)
+    with pytest.raises(ArtifactError, match="is missing from"):
+        SanaRuntime.from_pretrained(bundle, backend="onnxruntime")

@@ -55,7 +55,7 @@ class Stdout:
                 self._stream = stream
 
     def write(self, document: Mapping[str, Any], text: str) -> None:
-        """Write the answer. A closed pipe (`| head`) is not an error."""
+        """Write the answer. A closed pipe (`| head`) is not an error. Raises OSError if the disk is full."""
         content = json.dumps(document, indent=1, default=str) if self.as_json else text.rstrip("\n")
         if not content:
             return
@@ -63,9 +63,11 @@ class Stdout:
         try:
             self._stream.write(content.encode(encoding, "backslashreplace").decode(encoding) + "\n")
             self._stream.flush()
-        except BrokenPipeError:
+        except OSError as error:
             # The interpreter flushes stdout once more at its end. That must not fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise
 
     def write_json(self, document: Mapping[str, Any]) -> None:
         """Write `document` if JSON was asked for."""

@@ -23,8 +23,10 @@ from sana_export.cli.verb import (
     path_named,
     positive,
     reference_options,
+    whole,
 )
 from sana_export.errors import DependencyError, ParityError, UsageError
+from sana_export.numeric import MAX_ROUNDS, MAX_SIDE
 
 DEFAULT_BACKENDS = ("onnxruntime",)
 DEFAULT_WORKLOAD = "cpu"
@@ -75,12 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sides",
         metavar="PIXELS",
-        type=positive,
+        type=whole(1, MAX_SIDE),
         nargs="+",
         default=[512, 1024],
         help="with --decoders: heights and widths of the images (default: 512 1024)",
     )
-    parser.add_argument("--rounds", metavar="N", type=positive, default=5, help="with --decoders: timed rounds (default: 5)")
+    parser.add_argument(
+        "--rounds", metavar="N", type=whole(1, MAX_ROUNDS), default=5, help="with --decoders: timed rounds (default: 5)"
+    )
     parser.add_argument(
         "--threshold",
         metavar="PERCENT",

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sana_export import __version__
@@ -17,6 +18,7 @@ from sana_export.cli.probe import BackendProbe, probe_backend
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import plural, size, table
 from sana_export.cli.verb import Answer, Verb, path_named
+from sana_export.commands import engines_command, generate_command
 from sana_export.cuda_errors import find_failure
 from sana_export.environment import installed_version, operating_system
 from sana_export.gpu_support import backends_for, unsupported_reason
@@ -25,6 +27,9 @@ from sana_export.machine import Gpu, cpu_name, find_cuda_error, find_gpus, gpu_m
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.onnxruntime_provider import INSTALL
 from sana_export.trt.flavour import FLAVOURS
+
+#: What commands name if no bundle is given.
+_BUNDLE = Path("BUNDLE")
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> Answer:
     machine, found = this_machine(), packages()
     probes = [probe_backend(backend) for backend in FLAVOURS]
-    abilities = list(judge(machine, found, probes, str(options.bundle or "BUNDLE")))
+    abilities = list(judge(machine, found, probes, options.bundle or _BUNDLE))
     conflict = exclusive_conflict()
     document: dict[str, Any] = {
         "sana_export": __version__,
@@ -119,7 +124,7 @@ def this_machine() -> Machine:
     )
 
 
-def judge(machine: Machine, found: list[Package], probes: Iterable[BackendProbe], bundle: str = "BUNDLE") -> Iterable[Ability]:
+def judge(machine: Machine, found: list[Package], probes: Iterable[BackendProbe], bundle: Path = _BUNDLE) -> Iterable[Ability]:
     """What can be done on `machine` with the packages `found` and the probed backends. Commands name `bundle`."""
     lacking = [package for package in found if package.extra == "export" and package.problem]
     yield Ability(
@@ -146,21 +151,21 @@ def _cuda_ability(machine: Machine) -> Ability:
     return Ability("sample on the GPU with ONNX Runtime", reason is None, reason, fix)
 
 
-def _build_ability(probe: BackendProbe, machine: Machine, bundle: str) -> Ability:
+def _build_ability(probe: BackendProbe, machine: Machine, bundle: Path) -> Ability:
     flavour = FLAVOURS[probe.backend]
     reason, fix = probe.reason, probe.fix
     if reason is None and not flavour.ahead_of_time and not machine.gpus:
-        reason, fix = "building requires a GPU", f"sana-export build {bundle} --backend tensorrt-rtx"
+        reason, fix = "building requires a GPU", engines_command(bundle, "tensorrt-rtx")
     return Ability(f"build {flavour.title} engines", reason is None, reason, fix)
 
 
-def _run_ability(probe: BackendProbe, machine: Machine, bundle: str) -> Ability:
+def _run_ability(probe: BackendProbe, machine: Machine, bundle: Path) -> Ability:
     unsupported = [unsupported_reason(probe.backend, gpu.compute_capability) for gpu in machine.gpus]
     reasons, fix = [], probe.fix
     if not machine.gpus:
         reason, driver_fix = _no_gpu(machine)
         reasons.append(reason)
-        fix = fix or driver_fix or f"sana-export generate {bundle} 'a red apple' -o apple.png --backend onnxruntime"
+        fix = fix or driver_fix or generate_command(bundle, "onnxruntime")
     if probe.reason is not None:
         reasons.append(probe.reason)
     if all(unsupported):

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     recipe = load_recipe(options.recipe)
     require("", "export")
     if recipe.sample is not None:
-        check_output(recipe.sample.output)
+        check_output(recipe.sample.output, recipe.sample.images)
     stage_cache, stages = StageCache(recipe.output), []
     for name, do in _plan(recipe, model_options(recipe, options), stage_cache, console):
         started = time.monotonic()
@@ -149,21 +149,16 @@ def _sample(recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answe
     from sana_export.runtime import SanaRuntime
 
     section = _present(recipe.sample)
-    settings = {
-        "negative_prompt": section.negative_prompt,
-        "num_inference_steps": section.steps,
-        "guidance_scale": section.guidance_scale,
-        "pag_scale": section.pag_scale,
-        "height": section.height,
-        "width": section.width,
-        "seed": section.seed,
-        "num_images_per_prompt": section.images_per_prompt,
-        "use_resolution_binning": section.resolution_binning,
-    }
-    prompts = [section.prompt] if isinstance(section.prompt, str) else list(section.prompt)
     chosen: dict[str, Any] = {"backend": section.backend, "device": section.device, "threads": section.threads}
     with SanaRuntime.from_pretrained(recipe.output, **chosen) as runtime:
-        answer = sample(runtime, prompts, settings, section.output, console, output_type=check_output(section.output))
+        answer = sample(
+            runtime,
+            section.prompts,
+            section.settings,
+            section.output,
+            console,
+            output_type=check_output(section.output, section.images),
+        )
     return answer, tuple(Path(image["path"]) for image in answer.document["images"])
 
 

@@ -72,7 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
     output = options.output
-    output_type = check_output(output)
     from sana_export.adapters import parse_lora
     from sana_export.runtime import Request, SanaRuntime
 
@@ -90,6 +89,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         "decoder_tile": options.decoder_tile,
     }
     Request(prompt=options.prompts, **settings)  # checks the values before anything is loaded
+    output_type = check_output(output, len(options.prompts) * options.images_per_prompt)
     with SanaRuntime.from_pretrained(
         options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
     ) as runtime:

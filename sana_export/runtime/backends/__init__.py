@@ -8,6 +8,7 @@ from pathlib import Path
 from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.installation import install_command
 from sana_export.manifest import Manifest
+from sana_export.numeric import shown
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendFactory, BackendSettings, Loader
 from sana_export.runtime.memory import AUTO
 
@@ -68,6 +69,8 @@ def open_backend(backend: str | Loader, bundle: Path, manifest: Manifest, settin
     missing, and ArtifactError if it cannot run the bundle's precision.
     """
     if not isinstance(backend, str):
+        if not callable(backend):
+            raise UsageError("backend is not a name", found=shown(backend), wanted=", ".join((AUTO, *BACKENDS)) + ", or a loader")
         if settings != DEFAULT_SETTINGS:
             raise UsageError(
                 "device, threads and backend_options are for backends named by a string",

@@ -17,6 +17,7 @@ from typing import Any
 from sana_export.errors import UsageError
 from sana_export.formats.arrays import Array
 from sana_export.manifest import Manifest
+from sana_export.numeric import shown
 from sana_export.runtime.memory import AUTO, MEMORY_MODES
 from sana_export.runtime.prompt import PromptEmbeddings
 from sana_export.runtime.unpicklable import OfThisProcess
@@ -25,6 +26,12 @@ from sana_export.runtime.unpicklable import OfThisProcess
 DeviceTensor = Any
 #: Enqueues captured work again.
 Replay = Callable[[], None]
+
+
+def check_options(name: str, value: Any) -> None:
+    """Raise UsageError, which calls `value` `name`, unless it is a dict whose keys are texts."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise UsageError(f"{name} are not named options", found=shown(value), wanted='a dict such as {"name": value}')
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,10 @@ class BackendSettings:
     threads: int | None = None
     #: Options of the backend's own library (docs/python.md).
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise UsageError unless the options have names."""
+        check_options("backend_options", self.options)
 
     def reject_options(self, backend: str) -> None:
         """Raise UsageError if there are options, for a backend that takes none."""

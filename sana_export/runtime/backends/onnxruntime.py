@@ -22,7 +22,7 @@ from sana_export.installation import install_command
 from sana_export.known_files import check_known_files
 from sana_export.machine import find_cuda_error
 from sana_export.manifest import Manifest
-from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session
+from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session, check_options
 from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
 from sana_export.runtime.backends.onnxruntime_provider import (
     CPU,
@@ -222,6 +222,8 @@ class OnnxRuntimeBackend(Backend):
     def _check_options(self) -> None:
         """Raise UsageError for options that ONNX Runtime does not have."""
         known = (SESSION_OPTIONS, PROVIDER_OPTIONS_KEY)
+        for name in known:
+            check_options(name, self._settings.options.get(name, {}))
         unknown = [name for name in self._settings.options if name not in known]
         attributes = vars(self._onnxruntime.SessionOptions)
         given = self._settings.options.get(SESSION_OPTIONS, {})
