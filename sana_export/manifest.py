@@ -172,7 +172,7 @@ def _read(bundle: Path) -> Any:
     if not path.is_file():
         raise ArtifactError(
             f"{bundle} is not a bundle",
-            found=f"no {FILE_NAME}",
+            found=f"no {FILE_NAME}" if bundle.is_dir() else "a file" if bundle.exists() else "no such folder",
             wanted="a folder made by `sana-export export`",
             fix=_export_again(bundle, None),
         )

@@ -211,7 +211,10 @@ def _scheduler_fix(source: str, read: Callable[[str], Mapping[str, Any]], *, spr
 
 def _unsupported(name: str, key: str, found: object, wanted: object) -> ArtifactError:
     """The error for the entry `key` of a part's config."""
-    fixes = {"scheduler": f"change {key} in {config_name(name)}, if the checkpoint was trained for that", "vae": ANOTHER_VAE}
+    fixes = {
+        "scheduler": f"set {key} to a supported value in {config_name(name)}, if the checkpoint was trained with it",
+        "vae": ANOTHER_VAE,
+    }
     fix = fixes.get(name, ANOTHER)
     return ArtifactError(f"{config_name(name)} has an unsupported {key}", found=found, wanted=wanted, fix=fix)
 

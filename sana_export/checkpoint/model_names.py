@@ -22,7 +22,7 @@ WANTED = "an alias, a folder in diffusers' format or a hub id (owner/name)"
 LIST_VARIANTS = "sana-export variants  (lists the published checkpoints)"
 #: Other files of weights, by suffix.
 FILES = {
-    ".gguf": "a GGUF file, whose weights are quantized",
+    ".gguf": "a GGUF file, the format of llama.cpp",
     **dict.fromkeys(PICKLES, "a pickle, which can run code when it is loaded"),
     ".onnx": "an ONNX graph",
     ".engine": "an engine",
