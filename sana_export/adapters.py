@@ -137,6 +137,13 @@ def read_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fo
     return folds
 
 
+def _download(path: Path) -> str:
+    """What to do if there is nothing at `path`: it may be a hub id, and LoRAs are not downloaded."""
+    if len(path.parts) != 2 or path.is_absolute() or path.suffix or path.parts[0] in (".", ".."):
+        return "check the path"
+    return f"{shlex.join(['hf', 'download', str(path), '--local-dir', path.name])}, then use {path.name} as the path"
+
+
 def _weights_file(path: Path) -> Path:
     if path.is_file():
         refuse_pickle(path, fix=_SAVE_AGAIN)
@@ -146,6 +153,7 @@ def _weights_file(path: Path) -> Path:
             f"there is no LoRA at {path}",
             found="no such file or folder",
             wanted="a .safetensors file, or a folder that contains one",
+            fix=_download(path),
         )
     for name in (PEFT_FILE, DIFFUSERS_FILE):
         if (path / name).is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,9 +173,9 @@ def _read(bundle: Path) -> Any:
     if not path.is_file():
         raise ArtifactError(
             f"{bundle} is not a bundle",
-            found=f"no {FILE_NAME}",
+            found=f"no {FILE_NAME}" if bundle.is_dir() else "a file" if bundle.exists() else "no such folder",
             wanted="a folder made by `sana-export export`",
-            fix=_export_again(bundle, None),
+            fix=_export_again(bundle, None) if bundle.is_dir() else "check the path, or export a checkpoint first",
         )
     try:
         with path.open("rb") as file:
@@ -221,7 +222,8 @@ def _export_again(bundle: Path, document: Any) -> str:
         origin = _Origin(record_from_json(Checkpoint, document["checkpoint"]), record_from_json(Options, document["options"]))
         return export_command(bundle, origin)
     except _MALFORMED:
-        return f"sana-export export MODEL -o {bundle}, with the checkpoint that it was exported from as MODEL"
+        command = shlex.join(["sana-export", "export", "MODEL", "-o", str(bundle)])
+        return f"{command}  (MODEL: the checkpoint that it was exported from)"
 
 
 @dataclass(frozen=True)

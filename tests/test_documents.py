@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
@@ -101,6 +101,13 @@ def test_every_link_leads_to_a_file_and_a_heading(document: str) -> None:
 def test_no_cell_of_a_table_is_too_wide_to_read(document: str) -> None:
     wide = [f"{len(cell)} characters: {cell}" for cells in rows(text_of(document)) for cell in cells if len(cell) > WIDEST_CELL]
     assert not wide
+
+
+@pytest.mark.parametrize("document", ["docs/reports.md", "docs/compatibility.md"])
+def test_every_named_test_file_exists(document: str) -> None:
+    named = set(re.findall(r"`((?:\w+/)*test_\w+\.py)`", text_of(document)))
+    assert named
+    assert not [name for name in named if not (ROOT / "tests" / name).is_file()]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -219,9 +226,15 @@ def quoted_errors() -> list[str]:
     return [span for span in dict.fromkeys(spans) if " " in span and not re.match(r"pip |sana-export |steps\(|--", span)]
 
 
-def test_every_quoted_error_is_what_the_program_says() -> None:
-    quoted = quoted_errors()
-    assert len(quoted) > 50
+def quoted_refusals() -> list[str]:
+    """What compatibility.md quotes as the message of a refusal."""
+    return re.findall(r"(?:refused:|; with `--vae`:|only:) `([^`]+)`", text_of("docs/compatibility.md"))
+
+
+@pytest.mark.parametrize(("find", "least"), [(quoted_errors, 50), (quoted_refusals, 20)])
+def test_every_quoted_error_is_what_the_program_says(find: Callable[[], list[str]], least: int) -> None:
+    quoted = find()
+    assert len(quoted) > least
     unknown = [
         span
         for span in quoted

@@ -245,3 +245,14 @@ def test_the_contract_leaves_only_dynamic_axes_open(tiny_bundle):
     sizes = dict.fromkeys(("latent_channels", "layers", "cross_attention_heads", "cross_attention_head_dim"), 2)
     text = dict.fromkeys(("text_channels", "text_layers", "text_kv_heads", "text_head_dim"), 3)
     assert resolve("context", {**sizes, **text}, "float16").outputs[0].shape == (2, 2, "branches", "batch", 2, "text_tokens", 2)
+
+
+def test_a_name_without_a_bundle_says_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    found = {}
+    for name in ("nothing", "file", "folder"):
+        with pytest.raises(ArtifactError, match="is not a bundle") as caught:
+            Manifest.load(tmp_path / name)
+        found[name] = caught.value.found
+    assert found == {"nothing": "no such folder", "file": "a file", "folder": "no manifest.json"}

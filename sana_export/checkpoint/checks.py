@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sana_export.checkpoint.components import COMPONENTS, check_weights
 from sana_export.checkpoint.configs import CONFIGURED, Part, config_name, read_part
+from sana_export.checkpoint.foreign_weights import BEFORE_QUANTIZED
 from sana_export.checkpoint.hub import read_json
 from sana_export.checkpoint.model_names import LIST_VARIANTS
 from sana_export.checkpoint.tokenizer import check_tokenizer
@@ -27,6 +28,8 @@ TEXT_TO_IMAGE = {
     "SanaControlNetPipeline": "SanaPipeline",
     "SanaSprintImg2ImgPipeline": SPRINT,
 }
+#: The key of a config that says how the weights are quantized.
+QUANTIZATION = "quantization_config"
 ANOTHER = "use a checkpoint with the architecture of a published Sana model (sana-export variants lists them)"
 #: What to do about an unsupported part, if it is not `ANOTHER`.
 FIXES = {"vae": "use another autoencoder: --vae dc-ae or --vae dc-ae-lite"}
@@ -217,8 +220,9 @@ def _scheduler_fix(source: str, read: Callable[[str], Mapping[str, Any]], *, spr
 
 def _unsupported(name: str, key: str, found: object, wanted: object) -> ArtifactError:
     """The error for the entry `key` of a part's config."""
-    scheduler = f"change {key} in {config_name(name)}, if the checkpoint was trained for that"
+    scheduler = f"set {key} to a supported value in {config_name(name)}, if the checkpoint was trained with it"
     fix = scheduler if name == "scheduler" else FIXES.get(name, ANOTHER)
+    fix = BEFORE_QUANTIZED if key == QUANTIZATION else fix
     return ArtifactError(f"{config_name(name)} has an unsupported {key}", found=found, wanted=wanted, fix=fix)
 
 
@@ -228,6 +232,6 @@ def _foreign(parts: Mapping[str, Part]) -> Iterator[tuple[str, ArtifactError]]:
     if text is not None and text.given.get("model_type", "gemma2") != "gemma2":
         yield "text_encoder", _unsupported("text_encoder", "model_type", repr(text.given["model_type"]), "gemma2")
     for name, part in parts.items():
-        if (method := part.given.get("quantization_config")) is not None:
+        if (method := part.given.get(QUANTIZATION)) is not None:
             kind = method.get("quant_method") if isinstance(method, Mapping) else method
-            yield name, _unsupported(name, "quantization_config", kind, "weights that are not quantized")
+            yield name, _unsupported(name, QUANTIZATION, kind, "weights that are not quantized")

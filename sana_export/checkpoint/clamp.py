@@ -37,11 +37,11 @@ def trained_with_clamp(rows: Sequence[Variant], names: Collection[str], stored: 
     if stored == "F16":
         return Clamp(True, f"its transformer is stored as {stored}")
     if beside := sorted(name for name in names if ".fp16" in name):
-        return Clamp(True, f"its transformer has fp16 weights too, which makes it one that was trained in fp16: {beside[0]}")
+        return Clamp(True, f"it was trained in fp16, because its transformer has fp16 weights too ({beside[0]})")
     if stored == "BF16" or not families:
         return Clamp(False, f"its transformer is stored as {stored}")
     if beside := sorted(name for name in names if ".bf16" in name):
-        return Clamp(False, f"its transformer has bf16 weights too, which makes it one that was trained in bf16: {beside[0]}")
+        return Clamp(False, f"it was trained in bf16, because its transformer has bf16 weights too ({beside[0]})")
     clipped, plain = ([row.alias for row in rows if row.clamp == clamp] for clamp in (True, False))
     reason = (
         f"its config fits {' and '.join(clipped)} (trained in fp16, broken images without the clip) and {' and '.join(plain)} "

@@ -13,6 +13,9 @@ CONTAINERS = ("module.", "model.diffusion_model.", "diffusion_model.", "base_mod
 #: The container of the transformer in files that contain a VAE and a text encoder too.
 ALL_IN_ONE = "model.diffusion_model."
 
+#: How to fix quantized weights.
+BEFORE_QUANTIZED = "use the weights before they were quantized"
+
 T = TypeVar("T")
 
 
@@ -46,7 +49,7 @@ def quantized(names: Iterable[str], owner: str) -> ArtifactError | None:
         f"{owner} has {found[0].what}, which are not supported",
         found=found[1],
         wanted="weights in float32, float16 or bfloat16",
-        fix="use the weights before they were quantized",
+        fix=BEFORE_QUANTIZED,
     )
 
 

@@ -131,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing", found="no such file", wanted="a config in JSON", fix=AGAIN) from error
     except (OSError, ValueError, RecursionError) as error:  # a folder, not JSON, not UTF-8
-        raise not_what_was_wanted(path, "a config in JSON", error, fix="download it again") from error
+        raise not_what_was_wanted(path, "a config in JSON", error, fix="download the checkpoint again") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} is damaged", found=type(content).__name__, wanted="a JSON object", fix=AGAIN)
     return content

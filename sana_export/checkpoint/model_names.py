@@ -22,7 +22,7 @@ WANTED = "an alias, a folder in diffusers' format or a hub id (owner/name)"
 LIST_VARIANTS = "sana-export variants  (lists the published checkpoints)"
 #: Other files of weights, by suffix.
 FILES = {
-    ".gguf": "a GGUF file, whose weights are quantized",
+    ".gguf": "a GGUF file, the format of llama.cpp",
     **dict.fromkeys(PICKLES, "a pickle, which can run code when it is loaded"),
     ".onnx": "an ONNX graph",
     ".engine": "an engine",
@@ -48,7 +48,8 @@ def may_be_hub_id(name: str) -> bool:
 def from_url(model: str, revision: str | None, option: str | None = None) -> tuple[str, str | None]:
     """The hub id and the revision in the address of a page of the hub. Any other `model` is returned as it is.
 
-    `option` is the option whose value it is. None: it is MODEL. Raises UsageError for any other address, and for one that names another revision.
+    `option` is the option whose value it is. None: it is MODEL. Raises UsageError for any other address, and for one that names another
+    revision.
     """
     text = model if "://" in model else f"https://{model}" if model.startswith(HUBS) else ""
     if not text:

@@ -48,7 +48,7 @@ _MAGIC: tuple[tuple[int, bytes, FileKind], ...] = (
     (
         0,
         b"GGUF",
-        FileKind("a GGUF file (weights in blocks of few bits)", "use the model's .safetensors files: GGUF is not supported"),
+        FileKind("a GGUF file, the format of llama.cpp", "use the model's .safetensors files: GGUF is not supported"),
     ),
     (0, b"ggjt", FileKind("a GGML file", "use the model's .safetensors files: GGML is not supported")),
     (0, b"\x93NUMPY", FileKind("a NumPy array (.npy)")),

@@ -91,6 +91,18 @@ def test_parts_that_do_not_fit_together_are_refused(folder: Path, part: str, key
     assert words in str(error)
 
 
+def test_a_quantized_part_needs_the_weights_from_before(folder: Path) -> None:
+    edit_config(folder, "transformer", quantization_config={"quant_method": "bitsandbytes"})
+    error = refusal(folder)
+    assert error.message == "transformer/config.json has an unsupported quantization_config"
+    assert (error.found, error.fix) == ("bitsandbytes", "use the weights before they were quantized")
+
+
+def test_a_missing_config_says_what_to_do(folder: Path) -> None:
+    (folder / "vae" / "config.json").unlink()
+    assert refusal(folder).fix == "download the checkpoint again"
+
+
 def test_a_key_that_is_left_out_says_so(folder: Path) -> None:
     edit_config(folder, "scheduler", use_flow_sigmas=LEFT_OUT)
     assert refusal(folder).found == "False (the default of DPMSolverMultistepScheduler: the key is missing)"

@@ -290,6 +290,7 @@ def test_unsupported_kinds_of_adapters_are_named(tiny_checkpoint, transformer, t
 
 def test_missing_files_and_pickles_are_refused(tiny_checkpoint, transformer, tmp_path):
     assert "no LoRA" in refused(tiny_checkpoint, tmp_path / "nothing", UsageError)
+    assert "hf download owner/name --local-dir name, then" in refused(tiny_checkpoint, Path("owner/name"), UsageError)
     (tmp_path / "empty").mkdir()
     assert "an empty folder" in refused(tiny_checkpoint, tmp_path / "empty")
     (tmp_path / "pickle").mkdir()

@@ -13,10 +13,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import sana_export
 from sana_export import __version__
 from sana_export.cli import main as module
 from sana_export.cli.main import VERBS
@@ -333,3 +335,11 @@ def test_an_interrupt_that_is_swallowed_still_ends_the_command(number: signal.Si
     assert time.monotonic() - started < 5
     assert err == "sana-export: interrupted\n"
     assert json.loads(out) == {"error": {"type": "KeyboardInterrupt", "message": "interrupted"}, "exit_code": 130}
+
+
+def test_python_m_imports_nothing_from_the_current_folder(tmp_path: Path, bundle: Path) -> None:
+    """A folder or file of the user's may have the name of a module."""
+    (tmp_path / "numpy.py").write_text("raise SystemExit('the file of the user')")
+    environment = {**os.environ, "PYTHONPATH": str(Path(sana_export.__file__).parent.parent)}
+    done = subprocess.run(command("inspect", bundle, "--json"), cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
