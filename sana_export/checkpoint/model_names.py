@@ -48,8 +48,8 @@ def may_be_hub_id(name: str) -> bool:
 def from_url(model: str, revision: str | None, option: str | None = None) -> tuple[str, str | None]:
     """The hub id and the revision in the address of a page of the hub. Any other `model` is returned as it is.
 
-    `option` is the option whose value it is. None: it is MODEL. Raises UsageError for any other address, and for one that names another
-    revision.
+    `option` is the option whose value it is. None: it is MODEL. Raises UsageError for any other address, and for one that names
+    another revision.
     """
     text = model if "://" in model else f"https://{model}" if model.startswith(HUBS) else ""
     if not text:
