@@ -54,12 +54,15 @@ def from_url(model: str, revision: str | None, option: str | None = None) -> tup
     text = model if "://" in model else f"https://{model}" if model.startswith(HUBS) else ""
     if not text:
         return model, revision
-    address = urlsplit(text)
+    try:
+        address = urlsplit(text)
+    except ValueError:  # brackets that are not those of a host
+        address = urlsplit("")
     parts = [unquote(part) for part in address.path.split("/") if part]
     if address.hostname not in HUBS or len(parts) < 2 or parts[0] in ("datasets", "spaces", "collections", "papers"):
         raise UsageError(
             f"{model} is not the address of a model on the hub",
-            found=f"an address at {address.hostname}",
+            found=f"an address at {address.hostname or 'no host'}",
             wanted=f"{WANTED}, or https://huggingface.co/owner/name",
             fix="download the checkpoint, and give its folder",
         )

@@ -86,6 +86,7 @@ def test_the_address_of_a_published_checkpoint_is_its_row(monkeypatch: pytest.Mo
     [
         ("https://civitai.com/models/1/sana", "an address at civitai.com", "give its folder"),
         ("https://huggingface.co/datasets/Org/Name", "an address at huggingface.co", "give its folder"),
+        ("https://[hub/Org/Name", "an address at no host", "give its folder"),
         ("https://huggingface.co/Org/Name/tree/main/vae", "tree/main/vae", "sana-export export Org/Name -o Name-bundle"),
         (
             "https://huggingface.co/Org/Name/blob/main/x.safetensors",
