@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from sana_export.errors import UsageError
 from sana_export.files import real_path
 
 
@@ -32,9 +33,13 @@ class OutputFolder:
 
         A folder is written beside itself and renamed. That fails for a mounted disk, and for a folder whose parent is not writable;
         and a shell whose current folder is replaced is left in a deleted one. Such a folder is written inside itself.
+
+        Raises UsageError for a link that leads in a circle.
         """
         if folder.is_symlink() or folder.name in ("", ".."):
             folder = real_path(folder)
+            if folder.is_symlink():
+                raise UsageError(f"{folder} is a link that leads in a circle", wanted="a folder, or a name that is free")
         inside = folder.is_dir() and (
             os.path.ismount(folder) or not os.access(folder.parent, os.W_OK) or _is_current(folder) or not folder.name
         )

@@ -247,7 +247,7 @@ def test_the_contract_leaves_only_dynamic_axes_open(tiny_bundle):
     assert resolve("context", {**sizes, **text}, "float16").outputs[0].shape == (2, 2, "branches", "batch", 2, "text_tokens", 2)
 
 
-def test_a_name_without_a_bundle_says_what_is_there(tmp_path: Path) -> None:
+def test_a_name_without_a_bundle_says_what_is_there(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     found = {}

@@ -11,7 +11,7 @@ from sana_export.bench.workload import load_workload
 from sana_export.cli.images import FORMATS
 from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS
-from sana_export.numeric import MOST_DEVICES, MOST_THREADS, integer
+from sana_export.numeric import MAX_IMAGES, MAX_SIDE, MOST_DEVICES, MOST_THREADS, integer
 from sana_export.profiles import profile_named
 from sana_export.toml_tables import parse_table, read_toml
 from sana_export.trt.flavour import flavour_of
@@ -175,6 +175,9 @@ def _check(recipe: Recipe) -> None:
         flavour_of(build.backend)
         if build.profile is not None:
             profile_named(build.profile)
+        for key, most in (("batch", MAX_IMAGES), ("height", MAX_SIDE), ("width", MAX_SIDE)):
+            if (value := getattr(build, key)) is not None:
+                integer(f"{key} in [build] of {recipe.path}", value, 1, most)
     if recipe.sample is not None and recipe.sample.output.suffix.lower() not in FORMATS:
         raise UsageError(
             f"output of [sample] in {recipe.path} is not the name of an image file",
@@ -205,7 +208,7 @@ def _check_request(section: SampleSection | VerifySection, path: Path) -> None:
     from sana_export.runtime import Request
 
     try:
-        Request(prompt=section.prompts or "", **section.settings)
+        Request(prompt="" if section.prompts is None else section.prompts, **section.settings)
     except UsageError as error:
         name = "sample" if isinstance(section, SampleSection) else "verify"
         raise UsageError(f"[{name}] of {path}: {error.message}", found=error.found, wanted=error.wanted, fix=error.fix) from error

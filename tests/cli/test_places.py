@@ -326,3 +326,10 @@ def test_one_of_several_outputs_is_a_folder(tiny_bundle: Path, tmp_path: Path, c
     ran = cli("generate", tiny_bundle, "a fox", "a cat", "-o", tmp_path / "a.png")
     assert (ran.code, "a-1.png is a folder" in ran.err) == (2, True), ran.err
     assert entries(tmp_path) == {"a-1.png"}
+
+
+def test_an_output_that_is_a_link_to_itself(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "b").symlink_to("b")
+    ran = cli("export", "tiny", "-o", tmp_path / "b", *QUICK)
+    assert (ran.code, "leads in a circle" in ran.err) == (2, True), ran.err
+    assert entries(tmp_path) == {"b"}

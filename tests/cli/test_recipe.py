@@ -126,6 +126,8 @@ def test_the_recipes_of_this_repository(name: str) -> None:
         (HEAD + '[sample]\nprompt = "a"\noutput = "x.png"\nsteps = true', "True", "a whole number"),
         (HEAD + '[bench]\nworkload = "smoek"', "'smoek'", "smoke"),
         (HEAD + "[verify]\ndevice = -1", "-1", "from 0 to 1023"),
+        (HEAD + '[sample]\nprompt = []\noutput = "a.png"', "[sample] of", "one or more str"),
+        (HEAD + "[[build]]\nbatch = 1000000000", "batch in [build] of", "from 1 to 1024"),
         (HEAD + "[verify]\nsteps = 1000000000", "[verify] of", "from 1 to 1000"),
         (HEAD + '[sample]\nprompt = "x"\noutput = "a.png"\nsteps = 0', "[sample] of", "from 1 to 1000"),
         (HEAD + '[sample]\nprompt = "x"\noutput = "a.png"\nguidance_scale = nan', "nan", "from -1000 to 1000"),
