@@ -32,8 +32,9 @@ def user_path(value: str | os.PathLike[str], what: str = "the path", home: str =
         raise UsageError(f"{what} is not a path", found=shown(text), wanted="the name of a file or folder")
     check_unicode(text, what)
     if text == "~" or text.startswith(("~/", f"~{os.sep}")):
-        return home_folder(home) / text[2:]
-    path = Path(os.path.expanduser(text))  # noqa: PTH111  # pathlib fails if there is no such user
+        path = home_folder(home) / text[2:]
+    else:
+        path = Path(os.path.expanduser(text))  # noqa: PTH111  # pathlib fails if there is no such user
     if longest := max((name for name in path.parts if len(name.encode()) > MOST_NAME_BYTES), default=None, key=len):
         raise UsageError(
             f"{what} has a name that is too long",
@@ -47,7 +48,8 @@ def user_path(value: str | os.PathLike[str], what: str = "the path", home: str =
 
 def at_home(text: str, what: str) -> str:
     """`text`, a path or another name, with `~` at its start as the home folder. Raises the errors of `user_path`."""
-    return str(user_path(text, what)) if text.startswith("~") else text
+    path = user_path(text, what)
+    return str(path) if text.startswith("~") else text
 
 
 def check_unicode(text: str, what: str) -> None:
