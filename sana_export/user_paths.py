@@ -31,10 +31,9 @@ def user_path(value: str | os.PathLike[str], what: str = "the path", home: str =
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise UsageError(f"{what} is not a path", found=shown(text), wanted="the name of a file or folder")
     check_unicode(text, what)
-    if text == "~" or text.startswith(("~/", f"~{os.sep}")):
-        path = home_folder(home) / text[2:]
-    else:
-        path = Path(os.path.expanduser(text))  # noqa: PTH111  # pathlib fails if there is no such user
+    own = text == "~" or text.startswith(("~/", f"~{os.sep}"))
+    # For another user's home, pathlib fails if there is no such user.
+    path = home_folder(home) / text[2:] if own else Path(os.path.expanduser(text))  # noqa: PTH111
     if longest := max((name for name in path.parts if len(name.encode()) > MOST_NAME_BYTES), default=None, key=len):
         raise UsageError(
             f"{what} has a name that is too long",
