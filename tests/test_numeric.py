@@ -34,7 +34,7 @@ def test_real_numbers_are_no_integers(value: Any) -> None:
         *(True, np.True_, np.array(True), torch.tensor(True)),
         *(np.array([3]), np.array([[3]]), torch.tensor([3]), [3]),
         *(3 + 0j, np.complex64(3), torch.tensor(3 + 0j), np.timedelta64(3)),
-        *("3", b"3", np.str_("3"), None, object()),
+        *("3", b"3", np.str_("3"), None, object),
     ],
     ids=repr,
 )
