@@ -46,7 +46,12 @@ def user_path(value: str | os.PathLike[str], what: str = "the path", home: str =
 
 
 def at_home(text: str, what: str) -> str:
-    """`text`, a path or another name, with `~` at its start as the home folder. Raises the errors of `user_path`."""
+    """`text`, a path or another name, with `~` at its start as the home folder. Raises the errors of `user_path`.
+
+    A blank text stays as it is: its caller knows better what was wanted.
+    """
+    if not text.strip():
+        return text
     path = user_path(text, what)
     return str(path) if text.startswith("~") else text
 

@@ -245,7 +245,7 @@ def test_an_unknown_alias_lists_similar_ones():
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("name", ["checkpoints/", "~nobody/sana", "./sana", "a//b"])
+@pytest.mark.parametrize("name", ["checkpoints/", "~no-such-user/sana", "./sana", "a//b"])
 def test_a_folder_that_does_not_exist_is_not_sought_on_the_hub(name):
     with pytest.raises(UsageError, match=f"unknown model '{name}'"):
         open_checkpoint(name)

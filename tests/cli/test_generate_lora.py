@@ -57,7 +57,8 @@ def test_a_lora_needs_no_pytorch(tiny_bundle: Path, loras: tuple[Path, Path], tm
 
 
 @pytest.mark.parametrize(
-    ("lora", "code", "words"), [("nothing", 2, "no LoRA"), ("other", 4, "another model"), ("a:inf", 2, "PATH:SCALE")]
+    ("lora", "code", "words"),
+    [("nothing", 2, "no LoRA"), ("other", 4, "another model"), ("a:inf", 2, "out of range"), ("a:x", 2, "no LoRA")],
 )
 def test_a_lora_that_does_not_fit_leaves_no_image(
     lora: str, code: int, words: str, tiny_bundle: Path, tmp_path: Path, cli: Cli
