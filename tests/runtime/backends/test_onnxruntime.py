@@ -114,6 +114,7 @@ def test_weights_outside_the_bundle_are_refused(bundle: Path, tmp_path: Path) ->
         assert f"found:  {location}" in str(error)
     relocate(bundle, "./model.onnx.data")
     SanaRuntime.from_pretrained(bundle)
+    relocate(bundle, "model.onnx.data")  # ONNX Runtime 1.26 does not find "./" among files in memory
     data_file(bundle).unlink()
     data_file(bundle).symlink_to(outside)
     SanaRuntime.from_pretrained(bundle)  # a link to the file that the manifest knows
