@@ -153,24 +153,11 @@ LITE: Config = {
 
 #: The defaults of `AutoencoderDC`, which apply to keys that a config.json does not have.
 AUTOENCODER_DEFAULTS: Config = {
-    "in_channels": 3,
-    "latent_channels": 32,
-    "attention_head_dim": 32,
+    **AUTOENCODER,
     "encoder_block_types": "ResBlock",
     "decoder_block_types": "ResBlock",
-    "encoder_block_out_channels": _WIDTHS,
-    "decoder_block_out_channels": _WIDTHS,
-    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
-    "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
-    "encoder_qkv_multiscales": _MULTISCALES,
-    "decoder_qkv_multiscales": _MULTISCALES,
-    "upsample_block_type": "pixel_shuffle",
     "downsample_block_type": "pixel_unshuffle",
-    "decoder_norm_types": "rms_norm",
-    "decoder_act_fns": "silu",
-    "encoder_out_shortcut": True,
-    "decoder_in_shortcut": True,
-    "decoder_conv_act_fn": "relu",
+    "upsample_block_type": "pixel_shuffle",
     "scaling_factor": 1.0,
 }
 

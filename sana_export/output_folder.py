@@ -50,7 +50,7 @@ class OutputFolder:
         return cls(folder, partial, old, lock, inside)
 
     def content(self) -> list[Path]:
-        """What the folder contains, without the files of this place. Empty if there is no folder."""
+        """What the folder contains, without its own temporary files. Empty if the folder does not exist."""
         if not self.folder.is_dir():
             return []
         return [path for path in self.folder.iterdir() if path not in (self.partial, self.old, self.lock)]

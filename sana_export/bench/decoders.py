@@ -6,10 +6,9 @@ taken pair by pair.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from sana_export.machine import describe_machine, describe_versions
 from sana_export.manifest import Options
 from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.runtime.backends.onnxruntime import session_options
+from sana_export.runtime.backends.torch import cpu_threads
 from sana_export.verify.overlays import load_vae
 
 SIDES = (512, 1024)
@@ -149,7 +149,7 @@ def compare_decoders(
         _check_sides(checkpoint, sides)
     count = torch.get_num_threads() if threads is None else threads
     total = len(checkpoints) + 1 + rounds
-    with tempfile.TemporaryDirectory(prefix="sana-export-decoders-") as scratch, _torch_threads(count):
+    with tempfile.TemporaryDirectory(prefix="sana-export-decoders-") as scratch, cpu_threads(count):
         decoders: list[_Decoder] = []
         for number, checkpoint in enumerate(checkpoints):
             assert checkpoint.vae is not None
@@ -235,16 +235,3 @@ def _check_sides(checkpoint: SanaCheckpoint, sides: Sequence[int]) -> None:
             wanted=f"a multiple of {stride}",
             fix=f"--sides {max(stride, round(wrong[0] / stride) * stride)}",
         )
-
-
-@contextlib.contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    """Within this block PyTorch uses `count` threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

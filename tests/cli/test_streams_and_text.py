@@ -21,7 +21,7 @@ from tests.support.command_line import Cli, command
 def test_closed_streams(streams: str, json_option: str, tmp_path: Path) -> None:
     for arguments, code in ((("variants",), 0), (("--version",), 0), (("inspect", "nothing"), 4), (("generate",), 2)):
         words = [*command(*arguments), *([json_option] if json_option and arguments[0] != "--version" else [])]
-        done = subprocess.run(f"{shlex.join(words)} {streams}", shell=True, capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run(["sh", "-c", f"{shlex.join(words)} {streams}"], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         if ">&-" not in streams.replace("2>&-", "") and json_option and code == 0 and arguments[0] == "variants":
@@ -31,7 +31,7 @@ def test_closed_streams(streams: str, json_option: str, tmp_path: Path) -> None:
 def test_a_file_does_not_take_the_place_of_a_closed_stream(tiny_bundle: Path, tmp_path: Path) -> None:
     """The first file that is opened would get descriptor 1, and what is printed there would be in it."""
     words = shlex.join(command("generate", tiny_bundle, "x", "-o", "a.png", "--steps", 1, "--seed", 1, "--json"))
-    done = subprocess.run(f"{words} >&-", shell=True, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(["sh", "-c", f"{words} >&-"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert np.asarray(Image.open(tmp_path / "a.png")).std() > 5
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
