@@ -30,12 +30,13 @@ def test_an_interrupted_build_goes_on_with_the_next_engine(bundle: Path) -> None
         if progress.doing.startswith("vae_decoder: "):
             raise KeyboardInterrupt
 
+    before = psutil.Process().children()  # a test that spawned a process leaves Python's resource tracker behind
     with pytest.raises(KeyboardInterrupt):
         build(bundle, on_progress=interrupt)
 
     assert [entry.graph for entry in Manifest.load(bundle).engines] == ["sampler"]
     assert [name for name in tree(bundle) if "vae_decoder" in name and "engine" in name] == []
-    assert psutil.Process().children() == []
+    assert psutil.Process().children() == before
     built: list[str] = []
     manifest = build(bundle, on_engine=built_graphs(built))
     assert built == ["vae_decoder"]
