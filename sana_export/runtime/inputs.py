@@ -57,6 +57,17 @@ def checked_numbers(values: Mapping[str, Any], optional: Sequence[str]) -> dict[
     }
 
 
+def checked_interval(name: str, value: Any) -> tuple[float, float]:
+    """`value`, a start and a stop as fractions of the steps, as two floats. Raises UsageError."""
+    wanted = "two numbers from 0 to 1, the start and the stop, as fractions of the steps: (0.2, 0.8)"
+    if not _count(value) == 2:
+        raise UsageError(f"{name} is not an interval", found=shown(value), wanted=wanted)
+    start, stop = (real(f"the {end} of {name}", number, 0, 1) for end, number in zip(("start", "stop"), value, strict=True))
+    if start > stop:
+        raise UsageError(f"{name} stops before it starts", found=f"{start:g} to {stop:g}", wanted=f"({stop:g}, {start:g})")
+    return start, stop
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raise UsageError unless `value` is True, False or None."""
     if value is not None and type(value).__name__ not in ("bool", "bool_"):

@@ -27,13 +27,15 @@ from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
 from sana_export.runtime.callbacks import IsCancelled, StepCallback, call_back, check_callbacks, check_cancelled
 from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images
+from sana_export.runtime.guidance import WHOLE, Interval
 from sana_export.runtime.inputs import checked_latents
+from sana_export.runtime.loops import LoopCache, take_loop
 from sana_export.runtime.lora import LoraStack
 from sana_export.runtime.memory import AUTO, DENOISING_STAGE, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
 from sana_export.runtime.prompt import PromptEmbeddings, PromptEncoder, PromptTokens
 from sana_export.runtime.request import Plan, Request, make_plan, request_axes
 from sana_export.runtime.results import Conditioning, Images, SanaResult, Step, Timings
-from sana_export.runtime.sampling import CapturedLoop, LoopCache, SamplingLoop, check_conditioning, loop_inputs, take_loop
+from sana_export.runtime.sampling import CapturedLoop, SamplingLoop, check_conditioning, loop_inputs
 from sana_export.runtime.schedule import SPRINT_INTERMEDIATE_TIMESTEP, SPRINT_MAX_TIMESTEP
 from sana_export.runtime.sessions import Sessions
 from sana_export.runtime.unpicklable import OfThisProcess
@@ -163,6 +165,8 @@ class SanaRuntime(OfThisProcess):
         guidance_scale: float | None = None,
         pag_scale: float = 0.0,
         pag_adaptive_scale: float = 0.0,
+        guidance_interval: Interval = WHOLE,
+        pag_interval: Interval = WHOLE,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -207,6 +211,8 @@ class SanaRuntime(OfThisProcess):
             guidance_scale=guidance_scale,
             pag_scale=pag_scale,
             pag_adaptive_scale=pag_adaptive_scale,
+            guidance_interval=guidance_interval,
+            pag_interval=pag_interval,
             height=height,
             width=width,
             num_images_per_prompt=num_images_per_prompt,
@@ -255,7 +261,8 @@ class SanaRuntime(OfThisProcess):
             vae_decoder=seconds(after, decoded),
             total=perf_counter() - started,
         )
-        return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, timings)
+        intervals = (request.guidance_interval, request.pag_interval)
+        return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, *intervals, timings)
 
     def _denoise(
         self, plan: Plan, conditioning: Conditioning, callback: StepCallback | None, cancelled: IsCancelled | None
@@ -286,11 +293,13 @@ class SanaRuntime(OfThisProcess):
         """
         with self._using():
             plan = make_plan(request, self.bundle, self.manifest)
-            self.backend.check_supported((*SAMPLING_GRAPHS, *plan.decoder_graphs), request_axes(plan, self.manifest))
+            for branches in {part.branches: None for part in plan.segments}:
+                axes = request_axes(plan, self.manifest) | branches.axes
+                self.backend.check_supported((*SAMPLING_GRAPHS, *plan.decoder_graphs), axes)
             return plan
 
     def tokenize(self, plan: Plan) -> list[list[PromptTokens]]:
-        """The tokens of the plan's prompts, for each guidance branch."""
+        """The tokens of the plan's prompts, for each branch with prompts of its own."""
         return self.text.tokenize_plan(plan.texts, plan.max_sequence_length)
 
     def embed(self, plan: Plan) -> PromptEmbeddings:
@@ -309,15 +318,24 @@ class SanaRuntime(OfThisProcess):
             encoded = self.backend.record_event()
             context = self.sessions["context"].run({"prompt_embeds": gathered})["context"]
             mask = self.backend.to_device(embeddings.context_mask)
+            unguided = self._unguided(plan, embeddings)
             events = (start, encoded, self.backend.record_event())
-            return Conditioning(context, mask, embeddings.shape[:3], events)
+            return Conditioning(context, mask, embeddings.shape[:3], events, unguided)
+
+    def _unguided(self, plan: Plan, embeddings: PromptEmbeddings) -> tuple[DeviceTensor, DeviceTensor] | None:
+        """`Conditioning.unguided`. The context graph runs again, because the branches lie interleaved in its output."""
+        if all(part.branches.texts == plan.branches.texts for part in plan.segments):
+            return None
+        prompts = embeddings.only(plan.branches.texts.index("cond"))
+        context = self.sessions["context"].run({"prompt_embeds": self.backend.gather(prompts)})["context"]
+        return context, self.backend.to_device(prompts.context_mask)
 
     def steps(self, plan: Plan, conditioning: Conditioning) -> Generator[Step, None, None]:
         """The sampling loop: one `Step` after each step. The last one's latents are the result.
 
         Every run draws the same noise, from the plan's seeds. Close the iterator (`contextlib.closing`) to stop early.
 
-        Raises UsageError if `conditioning` has another number of guidance branches or images, if latents of another shape were
+        Raises UsageError if `conditioning` has other branches or another number of images, if latents of another shape were
         assigned to a step, or if a LoRA was loaded or unloaded since the run began.
         """
         with self._loop(plan, conditioning) as (loop, version):

@@ -17,11 +17,13 @@ from sana_export.manifest import Manifest
 from sana_export.numeric import MAX_IMAGES
 from sana_export.profiles import DECODER_TILE, UNTILED_AREA
 from sana_export.resolutions import BINS
+from sana_export.runtime.guidance import WHOLE, Branches, Guidance, Interval, Segment, check_intervals, make_guidance, unguided
 from sana_export.runtime.inputs import (
     MAX_PIXELS,
     OUTPUT_TYPES,
     check_choice,
     check_flag,
+    checked_interval,
     checked_latents,
     checked_numbers,
     checked_seeds,
@@ -39,11 +41,6 @@ from sana_export.runtime.schedule import (
     SprintAngles,
     make_schedule,
 )
-
-#: Which prompts each branch is conditioned on.
-_SOURCES = {"uncond": "uncond", "cond": "cond", "perturbed": "cond"}
-#: With `pag_adaptive_scale`, diffusers lowers PAG by the distance of the timestep from this one.
-_FIRST_TIMESTEP = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +64,11 @@ class Request:
     pag_scale: float = 0.0
     #: Lowers `pag_scale` at later steps.
     pag_adaptive_scale: float = 0.0
+    #: (start, stop): fractions of the steps that run. Step i of N has guidance if start <= i / N < stop. The others run without the
+    #: negative prompt, which is faster.
+    guidance_interval: Interval = WHOLE
+    #: The same for PAG.
+    pag_interval: Interval = WHOLE
     #: Height of the delivered images in pixels.
     height: int | None = None
     #: Width of the delivered images in pixels.
@@ -106,6 +108,8 @@ class Request:
         optional = [item.name for item in fields(self) if item.default is None or item.name == "intermediate_timesteps"]
         for name, number in checked_numbers(vars(self), optional).items():
             object.__setattr__(self, name, number)
+        for name in ("guidance_interval", "pag_interval"):
+            object.__setattr__(self, name, checked_interval(name, getattr(self, name)))
         if self.prompt_embeds is None or self.prompt is not None:
             texts("prompt", self.prompt)
         if self.negative_prompt is not None:
@@ -120,8 +124,8 @@ class Request:
 class Plan:
     """A checked request and what follows from it for one checkpoint. B images, K guidance branches, N steps."""
 
-    #: For each branch: its prompts, one for each of the request's, and the instruction before them, "" for none. No prompts for a
-    #: branch in `embeddings`.
+    #: For each branch of `branches.texts`: its prompts, one for each of the request's, and the instruction before them, "" for
+    #: none. No prompts for a branch in `embeddings`.
     texts: tuple[tuple[tuple[str, ...], str], ...]
     #: The branches whose embeddings the caller gave, by number.
     embeddings: Mapping[int, GivenEmbeddings]
@@ -134,9 +138,11 @@ class Plan:
     #: One, or one for each image.
     seeds: tuple[int, ...]
     schedule: Schedule
-    #: float32 [K]: 1 for the branch with perturbed attention.
-    perturbed: Float32
-    #: float32 [N, K]: the weight of each branch's prediction at each step.
+    #: All branches that run at any step.
+    branches: Branches
+    #: The branches that run at each step.
+    segments: tuple[Segment, ...]
+    #: float32 [N, K]: the weight of each branch's prediction at each step; 0 where the branch does not run.
     guidance_weights: Float32
     #: float32 [1]: the guidance scale as an input of the denoiser; None if the denoiser has no such input.
     guidance: Float32 | None
@@ -179,9 +185,9 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     scale = _default(request.guidance_scale, model.default_guidance_scale)
     if model.guidance_embeds:
         _check_embedded_guidance(request, negatives)
-        branches, weights = ["cond"], np.ones((steps, 1), dtype=np.float32)
+        guidance = unguided(len(schedule.timesteps))
     else:
-        branches, weights = _guidance(scale, request, schedule, bundle, manifest)
+        guidance = _guidance(scale, request, schedule, bundle, manifest)
     output_height, output_width = (_default(side, model.native_size) for side in (request.height, request.width))
     batch, factor = count * request.num_images_per_prompt, model.vae_scale_factor
     _check_total(batch, output_height, output_width)
@@ -194,16 +200,17 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     conditions = (prompts, instruction_text(request.complex_human_instruction, model.instruction))
     written = {"uncond": (() if "uncond" in given else negatives, "")}
     plan = Plan(
-        texts=tuple(written.get(branch, conditions) for branch in branches),
-        embeddings={index: given[_SOURCES[branch]] for index, branch in enumerate(branches) if _SOURCES[branch] in given},
+        texts=tuple(written.get(branch, conditions) for branch in guidance.branches.texts),
+        embeddings={index: given[branch] for index, branch in enumerate(guidance.branches.texts) if branch in given},
         images_per_prompt=request.num_images_per_prompt,
         max_sequence_length=_default(request.max_sequence_length, model.max_sequence_length),
         latents_shape=shape,
         latents=None if request.latents is None else checked_latents(request.latents, shape),
         seeds=checked_seeds(request.seed, batch),
         schedule=schedule,
-        perturbed=np.array([branch == "perturbed" for branch in branches], dtype=np.float32),
-        guidance_weights=weights,
+        branches=guidance.branches,
+        segments=guidance.segments,
+        guidance_weights=guidance.weights,
         guidance=np.array([scale], dtype=np.float32) if model.guidance_embeds else None,
         resize=make_resize_plan(height, width, output_height, output_width),
         output_height=output_height,
@@ -222,7 +229,10 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
 
 
 def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
-    """The axes of the plan's tensors (contract.DYNAMIC_AXES) that are known before its prompts are tokenized."""
+    """The axes of the plan's tensors (contract.DYNAMIC_AXES) that are known before its prompts are tokenized.
+
+    Those that depend on the branches are of the steps that run the most.
+    """
     batch, _, height, width = plan.latents_shape
     factor, scale = manifest.model.vae_scale_factor, manifest.model.decoder_tile_scale
     features = {"height": height * factor // scale, "width": width * factor // scale}
@@ -230,7 +240,7 @@ def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
     tiles = {f"tile_{side}": min(window, length) for side, length in features.items()} if plan.decoder_tile else {}
     return {
         "batch": batch,
-        "branches": len(plan.perturbed),
+        **max((part.branches for part in plan.segments), key=lambda branches: len(branches.names)).axes,
         "latent_height": height,
         "latent_width": width,
         "image_height": height * factor,
@@ -282,6 +292,8 @@ def _check_embedded_guidance(request: Request, negatives: Sequence[str]) -> None
         ("negative_prompt", any(negatives), request.negative_prompt),
         ("negative_prompt_embeds", request.negative_prompt_embeds is not None, "given"),
         ("pag_scale", request.pag_scale != 0, request.pag_scale),
+        ("guidance_interval", request.guidance_interval != WHOLE, request.guidance_interval),
+        ("pag_interval", request.pag_interval != WHOLE, request.pag_interval),
     ):
         if given:
             raise UsageError(
@@ -292,27 +304,18 @@ def _check_embedded_guidance(request: Request, negatives: Sequence[str]) -> None
             )
 
 
-def _guidance(scale: float, request: Request, schedule: Schedule, bundle: Path, manifest: Manifest) -> tuple[list[str], Float32]:
-    """The guidance branches, and the weight [N, K] of each branch's prediction at each step.
-
-    Guidance is uncond + g * (cond - uncond) + p * (cond - perturbed), which is linear in the predictions. Without classifier-free
-    guidance g is 1. Source: diffusers `SanaPipeline.__call__` and `PAGMixin._apply_perturbed_attention_guidance`.
-    """
-    pag_scale, adaptive = request.pag_scale, request.pag_adaptive_scale
-    if pag_scale > 0 and not manifest.options.pag_layers:
+def _guidance(scale: float, request: Request, schedule: Schedule, bundle: Path, manifest: Manifest) -> Guidance:
+    """The guidance at each step. Raises UsageError for PAG without layers for it, and for an interval of guidance that is off."""
+    if request.pag_scale > 0 and not manifest.options.pag_layers:
         raise UsageError(
             "this bundle has no layers for perturbed attention guidance",
-            found=f"pag_scale {pag_scale:g}",
+            found=f"pag_scale {request.pag_scale:g}",
             wanted="pag_scale 0, or a bundle that was exported with --pag-layers",
             fix=export_command(bundle, manifest, pag_layers=(8,)),
         )
-    guided = scale > 1
-    branches = ["uncond"] * guided + ["cond"] + ["perturbed"] * (pag_scale > 0)
-    # Without a PAG scale there is no perturbed branch, so the adaptive term does not apply either.
-    p = np.maximum(pag_scale - adaptive * (_FIRST_TIMESTEP - schedule.timesteps.astype(np.float64)), 0) * (pag_scale > 0)
-    g = scale if guided else 1.0
-    weights = {"uncond": np.full_like(p, 1 - g), "cond": g + p, "perturbed": -p}
-    return branches, np.stack([weights[branch] for branch in branches], axis=1).astype(np.float32)
+    intervals = (request.guidance_interval, request.pag_interval)
+    check_intervals(request.guidance_interval, scale > 1, request.pag_interval, request.pag_scale > 0)
+    return make_guidance(scale, request.pag_scale, request.pag_adaptive_scale, schedule.timesteps, *intervals)
 
 
 def _checked_tile(pixels: int | None, scale: int) -> int | None:

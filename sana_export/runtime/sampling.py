@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,35 +20,15 @@ from sana_export.contract import COEFFICIENTS
 from sana_export.errors import SanaExportError, UsageError
 from sana_export.formats.arrays import Array, Float32
 from sana_export.runtime.backends.base import Backend, CapturingBackend, DeviceTensor, EnqueuedSession, Replay
+from sana_export.runtime.guidance import Branches, Segment, parts
+from sana_export.runtime.loop_buffers import LoopShape, branch_buffers
+from sana_export.runtime.memory import DENOISING_STAGE
 from sana_export.runtime.noise import TorchGenerator, randn_batch
-from sana_export.runtime.request import Plan, request_axes
+from sana_export.runtime.request import Plan
 from sana_export.runtime.results import Conditioning
 from sana_export.runtime.sessions import Sessions
 
 LOG = logging.getLogger(__name__)
-
-#: The number of captured loops that are kept for later runs, with their buffers and graphs.
-KEPT_LOOPS = 4
-
-
-@dataclass(frozen=True)
-class LoopShape:
-    """Everything that the buffers and the captured steps of a loop depend on."""
-
-    #: [B, C, h, w].
-    latents: tuple[int, int, int, int]
-    #: Shape of the context tensor (contract.CONTEXT).
-    context: tuple[int, ...]
-    #: K, the number of guidance branches.
-    branches: int
-    #: L, the number of text tokens in the context.
-    text_tokens: int
-    #: N, the number of steps.
-    steps: int
-    #: Whether the schedule adds fresh noise in every step.
-    needs_noise: bool
-    #: Whether the guidance scale is an input of the denoiser.
-    guided: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,20 +43,26 @@ class LoopInputs:
     timesteps: Float32
     #: float32 [N, 6], with the columns contract.COEFFICIENTS.
     coefficients: Float32
-    #: float32 [N, K].
-    guidance_weights: Float32
-    #: The denoiser's inputs that are the same in every step, by name.
-    fixed: Mapping[str, DeviceTensor]
+    #: By the branches of a step: float32 [N, K], of which the rows of the steps with these branches count.
+    guidance_weights: Mapping[Branches, Float32]
+    #: By the branches of a step: the denoiser's inputs that are the same in every such step, by name.
+    fixed: Mapping[Branches, Mapping[str, DeviceTensor]]
 
 
 def check_conditioning(plan: Plan, conditioning: Conditioning) -> None:
-    """Raise UsageError unless `conditioning` has the number of guidance branches and images of `plan`."""
-    wanted, found = (len(plan.perturbed), plan.latents_shape[0]), conditioning.shape[:2]
-    if found != wanted:
+    """Raise UsageError unless `conditioning` has the branches and the number of images of `plan`."""
+    texts = len(plan.branches.texts)
+    switching = any(len(part.branches.texts) < texts for part in plan.segments)
+    wanted, found = (texts, plan.latents_shape[0], switching), (*conditioning.shape[:2], conditioning.unguided is not None)
+    if found[:2] != wanted[:2] or found[2] < wanted[2]:
+        described = [
+            "{} guidance branches of {} images".format(*counts) + ", in an interval" * interval
+            for *counts, interval in (found, wanted)
+        ]
         raise UsageError(
             "the conditioning belongs to another plan",
-            found="{} guidance branches of {} images".format(*found),
-            wanted="{} guidance branches of {} images".format(*wanted),
+            found=described[0],
+            wanted=described[1],
             fix="runtime.steps(plan, runtime.encode(plan))",
         )
 
@@ -85,21 +71,28 @@ def loop_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, timest
     """The inputs that sample `plan`. Every call draws the same noise, in torch's order."""
     generators = [TorchGenerator(seed) for seed in plan.seeds]
     start = randn_batch(plan.latents_shape, generators) if plan.latents is None else plan.latents
-    fixed = {
-        "context": conditioning.context,
-        "context_mask": conditioning.context_mask,
-        "perturbed": backend.to_device(plan.perturbed),
-    }
-    if plan.guidance is not None:
-        fixed["guidance"] = backend.to_device(plan.guidance)
+    sets = {part.branches for part in plan.segments}
     return LoopInputs(
         latents=start * np.float32(plan.schedule.initial_noise_scale),
         noise=(randn_batch(plan.latents_shape, generators) for _ in plan.schedule.timesteps),
         timesteps=plan.schedule.timesteps * np.float32(timestep_scale),
         coefficients=plan.schedule.coefficients,
-        guidance_weights=plan.guidance_weights,
-        fixed=fixed,
+        guidance_weights={
+            branches: plan.guidance_weights[:, [plan.branches.names.index(name) for name in branches.names]] for branches in sets
+        },
+        fixed={branches: _fixed_inputs(plan, conditioning, backend, branches) for branches in sets},
     )
+
+
+def _fixed_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, branches: Branches) -> dict[str, DeviceTensor]:
+    """The denoiser's inputs that are the same in every step with these branches, by name."""
+    context, mask = conditioning.of(branches)
+    fixed = {"context": context, "context_mask": mask, "perturbed": backend.to_device(branches.perturbed)}
+    if backend.manifest.options.pag_layers:
+        fixed["source"] = backend.to_device(branches.source)
+    if plan.guidance is not None:
+        fixed["guidance"] = backend.to_device(plan.guidance)
+    return fixed
 
 
 def sampler_feeds(
@@ -153,6 +146,7 @@ class WaitingLoop(SamplingLoop):
 
     def __init__(self, backend: Backend, sessions: Sessions, plan: Plan) -> None:
         self._backend, self._sessions, self._needs_noise = backend, sessions, plan.schedule.needs_noise
+        self._branches = [part.branches for part in plan.segments for _ in range(part.first, part.stop)]
 
     def start(self, inputs: LoopInputs) -> None:
         self._inputs = inputs
@@ -164,10 +158,10 @@ class WaitingLoop(SamplingLoop):
         for index in range(first, stop):
             if self._needs_noise:
                 self._noise = self._backend.to_device(next(inputs.noise))
-            timestep = inputs.timesteps[index : index + 1]
-            denoised = self._sessions["denoiser"].run({"latents": self._latents, "timestep": timestep, **inputs.fixed})
+            branches, timestep = self._branches[index], inputs.timesteps[index : index + 1]
+            denoised = self._sessions["denoiser"].run({"latents": self._latents, "timestep": timestep, **inputs.fixed[branches]})
             noise_pred = denoised["noise_pred"]
-            weights = inputs.guidance_weights[index]
+            weights = inputs.guidance_weights[branches][index]
             feeds = sampler_feeds(noise_pred, self._latents, self._x0, self._noise, inputs.coefficients[index], weights)
             sampled = self._sessions["sampler"].run(feeds)
             self._latents, self._x0 = sampled["next_latents"], sampled["x0"]
@@ -199,23 +193,16 @@ class CapturedLoop(SamplingLoop):
     ) -> None:
         self.shape = shape
         self._backend, self._sessions, self._capture = backend, sessions, capture
-        #: The loop's own sessions, by graph, if it captures.
-        self._separate: dict[str, EnqueuedSession] = {}
-        batch, latents, rows = shape.latents[0], shape.latents, shape.steps
+        #: The loop's own sessions, by graph and branches, if it captures.
+        self._separate: dict[tuple[str, Branches], EnqueuedSession] = {}
+        latents, rows = shape.latents, shape.steps
         zeros, table = backend.zeros, backend.table
         self._latents = [zeros(latents, "float32") for _ in range(2)]
         self._x0 = [zeros(latents, "float32") for _ in range(2)]
-        self._noise_pred = zeros((shape.branches, *latents), "float32")
         self._timesteps = table(rows, (1,), "float32")
         self._coefficients = table(rows, (len(COEFFICIENTS),), "float32")
-        self._guidance_weights = table(rows, (shape.branches,), "float32")
         self._noise = table(rows if shape.needs_noise else 1, latents, "float32")
-        self._fixed = {
-            "context": zeros(shape.context, context_dtype),
-            "context_mask": zeros((shape.branches, batch, shape.text_tokens), "float32"),
-            "perturbed": zeros((shape.branches,), "float32"),
-            **({"guidance": zeros((1,), "float32")} if shape.guided else {}),
-        }
+        self._branches = branch_buffers(backend, shape, context_dtype)
         #: By first step and stop: the backend's generation at the capture, and the captured work.
         self._replays: dict[tuple[int, int], tuple[int, Replay]] = {}
 
@@ -225,18 +212,22 @@ class CapturedLoop(SamplingLoop):
         write(self._x0[0], np.zeros_like(inputs.latents))
         write_table(self._timesteps, inputs.timesteps.reshape(-1, 1))
         write_table(self._coefficients, inputs.coefficients)
-        write_table(self._guidance_weights, inputs.guidance_weights)
         noise = np.stack([*inputs.noise]) if self.shape.needs_noise else np.zeros((1, *self.shape.latents), np.float32)
         write_table(self._noise, noise)
-        for name, target in self._fixed.items():
-            write(target, inputs.fixed[name])
+        for branches, buffers in self._branches.items():
+            write_table(buffers.guidance_weights, inputs.guidance_weights[branches])
+            for name, target in buffers.fixed.items():
+                write(target, inputs.fixed[branches][name])
+            if self._capture and len(self._branches) > 1:  # so that memory moves before the first capture, not between two
+                self._session("denoiser", branches).reserve(self.shape.axes(branches))
 
     def run(self, first: int, stop: int) -> None:
-        replay = self._captured(first, stop) if self._capture else None
-        if replay is None:
-            self._enqueue(first, stop)
-        else:
-            replay()
+        for part in parts(self.shape.segments, first, stop):
+            replay = self._captured(part) if self._capture else None
+            if replay is None:
+                self._enqueue(part)
+            else:
+                replay()
 
     def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
         after = (step + 1) % 2
@@ -252,112 +243,61 @@ class CapturedLoop(SamplingLoop):
         """Wait for the loop's work, so that it may be dropped: its sessions must not end before."""
         self._backend.wait()
 
-    def _captured(self, first: int, stop: int) -> Replay | None:
-        """The steps as captured work, or None if they cannot be captured.
+    def _captured(self, part: Segment) -> Replay | None:
+        """The steps of `part` as captured work, or None if they cannot be captured.
 
         They are captured if they were not before, or if memory that they use has moved since.
         """
-        generation, replay = self._replays.get((first, stop), (None, None))
+        generation, replay = self._replays.get((part.first, part.stop), (None, None))
         if replay is not None and generation == self._backend.generation:
             return replay
         # A session sets up a new shape in its first run, which must not happen during a capture. The replay runs this step again
         # from the same state: a step does not write what it reads.
-        self._enqueue(first, first + 1)
-        if not (self._session("denoiser").capturable and self._session("sampler").capturable):
+        self._enqueue(replace(part, stop=part.first + 1))
+        if not all(self._session(graph, part.branches).capturable for graph in DENOISING_STAGE):
             self._stop_capturing("an engine cannot be captured")
             return None
         generation = self._backend.generation
         try:
-            replay = self._backend.capture(lambda: self._enqueue(first, stop))
+            replay = self._backend.capture(lambda: self._enqueue(part))
         except Exception as error:  # any: if it has nothing to do with the capture, the steps will raise it again
             self._stop_capturing(str(error) if isinstance(error, SanaExportError) else repr(error))
             return None
-        self._replays[first, stop] = generation, replay
+        self._replays[part.first, part.stop] = generation, replay
         return replay
 
     def _stop_capturing(self, why: str) -> None:
         LOG.warning("the steps cannot be captured as a CUDA graph, so they are enqueued one by one: %s", why)
         self._capture = False
 
-    def _session(self, graph: str) -> EnqueuedSession:
-        """A session of `graph`: the loop's own one if steps are captured, so that no other run changes what they use.
+    def _session(self, graph: str, branches: Branches) -> EnqueuedSession:
+        """A session of `graph`: the loop's own one for these branches if steps are captured, so that nothing changes what they use.
 
         If not, it is looked up for each use: a staged runtime drops sessions, and a loop must not keep them alive.
         """
-        if graph in self._separate:
-            return self._separate[graph]
-        session = _enqueued(self._sessions, graph)
-        return self._separate.setdefault(graph, session.separate()) if self._capture else session
+        if (graph, branches) in self._separate:
+            return self._separate[graph, branches]
+        session = enqueued(self._sessions, graph)
+        return self._separate.setdefault((graph, branches), session.separate()) if self._capture else session
 
-    def _enqueue(self, first: int, stop: int) -> None:
-        denoiser, sampler = self._session("denoiser"), self._session("sampler")
-        for index in range(first, stop):
+    def _enqueue(self, part: Segment) -> None:
+        denoiser, sampler = (self._session(graph, part.branches) for graph in DENOISING_STAGE)
+        buffers = self._branches[part.branches]
+        for index in range(part.first, part.stop):
             now, after = index % 2, (index + 1) % 2
             latents = self._latents[now]
-            denoiser.run({"latents": latents, "timestep": self._timesteps[index], **self._fixed}, {"noise_pred": self._noise_pred})
+            feeds = {"latents": latents, "timestep": self._timesteps[index], **buffers.fixed}
+            denoiser.run(feeds, {"noise_pred": buffers.noise_pred})
             noise = self._noise[index if self.shape.needs_noise else 0]
-            coefficients, weights = self._coefficients[index], self._guidance_weights[index]
+            coefficients, weights = self._coefficients[index], buffers.guidance_weights[index]
             sampler.run(
-                sampler_feeds(self._noise_pred, latents, self._x0[now], noise, coefficients, weights),
+                sampler_feeds(buffers.noise_pred, latents, self._x0[now], noise, coefficients, weights),
                 {"next_latents": self._latents[after], "x0": self._x0[after]},
             )
 
 
-class LoopCache:
-    """The captured loops of one runtime that no run is using, one for each shape. A run owns its loop, so runs may overlap."""
-
-    def __init__(self) -> None:
-        self._kept: dict[LoopShape, CapturedLoop] = {}
-
-    def take(self, shape: LoopShape, make: Callable[[], CapturedLoop]) -> CapturedLoop:
-        """A loop of `shape`, which belongs to the caller until it is given back."""
-        return self._kept.pop(shape, None) or make()
-
-    def give_back(self, loop: CapturedLoop) -> None:
-        """Keep `loop` for the next run of its shape. Beyond `KEPT_LOOPS` the least recently used loop is dropped."""
-        self._drop(loop.shape)  # another run of this shape may have been faster
-        self._kept[loop.shape] = loop
-        while len(self._kept) > KEPT_LOOPS:
-            self._drop(next(iter(self._kept)))
-
-    def clear(self) -> None:
-        """Drop all loops. Their work is done."""
-        self._kept.clear()
-
-    def _drop(self, shape: LoopShape) -> None:
-        if (loop := self._kept.pop(shape, None)) is not None:
-            loop.finish()
-
-
-def take_loop(plan: Plan, conditioning: Conditioning, backend: Backend, sessions: Sessions, cache: LoopCache) -> SamplingLoop:
-    """A loop for `plan`, from `cache` if it is captured."""
-    if not isinstance(backend, CapturingBackend):
-        return WaitingLoop(backend, sessions, plan)
-    context = conditioning.context
-    shape = LoopShape(
-        latents=plan.latents_shape,
-        context=tuple(context.shape),
-        branches=len(plan.perturbed),
-        text_tokens=conditioning.shape[2],
-        steps=len(plan.schedule.timesteps),
-        needs_noise=plan.schedule.needs_noise,
-        guided=plan.guidance is not None,
-    )
-    if sessions.staged:  # sessions that are loaded for one image are not worth capturing
-        return CapturedLoop(backend, sessions, shape, context.dtype, capture=False)
-    if plan.output_type != "latent":
-        _reserve_for_decoding(plan, backend, sessions)
-    return cache.take(shape, lambda: CapturedLoop(backend, sessions, shape, context.dtype, capture=True))
-
-
-def _reserve_for_decoding(plan: Plan, backend: CapturingBackend, sessions: Sessions) -> None:
-    """Reserve the decoder's memory before the loop is captured, which would have to be captured again afterwards."""
-    axes = request_axes(plan, backend.manifest)
-    for graph in (*plan.decoder_graphs, "postprocess"):
-        _enqueued(sessions, graph).reserve(axes)
-
-
-def _enqueued(sessions: Sessions, graph: str) -> EnqueuedSession:
+def enqueued(sessions: Sessions, graph: str) -> EnqueuedSession:
+    """The session of `graph` of a `CapturingBackend`, which loads no others."""
     session = sessions[graph]
-    assert isinstance(session, EnqueuedSession)  # a CapturingBackend loads no others
+    assert isinstance(session, EnqueuedSession)
     return session

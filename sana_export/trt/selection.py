@@ -82,7 +82,8 @@ def typical_axes(model: ModelInfo) -> dict[str, int]:
     latent, feature = side // model.vae_scale_factor, side // model.decoder_tile_scale
     lengths = {"latent": latent, "image": side, "feature": feature, "output": side}
     axes = {f"{kind}_{direction}": length for kind, length in lengths.items() for direction in ("height", "width")}
-    return {"batch": 1, "branches": 1 if model.guidance_embeds else 2, **axes}
+    branches = 1 if model.guidance_embeds else 2
+    return {"batch": 1, "branches": branches, "text_branches": branches, **axes}
 
 
 def runnable(bundle: Path, manifest: Manifest, backend: str, host: Host) -> EngineSet:

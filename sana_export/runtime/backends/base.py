@@ -136,7 +136,7 @@ class Backend(OfThisProcess, ABC):
         """The values of a float32 or integer tensor. The result may share the tensor's memory: do not write to it."""
 
     def gather(self, embeddings: PromptEmbeddings) -> DeviceTensor | Array:
-        """prompt_embeds float32 [K, B, L, C] from the rows of the text encoder's outputs."""
+        """prompt_embeds float32 [U, B, L, C] from the rows of the text encoder's outputs."""
         return embeddings.gather(self.to_host)
 
     def record_event(self) -> Any:
@@ -195,6 +195,10 @@ class CapturingBackend(Backend):
     @abstractmethod
     def table(self, rows: int, shape: Sequence[int], dtype: str) -> Sequence[DeviceTensor]:
         """`rows` tensors of `shape` in one block of memory, each at an address that a session can read."""
+
+    @abstractmethod
+    def leading(self, value: DeviceTensor, count: int) -> DeviceTensor:
+        """The first `count` rows of `value`, in its memory."""
 
     @abstractmethod
     def write(self, target: DeviceTensor, value: DeviceTensor | Array) -> None:
