@@ -49,7 +49,7 @@ BACKENDS = {
 #: Why a module cannot use the GPU. TensorRT's say so only when an engine is loaded.
 REASONS: dict[str, Callable[[Any], str | None]] = {"torch": find.no_torch, "onnxruntime": find.no_cuda_provider}
 PROFILE = Profile("tests", (1, 1, 2), (1, 2, 3), ((128, 192), (256, 256)))
-#: Images of one backend in two sizes, with and without PAG and guidance, in all steps and in some: the shapes that work is captured for.
+#: Images of one backend in two sizes, with and without PAG and guidance: the shapes that work is captured for.
 REQUESTS: dict[str, dict[str, Any]] = {
     "guidance": {},
     "PAG": {"pag_scale": 2.0},
