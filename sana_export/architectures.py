@@ -113,6 +113,19 @@ TRANSFORMER_DEFAULTS: Config = {
     "timestep_scale": 1.0,
 }
 
+#: The config of `SanaControlNetModel`: keys and defaults are those of `SanaTransformer2DModel`, except for the number of blocks.
+CONTROLNET_DEFAULTS: Config = {
+    key: value
+    for key, value in TRANSFORMER_DEFAULTS.items()
+    if key not in ("guidance_embeds", "guidance_embeds_scale", "qk_norm", "timestep_scale")
+} | {"num_layers": 7}
+
+
+def controlnet_config(transformer: Mapping[str, Any], layers: int) -> Config:
+    """The config of a ControlNet with `layers` blocks of the transformer with the config `transformer`."""
+    return {**{key: transformer[key] for key in CONTROLNET_DEFAULTS}, "num_layers": layers}
+
+
 _STAGES = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 _MULTISCALES = ((), (), (), (5,), (5,), (5,))
 _WIDTHS = (128, 256, 512, 512, 1024, 1024)

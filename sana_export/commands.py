@@ -94,6 +94,8 @@ def model_words(checkpoint: Checkpoint) -> list[str]:
         words += ["--transformer", checkpoint.transformer.path]
     if checkpoint.vae is not None:
         words += ["--vae", checkpoint.vae.path]
+    if checkpoint.controlnet is not None:
+        words += ["--controlnet", checkpoint.controlnet.path]
     for lora in checkpoint.loras:
         words += ["--lora", f"{lora.path}:{lora.scale}"]
     return words

@@ -142,6 +142,8 @@ class Checkpoint:
     loras: tuple[Overlay, ...] = ()
     #: The autoencoder that replaced the checkpoint's own: its alias, hub id or folder.
     vae: Overlay | None = None
+    #: The ControlNet that was exported with it: its alias, hub id, folder or file.
+    controlnet: Overlay | None = None
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,15 @@ SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
         "timestep_scale": NUMBER,
         "guidance_embeds_scale": NUMBER,
     },
+    "SanaControlNetModel": {
+        "patch_size": one_of(1),
+        "attention_bias": one_of(False),
+        "norm_elementwise_affine": one_of(False),
+        "num_layers": WHOLE,
+        "sample_size": WHOLE,
+        "interpolation_scale": POSITIVE_OR_NONE,
+        "norm_eps": POSITIVE,
+    },
     "AutoencoderDC": {
         "in_channels": one_of(3),
         "latent_channels": WHOLE,

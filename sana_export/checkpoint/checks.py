@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sana_export.checkpoint.components import COMPONENTS, check_weights
+from sana_export.checkpoint.components import COMPONENTS, REQUIRED, check_weights
 from sana_export.checkpoint.configs import CONFIGURED, Part, config_name, read_part
+from sana_export.checkpoint.controlnet import ControlNet
+from sana_export.checkpoint.controlnet import fit_problems as controlnet_problems
 from sana_export.checkpoint.foreign_weights import BEFORE_QUANTIZED
 from sana_export.checkpoint.hub import read_json
 from sana_export.checkpoint.model_names import LIST_VARIANTS
@@ -32,7 +34,10 @@ TEXT_TO_IMAGE = {
 QUANTIZATION = "quantization_config"
 ANOTHER = "use a checkpoint with the architecture of a published Sana model (sana-export variants lists them)"
 #: What to do about an unsupported part, if it is not `ANOTHER`.
-FIXES = {"vae": "use another autoencoder: --vae dc-ae or --vae dc-ae-lite"}
+FIXES = {
+    "vae": "use another autoencoder: --vae dc-ae or --vae dc-ae-lite",
+    "controlnet": "use another ControlNet: --controlnet controlnet-hed-1600m or --controlnet controlnet-hed-600m",
+}
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,10 @@ def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
         yield problem
     if checkpoint.vae is not None and {"transformer", "vae"} <= parts.keys() - doubtful:
         yield from fit_problems(checkpoint.vae, parts["vae"].config, parts["transformer"].config, _replaced_vae(checkpoint), source)
+    if checkpoint.controlnet is not None and "transformer" in parts and "transformer" not in doubtful:
+        yield from _controlnet_problems(checkpoint, checkpoint.controlnet, parts["transformer"])
     owners = {"transformer": checkpoint.transformer_file, "vae": checkpoint.vae and checkpoint.vae.source}
-    for name in COMPONENTS:
+    for name in REQUIRED:
         owner = str(owners.get(name) or source)
         try:
             weights = checkpoint.base_weights(name)
@@ -143,6 +150,23 @@ def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
         check_tokenizer(checkpoint, parts["text_encoder"].config["vocab_size"] if "text_encoder" in parts else None)
     except ArtifactError as error:
         yield error
+
+
+def _controlnet_problems(checkpoint: SanaCheckpoint, controlnet: ControlNet, transformer: Part) -> Iterator[ArtifactError]:
+    try:
+        weights = controlnet.weights()
+        part = read_part("controlnet", controlnet.config(transformer.config))
+    except ArtifactError as error:
+        yield error
+        return
+    problems = [
+        _unsupported("controlnet", setting.key, setting.found, setting.wanted)
+        for setting in unsupported(part.class_name, part.config, part.given)
+    ]
+    problems += controlnet_problems(controlnet, part.config, transformer.config, checkpoint.source)
+    yield from problems
+    if not problems:
+        yield from check_weights("controlnet", part.shapes, weights, controlnet.source)
 
 
 def _replaced_vae(checkpoint: SanaCheckpoint) -> Mapping[str, Any] | None:

@@ -96,6 +96,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="an autoencoder in place of the checkpoint's: alias (dc-ae-lite), hub id, or local folder in diffusers' format",
     )
     parser.add_argument(
+        "--controlnet",
+        metavar="CONTROLNET",
+        help="a ControlNet to export with the checkpoint: alias (controlnet-hed-1600m), hub id, local folder in diffusers' format, "
+        "or file (.safetensors, .pth)",
+    )
+    parser.add_argument(
         "--lora",
         metavar="PATH[:SCALE]",
         action="append",
@@ -122,7 +128,7 @@ def add_hub_options(parser: argparse.ArgumentParser) -> None:
 def model_options(files: Any, hub: Any) -> dict[str, Any]:
     """Keyword arguments of `open_checkpoint` from options.
 
-    `files` has the attributes revision, variant, transformer, vae and lora (parsed options or a recipe). `hub` has token, cache_dir
+    `files` has the attributes revision, variant, transformer, vae, controlnet and lora (parsed options or a recipe). `hub` has token, cache_dir
     and offline (parsed options). Raises UsageError if a LoRA's scale is not a number.
     """
     from sana_export.adapters import parse_lora
@@ -133,6 +139,7 @@ def model_options(files: Any, hub: Any) -> dict[str, Any]:
         "weights_variant": files.variant,
         "transformer": files.transformer,
         "vae": files.vae,
+        "controlnet": files.controlnet,
         "loras": tuple(map(parse_lora, files.lora)),
         "hub": Hub(hub.token or None, hub.cache_dir, hub.offline),
     }

@@ -50,16 +50,17 @@ class Denoiser(nn.Module):
         *,
         clamp: bool,
         pag_layers: tuple[int, ...] = (),
+        residuals: int = 0,
     ) -> None:
         super().__init__()
-        self.numerics = numerics
+        self.numerics, self.residuals = numerics, residuals
         self.position = PositionTable(config, numerics) if config["interpolation_scale"] is not None else None
         scale = numerics.scale
         patch = weights["patch_embed.proj.weight"].flatten(1)
         self.patch_embed = Linear(patch, weights["patch_embed.proj.bias"], numerics, scale)
         self.time_embed = TimeEmbedding(config, weights, numerics)
         self.blocks = nn.ModuleList(
-            Block(config, _block_weights(weights, index), numerics, clamp=clamp, perturbable=index in pag_layers)
+            Block(config, block_weights(weights, index), numerics, clamp=clamp, perturbable=index in pag_layers)
             for index in range(config["num_layers"])
         )
         self.scale_shift_table = parameter(weights["scale_shift_table"], numerics.dtype)
@@ -74,6 +75,7 @@ class Denoiser(nn.Module):
         context_mask: Tensor,
         perturbed: Tensor,
         guidance: Tensor | None = None,
+        residuals: Tensor | None = None,
     ) -> Tensor:
         batch, channels, height, width = latents.shape
         branches, dtype = perturbed.shape[0], self.numerics.dtype
@@ -95,6 +97,8 @@ class Denoiser(nn.Module):
                 x = block.self_attention(x if index else expand_branches(x, branches), table, identity)
             x = block.cross_attention(x, keys_values, mask)
             x = block.feed_forward(x, table, size)
+            if residuals is not None and 0 < index <= self.residuals:
+                x = x + residuals[index - 1].flatten(2, 3).flatten(0, 1)
         shift, factor = (self.scale_shift_table + embedded).unbind(0)
         x = self.proj_out(modulated_norm(x, shift, factor, self.eps))
         return x.float().transpose(1, 2).reshape(branches, batch, channels, height, width)
@@ -134,7 +138,8 @@ class Block(nn.Module):
         self.halves = gated_conv_halves(weights, "ff.", numerics, factor=scale)
         self.point = Conv(weights["ff.conv_point.weight"], None, numerics)
 
-    def self_attention(self, x: Tensor, table: tuple[Tensor, ...], identity: Tensor) -> Tensor:
+    def self_attention(self, x: Tensor, table: tuple[Tensor, ...], identity: Tensor | None = None) -> Tensor:
+        """identity [K * B, 1, 1]: where a perturbable block uses identity attention."""
         shift, factor, gate = table[:3]
         channels = x.shape[-1]
         y = modulated_norm(x, shift, factor, self.eps).transpose(1, 2)
@@ -145,6 +150,7 @@ class Block(nn.Module):
         heads = (query.shape[0], self.heads, channels // self.heads, -1)
         attention = linear_attention(query.reshape(heads), key.reshape(heads), value.reshape(heads), self.numerics).flatten(1, 2)
         if self.perturbable:
+            assert identity is not None
             attention = torch.where(identity, value, attention)
         out = self.out(attention.transpose(1, 2))
         if self.limit is not None:
@@ -257,6 +263,7 @@ def expand_branches(x: Tensor, branches: int) -> Tensor:
     return x.unsqueeze(0).expand(branches, -1, -1, -1).flatten(0, 1)
 
 
-def _block_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+def block_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+    """The tensors of block `index` by their names in it."""
     prefix = f"transformer_blocks.{index}."
     return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
