@@ -19,10 +19,11 @@ DECODERS: dict[bool, set[str]] = {False: {"vae_decoder"}, True: {"vae_decoder_he
 PRECISION = "precision"
 
 #: Axes whose lengths depend on the request. latent_* are in latent pixels (1/32 of the image's), feature_* and tile_* in features,
-#: and image_*, output_* and tile_image_* in image pixels.
+#: and image_*, output_* and tile_image_* in image pixels. Guidance branches with a prompt of their own are text branches.
 DYNAMIC_AXES = (
     "batch",
     "branches",
+    "text_branches",
     "tokens",
     "prefix_tokens",
     "text_tokens",
@@ -72,7 +73,7 @@ FEATURES: Shape = ("batch", "feature_channels", "feature_height", "feature_width
 CONTEXT: Shape = (
     "layers",
     2,
-    "branches",
+    "text_branches",
     "batch",
     "cross_attention_heads",
     "text_tokens",
@@ -97,7 +98,7 @@ GRAPHS: dict[str, GraphSpec] = {
         ),
         GraphSpec(
             "context",
-            (_f32("prompt_embeds", "branches", "batch", "text_tokens", "text_channels"),),
+            (_f32("prompt_embeds", "text_branches", "batch", "text_tokens", "text_channels"),),
             (TensorSpec("context", PRECISION, CONTEXT),),
         ),
         GraphSpec(
@@ -106,8 +107,9 @@ GRAPHS: dict[str, GraphSpec] = {
                 _f32("latents", *LATENTS),
                 _f32("timestep", 1),
                 TensorSpec("context", PRECISION, CONTEXT),
-                _f32("context_mask", "branches", "batch", "text_tokens"),
+                _f32("context_mask", "text_branches", "batch", "text_tokens"),
                 _f32("perturbed", "branches"),
+                TensorSpec("source", "int64", ("branches",)),
                 _f32("guidance", 1),
             ),
             (_f32("noise_pred", "branches", *LATENTS),),
@@ -160,8 +162,10 @@ GRAPHS: dict[str, GraphSpec] = {
 #: Graphs that use some of another graph's weights. They are in its folder and read its weight file.
 WEIGHTS_OF = {"vae_decoder_head": "vae_decoder", "vae_decoder_tail": "vae_decoder"}
 
-#: Tensors that a graph has only if a switch of the transformer's config is on.
-FEATURE_TENSORS = {"guidance": "guidance_embeds"}
+#: Tensors that a graph has only with a feature: a switch of the transformer's config, or of the export's options.
+FEATURE_TENSORS = {"guidance": "guidance_embeds", "source": "pag_layers"}
+#: Axes that are another axis without a feature: every branch has a prompt of its own unless there is a perturbed one.
+FEATURE_AXES = {"text_branches": ("branches", "pag_layers")}
 
 #: The elements of the sampler's `coefficients` input, which are the columns of a schedule:
 #: x0 = x0_latents * latents + x0_noise_pred * noise_pred
@@ -172,16 +176,21 @@ COEFFICIENTS = ("x0_latents", "x0_noise_pred", "latents", "x0", "previous_x0", "
 def resolve(name: str, dimensions: Mapping[str, int], precision: str, features: Collection[str] = ()) -> GraphSpec:
     """The graph `name` with the checkpoint's `dimensions` and its `precision` ("float32", "float16", "bfloat16") filled in.
 
-    `features` are the switches of `FEATURE_TENSORS` that are on. Tensors of the others are left out.
+    `features` are the features that the bundle has. Tensors of the others (`FEATURE_TENSORS`) are left out.
     """
     sizes = {"coefficients": len(COEFFICIENTS), **dimensions}
+    merged = {axis: other for axis, (other, feature) in FEATURE_AXES.items() if feature not in features}
+
+    def length(axis: str | int) -> str | int:
+        axis = merged.get(axis, axis) if isinstance(axis, str) else axis
+        return axis if isinstance(axis, int) or axis in DYNAMIC_AXES else sizes[axis]
 
     def fill(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         return tuple(
             TensorSpec(
                 tensor.name,
                 precision if tensor.dtype == PRECISION else tensor.dtype,
-                tuple(axis if isinstance(axis, int) or axis in DYNAMIC_AXES else sizes[axis] for axis in tensor.shape),
+                tuple(map(length, tensor.shape)),
             )
             for tensor in tensors
             if FEATURE_TENSORS.get(tensor.name) in (None, *features)

@@ -128,8 +128,8 @@ def add_hub_options(parser: argparse.ArgumentParser) -> None:
 def model_options(files: Any, hub: Any) -> dict[str, Any]:
     """Keyword arguments of `open_checkpoint` from options.
 
-    `files` has the attributes revision, variant, transformer, vae, controlnet and lora (parsed options or a recipe). `hub` has token, cache_dir
-    and offline (parsed options). Raises UsageError if a LoRA's scale is not a number.
+    `files` has the attributes revision, variant, transformer, vae, controlnet and lora (parsed options or a recipe). `hub` has
+    token, cache_dir and offline (parsed options). Raises UsageError if a LoRA's scale is not a number.
     """
     from sana_export.adapters import parse_lora
     from sana_export.checkpoint.hub import Hub

@@ -28,7 +28,8 @@ def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> Graph
         "text_head_dim": text["head_dim"],
         "feature_channels": feature_channels(checkpoint.config("vae")),
     }
-    return resolve(name, dimensions, options.dtype, features=[key for key in FEATURE_TENSORS.values() if transformer[key]])
+    switches = {**transformer, "pag_layers": options.pag_layers}
+    return resolve(name, dimensions, options.dtype, features=[key for key in FEATURE_TENSORS.values() if switches[key]])
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Sizes:
     batch: int
     #: Guidance branches.
     branches: int
+    #: Guidance branches with a prompt of their own.
+    text_branches: int
     #: Prompt tokens that the denoiser attends to.
     tokens: int
     #: Tokens of the instruction before the prompt.
@@ -72,11 +75,12 @@ class Sizes:
 
 
 #: The sizes to trace with. All differ and are at least 2, so that the tracer cannot take one for a constant or for another axis.
-TRACE_SIZES = Sizes(2, 3, 5, 9, 7, 4, 6, 12, 15, 8, 11, 100, 170)
+TRACE_SIZES = Sizes(2, 3, 10, 5, 9, 7, 4, 6, 12, 15, 8, 11, 100, 170)
 #: The sizes to check with. They differ from the traced ones, so that a traced constant or a swapped axis fails the check.
-CHECK_SIZES = Sizes(3, 2, 8, 1, 11, 5, 3, 14, 9, 10, 6, 64, 131)
+CHECK_SIZES = Sizes(3, 2, 4, 8, 1, 11, 5, 3, 14, 9, 10, 6, 64, 131)
 #: For the axis of an index tensor, the axis that its values index into.
 _INDEXED = {
+    "branches": "text_branches",
     "output_height": "image_height",
     "output_width": "image_width",
     "tile_height": "feature_height",
@@ -98,8 +102,9 @@ def _random_input(tensor: TensorSpec, sizes: Sizes, generator: torch.Generator) 
         "guidance": lambda: uniform * 10.0,
         "perturbed": lambda: torch.arange(shape[0]).remainder(2).float(),
         "context_mask": lambda: (torch.arange(shape[-1]) <= uniform[..., :1] * shape[-1]).float(),
-        "row_index": lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long(),
-        "column_index": lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long(),
+        **dict.fromkeys(
+            ("source", "row_index", "column_index"), lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long()
+        ),
         "row_weight": lambda: uniform / uniform.sum(0, keepdim=True),
         "column_weight": lambda: uniform / uniform.sum(0, keepdim=True),
     }

@@ -40,12 +40,12 @@ _RESHAPES = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
 _SIZES = {aten.sym_size.int, operator.mul, operator.add, operator.sub}
 
 
-def dynamic_shapes(spec: GraphSpec) -> tuple[dict[int, Any], ...]:
-    """The dynamic axes of each input of `spec`, as torch.export takes them."""
-    return tuple(
-        {index: Dim(axis, min=1, max=LONGEST) for index, axis in enumerate(tensor.shape) if isinstance(axis, str)}
+def dynamic_shapes(spec: GraphSpec) -> dict[str, dict[int, Any]]:
+    """The dynamic axes of each input of `spec` by name, as torch.export takes them."""
+    return {
+        tensor.name: {index: Dim(axis, min=1, max=LONGEST) for index, axis in enumerate(tensor.shape) if isinstance(axis, str)}
         for tensor in spec.inputs
-    )
+    }
 
 
 def trace(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, Tensor]) -> ExportedProgram:
@@ -53,7 +53,8 @@ def trace(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, Tensor]) -> E
     with _frugal():
         program = torch.export.export(
             module,
-            tuple(inputs.values()),
+            (),
+            dict(inputs),
             dynamic_shapes=dynamic_shapes(spec),
             # Otherwise a broadcast over an axis would forbid the length 1.
             prefer_deferred_runtime_asserts_over_guards=True,

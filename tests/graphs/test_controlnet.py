@@ -90,7 +90,7 @@ def run_graphs(controlnet: Any, transformer: Any, inputs: Mapping[str, Tensor], 
     own = [inputs[name] for name in ("latents", "timestep", "control", "scale")]
     residuals = ControlNet(config, weights, numerics, clamp=False)(*own, context, inputs["context_mask"])
     denoiser, weights = dict(transformer.config), transformer.state_dict()
-    noise_pred = Denoiser(denoiser, weights, numerics, clamp=False, residuals=len(residuals))(
+    noise_pred = Denoiser(denoiser, weights, numerics, clamp=False)(
         inputs["latents"],
         inputs["timestep"],
         Context(denoiser, weights, numerics)(inputs["prompt_embeds"]),

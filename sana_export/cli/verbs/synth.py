@@ -60,10 +60,9 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
 
     folder, row, controlnet = options.output, find_autoencoder(options.model), find_controlnet(options.model)
     settings = {"seed": options.seed, "shard_size": options.shard_size, "on_progress": console.show}
-    if controlnet is not None or row is not None:
-        if options.vae is not None:
-            what = "a ControlNet" if row is None else "an autoencoder itself"
-            raise UsageError(f"{options.model} is {what}", found=f"--vae {options.vae}", fix="omit --vae")
+    if options.vae is not None and (controlnet is not None or row is not None):
+        what = "a ControlNet" if row is None else "an autoencoder itself"
+        raise UsageError(f"{options.model} is {what}", found=f"--vae {options.vae}", fix="omit --vae")
     if controlnet is not None:
         name, dtype = controlnet.alias, options.dtype or "fp32"
         make_controlnet(name, folder, dtype=PRECISIONS[dtype], **settings)

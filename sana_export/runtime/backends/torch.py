@@ -81,10 +81,10 @@ class TorchSession(EnqueuedSession):
     def run(
         self, feeds: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor] | None = None
     ) -> dict[str, DeviceTensor]:
-        inputs = [place(feeds[tensor.name], self.device) for tensor in self.spec.inputs]
+        inputs = {tensor.name: place(feeds[tensor.name], self.device) for tensor in self.spec.inputs}
         try:
             with torch.no_grad(), exact_products(), cpu_threads(self.threads), self._limits():
-                results = self.module(*inputs)
+                results = self.module(**inputs)
         except RuntimeError as error:
             raise_out_of_memory(error, f"running {self.spec.name}", self.device)
             raise
