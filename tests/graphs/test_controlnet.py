@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from diffusers import SanaControlNetModel, SanaTransformer2DModel
+from diffusers.models.attention_processor import PAGCFGSanaLinearAttnProcessor2_0
 from torch import Tensor
 
 from sana_export.architectures import TRANSFORMER_DEFAULTS
@@ -82,7 +83,15 @@ def run_reference(controlnet: Any, transformer: Any, inputs: Mapping[str, Tensor
 
 
 @torch.no_grad()
-def run_graphs(controlnet: Any, transformer: Any, inputs: Mapping[str, Tensor], dtype: str = "float32") -> tuple[Tensor, Tensor]:
+def run_graphs(
+    controlnet: Any,
+    transformer: Any,
+    inputs: Mapping[str, Tensor],
+    dtype: str = "float32",
+    *,
+    perturbed: Sequence[float] = (0.0, 0.0),
+    pag: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
     """The graphs' residuals, without the factor that they are stored with, and noise_pred."""
     numerics = NUMERICS[dtype]
     config, weights = {**TRANSFORMER_DEFAULTS, **controlnet.config}, controlnet.state_dict()
@@ -90,13 +99,15 @@ def run_graphs(controlnet: Any, transformer: Any, inputs: Mapping[str, Tensor], 
     own = [inputs[name] for name in ("latents", "timestep", "control", "scale")]
     residuals = ControlNet(config, weights, numerics, clamp=False)(*own, context, inputs["context_mask"])
     denoiser, weights = dict(transformer.config), transformer.state_dict()
-    noise_pred = Denoiser(denoiser, weights, numerics, clamp=False)(
+    layers, source = ((), {}) if pag is None else (pag["layers"], {"source": torch.tensor(pag["source"])})
+    noise_pred = Denoiser(denoiser, weights, numerics, clamp=False, pag_layers=layers)(
         inputs["latents"],
         inputs["timestep"],
         Context(denoiser, weights, numerics)(inputs["prompt_embeds"]),
         inputs["context_mask"],
-        torch.zeros(len(inputs["context_mask"])),
+        torch.tensor(perturbed),
         residuals=residuals,
+        **source,
     )
     return residuals.float() / numerics.scale, noise_pred
 
@@ -121,12 +132,25 @@ def test_equals_diffusers(config: Mapping[str, Any], layers: tuple[int, int]) ->
 @pytest.mark.parametrize("branches", [1, 3])
 def test_any_number_of_branches(branches: int) -> None:
     networks, inputs = make_pair({}), draw_inputs(branches=branches, batch=1, height=3, width=12)
-    for found, wanted in zip(run_graphs(*networks, inputs), run_reference(*networks, inputs), strict=True):
-        assert_equal(found, wanted)
+    found = run_graphs(*networks, inputs, perturbed=[0.0] * branches)
+    for ours, theirs in zip(found, run_reference(*networks, inputs), strict=True):
+        assert_equal(ours, theirs)
 
 
-def test_half_precision() -> None:
-    networks, inputs = make_pair({}), draw_inputs()
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_a_perturbed_branch_has_the_residuals_of_its_source(layer: int) -> None:
+    """diffusers has no pipeline with both. Its parts together: the ControlNet runs unperturbed, as in its PAG pipelines for others."""
+    networks, inputs = make_pair({}), draw_inputs(branches=2)
+    repeated = {name: value[[0, 1, 1]] for name, value in inputs.items() if name in ("prompt_embeds", "context_mask")}
+    found = run_graphs(*networks, inputs, perturbed=(0.0, 0.0, 1.0), pag={"layers": (layer,), "source": [0, 1, 1]})[1]
+    networks[1].transformer_blocks[layer].attn1.set_processor(PAGCFGSanaLinearAttnProcessor2_0())
+    assert_equal(found, run_reference(*networks, {**inputs, **repeated})[1])
+    assert (found[2] - found[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("config", ["plain", "2K positions"])
+def test_half_precision(config: str) -> None:
+    networks, inputs = make_pair(CONFIGS[config]), draw_inputs()
     wanted = run_reference(*networks, inputs)
     for name, found, value in zip(("residuals", "noise_pred"), run_graphs(*networks, inputs, "float16"), wanted, strict=True):
         assert compare_tensors(name, found.numpy(), value.numpy(), "fp16").passed

@@ -70,9 +70,7 @@ def run_reference(transformer, inputs) -> torch.Tensor:
 
 
 @torch.no_grad()
-def run_graphs(
-    transformer, inputs, *, perturbed=None, source=None, clamp=False, pag_layers=(), dtype="float32"
-) -> torch.Tensor:
+def run_graphs(transformer, inputs, *, perturbed=None, source=None, clamp=False, pag_layers=(), dtype="float32") -> torch.Tensor:
     """The graphs' noise_pred [K, B, 32, h, w]. Each branch continues the text branch of its number, if `source` is None."""
     config, weights, numerics = dict(transformer.config), transformer.state_dict(), NUMERICS[dtype]
     context = Context(config, weights, numerics)(inputs["prompt_embeds"])
