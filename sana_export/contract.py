@@ -15,11 +15,14 @@ MAX_TOKENS = 2048
 
 #: The graphs that decode images in one piece (False) and in tiles (True).
 DECODERS: dict[bool, set[str]] = {False: {"vae_decoder"}, True: {"vae_decoder_head", "vae_decoder_tail"}}
+#: The graphs that encode images in one piece (False) and in tiles (True).
+ENCODERS: dict[bool, set[str]] = {False: {"vae_encoder"}, True: {"vae_encoder_head", "vae_encoder_tail"}}
 
 PRECISION = "precision"
 
-#: Axes whose lengths depend on the request. latent_* are in latent pixels (1/32 of the image's), feature_* and tile_* in features,
-#: and image_*, output_* and tile_image_* in image pixels.
+#: Axes whose lengths depend on the request. latent_* are in latent pixels (1/32 of the image's), feature_* and tile_* in features of
+#: the decoder, encoded_* and window_* in features of the encoder, and image_*, output_*, tile_image_* and window_image_* in image
+#: pixels.
 DYNAMIC_AXES = (
     "batch",
     "branches",
@@ -38,6 +41,12 @@ DYNAMIC_AXES = (
     "image_width",
     "output_height",
     "output_width",
+    "encoded_height",
+    "encoded_width",
+    "window_height",
+    "window_width",
+    "window_image_height",
+    "window_image_width",
 )
 
 Shape = tuple[str | int, ...]
@@ -154,11 +163,62 @@ GRAPHS: dict[str, GraphSpec] = {
             ),
             (TensorSpec("pixels", "uint8", ("batch", "output_height", "output_width", 3)),),
         ),
+        GraphSpec(
+            "vae_encoder",
+            (_f32("image", "batch", 3, "image_height", "image_width"),),
+            (_f32("latents", *LATENTS),),
+        ),
+        GraphSpec(
+            "vae_encoder_head",
+            (_f32("window", "batch", 3, "window_image_height", "window_image_width"),),
+            (_f32("window_features", "batch", "encoder_feature_channels", "window_height", "window_width"),),
+        ),
+        GraphSpec(
+            "vae_encoder_tail",
+            (_f32("features", "batch", "encoder_feature_channels", "encoded_height", "encoded_width"),),
+            (_f32("latents", *LATENTS),),
+        ),
+        GraphSpec(
+            "blend",
+            (
+                _f32("latents", *LATENTS),
+                _f32("image_latents", *LATENTS),
+                _f32("noise", *LATENTS),
+                _f32("mask", "batch", 1, "latent_height", "latent_width"),
+                _f32("noise_level", 1),
+            ),
+            (_f32("blended", *LATENTS),),
+        ),
     )
 }
 
 #: Graphs that use some of another graph's weights. They are in its folder and read its weight file.
-WEIGHTS_OF = {"vae_decoder_head": "vae_decoder", "vae_decoder_tail": "vae_decoder"}
+WEIGHTS_OF = {
+    "vae_decoder_head": "vae_decoder",
+    "vae_decoder_tail": "vae_decoder",
+    "vae_encoder_head": "vae_encoder",
+    "vae_encoder_tail": "vae_encoder",
+}
+
+#: Names for several graphs, for `export --graphs`. "default" draws images from text. "img2img" adds what image-to-image and
+#: inpainting need.
+GRAPH_GROUPS: dict[str, tuple[str, ...]] = {
+    "default": (
+        "text_encoder",
+        "context",
+        "denoiser",
+        "sampler",
+        "vae_decoder",
+        "vae_decoder_head",
+        "vae_decoder_tail",
+        "postprocess",
+    ),
+    "img2img": ("vae_encoder", "vae_encoder_head", "vae_encoder_tail", "blend"),
+}
+#: The group of each graph that is exported only on request.
+OPTIONAL_GRAPHS: dict[str, str] = {
+    graph: group for group, graphs in GRAPH_GROUPS.items() if group != "default" for graph in graphs
+}
 
 #: Tensors that a graph has only if a switch of the transformer's config is on.
 FEATURE_TENSORS = {"guidance": "guidance_embeds"}

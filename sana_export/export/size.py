@@ -31,6 +31,7 @@ GRAPH_WEIGHTS = {
     "context": GraphWeights("transformer", _TEXT),
     "denoiser": GraphWeights("transformer", f"(?!{_TEXT})"),
     "vae_decoder": GraphWeights("vae", r"decoder\.", growth=1.1),
+    "vae_encoder": GraphWeights("vae", r"encoder\."),
 }
 #: Bytes for the ONNX files, the tokenizer, alignment and the file system's own overhead.
 OVERHEAD = 64 << 20

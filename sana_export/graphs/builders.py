@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.graphs.blend import Blend
 from sana_export.graphs.context import Context
 from sana_export.graphs.denoiser import Denoiser
 from sana_export.graphs.lora_targets import trace_lora_targets
@@ -17,6 +18,7 @@ from sana_export.graphs.postprocess import Postprocess
 from sana_export.graphs.sampler import Sampler
 from sana_export.graphs.text_encoder import TextEncoder
 from sana_export.graphs.vae_decoder import VaeDecoder, VaeDecoderHead, VaeDecoderTail
+from sana_export.graphs.vae_encoder import VaeEncoder, VaeEncoderHead, VaeEncoderTail
 from sana_export.manifest import LoraTarget, Options
 
 Config = Mapping[str, Any]
@@ -49,6 +51,10 @@ BUILDERS: dict[str, GraphBuilder] = {
     "vae_decoder_head": _plain("vae", VaeDecoderHead),
     "vae_decoder_tail": _plain("vae", VaeDecoderTail),
     "postprocess": GraphBuilder(None, lambda config, weights, options: Postprocess()),
+    "vae_encoder": _plain("vae", VaeEncoder),
+    "vae_encoder_head": _plain("vae", VaeEncoderHead),
+    "vae_encoder_tail": _plain("vae", VaeEncoderTail),
+    "blend": GraphBuilder(None, lambda config, weights, options: Blend()),
 }
 
 
