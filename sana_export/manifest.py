@@ -71,6 +71,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "default_guidance_scale": (-1000, 1000),
     "decoder_tile_halo": (0, 4096),
     "decoder_tile_scale": (1, 1024),
+    "encoder_tile_halo": (0, 4096),
+    "encoder_tile_scale": (1, 1024),
 }
 
 

@@ -195,6 +195,10 @@ class ModelInfo:
     decoder_tile_halo: int = 0
     #: Image pixels per feature of `vae_decoder_head`, in each direction.
     decoder_tile_scale: int = 1
+    #: How many neighboring features on each side a feature of `vae_encoder_head` depends on. 0 without the encoder's graphs.
+    encoder_tile_halo: int = 0
+    #: Image pixels per feature of `vae_encoder_head`, in each direction. 1 without the encoder's graphs.
+    encoder_tile_scale: int = 1
 
     @property
     def native_size(self) -> int:

@@ -71,11 +71,12 @@ POSITIVE = ConfigRule("a positive number", lambda value: _number(value) and valu
 POSITIVE_OR_NONE = ConfigRule("a positive number or null", lambda value: value is None or (_number(value) and value > 0))
 WHOLE = ConfigRule("a whole number, 1 or more", lambda value: _number(value) and isinstance(value, int) and value > 0)
 OFF = one_of(False, None)
-#: Blocks, norms, activations and upsamplings of a decoder (graphs/vae_blocks.py has a table for each).
+#: Blocks, norms, activations, upsamplings and downsamplings of an autoencoder (graphs/vae_blocks.py has a table for each).
 VAE_BLOCKS = ("ResBlock", "EfficientViTBlock")
 VAE_NORMS = ("rms_norm", "batch_norm")
 VAE_ACTIVATIONS = ("silu", "swish", "relu")
 VAE_UPSAMPLES = ("interpolate", "pixel_shuffle")
+VAE_DOWNSAMPLES = ("Conv", "pixel_unshuffle")
 
 #: The rules for each class, by key.
 SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
@@ -154,18 +155,43 @@ SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
     },
 }
 
+#: The rules for an autoencoder's encoder, which only an export with the graph `vae_encoder` reads.
+ENCODER: Mapping[str, ConfigRule] = {
+    "encoder_block_types": each_of(*VAE_BLOCKS),
+    "encoder_layers_per_block": _stages(0),
+    "encoder_qkv_multiscales": ConfigRule("a list of odd kernel sizes for each stage", _kernels),
+    "downsample_block_type": one_of(*VAE_DOWNSAMPLES),
+    "encoder_out_shortcut": one_of(True, False),
+}
+
 #: The classes of diffusers whose schedules can be sampled.
 SCHEDULERS = tuple(name for name in SUPPORTED if name.endswith("Scheduler"))
 
 
 def unsupported(class_name: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Unsupported]:
     """The keys of the complete `config` of a class that have an unsupported value. `given` is the content of the config's file."""
-    found = [key for key, rule in SUPPORTED[class_name].items() if not _accepted(rule, config, key)]
+    yield from _unsupported(SUPPORTED[class_name], TOGETHER.get(class_name, lambda _: iter(())), class_name, config, given)
+
+
+def unsupported_encoder(config: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Unsupported]:
+    """The keys of the complete `config` of an AutoencoderDC whose value the graph `vae_encoder` does not support."""
+    yield from _unsupported(ENCODER, _encoder_together, "AutoencoderDC", config, given)
+
+
+def _unsupported(
+    rules: Mapping[str, ConfigRule],
+    together: Callable[[Mapping[str, Any]], Iterator[Unsupported]],
+    class_name: str,
+    config: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Iterator[Unsupported]:
+    """The keys that break one of `rules`, or if there are none, what `together` finds."""
+    found = [key for key, rule in rules.items() if not _accepted(rule, config, key)]
     for key in found:
         source = "" if key in given else f" (the default of {class_name}: the key is missing)"
-        yield Unsupported(key, f"{config.get(key)!r}{source}", SUPPORTED[class_name][key].wanted)
+        yield Unsupported(key, f"{config.get(key)!r}{source}", rules[key].wanted)
     if not found:
-        yield from TOGETHER.get(class_name, lambda _: iter(()))(config)
+        yield from together(config)
 
 
 def _accepted(rule: ConfigRule, config: Mapping[str, Any], key: str) -> bool:
@@ -197,6 +223,27 @@ def _vae_together(config: Mapping[str, Any]) -> Iterator[Unsupported]:
     if config["decoder_in_shortcut"] and widths[-1] % config["latent_channels"]:
         yield Unsupported(
             "latent_channels", repr(config["latent_channels"]), f"a divisor of the lowest stage's {widths[-1]} channels"
+        )
+
+
+def _encoder_together(config: Mapping[str, Any]) -> Iterator[Unsupported]:
+    """Entries for the encoder that are supported alone but not together. The widths are lists (`SUPPORTED`)."""
+    widths, depths = config["encoder_block_out_channels"], config["encoder_layers_per_block"]
+    for key in ("encoder_layers_per_block", "encoder_block_types"):
+        if not isinstance(config[key], str) and len(config[key]) != len(widths):
+            wanted = f"{len(widths)}, one for each entry of encoder_block_out_channels"
+            yield Unsupported(key, f"{len(config[key])} entries", wanted)
+            return
+    if 0 in depths[1:-1]:
+        yield Unsupported("encoder_layers_per_block", repr(depths), "at least 1 except in the first and the last stage")
+    for stage, (upper, lower) in enumerate(pairwise(widths)):
+        if depths[stage] and 4 * upper % lower:  # the shortcut averages groups of channels
+            yield Unsupported("encoder_block_out_channels", repr(widths), f"{lower} is a divisor of 4 times {upper}")
+    if len(kernels := config["encoder_qkv_multiscales"]) < len(widths):
+        yield Unsupported("encoder_qkv_multiscales", f"{len(kernels)} entries", f"{len(widths)}, one for each stage")
+    if config["encoder_out_shortcut"] and widths[-1] % config["latent_channels"]:
+        yield Unsupported(
+            "latent_channels", repr(config["latent_channels"]), f"a divisor of the encoder's lowest stage, {widths[-1]} channels"
         )
 
 

@@ -17,7 +17,7 @@ from sana_export.checkpoint.tokenizer import check_tokenizer
 from sana_export.checkpoint.vae import fit_problems
 from sana_export.commands import resave_command
 from sana_export.errors import ArtifactError
-from sana_export.supported import SCHEDULERS, unsupported
+from sana_export.supported import SCHEDULERS, unsupported, unsupported_encoder
 from sana_export.variants import INDEX
 
 if TYPE_CHECKING:
@@ -98,6 +98,14 @@ def check_checkpoint(checkpoint: SanaCheckpoint) -> None:
     """Raise ArtifactError unless an export supports all of the checkpoint: configs, weights and tokenizer."""
     check_index(checkpoint.index, checkpoint.source)
     refuse(checkpoint.source, _problems(checkpoint))
+
+
+def check_encoder(checkpoint: SanaCheckpoint) -> None:
+    """Raise ArtifactError unless an export supports the autoencoder's encoder, which only image-to-image needs."""
+    given = checkpoint.read(config_name("vae"))
+    part, owner = read_part("vae", given), checkpoint.source if checkpoint.vae is None else checkpoint.vae.source
+    problems = [_unsupported("vae", one.key, one.found, one.wanted) for one in unsupported_encoder(part.config, given)]
+    refuse(owner, problems or check_weights("vae", part.optional_shapes, checkpoint.base_weights("vae"), owner))
 
 
 def refuse(source: str, problems: Iterable[ArtifactError]) -> None:

@@ -17,7 +17,7 @@ from sana_export.graphs.numerics import MASKED, Linear, Numerics, parameter
 
 
 class ControlNet(nn.Module):
-    """latents [B, C, h, w], timestep [1], control [B, C, h, w], scale [1], context, context_mask [K, B, L] -> residuals.
+    """latents, control [B, C, h, w], timestep, conditioning_scale [1], context, context_mask [K, B, L] -> residuals.
 
     `control` is the latents of the control image, times the autoencoder's scaling factor. residuals [R, K, B, h, w, C'] are in the
     graph's precision, stored multiplied by its scale like the denoiser's stream, one for each block here. The denoiser adds the
@@ -43,7 +43,13 @@ class ControlNet(nn.Module):
         )
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, control: Tensor, scale: Tensor, context: Tensor, context_mask: Tensor
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        control: Tensor,
+        conditioning_scale: Tensor,
+        context: Tensor,
+        context_mask: Tensor,
     ) -> Tensor:
         branches, batch, _ = context_mask.shape
         dtype, size = self.numerics.dtype, (latents.shape[2], latents.shape[3])
@@ -63,7 +69,7 @@ class ControlNet(nn.Module):
             x = block.cross_attention(x, keys_values, mask)
             x = block.feed_forward(x, table, size)
             residuals.append(output(x))
-        stacked = torch.stack(residuals) * scale.to(dtype)
+        stacked = torch.stack(residuals) * conditioning_scale.to(dtype)
         return stacked.unflatten(1, (branches, batch)).unflatten(3, size)
 
 
