@@ -12,7 +12,7 @@ from typing import Any
 
 from sana_export.adapters import Lora
 from sana_export.architectures import TRANSFORMER_DEFAULTS
-from sana_export.checkpoint.checks import check_checkpoint, check_configs, check_index, class_of
+from sana_export.checkpoint.checks import CONTROLLED, check_checkpoint, check_configs, check_index, class_of
 from sana_export.checkpoint.clamp import Clamp, trained_with_clamp
 from sana_export.checkpoint.components import REQUIRED, select_weights, variant_among
 from sana_export.checkpoint.configs import CONFIGURED, config_name, read_part
@@ -240,6 +240,8 @@ def open_checkpoint(
     if not (folder / INDEX).is_file():
         raise not_a_checkpoint(model, [path.name for path in folder.iterdir()], lambda name: read_json(folder / name), folder)
     other = None if vae is None else open_vae(vae, weights_variant, hub or Hub())
+    if controlnet is None and read_json(folder / INDEX)["_class_name"] == CONTROLLED:
+        controlnet = str(folder) if local else f"{model}@{revision}" if revision else model
     control = None if controlnet is None else open_controlnet(controlnet, weights_variant, hub or Hub())
     rows = (named,) if named else ()
     draft = SanaCheckpoint(folder, model, revision, rows, weights_variant, transformer, tuple(loras), other, control)

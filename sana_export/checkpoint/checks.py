@@ -24,12 +24,10 @@ if TYPE_CHECKING:
     from sana_export.checkpoint.checkpoint import SanaCheckpoint
 
 SPRINT, SPRINT_SCHEDULER = "SanaSprintPipeline", "SCMScheduler"
-PIPELINES = ("SanaPipeline", "SanaPAGPipeline", SPRINT)
+CONTROLLED = "SanaControlNetPipeline"
+PIPELINES = ("SanaPipeline", "SanaPAGPipeline", CONTROLLED, SPRINT)
 #: Other pipelines of diffusers whose folders a text-to-image pipeline can load.
-TEXT_TO_IMAGE = {
-    "SanaControlNetPipeline": "SanaPipeline",
-    "SanaSprintImg2ImgPipeline": SPRINT,
-}
+TEXT_TO_IMAGE = {"SanaSprintImg2ImgPipeline": SPRINT}
 #: The key of a config that says how the weights are quantized.
 QUANTIZATION = "quantization_config"
 ANOTHER = "use a checkpoint with the architecture of a published Sana model (sana-export variants lists them)"

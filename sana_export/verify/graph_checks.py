@@ -11,6 +11,7 @@ import torch
 
 from sana_export.export.example_inputs import CHECK_SIZES, random_inputs
 from sana_export.formats.arrays import Array
+from sana_export.graphs.numerics import NUMERICS
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.request import Request
@@ -44,8 +45,15 @@ def _check_text_encoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[s
 
 
 def _check_context(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    transformer = pipeline.transformer
-    inputs = _inputs(runtime, "context", seed)
+    return _check_keys_values(runtime, "context", pipeline.transformer, seed)
+
+
+def _check_controlnet_context(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    return _check_keys_values(runtime, "controlnet_context", pipeline.controlnet, seed)
+
+
+def _check_keys_values(runtime: SanaRuntime, graph: str, transformer: Any, seed: int) -> tuple[Array, Array]:
+    inputs = _inputs(runtime, graph, seed)
     embeds = inputs["prompt_embeds"]
     captions = transformer.caption_norm(transformer.caption_projection(embeds))
     layers = []
@@ -56,7 +64,28 @@ def _check_context(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], 
         heads = (*key.shape[:-1], attention.heads, -1)
         factor = (key.shape[-1] // attention.heads) ** -0.5
         layers.append(torch.stack([tensor.view(heads).transpose(2, 3) for tensor in (key * factor, value)]))
-    return _run(runtime, "context", inputs)["context"], torch.stack(layers).numpy()
+    return _run(runtime, graph, inputs)[graph], torch.stack(layers).numpy()
+
+
+def _check_controlnet(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    """Its residuals, with prompts of different lengths in one batch. `context` is the output of the graph `controlnet_context`."""
+    embeds = _inputs(runtime, "controlnet_context", seed + 1)["prompt_embeds"]
+    inputs = _inputs(runtime, "controlnet", seed + 1)
+    mask, latents = inputs["context_mask"], inputs["latents"]
+    context = runtime.run("controlnet_context", {"prompt_embeds": embeds.numpy()})["controlnet_context"]
+    feeds = {name: value.numpy() for name, value in inputs.items() if name != "context"}
+    found = runtime.to_host(runtime.run("controlnet", {**feeds, "context": context})["residuals"])
+    branches, batch = mask.shape[:2]
+    samples = pipeline.controlnet(
+        latents.repeat(branches, 1, 1, 1),
+        encoder_hidden_states=embeds.flatten(0, 1),
+        encoder_attention_mask=mask.flatten(0, 1),
+        timestep=inputs["timestep"].expand(branches * batch),
+        controlnet_cond=inputs["control"].repeat(branches, 1, 1, 1),
+        conditioning_scale=float(inputs["conditioning_scale"]),
+    ).controlnet_block_samples
+    wanted = torch.stack([*samples]).unflatten(1, (branches, batch)).unflatten(3, tuple(latents.shape[2:])).numpy()
+    return found.astype(np.float32) / NUMERICS[runtime.manifest.options.dtype].scale, wanted
 
 
 def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
@@ -175,6 +204,8 @@ GRAPH_CHECKS: dict[str, Callable[[SanaRuntime, Any, Sequence[str], int], tuple[A
     "vae_decoder_head": _check_vae_decoder_head,
     "vae_decoder_tail": _check_vae_decoder_tail,
     "postprocess": _check_postprocess,
+    "controlnet_context": _check_controlnet_context,
+    "controlnet": _check_controlnet,
 }
 
 
