@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 from typing import Protocol
 
 from sana_export.adapters import Lora
+from sana_export.contract import OPTIONAL_GRAPHS
 from sana_export.records import Checkpoint, Options
 from sana_export.variants import find_variant
 
@@ -17,13 +18,16 @@ DEFAULT_PRECISION = "fp16"
 
 
 class Exported(Protocol):
-    """What an export was made from and how. Every manifest says this."""
+    """What an export was made from and how, and the names of its graphs. Every manifest says this."""
 
     @property
     def checkpoint(self) -> Checkpoint: ...
 
     @property
     def options(self) -> Options: ...
+
+    @property
+    def graphs(self) -> Collection[str]: ...
 
 
 def export_command(
@@ -33,10 +37,12 @@ def export_command(
     precision: str | None = None,
     pag_layers: tuple[int, ...] | None = None,
     loras: Iterable[Lora] = (),
+    groups: Iterable[str] = (),
 ) -> str:
     """The command that exports `bundle` again.
 
-    It repeats the bundle's own options, except for those given here. `loras` are added to its LoRAs.
+    It repeats the bundle's own options, except for those given here. `loras` are added to its LoRAs, `groups` (contract.GRAPH_GROUPS)
+    to its graphs. A bundle that lacks graphs of its groups gets them.
     """
     precision = exported.options.precision if precision is None else precision
     layers = exported.options.pag_layers if pag_layers is None else pag_layers
@@ -50,6 +56,9 @@ def export_command(
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
     for lora in loras:
         words += ["--lora", f"{lora.path}:{lora.scale}"]
+    present = {*groups, *(OPTIONAL_GRAPHS[name] for name in exported.graphs if name in OPTIONAL_GRAPHS)}
+    if present:
+        words += ["--graphs", ",".join(["default", *sorted(present)])]
     return shlex.join(words)
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from sana_export.adapters import Lora
 from sana_export.commands import export_command
-from sana_export.contract import GRAPHS, WEIGHTS_OF
+from sana_export.contract import GRAPH_GROUPS, WEIGHTS_OF
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.formats.arrays import Array, Float32
 from sana_export.known_files import check_known_files
@@ -27,9 +27,10 @@ from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
 from sana_export.runtime.callbacks import IsCancelled, StepCallback, call_back, check_callbacks, check_cancelled
 from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images
+from sana_export.runtime.encoding import encode_image
 from sana_export.runtime.inputs import checked_latents
 from sana_export.runtime.lora import LoraStack
-from sana_export.runtime.memory import AUTO, DENOISING_STAGE, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
+from sana_export.runtime.memory import AUTO, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
 from sana_export.runtime.prompt import PromptEmbeddings, PromptEncoder, PromptTokens
 from sana_export.runtime.request import Plan, Request, make_plan, request_axes
 from sana_export.runtime.results import Conditioning, Images, SanaResult, Step, Timings
@@ -100,7 +101,7 @@ class SanaRuntime(OfThisProcess):
         threads = None if threads is None else integer("threads", threads, 1, MOST_THREADS)
         manifest = Manifest.load(bundle)
         fix = export_command(bundle, manifest)
-        required = [name for name in GRAPHS if name not in WEIGHTS_OF]
+        required = [name for name in GRAPH_GROUPS["default"] if name not in WEIGHTS_OF]
         if missing := [name for name in required if name not in manifest.graphs]:
             raise ArtifactError(
                 f"{bundle} is incomplete",
@@ -159,6 +160,9 @@ class SanaRuntime(OfThisProcess):
         prompt: str | Sequence[str] | None = None,
         *positional: Never,
         negative_prompt: str | Sequence[str] | None = "",
+        image: Any = None,
+        strength: float | None = None,
+        mask: Any = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         pag_scale: float = 0.0,
@@ -203,6 +207,9 @@ class SanaRuntime(OfThisProcess):
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
+            image=image,
+            strength=strength,
+            mask=mask,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             pag_scale=pag_scale,
@@ -239,8 +246,8 @@ class SanaRuntime(OfThisProcess):
         check_cancelled(cancelled)  # it may have waited for its turn
         plan = self.plan(request)
         if not self.sessions.staged:
-            self.sessions.require(plan.decoder_graphs)  # report a damaged decoder before sampling, not after
-        conditioning = self.encode(plan)
+            self.sessions.require((*plan.image_graphs, *plan.decoder_graphs))  # report a damaged one before sampling, not after
+        conditioning = self._encode(plan, cancelled)
         check_cancelled(cancelled)
         before = record_event()
         latents, events = self._denoise(plan, conditioning, callback, cancelled)
@@ -249,11 +256,12 @@ class SanaRuntime(OfThisProcess):
         decoded, seconds = record_event(), self.backend.seconds
         timings = Timings(
             text_encoder=seconds(*conditioning.events[:2]),
-            context=seconds(*conditioning.events[1:]),
+            context=seconds(*conditioning.events[1:3]),
             denoise=tuple(seconds(*pair) for pair in pairwise([before, *events])),
             denoise_loop=seconds(before, after),
             vae_decoder=seconds(after, decoded),
             total=perf_counter() - started,
+            vae_encoder=seconds(conditioning.events[2], before) if plan.image is not None else 0.0,
         )
         return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, timings)
 
@@ -275,8 +283,22 @@ class SanaRuntime(OfThisProcess):
                     check_cancelled(cancelled)
                 if self._interrupt:
                     break
-            # As in diffusers: SANA-Sprint's pipeline decodes what the last step predicts, the others its latents.
-            return step.x0 if plan.guidance is not None else step.latents, events
+            return self._predicted(plan, conditioning, step), events
+
+    def _predicted(self, plan: Plan, conditioning: Conditioning, step: Step) -> DeviceTensor:
+        """The latents to decode after the last step that ran.
+
+        As in diffusers: SANA-Sprint's pipeline decodes what the step predicts, the others its latents. What a mask protects stays.
+        """
+        if plan.guidance is None:
+            return step.latents
+        if plan.image is None or plan.image.mask is None:
+            return step.x0
+        image = conditioning.image_latents
+        feeds = {"latents": step.x0, "image_latents": image, "noise": image, "mask": plan.image.mask}
+        with self._using():
+            self.sessions.require(plan.loop_graphs)
+            return self.sessions["blend"].run({**feeds, "noise_level": np.zeros(1, np.float32)})["blended"]
 
     def plan(self, request: Request) -> Plan:
         """Check a request and compute everything that follows from it.
@@ -286,7 +308,8 @@ class SanaRuntime(OfThisProcess):
         """
         with self._using():
             plan = make_plan(request, self.bundle, self.manifest)
-            self.backend.check_supported((*SAMPLING_GRAPHS, *plan.decoder_graphs), request_axes(plan, self.manifest))
+            graphs = (*SAMPLING_GRAPHS, *plan.image_graphs, *plan.decoder_graphs)
+            self.backend.check_supported(graphs, request_axes(plan, self.manifest))
             return plan
 
     def tokenize(self, plan: Plan) -> list[list[PromptTokens]]:
@@ -300,7 +323,30 @@ class SanaRuntime(OfThisProcess):
             return self.text.encode(self.tokenize(plan), self._run_text_encoder, self.backend.text_multiple, plan.embeddings)
 
     def encode(self, plan: Plan) -> Conditioning:
-        """Run the text encoder and the context graph on the plan's prompts."""
+        """Run the text encoder and the context graph on the plan's prompts, and the VAE's encoder on its images."""
+        return self._encode(plan, None)
+
+    def encode_image(self, plan: Plan) -> Float32:
+        """Run the VAE's encoder on the images of a plan that has some.
+
+        Returns float32 [B, C, h, w], the latents of each drawn image's own image, as the sampler uses them.
+        """
+        return self._encode_image(plan, None)
+
+    def _encode_image(self, plan: Plan, cancelled: IsCancelled | None) -> Float32:
+        if plan.image is None:
+            raise UsageError("this plan has no image", found="a request without image", wanted="Request(image=...)")
+        before_tile = partial(check_cancelled, cancelled)
+        with self._using():
+            self.sessions.require(plan.image.encoder_graphs)
+            encoded = [
+                encode_image(image, plan.image.tile, self.backend, self.sessions, before_tile) for image in plan.image.images
+            ]
+            latents: Float32 = np.concatenate([encoded[number] for number in plan.image.sources])
+            check_finite(latents, "latents of the image", self.backend)
+            return latents
+
+    def _encode(self, plan: Plan, cancelled: IsCancelled | None) -> Conditioning:
         with self._using():
             start = self.backend.record_event()
             embeddings = self.embed(plan).repeated(plan.images_per_prompt)
@@ -310,7 +356,8 @@ class SanaRuntime(OfThisProcess):
             context = self.sessions["context"].run({"prompt_embeds": gathered})["context"]
             mask = self.backend.to_device(embeddings.context_mask)
             events = (start, encoded, self.backend.record_event())
-            return Conditioning(context, mask, embeddings.shape[:3], events)
+            image_latents = None if plan.image is None else self._encode_image(plan, cancelled)
+            return Conditioning(context, mask, embeddings.shape[:3], events, image_latents)
 
     def steps(self, plan: Plan, conditioning: Conditioning) -> Generator[Step, None, None]:
         """The sampling loop: one `Step` after each step. The last one's latents are the result.
@@ -332,7 +379,7 @@ class SanaRuntime(OfThisProcess):
         with self._using():
             check_conditioning(plan, conditioning)
             version = self._loras.version
-            self.sessions.require(DENOISING_STAGE)
+            self.sessions.require(plan.loop_graphs)
             loop = take_loop(plan, conditioning, self.backend, self.sessions, self._loops)
             loop.start(loop_inputs(plan, conditioning, self.backend, self.manifest.model.timestep_scale))
         try:
@@ -354,7 +401,7 @@ class SanaRuntime(OfThisProcess):
                         wanted="the same weights in every step",
                         fix="start again: runtime.steps(plan, runtime.encode(plan))",
                     )
-                self.sessions.require(DENOISING_STAGE)  # another call may have dropped them since the last step
+                self.sessions.require(plan.loop_graphs)  # another call may have dropped them since the last step
                 loop.run(index, index + 1)
                 latents, x0 = loop.state(index)
             step = Step(index, float(timestep), latents, x0)

@@ -13,10 +13,12 @@ import numpy.typing as npt
 from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Float32
-from sana_export.manifest import Manifest
+from sana_export.manifest import Manifest, ModelInfo
 from sana_export.numeric import MAX_IMAGES
 from sana_export.profiles import DECODER_TILE, UNTILED_AREA
-from sana_export.resolutions import BINS
+from sana_export.resolutions import BINS, Size
+from sana_export.runtime.image_start import STRENGTH, ImageStart, begin_at, checked_strength, first_step, plan_image_start
+from sana_export.runtime.images import given_images
 from sana_export.runtime.inputs import (
     MAX_PIXELS,
     OUTPUT_TYPES,
@@ -30,6 +32,7 @@ from sana_export.runtime.inputs import (
     negative_prompts,
     texts,
 )
+from sana_export.runtime.memory import DENOISING_STAGE
 from sana_export.runtime.prompt import GivenEmbeddings
 from sana_export.runtime.resolution import ResizePlan, check_size, choose_bin, make_resize_plan
 from sana_export.runtime.schedule import (
@@ -58,7 +61,14 @@ class Request:
     prompt: str | Sequence[str] | None = None
     #: One text for all prompts, or one for each. Unused without guidance. A SANA-Sprint checkpoint accepts none.
     negative_prompt: str | Sequence[str] | None = ""
-    #: Number of sampling steps.
+    #: The image to start from: a file name, a Pillow image or a numpy array, or a list of them, one for each prompt or drawn image.
+    #: docs/image-to-image.md says how it is read. The bundle needs the graphs of the group "img2img".
+    image: Any = None
+    #: How much of the image is drawn anew: a number above 0, up to 1. None: 0.6. Only with `image`.
+    strength: float | None = None
+    #: Where the image is drawn anew (white) and where it stays (black): one mask, or a list as for `image`.
+    mask: Any = None
+    #: Number of sampling steps. With an image, the share `strength` of them runs.
     num_inference_steps: int | None = None
     #: Above 1: classifier-free guidance. A SANA-Sprint checkpoint reads any value itself.
     guidance_scale: float | None = None
@@ -111,9 +121,23 @@ class Request:
         if self.negative_prompt is not None:
             texts("negative_prompt", self.negative_prompt)
         checked_seeds(self.seed)
+        self._check_image()
         check_flag("use_resolution_binning", self.use_resolution_binning)
         check_choice("output_type", self.output_type, OUTPUT_TYPES)
         instruction_text(self.complex_human_instruction, "")
+
+    def _check_image(self) -> None:
+        """Read the image and the mask. Raises UsageError for bad ones, and for what has no meaning with or without an image."""
+        without = [name for name in ("strength", "mask") if self.image is None and getattr(self, name) is not None]
+        if without:
+            raise UsageError(f"{without[0]} has no meaning without an image", found="no image", wanted="image (--image) too")
+        if self.image is not None and self.latents is not None:
+            raise UsageError("image and latents cannot be combined", found="both", wanted="one of them to start from")
+        if self.strength is not None:
+            object.__setattr__(self, "strength", checked_strength(self.strength))
+        for name in ("image", "mask"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, given_images(name, value, mask=name == "mask"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +174,8 @@ class Plan:
     output_type: str
     #: Side of a decoder tile in image pixels; 0 for one piece.
     decoder_tile: int
+    #: What to start from if the request has an image.
+    image: ImageStart | None = None
 
     @property
     def decoder_graphs(self) -> tuple[str, ...]:
@@ -157,6 +183,16 @@ class Plan:
         if self.output_type == "latent":
             return ()
         return ("vae_decoder_head", "vae_decoder_tail") if self.decoder_tile else ("vae_decoder",)
+
+    @property
+    def loop_graphs(self) -> tuple[str, ...]:
+        """The graphs that run in every step."""
+        return DENOISING_STAGE if self.image is None else (*DENOISING_STAGE, *self.image.loop_graphs)
+
+    @property
+    def image_graphs(self) -> tuple[str, ...]:
+        """The graphs that only a plan with an image needs."""
+        return () if self.image is None else (*self.image.encoder_graphs, *self.image.loop_graphs)
 
 
 def bins_resolution(request: Request, sample_size: int) -> bool:
@@ -176,6 +212,9 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     negatives = negative_prompts(request.negative_prompt, count)
     steps = _default(request.num_inference_steps, model.default_steps)
     schedule = make_schedule(model.scheduler, steps, SprintAngles(request.max_timesteps, request.intermediate_timesteps))
+    if request.image is not None:
+        schedule = begin_at(schedule, first_step(steps, _default(request.strength, STRENGTH)))
+        steps = len(schedule.timesteps)
     scale = _default(request.guidance_scale, model.default_guidance_scale)
     if model.guidance_embeds:
         _check_embedded_guidance(request, negatives)
@@ -193,6 +232,7 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     shape = (batch, model.latent_channels, height // factor, width // factor)
     conditions = (prompts, instruction_text(request.complex_human_instruction, model.instruction))
     written = {"uncond": (() if "uncond" in given else negatives, "")}
+    tile = choose_tile(_checked_tile(request.decoder_tile, model.decoder_tile_scale), height, width)
     plan = Plan(
         texts=tuple(written.get(branch, conditions) for branch in branches),
         embeddings={index: given[_SOURCES[branch]] for index, branch in enumerate(branches) if _SOURCES[branch] in given},
@@ -209,8 +249,10 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
         output_height=output_height,
         output_width=output_width,
         output_type=request.output_type,
-        decoder_tile=choose_tile(_checked_tile(request.decoder_tile, model.decoder_tile_scale), height, width),
+        decoder_tile=tile,
+        image=None if request.image is None else _image_start(request, model, schedule, count, (height, width), tile),
     )
+    _check_image_graphs(plan, bundle, manifest)
     if missing := [name for name in plan.decoder_graphs if name not in manifest.graphs]:
         raise ArtifactError(
             f"{bundle} cannot decode an image of {height}x{width} (height x width) in tiles",
@@ -221,6 +263,34 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     return plan
 
 
+def _image_start(request: Request, model: ModelInfo, schedule: Schedule, prompts: int, size: Size, tile: int) -> ImageStart:
+    """What the request's image, strength and mask mean. `tile` is the decoder's; the encoder's features may be larger."""
+    scale = model.encoder_tile_scale
+    return plan_image_start(
+        request.image,
+        () if request.mask is None else request.mask,
+        _default(request.strength, STRENGTH),
+        schedule,
+        prompts=prompts,
+        per_prompt=request.num_images_per_prompt,
+        size=size,
+        output_size=(_default(request.height, model.native_size), _default(request.width, model.native_size)),
+        factor=model.vae_scale_factor,
+        tile=-(-tile // scale) * scale,
+    )
+
+
+def _check_image_graphs(plan: Plan, bundle: Path, manifest: Manifest) -> None:
+    """Raise ArtifactError if the bundle lacks a graph that the plan's image or mask needs."""
+    if missing := [name for name in plan.image_graphs if name not in manifest.graphs]:
+        raise ArtifactError(
+            f"{bundle} was exported without the graphs of image-to-image",
+            found=f"no {', '.join(missing)}",
+            wanted="a bundle with the graphs of the group img2img",
+            fix=export_command(bundle, manifest, groups=("img2img",)),
+        )
+
+
 def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
     """The axes of the plan's tensors (contract.DYNAMIC_AXES) that are known before its prompts are tokenized."""
     batch, _, height, width = plan.latents_shape
@@ -228,6 +298,8 @@ def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
     features = {"height": height * factor // scale, "width": width * factor // scale}
     window = plan.decoder_tile // scale + 2 * manifest.model.decoder_tile_halo
     tiles = {f"tile_{side}": min(window, length) for side, length in features.items()} if plan.decoder_tile else {}
+    if plan.image is not None:
+        tiles |= _encoder_axes(plan.image, manifest.model, height * factor, width * factor)
     return {
         "batch": batch,
         "branches": len(plan.perturbed),
@@ -239,6 +311,19 @@ def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
         **tiles,
         "output_height": plan.output_height,
         "output_width": plan.output_width,
+    }
+
+
+def _encoder_axes(image: ImageStart, model: ModelInfo, height: int, width: int) -> dict[str, int]:
+    """The axes of the encoder's tensors for an image of `height` x `width`."""
+    scale = model.encoder_tile_scale
+    encoded = {"height": height // scale, "width": width // scale}
+    window = image.tile // scale + 2 * model.encoder_tile_halo
+    windows = {side: min(window, length) for side, length in encoded.items()} if image.tile else {}
+    return {
+        **{f"encoded_{side}": length for side, length in encoded.items()},
+        **{f"window_{side}": length for side, length in windows.items()},
+        **{f"window_image_{side}": length * scale for side, length in windows.items()},
     }
 
 

@@ -30,6 +30,8 @@ class Timings:
     vae_decoder: float
     #: The whole call, by the host's clock.
     total: float
+    #: Encoding the images that the request starts from. 0 without.
+    vae_encoder: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,8 @@ class Conditioning(OfThisProcess):
     shape: tuple[int, int, int]
     #: Events of the backend: before the text encoder, after it, and after the context graph.
     events: tuple[Any, Any, Any]
+    #: float32 [B, C, h, w]: the encoded image of each drawn image. None if the plan starts from noise.
+    image_latents: Float32 | None = None
 
 
 @dataclass(eq=False)

@@ -20,6 +20,7 @@ from sana_export.contract import COEFFICIENTS
 from sana_export.errors import SanaExportError, UsageError
 from sana_export.formats.arrays import Array, Float32
 from sana_export.runtime.backends.base import Backend, CapturingBackend, DeviceTensor, EnqueuedSession, Replay
+from sana_export.runtime.image_start import ImageStart
 from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.request import Plan, request_axes
 from sana_export.runtime.results import Conditioning
@@ -49,6 +50,8 @@ class LoopShape:
     needs_noise: bool
     #: Whether the guidance scale is an input of the denoiser.
     guided: bool
+    #: Whether a mask is applied after every step.
+    blended: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +70,18 @@ class LoopInputs:
     guidance_weights: Float32
     #: The denoiser's inputs that are the same in every step, by name.
     fixed: Mapping[str, DeviceTensor]
+    #: What the mask puts back after each step. None without a mask.
+    blending: Blending | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Blending:
+    """The inputs of the graph `blend` (contract.py)."""
+
+    #: image_latents, noise and mask, by name.
+    fixed: Mapping[str, DeviceTensor | Array]
+    #: float32 [N]: the noise level after each step.
+    noise_levels: Float32
 
 
 def check_conditioning(plan: Plan, conditioning: Conditioning) -> None:
@@ -79,12 +94,24 @@ def check_conditioning(plan: Plan, conditioning: Conditioning) -> None:
             wanted="{} guidance branches of {} images".format(*wanted),
             fix="runtime.steps(plan, runtime.encode(plan))",
         )
+    if plan.image is not None and conditioning.image_latents is None:
+        raise UsageError(
+            "the conditioning belongs to another plan",
+            found="no encoded image",
+            wanted="the encoded image of the plan",
+            fix="runtime.steps(plan, runtime.encode(plan))",
+        )
 
 
 def loop_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, timestep_scale: float) -> LoopInputs:
     """The inputs that sample `plan`. Every call draws the same noise, in torch's order."""
     generators = [TorchGenerator(seed) for seed in plan.seeds]
     start = randn_batch(plan.latents_shape, generators) if plan.latents is None else plan.latents
+    latents = start * np.float32(plan.schedule.initial_noise_scale)
+    blending = None
+    if plan.image is not None and conditioning.image_latents is not None:
+        latents = plan.image.noised(conditioning.image_latents, start)
+        blending = _blending(plan.image, conditioning.image_latents, start, backend)
     fixed = {
         "context": conditioning.context,
         "context_mask": conditioning.context_mask,
@@ -93,13 +120,21 @@ def loop_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, timest
     if plan.guidance is not None:
         fixed["guidance"] = backend.to_device(plan.guidance)
     return LoopInputs(
-        latents=start * np.float32(plan.schedule.initial_noise_scale),
+        latents=latents,
         noise=(randn_batch(plan.latents_shape, generators) for _ in plan.schedule.timesteps),
         timesteps=plan.schedule.timesteps * np.float32(timestep_scale),
         coefficients=plan.schedule.coefficients,
         guidance_weights=plan.guidance_weights,
         fixed=fixed,
+        blending=blending,
     )
+
+
+def _blending(image: ImageStart, image_latents: Float32, noise: Float32, backend: Backend) -> Blending | None:
+    if image.mask is None:
+        return None
+    fixed = {"image_latents": image_latents, "noise": noise, "mask": image.mask}
+    return Blending({name: backend.to_device(value) for name, value in fixed.items()}, image.noise_levels[1:])
 
 
 def sampler_feeds(
@@ -171,6 +206,9 @@ class WaitingLoop(SamplingLoop):
             feeds = sampler_feeds(noise_pred, self._latents, self._x0, self._noise, inputs.coefficients[index], weights)
             sampled = self._sessions["sampler"].run(feeds)
             self._latents, self._x0 = sampled["next_latents"], sampled["x0"]
+            if inputs.blending is not None:
+                feeds = {"latents": self._latents, "noise_level": inputs.blending.noise_levels[index : index + 1]}
+                self._latents = self._sessions["blend"].run({**feeds, **inputs.blending.fixed})["blended"]
 
     def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
         return self._latents, self._x0
@@ -216,6 +254,13 @@ class CapturedLoop(SamplingLoop):
             "perturbed": zeros((shape.branches,), "float32"),
             **({"guidance": zeros((1,), "float32")} if shape.guided else {}),
         }
+        self._blending: dict[str, DeviceTensor] = {}
+        if shape.blended:
+            self._unblended = zeros(latents, "float32")
+            self._noise_levels = table(rows, (1,), "float32")
+            mask = (batch, 1, *latents[2:])
+            shapes = {"image_latents": latents, "noise": latents, "mask": mask}
+            self._blending = {name: zeros(one, "float32") for name, one in shapes.items()}
         #: By first step and stop: the backend's generation at the capture, and the captured work.
         self._replays: dict[tuple[int, int], tuple[int, Replay]] = {}
 
@@ -230,6 +275,10 @@ class CapturedLoop(SamplingLoop):
         write_table(self._noise, noise)
         for name, target in self._fixed.items():
             write(target, inputs.fixed[name])
+        if inputs.blending is not None:
+            write_table(self._noise_levels, inputs.blending.noise_levels.reshape(-1, 1))
+            for name, target in self._blending.items():
+                write(target, inputs.blending.fixed[name])
 
     def run(self, first: int, stop: int) -> None:
         replay = self._captured(first, stop) if self._capture else None
@@ -263,7 +312,7 @@ class CapturedLoop(SamplingLoop):
         # A session sets up a new shape in its first run, which must not happen during a capture. The replay runs this step again
         # from the same state: a step does not write what it reads.
         self._enqueue(first, first + 1)
-        if not (self._session("denoiser").capturable and self._session("sampler").capturable):
+        if not all(self._session(graph).capturable for graph in self._graphs):
             self._stop_capturing("an engine cannot be captured")
             return None
         generation = self._backend.generation
@@ -274,6 +323,10 @@ class CapturedLoop(SamplingLoop):
             return None
         self._replays[first, stop] = generation, replay
         return replay
+
+    @property
+    def _graphs(self) -> tuple[str, ...]:
+        return ("denoiser", "sampler", "blend") if self.shape.blended else ("denoiser", "sampler")
 
     def _stop_capturing(self, why: str) -> None:
         LOG.warning("the steps cannot be captured as a CUDA graph, so they are enqueued one by one: %s", why)
@@ -297,10 +350,14 @@ class CapturedLoop(SamplingLoop):
             denoiser.run({"latents": latents, "timestep": self._timesteps[index], **self._fixed}, {"noise_pred": self._noise_pred})
             noise = self._noise[index if self.shape.needs_noise else 0]
             coefficients, weights = self._coefficients[index], self._guidance_weights[index]
+            sampled = self._unblended if self.shape.blended else self._latents[after]
             sampler.run(
                 sampler_feeds(self._noise_pred, latents, self._x0[now], noise, coefficients, weights),
-                {"next_latents": self._latents[after], "x0": self._x0[after]},
+                {"next_latents": sampled, "x0": self._x0[after]},
             )
+            if self.shape.blended:
+                feeds = {"latents": sampled, "noise_level": self._noise_levels[index], **self._blending}
+                self._session("blend").run(feeds, {"blended": self._latents[after]})
 
 
 class LoopCache:
@@ -342,6 +399,7 @@ def take_loop(plan: Plan, conditioning: Conditioning, backend: Backend, sessions
         steps=len(plan.schedule.timesteps),
         needs_noise=plan.schedule.needs_noise,
         guided=plan.guidance is not None,
+        blended=plan.image is not None and plan.image.mask is not None,
     )
     if sessions.staged:  # sessions that are loaded for one image are not worth capturing
         return CapturedLoop(backend, sessions, shape, context.dtype, capture=False)

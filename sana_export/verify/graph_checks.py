@@ -195,6 +195,37 @@ def _check_postprocess(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[st
     return _run(runtime, "postprocess", {"image": image, **tables})["pixels"], np.stack([*map(np.asarray, wanted)])
 
 
+def _check_vae_encoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    return _check_encoder(runtime, pipeline, seed, tile=0)
+
+
+def _check_vae_encoder_head(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    """The features of several windows, encoded by the tail."""
+    return _check_encoder(runtime, pipeline, seed, tile=128)
+
+
+def _check_vae_encoder_tail(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    """The features of the head, from one window."""
+    return _check_encoder(runtime, pipeline, seed, tile=1024)
+
+
+def _check_encoder(runtime: SanaRuntime, pipeline: Any, seed: int, tile: int) -> tuple[Array, Array]:
+    request = _request(runtime)
+    noise = np.random.default_rng(seed).random((request.height, request.width, 3), dtype=np.float32)
+    plan = runtime.plan(replace(request, image=noise, strength=1.0, decoder_tile=tile))
+    image = torch.from_numpy(noise).permute(2, 0, 1)[None] * 2 - 1
+    wanted = pipeline.vae.encode(image).latent * pipeline.vae.config.scaling_factor
+    return runtime.encode_image(plan), wanted.numpy()
+
+
+def _check_blend(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    inputs = _inputs(runtime, "blend", seed)
+    level, mask = inputs["noise_level"], inputs["mask"]
+    noised = (1 - level) * inputs["image_latents"] + level * inputs["noise"]
+    wanted = (1 - mask) * noised + mask * inputs["latents"]
+    return _run(runtime, "blend", inputs)["blended"], wanted.numpy()
+
+
 GRAPH_CHECKS: dict[str, Callable[[SanaRuntime, Any, Sequence[str], int], tuple[Array, Array]]] = {
     "text_encoder": _check_text_encoder,
     "context": _check_context,
@@ -206,6 +237,10 @@ GRAPH_CHECKS: dict[str, Callable[[SanaRuntime, Any, Sequence[str], int], tuple[A
     "postprocess": _check_postprocess,
     "controlnet_context": _check_controlnet_context,
     "controlnet": _check_controlnet,
+    "vae_encoder": _check_vae_encoder,
+    "vae_encoder_head": _check_vae_encoder_head,
+    "vae_encoder_tail": _check_vae_encoder_tail,
+    "blend": _check_blend,
 }
 
 
@@ -220,7 +255,9 @@ def _request(runtime: SanaRuntime) -> Request:
 
 def _inputs(runtime: SanaRuntime, graph: str, seed: int) -> dict[str, torch.Tensor]:
     lengths = {
-        axis: _supported(runtime, graph, axis, CHECK_SIZES.of(axis)) for axis in vars(CHECK_SIZES) if axis != "spatial_ratio"
+        axis: _supported(runtime, graph, axis, CHECK_SIZES.of(axis))
+        for axis in vars(CHECK_SIZES)
+        if axis not in ("spatial_ratio", "encoder_scale")
     }
     sizes = replace(CHECK_SIZES, **lengths, spatial_ratio=runtime.manifest.model.vae_scale_factor)
     return random_inputs(runtime.manifest.graphs[graph].spec, sizes, seed)

@@ -13,6 +13,7 @@ from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
 from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, path_named, positive
 from sana_export.runtime.backends import BACKENDS
+from sana_export.runtime.image_start import STRENGTH, first_step
 from sana_export.runtime.memory import AUTO
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the image file (.png, .jpg, .webp, .npy); several images are named OUT-0.png, OUT-1.png, ...",
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", default="", help="what not to draw")
+    parser.add_argument("--image", metavar="IN.png", help="an image to start from; the bundle needs the graphs of the group img2img")
+    parser.add_argument(
+        "--strength", type=float, metavar="S", help="with --image: how much is drawn anew, above 0, up to 1 (default: 0.6)"
+    )
+    parser.add_argument(
+        "--mask", metavar="MASK.png", help="with --image: an image that is white where it is drawn anew and black where it stays"
+    )
     parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: the checkpoint's)")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off (default: the checkpoint's)")
     parser.add_argument("--pag-scale", type=float, metavar="P", default=0.0, help="perturbed attention guidance (default: 0, off)")
@@ -78,6 +86,9 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     loras = [parse_lora(text) for text in options.lora]
     settings = {
         "negative_prompt": options.negative_prompt,
+        "image": options.image,
+        "strength": options.strength,
+        "mask": options.mask,
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance_scale,
         "pag_scale": options.pag_scale,
@@ -109,6 +120,9 @@ def sample(
 ) -> Answer:
     """Generate images of `prompts` with `settings` (parameters of `SanaRuntime.__call__`) and write them."""
     steps = settings.get("num_inference_steps") or runtime.manifest.model.default_steps
+    if settings.get("image") is not None:
+        strength = settings.get("strength")
+        steps -= first_step(steps, STRENGTH if strength is None else strength)
     log.info("sampling %d steps on %s", steps, runtime.backend.name)
 
     def on_step(_runtime: object, index: int, _timestep: float, _tensors: object) -> None:
@@ -139,6 +153,7 @@ def sample(
             ("text encoder", seconds(timings.text_encoder)),
             ("context", seconds(timings.context)),
             ("denoise", f"{seconds(timings.denoise_loop)}, {steps} steps"),
+            *([("vae encoder", seconds(timings.vae_encoder))] if timings.vae_encoder else []),
             ("vae decoder", seconds(timings.vae_decoder)),
             ("total", seconds(timings.total)),
         ],
