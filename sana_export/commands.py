@@ -38,11 +38,12 @@ def export_command(
     pag_layers: tuple[int, ...] | None = None,
     loras: Iterable[Lora] = (),
     groups: Iterable[str] = (),
+    controlnet: str | None = None,
 ) -> str:
     """The command that exports `bundle` again.
 
     It repeats the bundle's own options, except for those given here. `loras` are added to its LoRAs, `groups` (contract.GRAPH_GROUPS)
-    to its graphs. A bundle that lacks graphs of its groups gets them.
+    to its graphs, `controlnet` names its ControlNet. A bundle that lacks graphs of its groups gets them.
     """
     precision = exported.options.precision if precision is None else precision
     layers = exported.options.pag_layers if pag_layers is None else pag_layers
@@ -52,6 +53,8 @@ def export_command(
         words += ["--dtype", precision]
     if exported.options.clamp != exported.checkpoint.clamp:
         words.append("--clamp" if exported.options.clamp else "--no-clamp")
+    if controlnet is not None and exported.checkpoint.controlnet is None:
+        words += ["--controlnet", controlnet]
     if layers:
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
     for lora in loras:

@@ -232,9 +232,7 @@ GRAPH_GROUPS: dict[str, tuple[str, ...]] = {
     "controlnet": ("controlnet_context", "controlnet"),
 }
 #: The group of each graph that is exported only on request.
-OPTIONAL_GRAPHS: dict[str, str] = {
-    graph: group for group, graphs in GRAPH_GROUPS.items() if group != "default" for graph in graphs
-}
+OPTIONAL_GRAPHS: dict[str, str] = {graph: group for group, graphs in GRAPH_GROUPS.items() if group != "default" for graph in graphs}
 
 #: Tensors that a graph has only with a feature: a switch of the transformer's config, of the export's options, or a
 #: ControlNet.

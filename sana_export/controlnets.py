@@ -52,6 +52,13 @@ CONTROLNETS: dict[str, NamedControlNet] = {
 }
 
 
+def fitting(cross_heads: int, cross_head_dim: int) -> list[str]:
+    """The aliases of the ControlNets for a transformer with these heads of cross-attention, the published ones first."""
+    wanted = {"num_cross_attention_heads": cross_heads, "cross_attention_head_dim": cross_head_dim}
+    rows = [row for row in CONTROLNETS.values() if wanted.items() <= row.config.items()]
+    return [row.alias for row in sorted(rows, key=lambda row: row.repo is None)]
+
+
 def find_controlnet(name: str) -> NamedControlNet | None:
     """The row whose alias or hub id is `name`. None if there is none."""
     return next((row for row in CONTROLNETS.values() if name in (row.alias, row.repo)), None)

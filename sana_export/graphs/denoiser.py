@@ -37,8 +37,8 @@ class Denoiser(nn.Module):
     """latents [B, C, h, w], timestep [1], context, context_mask [U, B, L], perturbed [K] -> noise_pred [K, B, C, h, w].
 
     With `pag_layers` there is one more input, source int64 [K]: branch k has the prompts of text branch source[k], and if
-    perturbed[k] is 1, it uses identity attention in these layers. Before the first of them only the U text branches run: a perturbed
-    branch would equal its source. Without `pag_layers`, K = U.
+    perturbed[k] is 1, it uses identity attention in these layers. Before the first of them only the U text branches run: a
+    perturbed branch would equal its source. Without `pag_layers`, K = U.
 
     With a ControlNet of R blocks there is one more input, residuals [R, U, B, h, w, C'] (graphs/controlnet.py): the first is added
     after the second block, and so on.
@@ -130,13 +130,13 @@ class Origin(NamedTuple):
     #: int64 [K], less than U.
     source: Tensor
     #: U.
-    count: int
+    branches: int
     #: B, the number of images.
     batch: int
 
     def continued(self, x: Tensor) -> Tensor:
         """[U * B, ...] -> [K * B, ...]."""
-        return x.unflatten(0, (self.count, self.batch)).index_select(0, self.source).flatten(0, 1)
+        return x.unflatten(0, (self.branches, self.batch)).index_select(0, self.source).flatten(0, 1)
 
 
 class Block(nn.Module):

@@ -40,6 +40,7 @@ LIMITS = {
     "pag_adaptive_scale": Limit(real, 0, MOST_SCALE),
     "height": Limit(integer, 1, MAX_SIDE),
     "width": Limit(integer, 1, MAX_SIDE),
+    "controlnet_conditioning_scale": Limit(real, -100, 100),
     "num_images_per_prompt": Limit(integer, 1, MAX_IMAGES),
     "max_sequence_length": Limit(integer, 1, MAX_TOKENS),
     "decoder_tile": Limit(integer, 0, MAX_SIDE),
@@ -55,6 +56,17 @@ def checked_numbers(values: Mapping[str, Any], optional: Sequence[str]) -> dict[
         for name, limit in LIMITS.items()
         if not (name in optional and values[name] is None)
     }
+
+
+def checked_interval(name: str, value: Any) -> tuple[float, float]:
+    """`value`, a start and a stop as fractions of the steps, as two floats. Raises UsageError."""
+    wanted = "two numbers from 0 to 1, the start and the stop, as fractions of the steps: (0.2, 0.8)"
+    if not _count(value) == 2:
+        raise UsageError(f"{name} is not an interval", found=shown(value), wanted=wanted)
+    start, stop = (real(f"the {end} of {name}", number, 0, 1) for end, number in zip(("start", "stop"), value, strict=True))
+    if start > stop:
+        raise UsageError(f"{name} stops before it starts", found=f"{start:g} to {stop:g}", wanted=f"({stop:g}, {start:g})")
+    return start, stop
 
 
 def check_flag(name: str, value: Any) -> None:

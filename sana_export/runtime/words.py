@@ -52,7 +52,6 @@ CALL_WORDS: Mapping[str, Word] = {
     "callback_steps": Word("callback_on_step_end, which is called after every step"),
     "mask_image": Word("mask"),
     "padding_mask_crop": Word("an image and a mask that are cropped already"),
-    "control_image": Word("a prompt: there is no ControlNet"),
     "controlnet_conditioning_scale": Word("a prompt: there is no ControlNet"),
     "frames": Word("a prompt: there is no video"),
     "num_videos_per_prompt": Word("num_images_per_prompt: there is no video"),

@@ -99,15 +99,17 @@ def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str],
     context = runtime.run("context", {"prompt_embeds": embeds.numpy()})["context"]
     feeds = {name: value.numpy() for name, value in inputs.items() if name != "context"}
     found = runtime.run("denoiser", {**feeds, "context": context})["noise_pred"]
-    branches, batch = mask.shape[:2]
+    texts, batch = mask.shape[:2]
+    source = inputs.get("source", torch.arange(texts))
+    branches = len(source)
     guidance = {}
     if runtime.manifest.model.guidance_embeds:
         scaled = inputs["guidance"] * pipeline.transformer.config.guidance_embeds_scale
         guidance["guidance"] = scaled.expand(branches * batch)
     wanted = pipeline.transformer(
         latents.repeat(branches, 1, 1, 1),
-        encoder_hidden_states=embeds.flatten(0, 1),
-        encoder_attention_mask=mask.flatten(0, 1),
+        encoder_hidden_states=embeds[source].flatten(0, 1),
+        encoder_attention_mask=mask[source].flatten(0, 1),
         timestep=inputs["timestep"].expand(branches * batch),
         **guidance,
     ).sample

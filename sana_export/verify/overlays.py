@@ -48,8 +48,8 @@ def load_controlnet(checkpoint: SanaCheckpoint, dtype: Any) -> Any:
     controlnet, weights = checkpoint.controlnet, checkpoint.weights("controlnet")
     assert controlnet is not None
     network = SanaControlNetModel.from_config(controlnet.config(checkpoint.config("transformer")))
-    network.load_state_dict({name: weights[name] for name in weights}, strict=True)
-    return network.to(dtype).eval()
+    network.load_state_dict({name: weights[name].to(dtype) for name in weights}, strict=True, assign=True)
+    return network.eval()
 
 
 def merge_lora(transformer: Any, lora: Lora) -> None:

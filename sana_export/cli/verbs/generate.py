@@ -13,6 +13,7 @@ from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
 from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, path_named, positive
 from sana_export.runtime.backends import BACKENDS
+from sana_export.runtime.control import CONDITIONING_SCALE
 from sana_export.runtime.image_start import STRENGTH, first_step
 from sana_export.runtime.memory import AUTO
 
@@ -34,12 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the image file (.png, .jpg, .webp, .npy); several images are named OUT-0.png, OUT-1.png, ...",
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", default="", help="what not to draw")
-    parser.add_argument("--image", metavar="IN.png", help="an image to start from; the bundle needs the graphs of the group img2img")
+    parser.add_argument(
+        "--image", metavar="IN.png", help="an image to start from; the bundle needs the graphs of the group img2img"
+    )
     parser.add_argument(
         "--strength", type=float, metavar="S", help="with --image: how much is drawn anew, above 0, up to 1 (default: 0.6)"
     )
     parser.add_argument(
         "--mask", metavar="MASK.png", help="with --image: an image that is white where it is drawn anew and black where it stays"
+    )
+    parser.add_argument(
+        "--control-image",
+        metavar="IMAGE.png",
+        help="an image that the bundle's ControlNet follows, for HED its edges in white on black",
+    )
+    parser.add_argument(
+        "--control-scale", type=float, metavar="S", help="with --control-image: how closely it is followed (default: 1)"
     )
     parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: the checkpoint's)")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off (default: the checkpoint's)")
@@ -89,6 +100,8 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         "image": options.image,
         "strength": options.strength,
         "mask": options.mask,
+        "control_image": options.control_image,
+        "controlnet_conditioning_scale": CONDITIONING_SCALE if options.control_scale is None else options.control_scale,
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance_scale,
         "pag_scale": options.pag_scale,

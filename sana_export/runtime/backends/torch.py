@@ -173,6 +173,9 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
     def table(self, rows: int, shape: Sequence[int], dtype: str | torch.dtype) -> Sequence[Tensor]:
         return TorchTable(self.zeros((rows, *shape), dtype))
 
+    def leading(self, value: Tensor, count: int) -> Tensor:
+        return value[:count]
+
     def write(self, target: Tensor, value: Tensor | Array) -> None:
         target.copy_(place(value, "cpu") if isinstance(value, np.ndarray) else value)
 
