@@ -58,6 +58,7 @@ def bundle_origin(manifest: Manifest) -> str:
     facts = [checkpoint.source + (f" at {checkpoint.revision}" if checkpoint.revision else "")]
     facts += [f"transformer from {checkpoint.transformer.path}"] if checkpoint.transformer else []
     facts += [f"autoencoder {checkpoint.vae.path}"] if checkpoint.vae else []
+    facts += [f"ControlNet {checkpoint.controlnet.path}"] if checkpoint.controlnet else []
     facts += [f"LoRA {lora.path} at {lora.scale:g}" for lora in checkpoint.loras]
     facts += ["synthetic: random weights"] if checkpoint.synthetic else []
     facts += [options.precision, f"{manifest.model.native_size} px"]

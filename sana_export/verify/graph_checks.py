@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from sana_export.export.example_inputs import CHECK_SIZES, random_inputs
 from sana_export.formats.arrays import Array
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends.base import DeviceTensor
 from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.request import Request
 from sana_export.runtime.resolution import make_resize_plan
@@ -70,26 +71,41 @@ def _check_keys_values(runtime: SanaRuntime, graph: str, transformer: Any, seed:
 def _check_controlnet(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
     """Its residuals, with prompts of different lengths in one batch. `context` is the output of the graph `controlnet_context`."""
     embeds = _inputs(runtime, "controlnet_context", seed + 1)["prompt_embeds"]
-    inputs = _inputs(runtime, "controlnet", seed + 1)
-    mask, latents = inputs["context_mask"], inputs["latents"]
+    found, wanted = _run_controlnet(runtime, pipeline, _inputs(runtime, "controlnet", seed + 1), embeds, seed + 1)
+    return runtime.to_host(found).astype(np.float32) / NUMERICS[runtime.manifest.options.dtype].scale, wanted.numpy()
+
+
+def _run_controlnet(
+    runtime: SanaRuntime, pipeline: Any, inputs: Mapping[str, torch.Tensor], embeds: torch.Tensor, seed: int
+) -> tuple[DeviceTensor, torch.Tensor]:
+    """The ControlNet's residuals [R, U, B, h, w, C], stored with the graph's factor, and diffusers' without it.
+
+    The latents, the timestep and the mask are those of `inputs`.
+    """
+    latents, timestep, mask = (inputs[name] for name in ("latents", "timestep", "context_mask"))
+    drawn = _inputs(runtime, "controlnet", seed)
+    control, scale = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)), drawn["conditioning_scale"]
     context = runtime.run("controlnet_context", {"prompt_embeds": embeds.numpy()})["controlnet_context"]
-    feeds = {name: value.numpy() for name, value in inputs.items() if name != "context"}
-    found = runtime.to_host(runtime.run("controlnet", {**feeds, "context": context})["residuals"])
+    given = {"latents": latents, "timestep": timestep, "context_mask": mask, "control": control, "conditioning_scale": scale}
+    feeds = {name: value.numpy() for name, value in given.items()}
+    found = runtime.run("controlnet", {**feeds, "context": context})["residuals"]
     branches, batch = mask.shape[:2]
     samples = pipeline.controlnet(
         latents.repeat(branches, 1, 1, 1),
         encoder_hidden_states=embeds.flatten(0, 1),
         encoder_attention_mask=mask.flatten(0, 1),
-        timestep=inputs["timestep"].expand(branches * batch),
-        controlnet_cond=inputs["control"].repeat(branches, 1, 1, 1),
-        conditioning_scale=float(inputs["conditioning_scale"]),
+        timestep=timestep.expand(branches * batch),
+        controlnet_cond=control.repeat(branches, 1, 1, 1),
+        conditioning_scale=float(scale),
     ).controlnet_block_samples
-    wanted = torch.stack([*samples]).unflatten(1, (branches, batch)).unflatten(3, tuple(latents.shape[2:])).numpy()
-    return found.astype(np.float32) / NUMERICS[runtime.manifest.options.dtype].scale, wanted
+    return found, torch.stack([*samples]).unflatten(1, (branches, batch)).unflatten(3, tuple(latents.shape[2:]))
 
 
 def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """All branches without perturbation, with prompts of different lengths in one batch. `context` is the output of that graph."""
+    """All branches without perturbation, with prompts of different lengths in one batch.
+
+    `context` is the output of that graph, and `residuals` that of the ControlNet, if there is one.
+    """
     embeds = _inputs(runtime, "context", seed + 1)["prompt_embeds"]
     inputs = _inputs(runtime, "denoiser", seed + 1)
     inputs["perturbed"] = torch.zeros_like(inputs["perturbed"])
@@ -97,11 +113,15 @@ def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str],
     inputs["timestep"] = torch.from_numpy(timesteps[[seed % len(timesteps)]])
     latents, mask = inputs["latents"], inputs["context_mask"]
     context = runtime.run("context", {"prompt_embeds": embeds.numpy()})["context"]
-    feeds = {name: value.numpy() for name, value in inputs.items() if name != "context"}
-    found = runtime.run("denoiser", {**feeds, "context": context})["noise_pred"]
     texts, batch = mask.shape[:2]
     source = inputs.get("source", torch.arange(texts))
     branches = len(source)
+    made, control = {"context": context}, {}
+    if "residuals" in inputs:
+        made["residuals"], samples = _run_controlnet(runtime, pipeline, inputs, embeds, seed + 1)
+        control["controlnet_block_samples"] = tuple(sample[source].flatten(0, 1).flatten(1, 2) for sample in samples)
+    feeds = {name: value.numpy() for name, value in inputs.items() if name not in made}
+    found = runtime.run("denoiser", {**feeds, **made})["noise_pred"]
     guidance = {}
     if runtime.manifest.model.guidance_embeds:
         scaled = inputs["guidance"] * pipeline.transformer.config.guidance_embeds_scale
@@ -112,6 +132,7 @@ def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str],
         encoder_attention_mask=mask[source].flatten(0, 1),
         timestep=inputs["timestep"].expand(branches * batch),
         **guidance,
+        **control,
     ).sample
     return runtime.to_host(found), wanted.unflatten(0, (branches, batch)).numpy()
 
