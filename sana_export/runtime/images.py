@@ -86,8 +86,8 @@ def _given_image(name: str, value: Any, mask: bool) -> GivenImage:
     if not isinstance(value, str | os.PathLike):
         raise UsageError(f"{name} is not an image", found=shown(value), wanted=_WANTED)
     path = user_path(value, f"the image file of {name}")
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file" if not path.exists() else "not a file"
+    if not os.path.isfile(path):  # noqa: PTH113  # Path.is_file raises an error for a folder that may not be read
+        found = "a folder" if os.path.isdir(path) else "no such file, or one that may not be read"  # noqa: PTH112
         raise UsageError(f"there is no image {path}", found=found, wanted="the path of an image file")
     return _decoded(str(path), lambda: _open(path))
 
