@@ -216,9 +216,7 @@ GRAPH_GROUPS: dict[str, tuple[str, ...]] = {
     "img2img": ("vae_encoder", "vae_encoder_head", "vae_encoder_tail", "blend"),
 }
 #: The group of each graph that is exported only on request.
-OPTIONAL_GRAPHS: dict[str, str] = {
-    graph: group for group, graphs in GRAPH_GROUPS.items() if group != "default" for graph in graphs
-}
+OPTIONAL_GRAPHS: dict[str, str] = {graph: group for group, graphs in GRAPH_GROUPS.items() if group != "default" for graph in graphs}
 
 #: Tensors that a graph has only if a switch of the transformer's config is on.
 FEATURE_TENSORS = {"guidance": "guidance_embeds"}

@@ -127,7 +127,9 @@ def _decoded(name: str, open_image: Callable[[], Image.Image]) -> Image.Image:
 
 
 def _too_large(name: str, found: str) -> UsageError:
-    return UsageError(f"{name} is too large", found=found, wanted=f"at most {MAX_SOURCE_PIXELS} pixels", fix="make it smaller first")
+    return UsageError(
+        f"{name} is too large", found=found, wanted=f"at most {MAX_SOURCE_PIXELS} pixels", fix="make it smaller first"
+    )
 
 
 def _from_array(name: str, array: Array, mask: bool) -> GivenImage:

@@ -147,5 +147,8 @@ def test_a_start_at_pure_noise_and_a_stretched_image_are_said(img2img_runtime: A
         img2img_runtime.plan(
             Request("a fox", image=Image.new("RGB", (300, 200)), num_inference_steps=2, height=96, width=96, strength=0.6)
         )
-    assert "strength 0.6 starts at pure noise with 2 steps, so the image has no effect: use more steps or --strength 0.5" in caplog.text
+    assert (
+        "strength 0.6 starts at pure noise with 2 steps, so the image has no effect: use more steps or --strength 0.5"
+        in caplog.text
+    )
     assert "stretched to 96x96, as in diffusers; for its own shape: --height 64 --width 96" in caplog.text

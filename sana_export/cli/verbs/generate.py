@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the image file (.png, .jpg, .webp, .npy); several images are named OUT-0.png, OUT-1.png, ...",
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", default="", help="what not to draw")
-    parser.add_argument("--image", metavar="IN.png", help="an image to start from; the bundle needs the graphs of the group img2img")
+    parser.add_argument(
+        "--image", metavar="IN.png", help="an image to start from; the bundle needs the graphs of the group img2img"
+    )
     parser.add_argument(
         "--strength", type=float, metavar="S", help="with --image: how much is drawn anew, above 0, up to 1 (default: 0.6)"
     )
