@@ -16,7 +16,7 @@ from sana_export.checkpoint.checks import CONTROLLED, check_checkpoint, check_co
 from sana_export.checkpoint.clamp import Clamp, trained_with_clamp
 from sana_export.checkpoint.components import REQUIRED, select_weights, variant_among
 from sana_export.checkpoint.configs import CONFIGURED, config_name, read_part
-from sana_export.checkpoint.controlnet import ControlNet, open_controlnet
+from sana_export.checkpoint.controlnet import ControlNetFiles, open_controlnet
 from sana_export.checkpoint.fold_lora import fold_loras
 from sana_export.checkpoint.hub import Hub, ReadJson, fetch, read_json
 from sana_export.checkpoint.model_names import a_file, check_words, from_url, may_be_hub_id, not_a_checkpoint
@@ -59,7 +59,7 @@ class SanaCheckpoint:
     #: The autoencoder that replaces the folder's.
     vae: Vae | None = None
     #: The ControlNet that is exported with it.
-    controlnet: ControlNet | None = None
+    controlnet: ControlNetFiles | None = None
 
     @cached_property
     def index(self) -> dict[str, Any]:

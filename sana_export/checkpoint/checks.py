@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sana_export.checkpoint.components import COMPONENTS, REQUIRED, check_weights
 from sana_export.checkpoint.configs import CONFIGURED, Part, config_name, read_part
-from sana_export.checkpoint.controlnet import ControlNet
+from sana_export.checkpoint.controlnet import ControlNetFiles
 from sana_export.checkpoint.controlnet import fit_problems as controlnet_problems
 from sana_export.checkpoint.foreign_weights import BEFORE_QUANTIZED
 from sana_export.checkpoint.hub import read_json
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 SPRINT, SPRINT_SCHEDULER = "SanaSprintPipeline", "SCMScheduler"
 CONTROLLED = "SanaControlNetPipeline"
-PIPELINES = ("SanaPipeline", "SanaPAGPipeline", CONTROLLED, SPRINT)
-#: Other pipelines of diffusers whose folders a text-to-image pipeline can load.
-TEXT_TO_IMAGE = {"SanaSprintImg2ImgPipeline": SPRINT}
+#: The pipelines of SANA-Sprint.
+SPRINTS = (SPRINT, "SanaSprintImg2ImgPipeline")
+PIPELINES = ("SanaPipeline", "SanaPAGPipeline", CONTROLLED, *SPRINTS)
 #: The key of a config that says how the weights are quantized.
 QUANTIZATION = "quantization_config"
 ANOTHER = "use a checkpoint with the architecture of a published Sana model (sana-export variants lists them)"
@@ -73,14 +73,11 @@ def check_index(index: Mapping[str, Any], source: str) -> None:
     name = index.get("_class_name")
     if name in PIPELINES:
         return
-    fix = LIST_VARIANTS
-    if isinstance(name, str) and (loads := TEXT_TO_IMAGE.get(name)):
-        fix = f"{resave_command(source, loads, '-text-to-image')}  (then export that folder)"
     raise ArtifactError(
         f"{source} is not a Sana text-to-image checkpoint",
         found=f"{INDEX} names {name}",
         wanted=" or ".join(PIPELINES),
-        fix=fix,
+        fix=LIST_VARIANTS,
     )
 
 
@@ -158,7 +155,7 @@ def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
         yield error
 
 
-def _controlnet_problems(checkpoint: SanaCheckpoint, controlnet: ControlNet, transformer: Part) -> Iterator[ArtifactError]:
+def _controlnet_problems(checkpoint: SanaCheckpoint, controlnet: ControlNetFiles, transformer: Part) -> Iterator[ArtifactError]:
     try:
         weights = controlnet.weights()
         part = read_part("controlnet", controlnet.config(transformer.config))
@@ -212,14 +209,14 @@ def config_problems(
             if found not in allowed:
                 yield fit.part, _unsupported(fit.part, fit.key, repr(found), f"{allowed[0]} ({fit.meaning})")
     pipeline = index["_class_name"]
-    if "transformer" in parts and bool(found := parts["transformer"].config["guidance_embeds"]) != (pipeline == SPRINT):
-        wanted = f"{pipeline == SPRINT}, because {INDEX} names {pipeline}"
+    if "transformer" in parts and bool(found := parts["transformer"].config["guidance_embeds"]) != (pipeline in SPRINTS):
+        wanted = f"{pipeline in SPRINTS}, because {INDEX} names {pipeline}"
         yield "transformer", _unsupported("transformer", "guidance_embeds", found, wanted)
 
 
 def class_of(index: Mapping[str, Any], part: str, source: str, read: Callable[[str], Mapping[str, Any]]) -> str:
     """The class of a part. As in diffusers, model_index.json decides. Raises ArtifactError for an unsupported class."""
-    sprint = index.get("_class_name") == SPRINT
+    sprint = index.get("_class_name") in SPRINTS
     if part == "scheduler":
         library, classes = "diffusers", tuple(name for name in SCHEDULERS if (name == SPRINT_SCHEDULER) == sprint)
     else:

@@ -73,7 +73,7 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 @dataclass(frozen=True)
-class ControlNet:
+class ControlNetFiles:
     """A ControlNet: a folder in diffusers' format, or one file of weights."""
 
     #: The alias, hub id, folder or file that the user gave.
@@ -118,7 +118,7 @@ class ControlNet:
         return is_synthetic(self.path)
 
 
-def open_controlnet(name: str, weights_variant: str | None, hub: Hub) -> ControlNet:
+def open_controlnet(name: str, weights_variant: str | None, hub: Hub) -> ControlNetFiles:
     """Find the ControlNet `name`: an alias of controlnets.py, a folder, a file, a hub id ("owner/name@revision") or its address.
 
     A folder or repository is in diffusers' format: a ControlNet itself, or a pipeline with one. A file (.safetensors, or a pickle
@@ -131,11 +131,11 @@ def open_controlnet(name: str, weights_variant: str | None, hub: Hub) -> Control
     if row is None and name.strip() and Path(name).is_dir():
         return _in_folder(name, Path(name), weights_variant)
     if row is None and name.strip() and Path(name).is_file():
-        return ControlNet(name, _safe(Path(name), name))
+        return ControlNetFiles(name, _safe(Path(name), name))
     if row is not None and row.repo is None:
-        return ControlNet(name, _synthetic_folder(row))
+        return ControlNetFiles(name, _synthetic_folder(row))
     if row is not None and row.repo is not None:
-        return ControlNet(name, _safe(fetch_file(row.repo, row.file, None, hub), name))
+        return ControlNetFiles(name, _safe(fetch_file(row.repo, row.file, None, hub), name))
     if may_be_hub_id(name):
         repo, _, commit = name.partition("@")
         select = partial(repository_files, component="controlnet", weights_variant=weights_variant, source=name)
@@ -150,7 +150,7 @@ def open_controlnet(name: str, weights_variant: str | None, hub: Hub) -> Control
 
 
 def fit_problems(
-    controlnet: ControlNet, config: Mapping[str, Any], transformer: Mapping[str, Any], model: str
+    controlnet: ControlNetFiles, config: Mapping[str, Any], transformer: Mapping[str, Any], model: str
 ) -> Iterator[ArtifactError]:
     """Why `controlnet`, whose complete config is `config`, does not fit the `transformer` of `model`, if it does not."""
     if transformer["guidance_embeds"]:
@@ -183,7 +183,7 @@ def _is_read(name: str) -> bool:
     return not name.startswith(("blocks.", "final_layer.", "pos_embed", "logvar"))
 
 
-def _in_folder(name: str, top: Path, weights_variant: str | None) -> ControlNet:
+def _in_folder(name: str, top: Path, weights_variant: str | None) -> ControlNetFiles:
     folder = find_folder("controlnet", top)
     if folder is None:
         files = sorted(path.relative_to(top).as_posix() for path in (*top.glob("*"), *top.glob("checkpoints/*")))
@@ -194,7 +194,7 @@ def _in_folder(name: str, top: Path, weights_variant: str | None) -> ControlNet:
             wanted=" or ".join(places("controlnet")) + ", and the weights beside it",
             fix=shlex.join(["--controlnet", str(top / single)]) if single else "use the folder of a SanaControlNetModel",
         )
-    controlnet = ControlNet(name, folder, weights_variant)
+    controlnet = ControlNetFiles(name, folder, weights_variant)
     _check(read_json(controlnet.path / CONFIG), name)
     return controlnet
 

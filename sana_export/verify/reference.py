@@ -24,7 +24,7 @@ _SANA = {False: "SanaPipeline", True: "SanaPAGPipeline"}
 #: The class in model_index.json -> whether to sample with PAG -> the class of diffusers that does that.
 REFERENCES = {
     **dict.fromkeys(("SanaPipeline", "SanaPAGPipeline", "SanaControlNetPipeline"), _SANA),
-    "SanaSprintPipeline": {False: "SanaSprintPipeline"},
+    **dict.fromkeys(("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"), {False: "SanaSprintPipeline"}),
 }
 #: Parameters that diffusers' pipelines and `Request` share.
 _SHARED = (

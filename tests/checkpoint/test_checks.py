@@ -188,17 +188,6 @@ def test_the_scheduler_fits_the_pipeline(folder: Path, pipeline: str, scheduler:
     assert f"pipeline.scheduler = diffusers.{'SCM' if pipeline == 'SanaSprintPipeline' else 'DPMSolverMultistep'}Scheduler(" in text
 
 
-@pytest.mark.parametrize(
-    ("name", "loads"), [("SanaControlNetPipeline", "SanaPipeline"), ("SanaSprintImg2ImgPipeline", "SanaSprintPipeline")]
-)
-def test_pipelines_with_a_text_to_image_part_say_how_to_get_it(folder: Path, name: str, loads: str) -> None:
-    edit_config(folder, "index", _class_name=name)
-    error = refusal(folder)
-    assert f"diffusers.{loads}.from_pretrained" in str(error.fix)
-    assert str(folder) in str(error.fix)
-    assert issubclass(getattr(diffusers, name), diffusers.DiffusionPipeline)
-
-
 def test_every_rule_is_for_a_key_of_its_class() -> None:
     for name, rules in SUPPORTED.items():
         if name == "Gemma2Model":

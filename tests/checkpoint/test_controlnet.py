@@ -20,6 +20,8 @@ from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.commands import model_words
 from sana_export.controlnets import CONTROLNETS
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
+from sana_export.manifest import Options
+from sana_export.verify.reference import load_reference
 
 ALIAS = "tiny-random-controlnet"
 STEM = "diffusion_pytorch_model.safetensors"
@@ -154,6 +156,24 @@ def test_every_origin_gives_the_same_network(
     assert found.sha256 != open_checkpoint("tiny-random").sha256
 
 
+def test_a_pipeline_with_a_controlnet_brings_its_own(known: SanaCheckpoint, folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(known.folder, tmp_path / "model", ignore=shutil.ignore_patterns("sana_export.json"))
+    shutil.copytree(folder, model / "controlnet")
+    index = json.loads((model / "model_index.json").read_text())
+    named = {"_class_name": "SanaControlNetPipeline", "controlnet": ["diffusers", "SanaControlNetModel"]}
+    (model / "model_index.json").write_text(json.dumps({**index, **named}))
+    found = open_checkpoint(str(model))
+    assert found.controlnet is not None
+    assert found.controlnet.path == model / "controlnet"
+    assert len(found.weights("controlnet")) == len(known.weights("controlnet"))
+    assert type(load_reference(found, Options("fp32", clamp=False), pag=False).controlnet).__name__ == "SanaControlNetModel"
+    other = open_checkpoint(str(model), controlnet=ALIAS)
+    assert other.controlnet is not None
+    assert other.controlnet.source == ALIAS
+    shutil.rmtree(model / "controlnet")
+    assert "has no ControlNet" in refused(None, str(model)).message
+
+
 def test_published_ones_have_the_configs_of_the_converter() -> None:
     """model_kwargs of diffusers' scripts/convert_sana_controlnet_to_diffusers.py."""
     for alias, heads, cross in (("controlnet-hed-1600m", 70, (20, 112)), ("controlnet-hed-600m", 36, (16, 72))):
@@ -171,7 +191,7 @@ class Code:
         return os.system, ("exit 0",)
 
 
-def refused(name: str, model: str = "tiny-random") -> SanaExportError:
+def refused(name: str | None, model: str = "tiny-random") -> SanaExportError:
     with pytest.raises((UsageError, ArtifactError)) as caught:
         open_checkpoint(model, controlnet=name)
     return caught.value
