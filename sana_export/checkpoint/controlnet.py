@@ -216,7 +216,8 @@ def _converted(stored: Mapping[str, Stored]) -> dict[str, Stored]:
 
 def _check(config: Mapping[str, Any], source: str) -> None:
     published = [row.alias for row in CONTROLNETS.values() if row.repo]
-    check_class("controlnet", config, "a ControlNet", source, "--controlnet " + " or --controlnet ".join(published))
+    fix = "--controlnet " + " or --controlnet ".join(published)
+    check_class("controlnet", config, source, "is not a ControlNet of Sana", fix)
 
 
 def _synthetic_folder(row: NamedControlNet) -> Path:

@@ -44,12 +44,12 @@ def repository_files(
     return [place, *marker, *_select_in(place.removesuffix(CONFIG), component, names, read, weights_variant, source)]
 
 
-def check_class(component: str, config: Mapping[str, Any], what: str, source: str, fix: str) -> None:
-    """Raise ArtifactError if `config` is that of another class. `what` is what the component is called."""
+def check_class(component: str, config: Mapping[str, Any], source: str, message: str, fix: str) -> None:
+    """Raise ArtifactError if `config` is that of another class. `message` follows `source` in the error."""
     classes = COMPONENTS[component].classes
     if (found := config.get("_class_name", classes[0])) not in classes:
         raise ArtifactError(
-            f"{source} is not {what} of Sana", found=f"config.json of {found}", wanted=" or ".join(classes), fix=fix
+            f"{source} {message}", found=f"config.json of {found}", wanted=" or ".join(classes), fix=fix
         )
 
 

@@ -109,7 +109,7 @@ def open_vae(name: str, weights_variant: str | None, hub: Hub) -> Vae:
 
 
 def _check(config: Mapping[str, Any], source: str) -> None:
-    check_class("vae", config, "an autoencoder", source, "omit --vae, or use --vae dc-ae-lite")
+    check_class("vae", config, source, "is not an autoencoder of Sana", "omit --vae, or use --vae dc-ae-lite")
 
 
 def fit_problems(
