@@ -84,6 +84,13 @@ def _f32(name: str, *shape: str | int) -> TensorSpec:
     return TensorSpec(name, "float32", shape)
 
 
+#: The sampler's inputs for the x0 of earlier steps: of the step before, of the one before that, and so on.
+HISTORY = ("previous_x0", "previous_x0_2", "previous_x0_3")
+#: The elements of the sampler's `coefficients` input, which are the columns of a schedule:
+#: x0 = x0_latents * latents + x0_noise_pred * noise_pred
+#: next_latents = latents * latents + x0 * x0 + noise * noise + the sum over HISTORY of column * input
+COEFFICIENTS = ("x0_latents", "x0_noise_pred", "latents", "x0", *HISTORY, "noise")
+
 GRAPHS: dict[str, GraphSpec] = {
     graph.name: graph
     for graph in (
@@ -117,7 +124,7 @@ GRAPHS: dict[str, GraphSpec] = {
             (
                 _f32("noise_pred", "branches", *LATENTS),
                 _f32("latents", *LATENTS),
-                _f32("previous_x0", *LATENTS),
+                *(_f32(name, *LATENTS) for name in HISTORY),
                 _f32("noise", *LATENTS),
                 _f32("coefficients", "coefficients"),
                 _f32("weights", "branches"),
@@ -162,11 +169,6 @@ WEIGHTS_OF = {"vae_decoder_head": "vae_decoder", "vae_decoder_tail": "vae_decode
 
 #: Tensors that a graph has only if a switch of the transformer's config is on.
 FEATURE_TENSORS = {"guidance": "guidance_embeds"}
-
-#: The elements of the sampler's `coefficients` input, which are the columns of a schedule:
-#: x0 = x0_latents * latents + x0_noise_pred * noise_pred
-#: next_latents = latents * latents + x0 * x0 + previous_x0 * previous_x0 + noise * noise
-COEFFICIENTS = ("x0_latents", "x0_noise_pred", "latents", "x0", "previous_x0", "noise")
 
 
 def resolve(name: str, dimensions: Mapping[str, int], precision: str, features: Collection[str] = ()) -> GraphSpec:

@@ -35,6 +35,7 @@ from sana_export.runtime.request import Plan, Request, make_plan, request_axes
 from sana_export.runtime.results import Conditioning, Images, SanaResult, Step, Timings
 from sana_export.runtime.sampling import CapturedLoop, LoopCache, SamplingLoop, check_conditioning, loop_inputs, take_loop
 from sana_export.runtime.schedule import SPRINT_INTERMEDIATE_TIMESTEP, SPRINT_MAX_TIMESTEP
+from sana_export.runtime.scheduler_choice import Choice
 from sana_export.runtime.sessions import Sessions
 from sana_export.runtime.unpicklable import OfThisProcess
 from sana_export.runtime.words import CALL_WORDS, LOADING_WORDS, METHODS, check_words, parameters_of
@@ -179,6 +180,9 @@ class SanaRuntime(OfThisProcess):
         negative_prompt_attention_mask: npt.ArrayLike | None = None,
         max_timesteps: float = SPRINT_MAX_TIMESTEP,
         intermediate_timesteps: float | None = SPRINT_INTERMEDIATE_TIMESTEP,
+        scheduler: Choice | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         callback_on_step_end: StepCallback | None = None,
         cancelled: IsCancelled | None = None,
         return_dict: bool = True,
@@ -223,6 +227,9 @@ class SanaRuntime(OfThisProcess):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_timesteps=max_timesteps,
             intermediate_timesteps=intermediate_timesteps,
+            scheduler=scheduler,
+            timesteps=timesteps,
+            sigmas=sigmas,
         )
         check_cancelled(cancelled)
         with self._using():
@@ -255,7 +262,7 @@ class SanaRuntime(OfThisProcess):
             vae_decoder=seconds(after, decoded),
             total=perf_counter() - started,
         )
-        return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, timings)
+        return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, timings, plan.scheduler)
 
     def _denoise(
         self, plan: Plan, conditioning: Conditioning, callback: StepCallback | None, cancelled: IsCancelled | None

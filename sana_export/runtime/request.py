@@ -22,9 +22,11 @@ from sana_export.runtime.inputs import (
     OUTPUT_TYPES,
     check_choice,
     check_flag,
+    check_scheduler,
     checked_latents,
     checked_numbers,
     checked_seeds,
+    checked_spacing,
     given_embeddings,
     instruction_text,
     negative_prompts,
@@ -39,6 +41,7 @@ from sana_export.runtime.schedule import (
     SprintAngles,
     make_schedule,
 )
+from sana_export.runtime.scheduler_choice import Choice, choose_scheduler
 
 #: Which prompts each branch is conditioned on.
 _SOURCES = {"uncond": "uncond", "cond": "cond", "perturbed": "cond"}
@@ -100,6 +103,12 @@ class Request:
     max_timesteps: float = SPRINT_MAX_TIMESTEP
     #: Its second timestep, with 2 steps. None: evenly spaced timesteps.
     intermediate_timesteps: float | None = SPRINT_INTERMEDIATE_TIMESTEP
+    #: Another scheduler than the checkpoint's: a short name or a class of diffusers, or its config (`scheduler_choice.NAMES`).
+    scheduler: Choice | None = None
+    #: Custom timesteps, if the scheduler takes them. For SANA-Sprint angles, the last of them 0.
+    timesteps: Sequence[float] | None = None
+    #: Custom sigmas, if the scheduler takes them.
+    sigmas: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         """Check everything that does not depend on the checkpoint. Raises UsageError."""
@@ -114,6 +123,9 @@ class Request:
         check_flag("use_resolution_binning", self.use_resolution_binning)
         check_choice("output_type", self.output_type, OUTPUT_TYPES)
         instruction_text(self.complex_human_instruction, "")
+        check_scheduler(self.scheduler)
+        for name in ("timesteps", "sigmas"):
+            object.__setattr__(self, name, checked_spacing(name, getattr(self, name)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +146,8 @@ class Plan:
     #: One, or one for each image.
     seeds: tuple[int, ...]
     schedule: Schedule
+    #: The scheduler's config: `_class_name`, and all keys that sampling reads.
+    scheduler: Mapping[str, Any]
     #: float32 [K]: 1 for the branch with perturbed attention.
     perturbed: Float32
     #: float32 [N, K]: the weight of each branch's prediction at each step.
@@ -174,12 +188,12 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     prompts, given = _prompts(request, model.text_channels)
     count = len(prompts) or len(given["cond"].embeds)
     negatives = negative_prompts(request.negative_prompt, count)
-    steps = _default(request.num_inference_steps, model.default_steps)
-    schedule = make_schedule(model.scheduler, steps, SprintAngles(request.max_timesteps, request.intermediate_timesteps))
+    scheduler = choose_scheduler(request.scheduler, model.scheduler)
+    schedule = _schedule(request, scheduler, model.default_steps)
     scale = _default(request.guidance_scale, model.default_guidance_scale)
     if model.guidance_embeds:
         _check_embedded_guidance(request, negatives)
-        branches, weights = ["cond"], np.ones((steps, 1), dtype=np.float32)
+        branches, weights = ["cond"], np.ones((len(schedule.timesteps), 1), dtype=np.float32)
     else:
         branches, weights = _guidance(scale, request, schedule, bundle, manifest)
     output_height, output_width = (_default(side, model.native_size) for side in (request.height, request.width))
@@ -202,6 +216,7 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
         latents=None if request.latents is None else checked_latents(request.latents, shape),
         seeds=checked_seeds(request.seed, batch),
         schedule=schedule,
+        scheduler=scheduler,
         perturbed=np.array([branch == "perturbed" for branch in branches], dtype=np.float32),
         guidance_weights=weights,
         guidance=np.array([scale], dtype=np.float32) if model.guidance_embeds else None,
@@ -247,6 +262,18 @@ def choose_tile(requested: int | None, height: int, width: int) -> int:
     if requested is not None:
         return requested
     return DECODER_TILE if height * width > UNTILED_AREA else 0
+
+
+def _schedule(request: Request, scheduler: Mapping[str, Any], default_steps: int) -> Schedule:
+    """The schedule of a request's steps, or of its custom timesteps or sigmas."""
+    custom = request.timesteps is not None or request.sigmas is not None
+    return make_schedule(
+        scheduler,
+        request.num_inference_steps if custom else _default(request.num_inference_steps, default_steps),
+        SprintAngles(request.max_timesteps, request.intermediate_timesteps),
+        timesteps=request.timesteps,
+        sigmas=request.sigmas,
+    )
 
 
 def _prompts(request: Request, channels: int) -> tuple[tuple[str, ...], dict[str, GivenEmbeddings]]:

@@ -68,7 +68,7 @@ def sampler(path: Path, seed: int) -> GraphSpec:
         helper.make_node("Gather", ["coefficients", "first"], ["c"], axis=0),
         helper.make_node("Mul", ["guided", "c"], ["scaled"]),
         helper.make_node("Add", ["latents", "scaled"], ["x0"]),
-        helper.make_node("Add", [names[2], names[3]], ["other"]),
+        helper.make_node("Add", ["previous_x0", "noise"], ["other"]),
         helper.make_node("Add", ["x0", "other"], ["next_latents"]),
     ]
     column = np.array([-1, 1, 1, 1, 1], np.int64)
