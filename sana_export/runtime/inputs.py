@@ -157,7 +157,7 @@ def check_scheduler(value: Any) -> None:
 
 
 def checked_spacing(name: str, value: Any) -> tuple[float, ...] | None:
-    """Custom timesteps or sigmas: a list, a tuple, or an array of one axis of numpy or torch. None stays None. Raises UsageError."""
+    """Custom timesteps or sigmas: a list, a tuple, or an array of one axis of numpy or torch. None: None. Raises UsageError."""
     if value is None:
         return None
     array = getattr(value, "ndim", None) == 1 and hasattr(value, "tolist")

@@ -112,8 +112,8 @@ def sampler_feeds(
 ) -> dict[str, DeviceTensor | Array]:
     """The inputs of the graph `sampler` for one step, by name (contract.py has the shapes).
 
-    `history` is the x0 of the steps before, newest first, one for each of contract.HISTORY. `coefficients` is a row of the schedule's
-    table, `guidance_weights` a row of the plan's.
+    `history` is the x0 of the steps before, newest first, for contract.HISTORY. `coefficients` is a row of the schedule's table,
+    `guidance_weights` a row of the plan's.
     """
     return {
         "noise_pred": noise_pred,
@@ -225,8 +225,10 @@ class CapturedLoop(SamplingLoop):
     def start(self, inputs: LoopInputs) -> None:
         write, write_table = self._backend.write, self._backend.write_table
         write(self._latents[0], inputs.latents)
-        for x0 in self._x0:
-            write(x0, np.zeros_like(inputs.latents))
+        *older, newest = self._x0[1:]  # what the first step reads
+        write(newest, np.zeros_like(inputs.latents))
+        for x0 in older:
+            write(x0, newest)
         write_table(self._timesteps, inputs.timesteps.reshape(-1, 1))
         write_table(self._coefficients, inputs.coefficients)
         write_table(self._guidance_weights, inputs.guidance_weights)

@@ -5,8 +5,8 @@ A step computes, with the columns of its row named as in `contract.COEFFICIENTS`
     x0           = x0_latents * latents + x0_noise_pred * noise_pred
     next_latents = latents * latents + x0 * x0 + noise * noise + the sum over the x0 of earlier steps of column * x0
 
-where the earlier x0 (`contract.HISTORY`) are those of the step before, of the one before that, and so on (zeros if there was none, and
-the column is 0), and `noise` is fresh standard normal noise (any finite value if its column is 0). After a last step to sigma 0,
+where the earlier x0 (`contract.HISTORY`) are those of the step before, of the one before that, and so on (zeros if there was none,
+and the column is 0), and `noise` is fresh standard normal noise (any finite value if its column is 0). After a last step to sigma 0,
 latents and x0 are equal.
 
 The rows are equivalent to `step` of diffusers' scheduler of the same name (`solvers/`). Sigmas, their logarithms and exponentials are

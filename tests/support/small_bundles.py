@@ -60,7 +60,6 @@ def write_onnx(path: Path, spec: GraphSpec, nodes: Iterable[Any], weights: dict[
 def sampler(path: Path, seed: int) -> GraphSpec:
     """float32 inputs with the axes batch, branches and both latent sizes; no weights of its own."""
     spec = resolve("sampler", DIMENSIONS, "float16")
-    names = [tensor.name for tensor in spec.inputs]
     nodes = [
         helper.make_node("Reshape", ["weights", "column"], ["w"]),
         helper.make_node("Mul", ["noise_pred", "w"], ["weighted"]),
