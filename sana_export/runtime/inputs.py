@@ -149,13 +149,6 @@ def checked_seeds(seed: Any, batch: int | None = None) -> tuple[int, ...]:
     return tuple(_seed(value) for value in many)
 
 
-def check_scheduler(value: Any) -> None:
-    """Raise UsageError unless `value` is None, a name or a config. `choose_scheduler` checks what it says."""
-    if value is not None and not isinstance(value, str | Mapping):
-        wanted = 'a name such as "unipc", or a config {"_class_name": ..., ...}'
-        raise UsageError("scheduler is not a name or a config", found=shown(value), wanted=wanted)
-
-
 def checked_spacing(name: str, value: Any) -> tuple[float, ...] | None:
     """Custom timesteps or sigmas: a list, a tuple, or an array of one axis of numpy or torch. None: None. Raises UsageError."""
     if value is None:

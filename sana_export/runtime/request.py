@@ -22,7 +22,6 @@ from sana_export.runtime.inputs import (
     OUTPUT_TYPES,
     check_choice,
     check_flag,
-    check_scheduler,
     checked_latents,
     checked_numbers,
     checked_seeds,
@@ -41,7 +40,7 @@ from sana_export.runtime.schedule import (
     SprintAngles,
     make_schedule,
 )
-from sana_export.runtime.scheduler_choice import Choice, choose_scheduler
+from sana_export.runtime.scheduler_choice import Choice, check_scheduler, choose_scheduler
 
 #: Which prompts each branch is conditioned on.
 _SOURCES = {"uncond": "uncond", "cond": "cond", "perturbed": "cond"}

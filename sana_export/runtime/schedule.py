@@ -6,11 +6,11 @@ A step computes, with the columns of its row named as in `contract.COEFFICIENTS`
     next_latents = latents * latents + x0 * x0 + noise * noise + the sum over the x0 of earlier steps of column * x0
 
 where the earlier x0 (`contract.HISTORY`) are those of the step before, of the one before that, and so on (zeros if there was none,
-and the column is 0), and `noise` is fresh standard normal noise (any finite value if its column is 0). After a last step to sigma 0,
-latents and x0 are equal.
+with 0 in their column), and `noise` is fresh standard normal noise (any finite value if its column is 0). After a last step to
+sigma 0, latents and x0 are equal.
 
-The rows are equivalent to `step` of diffusers' scheduler of the same name (`solvers/`). Sigmas, their logarithms and exponentials are
-rounded to float32 if diffusers computes them in float32; the rest is computed in float64 and rounded once.
+The rows are equivalent to `step` of diffusers' scheduler of the same name (`solvers/`). Sigmas, their logarithms and exponentials
+are rounded to float32 if diffusers computes them in float32; the rest is computed in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def make_schedule(
     With `first`, the steps from that one on, as diffusers samples them after `set_begin_index(first)`: a multistep solver has no
     history there. FlowMatchHeunDiscreteScheduler counts its 2 N - 1 evaluations, and may begin at every second one.
 
-    Raises UsageError for fewer than 1 step, a scheduler that is not in `SCHEDULERS`, a setting that the table cannot express, custom
-    values that the scheduler does not take, and `angles` for another checkpoint than SANA-Sprint. An export refuses such a
+    Raises UsageError for fewer than 1 step, a scheduler that is not in `SCHEDULERS`, a setting that the table cannot express,
+    custom values that the scheduler does not take, and `angles` for another checkpoint than SANA-Sprint. An export refuses such a
     checkpoint, but older exports did not.
     """
     name = config.get("_class_name")

@@ -45,13 +45,15 @@ NAMES: Mapping[str, NamedScheduler] = {
     "lcm": NamedScheduler("FlowMatchLCMScheduler"),
     "scm": NamedScheduler(SPRINT_SCHEDULER),
 }
+_TAKEN_BY_DPM = {
+    "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
+    "algorithm_type": {"deis": "dpmsolver++"},
+}
 #: Values that a class takes for another of its own, so that the config of another class fits.
 _TAKEN_FOR: Mapping[str, Mapping[str, Mapping[str, str]]] = {
-    **dict.fromkeys(
-        (_DPM, "DPMSolverSinglestepScheduler"),
-        {"solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"), "algorithm_type": {"deis": "dpmsolver++"}},
-    ),
-    "UniPCMultistepScheduler": {"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")},
+    _DPM: _TAKEN_BY_DPM,
+    "DPMSolverSinglestepScheduler": _TAKEN_BY_DPM,
+    "UniPCMultistepScheduler": {"solver_type": {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}},
 }
 #: One quantity under two names: the shift of a flow's sigmas.
 _SAME = {"shift": "flow_shift", "flow_shift": "shift"}
@@ -72,11 +74,11 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def choose_scheduler(choice: Choice | None, own: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the scheduler that a call asks for, with all keys that sampling reads. `own` is the checkpoint's. None: that one.
+    """The config of the scheduler that a call asks for, with all keys that sampling reads. None: `own`, the checkpoint's.
 
     A key that `choice` leaves out has the value of the checkpoint's scheduler if that has the key, as with diffusers'
-    `Scheduler.from_config(pipeline.scheduler.config)`, and the class's default otherwise. Other than there, `shift` and `flow_shift`
-    are one key, and a solver from diffusion samples the flow (`use_flow_sigmas`, "flow_prediction").
+    `Scheduler.from_config(pipeline.scheduler.config)`, and the class's default otherwise. Other than there, `shift` and
+    `flow_shift` are one key, and a solver from diffusion samples the flow (`use_flow_sigmas`, "flow_prediction").
 
     Raises UsageError for an unknown name, class or key, and for a scheduler that cannot sample the checkpoint.
     """
@@ -96,6 +98,16 @@ def choose_scheduler(choice: Choice | None, own: Mapping[str, Any]) -> dict[str,
     kept = dict(_shared(defaults, given))
     base = kept if name == before else flow | kept
     return {"_class_name": name, **dict(_taken(name, defaults | base | dict(_shared(defaults, settings))))}
+
+
+def check_scheduler(choice: Any) -> None:
+    """Check what does not depend on the checkpoint: the type, the name, and the keys. Raises UsageError."""
+    if choice is None:
+        return
+    if not isinstance(choice, str | Mapping):
+        wanted = 'a name such as "unipc", or a config {"_class_name": ..., ...}'
+        raise UsageError("scheduler is not a name or a config", found=shown(choice), wanted=wanted)
+    _parsed(choice, SCHEDULERS[0])
 
 
 def _parsed(choice: Choice, before: str) -> tuple[str, Mapping[str, Any]]:

@@ -72,7 +72,7 @@ def test_a_run_of_heun_begins_at_an_euler_step(first: int) -> None:
 
 
 def test_sigmas_are_those_of_the_noise_that_diffusers_adds() -> None:
-    """Before a step the latents are (1 - sigma) * image + sigma * noise: `add_noise`, `scale_noise`, and in SANA-Sprint's variables."""
+    """Before a step the latents are (1 - sigma) * image + sigma * noise, also in SANA-Sprint's variables."""
     image, noise = torch.randn(1, 2, 3), torch.randn(1, 2, 3)
     for name, options, add in ((DPM, FLOW, "add_noise"), (UNIPC, FLOW, "add_noise"), (EULER, {"shift": 3.0}, "scale_noise")):
         scheduler = getattr(diffusers, name)(**options)

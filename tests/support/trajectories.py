@@ -1,4 +1,4 @@
-"""A coefficient table and the `step` of diffusers' scheduler over whole trajectories, with the same random model outputs and noise."""
+"""A coefficient table and the `step` of diffusers' scheduler over whole trajectories, with the same random inputs."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sana_export.cli.images import check_output, write_images
+from sana_export.cli.schedulers import add_scheduler, scheduler_settings
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
 from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, path_named, positive
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", default="", help="what not to draw")
     parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: the checkpoint's)")
+    add_scheduler(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off (default: the checkpoint's)")
     parser.add_argument("--pag-scale", type=float, metavar="P", default=0.0, help="perturbed attention guidance (default: 0, off)")
     add_size(parser, "the image (default: the checkpoint's native size)")
@@ -79,6 +81,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     settings = {
         "negative_prompt": options.negative_prompt,
         "num_inference_steps": options.steps,
+        **scheduler_settings(options),
         "guidance_scale": options.guidance_scale,
         "pag_scale": options.pag_scale,
         "height": options.height,
@@ -108,7 +111,9 @@ def sample(
     output_type: str = "pil",
 ) -> Answer:
     """Generate images of `prompts` with `settings` (parameters of `SanaRuntime.__call__`) and write them."""
-    steps = settings.get("num_inference_steps") or runtime.manifest.model.default_steps
+    from sana_export.runtime import Request
+
+    steps = len(runtime.plan(Request(prompt=prompts, **settings)).schedule.timesteps)
     log.info("sampling %d steps on %s", steps, runtime.backend.name)
 
     def on_step(_runtime: object, index: int, _timestep: float, _tensors: object) -> None:
@@ -127,6 +132,7 @@ def sample(
         "height": result.height,
         "width": result.width,
         "steps": steps,
+        "scheduler": dict(result.scheduler),
         "backend": runtime.backend.name,
         "device": runtime.backend.device,
         "memory": runtime.memory,

@@ -1,4 +1,4 @@
-"""The native solvers of flow matching: diffusers' FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler and FlowMatchHeunDiscreteScheduler."""
+"""The native solvers of flow matching: diffusers' FlowMatch schedulers (EulerDiscrete, LCM, HeunDiscrete)."""
 
 from __future__ import annotations
 

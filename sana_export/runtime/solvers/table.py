@@ -131,6 +131,6 @@ def last_of_few(step: int, steps: int, back: int) -> bool:
     return step == steps - back and steps < 15
 
 
-def combine(weights: Sequence[float], vectors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+def combine(weights: Sequence[Any], vectors: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """The sum of `vectors` times `weights`, in float64."""
     return np.asarray(sum(float(weight) * vector for weight, vector in zip(weights, vectors, strict=True)))

@@ -32,7 +32,7 @@ def unipc(config: Mapping[str, Any], spacing: Spacing) -> Schedule:
         alphas, log = log_snr(sigmas)
         ratio = (sigmas[1:] / sigmas[:-1]).astype(np.float64)
         x0 = np.zeros((len(ratio), WIDTH))
-        before = np.zeros(WIDTH)  # the last step's predictor, on the x0 that were there before it
+        order, before = 1, np.zeros(WIDTH)  # the last step's predictor, on the x0 that were there before it
         for row in range(len(ratio)):
             step = row + spacing.first
             if row and step - 1 not in disabled:
@@ -90,7 +90,7 @@ class _System:
     def solve(self, size: int) -> npt.NDArray[np.float64]:
         """The weights of the first `size` nodes."""
         powers = np.array([self.nodes[:size] ** np.float32(power) for power in range(size)], np.float64).reshape(size, size)
-        return np.linalg.solve(powers, self.moments[:size].astype(np.float64))
+        return np.asarray(np.linalg.solve(powers, self.moments[:size].astype(np.float64)), np.float64)
 
     def factors(self, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Factors on the x0 of the step and of those before it, from the weights of their differences, without alpha [WIDTH]."""

@@ -1,4 +1,4 @@
-"""Every solver and setting against `step` of diffusers' class in float32, over whole trajectories: timesteps, sigmas and latents."""
+"""Every solver and setting against diffusers' class in float32, over whole trajectories: timesteps, sigmas and latents."""
 
 from __future__ import annotations
 
