@@ -248,6 +248,20 @@ def test_the_steps_that_a_caller_drives_stay_as_they_are(runtime: SanaRuntime, t
         np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "scheduler", [{"_class_name": "UniPCMultistepScheduler", "solver_order": 3}, "dpm++3m-sde", "heun"], ids=str
+)
+def test_every_step_finds_the_x0_of_those_before(
+    runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice, scheduler: Any
+) -> None:
+    """Also in the second run of a captured loop, whose buffers hold the last x0 of the first one."""
+    options = {**SMALL, "num_inference_steps": 7, "scheduler": scheduler, "output_type": "latent"}
+    for seed in (3, 4):
+        found, wanted = (by("a red fox", seed=seed, **options).images for by in (runtime, tiny_runtime))
+        np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
+    assert (device.captures, device.replays) == (1, 2)
+
+
 def test_only_tokens_noise_tables_and_pixels_cross(runtime: SanaRuntime, device: HostDevice) -> None:
     runtime("a red fox", seed=1, **SMALL)
     model = runtime.manifest.model
