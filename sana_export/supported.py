@@ -77,17 +77,19 @@ VAE_NORMS = ("rms_norm", "batch_norm")
 VAE_ACTIVATIONS = ("silu", "swish", "relu")
 VAE_UPSAMPLES = ("interpolate", "pixel_shuffle")
 
+TRAIN_STEPS = ConfigRule("a positive whole number, at most 1000000", lambda value: _whole(value, 1) and value <= 10**6)
 TERMINAL = ConfigRule("a number from 0 to below 1, or null", lambda value: value is None or (_number(value) and 0 <= value < 1))
 FRACTION = ConfigRule("a number between 0 and 1", lambda value: _number(value) and 0 < value < 1)
 
 #: Solvers that came from diffusion, as they sample a flow.
 _FLOW_PREDICTION: Mapping[str, ConfigRule] = {
-    "solver_order": one_of(1, 2, 3),
+    "solver_order": ConfigRule("1 or 2 or 3", lambda value: _whole(value, 1) and value <= 3),
     "prediction_type": one_of("flow_prediction"),
     "use_flow_sigmas": one_of(True),
     "final_sigmas_type": one_of("zero", "sigma_min"),
     "thresholding": OFF,
-    **dict.fromkeys(("num_train_timesteps", "flow_shift"), POSITIVE),
+    "num_train_timesteps": TRAIN_STEPS,
+    "flow_shift": POSITIVE,
     **dict.fromkeys(("beta_start", "beta_end"), FRACTION),
 }
 #: With Karras, exponential or beta sigmas these compute logarithms of negative numbers in diffusers. `use_dynamic_shifting` has no
@@ -98,10 +100,11 @@ _DPM_SOLVER: Mapping[str, ConfigRule] = {
     "solver_type": one_of("midpoint", "heun"),
     **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), OFF),
 }
+_FLOW: Mapping[str, ConfigRule] = {"num_train_timesteps": TRAIN_STEPS, "shift": POSITIVE}
 _FLOW_MATCH: Mapping[str, ConfigRule] = {
     "shift_terminal": TERMINAL,
     **dict.fromkeys(("invert_sigmas", "use_dynamic_shifting", "use_beta_sigmas"), OFF),
-    **dict.fromkeys(("num_train_timesteps", "shift"), POSITIVE),
+    **_FLOW,
 }
 
 #: The rules for each class, by key.
@@ -166,11 +169,12 @@ SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
         **dict.fromkeys(("sigma_min", "sigma_max"), POSITIVE_OR_NONE),
     },
     "FlowMatchEulerDiscreteScheduler": _FLOW_MATCH,
-    "FlowMatchHeunDiscreteScheduler": dict.fromkeys(("num_train_timesteps", "shift"), POSITIVE),
+    "FlowMatchHeunDiscreteScheduler": _FLOW,
     "FlowMatchLCMScheduler": {**_FLOW_MATCH, "scale_factors": one_of(None, [])},
     "SCMScheduler": {
         "prediction_type": one_of("trigflow"),
-        **dict.fromkeys(("num_train_timesteps", "sigma_data"), POSITIVE),
+        "num_train_timesteps": TRAIN_STEPS,
+        "sigma_data": POSITIVE,
     },
 }
 

@@ -120,17 +120,11 @@ def make_schedule(
         )
     solver = _SOLVERS[name]
     steps = _steps(name, full, num_inference_steps, {"timesteps": timesteps, "sigmas": sigmas})
-    if angles != DEFAULT_ANGLES and (not solver.angular or timesteps is not None):
-        raise UsageError(
-            "this checkpoint has no max_timesteps and intermediate_timesteps: they belong to SANA-Sprint"
-            if not solver.angular
-            else "max_timesteps and intermediate_timesteps make the timesteps, which are given",
-            found=f"max_timesteps {angles.first:g}, intermediate_timesteps {angles.second}",
-            wanted="num_inference_steps alone" if not solver.angular else "timesteps alone",
-        )
-    spacing = Spacing(steps, _tuple(timesteps), _tuple(sigmas), angles, first)
-    schedule = solver.build(full, spacing)
-    if not len(schedule.timesteps):
+    _check_angles(angles, solver, given=timesteps is not None)
+    spacing = Spacing(steps, _tuple(timesteps), _tuple(sigmas), angles, max(first, 0))
+    with np.errstate(all="ignore"):  # the logarithm of a last sigma of 0 is infinite; what must be finite is checked below
+        schedule = solver.build(full, spacing)
+    if first < 0 or not len(schedule.timesteps):
         raise UsageError("no step is left to sample", found=f"first step {first} of {steps}", wanted=f"0 to {steps - 1}")
     if not (np.isfinite(schedule.coefficients).all() and np.isfinite(schedule.sigmas).all()):
         raise UsageError(
@@ -139,6 +133,19 @@ def make_schedule(
             wanted="another number of steps, or the class's defaults",
         )
     return schedule
+
+
+def _check_angles(angles: SprintAngles, solver: _Solver, *, given: bool) -> None:
+    """Raise UsageError for angles that have no effect. `given`: the timesteps are."""
+    if angles == DEFAULT_ANGLES or (solver.angular and not given):
+        return
+    raise UsageError(
+        "max_timesteps and intermediate_timesteps make the timesteps, which are given"
+        if solver.angular
+        else "this checkpoint has no max_timesteps and intermediate_timesteps: they belong to SANA-Sprint",
+        found=f"max_timesteps {angles.first:g}, intermediate_timesteps {angles.second}",
+        wanted="timesteps alone" if solver.angular else "num_inference_steps alone",
+    )
 
 
 def _tuple(values: Sequence[float] | None) -> tuple[float, ...] | None:
@@ -158,7 +165,8 @@ def _steps(name: str, config: Mapping[str, Any], given: int | None, custom: Mapp
             raise UsageError(
                 f"{name} takes no custom {word}",
                 found=f"{word} of {len(numbers)} numbers",
-                wanted=f"{takes}; or, except for SANA-Sprint, another scheduler: {', '.join(others)}",
+                wanted=takes if _SOLVERS[name].angular else f"{takes}; or another scheduler: {', '.join(others)}",
+                fix=None if _SOLVERS[name].angular else "--scheduler euler",
             )
         _check_custom(word, numbers, kind, config)
         steps = len(numbers) - kind.ends

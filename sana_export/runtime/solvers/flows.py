@@ -93,8 +93,7 @@ def stretched(sigmas: Sigmas, terminal: float | None) -> Sigmas:
     """Sigmas whose distances to 1 are scaled so that the last one is `terminal`. None or 0: as they are."""
     if not terminal:
         return sigmas
-    with np.errstate(divide="ignore", invalid="ignore"):  # a single sigma of 1; `make_schedule` finds what is not finite
-        return 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal))
+    return 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal))
 
 
 def karras(most: float, least: float, steps: int) -> Sigmas:

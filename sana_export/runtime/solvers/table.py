@@ -102,8 +102,7 @@ def flow_schedule(flow: Flow, first: int, update: Callable[[Float32], Update], *
     `update` gets the n + 1 sigmas of the remaining n steps. `noisy`: diffusers draws noise at every step.
     """
     sigmas, timesteps = flow.sigmas[first:], flow.timesteps[first:]
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # the last sigma is 0: its logarithm is infinite
-        found = update(sigmas)
+    found = update(sigmas)
     past = dict(zip(("x0", *HISTORY), found.x0.T, strict=False))
     noise = np.broadcast_to(found.noise, timesteps.shape)
     coefficients = coefficient_table(
