@@ -89,6 +89,13 @@ def _f32(name: str, *shape: str | int) -> TensorSpec:
     return TensorSpec(name, "float32", shape)
 
 
+#: The sampler's inputs for the x0 of earlier steps: of the step before, of the one before that, and so on.
+HISTORY = ("previous_x0", "previous_x0_2", "previous_x0_3")
+#: The elements of the sampler's `coefficients` input, which are the columns of a schedule:
+#: x0 = x0_latents * latents + x0_noise_pred * noise_pred
+#: next_latents = latents * latents + x0 * x0 + noise * noise + the sum over HISTORY of column * input
+COEFFICIENTS = ("x0_latents", "x0_noise_pred", "latents", "x0", *HISTORY, "noise")
+
 GRAPHS: dict[str, GraphSpec] = {
     graph.name: graph
     for graph in (
@@ -124,7 +131,7 @@ GRAPHS: dict[str, GraphSpec] = {
             (
                 _f32("noise_pred", "branches", *LATENTS),
                 _f32("latents", *LATENTS),
-                _f32("previous_x0", *LATENTS),
+                *(_f32(name, *LATENTS) for name in HISTORY),
                 _f32("noise", *LATENTS),
                 _f32("coefficients", "coefficients"),
                 _f32("weights", "branches"),
@@ -239,11 +246,6 @@ OPTIONAL_GRAPHS: dict[str, str] = {graph: group for group, graphs in GRAPH_GROUP
 FEATURE_TENSORS = {"guidance": "guidance_embeds", "source": "pag_layers", "residuals": "controlnet"}
 #: Axes that are another axis without a feature: every branch has a prompt of its own unless there is a perturbed one.
 FEATURE_AXES = {"text_branches": ("branches", "pag_layers")}
-
-#: The elements of the sampler's `coefficients` input, which are the columns of a schedule:
-#: x0 = x0_latents * latents + x0_noise_pred * noise_pred
-#: next_latents = latents * latents + x0 * x0 + previous_x0 * previous_x0 + noise * noise
-COEFFICIENTS = ("x0_latents", "x0_noise_pred", "latents", "x0", "previous_x0", "noise")
 
 
 def resolve(name: str, dimensions: Mapping[str, int], precision: str, features: Collection[str] = ()) -> GraphSpec:

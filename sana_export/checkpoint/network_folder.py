@@ -48,9 +48,7 @@ def check_class(component: str, config: Mapping[str, Any], source: str, message:
     """Raise ArtifactError if `config` is that of another class. `message` follows `source` in the error."""
     classes = COMPONENTS[component].classes
     if (found := config.get("_class_name", classes[0])) not in classes:
-        raise ArtifactError(
-            f"{source} {message}", found=f"config.json of {found}", wanted=" or ".join(classes), fix=fix
-        )
+        raise ArtifactError(f"{source} {message}", found=f"config.json of {found}", wanted=" or ".join(classes), fix=fix)
 
 
 def hash_files(paths: Iterable[Path]) -> str:

@@ -62,6 +62,7 @@ def bundle_origin(manifest: Manifest) -> str:
     facts += [f"LoRA {lora.path} at {lora.scale:g}" for lora in checkpoint.loras]
     facts += ["synthetic: random weights"] if checkpoint.synthetic else []
     facts += [options.precision, f"{manifest.model.native_size} px"]
+    facts += [str(name)] if (name := manifest.model.scheduler.get("_class_name")) else []
     facts += ["self-attention clamped"] if options.clamp else []
     if options.pag_layers:
         facts.append("PAG in " + ", ".join(f"transformer_blocks.{layer}" for layer in options.pag_layers))

@@ -40,6 +40,7 @@ from sana_export.runtime.request import Plan, Request, make_plan, request_axes
 from sana_export.runtime.results import Conditioning, Images, SanaResult, Step, Timings
 from sana_export.runtime.sampling import CapturedLoop, SamplingLoop, check_conditioning, loop_inputs
 from sana_export.runtime.schedule import SPRINT_INTERMEDIATE_TIMESTEP, SPRINT_MAX_TIMESTEP
+from sana_export.runtime.scheduler_choice import Choice
 from sana_export.runtime.sessions import Sessions
 from sana_export.runtime.unpicklable import OfThisProcess
 from sana_export.runtime.words import CALL_WORDS, LOADING_WORDS, METHODS, check_words, parameters_of
@@ -191,6 +192,9 @@ class SanaRuntime(OfThisProcess):
         negative_prompt_attention_mask: npt.ArrayLike | None = None,
         max_timesteps: float = SPRINT_MAX_TIMESTEP,
         intermediate_timesteps: float | None = SPRINT_INTERMEDIATE_TIMESTEP,
+        scheduler: Choice | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         callback_on_step_end: StepCallback | None = None,
         cancelled: IsCancelled | None = None,
         return_dict: bool = True,
@@ -242,6 +246,9 @@ class SanaRuntime(OfThisProcess):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_timesteps=max_timesteps,
             intermediate_timesteps=intermediate_timesteps,
+            scheduler=scheduler,
+            timesteps=timesteps,
+            sigmas=sigmas,
         )
         check_cancelled(cancelled)
         with self._using():
@@ -276,7 +283,7 @@ class SanaRuntime(OfThisProcess):
             vae_encoder=0.0 if plan.image is None and plan.control is None else seconds(conditioning.events[2], before),
         )
         intervals = (request.guidance_interval, request.pag_interval)
-        return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, *intervals, timings)
+        return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, *intervals, timings, plan.scheduler)
 
     def _denoise(
         self, plan: Plan, conditioning: Conditioning, callback: StepCallback | None, cancelled: IsCancelled | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sana_export.profiles import DECODER_TILE, UNTILED_AREA
 from sana_export.resolutions import BINS, Size
 from sana_export.runtime.control import CONDITIONING_SCALE, CONTROLNET_GRAPHS, ControlImages, plan_control
 from sana_export.runtime.guidance import WHOLE, Branches, Guidance, Interval, Segment, check_intervals, make_guidance, unguided
-from sana_export.runtime.image_start import STRENGTH, ImageStart, begin_at, checked_strength, first_step, plan_image_start
+from sana_export.runtime.image_start import STRENGTH, ImageStart, checked_strength, first_step, plan_image_start
 from sana_export.runtime.images import given_images
 from sana_export.runtime.inputs import (
     MAX_PIXELS,
@@ -31,6 +32,7 @@ from sana_export.runtime.inputs import (
     checked_latents,
     checked_numbers,
     checked_seeds,
+    checked_spacing,
     given_embeddings,
     instruction_text,
     negative_prompts,
@@ -44,8 +46,10 @@ from sana_export.runtime.schedule import (
     SPRINT_MAX_TIMESTEP,
     Schedule,
     SprintAngles,
+    evaluations,
     make_schedule,
 )
+from sana_export.runtime.scheduler_choice import Choice, check_scheduler, choose_scheduler
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +123,12 @@ class Request:
     max_timesteps: float = SPRINT_MAX_TIMESTEP
     #: Its second timestep, with 2 steps. None: evenly spaced timesteps.
     intermediate_timesteps: float | None = SPRINT_INTERMEDIATE_TIMESTEP
+    #: Another scheduler than the checkpoint's: a short name or a class of diffusers, or its config (`scheduler_choice.NAMES`).
+    scheduler: Choice | None = None
+    #: Custom timesteps, if the scheduler takes them. For SANA-Sprint angles, the last of them 0.
+    timesteps: Sequence[float] | None = None
+    #: Custom sigmas, if the scheduler takes them.
+    sigmas: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         """Check everything that does not depend on the checkpoint. Raises UsageError."""
@@ -136,6 +146,9 @@ class Request:
         check_flag("use_resolution_binning", self.use_resolution_binning)
         check_choice("output_type", self.output_type, OUTPUT_TYPES)
         instruction_text(self.complex_human_instruction, "")
+        check_scheduler(self.scheduler)
+        for name in ("timesteps", "sigmas"):
+            object.__setattr__(self, name, checked_spacing(name, getattr(self, name)))
 
     def _check_image(self) -> None:
         """Read the image and the mask. Raises UsageError for bad ones, and for what has no meaning with or without an image."""
@@ -175,6 +188,8 @@ class Plan:
     #: One, or one for each image.
     seeds: tuple[int, ...]
     schedule: Schedule
+    #: The scheduler's config: `_class_name`, and all keys that sampling reads.
+    scheduler: Mapping[str, Any]
     #: All branches that run at any step.
     branches: Branches
     #: The branches that run at each step.
@@ -239,11 +254,8 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     prompts, given = _prompts(request, model.text_channels)
     count = len(prompts) or len(given["cond"].embeds)
     negatives = negative_prompts(request.negative_prompt, count)
-    steps = _default(request.num_inference_steps, model.default_steps)
-    schedule = make_schedule(model.scheduler, steps, SprintAngles(request.max_timesteps, request.intermediate_timesteps))
-    if request.image is not None:
-        schedule = begin_at(schedule, first_step(steps, _default(request.strength, STRENGTH)))
-        steps = len(schedule.timesteps)
+    scheduler = choose_scheduler(request.scheduler, model.scheduler)
+    schedule = _schedule(request, scheduler, model.default_steps)
     scale = _default(request.guidance_scale, model.default_guidance_scale)
     if model.guidance_embeds:
         _check_embedded_guidance(request, negatives)
@@ -271,6 +283,7 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
         latents=None if request.latents is None else checked_latents(request.latents, shape),
         seeds=checked_seeds(request.seed, batch),
         schedule=schedule,
+        scheduler=scheduler,
         branches=guidance.branches,
         segments=guidance.segments,
         guidance_weights=guidance.weights,
@@ -389,6 +402,25 @@ def choose_tile(requested: int | None, height: int, width: int) -> int:
     if requested is not None:
         return requested
     return DECODER_TILE if height * width > UNTILED_AREA else 0
+
+
+def _schedule(request: Request, scheduler: Mapping[str, Any], default_steps: int) -> Schedule:
+    """The schedule of a request's steps, or of its custom timesteps or sigmas; with an image, of those that its strength leaves."""
+    custom = request.timesteps is not None or request.sigmas is not None
+    make = partial(
+        make_schedule,
+        scheduler,
+        request.num_inference_steps if custom else _default(request.num_inference_steps, default_steps),
+        SprintAngles(request.max_timesteps, request.intermediate_timesteps),
+        timesteps=request.timesteps,
+        sigmas=request.sigmas,
+    )
+    schedule = make()
+    if request.image is None:
+        return schedule
+    order = evaluations(scheduler)
+    steps = -(-len(schedule.timesteps) // order)
+    return make(first=order * first_step(steps, _default(request.strength, STRENGTH)))
 
 
 def _prompts(request: Request, channels: int) -> tuple[tuple[str, ...], dict[str, GivenEmbeddings]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,8 @@ class SanaResult:
     pag_interval: Interval
     #: Seconds of each stage.
     timings: Timings
+    #: The scheduler that ran: diffusers' `_class_name`, and all keys of its config that sampling reads.
+    scheduler: Mapping[str, Any]
 
     def __getitem__(self, key: int | str) -> Any:
         """`result[0]` and `result["images"]` are the images, as in diffusers, and `(images,) = result` works."""

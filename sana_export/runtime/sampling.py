@@ -2,7 +2,7 @@
 
 There are two loops with one interface. `WaitingLoop` is for a backend whose sessions finish before they return. `CapturedLoop` is
 for a backend that enqueues its work: everything that changes from step to step (timestep, coefficients, guidance weights, fresh
-noise) is in tables on the device, and the latents alternate between two buffers. So a step is the same work at the same addresses
+noise) is in tables on the device, and latents and x0 rotate through a few buffers. So a step is the same work at the same addresses
 in every run, and any sequence of steps can be captured as one CUDA graph and replayed for another prompt, seed or guidance scale of
 the same shapes.
 """
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sana_export.contract import COEFFICIENTS
+from sana_export.contract import COEFFICIENTS, HISTORY
 from sana_export.errors import SanaExportError, UsageError
 from sana_export.formats.arrays import Array, Float32
 from sana_export.runtime.backends.base import Backend, CapturingBackend, DeviceTensor, EnqueuedSession, Replay
@@ -43,7 +43,7 @@ class LoopInputs:
     noise: Iterator[Float32]
     #: float32 [N], scaled for the denoiser.
     timesteps: Float32
-    #: float32 [N, 6], with the columns contract.COEFFICIENTS.
+    #: float32 [N, len(COEFFICIENTS)], with the columns contract.COEFFICIENTS.
     coefficients: Float32
     #: By the branches of a step: float32 [N, K], of which the rows of the steps with these branches count.
     guidance_weights: Mapping[Branches, Float32]
@@ -159,19 +159,20 @@ def _control_inputs(
 def sampler_feeds(
     noise_pred: DeviceTensor | Array,
     latents: DeviceTensor | Array,
-    previous_x0: DeviceTensor | Array,
+    history: Sequence[DeviceTensor | Array],
     noise: DeviceTensor | Array,
     coefficients: DeviceTensor | Array,
     guidance_weights: DeviceTensor | Array,
 ) -> dict[str, DeviceTensor | Array]:
     """The inputs of the graph `sampler` for one step, by name (contract.py has the shapes).
 
-    `coefficients` is a row of the schedule's table, `guidance_weights` a row of the plan's.
+    `history` is the x0 of the steps before, newest first, for contract.HISTORY. `coefficients` is a row of the schedule's table,
+    `guidance_weights` a row of the plan's.
     """
     return {
         "noise_pred": noise_pred,
         "latents": latents,
-        "previous_x0": previous_x0,
+        **dict(zip(HISTORY, history, strict=True)),
         "noise": noise,
         "coefficients": coefficients,
         "weights": guidance_weights,
@@ -212,7 +213,8 @@ class WaitingLoop(SamplingLoop):
     def start(self, inputs: LoopInputs) -> None:
         self._inputs = inputs
         self._latents = self._backend.to_device(inputs.latents)
-        self._x0 = self._noise = self._backend.to_device(np.zeros_like(inputs.latents))
+        self._noise = self._backend.to_device(np.zeros_like(inputs.latents))
+        self._x0 = (self._noise,) * len(HISTORY)
 
     def run(self, first: int, stop: int) -> None:
         inputs = self._inputs
@@ -226,13 +228,13 @@ class WaitingLoop(SamplingLoop):
             weights = inputs.guidance_weights[branches][index]
             feeds = sampler_feeds(noise_pred, self._latents, self._x0, self._noise, inputs.coefficients[index], weights)
             sampled = self._sessions["sampler"].run(feeds)
-            self._latents, self._x0 = sampled["next_latents"], sampled["x0"]
+            self._latents, self._x0 = sampled["next_latents"], (sampled["x0"], *self._x0[:-1])
             if inputs.blending is not None:
                 feeds = {"latents": self._latents, "noise_level": inputs.blending.noise_levels[index : index + 1]}
                 self._latents = self._sessions["blend"].run({**feeds, **inputs.blending.fixed})["blended"]
 
     def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
-        return self._latents, self._x0
+        return self._latents, self._x0[0]
 
     def result(self) -> DeviceTensor:
         return self._latents
@@ -263,7 +265,8 @@ class CapturedLoop(SamplingLoop):
         batch, latents, rows = shape.latents[0], shape.latents, shape.steps
         zeros, table = backend.zeros, backend.table
         self._latents = [zeros(latents, "float32") for _ in range(2)]
-        self._x0 = [zeros(latents, "float32") for _ in range(2)]
+        #: The x0 of this step and of those before it, each for as long as it is an input.
+        self._x0 = [zeros(latents, "float32") for _ in range(1 + len(HISTORY))]
         self._timesteps = table(rows, (1,), "float32")
         self._coefficients = table(rows, (len(COEFFICIENTS),), "float32")
         self._noise = table(rows if shape.needs_noise else 1, latents, "float32")
@@ -281,7 +284,10 @@ class CapturedLoop(SamplingLoop):
     def start(self, inputs: LoopInputs) -> None:
         write, write_table = self._backend.write, self._backend.write_table
         write(self._latents[0], inputs.latents)
-        write(self._x0[0], np.zeros_like(inputs.latents))
+        *older, newest = self._x0[1:]  # what the first step reads
+        write(newest, np.zeros_like(inputs.latents))
+        for x0 in older:
+            write(x0, newest)
         write_table(self._timesteps, inputs.timesteps.reshape(-1, 1))
         write_table(self._coefficients, inputs.coefficients)
         noise = np.stack([*inputs.noise]) if self.shape.needs_noise else np.zeros((1, *self.shape.latents), np.float32)
@@ -308,8 +314,7 @@ class CapturedLoop(SamplingLoop):
                 replay()
 
     def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
-        after = (step + 1) % 2
-        return self._backend.copy(self._latents[after]), self._backend.copy(self._x0[after])
+        return self._backend.copy(self._latents[(step + 1) % 2]), self._backend.copy(self._x0[step % len(self._x0)])
 
     def result(self) -> DeviceTensor:
         return self._latents[self.shape.steps % 2]
@@ -377,10 +382,11 @@ class CapturedLoop(SamplingLoop):
             denoiser.run({**step, **buffers.fixed}, {"noise_pred": buffers.noise_pred})
             noise = self._noise[index if self.shape.needs_noise else 0]
             coefficients, weights = self._coefficients[index], buffers.guidance_weights[index]
+            history = [self._x0[(index - back) % len(self._x0)] for back in range(1, len(self._x0))]
             sampled = self._unblended if self.shape.blended else self._latents[after]
             sampler.run(
-                sampler_feeds(buffers.noise_pred, latents, self._x0[now], noise, coefficients, weights),
-                {"next_latents": sampled, "x0": self._x0[after]},
+                sampler_feeds(buffers.noise_pred, latents, history, noise, coefficients, weights),
+                {"next_latents": sampled, "x0": self._x0[index % len(self._x0)]},
             )
             if self.shape.blended:
                 feeds = {"latents": sampled, "noise_level": self._noise_levels[index], **self._blending}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sana_export.contract import HISTORY
 from sana_export.export.example_inputs import CHECK_SIZES, random_inputs
 from sana_export.formats.arrays import Array
 from sana_export.graphs.numerics import NUMERICS
@@ -147,16 +148,17 @@ def _check_sampler(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], 
 
     generator = TorchGenerator(seed)
     latents = randn_batch(shape, generator) * np.float32(schedule.initial_noise_scale)
-    x0 = noise = np.zeros(shape, np.float32)
+    noise = np.zeros(shape, np.float32)
+    history = [noise] * len(HISTORY)
     for index, prediction in enumerate(predictions):
         if schedule.needs_noise:
             noise = randn_batch(shape, generator)
         found = _run(
             runtime,
             "sampler",
-            sampler_feeds(prediction.numpy(), latents, x0, noise, schedule.coefficients[index], plan.guidance_weights[index]),
+            sampler_feeds(prediction.numpy(), latents, history, noise, schedule.coefficients[index], plan.guidance_weights[index]),
         )
-        latents, x0 = found["next_latents"], found["x0"]
+        latents, history = found["next_latents"], [found["x0"], *history[:-1]]
 
     given = GivenPredictions(pipeline.transformer, predictions.flatten(1, 2))
     wanted = call_reference(_with_transformer(pipeline, given), request, seed, output_type="latent")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sana_export.cli.images import check_output, write_images
+from sana_export.cli.schedulers import add_scheduler, scheduler_settings
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
 from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, path_named, positive
 from sana_export.runtime.backends import BACKENDS
 from sana_export.runtime.control import CONDITIONING_SCALE
-from sana_export.runtime.image_start import STRENGTH, first_step
 from sana_export.runtime.memory import AUTO
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--control-scale", type=float, metavar="S", help="with --control-image: how closely it is followed (default: 1)"
     )
     parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: the checkpoint's)")
+    add_scheduler(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off (default: the checkpoint's)")
     parser.add_argument("--pag-scale", type=float, metavar="P", default=0.0, help="perturbed attention guidance (default: 0, off)")
     add_size(parser, "the image (default: the checkpoint's native size)")
@@ -103,6 +104,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         "control_image": options.control_image,
         "controlnet_conditioning_scale": CONDITIONING_SCALE if options.control_scale is None else options.control_scale,
         "num_inference_steps": options.steps,
+        **scheduler_settings(options),
         "guidance_scale": options.guidance_scale,
         "pag_scale": options.pag_scale,
         "height": options.height,
@@ -132,10 +134,9 @@ def sample(
     output_type: str = "pil",
 ) -> Answer:
     """Generate images of `prompts` with `settings` (parameters of `SanaRuntime.__call__`) and write them."""
-    steps = settings.get("num_inference_steps") or runtime.manifest.model.default_steps
-    if settings.get("image") is not None:
-        strength = settings.get("strength")
-        steps -= first_step(steps, STRENGTH if strength is None else strength)
+    from sana_export.runtime import Request
+
+    steps = len(runtime.plan(Request(prompt=prompts, **settings)).schedule.timesteps)
     log.info("sampling %d steps on %s", steps, runtime.backend.name)
 
     def on_step(_runtime: object, index: int, _timestep: float, _tensors: object) -> None:
@@ -154,6 +155,7 @@ def sample(
         "height": result.height,
         "width": result.width,
         "steps": steps,
+        "scheduler": dict(result.scheduler),
         "backend": runtime.backend.name,
         "device": runtime.backend.device,
         "memory": runtime.memory,
