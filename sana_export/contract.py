@@ -223,7 +223,7 @@ WEIGHTS_OF = {
 }
 
 #: Names for several graphs, for `export --graphs`. "default" draws images from text. "img2img" adds what image-to-image and
-#: inpainting need, "controlnet" a ControlNet, whose control image goes through the encoder of "img2img".
+#: inpainting need, "control" a ControlNet, whose control image goes through the encoder of "img2img".
 GRAPH_GROUPS: dict[str, tuple[str, ...]] = {
     "default": (
         "text_encoder",
@@ -236,7 +236,7 @@ GRAPH_GROUPS: dict[str, tuple[str, ...]] = {
         "postprocess",
     ),
     "img2img": ("vae_encoder", "vae_encoder_head", "vae_encoder_tail", "blend"),
-    "controlnet": ("controlnet_context", "controlnet"),
+    "control": ("controlnet_context", "controlnet"),
 }
 #: The group of each graph that is exported only on request.
 OPTIONAL_GRAPHS: dict[str, str] = {graph: group for group, graphs in GRAPH_GROUPS.items() if group != "default" for graph in graphs}

@@ -206,7 +206,7 @@ def choose_graphs(names: Iterable[str], checkpoint: SanaCheckpoint) -> list[str]
     if unknown := wanted - set(GRAPHS):
         groups = "; ".join(f"{name}: {', '.join(graphs)}" for name, graphs in GRAPH_GROUPS.items())
         raise UsageError("unknown graph", found=", ".join(sorted(unknown)), wanted=f"graphs, or groups of them: {groups}")
-    if not controlled and (without := wanted & set(GRAPH_GROUPS["controlnet"])):
+    if not controlled and (without := wanted & set(GRAPH_GROUPS["control"])):
         raise UsageError(
             "there is no ControlNet to export",
             found=f"the graph {min(without)}",

@@ -20,7 +20,7 @@ from sana_export.runtime.guidance import Branches
 from sana_export.runtime.images import GivenImage, distinct, image_for_each, prepared_image, warn_about_shape
 
 #: The graphs of a ControlNet.
-CONTROLNET_GRAPHS = GRAPH_GROUPS["controlnet"]
+CONTROLNET_GRAPHS = GRAPH_GROUPS["control"]
 #: The default of `SanaControlNetPipeline`.
 CONDITIONING_SCALE = 1.0
 

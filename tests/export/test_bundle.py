@@ -13,7 +13,7 @@ import pytest
 
 from sana_export import files as disk
 from sana_export.checkpoint.checkpoint import open_checkpoint
-from sana_export.contract import GRAPH_GROUPS
+from sana_export.contract import GRAPH_GROUPS, GRAPHS
 from sana_export.errors import DependencyError, UsageError
 from sana_export.export import bundle as bundle_module
 from sana_export.export import graph_files
@@ -273,3 +273,8 @@ def test_unknown_options_are_refused(tiny_checkpoint, tmp_path):
         export_bundle(tiny_checkpoint, tmp_path / "b", graphs=["unet"])
     assert dataclasses.is_dataclass(tiny_checkpoint)
     assert not any(tmp_path.iterdir())
+
+
+def test_no_group_has_the_name_of_a_graph():
+    assert not set(GRAPH_GROUPS) & set(GRAPHS)
+    assert set().union(*GRAPH_GROUPS.values()) == set(GRAPHS)

@@ -22,7 +22,7 @@ def with_controlnet(bundle: Path, folder: Path) -> Path:
     from sana_export.checkpoint.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint("tiny-random", controlnet=ALIAS)
-    graphs = exported(checkpoint, folder / "tiny-controlnet", graphs=["denoiser", "controlnet"], pag_layers=[PAG_LAYER])
+    graphs = exported(checkpoint, folder / "tiny-controlnet", graphs=["denoiser", "control"], pag_layers=[PAG_LAYER])
     target = folder / f"{bundle.name}-controlnet"
     if not target.exists():
         own = target.with_name(f"{target.name}-{folder.stat().st_ino}")
