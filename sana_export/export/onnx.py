@@ -45,9 +45,9 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightF
     inputs = random_inputs(spec, sizes, seed=0)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            trace(module, spec, inputs),
+            trace(module, spec, inputs, sizes.least(spec)),
             dynamo=True,
-            dynamic_shapes=dynamic_shapes(spec),
+            dynamic_shapes=dynamic_shapes(spec, sizes.least(spec)),
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             opset_version=OPSET,
