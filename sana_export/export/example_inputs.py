@@ -87,7 +87,6 @@ class Sizes:
             return self.encoder_scale * int(getattr(self, f"window_{side}"))
         return int(getattr(self, axis))
 
-
     def least(self, spec: GraphSpec) -> dict[str, int]:
         """The shortest lengths of the axes of an encoder's inputs, which each stage halves."""
         if spec.name not in ENCODER_GRAPHS:

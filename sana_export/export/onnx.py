@@ -131,7 +131,7 @@ class Example:
 
 
 def run_module(module: nn.Module, spec: GraphSpec, sizes: Sizes = CHECK_SIZES) -> list[Example]:
-    """Run `module` on random inputs of `sizes`, other than the traced ones, and on zeros, which show whether an epsilon was lost."""
+    """Run `module` on random inputs of `sizes`, other than the traced ones, and on zeros, which show a lost epsilon."""
     random = random_inputs(spec, sizes, seed=1)
     examples = []
     for kind, inputs in (("random", random), ("zero", {name: torch.zeros_like(value) for name, value in random.items()})):

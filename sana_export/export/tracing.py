@@ -45,16 +45,14 @@ _SIZES = {aten.sym_size.int, operator.mul, operator.add, operator.sub, operator.
 def dynamic_shapes(spec: GraphSpec, least: Mapping[str, int] = ANY_LENGTH) -> tuple[dict[int, Any], ...]:
     """The dynamic axes of each input of `spec`, as torch.export takes them. `least`: the shortest length of an axis, if not 1."""
     return tuple(
-        {
-            index: Dim(axis, min=least.get(axis, 1), max=LONGEST)
-            for index, axis in enumerate(tensor.shape)
-            if isinstance(axis, str)
-        }
+        {index: Dim(axis, min=least.get(axis, 1), max=LONGEST) for index, axis in enumerate(tensor.shape) if isinstance(axis, str)}
         for tensor in spec.inputs
     )
 
 
-def trace(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, Tensor], least: Mapping[str, int] = ANY_LENGTH) -> ExportedProgram:
+def trace(
+    module: nn.Module, spec: GraphSpec, inputs: Mapping[str, Tensor], least: Mapping[str, int] = ANY_LENGTH
+) -> ExportedProgram:
     """Trace `module` on the example `inputs` into a program with the dynamic axes of `spec` (see `dynamic_shapes`)."""
     with _frugal():
         program = torch.export.export(

@@ -21,8 +21,8 @@ from sana_export.graphs.vae_blocks import BLOCKS, ChannelNorm
 class VaeEncoder(nn.Module):
     """image float32 [B, 3, H, W], values in [-1, 1] -> latents float32 [B, C, H / 32, W / 32].
 
-    The latents are the sampler's: they are multiplied by the VAE's scaling factor. H and W are multiples of 32 (of 2 to the number of
-    stages minus 1 in other autoencoders).
+    The latents are the sampler's: they are multiplied by the VAE's scaling factor. H and W are multiples of 32 (of 2 to the number
+    of stages minus 1 in other autoencoders).
     """
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
@@ -92,10 +92,10 @@ class VaeEncoderTail(nn.Module):
 class Downsample(nn.Module):
     """Halves the size, [B, C, 2 H, 2 W] -> [B, C', H, W], as diffusers' `DCDownBlock2d` of `kind` with the convolution `name`.
 
-    "Conv" is a 3x3 convolution of stride 2, whose output pixel i reads rows 2 i - 1 to 2 i + 1. "pixel_unshuffle" is a 3x3 convolution
-    that then moves 2x2 pixels to channels. That is a 4x4 convolution of stride 2, which reads rows 2 i - 1 to 2 i + 2: more work, but no
-    tensor of four times the size. The shortcut moves 2x2 pixels of the input to channels and averages groups of g = 4 C / C' of them,
-    so it adds 1 / g to taps 1 and 2 of either kernel.
+    "Conv" is a 3x3 convolution of stride 2, whose output pixel i reads rows 2 i - 1 to 2 i + 1. "pixel_unshuffle" is a 3x3
+    convolution that then moves 2x2 pixels to channels. That is a 4x4 convolution of stride 2, which reads rows 2 i - 1 to 2 i + 2:
+    more work, but no tensor of four times the size. The shortcut moves 2x2 pixels of the input to channels and averages groups of
+    g = 4 C / C' of them, so it adds 1 / g to taps 1 and 2 of either kernel.
     """
 
     def __init__(self, kind: str, weights: Mapping[str, Tensor], name: str, numerics: Numerics, *, shortcut: bool) -> None:
@@ -133,8 +133,8 @@ def encoder_halo(head: VaeEncoderHead, scale: int) -> int:
       n - 1 + r these are -2 r - 1 to 2 n - 1 + 2 r, so 2 r + 1 more before the first and 2 r after the last pixel;
     * one that moves pixels to channels reads 2 p - 1 to 2 p + 2, so 2 r + 1 on each side.
 
-    For the published encoder: for each of three stages the downsampling and four 3x3 convolutions, 1 -> 5, 11 -> 15, 31 -> 35, and 1
-    (conv_in): 36 pixels, which are in 5 features.
+    For the published encoder: for each of three stages the downsampling and four 3x3 convolutions, 1 -> 5, 11 -> 15, 31 -> 35, and
+    1 (conv_in): 36 pixels, which are in 5 features.
     """
     reach = 0
     for layer in reversed([module for module in head.modules() if not list(module.children())]):
