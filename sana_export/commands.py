@@ -42,8 +42,8 @@ def export_command(
 ) -> str:
     """The command that exports `bundle` again.
 
-    It repeats the bundle's own options, except for those given here. `loras` are added to its LoRAs, `groups` (contract.GRAPH_GROUPS)
-    to its graphs, `controlnet` names its ControlNet. A bundle that lacks graphs of its groups gets them.
+    It repeats the bundle's own options, except for those given here. `loras` are added to its LoRAs, `groups`
+    (contract.GRAPH_GROUPS) to its graphs, `controlnet` names its ControlNet. A bundle that lacks graphs of its groups gets them.
     """
     precision = exported.options.precision if precision is None else precision
     layers = exported.options.pag_layers if pag_layers is None else pag_layers

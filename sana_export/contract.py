@@ -20,9 +20,9 @@ ENCODERS: dict[bool, set[str]] = {False: {"vae_encoder"}, True: {"vae_encoder_he
 
 PRECISION = "precision"
 
-#: Axes whose lengths depend on the request. latent_* are in latent pixels (1/32 of the image's), feature_* and tile_* in features of
-#: the decoder, encoded_* and window_* in features of the encoder, and image_*, output_*, tile_image_* and window_image_* in image
-#: pixels. Guidance branches with a prompt of their own are text branches.
+#: Axes whose lengths depend on the request. latent_* are in latent pixels (1/32 of the image's), feature_* and tile_* in features
+#: of the decoder, encoded_* and window_* in features of the encoder, and image_*, output_*, tile_image_* and window_image_* in
+#: image pixels. Guidance branches with a prompt of their own are text branches.
 DYNAMIC_AXES = (
     "batch",
     "branches",

@@ -224,7 +224,7 @@ def _axis(lengths: tuple[int, ...], native: int) -> Range:
 
 
 def _windows(tile: Range, features: Range, scale: int, halo: int) -> Range:
-    """Sides, in features of `scale` pixels, of the windows for tiles of `tile` image pixels. They are never longer than the image's."""
+    """Sides, in features of `scale` pixels, of the windows for tiles of `tile` image pixels: at most the image's."""
     lowest, typical, highest = (min(side // scale + 2 * halo, most) for side, most in zip(tile, features, strict=True))
     return lowest, typical, highest
 

@@ -18,8 +18,8 @@ class VaeStage:
 
     #: Its channels.
     channels: int
-    #: Number of blocks. A stage at full resolution without blocks changes no resolution either: the decoder's last and the encoder's
-    #: first convolution do.
+    #: Number of blocks. A stage at full resolution without blocks changes no resolution either: the decoder's last and the
+    #: encoder's first convolution do.
     depth: int
     #: The class of its blocks.
     block: str

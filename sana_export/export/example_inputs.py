@@ -15,6 +15,8 @@ from sana_export.graphs.vae_decoder import feature_channels
 from sana_export.graphs.vae_encoder import encoder_feature_channels, encoder_tile_scale
 from sana_export.manifest import Options
 
+ENCODER_GRAPHS: frozenset[str] = frozenset().union(*ENCODERS.values())
+
 
 def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> GraphSpec:
     """The graph's inputs and outputs with this checkpoint's dimensions."""
@@ -30,7 +32,7 @@ def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> Graph
         "text_head_dim": text["head_dim"],
         "feature_channels": feature_channels(checkpoint.config("vae")),
     }
-    if name in set().union(*ENCODERS.values()):  # the config of an encoder that is not exported need not be supported
+    if name in ENCODER_GRAPHS:  # the config of an encoder that is not exported need not be supported
         dimensions["encoder_feature_channels"] = encoder_feature_channels(checkpoint.config("vae"))
     controlled = checkpoint.controlnet is not None
     if controlled:
@@ -92,6 +94,17 @@ class Sizes:
             return self.encoder_scale * int(getattr(self, f"window_{side}"))
         return int(getattr(self, axis))
 
+    def least(self, spec: GraphSpec) -> dict[str, int]:
+        """The shortest lengths of the axes of an encoder's inputs, which each stage halves."""
+        if spec.name not in ENCODER_GRAPHS:
+            return {}
+        lengths = {
+            "image": self.spatial_ratio,
+            "encoded": self.spatial_ratio // self.encoder_scale,
+            "window_image": self.encoder_scale,
+        }
+        return {f"{kind}_{side}": length for kind, length in lengths.items() for side in ("height", "width")}
+
 
 #: The sizes to trace with. All differ and are at least 2, so that the tracer cannot take one for a constant or for another axis.
 TRACE_SIZES = Sizes(2, 3, 10, 5, 9, 7, 4, 6, 12, 15, 8, 11, 100, 170)
@@ -109,7 +122,7 @@ _INDEXED = {
 
 def fitting(sizes: Sizes, name: str, checkpoint: SanaCheckpoint) -> Sizes:
     """`sizes` for the graph `name` of a checkpoint: an encoder's layers halve the size, so its inputs must be multiples."""
-    if name not in set().union(*ENCODERS.values()):
+    if name not in ENCODER_GRAPHS:
         return sizes
     vae = checkpoint.config("vae")
     return replace(sizes, spatial_ratio=read_decoder(vae).stride, encoder_scale=encoder_tile_scale(vae))

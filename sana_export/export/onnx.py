@@ -45,9 +45,9 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightF
     inputs = random_inputs(spec, sizes, seed=0)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            trace(module, spec, inputs),
+            trace(module, spec, inputs, sizes.least(spec)),
             dynamo=True,
-            dynamic_shapes=dynamic_shapes(spec),
+            dynamic_shapes=dynamic_shapes(spec, sizes.least(spec)),
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             opset_version=OPSET,
@@ -131,7 +131,7 @@ class Example:
 
 
 def run_module(module: nn.Module, spec: GraphSpec, sizes: Sizes = CHECK_SIZES) -> list[Example]:
-    """Run `module` on random inputs of `sizes`, other than the traced ones, and on zeros, which show whether an epsilon was lost."""
+    """Run `module` on random inputs of `sizes`, other than the traced ones, and on zeros, which show a lost epsilon."""
     random = random_inputs(spec, sizes, seed=1)
     examples = []
     for kind, inputs in (("random", random), ("zero", {name: torch.zeros_like(value) for name, value in random.items()})):

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pixel_unshuffle
 
 from sana_export.checkpoint.vae_config import EncoderConfig, read_encoder
 from sana_export.graphs.numerics import Conv, Numerics, parameter
@@ -22,8 +21,8 @@ from sana_export.graphs.vae_blocks import BLOCKS, ChannelNorm
 class VaeEncoder(nn.Module):
     """image float32 [B, 3, H, W], values in [-1, 1] -> latents float32 [B, C, H / 32, W / 32].
 
-    The latents are the sampler's: they are multiplied by the VAE's scaling factor. H and W are multiples of 32 (of 2 to the number of
-    stages minus 1 in other autoencoders).
+    The latents are the sampler's: they are multiplied by the VAE's scaling factor. H and W are multiples of 32 (of 2 to the number
+    of stages minus 1 in other autoencoders).
     """
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], numerics: Numerics) -> None:
@@ -93,29 +92,22 @@ class VaeEncoderTail(nn.Module):
 class Downsample(nn.Module):
     """Halves the size, [B, C, 2 H, 2 W] -> [B, C', H, W], as diffusers' `DCDownBlock2d` of `kind` with the convolution `name`.
 
-    "Conv" is a 3x3 convolution of stride 2, "pixel_unshuffle" one of stride 1 that then moves 2x2 pixels to channels. The shortcut
-    moves 2x2 pixels to channels and averages groups of g = 4 C / C' of them. Output pixel (i, j) of the first kind reads rows 2 i - 1
-    to 2 i + 1, so there the shortcut is part of the convolution: it adds 1 / g to taps 1 and 2.
+    "Conv" is a 3x3 convolution of stride 2, whose output pixel i reads rows 2 i - 1 to 2 i + 1. "pixel_unshuffle" is a 3x3
+    convolution that then moves 2x2 pixels to channels. That is a 4x4 convolution of stride 2, which reads rows 2 i - 1 to 2 i + 2:
+    more work, but no tensor of four times the size. The shortcut moves 2x2 pixels of the input to channels and averages groups of
+    g = 4 C / C' of them, so it adds 1 / g to taps 1 and 2 of either kernel.
     """
 
     def __init__(self, kind: str, weights: Mapping[str, Tensor], name: str, numerics: Numerics, *, shortcut: bool) -> None:
         super().__init__()
-        kernel, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        self.unshuffled = kind == "pixel_unshuffle"
-        out_channels = kernel.shape[0] * (4 if self.unshuffled else 1)
-        self.group = 4 * kernel.shape[1] // out_channels if shortcut else 0
-        if self.group and not self.unshuffled:
-            kernel = _with_average_of_pixels(kernel, self.group)
-        self.weight = parameter(kernel, numerics.dtype)
-        self.bias = parameter(bias.float() * numerics.scale, numerics.dtype)
+        kernel, bias = weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float()
+        if kind == "pixel_unshuffle":
+            kernel, bias = _unshuffled(kernel), bias.repeat_interleave(4)
+        kernel = _with_average_of_pixels(kernel) if shortcut else kernel
+        self.weight, self.bias = parameter(kernel, numerics.dtype), parameter(bias * numerics.scale, numerics.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.unshuffled:
-            return nn.functional.conv2d(x, self.weight, self.bias, stride=2, padding=1)
-        y = pixel_unshuffle(nn.functional.conv2d(x, self.weight, self.bias, padding=1), 2)
-        if not self.group:
-            return y
-        return y + pixel_unshuffle(x, 2).unflatten(1, (-1, self.group)).mean(2)
+        return nn.functional.conv2d(x, self.weight, self.bias, stride=2, padding=1)
 
 
 def encoder_feature_channels(config: Mapping[str, Any]) -> int:
@@ -139,10 +131,10 @@ def encoder_halo(head: VaeEncoderHead, scale: int) -> int:
     * a norm over channels needs r;
     * a downsampling by a convolution of stride 2 (`Downsample`) reads for pixel p the pixels 2 p - 1 to 2 p + 1. For pixels -r to
       n - 1 + r these are -2 r - 1 to 2 n - 1 + 2 r, so 2 r + 1 more before the first and 2 r after the last pixel;
-    * one that moves pixels to channels after a 3x3 convolution reads 2 p - 1 to 2 p + 2, so 2 r + 1 on each side.
+    * one that moves pixels to channels reads 2 p - 1 to 2 p + 2, so 2 r + 1 on each side.
 
-    For the published encoder: for each of three stages the downsampling and four 3x3 convolutions, 1 -> 5, 11 -> 15, 31 -> 35, and 1
-    (conv_in): 36 pixels, which are in 5 features.
+    For the published encoder: for each of three stages the downsampling and four 3x3 convolutions, 1 -> 5, 11 -> 15, 31 -> 35, and
+    1 (conv_in): 36 pixels, which are in 5 features.
     """
     reach = 0
     for layer in reversed([module for module in head.modules() if not list(module.children())]):
@@ -172,9 +164,20 @@ def _with_average(kernel: Tensor) -> Tensor:
     return kernel
 
 
-def _with_average_of_pixels(kernel: Tensor, group: int) -> Tensor:
-    """The 3x3 kernel of stride 2 that also adds the averages of `group` of the 4 C values of 2x2 pixels, channel by channel."""
-    kernel = kernel.float().clone()
+def _unshuffled(kernel: Tensor) -> Tensor:
+    """The 4x4 kernel [4 C', C, 4, 4] of stride 2 that equals the 3x3 kernel [C', C, 3, 3] and then `pixel_unshuffle`."""
+    out_channels, channels = kernel.shape[:2]
+    wide = kernel.new_zeros(out_channels, 4, channels, 4, 4)
+    for position in range(4):
+        row, column = divmod(position, 2)
+        wide[:, position, :, row : row + 3, column : column + 3] = kernel
+    return wide.flatten(0, 1)
+
+
+def _with_average_of_pixels(kernel: Tensor) -> Tensor:
+    """The kernel of stride 2 that also adds the averages of groups of the 4 C values of 2x2 pixels, channel by channel."""
+    kernel = kernel.clone()
+    group = 4 * kernel.shape[1] // kernel.shape[0]
     for value in range(4 * kernel.shape[1]):
         channel, row, column = value // 4, value // 2 % 2, value % 2
         kernel[value // group, channel, 1 + row, 1 + column] += 1.0 / group

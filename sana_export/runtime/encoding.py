@@ -1,8 +1,8 @@
 """Images to latents, in one piece or in tiles.
 
 The stages of the encoder before the first attention run on windows of the image (`vae_encoder_head`), the rest on all of their
-features (`vae_encoder_tail`). A feature that is at least the head's halo away from every inner side of its window has the same value
-as in one piece (docs/numerics.md).
+features (`vae_encoder_tail`). A feature that is at least the head's halo away from every inner side of its window has the same
+value as in one piece (docs/numerics.md).
 """
 
 from __future__ import annotations

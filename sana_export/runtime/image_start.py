@@ -38,7 +38,10 @@ def checked_strength(value: object) -> float:
 
 
 def first_step(steps: int, strength: float) -> int:
-    """The step that `strength` starts at, as in diffusers' flow pipelines: int(N - N * strength). Raises UsageError if none remains."""
+    """The step that `strength` starts at, as in diffusers' flow pipelines: int(N - N * strength).
+
+    Raises UsageError if no step remains.
+    """
     start = int(max(steps - min(steps * strength, steps), 0))
     if start >= steps:
         raise UsageError(
@@ -97,8 +100,8 @@ def plan_image_start(
 ) -> ImageStart:
     """The start of a plan that samples at `size` (height, width) with the remaining steps in `schedule`.
 
-    `factor` is the number of image pixels per latent pixel. No `masks`: image-to-image. Raises UsageError if the number of images or
-    masks does not fit the prompts.
+    `factor` is the number of image pixels per latent pixel. No `masks`: image-to-image. Raises UsageError if the number of images
+    or masks does not fit the prompts.
     """
     sources = image_for_each("image", len(images), prompts, per_prompt)
     used = distinct(sources)

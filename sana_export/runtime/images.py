@@ -1,8 +1,8 @@
 """Images that a user gives: read, checked and prepared for the encoder, in Pillow and numpy.
 
-Files and Pillow images are read as diffusers' `load_image` reads them: rotated as their EXIF data says, then converted to RGB. Sizes
-and values are prepared as diffusers' `VaeImageProcessor.preprocess` does, which all of its image-to-image pipelines use: the image is
-resized to the sampled size by Pillow's Lanczos filter, without keeping its shape.
+Files and Pillow images are read as diffusers' `load_image` reads them: rotated as their EXIF data says, then converted to RGB.
+Sizes and values are prepared as diffusers' `VaeImageProcessor.preprocess` does, which all of its image-to-image pipelines use: the
+image is resized to the sampled size by Pillow's Lanczos filter, without keeping its shape.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sana_export.errors import UsageError
 from sana_export.formats.arrays import Array, Float32
@@ -59,8 +59,8 @@ def prepared_image(image: GivenImage, height: int, width: int) -> Float32:
 def prepared_mask(mask: GivenImage, height: int, width: int, factor: int) -> Float32:
     """The mask for latents of an image of `height` x `width`: float32 [1, 1, h, w], 1 where the image is drawn anew.
 
-    It is resized to the image, made gray and black or white (values of 0.5 and more are white). Of every `factor` x `factor` pixels,
-    which are one latent pixel, the first one counts, as in diffusers.
+    It is resized to the image, made gray and then black or white (values of 0.5 and more are white). Of every `factor` x `factor`
+    pixels, which are one latent pixel, the first one counts, as in diffusers.
     """
     gray = _resized(mask, height, width, gray=True)
     return np.ascontiguousarray((gray >= np.float32(0.5)).astype(np.float32)[np.newaxis, np.newaxis, ::factor, ::factor, 0])
@@ -106,7 +106,7 @@ def _decoded(name: str, open_image: Callable[[], Image.Image]) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from error
     except Exception as error:  # any: whatever a decoder raises for a file of another kind
-        found = "a file of another kind" if isinstance(error, Image.UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        found = "a file of another kind" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
         raise UsageError(f"{name} is not an image", found=found, wanted=", ".join(FORMATS)) from error
     if image.width * image.height > MAX_SOURCE_PIXELS:
         raise _too_large(name, f"{image.height}x{image.width} (height x width)")

@@ -235,9 +235,10 @@ def _check_vae_encoder_tail(runtime: SanaRuntime, pipeline: Any, prompts: Sequen
 
 
 def _check_encoder(runtime: SanaRuntime, pipeline: Any, seed: int, tile: int) -> tuple[Array, Array]:
-    request = _request(runtime)
-    noise = np.random.default_rng(seed).random((request.height, request.width, 3), dtype=np.float32)
-    plan = runtime.plan(replace(request, image=noise, strength=1.0, decoder_tile=tile))
+    request = replace(_request(runtime), decoder_tile=tile)
+    size = runtime.plan(request).output_height, runtime.plan(request).output_width
+    noise = np.random.default_rng(seed).random((*size, 3), dtype=np.float32)
+    plan = runtime.plan(replace(request, image=noise, strength=1.0))
     image = torch.from_numpy(noise).permute(2, 0, 1)[None] * 2 - 1
     wanted = pipeline.vae.encode(image).latent * pipeline.vae.config.scaling_factor
     return runtime.encode_image(plan), wanted.numpy()

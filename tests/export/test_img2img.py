@@ -107,7 +107,7 @@ def test_groups_of_graphs(tiny_checkpoint: SanaCheckpoint) -> None:
 
 def test_a_bundle_for_text_has_nothing_of_it(tiny_bundle: Path, img2img_bundle: Path) -> None:
     manifest = Manifest.load(tiny_bundle)
-    assert tuple(manifest.graphs) == GRAPH_GROUPS["default"]
+    assert set(manifest.graphs) == set(GRAPH_GROUPS["default"])
     assert not (tiny_bundle / "onnx" / "vae_encoder").exists()
     assert "--graphs" not in export_command(tiny_bundle, manifest)
     command = "sana-export export tiny-random -o {} --dtype fp32 --pag-layers transformer_blocks.1 --graphs default,img2img"

@@ -1,6 +1,6 @@
 """Image-to-image and inpainting against diffusers, both in float32 on the same checkpoint and seed.
 
-The references are SanaSprintImg2ImgPipeline, and for the other checkpoints a loop in diffusers' components (tests/support/img2img.py).
+The references are SanaSprintImg2ImgPipeline, and for other checkpoints a loop in diffusers' components (tests/support/img2img.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Image-to-image and inpainting for SanaPipeline, written with diffusers' own components, and bundles that have the graphs for it."""
+"""Image-to-image and inpainting in diffusers' own components, and bundles that have the graphs for them."""
 
 from __future__ import annotations
 

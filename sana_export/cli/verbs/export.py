@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--graphs",
         "GRAPH",
-        "the graphs to export, or groups of them: default,img2img adds image-to-image and inpainting (default: default, which draws "
-        "images from text)",
+        "the graphs to export, or groups of them: default,img2img adds image-to-image and inpainting (default: default, which "
+        "draws images from text)",
     )
     parser.add_argument(
         "--clamp",
