@@ -159,6 +159,30 @@ def add_size(parser: argparse.ArgumentParser, meaning: str) -> None:
         parser.add_argument(option, type=positive, metavar="PIXELS", help=f"{option[2:]} of {meaning}")
 
 
+#: The options of `add_intervals` and the parameters that they set.
+_INTERVALS = {"--guidance-interval": "guidance_interval", "--pag-interval": "pag_interval"}
+
+
+def add_intervals(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """--guidance-interval and --pag-interval. `purpose` comes before what they are."""
+    for (option, name), kind in zip(_INTERVALS.items(), ("guidance", "PAG"), strict=True):
+        example = "; 0.2 0.8: steps 4 to 15 of 20" if name == "guidance_interval" else ""
+        parser.add_argument(
+            option,
+            dest=name,
+            nargs=2,
+            type=float,
+            metavar=("START", "STOP"),
+            help=f"{purpose}{kind} in this part of the steps{example} (default: 0 1, all)",
+        )
+
+
+def given_intervals(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """The intervals that the user gave, by parameter."""
+    given = {name: getattr(options, name) for name in _INTERVALS.values()}
+    return {name: tuple(values) for name, values in given.items() if values is not None}
+
+
 def add_device(parser: argparse.ArgumentParser, threads: str = "the backend decides") -> None:
     """--device and --threads of `SanaRuntime.from_pretrained`. `threads` says what the default number is."""
     parser.add_argument("--device", type=whole(0, MOST_DEVICES), metavar="N", help="index of the GPU (default: the first one)")

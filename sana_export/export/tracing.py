@@ -46,7 +46,9 @@ def dynamic_shapes(spec: GraphSpec, least: Mapping[str, int] = ANY_LENGTH) -> di
     """The dynamic axes of each input of `spec` by name, as torch.export takes them. `least`: the shortest length of an axis, if not 1."""
     return {
         tensor.name: {
-            index: Dim(axis, min=least.get(axis, 1), max=LONGEST) for index, axis in enumerate(tensor.shape) if isinstance(axis, str)
+            index: Dim(axis, min=least.get(axis, 1), max=LONGEST)
+            for index, axis in enumerate(tensor.shape)
+            if isinstance(axis, str)
         }
         for tensor in spec.inputs
     }

@@ -124,17 +124,16 @@ def parts(segments: Iterable[Segment], first: int, stop: int) -> list[Segment]:
 
 def check_intervals(guidance_interval: Interval, guided: bool, pag_interval: Interval, perturbed: bool) -> None:
     """Raise UsageError for an interval of guidance that is off (`guided`, `perturbed`: whether it is on)."""
-    for kind, interval, on, scale, least in (
-        ("guidance", guidance_interval, guided, "guidance_scale", 1),
-        ("pag", pag_interval, perturbed, "pag_scale", 0),
+    for kind, interval, on, least, example in (
+        ("guidance", guidance_interval, guided, 1, 4.5),
+        ("pag", pag_interval, perturbed, 0, 2),
     ):
         if interval != WHOLE and not on:
-            name = f"{kind}_interval"
             raise UsageError(
-                f"{name} belongs to a guidance that is off",
-                found="{} {:g} to {:g}".format(name, *interval),
-                wanted=f"a {scale} above {least}, or no {name}",
-                fix=f"set --{scale.replace('_', '-')}, or leave out --{kind}-interval",
+                f"{kind}_interval has no effect, because this guidance is off",
+                found="{:g} to {:g}, and a {}_scale that is not above {}".format(*interval, kind, least),
+                wanted=f"a {kind}_scale above {least}, or no {kind}_interval",
+                fix=f"--{kind}-scale {example}, or leave out --{kind}-interval",
             )
 
 

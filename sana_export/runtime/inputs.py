@@ -67,7 +67,12 @@ def checked_interval(name: str, value: Any) -> tuple[float, float]:
         raise UsageError(f"{name} is not an interval", found=shown(value), wanted=wanted)
     start, stop = (real(f"the {end} of {name}", number, 0, 1) for end, number in zip(("start", "stop"), value, strict=True))
     if start > stop:
-        raise UsageError(f"{name} stops before it starts", found=f"{start:g} to {stop:g}", wanted=f"({stop:g}, {start:g})")
+        raise UsageError(
+            f"{name} stops before it starts",
+            found=f"{start:g} to {stop:g}",
+            wanted="a start that is not after the stop",
+            fix=f"--{name.replace('_', '-')} {stop:g} {start:g}",
+        )
     return start, stop
 
 

@@ -75,6 +75,19 @@ def test_a_schedule_that_cannot_be(tiny_bundle: Path, tmp_path: Path, cli: Cli, 
     assert not list(tmp_path.iterdir())
 
 
+def test_guidance_in_an_interval(tiny_bundle: Path, tiny_runtime: Any, tmp_path: Path, cli: Cli) -> None:
+    output = tmp_path / "x.png"
+    options = ("--seed", 7, "--guidance-interval", 0.5, 1, "--pag-scale", 2, "--pag-interval", 0, 0.5)
+    ran = cli("generate", tiny_bundle, "a 🐼", "-o", output, *SMALL, *options, "--json")
+    wanted = tiny_runtime("a 🐼", **SETTINGS, seed=7, guidance_interval=(0.5, 1), pag_scale=2, pag_interval=(0, 0.5))
+    assert np.array_equal(pixels(output), np.asarray(wanted.images[0]))
+    assert (ran.json["guidance_interval"], ran.json["pag_interval"]) == ([0.5, 1], [0, 0.5])
+    ran = cli("generate", tiny_bundle, "a 🐼", "-o", tmp_path / "y.png", *SMALL, "--guidance-interval", 0.2, "nan")
+    assert ran.code == 2
+    assert "the stop of guidance_interval is out of range" in ran.err
+    assert not (tmp_path / "y.png").exists()
+
+
 def test_several_images_are_numbered_prompt_by_prompt(tiny_bundle: Path, tiny_runtime: Any, tmp_path: Path, cli: Cli) -> None:
     prompts = ["a cat", "a dog"]
     output = tmp_path / "x.png"

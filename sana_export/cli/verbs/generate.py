@@ -12,7 +12,17 @@ from sana_export.cli.images import check_output, write_images
 from sana_export.cli.schedulers import add_scheduler, scheduler_settings
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
-from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, path_named, positive
+from sana_export.cli.verb import (
+    Answer,
+    Verb,
+    add_bundle,
+    add_device,
+    add_intervals,
+    add_size,
+    given_intervals,
+    path_named,
+    positive,
+)
 from sana_export.runtime.backends import BACKENDS
 from sana_export.runtime.control import CONDITIONING_SCALE
 from sana_export.runtime.memory import AUTO
@@ -56,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_scheduler(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off (default: the checkpoint's)")
     parser.add_argument("--pag-scale", type=float, metavar="P", default=0.0, help="perturbed attention guidance (default: 0, off)")
+    add_intervals(parser, "")
     add_size(parser, "the image (default: the checkpoint's native size)")
     parser.add_argument(
         "--no-resolution-binning",
@@ -107,6 +118,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         **scheduler_settings(options),
         "guidance_scale": options.guidance_scale,
         "pag_scale": options.pag_scale,
+        **given_intervals(options),
         "height": options.height,
         "width": options.width,
         "num_images_per_prompt": options.images_per_prompt,
@@ -156,6 +168,8 @@ def sample(
         "width": result.width,
         "steps": steps,
         "scheduler": dict(result.scheduler),
+        "guidance_interval": list(result.guidance_interval),
+        "pag_interval": list(result.pag_interval),
         "backend": runtime.backend.name,
         "device": runtime.backend.device,
         "memory": runtime.memory,
