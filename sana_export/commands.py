@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Protocol
 
 from sana_export.adapters import Lora
+from sana_export.lora_scales import scales_text
 from sana_export.records import Checkpoint, Options
 from sana_export.variants import find_variant
 
@@ -49,7 +50,7 @@ def export_command(
     if layers:
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
     for lora in loras:
-        words += ["--lora", f"{lora.path}:{lora.scale}"]
+        words += ["--lora", f"{lora.path}:{scales_text(lora.scale, lora.layer_scales)}"]
     return shlex.join(words)
 
 
@@ -95,7 +96,7 @@ def model_words(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.vae is not None:
         words += ["--vae", checkpoint.vae.path]
     for lora in checkpoint.loras:
-        words += ["--lora", f"{lora.path}:{lora.scale}"]
+        words += ["--lora", f"{lora.path}:{scales_text(lora.scale, lora.layer_scales)}"]
     return words
 
 

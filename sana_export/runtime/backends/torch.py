@@ -260,7 +260,7 @@ def _open(recorded: Checkpoint) -> SanaCheckpoint:
         weights_variant=recorded.weights_variant,
         transformer=Path(recorded.transformer.path) if recorded.transformer else None,
         vae=recorded.vae.path if recorded.vae else None,
-        loras=[Lora(Path(overlay.path), overlay.scale) for overlay in recorded.loras],
+        loras=[Lora(Path(overlay.path), overlay.scale, overlay.layer_scales) for overlay in recorded.loras],
     )
 
 
