@@ -10,6 +10,7 @@ from typing import Protocol
 
 from sana_export.adapters import Lora
 from sana_export.contract import OPTIONAL_GRAPHS
+from sana_export.lora_scales import scales_text
 from sana_export.records import Checkpoint, Options
 from sana_export.variants import find_variant
 
@@ -58,7 +59,7 @@ def export_command(
     if layers:
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
     for lora in loras:
-        words += ["--lora", f"{lora.path}:{lora.scale}"]
+        words += ["--lora", f"{lora.path}:{scales_text(lora.scale, lora.layer_scales)}"]
     present = {*groups, *(OPTIONAL_GRAPHS[name] for name in exported.graphs if name in OPTIONAL_GRAPHS)}
     if present:
         words += ["--graphs", ",".join(["default", *sorted(present)])]
@@ -109,7 +110,7 @@ def model_words(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.controlnet is not None:
         words += ["--controlnet", checkpoint.controlnet.path]
     for lora in checkpoint.loras:
-        words += ["--lora", f"{lora.path}:{lora.scale}"]
+        words += ["--lora", f"{lora.path}:{scales_text(lora.scale, lora.layer_scales)}"]
     return words
 
 

@@ -116,6 +116,8 @@ class Overlay:
     sha256: str
     #: The factor on it.
     scale: float = 1.0
+    #: Other factors for some layers of a LoRA, by pattern (lora_scales.py).
+    layer_scales: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from sana_export.checkpoint.weights import Weights, read_headers
 from sana_export.environment import cache_folder, import_digest
 from sana_export.errors import UsageError
 from sana_export.files import hash_file
+from sana_export.lora_scales import scales_text
 from sana_export.manifest import Checkpoint, Overlay
 from sana_export.synth.checkpoint import MARKER
 from sana_export.user_paths import at_home
@@ -129,7 +130,7 @@ class SanaCheckpoint:
         if self.controlnet is not None:
             digest.update(f"controlnet\0{self.controlnet.sha256}\0".encode())
         for lora in self.loras:
-            digest.update(f"lora\0{lora.scale!r}\0{lora.sha256}\0".encode())
+            digest.update(f"lora\0{scales_text(lora.scale, lora.layer_scales)}\0{lora.sha256}\0".encode())
         return digest.hexdigest()
 
     def record(self) -> Checkpoint:
@@ -144,7 +145,7 @@ class SanaCheckpoint:
             self.weights_variant,
             self.trained_with_clamp().on,
             None if file is None else Overlay(str(file), hash_file(file)),
-            tuple(Overlay(str(lora.path), lora.sha256, lora.scale) for lora in self.loras),
+            tuple(Overlay(str(lora.path), lora.sha256, lora.scale, lora.layer_scales) for lora in self.loras),
             None if self.vae is None else Overlay(self.vae.source, self.vae.sha256),
             None if self.controlnet is None else Overlay(self.controlnet.source, self.controlnet.sha256),
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from sana_export.cli.terminal.text import plural, seconds, size, table
 from sana_export.contract import GRAPHS
+from sana_export.lora_scales import scales_text
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.runtime.memory import MemoryRequirement, memory_requirements
 from sana_export.trt.selection import engine_set
@@ -59,7 +60,7 @@ def bundle_origin(manifest: Manifest) -> str:
     facts += [f"transformer from {checkpoint.transformer.path}"] if checkpoint.transformer else []
     facts += [f"autoencoder {checkpoint.vae.path}"] if checkpoint.vae else []
     facts += [f"ControlNet {checkpoint.controlnet.path}"] if checkpoint.controlnet else []
-    facts += [f"LoRA {lora.path} at {lora.scale:g}" for lora in checkpoint.loras]
+    facts += [f"LoRA {lora.path} at {scales_text(lora.scale, lora.layer_scales)}" for lora in checkpoint.loras]
     facts += ["synthetic: random weights"] if checkpoint.synthetic else []
     facts += [options.precision, f"{manifest.model.native_size} px"]
     facts += [str(name)] if (name := manifest.model.scheduler.get("_class_name")) else []

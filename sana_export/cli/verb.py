@@ -106,7 +106,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[:SCALE]",
         action="append",
         default=[],
-        help="a LoRA in diffusers' or PEFT's format, merged into the transformer's weights; can be given several times",
+        help="a LoRA, merged into the transformer's weights; SCALE: 0.7, or with other scales for some layers: 0.7,attn2=0.5; can "
+        "be given several times",
     )
     add_hub_options(parser)
 

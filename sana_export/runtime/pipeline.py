@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Never
 import numpy as np
 import numpy.typing as npt
 
-from sana_export.adapters import Lora
+from sana_export.adapters import Lora, lora_at
 from sana_export.commands import export_command
 from sana_export.contract import GRAPH_GROUPS, WEIGHTS_OF
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
@@ -502,16 +502,17 @@ class SanaRuntime(OfThisProcess):
             instead = f": write {METHODS[name]}" if name in METHODS else ""
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{instead}")
 
-    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+    def load_lora(self, path: str | Path, scale: float | Mapping[str, float] = 1.0) -> None:
         """Add `scale` times the LoRA in the file or folder `path` to the weights, on top of those already loaded (docs/lora.md).
 
+        A mapping has scales for some layers, such as `{"attn2": 0.5}`; the others have 1.
         A `Conditioning` that was encoded before keeps the old weights. Raises UsageError if there is no LoRA at `path`,
         ArtifactError if it does not fit the checkpoint or the engines cannot change their weights, and DependencyError if the
         backend cannot or memory runs out. The weights are unchanged then.
         """
         with self._using():
             self._drop_loops()
-            self._loras.add(Lora(user_path(path, "the LoRA"), scale), self.sessions)
+            self._loras.add(lora_at(path, scale), self.sessions)
 
     def unload_lora(self) -> None:
         """Remove all LoRAs. The weights are the bundle's own again, bit for bit."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sana_export.checkpoint.components import variant_among
 from sana_export.errors import UsageError
 from sana_export.graphs.numerics import FP16_MAX
-from sana_export.verify.overlays import load_controlnet, load_transformer, load_vae, merge_lora
+from sana_export.verify.overlays import load_controlnet, load_transformer, load_vae, merge_loras
 
 if TYPE_CHECKING:
     from sana_export.checkpoint.checkpoint import SanaCheckpoint
@@ -108,8 +108,7 @@ def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, d
         **layers,
         **given,
     )
-    for lora in checkpoint.loras:
-        merge_lora(pipeline.transformer, lora)
+    merge_loras(pipeline.transformer, checkpoint.loras)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.text_encoder.set_attn_implementation("eager")
     if options.clamp:

@@ -86,7 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[:SCALE]",
         action="append",
         default=[],
-        help="a LoRA in diffusers' or PEFT's format, added to the bundle's weights; can be given several times",
+        help="a LoRA, added to the bundle's weights; SCALE: 0.7, or with other scales for some layers: 0.7,attn2=0.5; can be given "
+        "several times",
     )
     parser.add_argument(
         "--backend", metavar="B", default=AUTO, help=f"auto, {', '.join(BACKENDS)} (default: auto, the best one that runs here)"
@@ -132,7 +133,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
     ) as runtime:
         for lora in loras:
-            runtime.load_lora(lora.path, lora.scale)
+            runtime.load_lora(lora.path, lora.scales)
         return sample(runtime, options.prompts, settings, output, console, output_type=output_type)
 
 
@@ -173,7 +174,7 @@ def sample(
         "backend": runtime.backend.name,
         "device": runtime.backend.device,
         "memory": runtime.memory,
-        "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in runtime.loras],
+        "loras": [lora.as_json() for lora in runtime.loras],
         "seconds": dataclasses.asdict(result.timings),
     }
     timings = result.timings

@@ -264,7 +264,7 @@ def _open(recorded: Checkpoint) -> SanaCheckpoint:
         transformer=Path(recorded.transformer.path) if recorded.transformer else None,
         vae=recorded.vae.path if recorded.vae else None,
         controlnet=recorded.controlnet.path if recorded.controlnet else None,
-        loras=[Lora(Path(overlay.path), overlay.scale) for overlay in recorded.loras],
+        loras=[Lora(Path(overlay.path), overlay.scale, overlay.layer_scales) for overlay in recorded.loras],
     )
 
 
