@@ -43,14 +43,14 @@ _SIZES = {aten.sym_size.int, operator.mul, operator.add, operator.sub, operator.
 
 
 def dynamic_shapes(spec: GraphSpec, least: Mapping[str, int] = ANY_LENGTH) -> dict[str, dict[int, Any]]:
-    """The dynamic axes of each input of `spec` by name, as torch.export takes them. `least`: the shortest length of an axis, if not 1."""
+    """The dynamic axes of each input of `spec` by name, as torch.export takes them.
+
+    `least`: the shortest length of an axis, if not 1.
+    """
+    named = {tensor.name: enumerate(tensor.shape) for tensor in spec.inputs}
     return {
-        tensor.name: {
-            index: Dim(axis, min=least.get(axis, 1), max=LONGEST)
-            for index, axis in enumerate(tensor.shape)
-            if isinstance(axis, str)
-        }
-        for tensor in spec.inputs
+        name: {index: Dim(axis, min=least.get(axis, 1), max=LONGEST) for index, axis in axes if isinstance(axis, str)}
+        for name, axes in named.items()
     }
 
 

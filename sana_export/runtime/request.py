@@ -71,8 +71,8 @@ class Request:
     strength: float | None = None
     #: Where the image is drawn anew (white) and where it stays (black): one mask, or a list as for `image`.
     mask: Any = None
-    #: The image that a ControlNet follows, in the same forms as `image`: one, or a list, one for each prompt or drawn image. The bundle
-    #: needs the graphs of the group "control".
+    #: The image that a ControlNet follows, in the same forms as `image`: one, or a list, one for each prompt or drawn image. The
+    #: bundle needs the graphs of the group "control".
     control_image: Any = None
     #: The factor on what the ControlNet adds.
     controlnet_conditioning_scale: float = CONDITIONING_SCALE

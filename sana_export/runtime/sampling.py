@@ -51,7 +51,8 @@ class LoopInputs:
     fixed: Mapping[Branches, Mapping[str, DeviceTensor]]
     #: What the mask puts back after each step. None without a mask.
     blending: Blending | None = None
-    #: By the branches of a step: the ControlNet's inputs that are the same in every such step, by name. None without a control image.
+    #: By the branches of a step: the ControlNet's inputs that are the same in every such step, by name. None without a control
+    #: image.
     control: Mapping[Branches, Mapping[str, DeviceTensor]] | None = None
 
 

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from sana_export.runtime.request import Request
 
 _SANA = {False: "SanaPipeline", True: "SanaPAGPipeline"}
+_SPRINT = {False: "SanaSprintPipeline"}
 #: The class in model_index.json -> whether to sample with PAG -> the class of diffusers that does that.
 REFERENCES = {
-    **dict.fromkeys(("SanaPipeline", "SanaPAGPipeline", "SanaControlNetPipeline"), _SANA),
-    **dict.fromkeys(("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"), {False: "SanaSprintPipeline"}),
+    "SanaPipeline": _SANA,
+    "SanaPAGPipeline": _SANA,
+    "SanaControlNetPipeline": _SANA,
+    "SanaSprintPipeline": _SPRINT,
+    "SanaSprintImg2ImgPipeline": _SPRINT,
 }
 #: Parameters that diffusers' pipelines and `Request` share.
 _SHARED = (
