@@ -139,7 +139,7 @@ def test_any_number_of_branches(branches: int) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_a_perturbed_branch_has_the_residuals_of_its_source(layer: int) -> None:
-    """diffusers has no pipeline with both. Here its parts: the ControlNet runs unperturbed, as in its PAG pipelines of other models."""
+    """diffusers has no pipeline with both. The ControlNet runs unperturbed, as in its PAG pipelines of other models."""
     networks, inputs = make_pair({}), draw_inputs(branches=2)
     repeated = {name: value[[0, 1, 1]] for name, value in inputs.items() if name in ("prompt_embeds", "context_mask")}
     found = run_graphs(*networks, inputs, perturbed=(0.0, 0.0, 1.0), pag={"layers": (layer,), "source": [0, 1, 1]})[1]
