@@ -96,11 +96,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="an autoencoder in place of the checkpoint's: alias (dc-ae-lite), hub id, or local folder in diffusers' format",
     )
     parser.add_argument(
+        "--controlnet",
+        metavar="CONTROLNET",
+        help="a ControlNet to export with the checkpoint: alias (controlnet-hed-1600m), hub id, local folder in diffusers' format, "
+        "or file (.safetensors, .pth)",
+    )
+    parser.add_argument(
         "--lora",
         metavar="PATH[:SCALE]",
         action="append",
         default=[],
-        help="a LoRA in diffusers' or PEFT's format, merged into the transformer's weights; can be given several times",
+        help="a LoRA, merged into the transformer's weights; SCALE: 0.7, or with other scales for some layers: 0.7,attn2=0.5; can "
+        "be given several times",
     )
     add_hub_options(parser)
 
@@ -122,8 +129,8 @@ def add_hub_options(parser: argparse.ArgumentParser) -> None:
 def model_options(files: Any, hub: Any) -> dict[str, Any]:
     """Keyword arguments of `open_checkpoint` from options.
 
-    `files` has the attributes revision, variant, transformer, vae and lora (parsed options or a recipe). `hub` has token, cache_dir
-    and offline (parsed options). Raises UsageError if a LoRA's scale is not a number.
+    `files` has the attributes revision, variant, transformer, vae, controlnet and lora (parsed options or a recipe). `hub` has
+    token, cache_dir and offline (parsed options). Raises UsageError if a LoRA's scale is not a number.
     """
     from sana_export.adapters import parse_lora
     from sana_export.checkpoint.hub import Hub
@@ -133,6 +140,7 @@ def model_options(files: Any, hub: Any) -> dict[str, Any]:
         "weights_variant": files.variant,
         "transformer": files.transformer,
         "vae": files.vae,
+        "controlnet": files.controlnet,
         "loras": tuple(map(parse_lora, files.lora)),
         "hub": Hub(hub.token or None, hub.cache_dir, hub.offline),
     }

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
-from sana_export.contract import FEATURE_TENSORS, GraphSpec, TensorSpec, resolve
+from sana_export.checkpoint.vae_config import read_decoder
+from sana_export.contract import ENCODERS, FEATURE_TENSORS, GraphSpec, TensorSpec, resolve
 from sana_export.graphs.vae_decoder import feature_channels
+from sana_export.graphs.vae_encoder import encoder_feature_channels, encoder_tile_scale
 from sana_export.manifest import Options
+
+ENCODER_GRAPHS: frozenset[str] = frozenset().union(*ENCODERS.values())
 
 
 def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> GraphSpec:
@@ -28,7 +32,13 @@ def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> Graph
         "text_head_dim": text["head_dim"],
         "feature_channels": feature_channels(checkpoint.config("vae")),
     }
-    switches = {**transformer, "pag_layers": options.pag_layers}
+    if name in ENCODER_GRAPHS:  # the config of an encoder that is not exported need not be supported
+        dimensions["encoder_feature_channels"] = encoder_feature_channels(checkpoint.config("vae"))
+    controlled = checkpoint.controlnet is not None
+    if controlled:
+        dimensions["controlnet_layers"] = checkpoint.config("controlnet")["num_layers"]
+        dimensions["channels"] = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    switches = {**transformer, "pag_layers": options.pag_layers, "controlnet": controlled}
     return resolve(name, dimensions, options.dtype, features=[key for key in FEATURE_TENSORS.values() if switches[key]])
 
 
@@ -64,20 +74,42 @@ class Sizes:
     output_height: int
     #: Width of the final image in pixels.
     output_width: int
-    #: Decoded pixels per latent pixel, in height and in width.
+    #: Feature rows in a window of the encoder.
+    window_height: int = 3
+    #: Feature columns in a window of the encoder.
+    window_width: int = 5
+    #: Image pixels per latent pixel, in height and in width.
     spatial_ratio: int = 32
+    #: Image pixels per feature of the encoder, in height and in width.
+    encoder_scale: int = 8
 
     def of(self, axis: str) -> int:
         """The size of the contract's dynamic axis `axis`."""
-        if axis.startswith("image_"):
-            return self.spatial_ratio * int(getattr(self, axis.replace("image", "latent")))
+        kind, _, side = axis.rpartition("_")
+        if kind == "image":
+            return self.spatial_ratio * int(getattr(self, f"latent_{side}"))
+        if kind == "encoded":
+            return self.of(f"image_{side}") // self.encoder_scale
+        if kind == "window_image":
+            return self.encoder_scale * int(getattr(self, f"window_{side}"))
         return int(getattr(self, axis))
+
+    def least(self, spec: GraphSpec) -> dict[str, int]:
+        """The shortest lengths of the axes of an encoder's inputs, which each stage halves."""
+        if spec.name not in ENCODER_GRAPHS:
+            return {}
+        lengths = {
+            "image": self.spatial_ratio,
+            "encoded": self.spatial_ratio // self.encoder_scale,
+            "window_image": self.encoder_scale,
+        }
+        return {f"{kind}_{side}": length for kind, length in lengths.items() for side in ("height", "width")}
 
 
 #: The sizes to trace with. All differ and are at least 2, so that the tracer cannot take one for a constant or for another axis.
 TRACE_SIZES = Sizes(2, 3, 10, 5, 9, 7, 4, 6, 12, 15, 8, 11, 100, 170)
 #: The sizes to check with. They differ from the traced ones, so that a traced constant or a swapped axis fails the check.
-CHECK_SIZES = Sizes(3, 2, 4, 8, 1, 11, 5, 3, 14, 9, 10, 6, 64, 131)
+CHECK_SIZES = Sizes(3, 2, 4, 8, 1, 11, 5, 3, 14, 9, 10, 6, 64, 131, 4, 2)
 #: For the axis of an index tensor, the axis that its values index into.
 _INDEXED = {
     "branches": "text_branches",
@@ -86,6 +118,14 @@ _INDEXED = {
     "tile_height": "feature_height",
     "tile_width": "feature_width",
 }
+
+
+def fitting(sizes: Sizes, name: str, checkpoint: SanaCheckpoint) -> Sizes:
+    """`sizes` for the graph `name` of a checkpoint: an encoder's layers halve the size, so its inputs must be multiples."""
+    if name not in ENCODER_GRAPHS:
+        return sizes
+    vae = checkpoint.config("vae")
+    return replace(sizes, spatial_ratio=read_decoder(vae).stride, encoder_scale=encoder_tile_scale(vae))
 
 
 def random_inputs(spec: GraphSpec, sizes: Sizes, seed: int) -> dict[str, Tensor]:
@@ -107,6 +147,8 @@ def _random_input(tensor: TensorSpec, sizes: Sizes, generator: torch.Generator) 
         ),
         "row_weight": lambda: uniform / uniform.sum(0, keepdim=True),
         "column_weight": lambda: uniform / uniform.sum(0, keepdim=True),
+        "mask": lambda: (uniform > 0.5).float(),
+        "noise_level": lambda: uniform,
     }
     if tensor.name in special:
         return special[tensor.name]()

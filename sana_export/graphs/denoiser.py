@@ -40,6 +40,9 @@ class Denoiser(nn.Module):
     perturbed[k] is 1, it uses identity attention in these layers. Before the first of them only the U text branches run: a
     perturbed branch would equal its source. Without `pag_layers`, K = U.
 
+    With a ControlNet of R blocks there is one more input, residuals [R, U, B, h, w, C'] (graphs/controlnet.py): the first is added
+    after the second block, and so on.
+
     A checkpoint with `guidance_embeds` (SANA-Sprint) has one more input, guidance [1]: the guidance scale that the user sets.
     All tensors are float32 except `context` (see graphs/context.py). context_mask is 1 for tokens to attend to and 0 for padding.
     `clamp` clips self-attention outputs to +-65504, as the fp16 checkpoints were trained. The residual stream is stored multiplied
@@ -63,7 +66,7 @@ class Denoiser(nn.Module):
         self.patch_embed = Linear(patch, weights["patch_embed.proj.bias"], numerics, scale)
         self.time_embed = TimeEmbedding(config, weights, numerics)
         self.blocks = nn.ModuleList(
-            Block(config, _block_weights(weights, index), numerics, clamp=clamp, perturbable=index in pag_layers)
+            Block(config, block_weights(weights, index), numerics, clamp=clamp, perturbable=index in pag_layers)
             for index in range(config["num_layers"])
         )
         self.first_pag_layer = min(pag_layers, default=len(self.blocks))
@@ -81,6 +84,7 @@ class Denoiser(nn.Module):
         *,
         source: Tensor | None = None,
         guidance: Tensor | None = None,
+        residuals: Tensor | None = None,
     ) -> Tensor:
         batch, channels, height, width = latents.shape
         branches, dtype, first = perturbed.shape[0], self.numerics.dtype, self.first_pag_layer
@@ -111,6 +115,10 @@ class Denoiser(nn.Module):
                 x = x if index else expand_branches(x, text_branches)
             x = block.cross_attention(x, keys_values, mask)
             x = block.feed_forward(x, table, size)
+            if residuals is not None and 0 < index <= len(residuals):
+                residual = residuals[index - 1]
+                residual = residual if source is None or index < first else residual.index_select(0, source)
+                x = x + residual.flatten(2, 3).flatten(0, 1)
         shift, factor = (self.scale_shift_table + embedded).unbind(0)
         x = self.proj_out(modulated_norm(x, shift, factor, self.eps))
         return x.float().transpose(1, 2).reshape(branches, batch, channels, height, width)
@@ -302,6 +310,7 @@ def expand_branches(x: Tensor, branches: int) -> Tensor:
     return x.unsqueeze(0).expand(branches, -1, -1, -1).flatten(0, 1)
 
 
-def _block_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+def block_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+    """The tensors of block `index` by their names in it."""
     prefix = f"transformer_blocks.{index}."
     return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}

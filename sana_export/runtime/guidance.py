@@ -131,7 +131,7 @@ def check_intervals(guidance_interval: Interval, guided: bool, pag_interval: Int
         if interval != WHOLE and not on:
             raise UsageError(
                 f"{kind}_interval has no effect, because this guidance is off",
-                found="{:g} to {:g}, and a {}_scale that is not above {}".format(*interval, kind, least),
+                found=f"{interval[0]:g} to {interval[1]:g}, and a {kind}_scale that is not above {least}",
                 wanted=f"a {kind}_scale above {least}, or no {kind}_interval",
                 fix=f"--{kind}-scale {example}, or leave out --{kind}-interval",
             )

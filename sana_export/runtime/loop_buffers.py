@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sana_export.runtime.backends.base import CapturingBackend, DeviceTensor
@@ -29,6 +29,17 @@ class LoopShape:
     guided: bool
     #: Whether the denoiser has the input `source`.
     perturbable: bool
+    #: Whether a mask is applied after every step.
+    blended: bool = False
+    #: Shape of the denoiser's input `residuals` (contract.RESIDUALS), with all branches. None if it has no such input.
+    residuals: tuple[int, ...] | None = None
+    #: Shape of the ControlNet's context, with all branches. None without a control image.
+    control_context: tuple[int, ...] | None = None
+
+    @property
+    def controlled(self) -> bool:
+        """Whether the ControlNet runs in every step."""
+        return self.control_context is not None
 
     @property
     def branch_sets(self) -> tuple[Branches, ...]:
@@ -50,8 +61,10 @@ class BranchBuffers:
     noise_pred: DeviceTensor
     #: N rows, float32 [K].
     guidance_weights: Sequence[DeviceTensor]
-    #: The denoiser's inputs that are the same in every step, by name.
+    #: The denoiser's inputs that are the same in every step, by name, and its `residuals`.
     fixed: Mapping[str, DeviceTensor]
+    #: The ControlNet's inputs that are the same in every step, by name. Empty without a control image.
+    control: Mapping[str, DeviceTensor]
 
 
 def branch_buffers(backend: CapturingBackend, shape: LoopShape, context_dtype: str) -> dict[Branches, BranchBuffers]:
@@ -60,6 +73,7 @@ def branch_buffers(backend: CapturingBackend, shape: LoopShape, context_dtype: s
     Predictions, and the contexts of sets with the same prompts, share memory.
     """
     zeros, sets, batch = backend.zeros, shape.branch_sets, shape.latents[0]
+    inputs = {"control": zeros(shape.latents, "float32"), "conditioning_scale": zeros((1,), "float32")} if shape.controlled else {}
     noise_pred = zeros((len(sets[0].names), *shape.latents), "float32")
     contexts = {
         branches.texts: {
@@ -68,6 +82,8 @@ def branch_buffers(backend: CapturingBackend, shape: LoopShape, context_dtype: s
         }
         for branches in {branches.texts: branches for branches in sets}.values()
     }
+    residuals = {texts: _with_texts(zeros, shape.residuals, 1, len(texts), context_dtype) for texts in contexts}
+    controls = {texts: _with_texts(zeros, shape.control_context, 2, len(texts), context_dtype) for texts in contexts}
     found: dict[Branches, BranchBuffers] = {}
     for branches in sets:
         count = len(branches.names)
@@ -76,6 +92,20 @@ def branch_buffers(backend: CapturingBackend, shape: LoopShape, context_dtype: s
             fixed["source"] = zeros((count,), "int64")
         if shape.guided:
             fixed["guidance"] = zeros((1,), "float32")
+        fixed |= _named("residuals", residuals[branches.texts])
+        control = {**inputs, **_named("context", controls[branches.texts])}
+        control |= {"context_mask": fixed["context_mask"]} if control else {}
         table = backend.table(shape.steps, (count,), "float32")
-        found[branches] = BranchBuffers(backend.leading(noise_pred, count), table, fixed)
+        found[branches] = BranchBuffers(backend.leading(noise_pred, count), table, fixed, control)
     return found
+
+
+def _with_texts(
+    zeros: Callable[[Sequence[int], str], DeviceTensor], shape: Sequence[int] | None, axis: int, texts: int, dtype: str
+) -> DeviceTensor | None:
+    """A tensor of `shape` with `texts` branches at `axis`. None without a shape."""
+    return None if shape is None else zeros((*shape[:axis], texts, *shape[axis + 1 :]), dtype)
+
+
+def _named(name: str, tensor: DeviceTensor | None) -> dict[str, DeviceTensor]:
+    return {} if tensor is None else {name: tensor}

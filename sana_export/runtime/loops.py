@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sana_export.runtime.backends.base import Backend, CapturingBackend
+from sana_export.runtime.control import residuals_shape
 from sana_export.runtime.loop_buffers import LoopShape
 from sana_export.runtime.request import Plan, request_axes
 from sana_export.runtime.results import Conditioning
@@ -55,6 +56,9 @@ def take_loop(plan: Plan, conditioning: Conditioning, backend: Backend, sessions
         needs_noise=plan.schedule.needs_noise,
         guided=plan.guidance is not None,
         perturbable=bool(backend.manifest.options.pag_layers),
+        blended=plan.image is not None and plan.image.mask is not None,
+        residuals=residuals_shape(backend.manifest, plan.latents_shape, plan.branches),
+        control_context=None if conditioning.control is None else tuple(conditioning.control.context.shape),
     )
     if sessions.staged:  # sessions that are loaded for one image are not worth capturing
         return CapturedLoop(backend, sessions, shape, context.dtype, capture=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from sana_export.formats.arrays import Array, Float32
 from sana_export.runtime.backends.base import DeviceTensor
+from sana_export.runtime.control import ControlConditioning
 from sana_export.runtime.guidance import Branches, Interval
 from sana_export.runtime.unpicklable import OfThisProcess
 
@@ -31,6 +33,8 @@ class Timings:
     vae_decoder: float
     #: The whole call, by the host's clock.
     total: float
+    #: Encoding the images that the request starts from. 0 without.
+    vae_encoder: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +54,8 @@ class SanaResult:
     pag_interval: Interval
     #: Seconds of each stage.
     timings: Timings
+    #: The scheduler that ran: diffusers' `_class_name`, and all keys of its config that sampling reads.
+    scheduler: Mapping[str, Any]
 
     def __getitem__(self, key: int | str) -> Any:
         """`result[0]` and `result["images"]` are the images, as in diffusers, and `(images,) = result` works."""
@@ -73,6 +79,10 @@ class Conditioning(OfThisProcess):
     events: tuple[Any, Any, Any]
     #: `context` and `context_mask` without the negative prompts, [1, B, L], if some steps run without them, as others do with them.
     unguided: tuple[DeviceTensor, DeviceTensor] | None = None
+    #: float32 [B, C, h, w]: the encoded image of each drawn image. None if the plan starts from noise.
+    image_latents: Float32 | None = None
+    #: What the ControlNet reads. None if the plan has no control image.
+    control: ControlConditioning | None = None
 
     def of(self, branches: Branches) -> tuple[DeviceTensor, DeviceTensor]:
         """The denoiser's context and mask for steps with these branches."""

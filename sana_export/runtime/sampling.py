@@ -2,7 +2,7 @@
 
 There are two loops with one interface. `WaitingLoop` is for a backend whose sessions finish before they return. `CapturedLoop` is
 for a backend that enqueues its work: everything that changes from step to step (timestep, coefficients, guidance weights, fresh
-noise) is in tables on the device, and the latents alternate between two buffers. So a step is the same work at the same addresses
+noise) is in tables on the device, and latents and x0 rotate through a few buffers. So a step is the same work at the same addresses
 in every run, and any sequence of steps can be captured as one CUDA graph and replayed for another prompt, seed or guidance scale of
 the same shapes.
 """
@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sana_export.contract import COEFFICIENTS
+from sana_export.contract import COEFFICIENTS, HISTORY
 from sana_export.errors import SanaExportError, UsageError
 from sana_export.formats.arrays import Array, Float32
 from sana_export.runtime.backends.base import Backend, CapturingBackend, DeviceTensor, EnqueuedSession, Replay
+from sana_export.runtime.control import residuals_shape
 from sana_export.runtime.guidance import Branches, Segment, parts
+from sana_export.runtime.image_start import ImageStart
 from sana_export.runtime.loop_buffers import LoopShape, branch_buffers
 from sana_export.runtime.memory import DENOISING_STAGE
 from sana_export.runtime.noise import TorchGenerator, randn_batch
@@ -41,12 +43,27 @@ class LoopInputs:
     noise: Iterator[Float32]
     #: float32 [N], scaled for the denoiser.
     timesteps: Float32
-    #: float32 [N, 6], with the columns contract.COEFFICIENTS.
+    #: float32 [N, len(COEFFICIENTS)], with the columns contract.COEFFICIENTS.
     coefficients: Float32
     #: By the branches of a step: float32 [N, K], of which the rows of the steps with these branches count.
     guidance_weights: Mapping[Branches, Float32]
     #: By the branches of a step: the denoiser's inputs that are the same in every such step, by name.
     fixed: Mapping[Branches, Mapping[str, DeviceTensor]]
+    #: What the mask puts back after each step. None without a mask.
+    blending: Blending | None = None
+    #: By the branches of a step: the ControlNet's inputs that are the same in every such step, by name. None without a control
+    #: image.
+    control: Mapping[Branches, Mapping[str, DeviceTensor]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Blending:
+    """The inputs of the graph `blend` (contract.py)."""
+
+    #: image_latents, noise and mask, by name.
+    fixed: Mapping[str, DeviceTensor | Array]
+    #: float32 [N]: the noise level after each step.
+    noise_levels: Float32
 
 
 def check_conditioning(plan: Plan, conditioning: Conditioning) -> None:
@@ -65,6 +82,21 @@ def check_conditioning(plan: Plan, conditioning: Conditioning) -> None:
             wanted=described[1],
             fix="runtime.steps(plan, runtime.encode(plan))",
         )
+    if plan.image is not None and conditioning.image_latents is None:
+        raise UsageError(
+            "the conditioning belongs to another plan",
+            found="no encoded image",
+            wanted="the encoded image of the plan",
+            fix="runtime.steps(plan, runtime.encode(plan))",
+        )
+    if (plan.control is None) != (conditioning.control is None):
+        with_image, without = "an encoded control image", "no control image"
+        raise UsageError(
+            "the conditioning belongs to another plan",
+            found=without if conditioning.control is None else with_image,
+            wanted=without if plan.control is None else with_image,
+            fix="runtime.steps(plan, runtime.encode(plan))",
+        )
 
 
 def loop_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, timestep_scale: float) -> LoopInputs:
@@ -72,8 +104,13 @@ def loop_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, timest
     generators = [TorchGenerator(seed) for seed in plan.seeds]
     start = randn_batch(plan.latents_shape, generators) if plan.latents is None else plan.latents
     sets = {part.branches for part in plan.segments}
+    latents = start * np.float32(plan.schedule.initial_noise_scale)
+    blending = None
+    if plan.image is not None and conditioning.image_latents is not None:
+        latents = plan.image.noised(conditioning.image_latents, start)
+        blending = _blending(plan.image, conditioning.image_latents, start, backend)
     return LoopInputs(
-        latents=start * np.float32(plan.schedule.initial_noise_scale),
+        latents=latents,
         noise=(randn_batch(plan.latents_shape, generators) for _ in plan.schedule.timesteps),
         timesteps=plan.schedule.timesteps * np.float32(timestep_scale),
         coefficients=plan.schedule.coefficients,
@@ -81,7 +118,16 @@ def loop_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, timest
             branches: plan.guidance_weights[:, [plan.branches.names.index(name) for name in branches.names]] for branches in sets
         },
         fixed={branches: _fixed_inputs(plan, conditioning, backend, branches) for branches in sets},
+        blending=blending,
+        control=_control_inputs(plan, conditioning, backend, sets),
     )
+
+
+def _blending(image: ImageStart, image_latents: Float32, noise: Float32, backend: Backend) -> Blending | None:
+    if image.mask is None:
+        return None
+    fixed = {"image_latents": image_latents, "noise": noise, "mask": image.mask}
+    return Blending({name: backend.to_device(value) for name, value in fixed.items()}, image.noise_levels[1:])
 
 
 def _fixed_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, branches: Branches) -> dict[str, DeviceTensor]:
@@ -92,25 +138,42 @@ def _fixed_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, bran
         fixed["source"] = backend.to_device(branches.source)
     if plan.guidance is not None:
         fixed["guidance"] = backend.to_device(plan.guidance)
+    shape = residuals_shape(backend.manifest, plan.latents_shape, branches)
+    if shape is not None and plan.control is None:
+        fixed["residuals"] = backend.zeros(shape, backend.manifest.options.dtype)
     return fixed
+
+
+def _control_inputs(
+    plan: Plan, conditioning: Conditioning, backend: Backend, sets: Collection[Branches]
+) -> dict[Branches, dict[str, DeviceTensor]] | None:
+    if plan.control is None or conditioning.control is None:
+        return None
+    control, texts = conditioning.control, len(plan.branches.texts)
+    shared = {"control": control.latents, "conditioning_scale": backend.to_device(plan.control.scale)}
+    return {
+        branches: {**shared, "context": control.of(branches, texts), "context_mask": conditioning.of(branches)[1]}
+        for branches in sets
+    }
 
 
 def sampler_feeds(
     noise_pred: DeviceTensor | Array,
     latents: DeviceTensor | Array,
-    previous_x0: DeviceTensor | Array,
+    history: Sequence[DeviceTensor | Array],
     noise: DeviceTensor | Array,
     coefficients: DeviceTensor | Array,
     guidance_weights: DeviceTensor | Array,
 ) -> dict[str, DeviceTensor | Array]:
     """The inputs of the graph `sampler` for one step, by name (contract.py has the shapes).
 
-    `coefficients` is a row of the schedule's table, `guidance_weights` a row of the plan's.
+    `history` is the x0 of the steps before, newest first, for contract.HISTORY. `coefficients` is a row of the schedule's table,
+    `guidance_weights` a row of the plan's.
     """
     return {
         "noise_pred": noise_pred,
         "latents": latents,
-        "previous_x0": previous_x0,
+        **dict(zip(HISTORY, history, strict=True)),
         "noise": noise,
         "coefficients": coefficients,
         "weights": guidance_weights,
@@ -151,23 +214,28 @@ class WaitingLoop(SamplingLoop):
     def start(self, inputs: LoopInputs) -> None:
         self._inputs = inputs
         self._latents = self._backend.to_device(inputs.latents)
-        self._x0 = self._noise = self._backend.to_device(np.zeros_like(inputs.latents))
+        self._noise = self._backend.to_device(np.zeros_like(inputs.latents))
+        self._x0 = (self._noise,) * len(HISTORY)
 
     def run(self, first: int, stop: int) -> None:
         inputs = self._inputs
         for index in range(first, stop):
             if self._needs_noise:
                 self._noise = self._backend.to_device(next(inputs.noise))
-            branches, timestep = self._branches[index], inputs.timesteps[index : index + 1]
-            denoised = self._sessions["denoiser"].run({"latents": self._latents, "timestep": timestep, **inputs.fixed[branches]})
-            noise_pred = denoised["noise_pred"]
+            branches = self._branches[index]
+            step = {"latents": self._latents, "timestep": inputs.timesteps[index : index + 1]}
+            residuals = {} if inputs.control is None else self._sessions["controlnet"].run({**step, **inputs.control[branches]})
+            noise_pred = self._sessions["denoiser"].run({**step, **inputs.fixed[branches], **residuals})["noise_pred"]
             weights = inputs.guidance_weights[branches][index]
             feeds = sampler_feeds(noise_pred, self._latents, self._x0, self._noise, inputs.coefficients[index], weights)
             sampled = self._sessions["sampler"].run(feeds)
-            self._latents, self._x0 = sampled["next_latents"], sampled["x0"]
+            self._latents, self._x0 = sampled["next_latents"], (sampled["x0"], *self._x0[:-1])
+            if inputs.blending is not None:
+                feeds = {"latents": self._latents, "noise_level": inputs.blending.noise_levels[index : index + 1]}
+                self._latents = self._sessions["blend"].run({**feeds, **inputs.blending.fixed})["blended"]
 
     def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
-        return self._latents, self._x0
+        return self._latents, self._x0[0]
 
     def result(self) -> DeviceTensor:
         return self._latents
@@ -195,31 +263,48 @@ class CapturedLoop(SamplingLoop):
         self._backend, self._sessions, self._capture = backend, sessions, capture
         #: The loop's own sessions, by graph and branches, if it captures.
         self._separate: dict[tuple[str, Branches], EnqueuedSession] = {}
-        latents, rows = shape.latents, shape.steps
+        batch, latents, rows = shape.latents[0], shape.latents, shape.steps
         zeros, table = backend.zeros, backend.table
         self._latents = [zeros(latents, "float32") for _ in range(2)]
-        self._x0 = [zeros(latents, "float32") for _ in range(2)]
+        #: The x0 of this step and of those before it, each for as long as it is an input.
+        self._x0 = [zeros(latents, "float32") for _ in range(1 + len(HISTORY))]
         self._timesteps = table(rows, (1,), "float32")
         self._coefficients = table(rows, (len(COEFFICIENTS),), "float32")
         self._noise = table(rows if shape.needs_noise else 1, latents, "float32")
         self._branches = branch_buffers(backend, shape, context_dtype)
+        self._blending: dict[str, DeviceTensor] = {}
+        if shape.blended:
+            self._unblended = zeros(latents, "float32")
+            self._noise_levels = table(rows, (1,), "float32")
+            mask = (batch, 1, *latents[2:])
+            shapes = {"image_latents": latents, "noise": latents, "mask": mask}
+            self._blending = {name: zeros(one, "float32") for name, one in shapes.items()}
         #: By first step and stop: the backend's generation at the capture, and the captured work.
         self._replays: dict[tuple[int, int], tuple[int, Replay]] = {}
 
     def start(self, inputs: LoopInputs) -> None:
         write, write_table = self._backend.write, self._backend.write_table
         write(self._latents[0], inputs.latents)
-        write(self._x0[0], np.zeros_like(inputs.latents))
+        *older, newest = self._x0[1:]  # what the first step reads
+        write(newest, np.zeros_like(inputs.latents))
+        for x0 in older:
+            write(x0, newest)
         write_table(self._timesteps, inputs.timesteps.reshape(-1, 1))
         write_table(self._coefficients, inputs.coefficients)
         noise = np.stack([*inputs.noise]) if self.shape.needs_noise else np.zeros((1, *self.shape.latents), np.float32)
         write_table(self._noise, noise)
         for branches, buffers in self._branches.items():
             write_table(buffers.guidance_weights, inputs.guidance_weights[branches])
-            for name, target in buffers.fixed.items():
-                write(target, inputs.fixed[branches][name])
+            for name, value in inputs.fixed[branches].items():
+                write(buffers.fixed[name], value)
             if self._capture and len(self._branches) > 1:  # so that memory moves before the first capture, not between two
                 self._session("denoiser", branches).reserve(self.shape.axes(branches))
+            for name, target in buffers.control.items():
+                write(target, (inputs.control or {})[branches][name])
+        if inputs.blending is not None:
+            write_table(self._noise_levels, inputs.blending.noise_levels.reshape(-1, 1))
+            for name, target in self._blending.items():
+                write(target, inputs.blending.fixed[name])
 
     def run(self, first: int, stop: int) -> None:
         for part in parts(self.shape.segments, first, stop):
@@ -230,8 +315,7 @@ class CapturedLoop(SamplingLoop):
                 replay()
 
     def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
-        after = (step + 1) % 2
-        return self._backend.copy(self._latents[after]), self._backend.copy(self._x0[after])
+        return self._backend.copy(self._latents[(step + 1) % 2]), self._backend.copy(self._x0[step % len(self._x0)])
 
     def result(self) -> DeviceTensor:
         return self._latents[self.shape.steps % 2]
@@ -254,7 +338,7 @@ class CapturedLoop(SamplingLoop):
         # A session sets up a new shape in its first run, which must not happen during a capture. The replay runs this step again
         # from the same state: a step does not write what it reads.
         self._enqueue(replace(part, stop=part.first + 1))
-        if not all(self._session(graph, part.branches).capturable for graph in DENOISING_STAGE):
+        if not all(self._session(graph, part.branches).capturable for graph in self._graphs):
             self._stop_capturing("an engine cannot be captured")
             return None
         generation = self._backend.generation
@@ -265,6 +349,12 @@ class CapturedLoop(SamplingLoop):
             return None
         self._replays[part.first, part.stop] = generation, replay
         return replay
+
+    @property
+    def _graphs(self) -> tuple[str, ...]:
+        """The graphs of a step."""
+        controlled = ("controlnet",) if self.shape.controlled else ()
+        return (*controlled, *DENOISING_STAGE, *(("blend",) if self.shape.blended else ()))
 
     def _stop_capturing(self, why: str) -> None:
         LOG.warning("the steps cannot be captured as a CUDA graph, so they are enqueued one by one: %s", why)
@@ -286,14 +376,22 @@ class CapturedLoop(SamplingLoop):
         for index in range(part.first, part.stop):
             now, after = index % 2, (index + 1) % 2
             latents = self._latents[now]
-            feeds = {"latents": latents, "timestep": self._timesteps[index], **buffers.fixed}
-            denoiser.run(feeds, {"noise_pred": buffers.noise_pred})
+            step = {"latents": latents, "timestep": self._timesteps[index]}
+            if self.shape.controlled:
+                residuals = {"residuals": buffers.fixed["residuals"]}
+                self._session("controlnet", part.branches).run({**step, **buffers.control}, residuals)
+            denoiser.run({**step, **buffers.fixed}, {"noise_pred": buffers.noise_pred})
             noise = self._noise[index if self.shape.needs_noise else 0]
             coefficients, weights = self._coefficients[index], buffers.guidance_weights[index]
+            history = [self._x0[(index - back) % len(self._x0)] for back in range(1, len(self._x0))]
+            sampled = self._unblended if self.shape.blended else self._latents[after]
             sampler.run(
-                sampler_feeds(buffers.noise_pred, latents, self._x0[now], noise, coefficients, weights),
-                {"next_latents": self._latents[after], "x0": self._x0[after]},
+                sampler_feeds(buffers.noise_pred, latents, history, noise, coefficients, weights),
+                {"next_latents": sampled, "x0": self._x0[index % len(self._x0)]},
             )
+            if self.shape.blended:
+                feeds = {"latents": sampled, "noise_level": self._noise_levels[index], **self._blending}
+                self._session("blend", part.branches).run(feeds, {"blended": self._latents[after]})
 
 
 def enqueued(sessions: Sessions, graph: str) -> EnqueuedSession:

@@ -251,7 +251,9 @@ def measure_ranges(
             plan = runtime.plan(sampling.request(prompt, manifest.model))
             *_, last = runtime.steps(plan, runtime.encode(plan))
             # Not runtime.decode, which raises an error if the latents overflowed: the report is about overflows.
-            runtime.run("vae_decoder", {"latents": last.latents})
+            image = runtime.run("vae_decoder", {"latents": last.latents})["image"]
+            if "vae_encoder" in manifest.graphs:
+                runtime.run("vae_encoder", {"image": np.nan_to_num(image, posinf=1.0, neginf=-1.0).clip(-1, 1)})
         evaluators = cast(EvaluatorBackend, runtime.backend).evaluators.values()
         rows = [row for evaluator in evaluators for row in cast(RangeMeter, evaluator).ranges()]
     return RangeReport(str(bundle), tuple(prompts), tuple(sorted(rows, key=lambda row: row.headroom)))

@@ -43,7 +43,7 @@ class MetaCheckpoint:
     """A stand-in for a checkpoint in `build_graph`, made from the configs of "transformer", "vae" and "text_encoder"."""
 
     def __init__(self, configs: Configs) -> None:
-        self.configs = configs
+        self.configs, self.controlnet = configs, None
 
     def config(self, component: str) -> dict[str, Any]:
         return dict(read_part(component, self.configs[component]).config)

@@ -14,8 +14,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from sana_export.errors import UsageError
 from sana_export.formats.arrays import Array
+from sana_export.formats.dtypes import DTYPES
 from sana_export.manifest import Manifest
 from sana_export.numeric import shown
 from sana_export.runtime.memory import AUTO, MEMORY_MODES
@@ -130,6 +133,10 @@ class Backend(OfThisProcess, ABC):
     @abstractmethod
     def to_device(self, array: Array) -> DeviceTensor:
         """A tensor with the values of `array`, to feed more than once. It may share the array's memory."""
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
+        """A new tensor of zeros; `dtype` as the contract names it."""
+        return self.to_device(np.zeros(shape, DTYPES[dtype].numpy))
 
     @abstractmethod
     def to_host(self, value: DeviceTensor | Array) -> Array:

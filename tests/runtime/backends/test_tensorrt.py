@@ -23,6 +23,7 @@ from sana_export.runtime.backends.base import BackendSettings
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
 from sana_export.runtime.backends.tensorrt_options import EngineOptions
 from sana_export.runtime.request import Request
+from sana_export.runtime.sampling import sampler_feeds
 from sana_export.trt.compatibility import Host
 from tests.support.host_device import HostDevice
 from tests.support.host_tensorrt import CudaGraphStrategy, DynamicShapesKernelSpecializationStrategy, HostTensorRT, with_engines
@@ -161,8 +162,8 @@ def test_a_captured_loop_stays_valid_whatever_runs_in_between(
 def test_runs_of_a_graph_do_not_disturb_captured_work(runtime: SanaRuntime, device: HostDevice) -> None:
     first = runtime("a red fox", seed=7, **SMALL).images
     latents = np.random.default_rng(0).normal(size=(2, 32, 4, 4)).astype(np.float32)
-    feeds = {"noise_pred": latents[None], "latents": latents, "previous_x0": latents, "noise": latents}
-    runtime.run("sampler", {**feeds, "coefficients": np.ones(6, np.float32), "weights": np.ones(1, np.float32)})
+    feeds = sampler_feeds(latents[None], latents, [latents] * 3, latents, np.ones(8, np.float32), np.ones(1, np.float32))
+    runtime.run("sampler", feeds)
     assert runtime("a red fox", seed=7, **SMALL).images == first
     assert device.captures == 1
 
@@ -245,6 +246,20 @@ def test_the_steps_that_a_caller_drives_stay_as_they_are(runtime: SanaRuntime, t
 
     for found, wanted in zip(steps(runtime), steps(tiny_runtime), strict=True):
         np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [{"_class_name": "UniPCMultistepScheduler", "solver_order": 3}, "dpm++3m-sde", "heun"], ids=str
+)
+def test_every_step_finds_the_x0_of_those_before(
+    runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice, scheduler: Any
+) -> None:
+    """Also in the second run of a captured loop, whose buffers hold the last x0 of the first one."""
+    options = {**SMALL, "num_inference_steps": 7, "scheduler": scheduler, "output_type": "latent"}
+    for seed in (3, 4):
+        found, wanted = (by("a red fox", seed=seed, **options).images for by in (runtime, tiny_runtime))
+        np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
+    assert (device.captures, device.replays) == (1, 2)
 
 
 @pytest.mark.parametrize(
