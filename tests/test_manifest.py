@@ -247,7 +247,9 @@ def test_the_contract_leaves_only_dynamic_axes_open(tiny_bundle):
     assert set(manifest.graphs) == set(GRAPHS)
     sizes = dict.fromkeys(("latent_channels", "layers", "cross_attention_heads", "cross_attention_head_dim"), 2)
     text = dict.fromkeys(("text_channels", "text_layers", "text_kv_heads", "text_head_dim"), 3)
-    assert resolve("context", {**sizes, **text}, "float16").outputs[0].shape == (2, 2, "branches", "batch", 2, "text_tokens", 2)
+    for features, branches in (((), "branches"), (("pag_layers",), "text_branches")):  # one axis less without PAG layers
+        (context,) = resolve("context", {**sizes, **text}, "float16", features).outputs
+        assert context.shape == (2, 2, branches, "batch", 2, "text_tokens", 2)
 
 
 def test_a_name_without_a_bundle_says_what_is_there(tmp_path):

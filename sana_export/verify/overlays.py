@@ -1,4 +1,7 @@
-"""A user's transformer file, autoencoder and LoRAs in the reference, loaded by diffusers and PEFT, not by our own readers."""
+"""A user's transformer file, autoencoder, ControlNet and LoRAs in the reference, loaded by diffusers and PEFT.
+
+A ControlNet's tensors come from our own reader, because diffusers cannot read the original code's.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,17 @@ def load_vae(vae: Vae, dtype: Any) -> Any:
 
     variant = variant_among([path.name for path in vae.weight_files], vae.weights_variant)
     return AutoencoderDC.from_pretrained(vae.folder, variant=variant, local_files_only=True, dtype=dtype)
+
+
+def load_controlnet(checkpoint: SanaCheckpoint, dtype: Any) -> Any:
+    """diffusers' network of the checkpoint's ControlNet, in `dtype`."""
+    from diffusers import SanaControlNetModel
+
+    controlnet, weights = checkpoint.controlnet, checkpoint.weights("controlnet")
+    assert controlnet is not None
+    network = SanaControlNetModel.from_config(controlnet.config(checkpoint.config("transformer")))
+    network.load_state_dict({name: weights[name].to(dtype) for name in weights}, strict=True, assign=True)
+    return network.eval()
 
 
 def merge_loras(transformer: Any, loras: Sequence[Lora]) -> None:

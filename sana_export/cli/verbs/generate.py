@@ -9,10 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sana_export.cli.images import check_output, write_images
+from sana_export.cli.schedulers import add_scheduler, scheduler_settings
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
-from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, path_named, positive
+from sana_export.cli.verb import (
+    Answer,
+    Verb,
+    add_bundle,
+    add_device,
+    add_intervals,
+    add_size,
+    given_intervals,
+    path_named,
+    positive,
+)
 from sana_export.runtime.backends import BACKENDS
+from sana_export.runtime.control import CONDITIONING_SCALE
 from sana_export.runtime.memory import AUTO
 
 log = logging.getLogger(__name__)
@@ -33,9 +45,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the image file (.png, .jpg, .webp, .npy); several images are named OUT-0.png, OUT-1.png, ...",
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", default="", help="what not to draw")
+    parser.add_argument(
+        "--image", metavar="IN.png", help="an image to start from; the bundle needs the graphs of the group img2img"
+    )
+    parser.add_argument(
+        "--strength", type=float, metavar="S", help="with --image: how much is drawn anew, above 0, up to 1 (default: 0.6)"
+    )
+    parser.add_argument(
+        "--mask", metavar="MASK.png", help="with --image: an image that is white where it is drawn anew and black where it stays"
+    )
+    parser.add_argument(
+        "--control-image",
+        metavar="IMAGE.png",
+        help="an image that the bundle's ControlNet follows, for HED its edges in white on black",
+    )
+    parser.add_argument(
+        "--control-scale", type=float, metavar="S", help="with --control-image: how closely it is followed (default: 1)"
+    )
     parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: the checkpoint's)")
+    add_scheduler(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off (default: the checkpoint's)")
     parser.add_argument("--pag-scale", type=float, metavar="P", default=0.0, help="perturbed attention guidance (default: 0, off)")
+    add_intervals(parser, "")
     add_size(parser, "the image (default: the checkpoint's native size)")
     parser.add_argument(
         "--no-resolution-binning",
@@ -79,9 +110,16 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     loras = [parse_lora(text) for text in options.lora]
     settings = {
         "negative_prompt": options.negative_prompt,
+        "image": options.image,
+        "strength": options.strength,
+        "mask": options.mask,
+        "control_image": options.control_image,
+        "controlnet_conditioning_scale": CONDITIONING_SCALE if options.control_scale is None else options.control_scale,
         "num_inference_steps": options.steps,
+        **scheduler_settings(options),
         "guidance_scale": options.guidance_scale,
         "pag_scale": options.pag_scale,
+        **given_intervals(options),
         "height": options.height,
         "width": options.width,
         "num_images_per_prompt": options.images_per_prompt,
@@ -109,7 +147,9 @@ def sample(
     output_type: str = "pil",
 ) -> Answer:
     """Generate images of `prompts` with `settings` (parameters of `SanaRuntime.__call__`) and write them."""
-    steps = settings.get("num_inference_steps") or runtime.manifest.model.default_steps
+    from sana_export.runtime import Request
+
+    steps = len(runtime.plan(Request(prompt=prompts, **settings)).schedule.timesteps)
     log.info("sampling %d steps on %s", steps, runtime.backend.name)
 
     def on_step(_runtime: object, index: int, _timestep: float, _tensors: object) -> None:
@@ -128,6 +168,9 @@ def sample(
         "height": result.height,
         "width": result.width,
         "steps": steps,
+        "scheduler": dict(result.scheduler),
+        "guidance_interval": list(result.guidance_interval),
+        "pag_interval": list(result.pag_interval),
         "backend": runtime.backend.name,
         "device": runtime.backend.device,
         "memory": runtime.memory,
@@ -140,6 +183,7 @@ def sample(
             ("text encoder", seconds(timings.text_encoder)),
             ("context", seconds(timings.context)),
             ("denoise", f"{seconds(timings.denoise_loop)}, {steps} steps"),
+            *([("vae encoder", seconds(timings.vae_encoder))] if timings.vae_encoder else []),
             ("vae decoder", seconds(timings.vae_decoder)),
             ("total", seconds(timings.total)),
         ],
