@@ -206,7 +206,7 @@ def test_products_are_exact_inside_a_run_and_settings_come_back(runtime: SanaRun
     seen = []
     session = runtime.backend.load("sampler")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(session, "module", lambda *_: (seen.append(torch.backends.cudnn.allow_tf32), (None, None))[1])
+    monkeypatch.setattr(session, "module", lambda **_: (seen.append(torch.backends.cudnn.allow_tf32), (None, None))[1])
     session.run({tensor.name: np.zeros(1, np.float32) for tensor in session.spec.inputs})
     assert seen == [False]
     assert torch.backends.cudnn.allow_tf32 is True
