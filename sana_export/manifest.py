@@ -50,7 +50,7 @@ __all__ = [
     "parse_spec",
 ]
 
-FORMAT = 2
+FORMAT = 3
 FILE_NAME = "manifest.json"
 #: What parsing a document of another shape can raise.
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)

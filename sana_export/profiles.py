@@ -28,6 +28,8 @@ Range = tuple[int, int, int]
 
 #: Most guidance branches of a request: 1 without guidance, 2 with CFG or PAG, 3 with both.
 MAX_BRANCHES = 3
+#: Most branches with a prompt of their own: the negative prompt and the prompt.
+MAX_TEXT_BRANCHES = 2
 #: Smallest image side in pixels of the profile "default".
 SMALLEST_SIDE = 128
 #: Prompt tokens of the typical request.
@@ -98,6 +100,7 @@ class Profile:
         return {
             "batch": self.batch,
             "branches": _capped(self.branches, branches),
+            "text_branches": _capped(self.branches, min(branches, MAX_TEXT_BRANCHES)),
             # The longest text is a prompt that shares only its first token with the instruction.
             "tokens": (1, typical, instruction_tokens + text),
             "prefix_tokens": (1, instruction_tokens, instruction_tokens),

@@ -116,6 +116,8 @@ class Overlay:
     sha256: str
     #: The factor on it.
     scale: float = 1.0
+    #: Other factors for some layers of a LoRA, by pattern (lora_scales.py).
+    layer_scales: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ class Checkpoint:
     loras: tuple[Overlay, ...] = ()
     #: The autoencoder that replaced the checkpoint's own: its alias, hub id or folder.
     vae: Overlay | None = None
+    #: The ControlNet that was exported with it: its alias, hub id, folder or file.
+    controlnet: Overlay | None = None
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,36 @@ VAE_ACTIVATIONS = ("silu", "swish", "relu")
 VAE_UPSAMPLES = ("interpolate", "pixel_shuffle")
 VAE_DOWNSAMPLES = ("Conv", "pixel_unshuffle")
 
+TRAIN_STEPS = ConfigRule("a positive whole number, at most 1000000", lambda value: _whole(value, 1) and value <= 10**6)
+TERMINAL = ConfigRule("a number from 0 to below 1, or null", lambda value: value is None or (_number(value) and 0 <= value < 1))
+FRACTION = ConfigRule("a number between 0 and 1", lambda value: _number(value) and 0 < value < 1)
+
+#: Solvers that came from diffusion, as they sample a flow.
+_FLOW_PREDICTION: Mapping[str, ConfigRule] = {
+    "solver_order": ConfigRule("1 or 2 or 3", lambda value: _whole(value, 1) and value <= 3),
+    "prediction_type": one_of("flow_prediction"),
+    "use_flow_sigmas": one_of(True),
+    "final_sigmas_type": one_of("zero", "sigma_min"),
+    "thresholding": OFF,
+    "num_train_timesteps": TRAIN_STEPS,
+    "flow_shift": POSITIVE,
+    **dict.fromkeys(("beta_start", "beta_end"), FRACTION),
+}
+#: With Karras, exponential or beta sigmas these compute logarithms of negative numbers in diffusers. `use_dynamic_shifting` has no
+#: effect on them, because the pipelines do not give them a `mu`.
+_DPM_SOLVER: Mapping[str, ConfigRule] = {
+    **_FLOW_PREDICTION,
+    "algorithm_type": one_of("dpmsolver++"),
+    "solver_type": one_of("midpoint", "heun"),
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), OFF),
+}
+_FLOW: Mapping[str, ConfigRule] = {"num_train_timesteps": TRAIN_STEPS, "shift": POSITIVE}
+_FLOW_MATCH: Mapping[str, ConfigRule] = {
+    "shift_terminal": TERMINAL,
+    **dict.fromkeys(("invert_sigmas", "use_dynamic_shifting", "use_beta_sigmas"), OFF),
+    **_FLOW,
+}
+
 #: The rules for each class, by key.
 SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
     "SanaTransformer2DModel": {
@@ -92,6 +122,15 @@ SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
         "norm_eps": POSITIVE,
         "timestep_scale": NUMBER,
         "guidance_embeds_scale": NUMBER,
+    },
+    "SanaControlNetModel": {
+        "patch_size": one_of(1),
+        "attention_bias": one_of(False),
+        "norm_elementwise_affine": one_of(False),
+        "num_layers": WHOLE,
+        "sample_size": WHOLE,
+        "interpolation_scale": POSITIVE_OR_NONE,
+        "norm_eps": POSITIVE,
     },
     "AutoencoderDC": {
         "in_channels": one_of(3),
@@ -124,25 +163,28 @@ SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
         ),
     },
     "DPMSolverMultistepScheduler": {
-        "algorithm_type": one_of("dpmsolver++"),
-        "solver_type": one_of("midpoint"),
-        "solver_order": one_of(1, 2),
-        "prediction_type": one_of("flow_prediction"),
-        "use_flow_sigmas": one_of(True),
-        "final_sigmas_type": one_of("zero"),
-        **dict.fromkeys(("thresholding", "use_lu_lambdas", "use_dynamic_shifting"), OFF),
-        **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), OFF),
-        **dict.fromkeys(("num_train_timesteps", "flow_shift"), POSITIVE),
+        **_DPM_SOLVER,
+        "algorithm_type": one_of("dpmsolver++", "sde-dpmsolver++"),
+        "use_lu_lambdas": OFF,
     },
-    "FlowMatchEulerDiscreteScheduler": {
-        "shift_terminal": one_of(None),
-        **dict.fromkeys(("invert_sigmas", "use_dynamic_shifting"), OFF),
-        **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), OFF),
-        **dict.fromkeys(("num_train_timesteps", "shift"), POSITIVE),
+    "DPMSolverSinglestepScheduler": _DPM_SOLVER,
+    "UniPCMultistepScheduler": {
+        **_FLOW_PREDICTION,
+        "solver_type": one_of("bh1", "bh2"),
+        "predict_x0": one_of(True),
+        "solver_p": one_of(None),
+        "disable_corrector": ConfigRule("a list of whole numbers", lambda value: all(_whole(item, 0) for item in value or ())),
+        "shift_terminal": TERMINAL,
+        **dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting"), OFF),
+        **dict.fromkeys(("sigma_min", "sigma_max"), POSITIVE_OR_NONE),
     },
+    "FlowMatchEulerDiscreteScheduler": _FLOW_MATCH,
+    "FlowMatchHeunDiscreteScheduler": _FLOW,
+    "FlowMatchLCMScheduler": {**_FLOW_MATCH, "scale_factors": one_of(None, [])},
     "SCMScheduler": {
         "prediction_type": one_of("trigflow"),
-        **dict.fromkeys(("num_train_timesteps", "sigma_data"), POSITIVE),
+        "num_train_timesteps": TRAIN_STEPS,
+        "sigma_data": POSITIVE,
     },
 }
 
@@ -238,5 +280,35 @@ def _encoder_together(config: Mapping[str, Any]) -> Iterator[Unsupported]:
         )
 
 
+def _betas_together(config: Mapping[str, Any], reads: bool) -> Iterator[Unsupported]:
+    """Noise schedules of a diffusion that are not implemented, if the scheduler `reads` one."""
+    rules = {"beta_schedule": one_of("linear", "scaled_linear"), "trained_betas": one_of(None), "rescale_betas_zero_snr": OFF}
+    for key, rule in rules.items() if reads else ():
+        if not rule.accepts(config.get(key)):
+            yield Unsupported(key, repr(config.get(key)), rule.wanted)
+
+
+def _dpm_together(config: Mapping[str, Any]) -> Iterator[Unsupported]:
+    yield from _betas_together(config, config["final_sigmas_type"] == "sigma_min")
+
+
+def _unipc_together(config: Mapping[str, Any]) -> Iterator[Unsupported]:
+    yield from _betas_together(config, bool(config["use_karras_sigmas"]))
+    if config["solver_order"] > 1 and config["final_sigmas_type"] == "zero" and not config["lower_order_final"]:
+        yield Unsupported("lower_order_final", repr(config["lower_order_final"]), "True, because the last sigma is 0")
+
+
+def _flow_together(config: Mapping[str, Any]) -> Iterator[Unsupported]:
+    if config["use_karras_sigmas"] and config["use_exponential_sigmas"]:
+        yield Unsupported("use_exponential_sigmas", "True", "False, because use_karras_sigmas is True")
+
+
 #: What is checked of several keys of a class together, if each key alone is supported.
-TOGETHER: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Unsupported]]] = {"AutoencoderDC": _vae_together}
+TOGETHER: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Unsupported]]] = {
+    "AutoencoderDC": _vae_together,
+    "DPMSolverMultistepScheduler": _dpm_together,
+    "DPMSolverSinglestepScheduler": _dpm_together,
+    "UniPCMultistepScheduler": _unipc_together,
+    "FlowMatchEulerDiscreteScheduler": _flow_together,
+    "FlowMatchLCMScheduler": _flow_together,
+}

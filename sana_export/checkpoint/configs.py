@@ -9,11 +9,11 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
-from sana_export.checkpoint.components import COMPONENTS
+from sana_export.checkpoint.components import COMPONENTS, REQUIRED
 from sana_export.errors import ArtifactError
 
 #: The parts of a checkpoint that have a config.
-CONFIGURED = (*COMPONENTS, "scheduler")
+CONFIGURED = (*REQUIRED, "scheduler")
 #: The largest number that a config may contain. It keeps a damaged config from taking hours, or all of the memory.
 LARGEST = 10_000_000
 #: The same for single keys.
@@ -115,6 +115,7 @@ def _gemma(class_name: str, given: dict[str, Any]) -> tuple[dict[str, Any], Any]
 _READERS: dict[str, tuple[str, Callable[[str, dict[str, Any]], tuple[dict[str, Any], Any]]]] = {
     "transformer": ("diffusers", _diffusers),
     "vae": ("diffusers", _diffusers),
+    "controlnet": ("diffusers", _diffusers),
     "text_encoder": ("transformers", _gemma),
     "scheduler": ("diffusers", _diffusers),
 }

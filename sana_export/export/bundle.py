@@ -65,7 +65,7 @@ def export_bundle(
     `clamp`: whether to clip self-attention outputs to +-65504. None: as the checkpoint was trained (variants.py, or the dtype of
     the stored weights).
     `graphs`: the graphs to export, and groups of them (contract.GRAPH_GROUPS): ["default", "img2img"] adds image-to-image and
-    inpainting. Empty: "default".
+    inpainting. Empty: "default", and all groups for a checkpoint that was opened with a ControlNet.
     `on_progress`: is called with a `Progress` at every step.
 
     If `output` already is the result of this export, it is kept, with its engines. Waits if another process is exporting to
@@ -75,7 +75,7 @@ def export_bundle(
     """
     place = OutputFolder.of(user_path(output, "the output folder"))
     options = choose_options(checkpoint, precision, pag_layers, clamp)
-    names = choose_graphs(graphs)
+    names = choose_graphs(graphs, checkpoint)
     if uses_encoder(names):
         check_encoder(checkpoint)
     check_replaceable(place)  # before anything is written into it
@@ -194,13 +194,25 @@ def parse_pag_layer(name: str, layers: int) -> int:
     return int(number)
 
 
-def choose_graphs(names: Iterable[str]) -> list[str]:
-    """The graphs to export, in the order of contract.GRAPHS. `names` are graphs and groups; none means the group "default"."""
-    given = set(names) or {"default"}
+def choose_graphs(names: Iterable[str], checkpoint: SanaCheckpoint) -> list[str]:
+    """The graphs to export, in the order of contract.GRAPHS. `names` are graphs and groups.
+
+    None means the group "default", and with a ControlNet all groups. Raises UsageError for an unknown name, and for a ControlNet's
+    graphs without one.
+    """
+    controlled = checkpoint.controlnet is not None
+    given = set(names) or (set(GRAPH_GROUPS) if controlled else {"default"})
     wanted = set[str]().union(*(GRAPH_GROUPS.get(name, (name,)) for name in given))
     if unknown := wanted - set(GRAPHS):
         groups = "; ".join(f"{name}: {', '.join(graphs)}" for name, graphs in GRAPH_GROUPS.items())
         raise UsageError("unknown graph", found=", ".join(sorted(unknown)), wanted=f"graphs, or groups of them: {groups}")
+    if not controlled and (without := wanted & set(GRAPH_GROUPS["control"])):
+        raise UsageError(
+            "there is no ControlNet to export",
+            found=f"the graph {min(without)}",
+            wanted="a ControlNet, or other graphs",
+            fix="--controlnet controlnet-hed-1600m",
+        )
     return [name for name in GRAPHS if name in wanted]
 
 

@@ -34,7 +34,12 @@ def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> Graph
     }
     if name in ENCODER_GRAPHS:  # the config of an encoder that is not exported need not be supported
         dimensions["encoder_feature_channels"] = encoder_feature_channels(checkpoint.config("vae"))
-    return resolve(name, dimensions, options.dtype, features=[key for key in FEATURE_TENSORS.values() if transformer[key]])
+    controlled = checkpoint.controlnet is not None
+    if controlled:
+        dimensions["controlnet_layers"] = checkpoint.config("controlnet")["num_layers"]
+        dimensions["channels"] = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    switches = {**transformer, "pag_layers": options.pag_layers, "controlnet": controlled}
+    return resolve(name, dimensions, options.dtype, features=[key for key in FEATURE_TENSORS.values() if switches[key]])
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Sizes:
     batch: int
     #: Guidance branches.
     branches: int
+    #: Guidance branches with a prompt of their own.
+    text_branches: int
     #: Prompt tokens that the denoiser attends to.
     tokens: int
     #: Tokens of the instruction before the prompt.
@@ -100,11 +107,12 @@ class Sizes:
 
 
 #: The sizes to trace with. All differ and are at least 2, so that the tracer cannot take one for a constant or for another axis.
-TRACE_SIZES = Sizes(2, 3, 5, 9, 7, 4, 6, 12, 15, 8, 11, 100, 170)
+TRACE_SIZES = Sizes(2, 3, 10, 5, 9, 7, 4, 6, 12, 15, 8, 11, 100, 170)
 #: The sizes to check with. They differ from the traced ones, so that a traced constant or a swapped axis fails the check.
-CHECK_SIZES = Sizes(3, 2, 8, 1, 11, 5, 3, 14, 9, 10, 6, 64, 131, 4, 2)
+CHECK_SIZES = Sizes(3, 2, 4, 8, 1, 11, 5, 3, 14, 9, 10, 6, 64, 131, 4, 2)
 #: For the axis of an index tensor, the axis that its values index into.
 _INDEXED = {
+    "branches": "text_branches",
     "output_height": "image_height",
     "output_width": "image_width",
     "tile_height": "feature_height",
@@ -134,8 +142,9 @@ def _random_input(tensor: TensorSpec, sizes: Sizes, generator: torch.Generator) 
         "guidance": lambda: uniform * 10.0,
         "perturbed": lambda: torch.arange(shape[0]).remainder(2).float(),
         "context_mask": lambda: (torch.arange(shape[-1]) <= uniform[..., :1] * shape[-1]).float(),
-        "row_index": lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long(),
-        "column_index": lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long(),
+        **dict.fromkeys(
+            ("source", "row_index", "column_index"), lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long()
+        ),
         "row_weight": lambda: uniform / uniform.sum(0, keepdim=True),
         "column_weight": lambda: uniform / uniform.sum(0, keepdim=True),
         "mask": lambda: (uniform > 0.5).float(),

@@ -136,7 +136,7 @@ def run_module(module: nn.Module, spec: GraphSpec, sizes: Sizes = CHECK_SIZES) -
     examples = []
     for kind, inputs in (("random", random), ("zero", {name: torch.zeros_like(value) for name, value in random.items()})):
         with torch.no_grad(), WideProducts():
-            outputs = module(*inputs.values())
+            outputs = module(**inputs)
         examples.append(Example(kind, inputs, outputs if isinstance(outputs, tuple) else (outputs,)))
     return examples
 

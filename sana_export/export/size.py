@@ -30,6 +30,8 @@ GRAPH_WEIGHTS = {
     "text_encoder": GraphWeights("text_encoder", r"(?!embed_tokens)"),
     "context": GraphWeights("transformer", _TEXT),
     "denoiser": GraphWeights("transformer", f"(?!{_TEXT})"),
+    "controlnet_context": GraphWeights("controlnet", _TEXT),
+    "controlnet": GraphWeights("controlnet", f"(?!{_TEXT})"),
     "vae_decoder": GraphWeights("vae", r"decoder\.", growth=1.1),
     "vae_encoder": GraphWeights("vae", r"encoder\."),
 }

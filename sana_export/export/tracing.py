@@ -42,12 +42,16 @@ _RESHAPES = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
 _SIZES = {aten.sym_size.int, operator.mul, operator.add, operator.sub, operator.floordiv}
 
 
-def dynamic_shapes(spec: GraphSpec, least: Mapping[str, int] = ANY_LENGTH) -> tuple[dict[int, Any], ...]:
-    """The dynamic axes of each input of `spec`, as torch.export takes them. `least`: the shortest length of an axis, if not 1."""
-    return tuple(
-        {index: Dim(axis, min=least.get(axis, 1), max=LONGEST) for index, axis in enumerate(tensor.shape) if isinstance(axis, str)}
-        for tensor in spec.inputs
-    )
+def dynamic_shapes(spec: GraphSpec, least: Mapping[str, int] = ANY_LENGTH) -> dict[str, dict[int, Any]]:
+    """The dynamic axes of each input of `spec` by name, as torch.export takes them.
+
+    `least`: the shortest length of an axis, if not 1.
+    """
+    named = {tensor.name: enumerate(tensor.shape) for tensor in spec.inputs}
+    return {
+        name: {index: Dim(axis, min=least.get(axis, 1), max=LONGEST) for index, axis in axes if isinstance(axis, str)}
+        for name, axes in named.items()
+    }
 
 
 def trace(
@@ -57,7 +61,8 @@ def trace(
     with _frugal():
         program = torch.export.export(
             module,
-            tuple(inputs.values()),
+            (),
+            dict(inputs),
             dynamic_shapes=dynamic_shapes(spec, least),
             # Otherwise a broadcast over an axis would forbid the length 1.
             prefer_deferred_runtime_asserts_over_guards=True,

@@ -1,19 +1,18 @@
 """Sampling that starts from an image: which steps remain, how noisy the start is, and what a mask protects.
 
 In the variables of a schedule's table, the latents before step i are (1 - s) * image + s * noise for every solver, where s is the
-step's noise level: minus its column x0_noise_pred. For flow models this is sigma. For SANA-Sprint it is sin t / (cos t + sin t),
-which is also the denoiser's timestep (schedule.py): diffusers' cos t * image + sin t * noise, times 1 / (cos t + sin t).
+step's noise level, `Schedule.sigmas`. For SANA-Sprint it is sin t / (cos t + sin t), which is also the denoiser's timestep:
+diffusers' cos t * image + sin t * noise, times 1 / (cos t + sin t).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from sana_export.contract import COEFFICIENTS
 from sana_export.errors import UsageError
 from sana_export.formats.arrays import Float32
 from sana_export.numeric import real
@@ -51,31 +50,6 @@ def first_step(steps: int, strength: float) -> int:
             wanted=f"strength {1 / steps:g} or more",
         )
     return start
-
-
-def begin_at(schedule: Schedule, step: int) -> Schedule:
-    """The schedule that starts at `step`. Its first step knows no earlier prediction, so it is of order 1, as in diffusers.
-
-    A multistep solver extrapolates from the difference of this step's x0 and the one before. Without it, both columns are one.
-    """
-    if step == 0:
-        return schedule
-    coefficients = schedule.coefficients[step:].copy()
-    x0, previous, noise = (COEFFICIENTS.index(name) for name in ("x0", "previous_x0", "noise"))
-    coefficients[0, x0] += coefficients[0, previous]
-    coefficients[0, previous] = 0
-    return replace(
-        schedule,
-        timesteps=schedule.timesteps[step:],
-        coefficients=coefficients,
-        needs_noise=bool(coefficients[:, noise].any()),
-        latents_scale=schedule.latents_scale[step:],
-    )
-
-
-def noise_levels(schedule: Schedule) -> Float32:
-    """float32 [N + 1]: the noise level before each step, and 0 after the last one."""
-    return np.append(-schedule.coefficients[:, COEFFICIENTS.index("x0_noise_pred")], 0).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +112,7 @@ def plan_image_start(
         each = image_for_each("mask", len(masks), prompts, per_prompt)
         prepared = {number: prepared_mask(masks[number], *size, factor) for number in distinct(each)}
         mask = np.concatenate([prepared[number] for number in each])
-    levels = noise_levels(schedule)
+    levels = np.append(schedule.sigmas[:-1], np.float32(0))  # what stays is not noisy in the end, as in diffusers
     if mask is None and strength < 1 and levels[0] >= PURE_NOISE:
         LOG.warning(
             "strength %g starts at pure noise with %d steps, so the image has no effect: use more steps or --strength %.3g",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Never
 import numpy as np
 import numpy.typing as npt
 
-from sana_export.adapters import Lora
+from sana_export.adapters import Lora, lora_at
 from sana_export.commands import export_command
 from sana_export.contract import GRAPH_GROUPS, WEIGHTS_OF
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
@@ -26,16 +26,21 @@ from sana_export.numeric import MOST_DEVICES, MOST_THREADS, integer, shown
 from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
 from sana_export.runtime.callbacks import IsCancelled, StepCallback, call_back, check_callbacks, check_cancelled
+from sana_export.runtime.control import CONDITIONING_SCALE, ControlConditioning, ControlImages
 from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images
 from sana_export.runtime.encoding import encode_image
+from sana_export.runtime.guidance import WHOLE, Interval
+from sana_export.runtime.image_start import ImageStart
 from sana_export.runtime.inputs import checked_latents
+from sana_export.runtime.loops import LoopCache, take_loop
 from sana_export.runtime.lora import LoraStack
 from sana_export.runtime.memory import AUTO, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
 from sana_export.runtime.prompt import PromptEmbeddings, PromptEncoder, PromptTokens
 from sana_export.runtime.request import Plan, Request, make_plan, request_axes
 from sana_export.runtime.results import Conditioning, Images, SanaResult, Step, Timings
-from sana_export.runtime.sampling import CapturedLoop, LoopCache, SamplingLoop, check_conditioning, loop_inputs, take_loop
+from sana_export.runtime.sampling import CapturedLoop, SamplingLoop, check_conditioning, loop_inputs
 from sana_export.runtime.schedule import SPRINT_INTERMEDIATE_TIMESTEP, SPRINT_MAX_TIMESTEP
+from sana_export.runtime.scheduler_choice import Choice
 from sana_export.runtime.sessions import Sessions
 from sana_export.runtime.unpicklable import OfThisProcess
 from sana_export.runtime.words import CALL_WORDS, LOADING_WORDS, METHODS, check_words, parameters_of
@@ -163,10 +168,14 @@ class SanaRuntime(OfThisProcess):
         image: Any = None,
         strength: float | None = None,
         mask: Any = None,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float = CONDITIONING_SCALE,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         pag_scale: float = 0.0,
         pag_adaptive_scale: float = 0.0,
+        guidance_interval: Interval = WHOLE,
+        pag_interval: Interval = WHOLE,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -183,6 +192,9 @@ class SanaRuntime(OfThisProcess):
         negative_prompt_attention_mask: npt.ArrayLike | None = None,
         max_timesteps: float = SPRINT_MAX_TIMESTEP,
         intermediate_timesteps: float | None = SPRINT_INTERMEDIATE_TIMESTEP,
+        scheduler: Choice | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         callback_on_step_end: StepCallback | None = None,
         cancelled: IsCancelled | None = None,
         return_dict: bool = True,
@@ -210,10 +222,14 @@ class SanaRuntime(OfThisProcess):
             image=image,
             strength=strength,
             mask=mask,
+            control_image=control_image,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             pag_scale=pag_scale,
             pag_adaptive_scale=pag_adaptive_scale,
+            guidance_interval=guidance_interval,
+            pag_interval=pag_interval,
             height=height,
             width=width,
             num_images_per_prompt=num_images_per_prompt,
@@ -230,6 +246,9 @@ class SanaRuntime(OfThisProcess):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_timesteps=max_timesteps,
             intermediate_timesteps=intermediate_timesteps,
+            scheduler=scheduler,
+            timesteps=timesteps,
+            sigmas=sigmas,
         )
         check_cancelled(cancelled)
         with self._using():
@@ -261,9 +280,10 @@ class SanaRuntime(OfThisProcess):
             denoise_loop=seconds(before, after),
             vae_decoder=seconds(after, decoded),
             total=perf_counter() - started,
-            vae_encoder=seconds(conditioning.events[2], before) if plan.image is not None else 0.0,
+            vae_encoder=0.0 if plan.image is None and plan.control is None else seconds(conditioning.events[2], before),
         )
-        return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, timings)
+        intervals = (request.guidance_interval, request.pag_interval)
+        return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, *intervals, timings, plan.scheduler)
 
     def _denoise(
         self, plan: Plan, conditioning: Conditioning, callback: StepCallback | None, cancelled: IsCancelled | None
@@ -309,11 +329,12 @@ class SanaRuntime(OfThisProcess):
         with self._using():
             plan = make_plan(request, self.bundle, self.manifest)
             graphs = (*SAMPLING_GRAPHS, *plan.image_graphs, *plan.decoder_graphs)
-            self.backend.check_supported(graphs, request_axes(plan, self.manifest))
+            for branches in {part.branches: None for part in plan.segments}:
+                self.backend.check_supported(graphs, request_axes(plan, self.manifest) | branches.axes)
             return plan
 
     def tokenize(self, plan: Plan) -> list[list[PromptTokens]]:
-        """The tokens of the plan's prompts, for each guidance branch."""
+        """The tokens of the plan's prompts, for each branch with prompts of its own."""
         return self.text.tokenize_plan(plan.texts, plan.max_sequence_length)
 
     def embed(self, plan: Plan) -> PromptEmbeddings:
@@ -331,18 +352,16 @@ class SanaRuntime(OfThisProcess):
 
         Returns float32 [B, C, h, w], the latents of each drawn image's own image, as the sampler uses them.
         """
-        return self._encode_image(plan, None)
-
-    def _encode_image(self, plan: Plan, cancelled: IsCancelled | None) -> Float32:
         if plan.image is None:
             raise UsageError("this plan has no image", found="a request without image", wanted="Request(image=...)")
+        return self._encode_image(plan.image, None)
+
+    def _encode_image(self, source: ImageStart | ControlImages, cancelled: IsCancelled | None) -> Float32:
         before_tile = partial(check_cancelled, cancelled)
         with self._using():
-            self.sessions.require(plan.image.encoder_graphs)
-            encoded = [
-                encode_image(image, plan.image.tile, self.backend, self.sessions, before_tile) for image in plan.image.images
-            ]
-            latents: Float32 = np.concatenate([encoded[number] for number in plan.image.sources])
+            self.sessions.require(source.encoder_graphs)
+            encoded = [encode_image(image, source.tile, self.backend, self.sessions, before_tile) for image in source.images]
+            latents: Float32 = np.concatenate([encoded[number] for number in source.sources])
             check_finite(latents, "latents of the image", self.backend)
             return latents
 
@@ -353,18 +372,37 @@ class SanaRuntime(OfThisProcess):
             embeddings = embeddings.padded(self.backend.text_multiple, plan.max_sequence_length)
             gathered = self.backend.gather(embeddings)
             encoded = self.backend.record_event()
-            context = self.sessions["context"].run({"prompt_embeds": gathered})["context"]
+            prompts = None if plan.always_guided else embeddings.only(plan.branches.texts.index("cond"))
+            # Without the negative prompts, the graphs run again: the branches lie interleaved in their outputs.
+            alone = None if prompts is None else self.backend.gather(prompts)
+            context, context_alone = self._contexts("context", gathered, alone)
             mask = self.backend.to_device(embeddings.context_mask)
+            unguided = None if prompts is None else (context_alone, self.backend.to_device(prompts.context_mask))
+            control = None
+            if plan.control is not None:
+                self.sessions.require(("controlnet_context",))
+                control = self._contexts("controlnet_context", gathered, alone)
             events = (start, encoded, self.backend.record_event())
-            image_latents = None if plan.image is None else self._encode_image(plan, cancelled)
-            return Conditioning(context, mask, embeddings.shape[:3], events, image_latents)
+            image_latents = None if plan.image is None else self._encode_image(plan.image, cancelled)
+            if plan.control is None or control is None:
+                return Conditioning(context, mask, embeddings.shape[:3], events, unguided, image_latents)
+            control_latents = self.backend.to_device(self._encode_image(plan.control, cancelled))
+            conditioning = ControlConditioning(*control, control_latents)
+            return Conditioning(context, mask, embeddings.shape[:3], events, unguided, image_latents, conditioning)
+
+    def _contexts(
+        self, graph: str, embeds: DeviceTensor | Array, alone: DeviceTensor | Array | None
+    ) -> tuple[DeviceTensor, DeviceTensor | None]:
+        """The outputs of a context graph for all branches, and for the prompts alone if some steps run without negative prompts."""
+        found = [None if given is None else self.sessions[graph].run({"prompt_embeds": given})[graph] for given in (embeds, alone)]
+        return found[0], found[1]
 
     def steps(self, plan: Plan, conditioning: Conditioning) -> Generator[Step, None, None]:
         """The sampling loop: one `Step` after each step. The last one's latents are the result.
 
         Every run draws the same noise, from the plan's seeds. Close the iterator (`contextlib.closing`) to stop early.
 
-        Raises UsageError if `conditioning` has another number of guidance branches or images, if latents of another shape were
+        Raises UsageError if `conditioning` has other branches or another number of images, if latents of another shape were
         assigned to a step, or if a LoRA was loaded or unloaded since the run began.
         """
         with self._loop(plan, conditioning) as (loop, version):
@@ -464,16 +502,17 @@ class SanaRuntime(OfThisProcess):
             instead = f": write {METHODS[name]}" if name in METHODS else ""
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{instead}")
 
-    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+    def load_lora(self, path: str | Path, scale: float | Mapping[str, float] = 1.0) -> None:
         """Add `scale` times the LoRA in the file or folder `path` to the weights, on top of those already loaded (docs/lora.md).
 
+        A mapping has scales for some layers, such as `{"attn2": 0.5}`; the others have 1.
         A `Conditioning` that was encoded before keeps the old weights. Raises UsageError if there is no LoRA at `path`,
         ArtifactError if it does not fit the checkpoint or the engines cannot change their weights, and DependencyError if the
         backend cannot or memory runs out. The weights are unchanged then.
         """
         with self._using():
             self._drop_loops()
-            self._loras.add(Lora(user_path(path, "the LoRA"), scale), self.sessions)
+            self._loras.add(lora_at(path, scale), self.sessions)
 
     def unload_lora(self) -> None:
         """Remove all LoRAs. The weights are the bundle's own again, bit for bit."""

@@ -84,7 +84,8 @@ def typical_axes(model: ModelInfo) -> dict[str, int]:
     encoded = side // model.encoder_tile_scale
     lengths = {"latent": latent, "image": side, "feature": feature, "encoded": encoded, "output": side}
     axes = {f"{kind}_{direction}": length for kind, length in lengths.items() for direction in ("height", "width")}
-    return {"batch": 1, "branches": 1 if model.guidance_embeds else 2, **axes}
+    branches = 1 if model.guidance_embeds else 2
+    return {"batch": 1, "branches": branches, "text_branches": branches, **axes}
 
 
 def runnable(bundle: Path, manifest: Manifest, backend: str, host: Host) -> EngineSet:

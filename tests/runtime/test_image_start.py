@@ -22,9 +22,11 @@ from PIL import Image
 
 from sana_export.errors import UsageError
 from sana_export.runtime import Request
-from sana_export.runtime.image_start import STRENGTH, begin_at, first_step, noise_levels
+from sana_export.runtime.image_start import STRENGTH, first_step
 from sana_export.runtime.schedule import SprintAngles, make_schedule
-from tests.runtime.test_schedule import SANA, SHAPE, TOLERANCE, advance, config_of, difference
+from tests.support.trajectories import FLOW, SHAPE, advance, config_of, difference, no_history
+
+TOLERANCE = 2e-6
 
 #: diffusers passes a tensor to np.array, for which numpy 2 has a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -50,8 +52,8 @@ def test_the_default_strength_is_that_of_diffusers() -> None:
 
 def scheduler_of(name: str) -> Any:
     return {
-        "dpm": lambda: DPMSolverMultistepScheduler(**SANA, flow_shift=3.0),
-        "dpm, order 1": lambda: DPMSolverMultistepScheduler(**SANA, flow_shift=6.0, solver_order=1),
+        "dpm": lambda: DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0),
+        "dpm, order 1": lambda: DPMSolverMultistepScheduler(**FLOW, flow_shift=6.0, solver_order=1),
         "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
         "stochastic euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True),
     }[name]()
@@ -63,8 +65,8 @@ def test_every_start_equals_diffusers_step_by_step(name: str, steps: int) -> Non
     """The noised image, every step after it, and the image noised again after every step, as for a mask."""
     for start in range(steps):
         scheduler = scheduler_of(name)
-        schedule = begin_at(make_schedule(config_of(scheduler), steps), start)
-        levels = noise_levels(schedule)
+        schedule = make_schedule(config_of(scheduler), steps, first=start)
+        levels = schedule.sigmas
         scheduler.set_timesteps(steps)
         scheduler.set_begin_index(start)
         add_noise = getattr(scheduler, "scale_noise", None) or (lambda init, t, noise, own=scheduler: own.add_noise(init, noise, t))
@@ -73,14 +75,14 @@ def test_every_start_equals_diffusers_step_by_step(name: str, steps: int) -> Non
         timesteps = scheduler.timesteps[start:]
         assert len(levels) == len(timesteps) + 1 == len(schedule.timesteps) + 1
         theirs = add_noise(image, timesteps[:1].repeat(SHAPE[0]), initial)
-        ours, x0 = (1 - levels[0]) * image.numpy() + levels[0] * initial.numpy(), np.zeros(SHAPE, np.float32)
+        ours, history = (1 - levels[0]) * image.numpy() + levels[0] * initial.numpy(), no_history()
         np.testing.assert_array_equal(ours, theirs.numpy())
         for index, timestep in enumerate(timesteps):
             output = torch.randn(SHAPE, generator=generator)
             options = {"generator": their_noise} if name == "stochastic euler" else {}
             theirs = scheduler.step(output, timestep, theirs, **options, return_dict=False)[0]
             noise = torch.randn(SHAPE, generator=our_noise).numpy() if schedule.needs_noise else np.float32(0)
-            ours, x0 = advance(schedule.coefficients[index], ours, output.numpy(), x0, noise)
+            ours, history = advance(schedule.coefficients[index], ours, output.numpy(), history, noise)
             assert difference(ours, theirs) < TOLERANCE
             if index + 1 < len(timesteps):
                 wanted = add_noise(image, timesteps[index + 1].repeat(SHAPE[0]), initial)
@@ -93,12 +95,12 @@ def test_every_start_equals_diffusers_step_by_step(name: str, steps: int) -> Non
 def test_sprint_starts_on_the_line_between_image_and_noise(steps: int) -> None:
     """cos t * image + sin t * noise, as SanaSprintImg2ImgPipeline starts, in the denoiser's variables."""
     scheduler = SCMScheduler()
-    schedule = make_schedule(config_of(scheduler), steps, SprintAngles(second=1.3 if steps == 2 else None))
+    angles = SprintAngles(second=1.3 if steps == 2 else None)
     scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
     data = scheduler.config.sigma_data
     image, noise = torch.randn(SHAPE), torch.randn(SHAPE)
     for start in range(steps):
-        levels = noise_levels(begin_at(schedule, start))
+        levels = make_schedule(config_of(scheduler), steps, angles, first=start).sigmas
         for level, angle in zip(levels, scheduler.timesteps[start:], strict=True):
             latents = torch.cos(angle) * (image * data) + torch.sin(angle) * (noise * data)
             s = torch.sin(angle) / (torch.cos(angle) + torch.sin(angle))

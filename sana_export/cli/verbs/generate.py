@@ -9,11 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sana_export.cli.images import check_output, write_images
+from sana_export.cli.schedulers import add_scheduler, scheduler_settings
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
-from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, path_named, positive
+from sana_export.cli.verb import (
+    Answer,
+    Verb,
+    add_bundle,
+    add_device,
+    add_intervals,
+    add_size,
+    given_intervals,
+    path_named,
+    positive,
+)
 from sana_export.runtime.backends import BACKENDS
-from sana_export.runtime.image_start import STRENGTH, first_step
+from sana_export.runtime.control import CONDITIONING_SCALE
 from sana_export.runtime.memory import AUTO
 
 log = logging.getLogger(__name__)
@@ -43,9 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mask", metavar="MASK.png", help="with --image: an image that is white where it is drawn anew and black where it stays"
     )
+    parser.add_argument(
+        "--control-image",
+        metavar="IMAGE.png",
+        help="an image that the bundle's ControlNet follows, for HED its edges in white on black",
+    )
+    parser.add_argument(
+        "--control-scale", type=float, metavar="S", help="with --control-image: how closely it is followed (default: 1)"
+    )
     parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: the checkpoint's)")
+    add_scheduler(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off (default: the checkpoint's)")
     parser.add_argument("--pag-scale", type=float, metavar="P", default=0.0, help="perturbed attention guidance (default: 0, off)")
+    add_intervals(parser, "")
     add_size(parser, "the image (default: the checkpoint's native size)")
     parser.add_argument(
         "--no-resolution-binning",
@@ -65,7 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[:SCALE]",
         action="append",
         default=[],
-        help="a LoRA in diffusers' or PEFT's format, added to the bundle's weights; can be given several times",
+        help="a LoRA, added to the bundle's weights; SCALE: 0.7, or with other scales for some layers: 0.7,attn2=0.5; can be given "
+        "several times",
     )
     parser.add_argument(
         "--backend", metavar="B", default=AUTO, help=f"auto, {', '.join(BACKENDS)} (default: auto, the best one that runs here)"
@@ -91,9 +113,13 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         "image": options.image,
         "strength": options.strength,
         "mask": options.mask,
+        "control_image": options.control_image,
+        "controlnet_conditioning_scale": CONDITIONING_SCALE if options.control_scale is None else options.control_scale,
         "num_inference_steps": options.steps,
+        **scheduler_settings(options),
         "guidance_scale": options.guidance_scale,
         "pag_scale": options.pag_scale,
+        **given_intervals(options),
         "height": options.height,
         "width": options.width,
         "num_images_per_prompt": options.images_per_prompt,
@@ -107,7 +133,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
     ) as runtime:
         for lora in loras:
-            runtime.load_lora(lora.path, lora.scale)
+            runtime.load_lora(lora.path, lora.scales)
         return sample(runtime, options.prompts, settings, output, console, output_type=output_type)
 
 
@@ -121,10 +147,9 @@ def sample(
     output_type: str = "pil",
 ) -> Answer:
     """Generate images of `prompts` with `settings` (parameters of `SanaRuntime.__call__`) and write them."""
-    steps = settings.get("num_inference_steps") or runtime.manifest.model.default_steps
-    if settings.get("image") is not None:
-        strength = settings.get("strength")
-        steps -= first_step(steps, STRENGTH if strength is None else strength)
+    from sana_export.runtime import Request
+
+    steps = len(runtime.plan(Request(prompt=prompts, **settings)).schedule.timesteps)
     log.info("sampling %d steps on %s", steps, runtime.backend.name)
 
     def on_step(_runtime: object, index: int, _timestep: float, _tensors: object) -> None:
@@ -143,10 +168,13 @@ def sample(
         "height": result.height,
         "width": result.width,
         "steps": steps,
+        "scheduler": dict(result.scheduler),
+        "guidance_interval": list(result.guidance_interval),
+        "pag_interval": list(result.pag_interval),
         "backend": runtime.backend.name,
         "device": runtime.backend.device,
         "memory": runtime.memory,
-        "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in runtime.loras],
+        "loras": [lora.as_json() for lora in runtime.loras],
         "seconds": dataclasses.asdict(result.timings),
     }
     timings = result.timings
