@@ -242,8 +242,8 @@ def test_a_manifest_has_a_largest_size(bundle, monkeypatch):
     assert "more than 1000 bytes" in caught.value.found
 
 
-def test_the_contract_leaves_only_dynamic_axes_open(img2img_bundle):
-    manifest = Manifest.load(img2img_bundle)
+def test_the_contract_leaves_only_dynamic_axes_open(controlnet_bundle):
+    manifest = Manifest.load(controlnet_bundle)
     assert set(manifest.graphs) == set(GRAPHS)
     sizes = dict.fromkeys(("latent_channels", "layers", "cross_attention_heads", "cross_attention_head_dim"), 2)
     text = dict.fromkeys(("text_channels", "text_layers", "text_kv_heads", "text_head_dim"), 3)
