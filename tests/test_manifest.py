@@ -12,7 +12,7 @@ import shutil
 import pytest
 
 from sana_export import __version__
-from sana_export.contract import resolve
+from sana_export.contract import GRAPHS, resolve
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.files import FileEntry, check_files, locked, manifest_lock, read_unlisted
 from sana_export.manifest import FORMAT, EngineEntry, LoraTarget, Manifest, Overlay, seal

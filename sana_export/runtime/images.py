@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,32 +82,33 @@ def _given_image(name: str, value: Any, mask: bool) -> GivenImage:
     if isinstance(value, np.ndarray):
         return _from_array(name, value, mask)
     if isinstance(value, Image.Image):
-        return _decoded(name, lambda: value)
+        return _decoded(name, value)
     if not isinstance(value, str | os.PathLike):
         raise UsageError(f"{name} is not an image", found=shown(value), wanted=_WANTED)
     path = user_path(value, f"the image file of {name}")
     if not os.path.isfile(path):  # noqa: PTH113  # Path.is_file raises an error for a folder that may not be read
         found = "a folder" if os.path.isdir(path) else "no such file, or one that may not be read"  # noqa: PTH112
         raise UsageError(f"there is no image {path}", found=found, wanted="the path of an image file")
-    return _decoded(str(path), lambda: _open(path))
+    with _opened(path) as image:
+        return _decoded(str(path), image)
 
 
-def _open(path: Path) -> Image.Image:
+def _opened(path: Path) -> Image.Image:
+    """The image in the file `path`, not decoded yet."""
     Image.init()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_decoded` has a limit of its own
-        return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
-
-
-def _decoded(name: str, open_image: Callable[[], Image.Image]) -> Image.Image:
-    """The image that `open_image` returns, in RGB. `name` is what errors call it."""
     try:
-        image = open_image()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_decoded` has a limit of its own
+            return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
     except Image.DecompressionBombError as error:
-        raise _too_large(name, str(error)) from error
+        raise _too_large(str(path), str(error)) from error
     except Exception as error:  # any: whatever a decoder raises for a file of another kind
         found = "a file of another kind" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
-        raise UsageError(f"{name} is not an image", found=found, wanted=", ".join(FORMATS)) from error
+        raise UsageError(f"{path} is not an image", found=found, wanted=", ".join(FORMATS)) from error
+
+
+def _decoded(name: str, image: Image.Image) -> Image.Image:
+    """A copy of the image in RGB. `name` is what errors call it."""
     if image.width * image.height > MAX_SOURCE_PIXELS:
         raise _too_large(name, f"{image.height}x{image.width} (height x width)")
     if image.mode in _UNKNOWN_RANGE:

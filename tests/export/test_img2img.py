@@ -92,16 +92,20 @@ def test_half_precision_is_safe_with_a_hot_encoder(config: dict[str, Any], tmp_p
 
 
 def test_groups_of_graphs(tiny_checkpoint: SanaCheckpoint) -> None:
-    assert choose_graphs([]) == choose_graphs(["default"]) == [*GRAPH_GROUPS["default"]]
-    assert choose_graphs(["img2img", "default"]) == [*GRAPHS]
-    assert choose_graphs(["default", "vae_encoder"]) == [*GRAPH_GROUPS["default"], "vae_encoder"]
-    assert choose_graphs(["sampler"]) == ["sampler"]
+    def chosen(*names: str) -> list[str]:
+        return choose_graphs(names, tiny_checkpoint)
+
+    both = {*GRAPH_GROUPS["default"], *GRAPH_GROUPS["img2img"]}
+    assert chosen() == chosen("default") == [*GRAPH_GROUPS["default"]]
+    assert chosen("img2img", "default") == [name for name in GRAPHS if name in both]
+    assert chosen("default", "vae_encoder") == [*GRAPH_GROUPS["default"], "vae_encoder"]
+    assert chosen("sampler") == ["sampler"]
     with pytest.raises(UsageError, match="unknown graph") as caught:
-        choose_graphs(["default", "vae_encode"])
+        chosen("default", "vae_encode")
     assert caught.value.found == "vae_encode"
     assert "img2img: vae_encoder, vae_encoder_head" in str(caught.value.wanted)
     options = choose_options(tiny_checkpoint, "fp32", (), None)
-    keys = [export_key(tiny_checkpoint, options, choose_graphs(names)) for names in ([], ["default"], ["default", "img2img"])]
+    keys = [export_key(tiny_checkpoint, options, chosen(*names)) for names in ([], ["default"], ["default", "img2img"])]
     assert keys[0] == keys[1] != keys[2]
 
 
