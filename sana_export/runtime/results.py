@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +45,10 @@ class SanaResult:
     height: int
     #: Width of the images in pixels.
     width: int
-    #: Seconds of each stage.
+    #: Seconds of each stage; of the whole batch for requests that were drawn together.
     timings: Timings
+    #: For each image: how it was drawn, as `save_image` writes it into the file (runtime/metadata.py).
+    metadata: tuple[Mapping[str, Any], ...] = ()
 
     def __getitem__(self, key: int | str) -> Any:
         """`result[0]` and `result["images"]` are the images, as in diffusers, and `(images,) = result` works."""
