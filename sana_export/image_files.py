@@ -70,11 +70,16 @@ def check_quality(word: str, quality: int | None) -> None:
     integer("quality", quality, 1, 100)
     if not FORMATS[word].has_quality:
         raise UsageError(
-            f"the format {word} has no quality", found=f"quality {quality}", wanted="jpg or webp, or no quality", fix="--output-format webp"
+            f"the format {word} has no quality",
+            found=f"quality {quality}",
+            wanted="jpg or webp, or no quality",
+            fix="--output-format webp",
         )
 
 
-def save_image(image: Any, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None, *, quality: int | None = None) -> None:
+def save_image(
+    image: Any, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None, *, quality: int | None = None
+) -> None:
     """Write an image to a file, whole or not at all.
 
     image: a Pillow image; for `.npy`, an array [height, width, 3].
@@ -87,7 +92,9 @@ def save_image(image: Any, path: str | os.PathLike[str], metadata: Mapping[str, 
     target = user_path(path, "the image file")
     word = SUFFIXES.get(target.suffix.lower())
     if word is None:
-        raise UsageError("the output is not the name of an image file", found=target, wanted="a name that ends with " + ", ".join(SUFFIXES))
+        raise UsageError(
+            "the output is not the name of an image file", found=target, wanted="a name that ends with " + ", ".join(SUFFIXES)
+        )
     check_quality(word, quality)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +135,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
-        raise UsageError(f"the parameters in {file} are damaged", found="a text that is not a JSON object", wanted="the image as it was written")
+        raise UsageError(
+            f"the parameters in {file} are damaged", found="a text that is not a JSON object", wanted="the image as it was written"
+        )
     return document
 
 
@@ -167,7 +176,9 @@ def _texts_of(path: Path) -> tuple[str | None, str | None]:
     except FileNotFoundError as error:
         raise UsageError(f"there is no image {path}", wanted="an image that sana-export wrote") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
-        raise UsageError(f"{path} is not an image", found=str(error), wanted="a .png, .jpg or .webp file that sana-export wrote") from error
+        raise UsageError(
+            f"{path} is not an image", found=str(error), wanted="a .png, .jpg or .webp file that sana-export wrote"
+        ) from error
 
 
 def _exif_texts(image: Image.Image) -> tuple[str | None, str | None]:

@@ -61,7 +61,9 @@ class Origin:
 
     def with_loras(self, loras: Sequence[Lora]) -> Origin:
         """With these LoRAs. Their files are read now, so that the hash is that of what was loaded."""
-        return replace(self, loras=tuple({"name": last_name(lora.path), "scale": lora.scale, "sha256": lora.sha256} for lora in loras))
+        return replace(
+            self, loras=tuple({"name": last_name(lora.path), "scale": lora.scale, "sha256": lora.sha256} for lora in loras)
+        )
 
 
 def last_name(path: Any) -> str:
@@ -88,7 +90,11 @@ def image_metadata(request: Request, plan: Plan, origin: Origin) -> tuple[dict[s
     found = []
     for image in range(images):
         number = image // plan.images_per_prompt
-        own = {name: common[name][number] for name in _PER_PROMPT if isinstance(common.get(name), list) and len(common[name]) == prompts}
+        own = {
+            name: common[name][number]
+            for name in _PER_PROMPT
+            if isinstance(common.get(name), list) and len(common[name]) == prompts
+        }
         seed = plan.seeds[image] if len(plan.seeds) == images else plan.seeds[0]
         drawn = {**common, **own, "guidance_scale": scale, "seed": seed}
         document: dict[str, Any] = {
@@ -180,7 +186,9 @@ def _words(request: Request) -> _Words:
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    return default is not MISSING and type(value) is type(default) and isinstance(value, str | bool | int | float) and value == default
+    return (
+        default is not MISSING and type(value) is type(default) and isinstance(value, str | bool | int | float) and value == default
+    )
 
 
 def _as_json(value: Any) -> Any:
@@ -197,7 +205,9 @@ def _as_json(value: Any) -> Any:
 
 def _is_path(name: str, value: Any) -> bool:
     """Whether a value names a file. It is not recorded: it says where the user keeps files."""
-    return isinstance(value, os.PathLike) or (name not in _TEXTS and isinstance(value, str) and any(mark in value for mark in "/\\"))
+    return isinstance(value, os.PathLike) or (
+        name not in _TEXTS and isinstance(value, str) and any(mark in value for mark in "/\\")
+    )
 
 
 def _sha256_of_file(path: Any) -> str:

@@ -259,7 +259,7 @@ class SanaRuntime(OfThisProcess):
         callback_on_step_end: StepCallback | None = None,
         cancelled: IsCancelled | None = None,
         return_errors: bool = False,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """Draw requests of any number, and yield the `SanaResult` of each, in their order.
 
         Requests are read as they are needed: at most `batches.READ_AHEAD` times `batch_size` are held with their results. Other
@@ -283,7 +283,7 @@ class SanaRuntime(OfThisProcess):
                 # The others of the batch are fine by themselves.
                 return [error] if len(jobs) == 1 else [outcome for job in jobs for outcome in draw([job])]
 
-        def results() -> Iterator[Any]:
+        def results() -> Generator[Any, None, None]:
             for outcome in draw_in_batches(requests, self.plan, draw, batch_size):
                 if isinstance(outcome, SanaExportError) and not return_errors:
                     raise outcome

@@ -89,5 +89,14 @@ def _on_host(runtime: SanaRuntime, latents: Any) -> Float32:
 def _plan(runtime: SanaRuntime, count: int, channels: int, height: int, width: int) -> Plan:
     """A plan whose latents have this shape."""
     factor = runtime.manifest.model.vae_scale_factor
-    size = {"height": height * factor, "width": width * factor, "use_resolution_binning": False}
-    return runtime.plan(Request(prompt="", num_images_per_prompt=count, seed=0, guidance_scale=1.0, **size))
+    return runtime.plan(
+        Request(
+            prompt="",
+            num_images_per_prompt=count,
+            seed=0,
+            guidance_scale=1.0,
+            height=height * factor,
+            width=width * factor,
+            use_resolution_binning=False,
+        )
+    )

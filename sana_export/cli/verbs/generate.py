@@ -3,47 +3,87 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sana_export.cli.images import check_output, write_images
+from sana_export.cli.images import check_output, named_output, write_images
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
-from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, path_named, positive
+from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, path_named, positive, whole
+from sana_export.errors import UsageError
+from sana_export.image_files import FORMATS
+from sana_export.numeric import MAX_IMAGES
 from sana_export.runtime.backends import BACKENDS
 from sana_export.runtime.memory import AUTO
 
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from sana_export.adapters import Lora
     from sana_export.runtime import SanaRuntime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
-    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to draw; one or more prompts")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to draw; one or more prompts")
+    parser.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        type=path_named("--prompts-file"),
+        help="draw a file instead: .txt with one prompt a line, or .jsonl with one object a line (prompt, seed, height, ...); run the "
+        "same command again after an interruption, and it draws what is missing",
+    )
+    parser.add_argument(
+        "--from-image",
+        metavar="FILE",
+        type=path_named("--from-image"),
+        help="draw an image again that this command drew, with the parameters in its file; other options replace them",
+    )
     parser.add_argument(
         "-o",
         "--output",
         metavar="OUT.png",
         type=path_named("--output"),
         required=True,
-        help="the image file (.png, .jpg, .webp, .npy); several images are named OUT-0.png, OUT-1.png, ...",
+        help="the image file (.png, .jpg, .webp, .npy); several images are named OUT-0.png, OUT-1.png, ...; with --prompts-file the "
+        "folder, whose images are named after their lines: 000001.png, ...",
     )
-    parser.add_argument("--negative-prompt", metavar="TEXT", default="", help="what not to draw")
+    parser.add_argument(
+        "--output-format", choices=FORMATS, help="format of the image files (default: by the suffix; for a folder png)"
+    )
+    parser.add_argument(
+        "--quality",
+        type=whole(1, 100),
+        metavar="N",
+        help="quality of jpg and webp files, 1 to 100 (default: 95 for jpg; webp is lossless)",
+    )
+    parser.add_argument("--no-metadata", action="store_true", help="write no parameters into the image files")
+    parser.add_argument(
+        "--batch",
+        type=whole(1, MAX_IMAGES),
+        metavar="N",
+        help="with --prompts-file: images that are sampled at a time (default: 1)",
+    )
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
     parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: the checkpoint's)")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off (default: the checkpoint's)")
-    parser.add_argument("--pag-scale", type=float, metavar="P", default=0.0, help="perturbed attention guidance (default: 0, off)")
+    parser.add_argument("--pag-scale", type=float, metavar="P", help="perturbed attention guidance (default: 0, off)")
     add_size(parser, "the image (default: the checkpoint's native size)")
     parser.add_argument(
         "--no-resolution-binning",
-        action="store_true",
+        action="store_const",
+        const=False,
+        dest="use_resolution_binning",
         help="sample at exactly this size (a multiple of 32) instead of the nearest size that the checkpoint was trained on",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same image (default: random)")
-    parser.add_argument("--images-per-prompt", type=positive, metavar="N", default=1, help="images for each prompt (default: 1)")
+    parser.add_argument("--images-per-prompt", type=positive, metavar="N", help="images for each prompt (default: 1)")
     parser.add_argument(
         "--decoder-tile",
         type=int,
@@ -70,32 +110,119 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+#: The words of a request by the options that set them.
+WORDS = {
+    "negative_prompt": "negative_prompt",
+    "steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+    "pag_scale": "pag_scale",
+    "height": "height",
+    "width": "width",
+    "images_per_prompt": "num_images_per_prompt",
+    "seed": "seed",
+    "use_resolution_binning": "use_resolution_binning",
+    "decoder_tile": "decoder_tile",
+}
+
+
 def run(options: argparse.Namespace, console: Console) -> Answer:
-    output = options.output
+    _check_sources(options)
     from sana_export.adapters import parse_lora
-    from sana_export.runtime import Request, SanaRuntime
+    from sana_export.runtime import SanaRuntime
 
     loras = [parse_lora(text) for text in options.lora]
-    settings = {
-        "negative_prompt": options.negative_prompt,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance_scale,
-        "pag_scale": options.pag_scale,
-        "height": options.height,
-        "width": options.width,
-        "num_images_per_prompt": options.images_per_prompt,
-        "seed": options.seed,
-        "use_resolution_binning": False if options.no_resolution_binning else None,
-        "decoder_tile": options.decoder_tile,
-    }
-    Request(prompt=options.prompts, **settings)  # checks the values before anything is loaded
-    output_type = check_output(output, len(options.prompts) * options.images_per_prompt)
-    with SanaRuntime.from_pretrained(
-        options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
-    ) as runtime:
-        for lora in loras:
-            runtime.load_lora(lora.path, lora.scale)
-        return sample(runtime, options.prompts, settings, output, console, output_type=output_type)
+    given = {word: value for option, word in WORDS.items() if (value := getattr(options, option)) is not None}
+
+    @contextlib.contextmanager
+    def load() -> Iterator[SanaRuntime]:
+        with SanaRuntime.from_pretrained(
+            options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
+        ) as runtime:
+            for lora in loras:
+                runtime.load_lora(lora.path, lora.scale)
+            yield runtime
+
+    if options.prompts_file is not None:
+        return _run_file(options, given, loras, load, console)
+    return _run_request(options, given, loras, load, console)
+
+
+def _check_sources(options: argparse.Namespace) -> None:
+    """Raise UsageError unless the options name one thing to draw."""
+    words = ["sana-export", "generate", str(options.bundle)]
+    if not (options.prompts or options.prompts_file or options.from_image):
+        fix = shlex.join([*words, "a red apple", "-o", str(options.output)])
+        raise UsageError("there is nothing to draw", found="no prompt", wanted="a prompt, --prompts-file or --from-image", fix=fix)
+    if options.prompts_file is None:
+        if options.batch is not None:
+            fix = shlex.join([*words, "--prompts-file", "prompts.txt", "-o", "images", "--batch", str(options.batch)])
+            raise UsageError("--batch is for --prompts-file", found="no --prompts-file", wanted="both or neither", fix=fix)
+        return
+    others = [name for name, value in (("PROMPT", options.prompts), ("--from-image", options.from_image)) if value]
+    if others:
+        fix = shlex.join([*words, "--prompts-file", str(options.prompts_file), "-o", str(options.output)])
+        raise UsageError("--prompts-file has the prompts", found=f"{' and '.join(others)} too", wanted="one of them", fix=fix)
+
+
+def _run_file(
+    options: argparse.Namespace,
+    given: dict[str, Any],
+    loras: Sequence[Lora],
+    load: Callable[[], AbstractContextManager[SanaRuntime]],
+    console: Console,
+) -> Answer:
+    from sana_export.cli.many import FileRun, draw_file
+
+    file_run = FileRun(
+        bundle=options.bundle,
+        prompts_file=options.prompts_file,
+        folder=options.output,
+        seed=given.pop("seed", None),
+        defaults=given,
+        loras=loras,
+        format=options.output_format or "png",
+        quality=options.quality,
+        metadata=not options.no_metadata,
+        batch=options.batch or 1,
+    )
+    file_run.check()
+    return draw_file(file_run, load, console)
+
+
+def _run_request(
+    options: argparse.Namespace,
+    given: dict[str, Any],
+    loras: Sequence[Lora],
+    load: Callable[[], AbstractContextManager[SanaRuntime]],
+    console: Console,
+) -> Answer:
+    from sana_export.cli.drawn_again import draw_again
+    from sana_export.runtime import Request
+
+    output = named_output(options.output, options.output_format, options.quality)
+    settings, index = given, None
+    if options.from_image is not None:
+        if options.prompts:
+            given = {**given, "prompt": options.prompts}
+        again = draw_again(options.from_image, given, options.bundle, output, loras)
+        settings, index = dict(again.words), again.index
+    prompts = settings.pop("prompt", options.prompts)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    request = Request(prompt=prompts, **settings)  # checks the values before anything is loaded
+    count = len(prompts) * request.num_images_per_prompt
+    kind = check_output(output, count if index is None else 1)
+    with load() as runtime:
+        return sample(
+            runtime,
+            prompts,
+            settings,
+            output,
+            console,
+            output_type=kind,
+            index=index,
+            quality=options.quality,
+            metadata=not options.no_metadata,
+        )
 
 
 def sample(
@@ -106,8 +233,14 @@ def sample(
     console: Console,
     *,
     output_type: str = "pil",
+    index: int | None = None,
+    quality: int | None = None,
+    metadata: bool = True,
 ) -> Answer:
-    """Generate images of `prompts` with `settings` (parameters of `SanaRuntime.__call__`) and write them."""
+    """Generate images of `prompts` with `settings` (parameters of `SanaRuntime.__call__`) and write them.
+
+    index: the number of the only image to write. None: all. quality, metadata: of the files (`save_image`).
+    """
     steps = settings.get("num_inference_steps") or runtime.manifest.model.default_steps
     log.info("sampling %d steps on %s", steps, runtime.backend.name)
 
@@ -119,7 +252,8 @@ def sample(
     if console.live:
         console.step("denoise", 0, steps)
     result = runtime(prompts, output_type=output_type, callback_on_step_end=callback, **settings)
-    paths = write_images(result.images, output)
+    kept = slice(None) if index is None else slice(index, index + 1)
+    paths = write_images(result.images[kept], output, result.metadata[kept] if metadata else None, quality)
     repeats = len(paths) // len(prompts)
     document = {
         "images": [{"path": str(path), "prompt": prompts[index // repeats]} for index, path in enumerate(paths)],
@@ -152,7 +286,9 @@ VERB = Verb(
     name="generate",
     summary="generate images from a bundle, without PyTorch",
     description="Generates images from a bundle. A seed gives the same image as diffusers with a generator on the CPU.",
-    example='sana-export generate bundle "A cute 🐼 eating 🎋, ink drawing style" -o panda.png --steps 20 --seed 42',
+    example='sana-export generate bundle "A cute 🐼 eating 🎋, ink drawing style" -o panda.png --steps 20 --seed 42\n'
+    "  sana-export generate bundle --prompts-file prompts.txt -o images --seed 42\n"
+    "  sana-export generate bundle --from-image panda.png -o larger.png --height 2048 --width 2048",
     add_arguments=add_arguments,
     run=run,
 )
