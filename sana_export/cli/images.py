@@ -17,7 +17,7 @@ from sana_export.user_paths import user_path
 
 
 def named_output(output: Path, word: str | None, quality: int | None = None) -> Path:
-    """The image file of `-o`, with the suffix of `--output-format` if it has none. Raises UsageError if they contradict each other."""
+    """The image file of `-o`, with the suffix of `--output-format` if it has none. Raises UsageError for two formats."""
     if word is not None and not output.suffix and not output.is_dir():
         output = output.with_name(output.name + FORMATS[word].suffixes[0])
     found = SUFFIXES.get(output.suffix.lower())

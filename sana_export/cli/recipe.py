@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.bench.workload import load_workload
-from sana_export.image_files import SUFFIXES
 from sana_export.errors import UsageError
+from sana_export.image_files import SUFFIXES
 from sana_export.manifest import PRECISIONS
 from sana_export.numeric import MAX_IMAGES, MAX_SIDE, MOST_DEVICES, MOST_THREADS, integer
 from sana_export.profiles import profile_named

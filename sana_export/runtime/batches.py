@@ -1,4 +1,4 @@
-"""Requests that are drawn together: `SanaRuntime.generate_many` reads them one by one and draws those of the same shape in one batch."""
+"""Requests that are drawn together: `SanaRuntime.generate_many` draws those of the same shape in one batch."""
 
 from __future__ import annotations
 

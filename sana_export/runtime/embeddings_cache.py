@@ -1,7 +1,7 @@
 """Outputs of the text encoder that are kept for the next request with the same prompt.
 
-The text encoder reads each prompt alone (`PromptEncoder`), so an output depends on its tokens and nothing else: an image is the same
-bits with the cache and without. LoRAs do not change the text encoder. The outputs stay where the backend computed them.
+The text encoder reads each prompt alone (`PromptEncoder`), so an output depends on its tokens and nothing else: an image is the
+same bits with the cache and without. LoRAs do not change the text encoder. The outputs stay where the backend computed them.
 """
 
 from __future__ import annotations

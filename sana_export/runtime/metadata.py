@@ -1,7 +1,7 @@
 """How an image was drawn: the document that its file carries, and the request that draws it again.
 
-The words of the request are taken from `Request` itself, so a new parameter is recorded as soon as there is one. No path of the user's
-machine is in the document: models and LoRAs are recorded with the last part of their names and their hashes.
+The words of the request are taken from `Request` itself, so a new parameter is recorded as soon as there is one. No path of the
+user's machine is in the document: models and LoRAs are recorded with the last part of their names and their hashes.
 """
 
 from __future__ import annotations
@@ -74,9 +74,10 @@ def last_name(path: Any) -> str:
 def image_metadata(request: Request, plan: Plan, origin: Origin) -> tuple[dict[str, Any], ...]:
     """The document of each image of a request: plain values, as JSON has them.
 
-    sana_export: our version. format: the document's. model, backend, loras, sampler: `Origin`. request: the words that were not left
-    at their defaults, and the size, steps, scale and seed that followed. given: the SHA-256 of arrays and images, by word. stream: the
-    number of images that one seed was drawn for, and which of them this is.
+    sana_export: our version. format: that of the document. model, backend, loras, sampler: as in `Origin`.
+    request: the words that were not left at their defaults, and the size, steps, scale and seed that followed.
+    given: the SHA-256 of arrays and images, by word.
+    stream: the number of images that one seed was drawn for, and which of them this is.
     """
     images, words = plan.latents_shape[0], _words(request)
     common = {
@@ -97,6 +98,7 @@ def image_metadata(request: Request, plan: Plan, origin: Origin) -> tuple[dict[s
         }
         seed = plan.seeds[image] if len(plan.seeds) == images else plan.seeds[0]
         drawn = {**common, **own, "guidance_scale": scale, "seed": seed}
+        drawn = {item.name: drawn[item.name] for item in fields(Request) if item.name in drawn}
         document: dict[str, Any] = {
             "sana_export": __version__,
             "format": FORMAT,

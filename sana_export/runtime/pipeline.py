@@ -28,7 +28,7 @@ from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
 from sana_export.runtime.batches import OWN_ERRORS, Job, draw_in_batches, joined
 from sana_export.runtime.callbacks import IsCancelled, StepCallback, call_back, check_callbacks, check_cancelled
-from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images
+from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images, one_by_one
 from sana_export.runtime.embeddings_cache import MOST_CACHE_BYTES, PROMPT_CACHE_BYTES, EmbeddingsCache
 from sana_export.runtime.encoded_prompts import EncodedPrompts, prompt_texts, to_arrays
 from sana_export.runtime.inputs import checked_latents
@@ -499,6 +499,8 @@ class SanaRuntime(OfThisProcess):
             check_latents_shape(latents, plan)
             if plan.output_type == "latent":
                 return np.array(self._finite_latents(latents))
+            if plan.latents_shape[0] > 1:
+                return one_by_one(self.backend.to_host(latents), lambda own: self._decode(plan.one_image, own, cancelled))
             self.sessions.require((*plan.decoder_graphs, "postprocess"))
             image = decode_latents(plan, latents, self.backend, self.sessions, partial(check_cancelled, cancelled))
             self._finite_latents(latents)

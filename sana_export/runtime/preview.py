@@ -1,9 +1,9 @@
 """Small images of latents while they are sampled: a linear projection to RGB, or the decoder.
 
 The projection [C + 1, 3] is fitted by least squares to the bundle's own decoder: random latents are decoded, each square of
-`vae_scale_factor` pixels is averaged, and regressed on the latent pixel that it lies over. So it suits every autoencoder, and the same
-bundle and backend always give the same projection. It knows nothing of a pixel's neighbors, and shows colors and composition, not
-details.
+`vae_scale_factor` pixels is averaged, and regressed on the latent pixel that it lies over. So it suits every autoencoder, and the
+same bundle and backend always give the same projection. It knows nothing of a pixel's neighbors, and shows colors and composition,
+not details.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,11 @@ class Plan:
     output_type: str
     #: Side of a decoder tile in image pixels; 0 for one piece.
     decoder_tile: int
+
+    @property
+    def one_image(self) -> Plan:
+        """The plan to decode one of the images alone."""
+        return replace(self, latents_shape=(1, *self.latents_shape[1:]))
 
     @property
     def decoder_graphs(self) -> tuple[str, ...]:

@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts-file",
         metavar="FILE",
         type=path_named("--prompts-file"),
-        help="draw a file instead: .txt with one prompt a line, or .jsonl with one object a line (prompt, seed, height, ...); run the "
-        "same command again after an interruption, and it draws what is missing",
+        help="draw a file instead: .txt with one prompt a line, or .jsonl with one object a line (prompt, seed, ...); after "
+        "an interruption, the same command draws what is missing",
     )
     parser.add_argument(
         "--from-image",
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUT.png",
         type=path_named("--output"),
         required=True,
-        help="the image file (.png, .jpg, .webp, .npy); several images are named OUT-0.png, OUT-1.png, ...; with --prompts-file the "
-        "folder, whose images are named after their lines: 000001.png, ...",
+        help="the image file (.png, .jpg, .webp, .npy); several images are named OUT-0.png, OUT-1.png, ...; with --prompts-file "
+        "the folder, whose images are named after their lines: 000001.png, ...",
     )
     parser.add_argument(
         "--output-format", choices=FORMATS, help="format of the image files (default: by the suffix; for a folder png)"
