@@ -8,9 +8,11 @@ not details.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from sana_export.errors import UsageError
@@ -45,24 +47,28 @@ class Previews:
         if method == "decoder":
             return list(runtime.decode(_plan(runtime, *host.shape), host))
         if self._projection is None:
-            self._projection = fit_projection(runtime, host.shape)
-        colors = host.transpose(0, 2, 3, 1) @ self._projection[:-1] + self._projection[-1]
-        pixels = np.round((colors * 0.5 + 0.5).clip(0, 1) * 255).astype(np.uint8)
-        return [Image.fromarray(image) for image in pixels]
+            self._projection = _fit(runtime, host.shape)
+        return [Image.fromarray(pixels) for pixels in project(host, self._projection)]
 
 
-def fit_projection(runtime: SanaRuntime, shape: tuple[int, ...]) -> Float32:
-    """The projection [C + 1, 3], float32; the last row is the constant. `shape` is one that the backend can decode."""
-    channels, generator = shape[1], TorchGenerator(0)
-    try:
-        plans = [_plan(runtime, 1, channels, FIT_SIDE, FIT_SIDE)] * FIT_IMAGES
-    except UsageError:  # engines for other sizes
-        plans = [_plan(runtime, 1, *shape[1:])]
+def project(latents: Float32, projection: Float32) -> npt.NDArray[np.uint8]:
+    """Latents [B, C, h, w] to pixels [B, h, w, 3]."""
+    colors = latents.transpose(0, 2, 3, 1) @ projection[:-1] + projection[-1]
+    pixels: npt.NDArray[np.uint8] = np.round((colors * 0.5 + 0.5).clip(0, 1) * 255).astype(np.uint8)
+    return pixels
+
+
+def fit_projection(decode: Callable[[Float32], Float32], shape: tuple[int, ...], count: int) -> Float32:
+    """The projection [C + 1, 3], float32, whose last row is the constant.
+
+    decode: from latents of `shape`, [1, C, h, w], to the image float32 [1, 3, H, W] in about [-1, 1].
+    count: the number of latents to decode.
+    """
+    generator, (channels, height, width) = TorchGenerator(0), shape[1:]
     inputs, outputs = [], []
-    for plan in plans:
-        latents = generator.randn(plan.latents_shape)
-        image = np.asarray(runtime.to_host(runtime.decode_raw(plan, latents)))
-        height, width = plan.latents_shape[2:]
+    for _ in range(count):
+        latents = generator.randn(shape)
+        image = decode(latents)
         squares = image.reshape(3, height, image.shape[2] // height, width, image.shape[3] // width)
         inputs.append(latents.transpose(0, 2, 3, 1).reshape(-1, channels))
         outputs.append(squares.mean((2, 4)).reshape(3, -1).T)
@@ -70,6 +76,15 @@ def fit_projection(runtime: SanaRuntime, shape: tuple[int, ...]) -> Float32:
     x = np.pad(x, ((0, 0), (0, 1)), constant_values=1.0)
     projection = np.linalg.solve(x.T @ x + _RIDGE * len(x) * np.eye(channels + 1), x.T @ y)
     return np.ascontiguousarray(projection, dtype=np.float32)
+
+
+def _fit(runtime: SanaRuntime, shape: tuple[int, ...]) -> Float32:
+    """The projection for the decoder of `runtime`, which can decode latents of `shape`."""
+    try:
+        plan, count = _plan(runtime, 1, shape[1], FIT_SIDE, FIT_SIDE), FIT_IMAGES
+    except UsageError:  # engines for other sizes
+        plan, count = _plan(runtime, 1, *shape[1:]), 1
+    return fit_projection(lambda latents: runtime.to_host(runtime.decode_raw(plan, latents)), plan.latents_shape, count)
 
 
 def _on_host(runtime: SanaRuntime, latents: Any) -> Float32:
