@@ -138,7 +138,7 @@ def redraw(document: Mapping[str, Any], source: Any) -> Redraw:
     Raises UsageError unless it is a document of this version with words of this version's requests.
     """
     try:
-        words, model, loras = dict(document["request"]), dict(document["model"]), [dict(lora) for lora in document["loras"]]
+        words, model, loras = dict(document["request"].items()), dict(document["model"]), [dict(lora) for lora in document["loras"]]
         given, stream = dict(document.get("given", {})), dict(document.get("stream", {"images": 1, "index": 0}))
         images, index = as_integer(stream["images"]), as_integer(stream["index"])
         texts = [*model.values(), *given.values(), *(lora[name] for lora in loras for name in ("name", "sha256"))]
@@ -146,7 +146,7 @@ def redraw(document: Mapping[str, Any], source: Any) -> Redraw:
         scales = all(isinstance(lora["scale"], int | float) for lora in loras)
         if not (sound and scales and images is not None and index is not None and 0 <= index < images <= MAX_IMAGES):
             raise ValueError
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         found = f"format {shown(document.get('format'))}, written by sana-export {shown(document.get('sana_export'))}"
         raise UsageError(f"the parameters in {source} cannot be read", found=found, wanted=f"format {FORMAT}") from error
     known = {item.name for item in fields(Request)} - set(_NOT_RECORDED)

@@ -56,7 +56,9 @@ def test_each_result_is_that_of_a_call_of_its_own(tiny_runtime: SanaRuntime, bat
         for image, expected in zip(result.images, wanted, strict=True):
             np.testing.assert_array_equal(np.asarray(image), expected)
         assert (result.height, result.width) == (one.height, one.width)
-        assert [document["request"]["seed"] for document in result.metadata] == list(result.seeds) * (len(wanted) // len(result.seeds))
+        assert [document["request"]["seed"] for document in result.metadata] == list(result.seeds) * (
+            len(wanted) // len(result.seeds)
+        )
 
 
 def test_an_image_does_not_depend_on_its_batch(tiny_runtime: SanaRuntime) -> None:
@@ -144,7 +146,13 @@ def test_requests_are_read_as_they_are_needed(tiny_runtime: SanaRuntime) -> None
 
 
 def bad() -> list[Any]:
-    return [request("a", 0), request("a", 1, height=100), "a cat", request("b", 2), Request(prompt="x", seed=3, max_sequence_length=2047)]
+    return [
+        request("a", 0),
+        request("a", 1, height=100),
+        "a cat",
+        request("b", 2),
+        Request(prompt="x", seed=3, max_sequence_length=2047),
+    ]
 
 
 def test_an_error_is_raised_in_its_turn(tiny_runtime: SanaRuntime) -> None:
@@ -220,6 +228,8 @@ def test_a_batch_size_that_is_none(tiny_runtime: SanaRuntime, batch_size: Any) -
 
 
 def test_sprint_draws_a_batch_with_the_noise_of_each_seed(sprint_runtime: SanaRuntime) -> None:
-    requests = [Request(prompt=prompt, seed=seed, height=64, width=64, use_resolution_binning=False) for seed, prompt in enumerate("ab")]
+    requests = [
+        Request(prompt=prompt, seed=seed, height=64, width=64, use_resolution_binning=False) for seed, prompt in enumerate("ab")
+    ]
     for one, result in zip(requests, sprint_runtime.generate_many(requests, batch_size=2), strict=True):
         np.testing.assert_array_equal(np.asarray(result.images[0]), alone(sprint_runtime, one)[0])

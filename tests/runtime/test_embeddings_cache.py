@@ -78,7 +78,9 @@ def test_every_prompt_is_encoded_alone(tiny_runtime: SanaRuntime, monkeypatch: p
     assert shapes == [1] * 5
 
 
-def test_a_staged_runtime_loads_no_text_encoder_for_prompts_that_it_knows(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_staged_runtime_loads_no_text_encoder_for_prompts_that_it_knows(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime", memory="staged") as runtime:
         loaded: list[str] = []
         load = runtime.backend.load

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to draw; one or more prompts")
+    prompts = parser.add_argument("prompts", metavar="PROMPT", nargs="+", default=[], help="what to draw; one or more prompts")
+    prompts.required = False  # with nargs="*", argparse takes no prompt that stands after an option
     parser.add_argument(
         "--prompts-file",
         metavar="FILE",
