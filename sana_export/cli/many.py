@@ -81,7 +81,7 @@ class FileRun:
 
 
 @dataclass
-class Progress:
+class FileCounts:
     """Counts of a run."""
 
     drawn: int = 0
@@ -105,32 +105,32 @@ def draw_file(run: FileRun, load: Callable[[], contextlib.AbstractContextManager
     Raises UsageError before anything is drawn if images in the folder come from other lines or options. A line that cannot be drawn
     is reported, and the answer's exit code is that of its error.
     """
-    settings, started, progress = run.settings, time.monotonic(), Progress()
+    settings, started, counts = run.settings, time.monotonic(), FileCounts()
 
     def on_wait() -> None:
         log.warning("another process draws into %s: waiting for it", run.folder)
 
     with DrawnImages.open(run.folder, run.format, run.seed, on_wait) as folder:
-        missing = _count_missing(run, folder, settings, progress)
+        missing = _count_missing(run, folder, settings, counts)
         if missing:
             with load() as runtime:
-                _draw(run, runtime, folder, settings, missing, progress, console)
-    return _answer(run, folder.seed, progress, time.monotonic() - started)
+                _draw(run, runtime, folder, settings, missing, counts, console)
+    return _answer(run, folder.seed, counts, time.monotonic() - started)
 
 
-def _count_missing(run: FileRun, folder: DrawnImages, settings: Mapping[str, Any], progress: Progress) -> int:
+def _count_missing(run: FileRun, folder: DrawnImages, settings: Mapping[str, Any], counts: FileCounts) -> int:
     """Report the bad lines and count the images that are missing. Raises UsageError if others are in their place."""
     missing, others = 0, 0
     first: tuple[Item, State] | None = None
     for item in read_items(run.prompts_file, run.defaults, folder.seed):
         if isinstance(item, BadLine):
-            progress.fail(run.prompts_file, item.line, item.error)
+            counts.fail(run.prompts_file, item.line, item.error)
             continue
         state = folder.state(item.stem, item.key(settings))
         if state is State.EDITED:
             log.warning("%s was changed after it was drawn: delete it to draw it again", folder.path(item.stem))
         missing += state is State.MISSING
-        progress.kept += state in (State.DRAWN, State.EDITED)
+        counts.kept += state in (State.DRAWN, State.EDITED)
         if state in (State.OTHER, State.FOREIGN):
             others += 1
             first = first or (item, state)
@@ -153,7 +153,7 @@ def _draw(
     folder: DrawnImages,
     settings: Mapping[str, Any],
     missing: int,
-    progress: Progress,
+    counts: FileCounts,
     console: Console,
 ) -> None:
     """Draw and write the missing images in the order of the file."""
@@ -172,11 +172,11 @@ def _draw(
         for done, result in enumerate(results, 1):
             item, key = waiting.popleft()
             if isinstance(result, SanaExportError):
-                progress.fail(run.prompts_file, item.line, result)
+                counts.fail(run.prompts_file, item.line, result)
             else:
                 metadata = dict(result.metadata[0])
                 folder.write(item.stem, key, item.line, result.images[0], metadata, run.quality, carry=run.metadata)
-                progress.drawn += 1
+                counts.drawn += 1
             console.step(f"drawing, {speed(done, missing, time.monotonic() - started)}", done, missing)
 
 
@@ -187,23 +187,23 @@ def speed(done: int, total: int, elapsed: float) -> str:
     return f"{rate}, {seconds((total - done) * each)} left"
 
 
-def _answer(run: FileRun, seed: int, progress: Progress, elapsed: float) -> Answer:
+def _answer(run: FileRun, seed: int, counts: FileCounts, elapsed: float) -> Answer:
     document = {
         "folder": str(run.folder),
         "index": str(run.folder / FILE_NAME),
         "prompts_file": str(run.prompts_file),
         "format": FORMATS[run.format].suffixes[0].removeprefix("."),
         "seed": seed,
-        "drawn": progress.drawn,
-        "kept": progress.kept,
-        "failed": progress.failed,
-        "failures": progress.failures,
+        "drawn": counts.drawn,
+        "kept": counts.kept,
+        "failed": counts.failed,
+        "failures": counts.failures,
         "seconds": elapsed,
     }
-    lines = [str(run.folder), f"  {plural(progress.drawn, 'image')} drawn in {seconds(elapsed)}, seed {seed}"]
-    if progress.kept:
-        lines.append(f"  {plural(progress.kept, 'image')} drawn before")
-    if progress.failed:
-        named = [f"line {failure['line']} ({first_line(failure['message'])})" for failure in progress.failures[:3]]
-        lines.append(f"  {progress.failed} not drawn: {'; '.join(named)}{'; ...' if progress.failed > 3 else ''}")
-    return Answer(document, "\n".join(lines), progress.exit_code)
+    lines = [str(run.folder), f"  {plural(counts.drawn, 'image')} drawn in {seconds(elapsed)}, seed {seed}"]
+    if counts.kept:
+        lines.append(f"  {plural(counts.kept, 'image')} drawn before")
+    if counts.failed:
+        named = [f"line {failure['line']} ({first_line(failure['message'])})" for failure in counts.failures[:3]]
+        lines.append(f"  {counts.failed} not drawn: {'; '.join(named)}{'; ...' if counts.failed > 3 else ''}")
+    return Answer(document, "\n".join(lines), counts.exit_code)

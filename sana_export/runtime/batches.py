@@ -39,7 +39,7 @@ EQUAL = (
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class RequestJob:
     """A request with its plan."""
 
     request: Request
@@ -52,7 +52,7 @@ class Job:
 
 
 #: Draws jobs in one batch: the result of each, or its own error.
-Draw = Callable[[Sequence[Job]], list[SanaResult | SanaExportError]]
+Draw = Callable[[Sequence[RequestJob]], list[SanaResult | SanaExportError]]
 
 
 def batch_key(plan: Plan) -> Hashable:
@@ -116,7 +116,7 @@ def draw_in_batches(requests: Iterable[Request], plan: Callable[[Request], Plan]
 class _Place:
     """A request that waits for its turn, with its outcome as soon as there is one."""
 
-    job: Job | None
+    job: RequestJob | None
     key: Hashable
     outcome: SanaResult | SanaExportError | None = None
 
@@ -128,7 +128,7 @@ def _place(request: Any, plan: Callable[[Request], Plan]) -> _Place:
         planned = plan(request)
     except OWN_ERRORS as error:
         return _Place(None, None, error)
-    return _Place(Job(request, planned), batch_key(planned))
+    return _Place(RequestJob(request, planned), batch_key(planned))
 
 
 def _choose(waiting: Iterable[_Place], most: int) -> list[_Place]:

@@ -32,7 +32,8 @@ class EncodedPrompts(NamedTuple):
     @property
     def arrays(self) -> dict[str, Float32]:
         """The fields that are not None, by name: `runtime(**encoded.arrays)`, `numpy.savez(path, **encoded.arrays)`."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        fields = zip(type(self).__annotations__, self, strict=True)
+        return {name: value for name, value in fields if value is not None}
 
 
 class PromptTexts(NamedTuple):

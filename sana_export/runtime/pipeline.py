@@ -26,7 +26,7 @@ from sana_export.manifest import Manifest
 from sana_export.numeric import MAX_IMAGES, MOST_DEVICES, MOST_THREADS, integer, shown
 from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
-from sana_export.runtime.batches import OWN_ERRORS, Job, draw_in_batches, joined
+from sana_export.runtime.batches import OWN_ERRORS, RequestJob, draw_in_batches, joined
 from sana_export.runtime.callbacks import IsCancelled, StepCallback, call_back, check_callbacks, check_cancelled
 from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images, one_by_one
 from sana_export.runtime.embeddings_cache import MOST_CACHE_BYTES, PROMPT_CACHE_BYTES, EmbeddingsCache
@@ -247,7 +247,7 @@ class SanaRuntime(OfThisProcess):
             intermediate_timesteps=intermediate_timesteps,
         )
         check_cancelled(cancelled)
-        result = self._turn(lambda: self._draw([Job(request, self.plan(request))], callback_on_step_end, cancelled)[0])
+        result = self._turn(lambda: self._draw([RequestJob(request, self.plan(request))], callback_on_step_end, cancelled)[0])
         # Overloads that say so would repeat all parameters.
         return result if return_dict else (result.images,)  # type: ignore[return-value]
 
@@ -276,7 +276,7 @@ class SanaRuntime(OfThisProcess):
         batch_size = integer("batch_size", batch_size, 1, MAX_IMAGES)
         check_callbacks(callback_on_step_end, cancelled)
 
-        def draw(jobs: Sequence[Job]) -> list[Any]:
+        def draw(jobs: Sequence[RequestJob]) -> list[Any]:
             try:
                 return self._turn(lambda: self._draw(jobs, callback_on_step_end, cancelled))
             except OWN_ERRORS as error:
@@ -300,7 +300,7 @@ class SanaRuntime(OfThisProcess):
             finally:
                 self._interrupt = interrupted  # of the call whose callback made this one
 
-    def _draw(self, jobs: Sequence[Job], callback: StepCallback | None, cancelled: IsCancelled | None) -> list[SanaResult]:
+    def _draw(self, jobs: Sequence[RequestJob], callback: StepCallback | None, cancelled: IsCancelled | None) -> list[SanaResult]:
         """Draw the images of `jobs`, whose `batch_key` is the same, in one batch."""
         started, record_event = perf_counter(), self.backend.record_event
         check_cancelled(cancelled)  # it may have waited for its turn

@@ -13,7 +13,7 @@ import pytest
 
 from sana_export import Request, SanaRuntime
 from sana_export.errors import Cancelled, DependencyError, UsageError
-from sana_export.runtime.batches import EQUAL, JOINED, READ_AHEAD, Job, batch_key, draw_in_batches, joined
+from sana_export.runtime.batches import EQUAL, JOINED, READ_AHEAD, RequestJob, batch_key, draw_in_batches, joined
 from sana_export.runtime.request import Plan
 
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "use_resolution_binning": False, "num_inference_steps": 2}
@@ -86,7 +86,7 @@ def batches_of(runtime: SanaRuntime, requests: Sequence[Any], batch_size: int) -
     """The batches in which requests are drawn, as their seeds."""
     drawn: list[list[Any]] = []
 
-    def draw(jobs: Sequence[Job]) -> list[Any]:
+    def draw(jobs: Sequence[RequestJob]) -> list[Any]:
         drawn.append([job.request.seed for job in jobs])
         assert joined([job.plan for job in jobs]).latents_shape[0] == sum(job.images for job in jobs)
         return [job.request.seed for job in jobs]
@@ -172,7 +172,7 @@ def test_errors_take_the_place_of_results(tiny_runtime: SanaRuntime) -> None:
 
 
 def test_an_error_of_the_machine_ends_the_run(tiny_runtime: SanaRuntime) -> None:
-    def draw(jobs: Sequence[Job]) -> list[Any]:
+    def draw(jobs: Sequence[RequestJob]) -> list[Any]:
         raise DependencyError("no more memory")
 
     with pytest.raises(DependencyError):
