@@ -1,13 +1,13 @@
-"""LoRA files: what they add to each layer. The one reader for `export --lora`, `generate --lora` and the runtime. Needs no PyTorch.
+"""LoRA files: what they do to each layer. The one reader for `export --lora`, `generate --lora` and the runtime. Needs no PyTorch.
 
-A layer's weight W becomes
+lora_names.py knows the tensor names of each program that writes LoRAs, lora_config.py reads configs, and lora_kinds.py computes
+what each kind of adapter does to a weight. All kinds share the factor
 
-    W + scale * (alpha / r) * B A
+    scale * alpha / r
 
-With use_rslora, alpha / sqrt(r) replaces alpha / r. If a file has no alpha, alpha / r is 1. lora_names.py knows the tensor names of
-each program that writes LoRAs, and lora_config.py reads configs.
+With use_rslora, alpha / sqrt(r) replaces alpha / r. If a file has no alpha, alpha / r is 1.
 
-Source: arXiv 2106.09685; the formats of diffusers (`SanaLoraLoaderMixin`) and PEFT.
+Source: arXiv 2106.09685; the formats of diffusers (`SanaLoraLoaderMixin`), PEFT and LyCORIS.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import hashlib
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ import numpy as np
 
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import hash_file
-from sana_export.formats.arrays import Float32
-from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
 from sana_export.formats.recognize import refuse_pickle
-from sana_export.formats.safetensors_file import StoredTensor, TensorFile
+from sana_export.formats.safetensors_file import TensorFile
 from sana_export.lora_config import METADATA, LoraConfig, config_in_file, config_in_text
+from sana_export.lora_kinds import Delta, Difference, Fold, Hadamard, Kronecker, LowRank, LycorisMagnitude, Magnitude, PeftMagnitude
 from sana_export.lora_names import PEFT_PREFIX, Parts, find_parts
-from sana_export.numeric import MOST_SCALE, real
+from sana_export.lora_scales import OTHERS, LayerScales, check_patterns, parse_scales, scale_of, split_scale
+from sana_export.lora_tensors import check_tensors, rank_of
 from sana_export.user_paths import user_path
 
 DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -47,6 +47,18 @@ class Lora:
     path: Path
     #: The factor on everything that it adds.
     scale: float = 1.0
+    #: Other factors for some layers, by pattern (lora_scales.py).
+    layer_scales: LayerScales = ()
+
+    @property
+    def scales(self) -> float | dict[str, float]:
+        """All scales, as `lora_at` and `load_lora` take them."""
+        return {**dict(self.layer_scales), OTHERS: self.scale} if self.layer_scales else self.scale
+
+    def as_json(self) -> dict[str, Any]:
+        """Its path and scales, for reports."""
+        layers = {"layer_scales": dict(self.layer_scales)} if self.layer_scales else {}
+        return {"path": str(self.path), "scale": self.scale, **layers}
 
     @property
     def peft(self) -> bool:
@@ -70,71 +82,82 @@ class Lora:
         return hashlib.sha256("".join(map(hash_file, files)).encode()).hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
-class Fold:
-    """What one adapter adds to one weight: `factor` * up down."""
+_DELTAS: dict[str, type[Delta]] = {"LoRA": LowRank, "LoHa": Hadamard, "LoKr": Kronecker, "diff": Difference}
 
-    #: The matrix A, [r, in, ...].
-    down: StoredTensor
-    #: The matrix B, [out, r, ...].
-    up: StoredTensor
-    #: The adapter's scale times alpha / r.
-    factor: float
 
-    def product(self, rows: slice = slice(None)) -> Float32:
-        """These rows of the product [out, in * kh * kw], times the factor. The matrices are read now."""
-        up, down = (part.read().reshape(part.shape[0], -1) for part in (self.up, self.down))
-        with np.errstate(over="ignore", invalid="ignore"):  # the caller finds values that are not finite
-            product: Float32 = (up[rows] @ down) * np.float32(self.factor)
-        return product
+def lora_at(path: str | Path, scale: float | Mapping[str, float] = 1.0) -> Lora:
+    """The LoRA at `path` with one scale, or with scales by pattern. Raises UsageError for a wrong scale or pattern."""
+    return Lora(user_path(path, "the LoRA"), *split_scale(scale, path))
 
 
 def parse_lora(text: str) -> Lora:
-    """Parse PATH or PATH:SCALE."""
+    """Parse PATH or PATH:SCALE. SCALE may have scales of some layers: NUMBER,PATTERN=NUMBER,... (lora_scales.py)."""
     path, colon, scale = text.rpartition(":")
     if not colon or user_path(text, "the LoRA").exists():
         return Lora(user_path(text, "the LoRA"))
     if re.fullmatch(r"[+-]?\d*,\d+", scale):
         point = shlex.quote(f"{path}:{scale.replace(',', '.')}")
         raise UsageError(f"the scale of the LoRA {path} has a comma", found=text, wanted="a decimal point", fix=f"--lora {point}")
-    try:
-        factor = float(scale)
-    except ValueError:
+    scales = parse_scales(scale, path)
+    if scales is None:
         return Lora(user_path(text, "the LoRA"))  # the colon is part of the path, such as that of a Windows drive
     if not path:
         raise UsageError(
             "a LoRA is given as a path and a scale", found=text, wanted="PATH or PATH:SCALE", fix="--lora style.safetensors:0.7"
         )
-    return Lora(user_path(path, "the LoRA"), checked_scale(factor, path))
-
-
-def checked_scale(scale: Any, path: str | Path) -> float:
-    """The scale of the LoRA at `path`. Raises UsageError unless it is a number within +-`MOST_SCALE`."""
-    return real(f"the scale of the LoRA {path}", scale, -MOST_SCALE, MOST_SCALE)
+    return Lora(user_path(path, "the LoRA"), *scales)
 
 
 def read_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Fold]:
-    """What the LoRA adds to each layer, by the layer's name.
+    """What the LoRA does to each layer, by the layer's name.
 
-    `shapes` are those of the weights that it may change, [out, in] or [out, in / groups, kh, kw], by layer. No matrix is read.
-    Raises UsageError if there is no such file, and ArtifactError, naming the tensor, if the file is damaged or something else, if
-    its kind is not supported, or if it does not fit the model.
+    `shapes` are those of the weights that it may change, [out, in] or [out, in / groups, kh, kw], by layer. Every tensor is
+    checked, one at a time; the result reads them again when it needs them. Raises UsageError if there is no such file or if a scale
+    is for no layer, and ArtifactError, naming the tensor, if the file is damaged or something else, if its kind is not supported,
+    or if it does not fit the model.
     """
-    checked_scale(lora.scale, lora.path)
+    lora_at(lora.path, lora.scales)
     file = TensorFile(lora.weights, fix="download the LoRA again")
     parts = find_parts(lora.path, file, shapes)
+    check_patterns(lora.layer_scales, (layer for part in parts for layer in part.layers), lora.path)
     config = read_config(lora, file, parts)
-    folds = {}
-    for layer, names in parts.items():
-        _check_layer(lora, file, layer, names, shapes.get(layer))
-        down, up = file[names.down], file[names.up]
-        rank = down.shape[0]
-        alpha = float(rank) if config is None else config.alpha_of(layer)
-        if names.alpha is not None:
-            alpha = _alpha(lora, names.alpha, file)
-        factor = lora.scale * alpha / (math.sqrt(rank) if config and config.rslora else rank)
-        folds[layer] = Fold(down, up, factor)
+    folds: dict[str, Fold] = {}
+    for part in parts:
+        check_tensors(lora.path, file, part, {layer: shapes.get(layer) for layer in part.layers})
+        folds.update(_folds(lora, file, part, alpha_over_rank(lora, file, part, config), shapes))
     return folds
+
+
+def _folds(
+    lora: Lora, file: TensorFile, part: Parts, factor: float, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Fold]]:
+    """What `part` does to each of its layers, with `factor` for alpha / r."""
+    tensors = {role: file[name] for role, name in part.names.items()}
+    first = 0
+    for layer in part.layers:
+        rows = slice(first, first + shapes[layer][0])
+        scale = scale_of(layer, lora.scale, lora.layer_scales)
+        magnitude: Magnitude | None = None
+        if "magnitude" in tensors:
+            magnitude = PeftMagnitude(tensors["magnitude"], True)
+        elif "dora_scale" in tensors:
+            norms = tensors["dora_scale"]
+            magnitude, scale = LycorisMagnitude(norms, norms.shape[0] != 1, scale), 1.0
+        yield layer, Fold(_DELTAS[part.kind](tensors, scale * factor), rows, magnitude)
+        first = rows.stop
+
+
+def alpha_over_rank(lora: Lora, file: TensorFile, part: Parts, config: LoraConfig | None) -> float:
+    """alpha / r of a layer, or what stands for it."""
+    if part.kind == "diff":
+        return 1.0
+    rank = rank_of(file, part)
+    if rank is None:  # a LoKr of two whole matrices: LyCORIS ignores alpha, PEFT does not
+        return 1.0 if "alpha" in part.names or config is None else config.alpha_of(part.module) / config.rank_of(part.module)
+    alpha = float(rank) if config is None else config.alpha_of(part.module)
+    if "alpha" in part.names:
+        alpha = _alpha(lora, part.names["alpha"], file)
+    return alpha / (math.sqrt(rank) if config and config.rslora else rank)
 
 
 def _download(path: Path) -> str:
@@ -169,7 +192,7 @@ def _weights_file(path: Path) -> Path:
     )
 
 
-def read_config(lora: Lora, file: TensorFile, parts: Mapping[str, Parts]) -> LoraConfig | None:
+def read_config(lora: Lora, file: TensorFile, parts: Iterable[Parts]) -> LoraConfig | None:
     """The config of a LoRA, from its file's metadata or adapter_config.json. None if it has none and needs none.
 
     Raises ArtifactError if the config is damaged, of a kind that is not supported, or missing although alpha is known only there.
@@ -179,7 +202,7 @@ def read_config(lora: Lora, file: TensorFile, parts: Mapping[str, Parts]) -> Lor
     if lora.peft or any(name.startswith(PEFT_PREFIX) for name in file):
         if lora.config_file.is_file():
             return config_in_file(lora.config_file, lora.path)
-        if lora.peft or any(names.alpha is None for names in parts.values()):
+        if lora.peft or any(_needs_alpha(part) for part in parts):
             raise ArtifactError(
                 f"the LoRA {lora.path} is incomplete",
                 found=f"no {PEFT_CONFIG} next to {lora.weights.name}",
@@ -189,37 +212,8 @@ def read_config(lora: Lora, file: TensorFile, parts: Mapping[str, Parts]) -> Lor
     return None
 
 
-def _check_layer(lora: Lora, file: TensorFile, layer: str, names: Parts, shape: tuple[int, ...] | None) -> None:
-    """Raise ArtifactError unless the layer's matrices fit a weight of `shape`."""
-    if shape is None or (len(shape) == 4 and shape[1] == 1 < shape[0]):
-        raise ArtifactError(
-            f"the LoRA {lora.path} changes a depthwise convolution, which is not supported",
-            found=names.down,
-            wanted="linear layers and convolutions without groups",
-            fix=f"train without {layer.rpartition('.')[2]}: a LoRA on it mixes channels, which a depthwise weight cannot",
-        )
-    rank = (max((1, *file.entries[names.down].shape[:1])),)
-    for name, wanted in ((names.down, (*rank, *shape[1:])), (names.up, (*shape[:1], *rank, *(1 for _ in shape[2:])))):
-        part = file.entries[name]
-        if not _fits(part.shape, wanted):
-            raise ArtifactError(
-                f"{name} in the LoRA {lora.path} does not fit this checkpoint",
-                found=list(part.shape),
-                wanted=f"{list(wanted)}, for {layer}.weight of {list(shape)}",
-                fix="use a LoRA that was trained on this checkpoint",
-            )
-        if part.dtype not in SAFETENSORS_WEIGHT_DTYPES:
-            raise ArtifactError(
-                f"{name} in the LoRA {lora.path} has an unsupported dtype",
-                found=part.dtype,
-                wanted=", ".join(SAFETENSORS_WEIGHT_DTYPES),
-                fix="save it in float16, bfloat16 or float32",
-            )
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether both are equal, or differ only in dimensions of 1 at the end: some programs store a 1x1 convolution as a matrix."""
-    return (shape[:2] == wanted[:2] and all(size == 1 for size in (*shape[2:], *wanted[2:]))) or shape == wanted
+def _needs_alpha(part: Parts) -> bool:
+    return part.kind != "diff" and "alpha" not in part.names
 
 
 def _alpha(lora: Lora, name: str, file: TensorFile) -> float:

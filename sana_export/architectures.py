@@ -113,6 +113,19 @@ TRANSFORMER_DEFAULTS: Config = {
     "timestep_scale": 1.0,
 }
 
+#: The config of `SanaControlNetModel`: keys and defaults are those of `SanaTransformer2DModel`, except for the number of blocks.
+CONTROLNET_DEFAULTS: Config = {
+    key: value
+    for key, value in TRANSFORMER_DEFAULTS.items()
+    if key not in ("guidance_embeds", "guidance_embeds_scale", "qk_norm", "timestep_scale")
+} | {"num_layers": 7}
+
+
+def controlnet_config(transformer: Mapping[str, Any], layers: int) -> Config:
+    """The config of a ControlNet with `layers` blocks of the transformer with the config `transformer`."""
+    return {**{key: transformer[key] for key in CONTROLNET_DEFAULTS}, "num_layers": layers}
+
+
 _STAGES = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 _MULTISCALES = ((), (), (), (5,), (5,), (5,))
 _WIDTHS = (128, 256, 512, 512, 1024, 1024)
@@ -180,30 +193,62 @@ TEXT_ENCODER: Config = {
 }
 
 _SIGMAS_OFF = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting"), False)
+#: A diffusion's noise schedule, which a flow's scheduler reads for some options.
+_BETAS = {
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+}
+_DPM_SOLVER: Config = {
+    "num_train_timesteps": 1000,
+    "flow_shift": 1.0,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "solver_order": 2,
+    "prediction_type": "epsilon",
+    "use_flow_sigmas": False,
+    "final_sigmas_type": "zero",
+    "thresholding": False,
+    **_SIGMAS_OFF,
+    **_BETAS,
+}
+_FLOW_MATCH: Config = {"num_train_timesteps": 1000, "shift": 1.0}
+_FLOW_MATCH_SIGMAS: Config = {**_FLOW_MATCH, "shift_terminal": None, "invert_sigmas": False, **_SIGMAS_OFF}
 
 #: The defaults of the schedulers in diffusers, for the keys that sampling reads.
 SCHEDULER_DEFAULTS: dict[str, Config] = {
     "DPMSolverMultistepScheduler": {
+        **_DPM_SOLVER,
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "use_lu_lambdas": False,
+        "rescale_betas_zero_snr": False,
+    },
+    "DPMSolverSinglestepScheduler": {**_DPM_SOLVER, "lower_order_final": False},
+    "UniPCMultistepScheduler": {
         "num_train_timesteps": 1000,
         "flow_shift": 1.0,
-        "algorithm_type": "dpmsolver++",
-        "solver_type": "midpoint",
+        "solver_type": "bh2",
         "solver_order": 2,
+        "solver_p": None,
+        "predict_x0": True,
+        "disable_corrector": [],
+        "lower_order_final": True,
         "prediction_type": "epsilon",
         "use_flow_sigmas": False,
         "final_sigmas_type": "zero",
         "thresholding": False,
-        "use_lu_lambdas": False,
-        **_SIGMAS_OFF,
-    },
-    "FlowMatchEulerDiscreteScheduler": {
-        "num_train_timesteps": 1000,
-        "shift": 1.0,
         "shift_terminal": None,
-        "invert_sigmas": False,
-        "stochastic_sampling": False,
+        "sigma_min": None,
+        "sigma_max": None,
+        "rescale_betas_zero_snr": False,
         **_SIGMAS_OFF,
+        **_BETAS,
     },
+    "FlowMatchEulerDiscreteScheduler": {**_FLOW_MATCH_SIGMAS, "stochastic_sampling": False},
+    "FlowMatchHeunDiscreteScheduler": _FLOW_MATCH,
+    "FlowMatchLCMScheduler": {**_FLOW_MATCH_SIGMAS, "scale_factors": None},
     "SCMScheduler": {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5},
 }
 

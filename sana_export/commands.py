@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 from typing import Protocol
 
 from sana_export.adapters import Lora
+from sana_export.contract import OPTIONAL_GRAPHS
+from sana_export.lora_scales import scales_text
 from sana_export.records import Checkpoint, Options
 from sana_export.variants import find_variant
 
@@ -17,13 +19,16 @@ DEFAULT_PRECISION = "fp16"
 
 
 class Exported(Protocol):
-    """What an export was made from and how. Every manifest says this."""
+    """What an export was made from and how, and the names of its graphs. Every manifest says this."""
 
     @property
     def checkpoint(self) -> Checkpoint: ...
 
     @property
     def options(self) -> Options: ...
+
+    @property
+    def graphs(self) -> Collection[str]: ...
 
 
 def export_command(
@@ -33,10 +38,13 @@ def export_command(
     precision: str | None = None,
     pag_layers: tuple[int, ...] | None = None,
     loras: Iterable[Lora] = (),
+    groups: Iterable[str] = (),
+    controlnet: str | None = None,
 ) -> str:
     """The command that exports `bundle` again.
 
-    It repeats the bundle's own options, except for those given here. `loras` are added to its LoRAs.
+    It repeats the bundle's own options, except for those given here. `loras` are added to its LoRAs, `groups`
+    (contract.GRAPH_GROUPS) to its graphs, `controlnet` names its ControlNet. A bundle that lacks graphs of its groups gets them.
     """
     precision = exported.options.precision if precision is None else precision
     layers = exported.options.pag_layers if pag_layers is None else pag_layers
@@ -46,10 +54,15 @@ def export_command(
         words += ["--dtype", precision]
     if exported.options.clamp != exported.checkpoint.clamp:
         words.append("--clamp" if exported.options.clamp else "--no-clamp")
+    if controlnet is not None and exported.checkpoint.controlnet is None:
+        words += ["--controlnet", controlnet]
     if layers:
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
     for lora in loras:
-        words += ["--lora", f"{lora.path}:{lora.scale}"]
+        words += ["--lora", f"{lora.path}:{scales_text(lora.scale, lora.layer_scales)}"]
+    present = {*groups, *(OPTIONAL_GRAPHS[name] for name in exported.graphs if name in OPTIONAL_GRAPHS)}
+    if present:
+        words += ["--graphs", ",".join(["default", *sorted(present)])]
     return shlex.join(words)
 
 
@@ -94,8 +107,10 @@ def model_words(checkpoint: Checkpoint) -> list[str]:
         words += ["--transformer", checkpoint.transformer.path]
     if checkpoint.vae is not None:
         words += ["--vae", checkpoint.vae.path]
+    if checkpoint.controlnet is not None:
+        words += ["--controlnet", checkpoint.controlnet.path]
     for lora in checkpoint.loras:
-        words += ["--lora", f"{lora.path}:{lora.scale}"]
+        words += ["--lora", f"{lora.path}:{scales_text(lora.scale, lora.layer_scales)}"]
     return words
 
 

@@ -15,14 +15,18 @@ MAX_TOKENS = 2048
 
 #: The graphs that decode images in one piece (False) and in tiles (True).
 DECODERS: dict[bool, set[str]] = {False: {"vae_decoder"}, True: {"vae_decoder_head", "vae_decoder_tail"}}
+#: The graphs that encode images in one piece (False) and in tiles (True).
+ENCODERS: dict[bool, set[str]] = {False: {"vae_encoder"}, True: {"vae_encoder_head", "vae_encoder_tail"}}
 
 PRECISION = "precision"
 
-#: Axes whose lengths depend on the request. latent_* are in latent pixels (1/32 of the image's), feature_* and tile_* in features,
-#: and image_*, output_* and tile_image_* in image pixels.
+#: Axes whose lengths depend on the request. latent_* are in latent pixels (1/32 of the image's), feature_* and tile_* in features
+#: of the decoder, encoded_* and window_* in features of the encoder, and image_*, output_*, tile_image_* and window_image_* in
+#: image pixels. Guidance branches with a prompt of their own are text branches.
 DYNAMIC_AXES = (
     "batch",
     "branches",
+    "text_branches",
     "tokens",
     "prefix_tokens",
     "text_tokens",
@@ -38,6 +42,12 @@ DYNAMIC_AXES = (
     "image_width",
     "output_height",
     "output_width",
+    "encoded_height",
+    "encoded_width",
+    "window_height",
+    "window_width",
+    "window_image_height",
+    "window_image_width",
 )
 
 Shape = tuple[str | int, ...]
@@ -69,20 +79,22 @@ class GraphSpec:
 
 LATENTS: Shape = ("batch", "latent_channels", "latent_height", "latent_width")
 FEATURES: Shape = ("batch", "feature_channels", "feature_height", "feature_width")
-CONTEXT: Shape = (
-    "layers",
-    2,
-    "branches",
-    "batch",
-    "cross_attention_heads",
-    "text_tokens",
-    "cross_attention_head_dim",
-)
+_CONTEXT: Shape = (2, "text_branches", "batch", "cross_attention_heads", "text_tokens", "cross_attention_head_dim")
+CONTEXT: Shape = ("layers", *_CONTEXT)
+CONTROLNET_CONTEXT: Shape = ("controlnet_layers", *_CONTEXT)
+RESIDUALS: Shape = ("controlnet_layers", "text_branches", "batch", "latent_height", "latent_width", "channels")
 
 
 def _f32(name: str, *shape: str | int) -> TensorSpec:
     return TensorSpec(name, "float32", shape)
 
+
+#: The sampler's inputs for the x0 of earlier steps: of the step before, of the one before that, and so on.
+HISTORY = ("previous_x0", "previous_x0_2", "previous_x0_3")
+#: The elements of the sampler's `coefficients` input, which are the columns of a schedule:
+#: x0 = x0_latents * latents + x0_noise_pred * noise_pred
+#: next_latents = latents * latents + x0 * x0 + noise * noise + the sum over HISTORY of column * input
+COEFFICIENTS = ("x0_latents", "x0_noise_pred", "latents", "x0", *HISTORY, "noise")
 
 GRAPHS: dict[str, GraphSpec] = {
     graph.name: graph
@@ -97,7 +109,7 @@ GRAPHS: dict[str, GraphSpec] = {
         ),
         GraphSpec(
             "context",
-            (_f32("prompt_embeds", "branches", "batch", "text_tokens", "text_channels"),),
+            (_f32("prompt_embeds", "text_branches", "batch", "text_tokens", "text_channels"),),
             (TensorSpec("context", PRECISION, CONTEXT),),
         ),
         GraphSpec(
@@ -106,9 +118,11 @@ GRAPHS: dict[str, GraphSpec] = {
                 _f32("latents", *LATENTS),
                 _f32("timestep", 1),
                 TensorSpec("context", PRECISION, CONTEXT),
-                _f32("context_mask", "branches", "batch", "text_tokens"),
+                _f32("context_mask", "text_branches", "batch", "text_tokens"),
                 _f32("perturbed", "branches"),
+                TensorSpec("source", "int64", ("branches",)),
                 _f32("guidance", 1),
+                TensorSpec("residuals", PRECISION, RESIDUALS),
             ),
             (_f32("noise_pred", "branches", *LATENTS),),
         ),
@@ -117,7 +131,7 @@ GRAPHS: dict[str, GraphSpec] = {
             (
                 _f32("noise_pred", "branches", *LATENTS),
                 _f32("latents", *LATENTS),
-                _f32("previous_x0", *LATENTS),
+                *(_f32(name, *LATENTS) for name in HISTORY),
                 _f32("noise", *LATENTS),
                 _f32("coefficients", "coefficients"),
                 _f32("weights", "branches"),
@@ -154,34 +168,104 @@ GRAPHS: dict[str, GraphSpec] = {
             ),
             (TensorSpec("pixels", "uint8", ("batch", "output_height", "output_width", 3)),),
         ),
+        GraphSpec(
+            "vae_encoder",
+            (_f32("image", "batch", 3, "image_height", "image_width"),),
+            (_f32("latents", *LATENTS),),
+        ),
+        GraphSpec(
+            "vae_encoder_head",
+            (_f32("window", "batch", 3, "window_image_height", "window_image_width"),),
+            (_f32("window_features", "batch", "encoder_feature_channels", "window_height", "window_width"),),
+        ),
+        GraphSpec(
+            "vae_encoder_tail",
+            (_f32("features", "batch", "encoder_feature_channels", "encoded_height", "encoded_width"),),
+            (_f32("latents", *LATENTS),),
+        ),
+        GraphSpec(
+            "controlnet_context",
+            (_f32("prompt_embeds", "text_branches", "batch", "text_tokens", "text_channels"),),
+            (TensorSpec("controlnet_context", PRECISION, CONTROLNET_CONTEXT),),
+        ),
+        GraphSpec(
+            "controlnet",
+            (
+                _f32("latents", *LATENTS),
+                _f32("timestep", 1),
+                _f32("control", *LATENTS),
+                _f32("conditioning_scale", 1),
+                TensorSpec("context", PRECISION, CONTROLNET_CONTEXT),
+                _f32("context_mask", "text_branches", "batch", "text_tokens"),
+            ),
+            (TensorSpec("residuals", PRECISION, RESIDUALS),),
+        ),
+        GraphSpec(
+            "blend",
+            (
+                _f32("latents", *LATENTS),
+                _f32("image_latents", *LATENTS),
+                _f32("noise", *LATENTS),
+                _f32("mask", "batch", 1, "latent_height", "latent_width"),
+                _f32("noise_level", 1),
+            ),
+            (_f32("blended", *LATENTS),),
+        ),
     )
 }
 
 #: Graphs that use some of another graph's weights. They are in its folder and read its weight file.
-WEIGHTS_OF = {"vae_decoder_head": "vae_decoder", "vae_decoder_tail": "vae_decoder"}
+WEIGHTS_OF = {
+    "vae_decoder_head": "vae_decoder",
+    "vae_decoder_tail": "vae_decoder",
+    "vae_encoder_head": "vae_encoder",
+    "vae_encoder_tail": "vae_encoder",
+}
 
-#: Tensors that a graph has only if a switch of the transformer's config is on.
-FEATURE_TENSORS = {"guidance": "guidance_embeds"}
+#: Names for several graphs, for `export --graphs`. "default" draws images from text. "img2img" adds what image-to-image and
+#: inpainting need, "control" a ControlNet, whose control image goes through the encoder of "img2img".
+GRAPH_GROUPS: dict[str, tuple[str, ...]] = {
+    "default": (
+        "text_encoder",
+        "context",
+        "denoiser",
+        "sampler",
+        "vae_decoder",
+        "vae_decoder_head",
+        "vae_decoder_tail",
+        "postprocess",
+    ),
+    "img2img": ("vae_encoder", "vae_encoder_head", "vae_encoder_tail", "blend"),
+    "control": ("controlnet_context", "controlnet"),
+}
+#: The group of each graph that is exported only on request.
+OPTIONAL_GRAPHS: dict[str, str] = {graph: group for group, graphs in GRAPH_GROUPS.items() if group != "default" for graph in graphs}
 
-#: The elements of the sampler's `coefficients` input, which are the columns of a schedule:
-#: x0 = x0_latents * latents + x0_noise_pred * noise_pred
-#: next_latents = latents * latents + x0 * x0 + previous_x0 * previous_x0 + noise * noise
-COEFFICIENTS = ("x0_latents", "x0_noise_pred", "latents", "x0", "previous_x0", "noise")
+#: Tensors that a graph has only with a feature: a switch of the transformer's config, of the export's options, or a
+#: ControlNet.
+FEATURE_TENSORS = {"guidance": "guidance_embeds", "source": "pag_layers", "residuals": "controlnet"}
+#: Axes that are another axis without a feature: every branch has a prompt of its own unless there is a perturbed one.
+FEATURE_AXES = {"text_branches": ("branches", "pag_layers")}
 
 
 def resolve(name: str, dimensions: Mapping[str, int], precision: str, features: Collection[str] = ()) -> GraphSpec:
     """The graph `name` with the checkpoint's `dimensions` and its `precision` ("float32", "float16", "bfloat16") filled in.
 
-    `features` are the switches of `FEATURE_TENSORS` that are on. Tensors of the others are left out.
+    `features` are the features that the bundle has. Tensors of the others (`FEATURE_TENSORS`) are left out.
     """
     sizes = {"coefficients": len(COEFFICIENTS), **dimensions}
+    merged = {axis: other for axis, (other, feature) in FEATURE_AXES.items() if feature not in features}
+
+    def length(axis: str | int) -> str | int:
+        axis = merged.get(axis, axis) if isinstance(axis, str) else axis
+        return axis if isinstance(axis, int) or axis in DYNAMIC_AXES else sizes[axis]
 
     def fill(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         return tuple(
             TensorSpec(
                 tensor.name,
                 precision if tensor.dtype == PRECISION else tensor.dtype,
-                tuple(axis if isinstance(axis, int) or axis in DYNAMIC_AXES else sizes[axis] for axis in tensor.shape),
+                tuple(map(length, tensor.shape)),
             )
             for tensor in tensors
             if FEATURE_TENSORS.get(tensor.name) in (None, *features)

@@ -193,7 +193,7 @@ def readable(metadata: Mapping[str, Any]) -> str:
     """The parameters as AUTOMATIC1111's web UI writes them: the prompt, the negative prompt, and a line of settings."""
     request, model = metadata["request"], metadata["model"]
     settings = {
-        "Steps": request.get("num_inference_steps"),
+        "Steps": metadata.get("steps"),
         "Sampler": metadata.get("sampler"),
         "CFG scale": request.get("guidance_scale"),
         "Seed": request.get("seed"),

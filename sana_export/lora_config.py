@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from sana_export.formats.recognize import not_what_was_wanted
 
 #: The key of a safetensors file's metadata under which diffusers stores the adapter's config. Its keys start with "transformer.".
 METADATA = "lora_adapter_metadata"
-#: PEFT's default of lora_alpha.
+#: PEFT's default of alpha, and of the rank.
 PEFT_ALPHA = 8.0
-#: Keys of a config that make an adapter more than a product B A added to W.
+#: The supported kinds of PEFT's adapters, with the key of their alpha.
+KINDS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
+#: Keys of a config that make an adapter something else than a change of weights that its tensors say.
 UNSUPPORTED = (
-    "use_dora",
     "use_qalora",
     "lora_bias",
     "layer_replication",
@@ -37,6 +38,10 @@ _MOST_REPETITIONS = 3
 _MOST_PATTERNS, _LONGEST_PATTERN = 10_000, 1000
 
 
+#: Numbers by pattern.
+Patterns = tuple[tuple[re.Pattern[str], float], ...]
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """What of a config matters."""
@@ -44,13 +49,25 @@ class LoraConfig:
     #: alpha of the layers that no pattern fits.
     alpha: float
     #: alpha by pattern. The first that fits a layer counts.
-    patterns: tuple[tuple[re.Pattern[str], float], ...]
+    patterns: Patterns
     #: Whether alpha is divided by the square root of the rank, not by the rank.
     rslora: bool
+    #: The rank of the layers that no pattern fits, for layers whose tensors do not have it.
+    rank: float = PEFT_ALPHA
+    #: The rank by pattern.
+    rank_patterns: Patterns = ()
 
     def alpha_of(self, layer: str) -> float:
         """The layer's alpha."""
-        return next((alpha for pattern, alpha in self.patterns if pattern.match(layer)), self.alpha)
+        return _first(self.patterns, layer, self.alpha)
+
+    def rank_of(self, layer: str) -> float:
+        """The layer's rank."""
+        return _first(self.rank_patterns, layer, self.rank)
+
+
+def _first(patterns: Patterns, layer: str, otherwise: float) -> float:
+    return next((number for pattern, number in patterns if pattern.match(layer)), otherwise)
 
 
 def config_in_file(path: Path, owner: Path) -> LoraConfig:
@@ -75,11 +92,19 @@ def config_in_text(text: str, owner: Path) -> LoraConfig:
             raise TypeError("not a JSON object")
         config = {key.removeprefix("transformer."): value for key, value in document.items()}
         _check_kind(config, owner)
-        patterns = config.get("alpha_pattern") or {}
-        if not isinstance(patterns, dict) or len(patterns) > _MOST_PATTERNS:
-            raise TypeError(f"alpha_pattern = {patterns!r:.80}")
-        compiled = tuple((_compiled(pattern), _number("alpha_pattern", alpha)) for pattern, alpha in patterns.items())
-        return LoraConfig(_number("lora_alpha", config.get("lora_alpha", PEFT_ALPHA)), compiled, bool(config.get("use_rslora")))
+        kind = config.get("peft_type") or "LORA"
+        found = LoraConfig(
+            _number(KINDS[kind], config.get(KINDS[kind], PEFT_ALPHA)),
+            _patterns(config, "alpha_pattern"),
+            kind == "LORA" and bool(config.get("use_rslora")),
+        )
+        if kind != "LOKR":  # the tensors of the others have the rank
+            return found
+        ranks = _patterns(config, "rank_pattern")
+        found = replace(found, rank=_number("r", config.get("r", PEFT_ALPHA)), rank_patterns=ranks)
+        if min(found.rank, *(number for _, number in ranks), math.inf) <= 0:
+            raise ValueError("a rank is not positive")
+        return found
     except (ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"the config of the LoRA {owner} is damaged",
@@ -89,9 +114,16 @@ def config_in_text(text: str, owner: Path) -> LoraConfig:
         ) from error
 
 
+def _patterns(config: Mapping[str, Any], name: str) -> Patterns:
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict) or len(patterns) > _MOST_PATTERNS:
+        raise TypeError(f"{name} = {patterns!r:.80}")
+    return tuple((_compiled(pattern, name), _number(name, number)) for pattern, number in patterns.items())
+
+
 def _check_kind(config: Mapping[str, Any], owner: Path) -> None:
     unsupported = [key for key in UNSUPPORTED if config.get(key)]
-    if config.get("peft_type", "LORA") != "LORA":
+    if (config.get("peft_type") or "LORA") not in (*KINDS,):
         unsupported.append("peft_type")
     if config.get("init_lora_weights") not in PLAIN_INITIALIZATIONS:
         unsupported.append("init_lora_weights")
@@ -99,23 +131,23 @@ def _check_kind(config: Mapping[str, Any], owner: Path) -> None:
         raise ArtifactError(
             f"the LoRA {owner} is of a kind that is not supported",
             found=f"{unsupported[0]} = {config[unsupported[0]]!r:.200}",
-            wanted="a plain LoRA: a product B A added to each weight",
+            wanted="a LoRA, DoRA, LoHa or LoKr that was not initialized from the weights",
             fix="merge it with PEFT and export the merged checkpoint",
         )
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compiled(pattern: str, name: str) -> re.Pattern[str]:
     """The expression that matches a layer's name as in PEFT.
 
     Raises ValueError for one that could take forever: a repeated group, or many repetitions.
     """
     repetitions = len(re.findall(r"(?<!\\)[*+{]", pattern))
     if len(pattern) > _LONGEST_PATTERN or repetitions > _MOST_REPETITIONS or re.search(r"\)[*+{]|\\\d|\(\?", pattern):
-        raise ValueError(f"alpha_pattern has the pattern {pattern[:80]!r}, which is too complicated")
+        raise ValueError(f"{name} has the pattern {pattern[:80]!r}, which is too complicated")
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"alpha_pattern has the pattern {pattern[:80]!r}: {error}") from error
+        raise ValueError(f"{name} has the pattern {pattern[:80]!r}: {error}") from error
 
 
 def _number(name: str, value: Any) -> float:

@@ -50,7 +50,7 @@ __all__ = [
     "parse_spec",
 ]
 
-FORMAT = 2
+FORMAT = 3
 FILE_NAME = "manifest.json"
 #: What parsing a document of another shape can raise.
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
@@ -71,6 +71,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "default_guidance_scale": (-1000, 1000),
     "decoder_tile_halo": (0, 4096),
     "decoder_tile_scale": (1, 1024),
+    "encoder_tile_halo": (0, 4096),
+    "encoder_tile_scale": (1, 1024),
 }
 
 
@@ -219,7 +221,8 @@ def _damaged(bundle: Path, error: Exception, document: Any) -> ArtifactError:
 def _export_again(bundle: Path, document: Any) -> str:
     """The command that exports the bundle again, from as much of the manifest as can be read."""
     try:
-        origin = _Origin(record_from_json(Checkpoint, document["checkpoint"]), record_from_json(Options, document["options"]))
+        checkpoint, options = record_from_json(Checkpoint, document["checkpoint"]), record_from_json(Options, document["options"])
+        origin = _Origin(checkpoint, options, tuple(document.get("graphs", ())))
         return export_command(bundle, origin)
     except _MALFORMED:
         command = shlex.join(["sana-export", "export", "MODEL", "-o", str(bundle)])
@@ -228,10 +231,11 @@ def _export_again(bundle: Path, document: Any) -> str:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a bundle was exported from, and how."""
+    """What a bundle was exported from, how, and the names of its graphs."""
 
     checkpoint: Checkpoint
     options: Options
+    graphs: tuple[str, ...]
 
 
 def parse_spec(entry: Mapping[str, Any]) -> GraphSpec:

@@ -28,6 +28,8 @@ Range = tuple[int, int, int]
 
 #: Most guidance branches of a request: 1 without guidance, 2 with CFG or PAG, 3 with both.
 MAX_BRANCHES = 3
+#: Most branches with a prompt of their own: the negative prompt and the prompt.
+MAX_TEXT_BRANCHES = 2
 #: Smallest image side in pixels of the profile "default".
 SMALLEST_SIDE = 128
 #: Prompt tokens of the typical request.
@@ -91,11 +93,14 @@ class Profile:
         rows, columns = _axis(heights, model.native_size), _axis(widths, model.native_size)
         factor, text = model.vae_scale_factor, model.max_sequence_length
         features = [_divided(side, model.decoder_tile_scale) for side in (rows, columns)]
-        tiles = [_windows(self.decoder_tile, side, model) for side in features]
+        tiles = [_windows(self.decoder_tile, side, model.decoder_tile_scale, model.decoder_tile_halo) for side in features]
+        encoded = [_divided(side, model.encoder_tile_scale) for side in (rows, columns)]
+        windows = [_windows(self.decoder_tile, side, model.encoder_tile_scale, model.encoder_tile_halo) for side in encoded]
         typical = min(TYPICAL_TOKENS, text)
         return {
             "batch": self.batch,
             "branches": _capped(self.branches, branches),
+            "text_branches": _capped(self.branches, min(branches, MAX_TEXT_BRANCHES)),
             # The longest text is a prompt that shares only its first token with the instruction.
             "tokens": (1, typical, instruction_tokens + text),
             "prefix_tokens": (1, instruction_tokens, instruction_tokens),
@@ -112,6 +117,12 @@ class Profile:
             "image_width": columns,
             "output_height": (factor, rows[1], LARGEST_UPSCALE * rows[2]),
             "output_width": (factor, columns[1], LARGEST_UPSCALE * columns[2]),
+            "encoded_height": encoded[0],
+            "encoded_width": encoded[1],
+            "window_height": windows[0],
+            "window_width": windows[1],
+            "window_image_height": _multiplied(windows[0], model.encoder_tile_scale),
+            "window_image_width": _multiplied(windows[1], model.encoder_tile_scale),
         }
 
 
@@ -212,11 +223,9 @@ def _axis(lengths: tuple[int, ...], native: int) -> Range:
     return lowest, min(max(native, lowest), highest), highest
 
 
-def _windows(tile: Range, features: Range, model: ModelInfo) -> Range:
-    """Sides, in features, of the windows for tiles of `tile` image pixels. They are never longer than the image's."""
-    lowest, typical, highest = (
-        min(side // model.decoder_tile_scale + 2 * model.decoder_tile_halo, most) for side, most in zip(tile, features, strict=True)
-    )
+def _windows(tile: Range, features: Range, scale: int, halo: int) -> Range:
+    """Sides, in features of `scale` pixels, of the windows for tiles of `tile` image pixels: at most the image's."""
+    lowest, typical, highest = (min(side // scale + 2 * halo, most) for side, most in zip(tile, features, strict=True))
     return lowest, typical, highest
 
 

@@ -116,6 +116,8 @@ class Overlay:
     sha256: str
     #: The factor on it.
     scale: float = 1.0
+    #: Other factors for some layers of a LoRA, by pattern (lora_scales.py).
+    layer_scales: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ class Checkpoint:
     loras: tuple[Overlay, ...] = ()
     #: The autoencoder that replaced the checkpoint's own: its alias, hub id or folder.
     vae: Overlay | None = None
+    #: The ControlNet that was exported with it: its alias, hub id, folder or file.
+    controlnet: Overlay | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,10 @@ class ModelInfo:
     decoder_tile_halo: int = 0
     #: Image pixels per feature of `vae_decoder_head`, in each direction.
     decoder_tile_scale: int = 1
+    #: How many neighboring features on each side a feature of `vae_encoder_head` depends on. 0 without the encoder's graphs.
+    encoder_tile_halo: int = 0
+    #: Image pixels per feature of `vae_encoder_head`, in each direction. 1 without the encoder's graphs.
+    encoder_tile_scale: int = 1
 
     @property
     def native_size(self) -> int:

@@ -71,11 +71,42 @@ POSITIVE = ConfigRule("a positive number", lambda value: _number(value) and valu
 POSITIVE_OR_NONE = ConfigRule("a positive number or null", lambda value: value is None or (_number(value) and value > 0))
 WHOLE = ConfigRule("a whole number, 1 or more", lambda value: _number(value) and isinstance(value, int) and value > 0)
 OFF = one_of(False, None)
-#: Blocks, norms, activations and upsamplings of a decoder (graphs/vae_blocks.py has a table for each).
+#: Blocks, norms, activations, upsamplings and downsamplings of an autoencoder (graphs/vae_blocks.py has a table for each).
 VAE_BLOCKS = ("ResBlock", "EfficientViTBlock")
 VAE_NORMS = ("rms_norm", "batch_norm")
 VAE_ACTIVATIONS = ("silu", "swish", "relu")
 VAE_UPSAMPLES = ("interpolate", "pixel_shuffle")
+VAE_DOWNSAMPLES = ("Conv", "pixel_unshuffle")
+
+TRAIN_STEPS = ConfigRule("a positive whole number, at most 1000000", lambda value: _whole(value, 1) and value <= 10**6)
+TERMINAL = ConfigRule("a number from 0 to below 1, or null", lambda value: value is None or (_number(value) and 0 <= value < 1))
+FRACTION = ConfigRule("a number between 0 and 1", lambda value: _number(value) and 0 < value < 1)
+
+#: Solvers that came from diffusion, as they sample a flow.
+_FLOW_PREDICTION: Mapping[str, ConfigRule] = {
+    "solver_order": ConfigRule("1 or 2 or 3", lambda value: _whole(value, 1) and value <= 3),
+    "prediction_type": one_of("flow_prediction"),
+    "use_flow_sigmas": one_of(True),
+    "final_sigmas_type": one_of("zero", "sigma_min"),
+    "thresholding": OFF,
+    "num_train_timesteps": TRAIN_STEPS,
+    "flow_shift": POSITIVE,
+    **dict.fromkeys(("beta_start", "beta_end"), FRACTION),
+}
+#: With Karras, exponential or beta sigmas these compute logarithms of negative numbers in diffusers. `use_dynamic_shifting` has no
+#: effect on them, because the pipelines do not give them a `mu`.
+_DPM_SOLVER: Mapping[str, ConfigRule] = {
+    **_FLOW_PREDICTION,
+    "algorithm_type": one_of("dpmsolver++"),
+    "solver_type": one_of("midpoint", "heun"),
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), OFF),
+}
+_FLOW: Mapping[str, ConfigRule] = {"num_train_timesteps": TRAIN_STEPS, "shift": POSITIVE}
+_FLOW_MATCH: Mapping[str, ConfigRule] = {
+    "shift_terminal": TERMINAL,
+    **dict.fromkeys(("invert_sigmas", "use_dynamic_shifting", "use_beta_sigmas"), OFF),
+    **_FLOW,
+}
 
 #: The rules for each class, by key.
 SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
@@ -91,6 +122,15 @@ SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
         "norm_eps": POSITIVE,
         "timestep_scale": NUMBER,
         "guidance_embeds_scale": NUMBER,
+    },
+    "SanaControlNetModel": {
+        "patch_size": one_of(1),
+        "attention_bias": one_of(False),
+        "norm_elementwise_affine": one_of(False),
+        "num_layers": WHOLE,
+        "sample_size": WHOLE,
+        "interpolation_scale": POSITIVE_OR_NONE,
+        "norm_eps": POSITIVE,
     },
     "AutoencoderDC": {
         "in_channels": one_of(3),
@@ -123,26 +163,38 @@ SUPPORTED: Mapping[str, Mapping[str, ConfigRule]] = {
         ),
     },
     "DPMSolverMultistepScheduler": {
-        "algorithm_type": one_of("dpmsolver++"),
-        "solver_type": one_of("midpoint"),
-        "solver_order": one_of(1, 2),
-        "prediction_type": one_of("flow_prediction"),
-        "use_flow_sigmas": one_of(True),
-        "final_sigmas_type": one_of("zero"),
-        **dict.fromkeys(("thresholding", "use_lu_lambdas", "use_dynamic_shifting"), OFF),
-        **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), OFF),
-        **dict.fromkeys(("num_train_timesteps", "flow_shift"), POSITIVE),
+        **_DPM_SOLVER,
+        "algorithm_type": one_of("dpmsolver++", "sde-dpmsolver++"),
+        "use_lu_lambdas": OFF,
     },
-    "FlowMatchEulerDiscreteScheduler": {
-        "shift_terminal": one_of(None),
-        **dict.fromkeys(("invert_sigmas", "use_dynamic_shifting"), OFF),
-        **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), OFF),
-        **dict.fromkeys(("num_train_timesteps", "shift"), POSITIVE),
+    "DPMSolverSinglestepScheduler": _DPM_SOLVER,
+    "UniPCMultistepScheduler": {
+        **_FLOW_PREDICTION,
+        "solver_type": one_of("bh1", "bh2"),
+        "predict_x0": one_of(True),
+        "solver_p": one_of(None),
+        "disable_corrector": ConfigRule("a list of whole numbers", lambda value: all(_whole(item, 0) for item in value or ())),
+        "shift_terminal": TERMINAL,
+        **dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting"), OFF),
+        **dict.fromkeys(("sigma_min", "sigma_max"), POSITIVE_OR_NONE),
     },
+    "FlowMatchEulerDiscreteScheduler": _FLOW_MATCH,
+    "FlowMatchHeunDiscreteScheduler": _FLOW,
+    "FlowMatchLCMScheduler": {**_FLOW_MATCH, "scale_factors": one_of(None, [])},
     "SCMScheduler": {
         "prediction_type": one_of("trigflow"),
-        **dict.fromkeys(("num_train_timesteps", "sigma_data"), POSITIVE),
+        "num_train_timesteps": TRAIN_STEPS,
+        "sigma_data": POSITIVE,
     },
+}
+
+#: The rules for an autoencoder's encoder, which only an export with the graph `vae_encoder` reads.
+ENCODER: Mapping[str, ConfigRule] = {
+    "encoder_block_types": each_of(*VAE_BLOCKS),
+    "encoder_layers_per_block": _stages(0),
+    "encoder_qkv_multiscales": ConfigRule("a list of odd kernel sizes for each stage", _kernels),
+    "downsample_block_type": one_of(*VAE_DOWNSAMPLES),
+    "encoder_out_shortcut": one_of(True, False),
 }
 
 #: The classes of diffusers whose schedules can be sampled.
@@ -151,12 +203,28 @@ SCHEDULERS = tuple(name for name in SUPPORTED if name.endswith("Scheduler"))
 
 def unsupported(class_name: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Unsupported]:
     """The keys of the complete `config` of a class that have an unsupported value. `given` is the content of the config's file."""
-    found = [key for key, rule in SUPPORTED[class_name].items() if not _accepted(rule, config, key)]
+    yield from _unsupported(SUPPORTED[class_name], TOGETHER.get(class_name, lambda _: iter(())), class_name, config, given)
+
+
+def unsupported_encoder(config: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Unsupported]:
+    """The keys of the complete `config` of an AutoencoderDC whose value the graph `vae_encoder` does not support."""
+    yield from _unsupported(ENCODER, _encoder_together, "AutoencoderDC", config, given)
+
+
+def _unsupported(
+    rules: Mapping[str, ConfigRule],
+    together: Callable[[Mapping[str, Any]], Iterator[Unsupported]],
+    class_name: str,
+    config: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Iterator[Unsupported]:
+    """The keys that break one of `rules`, or if there are none, what `together` finds."""
+    found = [key for key, rule in rules.items() if not _accepted(rule, config, key)]
     for key in found:
         source = "" if key in given else f" (the default of {class_name}: the key is missing)"
-        yield Unsupported(key, f"{config.get(key)!r}{source}", SUPPORTED[class_name][key].wanted)
+        yield Unsupported(key, f"{config.get(key)!r}{source}", rules[key].wanted)
     if not found:
-        yield from TOGETHER.get(class_name, lambda _: iter(()))(config)
+        yield from together(config)
 
 
 def _accepted(rule: ConfigRule, config: Mapping[str, Any], key: str) -> bool:
@@ -191,5 +259,56 @@ def _vae_together(config: Mapping[str, Any]) -> Iterator[Unsupported]:
         )
 
 
+def _encoder_together(config: Mapping[str, Any]) -> Iterator[Unsupported]:
+    """Entries for the encoder that are supported alone but not together. The widths are lists (`SUPPORTED`)."""
+    widths, depths = config["encoder_block_out_channels"], config["encoder_layers_per_block"]
+    for key in ("encoder_layers_per_block", "encoder_block_types"):
+        if not isinstance(config[key], str) and len(config[key]) != len(widths):
+            wanted = f"{len(widths)}, one for each entry of encoder_block_out_channels"
+            yield Unsupported(key, f"{len(config[key])} entries", wanted)
+            return
+    if 0 in depths[1:-1]:
+        yield Unsupported("encoder_layers_per_block", repr(depths), "at least 1 except in the first and the last stage")
+    for stage, (upper, lower) in enumerate(pairwise(widths)):
+        if depths[stage] and 4 * upper % lower:  # the shortcut averages groups of channels
+            yield Unsupported("encoder_block_out_channels", repr(widths), f"{lower} is a divisor of 4 times {upper}")
+    if len(kernels := config["encoder_qkv_multiscales"]) < len(widths):
+        yield Unsupported("encoder_qkv_multiscales", f"{len(kernels)} entries", f"{len(widths)}, one for each stage")
+    if config["encoder_out_shortcut"] and widths[-1] % config["latent_channels"]:
+        yield Unsupported(
+            "latent_channels", repr(config["latent_channels"]), f"a divisor of the encoder's lowest stage, {widths[-1]} channels"
+        )
+
+
+def _betas_together(config: Mapping[str, Any], reads: bool) -> Iterator[Unsupported]:
+    """Noise schedules of a diffusion that are not implemented, if the scheduler `reads` one."""
+    rules = {"beta_schedule": one_of("linear", "scaled_linear"), "trained_betas": one_of(None), "rescale_betas_zero_snr": OFF}
+    for key, rule in rules.items() if reads else ():
+        if not rule.accepts(config.get(key)):
+            yield Unsupported(key, repr(config.get(key)), rule.wanted)
+
+
+def _dpm_together(config: Mapping[str, Any]) -> Iterator[Unsupported]:
+    yield from _betas_together(config, config["final_sigmas_type"] == "sigma_min")
+
+
+def _unipc_together(config: Mapping[str, Any]) -> Iterator[Unsupported]:
+    yield from _betas_together(config, bool(config["use_karras_sigmas"]))
+    if config["solver_order"] > 1 and config["final_sigmas_type"] == "zero" and not config["lower_order_final"]:
+        yield Unsupported("lower_order_final", repr(config["lower_order_final"]), "True, because the last sigma is 0")
+
+
+def _flow_together(config: Mapping[str, Any]) -> Iterator[Unsupported]:
+    if config["use_karras_sigmas"] and config["use_exponential_sigmas"]:
+        yield Unsupported("use_exponential_sigmas", "True", "False, because use_karras_sigmas is True")
+
+
 #: What is checked of several keys of a class together, if each key alone is supported.
-TOGETHER: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Unsupported]]] = {"AutoencoderDC": _vae_together}
+TOGETHER: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Unsupported]]] = {
+    "AutoencoderDC": _vae_together,
+    "DPMSolverMultistepScheduler": _dpm_together,
+    "DPMSolverSinglestepScheduler": _dpm_together,
+    "UniPCMultistepScheduler": _unipc_together,
+    "FlowMatchEulerDiscreteScheduler": _flow_together,
+    "FlowMatchLCMScheduler": _flow_together,
+}

@@ -110,6 +110,31 @@ def sprint_runtime(sprint_bundle: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def img2img_bundle(tiny_bundle: Path, build_cache: Path) -> Path:
+    """The float32 bundle of `tiny-random` with the graphs for image-to-image. Tests that change a bundle copy it first."""
+    from tests.support.img2img import with_encoder
+
+    return with_encoder(tiny_bundle, build_cache)
+
+
+@pytest.fixture(scope="session")
+def img2img_runtime(img2img_bundle: Path) -> Any:
+    """It in ONNX Runtime."""
+    from sana_export.runtime import SanaRuntime
+
+    return SanaRuntime.from_pretrained(img2img_bundle, backend="onnxruntime")
+
+
+@pytest.fixture(scope="session")
+def sprint_img2img_runtime(sprint_bundle: Path, build_cache: Path) -> Any:
+    """The float32 bundle of `tiny-sprint` with the graphs for image-to-image, in ONNX Runtime."""
+    from sana_export.runtime import SanaRuntime
+    from tests.support.img2img import with_encoder
+
+    return SanaRuntime.from_pretrained(with_encoder(sprint_bundle, build_cache), backend="onnxruntime")
+
+
+@pytest.fixture(scope="session")
 def tiny_pipeline(tiny_checkpoint: Any) -> Any:
     """The reference: diffusers' SanaPipeline on `tiny-random` in float32."""
     from diffusers import SanaPipeline

@@ -16,6 +16,8 @@ from sana_export.commands import build_command, export_command, model_words, ran
 from sana_export.manifest import Checkpoint, Manifest, Options, Overlay
 
 PLAIN = Checkpoint("someone/sana", None, "0" * 64, None, False)
+#: Scales of some layers of a LoRA.
+SCALES = (("attn2", 0.5), ("transformer_blocks.0-9", -1.0))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def test_the_words_that_name_a_checkpoint(changes: dict[str, Any], words: list[s
 
 
 def test_the_command_parses_to_the_options_of_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
-    overlays = {"transformer": Overlay("own t.safetensors", "1"), "loras": (Overlay("x:1", "2", 0.7), Overlay("y", "3"))}
+    overlays = {"transformer": Overlay("own t.safetensors", "1"), "loras": (Overlay("x:1", "2", 0.7, SCALES), Overlay("y", "3"))}
     checkpoint = dataclasses.replace(PLAIN, revision="v1", weights_variant="bf16", **overlays)
     manifest = dataclasses.replace(Manifest.load(tiny_bundle), checkpoint=checkpoint, options=Options("bf16", True, (8,)))
     manifest.save(tmp_path)
@@ -46,7 +48,7 @@ def test_the_command_parses_to_the_options_of_the_bundle(tiny_bundle: Path, tmp_
     assert (options.model, options.output, options.dtype, options.clamp) == ("someone/sana", tmp_path, "bf16", True)
     found = model_options(options, options)
     assert (found["revision"], found["weights_variant"], found["transformer"]) == ("v1", "bf16", Path("own t.safetensors"))
-    assert found["loras"] == (Lora(Path("x:1"), 0.7), Lora(Path("y")))
+    assert found["loras"] == (Lora(Path("x:1"), 0.7, SCALES), Lora(Path("y")))
 
 
 def test_hub_options_are_parsed_and_the_token_is_never_shown() -> None:

@@ -22,6 +22,7 @@ DOCUMENT: dict[str, Any] = {
     "model": {"name": "Sana_1600M", "sha256": "ab" * 32, "precision": "fp16"},
     "backend": "onnxruntime",
     "sampler": "DPMSolverMultistep",
+    "steps": 20,
     "loras": [{"name": "style, old: 2.safetensors", "scale": 0.7, "sha256": "cd" * 32}],
     "request": {
         "prompt": "a 🐼, (red:1.2)\nin two lines",

@@ -77,7 +77,10 @@ def test_a_bundle_of_format_1_names_the_command_that_exports_it_again(bundle):
     """The fields of its LoRA targets have other names. Its checkpoint and options can still be read."""
     manifest = Manifest.load(bundle)
     checkpoint = dataclasses.replace(
-        manifest.checkpoint, source="my models/fox", revision="v1", loras=(Overlay("style.safetensors", "0" * 64, 0.7),)
+        manifest.checkpoint,
+        source="my models/fox",
+        revision="v1",
+        loras=(Overlay("style.safetensors", "0" * 64, 0.7, (("attn2", 0.5),)),),
     )
     document = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(manifest, checkpoint=checkpoint, format=1))))
     targets = [target for graph in document["graphs"].values() for target in graph["lora_targets"]]
@@ -91,7 +94,7 @@ def test_a_bundle_of_format_1_names_the_command_that_exports_it_again(bundle):
     assert caught.value.found == f"format 1, written by {__version__}"
     assert caught.value.wanted == f"format {FORMAT}, written by {__version__}"
     assert caught.value.fix == (
-        f"sana-export export 'my models/fox' -o {bundle} --revision v1 --lora style.safetensors:0.7 "
+        f"sana-export export 'my models/fox' -o {bundle} --revision v1 --lora style.safetensors:0.7,attn2=0.5 "
         "--dtype fp32 --pag-layers transformer_blocks.1"
     )
 
@@ -244,7 +247,9 @@ def test_the_contract_leaves_only_dynamic_axes_open(tiny_bundle):
     assert set(manifest.graphs) == set(GRAPHS)
     sizes = dict.fromkeys(("latent_channels", "layers", "cross_attention_heads", "cross_attention_head_dim"), 2)
     text = dict.fromkeys(("text_channels", "text_layers", "text_kv_heads", "text_head_dim"), 3)
-    assert resolve("context", {**sizes, **text}, "float16").outputs[0].shape == (2, 2, "branches", "batch", 2, "text_tokens", 2)
+    for features, branches in (((), "branches"), (("pag_layers",), "text_branches")):  # one axis less without PAG layers
+        (context,) = resolve("context", {**sizes, **text}, "float16", features).outputs
+        assert context.shape == (2, 2, branches, "batch", 2, "text_tokens", 2)
 
 
 def test_a_name_without_a_bundle_says_what_is_there(tmp_path):

@@ -81,7 +81,7 @@ def test_default_reaches_from_128_px_to_the_longest_bin_side() -> None:
 
     assert ranges["image_height"] == (128, 512, 1024)
     assert ranges["batch"] == (1, 1, 4)
-    assert ranges["branches"] == (1, 2, 3)
+    assert (ranges["branches"], ranges["text_branches"]) == ((1, 2, 3), (1, 2, 2))
 
 
 def test_static_varies_only_the_text_and_the_size_of_the_final_image() -> None:

@@ -147,7 +147,7 @@ def _job(name: str, bundle: Path, checkpoint: SanaCheckpoint, manifest: Manifest
         workload=dataclasses.replace(work, sweep=()),
         transformer=None if checkpoint.transformer_file is None else str(checkpoint.transformer_file.resolve()),
         vae=None if checkpoint.vae is None else str(checkpoint.vae.folder.resolve()),
-        loras=tuple((str(lora.path.resolve()), lora.scale) for lora in checkpoint.loras),
+        loras=tuple((str(lora.path.resolve()), lora.scale, lora.layer_scales) for lora in checkpoint.loras),
         device=device,
     )
 

@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.adapters import Lora
-from sana_export.checkpoint.checks import check_checkpoint, check_configs, check_index, class_of
+from sana_export.architectures import TRANSFORMER_DEFAULTS
+from sana_export.checkpoint.checks import CONTROLLED, check_checkpoint, check_configs, check_index, class_of
 from sana_export.checkpoint.clamp import Clamp, trained_with_clamp
-from sana_export.checkpoint.components import COMPONENTS, select_weights, variant_among
+from sana_export.checkpoint.components import REQUIRED, select_weights, variant_among
 from sana_export.checkpoint.configs import CONFIGURED, config_name, read_part
+from sana_export.checkpoint.controlnet import ControlNetFiles, open_controlnet
 from sana_export.checkpoint.fold_lora import fold_loras
 from sana_export.checkpoint.hub import Hub, ReadJson, fetch, read_json
 from sana_export.checkpoint.model_names import a_file, check_words, from_url, may_be_hub_id, not_a_checkpoint
+from sana_export.checkpoint.network_folder import CONFIG
 from sana_export.checkpoint.single_file import open_single_file
-from sana_export.checkpoint.vae import CONFIG, Vae, open_vae
+from sana_export.checkpoint.vae import Vae, open_vae
 from sana_export.checkpoint.weights import Weights, read_headers
 from sana_export.environment import cache_folder, import_digest
 from sana_export.errors import UsageError
 from sana_export.files import hash_file
+from sana_export.lora_scales import scales_text
 from sana_export.manifest import Checkpoint, Overlay
 from sana_export.synth.checkpoint import MARKER
 from sana_export.user_paths import at_home
@@ -55,6 +59,8 @@ class SanaCheckpoint:
     loras: tuple[Lora, ...] = ()
     #: The autoencoder that replaces the folder's.
     vae: Vae | None = None
+    #: The ControlNet that is exported with it.
+    controlnet: ControlNetFiles | None = None
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -76,6 +82,10 @@ class SanaCheckpoint:
 
         The classes are those of model_index.json.
         """
+        if part == "controlnet":
+            assert self.controlnet is not None
+            given = self.controlnet.config(self.config("transformer"))
+            return TRANSFORMER_DEFAULTS | dict(read_part(part, given).config)
         own = part != "vae" or self.vae is None
         class_name = class_of(self.index, part, self.source, self.read) if own else None
         return dict(read_part(part, self.read(config_name(part)), class_name).config)
@@ -89,6 +99,9 @@ class SanaCheckpoint:
         """The same without LoRAs."""
         if component == "transformer" and self.transformer_file is not None:
             return open_single_file(self.transformer_file)
+        if component == "controlnet":
+            assert self.controlnet is not None
+            return self.controlnet.weights()
         stored = read_headers(self.weight_files(component))
         return Weights({name.removeprefix("model."): entry for name, entry in stored.items()})
 
@@ -98,6 +111,8 @@ class SanaCheckpoint:
             return [self.transformer_file]
         if component == "vae" and self.vae is not None:
             return self.vae.weight_files
+        if component == "controlnet" and self.controlnet is not None:
+            return self.controlnet.weight_files
         names = {path.relative_to(self.folder).as_posix() for path in self.folder.glob("*/*")}
         found = select_weights(component, names, self.weights_variant, self.read, self.source)
         return [self.folder / name for name in found]
@@ -107,13 +122,15 @@ class SanaCheckpoint:
         """Hash of every config and weight file that an export reads, and of the scales of LoRAs."""
         parts = [(name, self.config_file(name)) for name in (INDEX, *map(config_name, CONFIGURED))]
         parts += [(f"tokenizer/{path.name}", path) for path in sorted(self.folder.glob("tokenizer/*.json"))]
-        for component in COMPONENTS:
+        for component in REQUIRED:
             parts += [(f"{component}/{number}", path) for number, path in enumerate(self.weight_files(component))]
         digest = hashlib.sha256()
         for role, path in parts:
             digest.update(f"{role}\0{hash_file(path)}\0".encode())
+        if self.controlnet is not None:
+            digest.update(f"controlnet\0{self.controlnet.sha256}\0".encode())
         for lora in self.loras:
-            digest.update(f"lora\0{lora.scale!r}\0{lora.sha256}\0".encode())
+            digest.update(f"lora\0{scales_text(lora.scale, lora.layer_scales)}\0{lora.sha256}\0".encode())
         return digest.hexdigest()
 
     def record(self) -> Checkpoint:
@@ -128,8 +145,9 @@ class SanaCheckpoint:
             self.weights_variant,
             self.trained_with_clamp().on,
             None if file is None else Overlay(str(file), hash_file(file)),
-            tuple(Overlay(str(lora.path), lora.sha256, lora.scale) for lora in self.loras),
+            tuple(Overlay(str(lora.path), lora.sha256, lora.scale, lora.layer_scales) for lora in self.loras),
             None if self.vae is None else Overlay(self.vae.source, self.vae.sha256),
+            None if self.controlnet is None else Overlay(self.controlnet.source, self.controlnet.sha256),
         )
 
     @property
@@ -141,7 +159,8 @@ class SanaCheckpoint:
     @property
     def synthetic(self) -> bool:
         """Whether its weights are random."""
-        return bool(self.marker.get("synthetic")) or (self.vae is not None and self.vae.synthetic)
+        added = [part for part in (self.vae, self.controlnet) if part is not None]
+        return bool(self.marker.get("synthetic")) or any(part.synthetic for part in added)
 
     @property
     def variant(self) -> Variant | None:
@@ -172,13 +191,15 @@ def open_checkpoint(
     weights_variant: str | None = None,
     transformer: Path | None = None,
     vae: str | None = None,
+    controlnet: str | None = None,
     loras: Iterable[Lora] = (),
     hub: Hub | None = None,
 ) -> SanaCheckpoint:
     """Find `model` (an alias, a local folder or a hub id) and check that it is a complete Sana checkpoint.
 
     `transformer` is a safetensors file whose weights replace the checkpoint's transformer. `vae` names an autoencoder that replaces
-    the checkpoint's (`open_vae`). `loras` are folded into the transformer.
+    the checkpoint's (`open_vae`), `controlnet` a ControlNet that is exported with it (`open_controlnet`). `loras` are folded into
+    the transformer.
     Raises UsageError for an unknown name, ArtifactError if the checkpoint is not a Sana, is incomplete or has parts that do not fit
     together, and DependencyError if the hub cannot be reached.
     """
@@ -192,7 +213,7 @@ def open_checkpoint(
     model, revision = from_url(at_home(model, "MODEL"), revision)
     named = find_variant(model)
     replaced = {"transformer": transformer, "vae": vae}
-    components = [name for name in COMPONENTS if replaced.get(name) is None]
+    components = [name for name in REQUIRED if replaced.get(name) is None]
     requested, local = weights_variant, Path(model).is_dir()
     if named is not None and named.recipe is not None:
         folder = _synthetic_folder(named.recipe)
@@ -220,12 +241,15 @@ def open_checkpoint(
     if not (folder / INDEX).is_file():
         raise not_a_checkpoint(model, [path.name for path in folder.iterdir()], lambda name: read_json(folder / name), folder)
     other = None if vae is None else open_vae(vae, weights_variant, hub or Hub())
+    if controlnet is None and read_json(folder / INDEX)["_class_name"] == CONTROLLED:
+        controlnet = str(folder) if local else f"{model}@{revision}" if revision else model
+    control = None if controlnet is None else open_controlnet(controlnet, weights_variant, hub or Hub())
     rows = (named,) if named else ()
-    draft = SanaCheckpoint(folder, model, revision, rows, weights_variant, transformer, tuple(loras), other)
+    draft = SanaCheckpoint(folder, model, revision, rows, weights_variant, transformer, tuple(loras), other, control)
     check_checkpoint(draft)
     checkpoint = draft if named else replace(draft, rows=_rows(draft))
     checkpoint.weights("transformer")  # with the LoRAs
-    owned = [name for name in COMPONENTS if name != "transformer" or transformer is None]
+    owned = [name for name in REQUIRED if name != "transformer" or transformer is None]
     files = [path.name for name in owned for path in checkpoint.weight_files(name)]
     if variant_among(files, requested) != requested:
         raise UsageError(

@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sana_export.checkpoint.components import COMPONENTS, check_weights
+from sana_export.checkpoint.components import COMPONENTS, REQUIRED, check_weights
 from sana_export.checkpoint.configs import CONFIGURED, Part, config_name, read_part
+from sana_export.checkpoint.controlnet import ControlNetFiles
+from sana_export.checkpoint.controlnet import fit_problems as controlnet_problems
 from sana_export.checkpoint.foreign_weights import BEFORE_QUANTIZED
 from sana_export.checkpoint.hub import read_json
 from sana_export.checkpoint.model_names import LIST_VARIANTS
@@ -15,24 +17,25 @@ from sana_export.checkpoint.tokenizer import check_tokenizer
 from sana_export.checkpoint.vae import fit_problems
 from sana_export.commands import resave_command
 from sana_export.errors import ArtifactError
-from sana_export.supported import SCHEDULERS, unsupported
+from sana_export.supported import SCHEDULERS, unsupported, unsupported_encoder
 from sana_export.variants import INDEX
 
 if TYPE_CHECKING:
     from sana_export.checkpoint.checkpoint import SanaCheckpoint
 
 SPRINT, SPRINT_SCHEDULER = "SanaSprintPipeline", "SCMScheduler"
-PIPELINES = ("SanaPipeline", "SanaPAGPipeline", SPRINT)
-#: Other pipelines of diffusers whose folders a text-to-image pipeline can load.
-TEXT_TO_IMAGE = {
-    "SanaControlNetPipeline": "SanaPipeline",
-    "SanaSprintImg2ImgPipeline": SPRINT,
-}
+CONTROLLED = "SanaControlNetPipeline"
+#: The pipelines of SANA-Sprint.
+SPRINTS = (SPRINT, "SanaSprintImg2ImgPipeline")
+PIPELINES = ("SanaPipeline", "SanaPAGPipeline", CONTROLLED, *SPRINTS)
 #: The key of a config that says how the weights are quantized.
 QUANTIZATION = "quantization_config"
 ANOTHER = "use a checkpoint with the architecture of a published Sana model (sana-export variants lists them)"
 #: What to do about an unsupported part, if it is not `ANOTHER`.
-FIXES = {"vae": "use another autoencoder: --vae dc-ae or --vae dc-ae-lite"}
+FIXES = {
+    "vae": "use another autoencoder: --vae dc-ae or --vae dc-ae-lite",
+    "controlnet": "use another ControlNet: --controlnet controlnet-hed-1600m or --controlnet controlnet-hed-600m",
+}
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,11 @@ def check_index(index: Mapping[str, Any], source: str) -> None:
     name = index.get("_class_name")
     if name in PIPELINES:
         return
-    fix = LIST_VARIANTS
-    if isinstance(name, str) and (loads := TEXT_TO_IMAGE.get(name)):
-        fix = f"{resave_command(source, loads, '-text-to-image')}  (then export that folder)"
     raise ArtifactError(
         f"{source} is not a Sana text-to-image checkpoint",
         found=f"{INDEX} names {name}",
         wanted=" or ".join(PIPELINES),
-        fix=fix,
+        fix=LIST_VARIANTS,
     )
 
 
@@ -93,6 +93,14 @@ def check_checkpoint(checkpoint: SanaCheckpoint) -> None:
     """Raise ArtifactError unless an export supports all of the checkpoint: configs, weights and tokenizer."""
     check_index(checkpoint.index, checkpoint.source)
     refuse(checkpoint.source, _problems(checkpoint))
+
+
+def check_encoder(checkpoint: SanaCheckpoint) -> None:
+    """Raise ArtifactError unless an export supports the autoencoder's encoder, which only image-to-image needs."""
+    given = checkpoint.read(config_name("vae"))
+    part, owner = read_part("vae", given), checkpoint.source if checkpoint.vae is None else checkpoint.vae.source
+    problems = [_unsupported("vae", one.key, one.found, one.wanted) for one in unsupported_encoder(part.config, given)]
+    refuse(owner, problems or check_weights("vae", part.optional_shapes, checkpoint.base_weights("vae"), owner))
 
 
 def refuse(source: str, problems: Iterable[ArtifactError]) -> None:
@@ -129,8 +137,10 @@ def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
         yield problem
     if checkpoint.vae is not None and {"transformer", "vae"} <= parts.keys() - doubtful:
         yield from fit_problems(checkpoint.vae, parts["vae"].config, parts["transformer"].config, _replaced_vae(checkpoint), source)
+    if checkpoint.controlnet is not None and "transformer" in parts and "transformer" not in doubtful:
+        yield from _controlnet_problems(checkpoint, checkpoint.controlnet, parts["transformer"])
     owners = {"transformer": checkpoint.transformer_file, "vae": checkpoint.vae and checkpoint.vae.source}
-    for name in COMPONENTS:
+    for name in REQUIRED:
         owner = str(owners.get(name) or source)
         try:
             weights = checkpoint.base_weights(name)
@@ -143,6 +153,23 @@ def _problems(checkpoint: SanaCheckpoint) -> Iterator[ArtifactError]:
         check_tokenizer(checkpoint, parts["text_encoder"].config["vocab_size"] if "text_encoder" in parts else None)
     except ArtifactError as error:
         yield error
+
+
+def _controlnet_problems(checkpoint: SanaCheckpoint, controlnet: ControlNetFiles, transformer: Part) -> Iterator[ArtifactError]:
+    try:
+        weights = controlnet.weights()
+        part = read_part("controlnet", controlnet.config(transformer.config))
+    except ArtifactError as error:
+        yield error
+        return
+    problems = [
+        _unsupported("controlnet", setting.key, setting.found, setting.wanted)
+        for setting in unsupported(part.class_name, part.config, part.given)
+    ]
+    problems += controlnet_problems(controlnet, part.config, transformer.config, checkpoint.source)
+    yield from problems
+    if not problems:
+        yield from check_weights("controlnet", part.shapes, weights, controlnet.source)
 
 
 def _replaced_vae(checkpoint: SanaCheckpoint) -> Mapping[str, Any] | None:
@@ -182,14 +209,14 @@ def config_problems(
             if found not in allowed:
                 yield fit.part, _unsupported(fit.part, fit.key, repr(found), f"{allowed[0]} ({fit.meaning})")
     pipeline = index["_class_name"]
-    if "transformer" in parts and bool(found := parts["transformer"].config["guidance_embeds"]) != (pipeline == SPRINT):
-        wanted = f"{pipeline == SPRINT}, because {INDEX} names {pipeline}"
+    if "transformer" in parts and bool(found := parts["transformer"].config["guidance_embeds"]) != (pipeline in SPRINTS):
+        wanted = f"{pipeline in SPRINTS}, because {INDEX} names {pipeline}"
         yield "transformer", _unsupported("transformer", "guidance_embeds", found, wanted)
 
 
 def class_of(index: Mapping[str, Any], part: str, source: str, read: Callable[[str], Mapping[str, Any]]) -> str:
     """The class of a part. As in diffusers, model_index.json decides. Raises ArtifactError for an unsupported class."""
-    sprint = index.get("_class_name") == SPRINT
+    sprint = index.get("_class_name") in SPRINTS
     if part == "scheduler":
         library, classes = "diffusers", tuple(name for name in SCHEDULERS if (name == SPRINT_SCHEDULER) == sprint)
     else:

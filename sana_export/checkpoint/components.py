@@ -29,11 +29,15 @@ class Component:
     read: str = ""
 
 
+#: The components that an export can read.
 COMPONENTS = {
     "transformer": Component("diffusers", ("SanaTransformer2DModel",), "diffusion_pytorch_model"),
     "vae": Component("diffusers", ("AutoencoderDC",), "diffusion_pytorch_model", "decoder."),
     "text_encoder": Component("transformers", ("Gemma2Model", "Gemma2ForCausalLM", "Gemma2PreTrainedModel"), "model"),
+    "controlnet": Component("diffusers", ("SanaControlNetModel",), "diffusion_pytorch_model"),
 }
+#: Those that every checkpoint has.
+REQUIRED = ("transformer", "vae", "text_encoder")
 
 
 def variant_among(files: Iterable[str], weights_variant: str | None) -> str | None:
@@ -130,7 +134,7 @@ def check_weights(component: str, shapes: Mapping[str, tuple[int, ...]], weights
             wanted=", ".join(SAFETENSORS_WEIGHT_DTYPES),
             fix="use weights that are not quantized",
         )
-    if component == "transformer" and not missing and (foreign := [name for name in weights if name not in shapes]):
+    if component in ("transformer", "controlnet") and not missing and (foreign := [name for name in weights if name not in shapes]):
         yield ArtifactError(
             f"{owner} has {len(foreign)} tensors that its network does not have",
             found=foreign[0],

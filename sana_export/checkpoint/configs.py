@@ -9,11 +9,11 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
-from sana_export.checkpoint.components import COMPONENTS
+from sana_export.checkpoint.components import COMPONENTS, REQUIRED
 from sana_export.errors import ArtifactError
 
 #: The parts of a checkpoint that have a config.
-CONFIGURED = (*COMPONENTS, "scheduler")
+CONFIGURED = (*REQUIRED, "scheduler")
 #: The largest number that a config may contain. It keeps a damaged config from taking hours, or all of the memory.
 LARGEST = 10_000_000
 #: The same for single keys.
@@ -36,6 +36,8 @@ class Part:
     config: Mapping[str, Any]
     #: The shapes of the tensors that an export reads, by name. Empty for a scheduler.
     shapes: Mapping[str, tuple[int, ...]]
+    #: The shapes of the tensors that it reads only on request: an autoencoder's encoder.
+    optional_shapes: Mapping[str, tuple[int, ...]]
 
 
 def config_name(part: str) -> str:
@@ -79,12 +81,11 @@ def _read_part(part: str, class_name: str, text: str) -> Part:
             fix=f"compare it with the {config_name(part)} of a published Sana checkpoint",
         ) from error
     tensors = made.state_dict() if part in COMPONENTS else {}
-    shapes = {
-        name: tuple(tensor.shape)
-        for name, tensor in tensors.items()
-        if name.startswith(COMPONENTS[part].read) and tensor.is_floating_point()  # an export reads no counters of a batch norm
-    }
-    return Part(class_name, json.loads(text), json.loads(json.dumps(config)), shapes)
+    # An export reads no counters of a batch norm.
+    every = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    shapes = {name: shape for name, shape in every.items() if name.startswith(COMPONENTS[part].read)}
+    optional = {name: shape for name, shape in every.items() if name not in shapes}
+    return Part(class_name, json.loads(text), json.loads(json.dumps(config)), shapes, optional)
 
 
 def _numbers(content: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -114,6 +115,7 @@ def _gemma(class_name: str, given: dict[str, Any]) -> tuple[dict[str, Any], Any]
 _READERS: dict[str, tuple[str, Callable[[str, dict[str, Any]], tuple[dict[str, Any], Any]]]] = {
     "transformer": ("diffusers", _diffusers),
     "vae": ("diffusers", _diffusers),
+    "controlnet": ("diffusers", _diffusers),
     "text_encoder": ("transformers", _gemma),
     "scheduler": ("diffusers", _diffusers),
 }

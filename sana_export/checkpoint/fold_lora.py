@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sana_export.adapters import Fold, Lora, read_lora
+from sana_export.adapters import Lora, read_lora
 from sana_export.checkpoint.weights import Weights
 from sana_export.errors import ArtifactError
+from sana_export.lora_kinds import Fold, folded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +29,8 @@ class FoldedWeights(Weights):
         value = super().__getitem__(name)
         if name not in self.folds:
             return value
-        for fold in self.folds[name]:
-            value = value.float() + torch.from_numpy(fold.product()).reshape(value.shape)
+        weight = folded(value.float().flatten(1).numpy(), self.folds[name])
+        value = torch.from_numpy(weight).reshape(value.shape)
         if not torch.isfinite(value).all():
             raise ArtifactError(
                 f"{name} with the LoRAs leaves the range of float32",

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from sana_export.errors import ArtifactError
 from sana_export.formats.network_names import NETWORKS, QUANTIZED, WRAPPERS, find_first, without_wrappers
+from sana_export.lora_names import is_lora
 
 #: Modules that contain a transformer. All names of a file have such a prefix, or none.
 CONTAINERS = ("module.", "model.diffusion_model.", "diffusion_model.", "base_model.model.", "transformer.", "model.", "net.")
@@ -66,7 +67,7 @@ def missing_tensors(
         fix = f"save the weights of the module without its wrapper, so that no name contains {' or '.join(WRAPPERS)}"
     elif len(missing) == len(wanted) and foreign:
         found += f", but {foreign[0]}"
-        if any(".lora_" in name or name.startswith("lora_") for name in foreign):
+        if is_lora(foreign):
             fix = "if it is a LoRA, use --lora"
         elif (other := find_first(NETWORKS, foreign)) is not None:
             found = f"no {first}, but {other[1]}: the weights of {other[0].what}"

@@ -108,6 +108,21 @@ def fetch(
         return folder
 
 
+def fetch_file(repo: str, name: str, revision: str | None, hub: Hub) -> Path:
+    """Download the file `name` of `repo` and return its path in huggingface_hub's cache. Raises the errors of `fetch`."""
+    import huggingface_hub
+    import huggingface_hub.constants
+
+    offline = hub.offline or huggingface_hub.constants.HF_HUB_OFFLINE
+    cache = user_path(hub.cache_dir or huggingface_hub.constants.HF_HUB_CACHE, "the hub's cache folder", home="HF_HOME")
+    with disk_errors(cache / repo), _hub_errors(repo, revision, offline, (name,)):
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repo, name, revision=revision, cache_dir=hub.cache_dir, token=hub.token, local_files_only=offline
+            )
+        )
+
+
 def _cached(repo: str, folder: Path, select: Select) -> Path:
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     try:

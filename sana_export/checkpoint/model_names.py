@@ -14,6 +14,7 @@ from sana_export.checkpoint.weights import Weights
 from sana_export.commands import export_command, first_export_command
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.formats.recognize import PICKLES, recognize
+from sana_export.lora_names import is_lora
 from sana_export.manifest import FILE_NAME, Manifest
 from sana_export.variants import INDEX, VARIANTS, Variant, find_variant
 
@@ -102,7 +103,7 @@ def _safetensors(path: Path) -> tuple[str, str]:
     except SanaExportError as error:
         kind = recognize(path)
         return kind.name if kind else f"a safetensors file that cannot be read: {error.message}", error.fix or LIST_VARIANTS
-    if any("lora" in name.lower() for name in weights):
+    if is_lora(weights):
         return "a LoRA", _with_base("MODEL", "--lora", path)
     if bases := fitting(weights):
         return "the weights of a transformer only", _with_base(bases[0].alias, "--transformer", path)

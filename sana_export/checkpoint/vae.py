@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from sana_export.architectures import LATENT_STRIDE
 from sana_export.autoencoders import AUTOENCODERS, Autoencoder, find_autoencoder
-from sana_export.checkpoint.components import COMPONENTS, select_weights
-from sana_export.checkpoint.hub import Hub, ReadJson, fetch, read_json
+from sana_export.checkpoint.hub import Hub, fetch, read_json
 from sana_export.checkpoint.model_names import from_url, may_be_hub_id
+from sana_export.checkpoint.network_folder import (
+    CONFIG,
+    check_class,
+    find_folder,
+    hash_files,
+    is_synthetic,
+    places,
+    repository_files,
+    weight_files,
+)
 from sana_export.environment import cache_folder, import_digest
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.files import hash_file
-from sana_export.synth.checkpoint import MARKER, make_autoencoder
+from sana_export.synth.checkpoint import make_autoencoder
 from sana_export.user_paths import at_home
 
 log = logging.getLogger(__name__)
-
-CONFIG = "config.json"
-#: Where the config is in a folder or a repository: at the top, or in the folder of a pipeline's autoencoder.
-PLACES = (CONFIG, f"vae/{CONFIG}")
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,17 @@ class Vae:
     @property
     def weight_files(self) -> list[Path]:
         """Its safetensors files: one, or the shards that its index lists."""
-        names = [path.name for path in self.folder.iterdir()]
-        found = _weights(names, "", lambda name: read_json(self.folder / name), self.weights_variant, self.source)
-        return [self.folder / name for name in found]
+        return weight_files("vae", self.folder, self.weights_variant, self.source)
 
     @cached_property
     def sha256(self) -> str:
         """Hash of its config and weights."""
-        digest = hashlib.sha256()
-        for path in (self.folder / CONFIG, *self.weight_files):
-            digest.update(hash_file(path).encode())
-        return digest.hexdigest()
+        return hash_files((self.folder / CONFIG, *self.weight_files))
 
     @property
     def synthetic(self) -> bool:
         """Whether its weights are random."""
-        return any((folder / MARKER).is_file() for folder in (self.folder, self.folder.parent))
+        return is_synthetic(self.folder)
 
 
 def open_vae(name: str, weights_variant: str | None, hub: Hub) -> Vae:
@@ -88,9 +86,8 @@ def open_vae(name: str, weights_variant: str | None, hub: Hub) -> Vae:
         )
     elif row is not None or may_be_hub_id(name):
         repo, _, commit = (row.repo if row and row.repo else name).partition("@")
-        check = partial(_check_class, source=name)
-        select = partial(_select, weights_variant=weights_variant, source=name)
-        top = fetch(repo, commit or None, hub, check, select, first=PLACES)
+        select = partial(repository_files, component="vae", weights_variant=weights_variant, source=name)
+        top = fetch(repo, commit or None, hub, partial(_check, source=name), select, first=places("vae"))
     else:
         raise UsageError(
             f"unknown autoencoder {name!r}",
@@ -98,17 +95,21 @@ def open_vae(name: str, weights_variant: str | None, hub: Hub) -> Vae:
             wanted="a folder or hub id of an AutoencoderDC, or one of " + ", ".join(AUTOENCODERS),
             fix="--vae dc-ae-lite",
         )
-    place = next((place for place in PLACES if (top / place).is_file()), None)
-    if place is None:
+    folder = find_folder("vae", top)
+    if folder is None:
         raise ArtifactError(
             f"{name} has no autoencoder",
             found=", ".join(sorted(path.name for path in top.iterdir())[:8]) or "an empty folder",
-            wanted=" or ".join(PLACES) + ", and the weights beside it",
+            wanted=" or ".join(places("vae")) + ", and the weights beside it",
             fix="use the folder that AutoencoderDC.from_pretrained loads, or --vae dc-ae-lite",
         )
-    vae = Vae(name, (top / place).parent, weights_variant)
-    _check_class(vae.config(), name)
+    vae = Vae(name, folder, weights_variant)
+    _check(vae.config(), name)
     return vae
+
+
+def _check(config: Mapping[str, Any], source: str) -> None:
+    check_class("vae", config, source, "is not an autoencoder of Sana", "omit --vae, or use --vae dc-ae-lite")
 
 
 def fit_problems(
@@ -133,34 +134,6 @@ def fit_problems(
 def _stride(config: Mapping[str, Any]) -> int:
     """Image pixels per latent pixel, in each direction."""
     return int(2 ** (len(config["encoder_block_out_channels"]) - 1))
-
-
-def _check_class(config: Mapping[str, Any], source: str) -> None:
-    if (found := config.get("_class_name", "AutoencoderDC")) not in COMPONENTS["vae"].classes:
-        raise ArtifactError(
-            f"{source} is not an autoencoder of Sana",
-            found=f"config.json of {found}",
-            wanted=" or ".join(COMPONENTS["vae"].classes),
-            fix="omit --vae, or use --vae dc-ae-lite",
-        )
-
-
-def _select(names: Collection[str], read: ReadJson, *, weights_variant: str | None, source: str) -> list[str]:
-    """The files of a hub repository that are read."""
-    place = next((place for place in PLACES if place in names), CONFIG)
-    folder = place.removesuffix(CONFIG)
-    marker = [MARKER] if MARKER in names else []
-    return [place, *marker, *_weights(names, folder, read, weights_variant, source)]
-
-
-def _weights(names: Collection[str], folder: str, read: ReadJson, weights_variant: str | None, source: str) -> list[str]:
-    """The weight files in `folder` ("" or "vae/") among `names`, as `select_weights` chooses them."""
-    inside = {f"vae/{PurePosixPath(name).name}" for name in names if name == folder + PurePosixPath(name).name}
-
-    def own(name: str) -> str:
-        return folder + name.removeprefix("vae/")
-
-    return [own(name) for name in select_weights("vae", inside, weights_variant, lambda name: read(own(name)), source)]
 
 
 def _synthetic_folder(row: Autoencoder) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sana_export.cli.terminal.text import plural, seconds, size, table
 from sana_export.contract import GRAPHS
+from sana_export.lora_scales import scales_text
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.runtime.memory import MemoryRequirement, memory_requirements
 from sana_export.trt.selection import engine_set
@@ -58,9 +59,11 @@ def bundle_origin(manifest: Manifest) -> str:
     facts = [checkpoint.source + (f" at {checkpoint.revision}" if checkpoint.revision else "")]
     facts += [f"transformer from {checkpoint.transformer.path}"] if checkpoint.transformer else []
     facts += [f"autoencoder {checkpoint.vae.path}"] if checkpoint.vae else []
-    facts += [f"LoRA {lora.path} at {lora.scale:g}" for lora in checkpoint.loras]
+    facts += [f"ControlNet {checkpoint.controlnet.path}"] if checkpoint.controlnet else []
+    facts += [f"LoRA {lora.path} at {scales_text(lora.scale, lora.layer_scales)}" for lora in checkpoint.loras]
     facts += ["synthetic: random weights"] if checkpoint.synthetic else []
     facts += [options.precision, f"{manifest.model.native_size} px"]
+    facts += [str(name)] if (name := manifest.model.scheduler.get("_class_name")) else []
     facts += ["self-attention clamped"] if options.clamp else []
     if options.pag_layers:
         facts.append("PAG in " + ", ".join(f"transformer_blocks.{layer}" for layer in options.pag_layers))

@@ -13,7 +13,7 @@ from sana_export.adapters import Lora
 from sana_export.errors import UsageError
 from sana_export.image_files import read_metadata
 from sana_export.manifest import Manifest
-from sana_export.runtime.metadata import Redraw, last_name, redraw
+from sana_export.runtime.metadata import Redraw, last_name, lora_document, redraw
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +63,15 @@ def _check_loras(file: Path, found: Redraw, bundle: Path, output: Path, loras: S
     if found.loras and not loras:
         words = ["sana-export", "generate", str(bundle), "--from-image", str(file), "-o", str(output)]
         for lora in found.loras:
-            words += ["--lora", f"{lora['name']}:{lora['scale']:g}"]
+            layers = "".join(f",{pattern}={scale:g}" for pattern, scale in dict(lora.get("layer_scales", {})).items())
+            words += ["--lora", f"{lora['name']}:{lora['scale']:g}{layers}"]
         raise UsageError(
             f"{file} was drawn with LoRAs",
             found="no --lora",
             wanted=", ".join(f"{lora['name']} with sha256 {lora['sha256'][:16]}..." for lora in found.loras),
             fix=f"{shlex.join(words)}  (with the path of each LoRA)",
         )
-    recorded, here = ([(lora["sha256"], lora["scale"]) for lora in found.loras], [(lora.sha256, lora.scale) for lora in loras])
-    if recorded != here and found.loras:
+    if found.loras and [{**lora, "name": ""} for lora in found.loras] != [{**lora_document(lora), "name": ""} for lora in loras]:
         log.warning("%s was drawn with other LoRAs, so the image will differ", file)
 
 

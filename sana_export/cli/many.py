@@ -22,6 +22,7 @@ from sana_export.cli.verb import Answer
 from sana_export.errors import SanaExportError, UsageError, first_line
 from sana_export.image_files import FORMATS, SUFFIXES, check_quality
 from sana_export.manifest import Manifest
+from sana_export.runtime.metadata import lora_document
 from sana_export.runtime.request import Request
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class FileRun:
         checkpoint = (manifest := Manifest.load(self.bundle)).checkpoint
         return {
             "model": [checkpoint.sha256, manifest.options.precision],
-            "loras": [[lora.sha256, lora.scale] for lora in self.loras],
+            "loras": [lora_document(lora) for lora in self.loras],
             "format": self.format,
             "quality": self.quality,
             "metadata": self.metadata,

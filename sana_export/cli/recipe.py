@@ -133,6 +133,7 @@ class Recipe:
     variant: str | None = None
     transformer: Path | None = None
     vae: str | None = None
+    controlnet: str | None = None
     lora: tuple[str, ...] = ()
     build: tuple[BuildSection, ...] = ()
     verify: VerifySection | None = None

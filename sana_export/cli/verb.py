@@ -96,11 +96,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="an autoencoder in place of the checkpoint's: alias (dc-ae-lite), hub id, or local folder in diffusers' format",
     )
     parser.add_argument(
+        "--controlnet",
+        metavar="CONTROLNET",
+        help="a ControlNet to export with the checkpoint: alias (controlnet-hed-1600m), hub id, local folder in diffusers' format, "
+        "or file (.safetensors, .pth)",
+    )
+    parser.add_argument(
         "--lora",
         metavar="PATH[:SCALE]",
         action="append",
         default=[],
-        help="a LoRA in diffusers' or PEFT's format, merged into the transformer's weights; can be given several times",
+        help="a LoRA, merged into the transformer's weights; SCALE: 0.7, or with other scales for some layers: 0.7,attn2=0.5; can "
+        "be given several times",
     )
     add_hub_options(parser)
 
@@ -122,8 +129,8 @@ def add_hub_options(parser: argparse.ArgumentParser) -> None:
 def model_options(files: Any, hub: Any) -> dict[str, Any]:
     """Keyword arguments of `open_checkpoint` from options.
 
-    `files` has the attributes revision, variant, transformer, vae and lora (parsed options or a recipe). `hub` has token, cache_dir
-    and offline (parsed options). Raises UsageError if a LoRA's scale is not a number.
+    `files` has the attributes revision, variant, transformer, vae, controlnet and lora (parsed options or a recipe). `hub` has
+    token, cache_dir and offline (parsed options). Raises UsageError if a LoRA's scale is not a number.
     """
     from sana_export.adapters import parse_lora
     from sana_export.checkpoint.hub import Hub
@@ -133,6 +140,7 @@ def model_options(files: Any, hub: Any) -> dict[str, Any]:
         "weights_variant": files.variant,
         "transformer": files.transformer,
         "vae": files.vae,
+        "controlnet": files.controlnet,
         "loras": tuple(map(parse_lora, files.lora)),
         "hub": Hub(hub.token or None, hub.cache_dir, hub.offline),
     }
@@ -150,6 +158,30 @@ def add_size(parser: argparse.ArgumentParser, meaning: str) -> None:
     """--height and --width of `meaning`."""
     for option in ("--height", "--width"):
         parser.add_argument(option, type=positive, metavar="PIXELS", help=f"{option[2:]} of {meaning}")
+
+
+#: The options of `add_intervals` and the parameters that they set.
+_INTERVALS = {"--guidance-interval": "guidance_interval", "--pag-interval": "pag_interval"}
+
+
+def add_intervals(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """--guidance-interval and --pag-interval. `purpose` comes before what they are."""
+    for (option, name), kind in zip(_INTERVALS.items(), ("guidance", "PAG"), strict=True):
+        example = "; 0.2 0.8: steps 4 to 15 of 20" if name == "guidance_interval" else ""
+        parser.add_argument(
+            option,
+            dest=name,
+            nargs=2,
+            type=float,
+            metavar=("START", "STOP"),
+            help=f"{purpose}{kind} in this part of the steps{example} (default: 0 1, all)",
+        )
+
+
+def given_intervals(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """The intervals that the user gave, by parameter."""
+    given = {name: getattr(options, name) for name in _INTERVALS.values()}
+    return {name: tuple(values) for name, values in given.items() if values is not None}
 
 
 def add_device(parser: argparse.ArgumentParser, threads: str = "the backend decides") -> None:

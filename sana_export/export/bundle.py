@@ -17,13 +17,15 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sana_export import __version__
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.checkpoint.checks import check_encoder
 from sana_export.checkpoint.vae_config import read_decoder
-from sana_export.contract import GRAPHS
+from sana_export.contract import ENCODERS, GRAPH_GROUPS, GRAPHS
 from sana_export.environment import import_digest, peak_rss_bytes
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.graph_files import export_graphs, groups
@@ -33,6 +35,7 @@ from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, wr
 from sana_export.files import check_files, disk_errors, file_entry, locked, require_free, write_whole
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
+from sana_export.graphs.vae_encoder import VaeEncoderHead, encoder_halo, encoder_tile_scale
 from sana_export.manifest import FILE_NAME, PRECISIONS, GraphEntry, Manifest, ModelInfo, Options, parse_graph
 from sana_export.output_folder import OutputFolder
 from sana_export.progress import OnProgress, Progress, ignore_progress
@@ -61,7 +64,8 @@ def export_bundle(
     `pag_layers`: the transformer blocks that perturbed-attention guidance perturbs, as numbers or names.
     `clamp`: whether to clip self-attention outputs to +-65504. None: as the checkpoint was trained (variants.py, or the dtype of
     the stored weights).
-    `graphs`: the graphs to export. Empty: all.
+    `graphs`: the graphs to export, and groups of them (contract.GRAPH_GROUPS): ["default", "img2img"] adds image-to-image and
+    inpainting. Empty: "default", and all groups for a checkpoint that was opened with a ControlNet.
     `on_progress`: is called with a `Progress` at every step.
 
     If `output` already is the result of this export, it is kept, with its engines. Waits if another process is exporting to
@@ -71,7 +75,9 @@ def export_bundle(
     """
     place = OutputFolder.of(user_path(output, "the output folder"))
     options = choose_options(checkpoint, precision, pag_layers, clamp)
-    names = choose_graphs(graphs)
+    names = choose_graphs(graphs, checkpoint)
+    if uses_encoder(names):
+        check_encoder(checkpoint)
     check_replaceable(place)  # before anything is written into it
     with locked(place.lock, lambda: log.warning("another process exports to %s: waiting for it", output), remove=True):
         return _export(checkpoint, place, options, names, on_progress)
@@ -108,7 +114,7 @@ def _export(
         manifest = Manifest(
             checkpoint=checkpoint.record(),
             options=options,
-            model=model_info(checkpoint, instruction),
+            model=model_info(checkpoint, instruction, encoder=uses_encoder(names)),
             graphs=entries,
             files=tuple(file_entry(partial, partial / name) for name in (TOKENIZER, INSTRUCTION, EMBEDDINGS)),
             export_key=key,
@@ -188,12 +194,31 @@ def parse_pag_layer(name: str, layers: int) -> int:
     return int(number)
 
 
-def choose_graphs(names: Iterable[str]) -> list[str]:
-    """The graphs to export, in the order of contract.GRAPHS. All of them if `names` is empty."""
-    wanted = set(names) or set(GRAPHS)
+def choose_graphs(names: Iterable[str], checkpoint: SanaCheckpoint) -> list[str]:
+    """The graphs to export, in the order of contract.GRAPHS. `names` are graphs and groups.
+
+    None means the group "default", and with a ControlNet all groups. Raises UsageError for an unknown name, and for a ControlNet's
+    graphs without one.
+    """
+    controlled = checkpoint.controlnet is not None
+    given = set(names) or (set(GRAPH_GROUPS) if controlled else {"default"})
+    wanted = set[str]().union(*(GRAPH_GROUPS.get(name, (name,)) for name in given))
     if unknown := wanted - set(GRAPHS):
-        raise UsageError("unknown graph", found=", ".join(sorted(unknown)), wanted=", ".join(GRAPHS))
+        groups = "; ".join(f"{name}: {', '.join(graphs)}" for name, graphs in GRAPH_GROUPS.items())
+        raise UsageError("unknown graph", found=", ".join(sorted(unknown)), wanted=f"graphs, or groups of them: {groups}")
+    if not controlled and (without := wanted & set(GRAPH_GROUPS["control"])):
+        raise UsageError(
+            "there is no ControlNet to export",
+            found=f"the graph {min(without)}",
+            wanted="a ControlNet, or other graphs",
+            fix="--controlnet controlnet-hed-1600m",
+        )
     return [name for name in GRAPHS if name in wanted]
+
+
+def uses_encoder(names: Iterable[str]) -> bool:
+    """Whether one of the graphs `names` encodes images."""
+    return not set().union(*ENCODERS.values()).isdisjoint(names)
 
 
 def export_key(checkpoint: SanaCheckpoint, options: Options, names: Iterable[str]) -> str:
@@ -270,11 +295,11 @@ class Journal:
         write_whole(self.path, json.dumps(document))
 
 
-def model_info(checkpoint: SanaCheckpoint, instruction: str) -> ModelInfo:
-    """The manifest's entry for the model."""
+def model_info(checkpoint: SanaCheckpoint, instruction: str, *, encoder: bool = False) -> ModelInfo:
+    """The manifest's entry for the model. `encoder`: the bundle has the encoder's graphs."""
     transformer, vae, text = (checkpoint.config(component) for component in ("transformer", "vae", "text_encoder"))
     # The halo depends only on the layers, so the weights need no values.
-    layers = VaeDecoderTail(vae, checkpoint.weights("vae").on_meta(), NUMERICS["float32"])
+    layers = checkpoint.weights("vae").on_meta()
     variant, guidance_embeds = checkpoint.defaults_from, bool(transformer["guidance_embeds"])
     return ModelInfo(
         sample_size=transformer["sample_size"],
@@ -289,7 +314,14 @@ def model_info(checkpoint: SanaCheckpoint, instruction: str) -> ModelInfo:
         max_sequence_length=MAX_SEQUENCE_LENGTH,
         default_steps=SPRINT_STEPS if guidance_embeds else STEPS,
         default_guidance_scale=variant.guidance_scale if variant else 4.5,
-        decoder_tile_halo=tile_halo(layers),
+        decoder_tile_halo=tile_halo(VaeDecoderTail(vae, layers, NUMERICS["float32"])),
         decoder_tile_scale=tile_scale(vae),
         guidance_embeds=guidance_embeds,
+        **(_encoder_info(vae, layers) if encoder else {}),
     )
+
+
+def _encoder_info(vae: Mapping[str, Any], layers: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    scale = encoder_tile_scale(vae)
+    halo = encoder_halo(VaeEncoderHead(vae, layers, NUMERICS["float32"]), scale)
+    return {"encoder_tile_halo": halo, "encoder_tile_scale": scale}

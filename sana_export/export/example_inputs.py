@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
-from sana_export.contract import FEATURE_TENSORS, GraphSpec, TensorSpec, resolve
+from sana_export.checkpoint.vae_config import read_decoder
+from sana_export.contract import ENCODERS, FEATURE_TENSORS, GraphSpec, TensorSpec, resolve
 from sana_export.graphs.vae_decoder import feature_channels
+from sana_export.graphs.vae_encoder import encoder_feature_channels, encoder_tile_scale
 from sana_export.manifest import Options
+
+ENCODER_GRAPHS: frozenset[str] = frozenset().union(*ENCODERS.values())
 
 
 def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> GraphSpec:
@@ -28,7 +32,14 @@ def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> Graph
         "text_head_dim": text["head_dim"],
         "feature_channels": feature_channels(checkpoint.config("vae")),
     }
-    return resolve(name, dimensions, options.dtype, features=[key for key in FEATURE_TENSORS.values() if transformer[key]])
+    if name in ENCODER_GRAPHS:  # the config of an encoder that is not exported need not be supported
+        dimensions["encoder_feature_channels"] = encoder_feature_channels(checkpoint.config("vae"))
+    controlled = checkpoint.controlnet is not None
+    if controlled:
+        dimensions["controlnet_layers"] = checkpoint.config("controlnet")["num_layers"]
+        dimensions["channels"] = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    switches = {**transformer, "pag_layers": options.pag_layers, "controlnet": controlled}
+    return resolve(name, dimensions, options.dtype, features=[key for key in FEATURE_TENSORS.values() if switches[key]])
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,8 @@ class Sizes:
     batch: int
     #: Guidance branches.
     branches: int
+    #: Guidance branches with a prompt of their own.
+    text_branches: int
     #: Prompt tokens that the denoiser attends to.
     tokens: int
     #: Tokens of the instruction before the prompt.
@@ -61,27 +74,58 @@ class Sizes:
     output_height: int
     #: Width of the final image in pixels.
     output_width: int
-    #: Decoded pixels per latent pixel, in height and in width.
+    #: Feature rows in a window of the encoder.
+    window_height: int = 3
+    #: Feature columns in a window of the encoder.
+    window_width: int = 5
+    #: Image pixels per latent pixel, in height and in width.
     spatial_ratio: int = 32
+    #: Image pixels per feature of the encoder, in height and in width.
+    encoder_scale: int = 8
 
     def of(self, axis: str) -> int:
         """The size of the contract's dynamic axis `axis`."""
-        if axis.startswith("image_"):
-            return self.spatial_ratio * int(getattr(self, axis.replace("image", "latent")))
+        kind, _, side = axis.rpartition("_")
+        if kind == "image":
+            return self.spatial_ratio * int(getattr(self, f"latent_{side}"))
+        if kind == "encoded":
+            return self.of(f"image_{side}") // self.encoder_scale
+        if kind == "window_image":
+            return self.encoder_scale * int(getattr(self, f"window_{side}"))
         return int(getattr(self, axis))
+
+    def least(self, spec: GraphSpec) -> dict[str, int]:
+        """The shortest lengths of the axes of an encoder's inputs, which each stage halves."""
+        if spec.name not in ENCODER_GRAPHS:
+            return {}
+        lengths = {
+            "image": self.spatial_ratio,
+            "encoded": self.spatial_ratio // self.encoder_scale,
+            "window_image": self.encoder_scale,
+        }
+        return {f"{kind}_{side}": length for kind, length in lengths.items() for side in ("height", "width")}
 
 
 #: The sizes to trace with. All differ and are at least 2, so that the tracer cannot take one for a constant or for another axis.
-TRACE_SIZES = Sizes(2, 3, 5, 9, 7, 4, 6, 12, 15, 8, 11, 100, 170)
+TRACE_SIZES = Sizes(2, 3, 10, 5, 9, 7, 4, 6, 12, 15, 8, 11, 100, 170)
 #: The sizes to check with. They differ from the traced ones, so that a traced constant or a swapped axis fails the check.
-CHECK_SIZES = Sizes(3, 2, 8, 1, 11, 5, 3, 14, 9, 10, 6, 64, 131)
+CHECK_SIZES = Sizes(3, 2, 4, 8, 1, 11, 5, 3, 14, 9, 10, 6, 64, 131, 4, 2)
 #: For the axis of an index tensor, the axis that its values index into.
 _INDEXED = {
+    "branches": "text_branches",
     "output_height": "image_height",
     "output_width": "image_width",
     "tile_height": "feature_height",
     "tile_width": "feature_width",
 }
+
+
+def fitting(sizes: Sizes, name: str, checkpoint: SanaCheckpoint) -> Sizes:
+    """`sizes` for the graph `name` of a checkpoint: an encoder's layers halve the size, so its inputs must be multiples."""
+    if name not in ENCODER_GRAPHS:
+        return sizes
+    vae = checkpoint.config("vae")
+    return replace(sizes, spatial_ratio=read_decoder(vae).stride, encoder_scale=encoder_tile_scale(vae))
 
 
 def random_inputs(spec: GraphSpec, sizes: Sizes, seed: int) -> dict[str, Tensor]:
@@ -98,10 +142,13 @@ def _random_input(tensor: TensorSpec, sizes: Sizes, generator: torch.Generator) 
         "guidance": lambda: uniform * 10.0,
         "perturbed": lambda: torch.arange(shape[0]).remainder(2).float(),
         "context_mask": lambda: (torch.arange(shape[-1]) <= uniform[..., :1] * shape[-1]).float(),
-        "row_index": lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long(),
-        "column_index": lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long(),
+        **dict.fromkeys(
+            ("source", "row_index", "column_index"), lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long()
+        ),
         "row_weight": lambda: uniform / uniform.sum(0, keepdim=True),
         "column_weight": lambda: uniform / uniform.sum(0, keepdim=True),
+        "mask": lambda: (uniform > 0.5).float(),
+        "noise_level": lambda: uniform,
     }
     if tensor.name in special:
         return special[tensor.name]()

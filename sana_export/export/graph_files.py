@@ -10,7 +10,7 @@ import onnx
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.contract import WEIGHTS_OF, GraphSpec
-from sana_export.export.example_inputs import graph_spec
+from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, fitting, graph_spec
 from sana_export.export.onnx import (
     check_onnx,
     check_targets,
@@ -46,10 +46,10 @@ def export_graphs(
             spec, path = graph_spec(name, checkpoint, options), folder / onnx_name(name)
             with stored_in(weights):
                 module = build_graph(name, checkpoint, options)
-            export_onnx(module, spec, path, weights)
+            export_onnx(module, spec, path, weights, fitting(TRACE_SIZES, name, checkpoint))
             exported[name] = spec, check_onnx(path, spec), lora_targets(name, checkpoint, options)
             check_targets(path, *exported[name][1:])
-            examples = run_module(module, spec)
+            examples = run_module(module, spec, fitting(CHECK_SIZES, name, checkpoint))
             weights.release()
             check_values(path, spec, examples, options.precision)
     data = (file_entry(bundle, weights.path),) if weights.bytes else ()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sana_export.contract import GraphSpec
 from sana_export.errors import ParityError
 from sana_export.export.evaluator import StorageEvaluator
-from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, random_inputs
+from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, Sizes, random_inputs
 from sana_export.export.half import WideProducts
 from sana_export.export.optimize import optimize
 from sana_export.export.parity import compare_tensors
@@ -36,18 +36,18 @@ OPSET = 20
 INLINE_BYTES = 1024
 
 
-def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightFile) -> None:
+def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightFile, sizes: Sizes = TRACE_SIZES) -> None:
     """Trace `module`, whose parameters are in `weights`, and write the ONNX file `path`, which reads them from that file.
 
     Dynamic axes have the contract's names. The file contains nothing of the machine that traced it (paths, stack traces). Small
-    constants from the trace stay in it; large ones are added to `weights`.
+    constants from the trace stay in it; large ones are added to `weights`. The trace runs at `sizes`.
     """
-    inputs = random_inputs(spec, TRACE_SIZES, seed=0)
+    inputs = random_inputs(spec, sizes, seed=0)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            trace(module, spec, inputs),
+            trace(module, spec, inputs, sizes.least(spec)),
             dynamo=True,
-            dynamic_shapes=dynamic_shapes(spec),
+            dynamic_shapes=dynamic_shapes(spec, sizes.least(spec)),
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             opset_version=OPSET,
@@ -130,13 +130,13 @@ class Example:
     outputs: tuple[Tensor, ...]
 
 
-def run_module(module: nn.Module, spec: GraphSpec) -> list[Example]:
-    """Run `module` on random inputs of other sizes than the traced ones, and on zeros, which show whether an epsilon was lost."""
-    random = random_inputs(spec, CHECK_SIZES, seed=1)
+def run_module(module: nn.Module, spec: GraphSpec, sizes: Sizes = CHECK_SIZES) -> list[Example]:
+    """Run `module` on random inputs of `sizes`, other than the traced ones, and on zeros, which show a lost epsilon."""
+    random = random_inputs(spec, sizes, seed=1)
     examples = []
     for kind, inputs in (("random", random), ("zero", {name: torch.zeros_like(value) for name, value in random.items()})):
         with torch.no_grad(), WideProducts():
-            outputs = module(*inputs.values())
+            outputs = module(**inputs)
         examples.append(Example(kind, inputs, outputs if isinstance(outputs, tuple) else (outputs,)))
     return examples
 

@@ -30,7 +30,10 @@ GRAPH_WEIGHTS = {
     "text_encoder": GraphWeights("text_encoder", r"(?!embed_tokens)"),
     "context": GraphWeights("transformer", _TEXT),
     "denoiser": GraphWeights("transformer", f"(?!{_TEXT})"),
+    "controlnet_context": GraphWeights("controlnet", _TEXT),
+    "controlnet": GraphWeights("controlnet", f"(?!{_TEXT})"),
     "vae_decoder": GraphWeights("vae", r"decoder\.", growth=1.1),
+    "vae_encoder": GraphWeights("vae", r"encoder\."),
 }
 #: Bytes for the ONNX files, the tokenizer, alignment and the file system's own overhead.
 OVERHEAD = 64 << 20

@@ -27,6 +27,8 @@ aten = torch.ops.aten
 Node = Any
 #: The largest length of a dynamic axis.
 LONGEST = 1 << 20
+#: Every axis may have the length 1.
+ANY_LENGTH: Mapping[str, int] = {}
 
 #: Operator to its form after `run_decompositions`: another operator, arguments and keyword arguments.
 _EQUIVALENTS: Mapping[Any, Callable[..., tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {
@@ -37,24 +39,31 @@ _EQUIVALENTS: Mapping[Any, Callable[..., tuple[Any, tuple[Any, ...], dict[str, A
 }
 _RESHAPES = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
 #: Nodes that compute a size.
-_SIZES = {aten.sym_size.int, operator.mul, operator.add, operator.sub}
+_SIZES = {aten.sym_size.int, operator.mul, operator.add, operator.sub, operator.floordiv}
 
 
-def dynamic_shapes(spec: GraphSpec) -> tuple[dict[int, Any], ...]:
-    """The dynamic axes of each input of `spec`, as torch.export takes them."""
-    return tuple(
-        {index: Dim(axis, min=1, max=LONGEST) for index, axis in enumerate(tensor.shape) if isinstance(axis, str)}
-        for tensor in spec.inputs
-    )
+def dynamic_shapes(spec: GraphSpec, least: Mapping[str, int] = ANY_LENGTH) -> dict[str, dict[int, Any]]:
+    """The dynamic axes of each input of `spec` by name, as torch.export takes them.
+
+    `least`: the shortest length of an axis, if not 1.
+    """
+    named = {tensor.name: enumerate(tensor.shape) for tensor in spec.inputs}
+    return {
+        name: {index: Dim(axis, min=least.get(axis, 1), max=LONGEST) for index, axis in axes if isinstance(axis, str)}
+        for name, axes in named.items()
+    }
 
 
-def trace(module: nn.Module, spec: GraphSpec, inputs: Mapping[str, Tensor]) -> ExportedProgram:
-    """Trace `module` on the example `inputs` into a program with the dynamic axes of `spec`."""
+def trace(
+    module: nn.Module, spec: GraphSpec, inputs: Mapping[str, Tensor], least: Mapping[str, int] = ANY_LENGTH
+) -> ExportedProgram:
+    """Trace `module` on the example `inputs` into a program with the dynamic axes of `spec` (see `dynamic_shapes`)."""
     with _frugal():
         program = torch.export.export(
             module,
-            tuple(inputs.values()),
-            dynamic_shapes=dynamic_shapes(spec),
+            (),
+            dict(inputs),
+            dynamic_shapes=dynamic_shapes(spec, least),
             # Otherwise a broadcast over an axis would forbid the length 1.
             prefer_deferred_runtime_asserts_over_guards=True,
         )

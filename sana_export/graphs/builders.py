@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.graphs.blend import Blend
 from sana_export.graphs.context import Context
+from sana_export.graphs.controlnet import ControlNet
 from sana_export.graphs.denoiser import Denoiser
 from sana_export.graphs.lora_targets import trace_lora_targets
 from sana_export.graphs.numerics import NUMERICS
@@ -17,6 +19,7 @@ from sana_export.graphs.postprocess import Postprocess
 from sana_export.graphs.sampler import Sampler
 from sana_export.graphs.text_encoder import TextEncoder
 from sana_export.graphs.vae_decoder import VaeDecoder, VaeDecoderHead, VaeDecoderTail
+from sana_export.graphs.vae_encoder import VaeEncoder, VaeEncoderHead, VaeEncoderTail
 from sana_export.manifest import LoraTarget, Options
 
 Config = Mapping[str, Any]
@@ -40,6 +43,10 @@ def _denoiser(config: Config, weights: Weights, options: Options) -> nn.Module:
     return Denoiser(config, weights, NUMERICS[options.dtype], clamp=options.clamp, pag_layers=options.pag_layers)
 
 
+def _controlnet(config: Config, weights: Weights, options: Options) -> nn.Module:
+    return ControlNet(config, weights, NUMERICS[options.dtype], clamp=options.clamp)
+
+
 BUILDERS: dict[str, GraphBuilder] = {
     "text_encoder": _plain("text_encoder", TextEncoder),
     "context": _plain("transformer", Context),
@@ -49,6 +56,12 @@ BUILDERS: dict[str, GraphBuilder] = {
     "vae_decoder_head": _plain("vae", VaeDecoderHead),
     "vae_decoder_tail": _plain("vae", VaeDecoderTail),
     "postprocess": GraphBuilder(None, lambda config, weights, options: Postprocess()),
+    "vae_encoder": _plain("vae", VaeEncoder),
+    "vae_encoder_head": _plain("vae", VaeEncoderHead),
+    "vae_encoder_tail": _plain("vae", VaeEncoderTail),
+    "controlnet_context": _plain("controlnet", Context),
+    "controlnet": GraphBuilder("controlnet", _controlnet),
+    "blend": GraphBuilder(None, lambda config, weights, options: Blend()),
 }
 
 

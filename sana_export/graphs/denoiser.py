@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,19 @@ LONGEST_AXIS = 512
 
 
 class Denoiser(nn.Module):
-    """latents [B, C, h, w], timestep [1], context, context_mask [K, B, L], perturbed [K] -> noise_pred [K, B, C, h, w].
+    """latents [B, C, h, w], timestep [1], context, context_mask [U, B, L], perturbed [K] -> noise_pred [K, B, C, h, w].
+
+    With `pag_layers` there is one more input, source int64 [K]: branch k has the prompts of text branch source[k], and if
+    perturbed[k] is 1, it uses identity attention in these layers. Before the first of them only the U text branches run: a
+    perturbed branch would equal its source. Without `pag_layers`, K = U.
+
+    With a ControlNet of R blocks there is one more input, residuals [R, U, B, h, w, C'] (graphs/controlnet.py): the first is added
+    after the second block, and so on.
 
     A checkpoint with `guidance_embeds` (SANA-Sprint) has one more input, guidance [1]: the guidance scale that the user sets.
     All tensors are float32 except `context` (see graphs/context.py). context_mask is 1 for tokens to attend to and 0 for padding.
-    If perturbed[k] is 1, branch k uses identity attention in the layers `pag_layers`. `clamp` clips self-attention outputs to
-    +-65504, as the fp16 checkpoints were trained. The residual stream is stored multiplied by `numerics.scale`.
+    `clamp` clips self-attention outputs to +-65504, as the fp16 checkpoints were trained. The residual stream is stored multiplied
+    by `numerics.scale`.
     """
 
     def __init__(
@@ -59,9 +66,10 @@ class Denoiser(nn.Module):
         self.patch_embed = Linear(patch, weights["patch_embed.proj.bias"], numerics, scale)
         self.time_embed = TimeEmbedding(config, weights, numerics)
         self.blocks = nn.ModuleList(
-            Block(config, _block_weights(weights, index), numerics, clamp=clamp, perturbable=index in pag_layers)
+            Block(config, block_weights(weights, index), numerics, clamp=clamp, perturbable=index in pag_layers)
             for index in range(config["num_layers"])
         )
+        self.first_pag_layer = min(pag_layers, default=len(self.blocks))
         self.scale_shift_table = parameter(weights["scale_shift_table"], numerics.dtype)
         self.eps = 1e-6 * scale**2
         self.proj_out = Linear(weights["proj_out.weight"], weights["proj_out.bias"], numerics)
@@ -73,35 +81,66 @@ class Denoiser(nn.Module):
         context: Tensor,
         context_mask: Tensor,
         perturbed: Tensor,
+        *,
+        source: Tensor | None = None,
         guidance: Tensor | None = None,
+        residuals: Tensor | None = None,
     ) -> Tensor:
         batch, channels, height, width = latents.shape
-        branches, dtype = perturbed.shape[0], self.numerics.dtype
+        branches, dtype, first = perturbed.shape[0], self.numerics.dtype, self.first_pag_layer
+        text_branches = branches if source is None else context_mask.shape[0]
         modulation, embedded = self.time_embed(timestep, guidance)
         x = self.patch_embed(latents.to(dtype).flatten(2).transpose(1, 2))
         if self.position is not None:
             x = x + self.position(height, width)
-        mask = ((1.0 - context_mask) * MASKED).to(dtype).reshape(branches * batch, 1, 1, -1)
-        # [K] -> [K * B, 1, 1]: the branch is the outer axis.
-        identity = (perturbed > 0.5).reshape(-1, 1).expand(-1, batch).reshape(-1, 1, 1)
+        mask = ((1.0 - context_mask) * MASKED).to(dtype)
+        parts = [(context, mask, text_branches)]
+        identity = None
+        if source is not None:
+            after = (context[first:].index_select(2, source), mask.index_select(0, source), branches)
+            parts = [(context[:first], mask, text_branches), after]
+            # [K] -> [K * B, 1, 1]: the branch is the outer axis.
+            identity = (perturbed > 0.5).reshape(-1, 1).expand(-1, batch).reshape(-1, 1, 1)
+        conditions = [condition for part in parts for condition in layer_conditions(*part, batch)]
         size = (height, width)
-        for index, (module, keys_values) in enumerate(zip(self.blocks, context.flatten(2, 3).unbind(0), strict=True)):
+        for index, (module, (keys_values, mask)) in enumerate(zip(self.blocks, conditions, strict=True)):
             block = cast(Block, module)
             table = (block.scale_shift_table + modulation).unbind(0)
-            if index == 0 and not block.perturbable:
-                # All branches are identical until the first cross-attention.
-                x = expand_branches(block.self_attention(x, table, identity), branches)
+            if source is not None and index == first:
+                # All text branches are identical until the first cross-attention.
+                origin = Origin(source, text_branches, batch) if index else Origin(torch.zeros_like(source), 1, batch)
+                x = block.self_attention(x, table, identity, origin)
             else:
-                x = block.self_attention(x if index else expand_branches(x, branches), table, identity)
+                x = block.self_attention(x, table, identity)
+                x = x if index else expand_branches(x, text_branches)
             x = block.cross_attention(x, keys_values, mask)
             x = block.feed_forward(x, table, size)
+            if residuals is not None and 0 < index <= len(residuals):
+                residual = residuals[index - 1]
+                residual = residual if source is None or index < first else residual.index_select(0, source)
+                x = x + residual.flatten(2, 3).flatten(0, 1)
         shift, factor = (self.scale_shift_table + embedded).unbind(0)
         x = self.proj_out(modulated_norm(x, shift, factor, self.eps))
         return x.float().transpose(1, 2).reshape(branches, batch, channels, height, width)
 
 
+class Origin(NamedTuple):
+    """Which of U branches each of K branches continues."""
+
+    #: int64 [K], less than U.
+    source: Tensor
+    #: U.
+    branches: int
+    #: B, the number of images.
+    batch: int
+
+    def continued(self, x: Tensor) -> Tensor:
+        """[U * B, ...] -> [K * B, ...]."""
+        return x.unflatten(0, (self.branches, self.batch)).index_select(0, self.source).flatten(0, 1)
+
+
 class Block(nn.Module):
-    """One transformer block. Its stream x is [K * B, N, C]."""
+    """One transformer block. Its stream x is [R, N, C]: R is B, U * B or K * B (`Denoiser`)."""
 
     def __init__(
         self,
@@ -134,7 +173,13 @@ class Block(nn.Module):
         self.halves = gated_conv_halves(weights, "ff.", numerics, factor=scale)
         self.point = Conv(weights["ff.conv_point.weight"], None, numerics)
 
-    def self_attention(self, x: Tensor, table: tuple[Tensor, ...], identity: Tensor) -> Tensor:
+    def self_attention(
+        self, x: Tensor, table: tuple[Tensor, ...], identity: Tensor | None = None, origin: Origin | None = None
+    ) -> Tensor:
+        """identity [K * B, 1, 1] is True for branches with identity attention, if the block is perturbable.
+
+        With `origin`, x are the branches that the K branches continue, and the result has all K: they differ from here on.
+        """
         shift, factor, gate = table[:3]
         channels = x.shape[-1]
         y = modulated_norm(x, shift, factor, self.eps).transpose(1, 2)
@@ -144,7 +189,9 @@ class Block(nn.Module):
             key = rms_norm(key, self.key_norm, QK_NORM_EPS, axis=1)
         heads = (query.shape[0], self.heads, channels // self.heads, -1)
         attention = linear_attention(query.reshape(heads), key.reshape(heads), value.reshape(heads), self.numerics).flatten(1, 2)
-        if self.perturbable:
+        if origin is not None:
+            x, attention, value = map(origin.continued, (x, attention, value))
+        if self.perturbable and identity is not None:
             attention = torch.where(identity, value, attention)
         out = self.out(attention.transpose(1, 2))
         if self.limit is not None:
@@ -152,7 +199,7 @@ class Block(nn.Module):
         return x + gate * out
 
     def cross_attention(self, x: Tensor, keys_values: Tensor, mask: Tensor) -> Tensor:
-        """keys_values [2, K * B, heads, L, dim], mask [K * B, 1, 1, L]."""
+        """keys_values [2, R, heads, L, dim], mask [R, 1, 1, L]."""
         query = self.cross_query(x)
         if self.qk_norm:
             query = rms_norm(query, self.cross_query_norm, QK_NORM_EPS)
@@ -252,11 +299,18 @@ def modulated_norm(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tens
     return layer_norm(x, x.shape[-1:], 1.0 + factor, shift, eps)
 
 
+def layer_conditions(context: Tensor, mask: Tensor, branches: int, batch: int) -> list[tuple[Tensor, Tensor]]:
+    """For each layer of `context` [layers, 2, branches, batch, heads, L, dim] what `Block.cross_attention` takes."""
+    mask = mask.reshape(branches * batch, 1, 1, -1)
+    return [(keys_values, mask) for keys_values in (context.flatten(2, 3).unbind(0) if len(context) else ())]
+
+
 def expand_branches(x: Tensor, branches: int) -> Tensor:
-    """[B, N, C] repeated to [K * B, N, C]."""
+    """[B, N, C] repeated to [branches * B, N, C]."""
     return x.unsqueeze(0).expand(branches, -1, -1, -1).flatten(0, 1)
 
 
-def _block_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+def block_weights(weights: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+    """The tensors of block `index` by their names in it."""
     prefix = f"transformer_blocks.{index}."
     return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""The blocks of the DC-AE decoder, rewritten for inference."""
+"""The blocks of the DC-AE decoder and encoder, rewritten for inference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad, pixel_shuffle
 
-from sana_export.checkpoint.vae_config import DecoderStage
+from sana_export.checkpoint.vae_config import VaeStage
 from sana_export.graphs.gated_conv import gated_conv_halves
 from sana_export.graphs.numerics import Conv, Numerics, linear_attention, parameter, rms_norm, silu
 
@@ -87,7 +87,7 @@ def _fold(kernel: Tensor, row: int, column: int) -> Tensor:
 class ResBlock(nn.Module):
     """Two convolutions and a norm, with a residual. It ignores `bands`."""
 
-    def __init__(self, stage: DecoderStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
+    def __init__(self, stage: VaeStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
         self.scale, self.activation = numerics.scale, ACTIVATIONS[stage.activation]
         gain, self.norm = _norm(stage.norm, weights, f"{name}norm", numerics)
@@ -101,7 +101,7 @@ class ResBlock(nn.Module):
 class EfficientViTBlock(nn.Module):
     """Multi-scale linear attention, then a gated convolution, each with a residual. `bands`: see `GatedConv`."""
 
-    def __init__(self, stage: DecoderStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
+    def __init__(self, stage: VaeStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
         self.attention = MultiscaleAttention(stage, weights, f"{name}attn.", numerics)
         self.feed_forward = GatedConv(weights, f"{name}conv_out.", numerics, bands)
@@ -117,7 +117,7 @@ class MultiscaleAttention(nn.Module):
     For images of at most `head_dim` pixels diffusers computes the products in another order. The results differ only by rounding.
     """
 
-    def __init__(self, stage: DecoderStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
+    def __init__(self, stage: VaeStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
         super().__init__()
         self.numerics, self.dim = numerics, stage.head_dim
         self.qkv = parameter(torch.cat([weights[f"{name}to_{kind}.weight"] for kind in "qkv"]), numerics.dtype)

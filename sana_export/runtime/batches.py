@@ -27,7 +27,9 @@ EQUAL = (
     "images_per_prompt",
     "max_sequence_length",
     "schedule",
-    "perturbed",
+    "scheduler",
+    "branches",
+    "segments",
     "guidance_weights",
     "guidance",
     "resize",
@@ -36,6 +38,8 @@ EQUAL = (
     "output_type",
     "decoder_tile",
 )
+#: With one of these, a request is drawn alone.
+ALONE = ("image", "control")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +64,11 @@ def batch_key(plan: Plan) -> Hashable:
 
     Images that continue one seed's stream belong together, so they are drawn alone.
     """
-    if len(plan.seeds) != plan.latents_shape[0]:
+    if len(plan.seeds) != plan.latents_shape[0] or any(getattr(plan, name) is not None for name in ALONE):
         return None
     instructions = tuple(instruction for _, instruction in plan.texts)
     forms = (plan.latents_shape[1:], instructions, frozenset(plan.embeddings), plan.latents is None)
-    return forms, tuple(_fingerprint(getattr(plan, item.name)) for item in fields(plan) if item.name not in JOINED)
+    return forms, tuple(_fingerprint(getattr(plan, item.name)) for item in fields(plan) if item.name not in JOINED + ALONE)
 
 
 def joined(plans: Sequence[Plan]) -> Plan:

@@ -21,6 +21,8 @@ MAX_PIXELS = 2**30
 #: A prompt is truncated to some hundred tokens, but all of its text is tokenized first.
 MAX_CHARACTERS = 100_000
 OUTPUT_TYPES = ("pil", "np", "latent")
+#: The largest custom timestep. A scheduler has its own limit.
+MOST_TIMESTEP = 1e6
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ LIMITS = {
     "pag_adaptive_scale": Limit(real, 0, MOST_SCALE),
     "height": Limit(integer, 1, MAX_SIDE),
     "width": Limit(integer, 1, MAX_SIDE),
+    "controlnet_conditioning_scale": Limit(real, -100, 100),
     "num_images_per_prompt": Limit(integer, 1, MAX_IMAGES),
     "max_sequence_length": Limit(integer, 1, MAX_TOKENS),
     "decoder_tile": Limit(integer, 0, MAX_SIDE),
@@ -55,6 +58,22 @@ def checked_numbers(values: Mapping[str, Any], optional: Sequence[str]) -> dict[
         for name, limit in LIMITS.items()
         if not (name in optional and values[name] is None)
     }
+
+
+def checked_interval(name: str, value: Any) -> tuple[float, float]:
+    """`value`, a start and a stop as fractions of the steps, as two floats. Raises UsageError."""
+    wanted = "two numbers from 0 to 1, the start and the stop, as fractions of the steps: (0.2, 0.8)"
+    if not _count(value) == 2:
+        raise UsageError(f"{name} is not an interval", found=shown(value), wanted=wanted)
+    start, stop = (real(f"the {end} of {name}", number, 0, 1) for end, number in zip(("start", "stop"), value, strict=True))
+    if start > stop:
+        raise UsageError(
+            f"{name} stops before it starts",
+            found=f"{start:g} to {stop:g}",
+            wanted="a start that is not after the stop",
+            fix=f"--{name.replace('_', '-')} {stop:g} {start:g}",
+        )
+    return start, stop
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -145,6 +164,18 @@ def checked_seeds(seed: Any, batch: int | None = None) -> tuple[int, ...]:
         )
     many = [seed] if count is None else list(seed)
     return tuple(_seed(value) for value in many)
+
+
+def checked_spacing(name: str, value: Any) -> tuple[float, ...] | None:
+    """Custom timesteps or sigmas: a list, a tuple, or an array of one axis of numpy or torch. None: None. Raises UsageError."""
+    if value is None:
+        return None
+    array = getattr(value, "ndim", None) == 1 and hasattr(value, "tolist")
+    count = len(value) if array else _count(value)
+    if count is None or not 1 <= count <= MAX_STEPS + 1:
+        found = shown(value) if count is None else f"{count} numbers"
+        raise UsageError(f"{name} is not a list of numbers", found=found, wanted=f"1 to {MAX_STEPS} numbers, the largest first")
+    return tuple(real(f"an item of {name}", item, 0, MOST_TIMESTEP) for item in (value.tolist() if array else value))
 
 
 def _seed(value: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
-from sana_export.adapters import Lora, checked_scale
+from sana_export.adapters import Lora, lora_at
 from sana_export.commands import export_command
 from sana_export.environment import return_free_memory
 from sana_export.errors import ArtifactError, DependencyError
@@ -42,7 +42,7 @@ class LoraStack:
         If it does not fit or a session refuses it, `sessions` keep the weights that they have. Raises UsageError, ArtifactError or
         DependencyError then.
         """
-        checked_scale(lora.scale, lora.path)
+        lora_at(lora.path, lora.scales)
         if not self._targets:
             raise ArtifactError(
                 f"{self._bundle} does not say where the transformer's layers are in its graphs",

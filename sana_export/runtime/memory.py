@@ -21,7 +21,12 @@ MEMORY_MODES = (AUTO, "resident", "staged", "streaming")
 
 #: The graphs of each stage, in the order of the stages. In staged mode, those of one stage are loaded together.
 TEXT_STAGE, DENOISING_STAGE = ("text_encoder", "context"), ("denoiser", "sampler")
-STAGES = (TEXT_STAGE, DENOISING_STAGE, ("vae_decoder", "vae_decoder_head", "vae_decoder_tail", "postprocess"))
+STAGES = (
+    (*TEXT_STAGE, "controlnet_context"),
+    ("vae_encoder", "vae_encoder_head", "vae_encoder_tail"),
+    (*DENOISING_STAGE, "blend", "controlnet"),
+    ("vae_decoder", "vae_decoder_head", "vae_decoder_tail", "postprocess"),
+)
 #: The graphs that every image needs. Which ones decode it depends on its size.
 SAMPLING_GRAPHS = (*TEXT_STAGE, *DENOISING_STAGE, "postprocess")
 

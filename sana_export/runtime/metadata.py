@@ -30,8 +30,11 @@ FORMAT = 1
 _NOT_RECORDED = ("output_type", "num_images_per_prompt")
 #: Words that may have one value for each prompt.
 _PER_PROMPT = ("prompt", "negative_prompt")
-#: Words whose value is a text that may have a slash.
+#: Words whose value is a text that may have a slash, and words whose texts are always paths.
 _TEXTS = (*_PER_PROMPT, "complex_human_instruction")
+_FILES = ("image", "mask", "control_image")
+#: Words that take the place of a number of steps.
+_STEPS = ("timesteps", "sigmas")
 #: Numbers of a list that is recorded itself and not by its hash.
 _MOST_NUMBERS = 1024
 
@@ -44,11 +47,10 @@ class Origin:
     model: Mapping[str, str]
     #: The name of the backend.
     backend: str
-    #: The class of the checkpoint's scheduler.
-    sampler: str
-    #: The guidance scale of a request that does not say.
+    #: The steps and the guidance scale of a request that does not say.
+    default_steps: int
     guidance_scale: float
-    #: {"name", "scale", "sha256"} of each LoRA.
+    #: {"name", "scale", "sha256"} of each LoRA, and "layer_scales" if it has some.
     loras: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
@@ -56,14 +58,17 @@ class Origin:
         """The origin of images of a bundle."""
         checkpoint = manifest.checkpoint
         model = {"name": last_name(checkpoint.source), "sha256": checkpoint.sha256, "precision": manifest.options.precision}
-        sampler = str(manifest.model.scheduler.get("_class_name", "")).removesuffix("Scheduler")
-        return cls(model, backend, sampler, manifest.model.default_guidance_scale)
+        return cls(model, backend, manifest.model.default_steps, manifest.model.default_guidance_scale)
 
     def with_loras(self, loras: Sequence[Lora]) -> Origin:
         """With these LoRAs. Their files are read now, so that the hash is that of what was loaded."""
-        return replace(
-            self, loras=tuple({"name": last_name(lora.path), "scale": lora.scale, "sha256": lora.sha256} for lora in loras)
-        )
+        return replace(self, loras=tuple(map(lora_document, loras)))
+
+
+def lora_document(lora: Lora) -> dict[str, Any]:
+    """How a LoRA is recorded: its scales, and its name and hash in place of its path."""
+    found = lora.as_json()
+    return {**found, "name": last_name(found.pop("path")), "sha256": lora.sha256}
 
 
 def last_name(path: Any) -> str:
@@ -74,18 +79,16 @@ def last_name(path: Any) -> str:
 def image_metadata(request: Request, plan: Plan, origin: Origin) -> tuple[dict[str, Any], ...]:
     """The document of each image of a request: plain values, as JSON has them.
 
-    sana_export: our version. format: that of the document. model, backend, loras, sampler: as in `Origin`.
+    sana_export: our version. format: that of the document. model, backend, loras: as in `Origin`.
+    sampler, steps: the scheduler's class, and the number of steps that ran.
     request: the words that were not left at their defaults, and the size, steps, scale and seed that followed.
     given: the SHA-256 of arrays and images, by word.
     stream: the number of images that one seed was drawn for, and which of them this is.
     """
     images, words = plan.latents_shape[0], _words(request)
-    common = {
-        **words.plain,
-        "height": plan.output_height,
-        "width": plan.output_width,
-        "num_inference_steps": len(plan.schedule.timesteps),
-    }
+    common = {"num_inference_steps": origin.default_steps, **words.plain, "height": plan.output_height, "width": plan.output_width}
+    if any(name in common for name in _STEPS):
+        del common["num_inference_steps"]
     scale = origin.guidance_scale if request.guidance_scale is None else request.guidance_scale
     prompts = images // plan.images_per_prompt
     found = []
@@ -104,7 +107,8 @@ def image_metadata(request: Request, plan: Plan, origin: Origin) -> tuple[dict[s
             "format": FORMAT,
             "model": dict(origin.model),
             "backend": origin.backend,
-            "sampler": origin.sampler,
+            "sampler": str(plan.scheduler.get("_class_name", "")).removesuffix("Scheduler"),
+            "steps": len(plan.schedule.timesteps),
             "loras": [dict(lora) for lora in origin.loras],
             "request": drawn,
         }
@@ -178,6 +182,9 @@ def _words(request: Request) -> _Words:
         if _is_path(item.name, value):
             hashes[item.name] = _sha256_of_file(value)
             continue
+        if item.name in _FILES:  # an image, or a list of images and paths
+            hashes[item.name] = _sha256(value)
+            continue
         try:
             json.dumps(as_json := _as_json(value), allow_nan=False)
             plain[item.name] = as_json
@@ -188,18 +195,18 @@ def _words(request: Request) -> _Words:
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    return (
-        default is not MISSING and type(value) is type(default) and isinstance(value, str | bool | int | float) and value == default
-    )
+    return default is not MISSING and isinstance(value, str | bool | int | float | tuple) and value == default
 
 
 def _as_json(value: Any) -> Any:
-    """A number, a text or a list of them. Raises TypeError for anything else, and for long lists."""
+    """Numbers, texts, and lists and mappings of them. Raises TypeError for anything else, and for long lists."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if type(value).__module__ == "numpy" and getattr(value, "ndim", 2) <= 1:
         value = value.tolist()
         return _as_json(value)
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, Sequence) and len(value) <= _MOST_NUMBERS:
         return [_as_json(item) for item in value]
     raise TypeError(type(value).__name__)
@@ -207,9 +214,8 @@ def _as_json(value: Any) -> Any:
 
 def _is_path(name: str, value: Any) -> bool:
     """Whether a value names a file. It is not recorded: it says where the user keeps files."""
-    return isinstance(value, os.PathLike) or (
-        name not in _TEXTS and isinstance(value, str) and any(mark in value for mark in "/\\")
-    )
+    text = isinstance(value, str) and name not in _TEXTS and (name in _FILES or any(mark in value for mark in "/\\"))
+    return isinstance(value, os.PathLike) or text
 
 
 def _sha256_of_file(path: Any) -> str:
@@ -219,6 +225,10 @@ def _sha256_of_file(path: Any) -> str:
 
 def _sha256(value: Any) -> str:
     """The hash of an array or an image: of its values as they are in memory, with their shape and type."""
+    if isinstance(value, list | tuple):
+        return hashlib.sha256(
+            "".join(_sha256_of_file(v) if _is_path("image", v) else _sha256(v) for v in value).encode()
+        ).hexdigest()
     if hasattr(value, "detach"):
         value = value.detach().float().cpu()
     array = np.asarray(value)

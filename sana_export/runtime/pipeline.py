@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sana_export.adapters import Lora
+from sana_export.adapters import Lora, lora_at
 from sana_export.commands import export_command
-from sana_export.contract import GRAPHS, WEIGHTS_OF
+from sana_export.contract import GRAPH_GROUPS, WEIGHTS_OF
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.formats.arrays import Array, Float32
 from sana_export.known_files import check_known_files
@@ -28,19 +28,25 @@ from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
 from sana_export.runtime.batches import OWN_ERRORS, RequestJob, draw_in_batches, joined
 from sana_export.runtime.callbacks import IsCancelled, StepCallback, call_back, check_callbacks, check_cancelled
+from sana_export.runtime.control import CONDITIONING_SCALE, ControlConditioning, ControlImages
 from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images, one_by_one
 from sana_export.runtime.embeddings_cache import MOST_CACHE_BYTES, PROMPT_CACHE_BYTES, EmbeddingsCache
 from sana_export.runtime.encoded_prompts import EncodedPrompts, prompt_texts, to_arrays
+from sana_export.runtime.encoding import encode_image
+from sana_export.runtime.guidance import WHOLE, Interval
+from sana_export.runtime.image_start import ImageStart
 from sana_export.runtime.inputs import checked_latents
+from sana_export.runtime.loops import LoopCache, take_loop
 from sana_export.runtime.lora import LoraStack
-from sana_export.runtime.memory import AUTO, DENOISING_STAGE, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
+from sana_export.runtime.memory import AUTO, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
 from sana_export.runtime.metadata import Origin, image_metadata
 from sana_export.runtime.preview import Previews
 from sana_export.runtime.prompt import GivenEmbeddings, PromptEmbeddings, PromptEncoder, PromptTokens, needed
 from sana_export.runtime.request import Plan, Request, make_plan, request_axes
 from sana_export.runtime.results import Conditioning, Images, SanaResult, Step, Timings
-from sana_export.runtime.sampling import CapturedLoop, LoopCache, SamplingLoop, check_conditioning, loop_inputs, take_loop
+from sana_export.runtime.sampling import CapturedLoop, SamplingLoop, check_conditioning, loop_inputs
 from sana_export.runtime.schedule import SPRINT_INTERMEDIATE_TIMESTEP, SPRINT_MAX_TIMESTEP
+from sana_export.runtime.scheduler_choice import Choice
 from sana_export.runtime.sessions import Sessions
 from sana_export.runtime.unpicklable import OfThisProcess
 from sana_export.runtime.words import CALL_WORDS, ENCODING_WORDS, LOADING_WORDS, METHODS, check_words, parameters_of
@@ -122,7 +128,7 @@ class SanaRuntime(OfThisProcess):
         prompt_cache_bytes = integer("prompt_cache_bytes", prompt_cache_bytes, 0, MOST_CACHE_BYTES)
         manifest = Manifest.load(bundle)
         fix = export_command(bundle, manifest)
-        required = [name for name in GRAPHS if name not in WEIGHTS_OF]
+        required = [name for name in GRAPH_GROUPS["default"] if name not in WEIGHTS_OF]
         if missing := [name for name in required if name not in manifest.graphs]:
             raise ArtifactError(
                 f"{bundle} is incomplete",
@@ -181,10 +187,17 @@ class SanaRuntime(OfThisProcess):
         prompt: str | Sequence[str] | None = None,
         *positional: Never,
         negative_prompt: str | Sequence[str] | None = "",
+        image: Any = None,
+        strength: float | None = None,
+        mask: Any = None,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float = CONDITIONING_SCALE,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         pag_scale: float = 0.0,
         pag_adaptive_scale: float = 0.0,
+        guidance_interval: Interval = WHOLE,
+        pag_interval: Interval = WHOLE,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -201,6 +214,9 @@ class SanaRuntime(OfThisProcess):
         negative_prompt_attention_mask: npt.ArrayLike | None = None,
         max_timesteps: float = SPRINT_MAX_TIMESTEP,
         intermediate_timesteps: float | None = SPRINT_INTERMEDIATE_TIMESTEP,
+        scheduler: Choice | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         callback_on_step_end: StepCallback | None = None,
         cancelled: IsCancelled | None = None,
         return_dict: bool = True,
@@ -225,10 +241,17 @@ class SanaRuntime(OfThisProcess):
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
+            image=image,
+            strength=strength,
+            mask=mask,
+            control_image=control_image,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             pag_scale=pag_scale,
             pag_adaptive_scale=pag_adaptive_scale,
+            guidance_interval=guidance_interval,
+            pag_interval=pag_interval,
             height=height,
             width=width,
             num_images_per_prompt=num_images_per_prompt,
@@ -245,6 +268,9 @@ class SanaRuntime(OfThisProcess):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_timesteps=max_timesteps,
             intermediate_timesteps=intermediate_timesteps,
+            scheduler=scheduler,
+            timesteps=timesteps,
+            sigmas=sigmas,
         )
         check_cancelled(cancelled)
         result = self._turn(lambda: self._draw([RequestJob(request, self.plan(request))], callback_on_step_end, cancelled)[0])
@@ -308,8 +334,8 @@ class SanaRuntime(OfThisProcess):
         if len(jobs) > 1:
             self._check_supported(plan)
         if not self.sessions.staged:
-            self.sessions.require(plan.decoder_graphs)  # report a damaged decoder before sampling, not after
-        conditioning = self.encode(plan)
+            self.sessions.require((*plan.image_graphs, *plan.decoder_graphs))  # report a damaged one before sampling, not after
+        conditioning = self._encode(plan, cancelled)
         check_cancelled(cancelled)
         before = record_event()
         latents, events = self._denoise(plan, conditioning, callback, cancelled)
@@ -318,18 +344,21 @@ class SanaRuntime(OfThisProcess):
         decoded, seconds = record_event(), self.backend.seconds
         timings = Timings(
             text_encoder=seconds(*conditioning.events[:2]),
-            context=seconds(*conditioning.events[1:]),
+            context=seconds(*conditioning.events[1:3]),
             denoise=tuple(seconds(*pair) for pair in pairwise([before, *events])),
             denoise_loop=seconds(before, after),
             vae_decoder=seconds(after, decoded),
             total=perf_counter() - started,
+            vae_encoder=0.0 if plan.image is None and plan.control is None else seconds(conditioning.events[2], before),
         )
         results, first = [], 0
         for job in jobs:
             own = images[first : first + job.images]
             first += job.images
+            intervals = (job.request.guidance_interval, job.request.pag_interval)
             metadata = image_metadata(job.request, job.plan, self._origin)
-            results.append(SanaResult(own, job.plan.seeds, plan.output_height, plan.output_width, timings, metadata))
+            size = (plan.output_height, plan.output_width)
+            results.append(SanaResult(own, job.plan.seeds, *size, *intervals, timings, plan.scheduler, metadata))
         return results
 
     def _denoise(
@@ -354,8 +383,22 @@ class SanaRuntime(OfThisProcess):
                     check_cancelled(cancelled)
                 if self._interrupt:
                     break
-            # As in diffusers: SANA-Sprint's pipeline decodes what the last step predicts, the others its latents.
-            return step.x0 if plan.guidance is not None else step.latents, events
+            return self._predicted(plan, conditioning, step), events
+
+    def _predicted(self, plan: Plan, conditioning: Conditioning, step: Step) -> DeviceTensor:
+        """The latents to decode after the last step that ran.
+
+        As in diffusers: SANA-Sprint's pipeline decodes what the step predicts, the others its latents. What a mask protects stays.
+        """
+        if plan.guidance is None:
+            return step.latents
+        if plan.image is None or plan.image.mask is None:
+            return step.x0
+        image = conditioning.image_latents
+        feeds = {"latents": step.x0, "image_latents": image, "noise": image, "mask": plan.image.mask}
+        with self._using():
+            self.sessions.require(plan.loop_graphs)
+            return self.sessions["blend"].run({**feeds, "noise_level": np.zeros(1, np.float32)})["blended"]
 
     def plan(self, request: Request) -> Plan:
         """Check a request and compute everything that follows from it.
@@ -369,10 +412,12 @@ class SanaRuntime(OfThisProcess):
             return plan
 
     def _check_supported(self, plan: Plan) -> None:
-        self.backend.check_supported((*SAMPLING_GRAPHS, *plan.decoder_graphs), request_axes(plan, self.manifest))
+        graphs = (*SAMPLING_GRAPHS, *plan.image_graphs, *plan.decoder_graphs)
+        for branches in {part.branches: None for part in plan.segments}:
+            self.backend.check_supported(graphs, request_axes(plan, self.manifest) | branches.axes)
 
     def tokenize(self, plan: Plan) -> list[list[PromptTokens]]:
-        """The tokens of the plan's prompts, for each guidance branch."""
+        """The tokens of the plan's prompts, for each branch with prompts of its own."""
         return self.text.tokenize_plan(plan.texts, plan.max_sequence_length)
 
     def embed(self, plan: Plan) -> PromptEmbeddings:
@@ -386,7 +431,28 @@ class SanaRuntime(OfThisProcess):
         return self.text.encode(tokens, self._run_text_encoder, self.backend.text_multiple, given, self.prompt_cache)
 
     def encode(self, plan: Plan) -> Conditioning:
-        """Run the text encoder and the context graph on the plan's prompts."""
+        """Run the text encoder and the context graph on the plan's prompts, and the VAE's encoder on its images."""
+        return self._encode(plan, None)
+
+    def encode_image(self, plan: Plan) -> Float32:
+        """Run the VAE's encoder on the images of a plan that has some.
+
+        Returns float32 [B, C, h, w], the latents of each drawn image's own image, as the sampler uses them.
+        """
+        if plan.image is None:
+            raise UsageError("this plan has no image", found="a request without image", wanted="Request(image=...)")
+        return self._encode_image(plan.image, None)
+
+    def _encode_image(self, source: ImageStart | ControlImages, cancelled: IsCancelled | None) -> Float32:
+        before_tile = partial(check_cancelled, cancelled)
+        with self._using():
+            self.sessions.require(source.encoder_graphs)
+            encoded = [encode_image(image, source.tile, self.backend, self.sessions, before_tile) for image in source.images]
+            latents: Float32 = np.concatenate([encoded[number] for number in source.sources])
+            check_finite(latents, "latents of the image", self.backend)
+            return latents
+
+    def _encode(self, plan: Plan, cancelled: IsCancelled | None) -> Conditioning:
         with self._using():
             start = self.backend.record_event()
             embeddings = self.embed(plan).repeated(plan.images_per_prompt)
@@ -395,10 +461,30 @@ class SanaRuntime(OfThisProcess):
             encoded = self.backend.record_event()
             # A staged runtime drops what is loaded of other stages, and loads no text encoder that nothing needs.
             self.sessions.require(name for name in TEXT_STAGE if name == "context" or name in self.sessions)
-            context = self.sessions["context"].run({"prompt_embeds": gathered})["context"]
+            prompts = None if plan.always_guided else embeddings.only(plan.branches.texts.index("cond"))
+            # Without the negative prompts, the graphs run again: the branches lie interleaved in their outputs.
+            alone = None if prompts is None else self.backend.gather(prompts)
+            context, context_alone = self._contexts("context", gathered, alone)
             mask = self.backend.to_device(embeddings.context_mask)
+            unguided = None if prompts is None else (context_alone, self.backend.to_device(prompts.context_mask))
+            control = None
+            if plan.control is not None:
+                self.sessions.require(("controlnet_context",))
+                control = self._contexts("controlnet_context", gathered, alone)
             events = (start, encoded, self.backend.record_event())
-            return Conditioning(context, mask, embeddings.shape[:3], events)
+            image_latents = None if plan.image is None else self._encode_image(plan.image, cancelled)
+            if plan.control is None or control is None:
+                return Conditioning(context, mask, embeddings.shape[:3], events, unguided, image_latents)
+            control_latents = self.backend.to_device(self._encode_image(plan.control, cancelled))
+            conditioning = ControlConditioning(*control, control_latents)
+            return Conditioning(context, mask, embeddings.shape[:3], events, unguided, image_latents, conditioning)
+
+    def _contexts(
+        self, graph: str, embeds: DeviceTensor | Array, alone: DeviceTensor | Array | None
+    ) -> tuple[DeviceTensor, DeviceTensor | None]:
+        """The outputs of a context graph for all branches, and for the prompts alone if some steps run without negative prompts."""
+        found = [None if given is None else self.sessions[graph].run({"prompt_embeds": given})[graph] for given in (embeds, alone)]
+        return found[0], found[1]
 
     def encode_prompt(
         self,
@@ -441,7 +527,7 @@ class SanaRuntime(OfThisProcess):
 
         Every run draws the same noise, from the plan's seeds. Close the iterator (`contextlib.closing`) to stop early.
 
-        Raises UsageError if `conditioning` has another number of guidance branches or images, if latents of another shape were
+        Raises UsageError if `conditioning` has other branches or another number of images, if latents of another shape were
         assigned to a step, or if a LoRA was loaded or unloaded since the run began.
         """
         with self._loop(plan, conditioning) as (loop, version):
@@ -456,7 +542,7 @@ class SanaRuntime(OfThisProcess):
         with self._using():
             check_conditioning(plan, conditioning)
             version = self._loras.version
-            self.sessions.require(DENOISING_STAGE)
+            self.sessions.require(plan.loop_graphs)
             loop = take_loop(plan, conditioning, self.backend, self.sessions, self._loops)
             loop.start(loop_inputs(plan, conditioning, self.backend, self.manifest.model.timestep_scale))
         try:
@@ -478,7 +564,7 @@ class SanaRuntime(OfThisProcess):
                         wanted="the same weights in every step",
                         fix="start again: runtime.steps(plan, runtime.encode(plan))",
                     )
-                self.sessions.require(DENOISING_STAGE)  # another call may have dropped them since the last step
+                self.sessions.require(plan.loop_graphs)  # another call may have dropped them since the last step
                 loop.run(index, index + 1)
                 latents, x0 = loop.state(index)
             step = Step(index, float(timestep), latents, x0)
@@ -543,16 +629,17 @@ class SanaRuntime(OfThisProcess):
             instead = f": write {METHODS[name]}" if name in METHODS else ""
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{instead}")
 
-    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+    def load_lora(self, path: str | Path, scale: float | Mapping[str, float] = 1.0) -> None:
         """Add `scale` times the LoRA in the file or folder `path` to the weights, on top of those already loaded (docs/lora.md).
 
+        A mapping has scales for some layers, such as `{"attn2": 0.5}`; the others have 1.
         A `Conditioning` that was encoded before keeps the old weights. Raises UsageError if there is no LoRA at `path`,
         ArtifactError if it does not fit the checkpoint or the engines cannot change their weights, and DependencyError if the
         backend cannot or memory runs out. The weights are unchanged then.
         """
         with self._using():
             self._drop_loops()
-            self._loras.add(Lora(user_path(path, "the LoRA"), scale), self.sessions)
+            self._loras.add(lora_at(path, scale), self.sessions)
             self._origin = self._origin.with_loras(self.loras)
 
     def unload_lora(self) -> None:

@@ -78,7 +78,7 @@ class PromptTokens:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of one prompt, and their place in prompt_embeds [K, B, L, C]."""
+    """Rows of one prompt, and their place in prompt_embeds [U, B, L, C]."""
 
     #: [n, S, C]: a tensor of a backend, or an array.
     source: Any
@@ -109,10 +109,10 @@ class PromptEmbeddings:
     The text encoder's outputs stay on the device until the backend copies their rows.
     """
 
-    #: (K, B, L, C).
+    #: (U, B, L, C).
     shape: tuple[int, int, int, int]
     rows: tuple[Rows, ...]
-    #: float32 [K, B, L]: 1 for the rows of a prompt.
+    #: float32 [U, B, L]: 1 for the rows of a prompt.
     context_mask: Float32
 
     @property
@@ -121,7 +121,7 @@ class PromptEmbeddings:
         return {id(rows.source): rows.source for rows in self.rows}
 
     def gather(self, to_host: Callable[[Any], Any] = np.asarray) -> Float32:
-        """prompt_embeds float32 [K, B, L, C] on the host."""
+        """prompt_embeds float32 [U, B, L, C] on the host."""
         embeds = np.zeros(self.shape, dtype=np.float32)
         sources = {key: to_host(source) for key, source in self.sources.items()}
         for rows in self.rows:
@@ -141,6 +141,11 @@ class PromptEmbeddings:
         return PromptEmbeddings(
             (branches, batch * count, length, channels), tuple(rows), np.repeat(self.context_mask, count, axis=1)
         )
+
+    def only(self, branch: int) -> PromptEmbeddings:
+        """The embeddings of one branch, with the same L."""
+        rows = [replace(rows, place=(0, *rows.place[1:])) for rows in self.rows if rows.place[0] == branch]
+        return PromptEmbeddings((1, *self.shape[1:]), tuple(rows), self.context_mask[branch : branch + 1])
 
     def padded(self, multiple: int, most: int) -> PromptEmbeddings:
         """With L padded to a multiple of `multiple`, but not beyond `most`. The padding is masked, so this is exact."""
@@ -209,7 +214,7 @@ class PromptEncoder(OfThisProcess):
         return PromptTokens(ids, first_kept, min(_common_length(ids, known), first_kept), limit)
 
     def tokenize_plan(self, texts: Sequence[tuple[Sequence[str], str]], max_sequence_length: int) -> list[list[PromptTokens]]:
-        """The tokens of each guidance branch's prompts; `texts` as in `Plan.texts`."""
+        """The tokens of each branch's prompts; `texts` as in `Plan.texts`."""
         return [
             [self.tokenize(text, max_sequence_length=max_sequence_length, instruction=instruction) for text in prompts]
             for prompts, instruction in texts
@@ -223,7 +228,7 @@ class PromptEncoder(OfThisProcess):
         given: Mapping[int, GivenEmbeddings] = MappingProxyType({}),
         cache: EmbeddingsCache | None = None,
     ) -> PromptEmbeddings:
-        """Embeddings of K branches of B prompts each. Every prompt runs alone, equal ones once, those in `cache` not at all.
+        """Embeddings of U branches of B prompts each. Every prompt runs alone, equal ones once, those in `cache` not at all.
 
         So the bits of a prompt's rows do not depend on the other prompts. In one batch they may: a backend may choose another
         kernel for another number of rows.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,33 @@ import numpy as np
 import numpy.typing as npt
 
 from sana_export.commands import export_command
+from sana_export.controlnets import fitting
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Float32
-from sana_export.manifest import Manifest
+from sana_export.manifest import Manifest, ModelInfo
 from sana_export.numeric import MAX_IMAGES
 from sana_export.profiles import DECODER_TILE, UNTILED_AREA
-from sana_export.resolutions import BINS
+from sana_export.resolutions import BINS, Size
+from sana_export.runtime.control import CONDITIONING_SCALE, CONTROLNET_GRAPHS, ControlImages, plan_control
+from sana_export.runtime.guidance import WHOLE, Branches, Guidance, Interval, Segment, check_intervals, make_guidance, unguided
+from sana_export.runtime.image_start import STRENGTH, ImageStart, checked_strength, first_step, plan_image_start
+from sana_export.runtime.images import given_images
 from sana_export.runtime.inputs import (
     MAX_PIXELS,
     OUTPUT_TYPES,
     check_choice,
     check_flag,
+    checked_interval,
     checked_latents,
     checked_numbers,
     checked_seeds,
+    checked_spacing,
     given_embeddings,
     instruction_text,
     negative_prompts,
     texts,
 )
+from sana_export.runtime.memory import DENOISING_STAGE
 from sana_export.runtime.prompt import GivenEmbeddings
 from sana_export.runtime.resolution import ResizePlan, check_size, choose_bin, make_resize_plan
 from sana_export.runtime.schedule import (
@@ -37,13 +46,10 @@ from sana_export.runtime.schedule import (
     SPRINT_MAX_TIMESTEP,
     Schedule,
     SprintAngles,
+    evaluations,
     make_schedule,
 )
-
-#: Which prompts each branch is conditioned on.
-_SOURCES = {"uncond": "uncond", "cond": "cond", "perturbed": "cond"}
-#: With `pag_adaptive_scale`, diffusers lowers PAG by the distance of the timestep from this one.
-_FIRST_TIMESTEP = 1000
+from sana_export.runtime.scheduler_choice import Choice, check_scheduler, choose_scheduler
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +64,19 @@ class Request:
     prompt: str | Sequence[str] | None = None
     #: One text for all prompts, or one for each. Unused without guidance. A SANA-Sprint checkpoint accepts none.
     negative_prompt: str | Sequence[str] | None = ""
-    #: Number of sampling steps.
+    #: The image to start from: a file name, a Pillow image or a numpy array, or a list of them, one for each prompt or drawn image.
+    #: docs/image-to-image.md says how it is read. The bundle needs the graphs of the group "img2img".
+    image: Any = None
+    #: How much of the image is drawn anew: a number above 0, up to 1. None: 0.6. Only with `image`.
+    strength: float | None = None
+    #: Where the image is drawn anew (white) and where it stays (black): one mask, or a list as for `image`.
+    mask: Any = None
+    #: The image that a ControlNet follows, in the same forms as `image`: one, or a list, one for each prompt or drawn image. The
+    #: bundle needs the graphs of the group "control".
+    control_image: Any = None
+    #: The factor on what the ControlNet adds.
+    controlnet_conditioning_scale: float = CONDITIONING_SCALE
+    #: Number of sampling steps. With an image, the share `strength` of them runs.
     num_inference_steps: int | None = None
     #: Above 1: classifier-free guidance. A SANA-Sprint checkpoint reads any value itself.
     guidance_scale: float | None = None
@@ -67,6 +85,11 @@ class Request:
     pag_scale: float = 0.0
     #: Lowers `pag_scale` at later steps.
     pag_adaptive_scale: float = 0.0
+    #: (start, stop): fractions of the steps that run. Step i of N has guidance if start <= i / N < stop. The others run without the
+    #: negative prompt, which is faster.
+    guidance_interval: Interval = WHOLE
+    #: The same for PAG.
+    pag_interval: Interval = WHOLE
     #: Height of the delivered images in pixels.
     height: int | None = None
     #: Width of the delivered images in pixels.
@@ -100,28 +123,59 @@ class Request:
     max_timesteps: float = SPRINT_MAX_TIMESTEP
     #: Its second timestep, with 2 steps. None: evenly spaced timesteps.
     intermediate_timesteps: float | None = SPRINT_INTERMEDIATE_TIMESTEP
+    #: Another scheduler than the checkpoint's: a short name or a class of diffusers, or its config (`scheduler_choice.NAMES`).
+    scheduler: Choice | None = None
+    #: Custom timesteps, if the scheduler takes them. For SANA-Sprint angles, the last of them 0.
+    timesteps: Sequence[float] | None = None
+    #: Custom sigmas, if the scheduler takes them.
+    sigmas: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         """Check everything that does not depend on the checkpoint. Raises UsageError."""
         optional = [item.name for item in fields(self) if item.default is None or item.name == "intermediate_timesteps"]
         for name, number in checked_numbers(vars(self), optional).items():
             object.__setattr__(self, name, number)
+        for name in ("guidance_interval", "pag_interval"):
+            object.__setattr__(self, name, checked_interval(name, getattr(self, name)))
         if self.prompt_embeds is None or self.prompt is not None:
             texts("prompt", self.prompt)
         if self.negative_prompt is not None:
             texts("negative_prompt", self.negative_prompt)
         checked_seeds(self.seed)
+        self._check_image()
         check_flag("use_resolution_binning", self.use_resolution_binning)
         check_choice("output_type", self.output_type, OUTPUT_TYPES)
         instruction_text(self.complex_human_instruction, "")
+        check_scheduler(self.scheduler)
+        for name in ("timesteps", "sigmas"):
+            object.__setattr__(self, name, checked_spacing(name, getattr(self, name)))
+
+    def _check_image(self) -> None:
+        """Read the image and the mask. Raises UsageError for bad ones, and for what has no meaning with or without an image."""
+        without = [name for name in ("strength", "mask") if self.image is None and getattr(self, name) is not None]
+        if without:
+            raise UsageError(f"{without[0]} has no meaning without an image", found="no image", wanted="image (--image) too")
+        if self.image is not None and self.latents is not None:
+            raise UsageError("image and latents cannot be combined", found="both", wanted="one of them to start from")
+        if self.control_image is None and self.controlnet_conditioning_scale != CONDITIONING_SCALE:
+            raise UsageError(
+                "controlnet_conditioning_scale has no meaning without a control image",
+                found="no control_image",
+                wanted="control_image (--control-image) too",
+            )
+        if self.strength is not None:
+            object.__setattr__(self, "strength", checked_strength(self.strength))
+        for name in ("image", "mask", "control_image"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, given_images(name, value, mask=name == "mask"))
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A checked request and what follows from it for one checkpoint. B images, K guidance branches, N steps."""
 
-    #: For each branch: its prompts, one for each of the request's, and the instruction before them, "" for none. No prompts for a
-    #: branch in `embeddings`.
+    #: For each branch of `branches.texts`: its prompts, one for each of the request's, and the instruction before them, "" for
+    #: none. No prompts for a branch in `embeddings`.
     texts: tuple[tuple[tuple[str, ...], str], ...]
     #: The branches whose embeddings the caller gave, by number.
     embeddings: Mapping[int, GivenEmbeddings]
@@ -134,9 +188,13 @@ class Plan:
     #: One, or one for each image.
     seeds: tuple[int, ...]
     schedule: Schedule
-    #: float32 [K]: 1 for the branch with perturbed attention.
-    perturbed: Float32
-    #: float32 [N, K]: the weight of each branch's prediction at each step.
+    #: The scheduler's config: `_class_name`, and all keys that sampling reads.
+    scheduler: Mapping[str, Any]
+    #: All branches that run at any step.
+    branches: Branches
+    #: The branches that run at each step.
+    segments: tuple[Segment, ...]
+    #: float32 [N, K]: the weight of each branch's prediction at each step; 0 where the branch does not run.
     guidance_weights: Float32
     #: float32 [1]: the guidance scale as an input of the denoiser; None if the denoiser has no such input.
     guidance: Float32 | None
@@ -150,6 +208,15 @@ class Plan:
     output_type: str
     #: Side of a decoder tile in image pixels; 0 for one piece.
     decoder_tile: int
+    #: What to start from if the request has an image.
+    image: ImageStart | None = None
+    #: What a ControlNet follows if the request has a control image.
+    control: ControlImages | None = None
+
+    @property
+    def always_guided(self) -> bool:
+        """Whether all steps run the same branches with a prompt of their own."""
+        return all(part.branches.texts == self.branches.texts for part in self.segments)
 
     @property
     def one_image(self) -> Plan:
@@ -162,6 +229,19 @@ class Plan:
         if self.output_type == "latent":
             return ()
         return ("vae_decoder_head", "vae_decoder_tail") if self.decoder_tile else ("vae_decoder",)
+
+    @property
+    def loop_graphs(self) -> tuple[str, ...]:
+        """The graphs that run in every step."""
+        controlled = () if self.control is None else ("controlnet",)
+        return (*controlled, *DENOISING_STAGE, *(() if self.image is None else self.image.loop_graphs))
+
+    @property
+    def image_graphs(self) -> tuple[str, ...]:
+        """The graphs that only a plan with an image or a control image needs."""
+        started = () if self.image is None else (*self.image.encoder_graphs, *self.image.loop_graphs)
+        controlled = () if self.control is None else (*self.control.encoder_graphs, *CONTROLNET_GRAPHS)
+        return tuple(dict.fromkeys((*started, *controlled)))
 
 
 def bins_resolution(request: Request, sample_size: int) -> bool:
@@ -179,14 +259,14 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     prompts, given = _prompts(request, model.text_channels)
     count = len(prompts) or len(given["cond"].embeds)
     negatives = negative_prompts(request.negative_prompt, count)
-    steps = _default(request.num_inference_steps, model.default_steps)
-    schedule = make_schedule(model.scheduler, steps, SprintAngles(request.max_timesteps, request.intermediate_timesteps))
+    scheduler = choose_scheduler(request.scheduler, model.scheduler)
+    schedule = _schedule(request, scheduler, model.default_steps)
     scale = _default(request.guidance_scale, model.default_guidance_scale)
     if model.guidance_embeds:
         _check_embedded_guidance(request, negatives)
-        branches, weights = ["cond"], np.ones((steps, 1), dtype=np.float32)
+        guidance = unguided(len(schedule.timesteps))
     else:
-        branches, weights = _guidance(scale, request, schedule, bundle, manifest)
+        guidance = _guidance(scale, request, schedule, bundle, manifest)
     output_height, output_width = (_default(side, model.native_size) for side in (request.height, request.width))
     batch, factor = count * request.num_images_per_prompt, model.vae_scale_factor
     _check_total(batch, output_height, output_width)
@@ -198,24 +278,30 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     shape = (batch, model.latent_channels, height // factor, width // factor)
     conditions = (prompts, instruction_text(request.complex_human_instruction, model.instruction))
     written = {"uncond": (() if "uncond" in given else negatives, "")}
+    tile = choose_tile(_checked_tile(request.decoder_tile, model.decoder_tile_scale), height, width)
     plan = Plan(
-        texts=tuple(written.get(branch, conditions) for branch in branches),
-        embeddings={index: given[_SOURCES[branch]] for index, branch in enumerate(branches) if _SOURCES[branch] in given},
+        texts=tuple(written.get(branch, conditions) for branch in guidance.branches.texts),
+        embeddings={index: given[branch] for index, branch in enumerate(guidance.branches.texts) if branch in given},
         images_per_prompt=request.num_images_per_prompt,
         max_sequence_length=_default(request.max_sequence_length, model.max_sequence_length),
         latents_shape=shape,
         latents=None if request.latents is None else checked_latents(request.latents, shape),
         seeds=checked_seeds(request.seed, batch),
         schedule=schedule,
-        perturbed=np.array([branch == "perturbed" for branch in branches], dtype=np.float32),
-        guidance_weights=weights,
+        scheduler=scheduler,
+        branches=guidance.branches,
+        segments=guidance.segments,
+        guidance_weights=guidance.weights,
         guidance=np.array([scale], dtype=np.float32) if model.guidance_embeds else None,
         resize=make_resize_plan(height, width, output_height, output_width),
         output_height=output_height,
         output_width=output_width,
         output_type=request.output_type,
-        decoder_tile=choose_tile(_checked_tile(request.decoder_tile, model.decoder_tile_scale), height, width),
+        decoder_tile=tile,
+        image=None if request.image is None else _image_start(request, model, schedule, count, (height, width), tile),
+        control=None if request.control_image is None else _control(request, model, count, (height, width), tile),
     )
+    _check_image_graphs(plan, bundle, manifest)
     if missing := [name for name in plan.decoder_graphs if name not in manifest.graphs]:
         raise ArtifactError(
             f"{bundle} cannot decode an image of {height}x{width} (height x width) in tiles",
@@ -226,16 +312,72 @@ def make_plan(request: Request, bundle: Path, manifest: Manifest) -> Plan:
     return plan
 
 
+def _image_start(request: Request, model: ModelInfo, schedule: Schedule, prompts: int, size: Size, tile: int) -> ImageStart:
+    """What the request's image, strength and mask mean. `tile` is the decoder's; the encoder's features may be larger."""
+    scale = model.encoder_tile_scale
+    return plan_image_start(
+        request.image,
+        () if request.mask is None else request.mask,
+        _default(request.strength, STRENGTH),
+        schedule,
+        prompts=prompts,
+        per_prompt=request.num_images_per_prompt,
+        size=size,
+        output_size=(_default(request.height, model.native_size), _default(request.width, model.native_size)),
+        factor=model.vae_scale_factor,
+        tile=-(-tile // scale) * scale,
+    )
+
+
+def _control(request: Request, model: ModelInfo, prompts: int, size: Size, tile: int) -> ControlImages:
+    """What the request's control image means. `tile` is the decoder's."""
+    return plan_control(
+        request.control_image,
+        request.controlnet_conditioning_scale,
+        prompts=prompts,
+        per_prompt=request.num_images_per_prompt,
+        size=size,
+        output_size=(_default(request.height, model.native_size), _default(request.width, model.native_size)),
+        tile=-(-tile // model.encoder_tile_scale) * model.encoder_tile_scale,
+    )
+
+
+def _check_image_graphs(plan: Plan, bundle: Path, manifest: Manifest) -> None:
+    """Raise ArtifactError if the bundle lacks a graph that the plan's image, mask or control image needs."""
+    if plan.control is not None and any(name not in manifest.graphs for name in CONTROLNET_GRAPHS):
+        *_, heads, _, dim = manifest.graphs["context"].spec.outputs[0].shape
+        alias = next(iter(fitting(int(heads), int(dim))), "CONTROLNET")
+        raise ArtifactError(
+            f"{bundle} was exported without a ControlNet",
+            found=f"no {', '.join(name for name in CONTROLNET_GRAPHS if name not in manifest.graphs)}",
+            wanted="a bundle that was exported with --controlnet",
+            fix=export_command(bundle, manifest, controlnet=alias),
+        )
+    if missing := [name for name in plan.image_graphs if name not in manifest.graphs]:
+        raise ArtifactError(
+            f"{bundle} was exported without the graphs of image-to-image",
+            found=f"no {', '.join(missing)}",
+            wanted="a bundle with the graphs of the group img2img",
+            fix=export_command(bundle, manifest, groups=("img2img",)),
+        )
+
+
 def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
-    """The axes of the plan's tensors (contract.DYNAMIC_AXES) that are known before its prompts are tokenized."""
+    """The axes of the plan's tensors (contract.DYNAMIC_AXES) that are known before its prompts are tokenized.
+
+    Those that depend on the branches are of the steps that run the most.
+    """
     batch, _, height, width = plan.latents_shape
     factor, scale = manifest.model.vae_scale_factor, manifest.model.decoder_tile_scale
     features = {"height": height * factor // scale, "width": width * factor // scale}
     window = plan.decoder_tile // scale + 2 * manifest.model.decoder_tile_halo
     tiles = {f"tile_{side}": min(window, length) for side, length in features.items()} if plan.decoder_tile else {}
+    for source in (plan.image, plan.control):
+        if source is not None:
+            tiles |= _encoder_axes(source.tile, manifest.model, height * factor, width * factor)
     return {
         "batch": batch,
-        "branches": len(plan.perturbed),
+        **max((part.branches for part in plan.segments), key=lambda branches: len(branches.names)).axes,
         "latent_height": height,
         "latent_width": width,
         "image_height": height * factor,
@@ -247,11 +389,43 @@ def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:
     }
 
 
+def _encoder_axes(tile: int, model: ModelInfo, height: int, width: int) -> dict[str, int]:
+    """The axes of the encoder's tensors for an image of `height` x `width` in tiles of the side `tile`, or in one piece."""
+    scale = model.encoder_tile_scale
+    encoded = {"height": height // scale, "width": width // scale}
+    window = tile // scale + 2 * model.encoder_tile_halo
+    windows = {side: min(window, length) for side, length in encoded.items()} if tile else {}
+    return {
+        **{f"encoded_{side}": length for side, length in encoded.items()},
+        **{f"window_{side}": length for side, length in windows.items()},
+        **{f"window_image_{side}": length * scale for side, length in windows.items()},
+    }
+
+
 def choose_tile(requested: int | None, height: int, width: int) -> int:
     """The side in pixels of the tiles that an image of `height` x `width` is decoded in; 0 for one piece. None: the default."""
     if requested is not None:
         return requested
     return DECODER_TILE if height * width > UNTILED_AREA else 0
+
+
+def _schedule(request: Request, scheduler: Mapping[str, Any], default_steps: int) -> Schedule:
+    """The schedule of a request's steps, or of its custom timesteps or sigmas; with an image, of those that its strength leaves."""
+    custom = request.timesteps is not None or request.sigmas is not None
+    make = partial(
+        make_schedule,
+        scheduler,
+        request.num_inference_steps if custom else _default(request.num_inference_steps, default_steps),
+        SprintAngles(request.max_timesteps, request.intermediate_timesteps),
+        timesteps=request.timesteps,
+        sigmas=request.sigmas,
+    )
+    schedule = make()
+    if request.image is None:
+        return schedule
+    order = evaluations(scheduler)
+    steps = -(-len(schedule.timesteps) // order)
+    return make(first=order * first_step(steps, _default(request.strength, STRENGTH)))
 
 
 def _prompts(request: Request, channels: int) -> tuple[tuple[str, ...], dict[str, GivenEmbeddings]]:
@@ -287,6 +461,8 @@ def _check_embedded_guidance(request: Request, negatives: Sequence[str]) -> None
         ("negative_prompt", any(negatives), request.negative_prompt),
         ("negative_prompt_embeds", request.negative_prompt_embeds is not None, "given"),
         ("pag_scale", request.pag_scale != 0, request.pag_scale),
+        ("guidance_interval", request.guidance_interval != WHOLE, request.guidance_interval),
+        ("pag_interval", request.pag_interval != WHOLE, request.pag_interval),
     ):
         if given:
             raise UsageError(
@@ -297,27 +473,18 @@ def _check_embedded_guidance(request: Request, negatives: Sequence[str]) -> None
             )
 
 
-def _guidance(scale: float, request: Request, schedule: Schedule, bundle: Path, manifest: Manifest) -> tuple[list[str], Float32]:
-    """The guidance branches, and the weight [N, K] of each branch's prediction at each step.
-
-    Guidance is uncond + g * (cond - uncond) + p * (cond - perturbed), which is linear in the predictions. Without classifier-free
-    guidance g is 1. Source: diffusers `SanaPipeline.__call__` and `PAGMixin._apply_perturbed_attention_guidance`.
-    """
-    pag_scale, adaptive = request.pag_scale, request.pag_adaptive_scale
-    if pag_scale > 0 and not manifest.options.pag_layers:
+def _guidance(scale: float, request: Request, schedule: Schedule, bundle: Path, manifest: Manifest) -> Guidance:
+    """The guidance at each step. Raises UsageError for PAG without layers for it, and for an interval of guidance that is off."""
+    if request.pag_scale > 0 and not manifest.options.pag_layers:
         raise UsageError(
             "this bundle has no layers for perturbed attention guidance",
-            found=f"pag_scale {pag_scale:g}",
+            found=f"pag_scale {request.pag_scale:g}",
             wanted="pag_scale 0, or a bundle that was exported with --pag-layers",
             fix=export_command(bundle, manifest, pag_layers=(8,)),
         )
-    guided = scale > 1
-    branches = ["uncond"] * guided + ["cond"] + ["perturbed"] * (pag_scale > 0)
-    # Without a PAG scale there is no perturbed branch, so the adaptive term does not apply either.
-    p = np.maximum(pag_scale - adaptive * (_FIRST_TIMESTEP - schedule.timesteps.astype(np.float64)), 0) * (pag_scale > 0)
-    g = scale if guided else 1.0
-    weights = {"uncond": np.full_like(p, 1 - g), "cond": g + p, "perturbed": -p}
-    return branches, np.stack([weights[branch] for branch in branches], axis=1).astype(np.float32)
+    intervals = (request.guidance_interval, request.pag_interval)
+    check_intervals(request.guidance_interval, scale > 1, request.pag_interval, request.pag_scale > 0)
+    return make_guidance(scale, request.pag_scale, request.pag_adaptive_scale, schedule.timesteps, *intervals)
 
 
 def _checked_tile(pixels: int | None, scale: int) -> int | None:

@@ -10,6 +10,8 @@ from PIL import Image
 
 from sana_export.formats.arrays import Array, Float32
 from sana_export.runtime.backends.base import DeviceTensor
+from sana_export.runtime.control import ControlConditioning
+from sana_export.runtime.guidance import Branches, Interval
 from sana_export.runtime.unpicklable import OfThisProcess
 
 Images = list[Image.Image] | Float32
@@ -31,6 +33,8 @@ class Timings:
     vae_decoder: float
     #: The whole call, by the host's clock.
     total: float
+    #: Encoding the images that the request starts from. 0 without.
+    vae_encoder: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +49,13 @@ class SanaResult:
     height: int
     #: Width of the images in pixels.
     width: int
+    #: The intervals of the request, as fractions of the steps: (0, 1) for all.
+    guidance_interval: Interval
+    pag_interval: Interval
     #: Seconds of each stage; of the whole batch for requests that were drawn together.
     timings: Timings
+    #: The scheduler that ran: diffusers' `_class_name`, and all keys of its config that sampling reads.
+    scheduler: Mapping[str, Any]
     #: For each image: how it was drawn, as `save_image` writes it into the file (runtime/metadata.py).
     metadata: tuple[Mapping[str, Any], ...] = ()
 
@@ -62,14 +71,26 @@ class SanaResult:
 class Conditioning(OfThisProcess):
     """The encoded prompts, as inputs of the denoiser on the device (contract.py has the shapes)."""
 
-    #: Cross-attention keys and values.
+    #: Cross-attention keys and values of all branches with a prompt of their own.
     context: DeviceTensor
-    #: float32 [K, B, L]: 1 for the tokens of a prompt.
+    #: float32 [U, B, L]: 1 for the tokens of a prompt.
     context_mask: DeviceTensor
-    #: (K, B, L): guidance branches, images and text tokens, the shape of `context_mask`.
+    #: (U, B, L): branches with a prompt of their own, images and text tokens, the shape of `context_mask`.
     shape: tuple[int, int, int]
     #: Events of the backend: before the text encoder, after it, and after the context graph.
     events: tuple[Any, Any, Any]
+    #: `context` and `context_mask` without the negative prompts, [1, B, L], if some steps run without them, as others do with them.
+    unguided: tuple[DeviceTensor, DeviceTensor] | None = None
+    #: float32 [B, C, h, w]: the encoded image of each drawn image. None if the plan starts from noise.
+    image_latents: Float32 | None = None
+    #: What the ControlNet reads. None if the plan has no control image.
+    control: ControlConditioning | None = None
+
+    def of(self, branches: Branches) -> tuple[DeviceTensor, DeviceTensor]:
+        """The denoiser's context and mask for steps with these branches."""
+        if self.unguided is not None and len(branches.texts) < self.shape[0]:
+            return self.unguided
+        return self.context, self.context_mask
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 There are two loops with one interface. `WaitingLoop` is for a backend whose sessions finish before they return. `CapturedLoop` is
 for a backend that enqueues its work: everything that changes from step to step (timestep, coefficients, guidance weights, fresh
-noise) is in tables on the device, and the latents alternate between two buffers. So a step is the same work at the same addresses
+noise) is in tables on the device, and latents and x0 rotate through a few buffers. So a step is the same work at the same addresses
 in every run, and any sequence of steps can be captured as one CUDA graph and replayed for another prompt, seed or guidance scale of
 the same shapes.
 """
@@ -11,44 +11,26 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sana_export.contract import COEFFICIENTS
+from sana_export.contract import COEFFICIENTS, HISTORY
 from sana_export.errors import SanaExportError, UsageError
 from sana_export.formats.arrays import Array, Float32
 from sana_export.runtime.backends.base import Backend, CapturingBackend, DeviceTensor, EnqueuedSession, Replay
+from sana_export.runtime.control import residuals_shape
+from sana_export.runtime.guidance import Branches, Segment, parts
+from sana_export.runtime.image_start import ImageStart
+from sana_export.runtime.loop_buffers import LoopShape, branch_buffers
+from sana_export.runtime.memory import DENOISING_STAGE
 from sana_export.runtime.noise import TorchGenerator, randn_batch
-from sana_export.runtime.request import Plan, request_axes
+from sana_export.runtime.request import Plan
 from sana_export.runtime.results import Conditioning
 from sana_export.runtime.sessions import Sessions
 
 LOG = logging.getLogger(__name__)
-
-#: The number of captured loops that are kept for later runs, with their buffers and graphs.
-KEPT_LOOPS = 4
-
-
-@dataclass(frozen=True)
-class LoopShape:
-    """Everything that the buffers and the captured steps of a loop depend on."""
-
-    #: [B, C, h, w].
-    latents: tuple[int, int, int, int]
-    #: Shape of the context tensor (contract.CONTEXT).
-    context: tuple[int, ...]
-    #: K, the number of guidance branches.
-    branches: int
-    #: L, the number of text tokens in the context.
-    text_tokens: int
-    #: N, the number of steps.
-    steps: int
-    #: Whether the schedule adds fresh noise in every step.
-    needs_noise: bool
-    #: Whether the guidance scale is an input of the denoiser.
-    guided: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,22 +43,58 @@ class LoopInputs:
     noise: Iterator[Float32]
     #: float32 [N], scaled for the denoiser.
     timesteps: Float32
-    #: float32 [N, 6], with the columns contract.COEFFICIENTS.
+    #: float32 [N, len(COEFFICIENTS)], with the columns contract.COEFFICIENTS.
     coefficients: Float32
-    #: float32 [N, K].
-    guidance_weights: Float32
-    #: The denoiser's inputs that are the same in every step, by name.
-    fixed: Mapping[str, DeviceTensor]
+    #: By the branches of a step: float32 [N, K], of which the rows of the steps with these branches count.
+    guidance_weights: Mapping[Branches, Float32]
+    #: By the branches of a step: the denoiser's inputs that are the same in every such step, by name.
+    fixed: Mapping[Branches, Mapping[str, DeviceTensor]]
+    #: What the mask puts back after each step. None without a mask.
+    blending: Blending | None = None
+    #: By the branches of a step: the ControlNet's inputs that are the same in every such step, by name. None without a control
+    #: image.
+    control: Mapping[Branches, Mapping[str, DeviceTensor]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Blending:
+    """The inputs of the graph `blend` (contract.py)."""
+
+    #: image_latents, noise and mask, by name.
+    fixed: Mapping[str, DeviceTensor | Array]
+    #: float32 [N]: the noise level after each step.
+    noise_levels: Float32
 
 
 def check_conditioning(plan: Plan, conditioning: Conditioning) -> None:
-    """Raise UsageError unless `conditioning` has the number of guidance branches and images of `plan`."""
-    wanted, found = (len(plan.perturbed), plan.latents_shape[0]), conditioning.shape[:2]
-    if found != wanted:
+    """Raise UsageError unless `conditioning` has the branches and the number of images of `plan`."""
+    texts = len(plan.branches.texts)
+    switching = any(len(part.branches.texts) < texts for part in plan.segments)
+    wanted, found = (texts, plan.latents_shape[0], switching), (*conditioning.shape[:2], conditioning.unguided is not None)
+    if found[:2] != wanted[:2] or found[2] < wanted[2]:
+        described = [
+            "{} guidance branches of {} images".format(*counts) + ", in an interval" * interval
+            for *counts, interval in (found, wanted)
+        ]
         raise UsageError(
             "the conditioning belongs to another plan",
-            found="{} guidance branches of {} images".format(*found),
-            wanted="{} guidance branches of {} images".format(*wanted),
+            found=described[0],
+            wanted=described[1],
+            fix="runtime.steps(plan, runtime.encode(plan))",
+        )
+    if plan.image is not None and conditioning.image_latents is None:
+        raise UsageError(
+            "the conditioning belongs to another plan",
+            found="no encoded image",
+            wanted="the encoded image of the plan",
+            fix="runtime.steps(plan, runtime.encode(plan))",
+        )
+    if (plan.control is None) != (conditioning.control is None):
+        with_image, without = "an encoded control image", "no control image"
+        raise UsageError(
+            "the conditioning belongs to another plan",
+            found=without if conditioning.control is None else with_image,
+            wanted=without if plan.control is None else with_image,
             fix="runtime.steps(plan, runtime.encode(plan))",
         )
 
@@ -85,39 +103,77 @@ def loop_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, timest
     """The inputs that sample `plan`. Every call draws the same noise, in torch's order."""
     generators = [TorchGenerator(seed) for seed in plan.seeds]
     start = randn_batch(plan.latents_shape, generators) if plan.latents is None else plan.latents
-    fixed = {
-        "context": conditioning.context,
-        "context_mask": conditioning.context_mask,
-        "perturbed": backend.to_device(plan.perturbed),
-    }
-    if plan.guidance is not None:
-        fixed["guidance"] = backend.to_device(plan.guidance)
+    sets = {part.branches for part in plan.segments}
+    latents = start * np.float32(plan.schedule.initial_noise_scale)
+    blending = None
+    if plan.image is not None and conditioning.image_latents is not None:
+        latents = plan.image.noised(conditioning.image_latents, start)
+        blending = _blending(plan.image, conditioning.image_latents, start, backend)
     return LoopInputs(
-        latents=start * np.float32(plan.schedule.initial_noise_scale),
+        latents=latents,
         noise=(randn_batch(plan.latents_shape, generators) for _ in plan.schedule.timesteps),
         timesteps=plan.schedule.timesteps * np.float32(timestep_scale),
         coefficients=plan.schedule.coefficients,
-        guidance_weights=plan.guidance_weights,
-        fixed=fixed,
+        guidance_weights={
+            branches: plan.guidance_weights[:, [plan.branches.names.index(name) for name in branches.names]] for branches in sets
+        },
+        fixed={branches: _fixed_inputs(plan, conditioning, backend, branches) for branches in sets},
+        blending=blending,
+        control=_control_inputs(plan, conditioning, backend, sets),
     )
+
+
+def _blending(image: ImageStart, image_latents: Float32, noise: Float32, backend: Backend) -> Blending | None:
+    if image.mask is None:
+        return None
+    fixed = {"image_latents": image_latents, "noise": noise, "mask": image.mask}
+    return Blending({name: backend.to_device(value) for name, value in fixed.items()}, image.noise_levels[1:])
+
+
+def _fixed_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, branches: Branches) -> dict[str, DeviceTensor]:
+    """The denoiser's inputs that are the same in every step with these branches, by name."""
+    context, mask = conditioning.of(branches)
+    fixed = {"context": context, "context_mask": mask, "perturbed": backend.to_device(branches.perturbed)}
+    if backend.manifest.options.pag_layers:
+        fixed["source"] = backend.to_device(branches.source)
+    if plan.guidance is not None:
+        fixed["guidance"] = backend.to_device(plan.guidance)
+    shape = residuals_shape(backend.manifest, plan.latents_shape, branches)
+    if shape is not None and plan.control is None:
+        fixed["residuals"] = backend.zeros(shape, backend.manifest.options.dtype)
+    return fixed
+
+
+def _control_inputs(
+    plan: Plan, conditioning: Conditioning, backend: Backend, sets: Collection[Branches]
+) -> dict[Branches, dict[str, DeviceTensor]] | None:
+    if plan.control is None or conditioning.control is None:
+        return None
+    control, texts = conditioning.control, len(plan.branches.texts)
+    shared = {"control": control.latents, "conditioning_scale": backend.to_device(plan.control.scale)}
+    return {
+        branches: {**shared, "context": control.of(branches, texts), "context_mask": conditioning.of(branches)[1]}
+        for branches in sets
+    }
 
 
 def sampler_feeds(
     noise_pred: DeviceTensor | Array,
     latents: DeviceTensor | Array,
-    previous_x0: DeviceTensor | Array,
+    history: Sequence[DeviceTensor | Array],
     noise: DeviceTensor | Array,
     coefficients: DeviceTensor | Array,
     guidance_weights: DeviceTensor | Array,
 ) -> dict[str, DeviceTensor | Array]:
     """The inputs of the graph `sampler` for one step, by name (contract.py has the shapes).
 
-    `coefficients` is a row of the schedule's table, `guidance_weights` a row of the plan's.
+    `history` is the x0 of the steps before, newest first, for contract.HISTORY. `coefficients` is a row of the schedule's table,
+    `guidance_weights` a row of the plan's.
     """
     return {
         "noise_pred": noise_pred,
         "latents": latents,
-        "previous_x0": previous_x0,
+        **dict(zip(HISTORY, history, strict=True)),
         "noise": noise,
         "coefficients": coefficients,
         "weights": guidance_weights,
@@ -153,27 +209,33 @@ class WaitingLoop(SamplingLoop):
 
     def __init__(self, backend: Backend, sessions: Sessions, plan: Plan) -> None:
         self._backend, self._sessions, self._needs_noise = backend, sessions, plan.schedule.needs_noise
+        self._branches = [part.branches for part in plan.segments for _ in range(part.first, part.stop)]
 
     def start(self, inputs: LoopInputs) -> None:
         self._inputs = inputs
         self._latents = self._backend.to_device(inputs.latents)
-        self._x0 = self._noise = self._backend.to_device(np.zeros_like(inputs.latents))
+        self._noise = self._backend.to_device(np.zeros_like(inputs.latents))
+        self._x0 = (self._noise,) * len(HISTORY)
 
     def run(self, first: int, stop: int) -> None:
         inputs = self._inputs
         for index in range(first, stop):
             if self._needs_noise:
                 self._noise = self._backend.to_device(next(inputs.noise))
-            timestep = inputs.timesteps[index : index + 1]
-            denoised = self._sessions["denoiser"].run({"latents": self._latents, "timestep": timestep, **inputs.fixed})
-            noise_pred = denoised["noise_pred"]
-            weights = inputs.guidance_weights[index]
+            branches = self._branches[index]
+            step = {"latents": self._latents, "timestep": inputs.timesteps[index : index + 1]}
+            residuals = {} if inputs.control is None else self._sessions["controlnet"].run({**step, **inputs.control[branches]})
+            noise_pred = self._sessions["denoiser"].run({**step, **inputs.fixed[branches], **residuals})["noise_pred"]
+            weights = inputs.guidance_weights[branches][index]
             feeds = sampler_feeds(noise_pred, self._latents, self._x0, self._noise, inputs.coefficients[index], weights)
             sampled = self._sessions["sampler"].run(feeds)
-            self._latents, self._x0 = sampled["next_latents"], sampled["x0"]
+            self._latents, self._x0 = sampled["next_latents"], (sampled["x0"], *self._x0[:-1])
+            if inputs.blending is not None:
+                feeds = {"latents": self._latents, "noise_level": inputs.blending.noise_levels[index : index + 1]}
+                self._latents = self._sessions["blend"].run({**feeds, **inputs.blending.fixed})["blended"]
 
     def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
-        return self._latents, self._x0
+        return self._latents, self._x0[0]
 
     def result(self) -> DeviceTensor:
         return self._latents
@@ -199,48 +261,61 @@ class CapturedLoop(SamplingLoop):
     ) -> None:
         self.shape = shape
         self._backend, self._sessions, self._capture = backend, sessions, capture
-        #: The loop's own sessions, by graph, if it captures.
-        self._separate: dict[str, EnqueuedSession] = {}
+        #: The loop's own sessions, by graph and branches, if it captures.
+        self._separate: dict[tuple[str, Branches], EnqueuedSession] = {}
         batch, latents, rows = shape.latents[0], shape.latents, shape.steps
         zeros, table = backend.zeros, backend.table
         self._latents = [zeros(latents, "float32") for _ in range(2)]
-        self._x0 = [zeros(latents, "float32") for _ in range(2)]
-        self._noise_pred = zeros((shape.branches, *latents), "float32")
+        #: The x0 of this step and of those before it, each for as long as it is an input.
+        self._x0 = [zeros(latents, "float32") for _ in range(1 + len(HISTORY))]
         self._timesteps = table(rows, (1,), "float32")
         self._coefficients = table(rows, (len(COEFFICIENTS),), "float32")
-        self._guidance_weights = table(rows, (shape.branches,), "float32")
         self._noise = table(rows if shape.needs_noise else 1, latents, "float32")
-        self._fixed = {
-            "context": zeros(shape.context, context_dtype),
-            "context_mask": zeros((shape.branches, batch, shape.text_tokens), "float32"),
-            "perturbed": zeros((shape.branches,), "float32"),
-            **({"guidance": zeros((1,), "float32")} if shape.guided else {}),
-        }
+        self._branches = branch_buffers(backend, shape, context_dtype)
+        self._blending: dict[str, DeviceTensor] = {}
+        if shape.blended:
+            self._unblended = zeros(latents, "float32")
+            self._noise_levels = table(rows, (1,), "float32")
+            mask = (batch, 1, *latents[2:])
+            shapes = {"image_latents": latents, "noise": latents, "mask": mask}
+            self._blending = {name: zeros(one, "float32") for name, one in shapes.items()}
         #: By first step and stop: the backend's generation at the capture, and the captured work.
         self._replays: dict[tuple[int, int], tuple[int, Replay]] = {}
 
     def start(self, inputs: LoopInputs) -> None:
         write, write_table = self._backend.write, self._backend.write_table
         write(self._latents[0], inputs.latents)
-        write(self._x0[0], np.zeros_like(inputs.latents))
+        *older, newest = self._x0[1:]  # what the first step reads
+        write(newest, np.zeros_like(inputs.latents))
+        for x0 in older:
+            write(x0, newest)
         write_table(self._timesteps, inputs.timesteps.reshape(-1, 1))
         write_table(self._coefficients, inputs.coefficients)
-        write_table(self._guidance_weights, inputs.guidance_weights)
         noise = np.stack([*inputs.noise]) if self.shape.needs_noise else np.zeros((1, *self.shape.latents), np.float32)
         write_table(self._noise, noise)
-        for name, target in self._fixed.items():
-            write(target, inputs.fixed[name])
+        for branches, buffers in self._branches.items():
+            write_table(buffers.guidance_weights, inputs.guidance_weights[branches])
+            for name, value in inputs.fixed[branches].items():
+                write(buffers.fixed[name], value)
+            if self._capture and len(self._branches) > 1:  # so that memory moves before the first capture, not between two
+                self._session("denoiser", branches).reserve(self.shape.axes(branches))
+            for name, target in buffers.control.items():
+                write(target, (inputs.control or {})[branches][name])
+        if inputs.blending is not None:
+            write_table(self._noise_levels, inputs.blending.noise_levels.reshape(-1, 1))
+            for name, target in self._blending.items():
+                write(target, inputs.blending.fixed[name])
 
     def run(self, first: int, stop: int) -> None:
-        replay = self._captured(first, stop) if self._capture else None
-        if replay is None:
-            self._enqueue(first, stop)
-        else:
-            replay()
+        for part in parts(self.shape.segments, first, stop):
+            replay = self._captured(part) if self._capture else None
+            if replay is None:
+                self._enqueue(part)
+            else:
+                replay()
 
     def state(self, step: int) -> tuple[DeviceTensor, DeviceTensor]:
-        after = (step + 1) % 2
-        return self._backend.copy(self._latents[after]), self._backend.copy(self._x0[after])
+        return self._backend.copy(self._latents[(step + 1) % 2]), self._backend.copy(self._x0[step % len(self._x0)])
 
     def result(self) -> DeviceTensor:
         return self._latents[self.shape.steps % 2]
@@ -252,112 +327,75 @@ class CapturedLoop(SamplingLoop):
         """Wait for the loop's work, so that it may be dropped: its sessions must not end before."""
         self._backend.wait()
 
-    def _captured(self, first: int, stop: int) -> Replay | None:
-        """The steps as captured work, or None if they cannot be captured.
+    def _captured(self, part: Segment) -> Replay | None:
+        """The steps of `part` as captured work, or None if they cannot be captured.
 
         They are captured if they were not before, or if memory that they use has moved since.
         """
-        generation, replay = self._replays.get((first, stop), (None, None))
+        generation, replay = self._replays.get((part.first, part.stop), (None, None))
         if replay is not None and generation == self._backend.generation:
             return replay
         # A session sets up a new shape in its first run, which must not happen during a capture. The replay runs this step again
         # from the same state: a step does not write what it reads.
-        self._enqueue(first, first + 1)
-        if not (self._session("denoiser").capturable and self._session("sampler").capturable):
+        self._enqueue(replace(part, stop=part.first + 1))
+        if not all(self._session(graph, part.branches).capturable for graph in self._graphs):
             self._stop_capturing("an engine cannot be captured")
             return None
         generation = self._backend.generation
         try:
-            replay = self._backend.capture(lambda: self._enqueue(first, stop))
+            replay = self._backend.capture(lambda: self._enqueue(part))
         except Exception as error:  # any: if it has nothing to do with the capture, the steps will raise it again
             self._stop_capturing(str(error) if isinstance(error, SanaExportError) else repr(error))
             return None
-        self._replays[first, stop] = generation, replay
+        self._replays[part.first, part.stop] = generation, replay
         return replay
+
+    @property
+    def _graphs(self) -> tuple[str, ...]:
+        """The graphs of a step."""
+        controlled = ("controlnet",) if self.shape.controlled else ()
+        return (*controlled, *DENOISING_STAGE, *(("blend",) if self.shape.blended else ()))
 
     def _stop_capturing(self, why: str) -> None:
         LOG.warning("the steps cannot be captured as a CUDA graph, so they are enqueued one by one: %s", why)
         self._capture = False
 
-    def _session(self, graph: str) -> EnqueuedSession:
-        """A session of `graph`: the loop's own one if steps are captured, so that no other run changes what they use.
+    def _session(self, graph: str, branches: Branches) -> EnqueuedSession:
+        """A session of `graph`: the loop's own one for these branches if steps are captured, so that nothing changes what they use.
 
         If not, it is looked up for each use: a staged runtime drops sessions, and a loop must not keep them alive.
         """
-        if graph in self._separate:
-            return self._separate[graph]
-        session = _enqueued(self._sessions, graph)
-        return self._separate.setdefault(graph, session.separate()) if self._capture else session
+        if (graph, branches) in self._separate:
+            return self._separate[graph, branches]
+        session = enqueued(self._sessions, graph)
+        return self._separate.setdefault((graph, branches), session.separate()) if self._capture else session
 
-    def _enqueue(self, first: int, stop: int) -> None:
-        denoiser, sampler = self._session("denoiser"), self._session("sampler")
-        for index in range(first, stop):
+    def _enqueue(self, part: Segment) -> None:
+        denoiser, sampler = (self._session(graph, part.branches) for graph in DENOISING_STAGE)
+        buffers = self._branches[part.branches]
+        for index in range(part.first, part.stop):
             now, after = index % 2, (index + 1) % 2
             latents = self._latents[now]
-            denoiser.run({"latents": latents, "timestep": self._timesteps[index], **self._fixed}, {"noise_pred": self._noise_pred})
+            step = {"latents": latents, "timestep": self._timesteps[index]}
+            if self.shape.controlled:
+                residuals = {"residuals": buffers.fixed["residuals"]}
+                self._session("controlnet", part.branches).run({**step, **buffers.control}, residuals)
+            denoiser.run({**step, **buffers.fixed}, {"noise_pred": buffers.noise_pred})
             noise = self._noise[index if self.shape.needs_noise else 0]
-            coefficients, weights = self._coefficients[index], self._guidance_weights[index]
+            coefficients, weights = self._coefficients[index], buffers.guidance_weights[index]
+            history = [self._x0[(index - back) % len(self._x0)] for back in range(1, len(self._x0))]
+            sampled = self._unblended if self.shape.blended else self._latents[after]
             sampler.run(
-                sampler_feeds(self._noise_pred, latents, self._x0[now], noise, coefficients, weights),
-                {"next_latents": self._latents[after], "x0": self._x0[after]},
+                sampler_feeds(buffers.noise_pred, latents, history, noise, coefficients, weights),
+                {"next_latents": sampled, "x0": self._x0[index % len(self._x0)]},
             )
+            if self.shape.blended:
+                feeds = {"latents": sampled, "noise_level": self._noise_levels[index], **self._blending}
+                self._session("blend", part.branches).run(feeds, {"blended": self._latents[after]})
 
 
-class LoopCache:
-    """The captured loops of one runtime that no run is using, one for each shape. A run owns its loop, so runs may overlap."""
-
-    def __init__(self) -> None:
-        self._kept: dict[LoopShape, CapturedLoop] = {}
-
-    def take(self, shape: LoopShape, make: Callable[[], CapturedLoop]) -> CapturedLoop:
-        """A loop of `shape`, which belongs to the caller until it is given back."""
-        return self._kept.pop(shape, None) or make()
-
-    def give_back(self, loop: CapturedLoop) -> None:
-        """Keep `loop` for the next run of its shape. Beyond `KEPT_LOOPS` the least recently used loop is dropped."""
-        self._drop(loop.shape)  # another run of this shape may have been faster
-        self._kept[loop.shape] = loop
-        while len(self._kept) > KEPT_LOOPS:
-            self._drop(next(iter(self._kept)))
-
-    def clear(self) -> None:
-        """Drop all loops. Their work is done."""
-        self._kept.clear()
-
-    def _drop(self, shape: LoopShape) -> None:
-        if (loop := self._kept.pop(shape, None)) is not None:
-            loop.finish()
-
-
-def take_loop(plan: Plan, conditioning: Conditioning, backend: Backend, sessions: Sessions, cache: LoopCache) -> SamplingLoop:
-    """A loop for `plan`, from `cache` if it is captured."""
-    if not isinstance(backend, CapturingBackend):
-        return WaitingLoop(backend, sessions, plan)
-    context = conditioning.context
-    shape = LoopShape(
-        latents=plan.latents_shape,
-        context=tuple(context.shape),
-        branches=len(plan.perturbed),
-        text_tokens=conditioning.shape[2],
-        steps=len(plan.schedule.timesteps),
-        needs_noise=plan.schedule.needs_noise,
-        guided=plan.guidance is not None,
-    )
-    if sessions.staged:  # sessions that are loaded for one image are not worth capturing
-        return CapturedLoop(backend, sessions, shape, context.dtype, capture=False)
-    if plan.output_type != "latent":
-        _reserve_for_decoding(plan, backend, sessions)
-    return cache.take(shape, lambda: CapturedLoop(backend, sessions, shape, context.dtype, capture=True))
-
-
-def _reserve_for_decoding(plan: Plan, backend: CapturingBackend, sessions: Sessions) -> None:
-    """Reserve the decoder's memory before the loop is captured, which would have to be captured again afterwards."""
-    axes = request_axes(plan.one_image, backend.manifest)
-    for graph in (*plan.decoder_graphs, "postprocess"):
-        _enqueued(sessions, graph).reserve(axes)
-
-
-def _enqueued(sessions: Sessions, graph: str) -> EnqueuedSession:
+def enqueued(sessions: Sessions, graph: str) -> EnqueuedSession:
+    """The session of `graph` of a `CapturingBackend`, which loads no others."""
     session = sessions[graph]
-    assert isinstance(session, EnqueuedSession)  # a CapturingBackend loads no others
+    assert isinstance(session, EnqueuedSession)
     return session

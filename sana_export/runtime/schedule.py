@@ -1,227 +1,205 @@
-"""Sampling schedules as tables. Every solver that Sana uses is linear in its inputs, so a row of six numbers describes a step.
+"""Sampling schedules as tables. Every solver that Sana uses is linear in its inputs, so a row of numbers describes a step.
 
 A step computes, with the columns of its row named as in `contract.COEFFICIENTS`,
 
     x0           = x0_latents * latents + x0_noise_pred * noise_pred
-    next_latents = latents * latents + x0 * x0 + previous_x0 * previous_x0 + noise * noise
+    next_latents = latents * latents + x0 * x0 + noise * noise + the sum over the x0 of earlier steps of column * x0
 
-where `previous_x0` is the x0 of the step before (at the first step zeros, and its column is 0) and `noise` is fresh standard normal
-noise (any finite value if its column is 0). After the last step latents and x0 are equal.
+where the earlier x0 (`contract.HISTORY`) are those of the step before, of the one before that, and so on (zeros if there was none,
+with 0 in their column), and `noise` is fresh standard normal noise (any finite value if its column is 0). After a last step to
+sigma 0, latents and x0 are equal.
 
-The rows are equivalent to `step` of diffusers' scheduler of the same name. Sigmas, their logarithms and exponentials are rounded to
-float32 if diffusers computes them in float32; everything else is computed in float64 and rounded once.
+The rows are equivalent to `step` of diffusers' scheduler of the same name (`solvers/`). Sigmas, their logarithms and exponentials
+are rounded to float32 if diffusers computes them in float32; the rest is computed in float64 and rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from sana_export.architectures import SCHEDULER_DEFAULTS
-from sana_export.contract import COEFFICIENTS
 from sana_export.errors import UsageError
-from sana_export.formats.arrays import Float32
+from sana_export.runtime.solvers.dpm import dpm_multistep, dpm_singlestep
+from sana_export.runtime.solvers.flow_match import flow_euler, flow_heun, flow_lcm
+from sana_export.runtime.solvers.sprint import sprint
+from sana_export.runtime.solvers.table import (
+    DEFAULT_ANGLES,
+    SPRINT_INTERMEDIATE_TIMESTEP,
+    SPRINT_MAX_TIMESTEP,
+    SPRINT_MOST_TIMESTEP,
+    Schedule,
+    Spacing,
+    SprintAngles,
+)
+from sana_export.runtime.solvers.unipc import unipc
 from sana_export.supported import SCHEDULERS, unsupported
 
-#: The defaults of diffusers' SanaSprintPipeline: SANA-Sprint's first timestep, and the second of two.
-SPRINT_MAX_TIMESTEP = 1.57080
-SPRINT_INTERMEDIATE_TIMESTEP = 1.3
-#: An angle of pi / 2 is pure noise. diffusers' default is a little above it.
-SPRINT_MOST_TIMESTEP = 1.5709
+__all__ = [
+    "DEFAULT_ANGLES",
+    "SPRINT_INTERMEDIATE_TIMESTEP",
+    "SPRINT_MAX_TIMESTEP",
+    "SPRINT_MOST_TIMESTEP",
+    "Schedule",
+    "SprintAngles",
+    "evaluations",
+    "make_schedule",
+]
 
 
 @dataclass(frozen=True)
-class SprintAngles:
-    """Parameters of SanaSprintPipeline that choose its timesteps."""
+class _Custom:
+    """Values that a solver takes in place of a number of steps, largest first."""
 
-    #: `max_timesteps`: the first timestep.
-    first: float = SPRINT_MAX_TIMESTEP
-    #: `intermediate_timesteps`: the second of two timesteps. None: evenly spaced timesteps.
-    second: float | None = SPRINT_INTERMEDIATE_TIMESTEP
-
-
-DEFAULT_ANGLES = SprintAngles()
-
-
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """One sampling run of N steps."""
-
-    #: float32 [N]: the denoiser's input at each step, before any `timestep_scale`.
-    timesteps: Float32
-    #: float32 [N, 6]: the sampler's input at each step; columns `contract.COEFFICIENTS`.
-    coefficients: Float32
-    #: Factor on the standard normal noise, or on the caller's latents, before the first step.
-    initial_noise_scale: float
-    #: Whether fresh noise is drawn at every step, after the initial noise and from the same generator, as in diffusers.
-    needs_noise: bool
-    #: float32 [N]: the latents after each step in diffusers are these factors times ours.
-    latents_scale: Float32
+    #: The largest value, from the scheduler's config.
+    most: Callable[[Mapping[str, Any]], float]
+    #: Whether the last value is 0, the end of the run, and not a step.
+    ends: bool = False
 
 
 @dataclass(frozen=True)
 class _Solver:
     """One of diffusers' schedulers."""
 
-    #: From the complete config, the number of steps, and the angles, which all but SANA-Sprint's ignore.
-    build: Callable[[Mapping[str, Any], int, SprintAngles], Schedule]
-    #: Whether it has the angles.
+    #: From the complete config and the requested steps.
+    build: Callable[[Mapping[str, Any], Spacing], Schedule]
+    #: Evaluations of the denoiser for each step; one for the last one.
+    order: int = 1
+    #: Whether it has the angles of SANA-Sprint.
     angular: bool = False
+    #: Custom timesteps and sigmas, if it takes them.
+    timesteps: _Custom | None = None
+    sigmas: _Custom | None = None
+
+    @property
+    def custom(self) -> dict[str, _Custom]:
+        """What it takes in place of a number of steps, by parameter."""
+        kinds = {"timesteps": self.timesteps, "sigmas": self.sigmas}
+        return {word: kind for word, kind in kinds.items() if kind is not None}
 
 
-def make_schedule(config: Mapping[str, Any], num_inference_steps: int, angles: SprintAngles = DEFAULT_ANGLES) -> Schedule:
-    """The schedule of `num_inference_steps` steps for the scheduler config of a bundle's manifest.
+_TRAINED, _ONE = _Custom(lambda config: config["num_train_timesteps"]), _Custom(lambda config: 1.0)
+_SOLVERS: Mapping[str, _Solver] = {
+    "DPMSolverMultistepScheduler": _Solver(dpm_multistep),
+    "DPMSolverSinglestepScheduler": _Solver(dpm_singlestep),
+    "UniPCMultistepScheduler": _Solver(unipc, sigmas=_ONE),
+    "FlowMatchEulerDiscreteScheduler": _Solver(flow_euler, timesteps=_TRAINED, sigmas=_ONE),
+    "FlowMatchHeunDiscreteScheduler": _Solver(flow_heun, order=2),
+    "FlowMatchLCMScheduler": _Solver(flow_lcm, timesteps=_TRAINED, sigmas=_ONE),
+    "SCMScheduler": _Solver(sprint, angular=True, timesteps=_Custom(lambda config: SPRINT_MOST_TIMESTEP, ends=True)),
+}
 
-    Raises UsageError for fewer than 1 step, a scheduler that is not in `SCHEDULERS`, a setting that the table cannot express, and
-    `angles` for another checkpoint than SANA-Sprint. An export refuses such a checkpoint, but older exports did not.
+
+def make_schedule(
+    config: Mapping[str, Any],
+    num_inference_steps: int | None = None,
+    angles: SprintAngles = DEFAULT_ANGLES,
+    *,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    first: int = 0,
+) -> Schedule:
+    """The schedule of `num_inference_steps` steps, or of custom `timesteps` or `sigmas`, for a scheduler's config.
+
+    With `first`, the steps from that one on, as diffusers samples them after `set_begin_index(first)`: a multistep solver has no
+    history there. FlowMatchHeunDiscreteScheduler counts its 2 N - 1 evaluations, and may begin at every second one.
+
+    Raises UsageError for fewer than 1 step, a scheduler that is not in `SCHEDULERS`, a setting that the table cannot express,
+    custom values that the scheduler does not take, and `angles` for another checkpoint than SANA-Sprint. An export refuses such a
+    checkpoint, but older exports did not.
     """
     name = config.get("_class_name")
     if name not in SCHEDULERS:
-        raise UsageError(
-            "this checkpoint's scheduler is not supported",
-            found=f"_class_name {name!r}",
-            wanted=" or ".join(SCHEDULERS),
-        )
+        raise UsageError("this scheduler is not supported", found=f"_class_name {name!r}", wanted=" or ".join(SCHEDULERS))
     full = SCHEDULER_DEFAULTS[name] | dict(config)  # older bundles have what the checkpoint's file says, which may lack keys
     for setting in unsupported(name, full, config):
         raise UsageError(
-            f"this setting of the checkpoint's {name} is not supported",
+            f"this setting of the {name} is not supported",
             found=f"{setting.key} = {setting.found}",
             wanted=f"{setting.key} = {setting.wanted}",
         )
-    if num_inference_steps < 1:
-        raise UsageError("sampling needs at least one step", found=num_inference_steps, wanted="1 or more")
     solver = _SOLVERS[name]
-    if angles != DEFAULT_ANGLES and not solver.angular:
+    steps = _steps(name, full, num_inference_steps, {"timesteps": timesteps, "sigmas": sigmas})
+    _check_angles(angles, solver, given=timesteps is not None)
+    spacing = Spacing(steps, _tuple(timesteps), _tuple(sigmas), angles, max(first, 0))
+    with np.errstate(all="ignore"):  # the logarithm of a last sigma of 0 is infinite; what must be finite is checked below
+        schedule = solver.build(full, spacing)
+    if first < 0 or not len(schedule.timesteps):
+        raise UsageError("no step is left to sample", found=f"first step {first} of {steps}", wanted=f"0 to {steps - 1}")
+    if not (np.isfinite(schedule.coefficients).all() and np.isfinite(schedule.sigmas).all()):
         raise UsageError(
-            "this checkpoint has no max_timesteps and intermediate_timesteps: they belong to SANA-Sprint",
-            found=f"max_timesteps {angles.first:g}, intermediate_timesteps {angles.second}",
-            wanted="num_inference_steps alone",
+            f"{name} has no finite schedule with these steps and settings",
+            found=f"{steps} steps",
+            wanted="another number of steps, or the class's defaults",
         )
-    return solver.build(full, int(num_inference_steps), angles)
+    return schedule
 
 
-def _table(num_inference_steps: int, **columns: npt.ArrayLike) -> Float32:
-    """The coefficients [N, 6] from columns of N values or one value each. Other columns are 0."""
-    table = np.zeros((num_inference_steps, len(COEFFICIENTS)))
-    for name, values in columns.items():
-        table[:, COEFFICIENTS.index(name)] = values
-    return table.astype(np.float32)
+def evaluations(config: Mapping[str, Any]) -> int:
+    """How often a step of a scheduler evaluates the denoiser, except for the last one. diffusers calls this its order."""
+    return _SOLVERS[config["_class_name"]].order
 
 
-def _rounded(function: Callable[[Any], Any], x: Float32) -> Float32:
-    """`function` of `x`, computed in float64 and rounded to float32: equal to torch's float32 result on any processor."""
-    return np.asarray(function(x.astype(np.float64))).astype(np.float32)
-
-
-def _dpm_solver(config: Mapping[str, Any], num_inference_steps: int, _: SprintAngles) -> Schedule:
-    """DPM-Solver++ of order 1 or 2 (midpoint) over flow sigmas, ending at sigma 0: diffusers' DPMSolverMultistepScheduler.
-
-    `lower_order_final` and `euler_at_final` have no effect: a last step to sigma 0 is always of order 1.
-
-    diffusers finds its starting point by value. If the first two timesteps are equal, it starts at the second and runs out of
-    sigmas at the last step (IndexError). This happens from 501 steps at shift 3 and from 201 at shift 6. The schedule of this
-    function always starts at the first sigma.
-    """
-    train_steps, shift = config["num_train_timesteps"], config["flow_shift"]
-    linear = 1.0 - np.linspace(1, 1 / train_steps, num_inference_steps + 1)
-    shifted = np.flip(shift * linear / (1 + (shift - 1) * linear))[:-1]
-    sigmas = np.append(shifted, 0).astype(np.float32)
-    alphas = np.float32(1) - sigmas
-    with np.errstate(divide="ignore"):  # the logarithm of the last sigma, 0
-        log_snr = _rounded(np.log, alphas) - _rounded(np.log, sigmas)
-    h = np.diff(log_snr)
-    decay = alphas[1:] * (_rounded(np.exp, -h) - np.float32(1))
-    gain = np.zeros(num_inference_steps)
-    if config["solver_order"] == 2:  # all steps but the first and the last
-        gain[1:-1] = 0.5 * decay[1:-1] * (h[1:-1] / h[:-2])
-    coefficients = _table(
-        num_inference_steps,
-        x0_latents=1,
-        x0_noise_pred=-sigmas[:-1],
-        latents=sigmas[1:] / sigmas[:-1],
-        x0=-(decay + gain),
-        previous_x0=gain,
+def _check_angles(angles: SprintAngles, solver: _Solver, *, given: bool) -> None:
+    """Raise UsageError for angles that have no effect. `given`: the timesteps are."""
+    if angles == DEFAULT_ANGLES or (solver.angular and not given):
+        return
+    raise UsageError(
+        "max_timesteps and intermediate_timesteps make the timesteps, which are given"
+        if solver.angular
+        else "this checkpoint has no max_timesteps and intermediate_timesteps: they belong to SANA-Sprint",
+        found=f"max_timesteps {angles.first:g}, intermediate_timesteps {angles.second}",
+        wanted="timesteps alone" if solver.angular else "num_inference_steps alone",
     )
-    timesteps = (shifted * train_steps).astype(np.int64).astype(np.float32)
-    return Schedule(timesteps, coefficients, 1.0, False, np.ones_like(timesteps))
 
 
-def _flow_euler(config: Mapping[str, Any], num_inference_steps: int, _: SprintAngles) -> Schedule:
-    """Euler steps of the flow; with `stochastic_sampling`, fresh noise on x0: diffusers' FlowMatchEulerDiscreteScheduler.
-
-    As in diffusers, the shift is applied twice to the smallest sigma: to find the range, and to the sigmas spread over it.
-    """
-    train_steps, shift = config["num_train_timesteps"], config["shift"]
-    ends = np.array([train_steps, 1], dtype=np.float32) / np.float32(train_steps)
-    ends = np.float32(shift) * ends / (1 + np.float32(shift - 1) * ends)
-    linear = np.linspace(float(ends[0]) * train_steps, float(ends[1]) * train_steps, num_inference_steps) / train_steps
-    sigmas = np.append(shift * linear / (1 + (shift - 1) * linear), 0).astype(np.float32)
-    now, after = sigmas[:-1].astype(np.float64), sigmas[1:].astype(np.float64)
-    if config["stochastic_sampling"]:
-        columns = {"x0": 1 - after, "noise": after}
-    else:
-        columns = {"latents": after / now, "x0": 1 - after / now}
-    coefficients = _table(num_inference_steps, x0_latents=1, x0_noise_pred=-now, **columns)
-    timesteps, noisy = sigmas[:-1] * np.float32(train_steps), bool(coefficients[:, COEFFICIENTS.index("noise")].any())
-    return Schedule(timesteps, coefficients, 1.0, noisy, np.ones_like(timesteps))
+def _tuple(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values)
 
 
-def _sprint_timesteps(num_inference_steps: int, angles: SprintAngles) -> Float32:
-    """The angles t [N + 1] of SanaSprintPipeline, from the first one down to 0."""
-    if num_inference_steps == 2 and angles.second is not None:
-        return np.array([angles.first, angles.second, 0], dtype=np.float32)
-    if angles.second not in (None, DEFAULT_ANGLES.second):
+def _steps(name: str, config: Mapping[str, Any], given: int | None, custom: Mapping[str, Sequence[float] | None]) -> int:
+    """The number of steps. Raises UsageError for a number below 1 and for custom values that the scheduler does not take."""
+    values = {word: numbers for word, numbers in custom.items() if numbers is not None}
+    if len(values) > 1:
+        raise UsageError("timesteps and sigmas exclude each other", found="both", wanted="one of them")
+    for word, numbers in values.items():
+        kind = _SOLVERS[name].custom.get(word)
+        if kind is None:
+            others = [other for other, solver in _SOLVERS.items() if word in solver.custom and not solver.angular]
+            takes = " or ".join(_SOLVERS[name].custom) or "num_inference_steps"
+            raise UsageError(
+                f"{name} takes no custom {word}",
+                found=f"{word} of {len(numbers)} numbers",
+                wanted=takes if _SOLVERS[name].angular else f"{takes}; or another scheduler: {', '.join(others)}",
+                fix=None if _SOLVERS[name].angular else "--scheduler euler",
+            )
+        _check_custom(word, numbers, kind, config)
+        steps = len(numbers) - kind.ends
+        if given not in (None, steps):
+            raise UsageError(
+                f"the number of steps does not match {word}",
+                found=f"{given} steps and {len(numbers)} {word}",
+                wanted=f"{steps} steps, or no number of steps",
+            )
+        return steps
+    if given is None or given < 1:
+        raise UsageError("sampling needs at least one step", found=given, wanted="1 or more")
+    return int(given)
+
+
+def _check_custom(word: str, numbers: Sequence[float], kind: _Custom, config: Mapping[str, Any]) -> None:
+    """Raise UsageError unless the numbers fall from at most `kind.most`, and end at 0 if `kind.ends`, above 0 otherwise."""
+    values, most = np.array(numbers, np.float32), kind.most(config)
+    body = values[:-1] if kind.ends else values
+    falling = bool((np.diff(values) < 0).all()) and len(body) > 0
+    ended = values[-1] == 0 if kind.ends and len(values) else True
+    if not (falling and ended and body[0] <= np.float32(most) and body[-1] > 0):
+        end = "ending with 0" if kind.ends else "all above 0"
         raise UsageError(
-            "intermediate_timesteps is the second of two timesteps",
-            found=f"intermediate_timesteps {angles.second:g} and {num_inference_steps} steps",
-            wanted="2 steps, or intermediate_timesteps None",
+            f"{word} do not make a schedule",
+            found=", ".join(f"{value:g}" for value in numbers) if len(numbers) <= 12 else f"{len(numbers)} numbers",
+            wanted=f"numbers that fall from at most {most:g}, {end}",
         )
-    return np.linspace(angles.first, 0, num_inference_steps + 1).astype(np.float32)
-
-
-def _sprint(config: Mapping[str, Any], num_inference_steps: int, given: SprintAngles) -> Schedule:
-    """SANA-Sprint: diffusers' SCMScheduler (trigflow) and what SanaSprintPipeline computes around it.
-
-    With sd = sigma_data, angle t, s = sin t / (cos t + sin t) and n = sqrt(s^2 + (1 - s)^2), the pipeline feeds the denoiser
-    z = n * x / sd and s, and computes v = sd * ((1 - 2s) * z + (1 - 2s + 2s^2) * noise_pred) / n from its output. The scheduler
-    computes pred_x0 = cos t * x - sin t * v and the next x = cos t' * pred_x0 + sin t' * sd * noise. The pipeline decodes
-    pred_x0 / sd of the last step. All of this is linear, and sd cancels in these variables of the table:
-
-        latents = z (the first: n * standard normal noise), x0 = pred_x0 / sd, timesteps = s, latents_scale = sd / n
-
-    diffusers accepts only 2 steps unless the intermediate timestep is None; this function uses None for every other number of
-    steps. The timesteps are equal to diffusers' for 1 and 2 steps, and equal up to float32 rounding (2.5e-7) for more.
-    """
-    train_steps = config["num_train_timesteps"]
-    if num_inference_steps > train_steps:
-        raise UsageError(
-            "SCMScheduler cannot have more steps than it was trained with",
-            found=f"{num_inference_steps} steps",
-            wanted=f"1 to {train_steps}",
-        )
-    angles = _sprint_timesteps(num_inference_steps, given)
-    sine, cosine = _rounded(np.sin, angles), _rounded(np.cos, angles)
-    timesteps = sine / (cosine + sine)
-    sin, cos, s = (values.astype(np.float64) for values in (sine, cosine, timesteps))
-    n = np.sqrt(s**2 + (1 - s) ** 2)
-    coefficients = _table(
-        num_inference_steps,
-        x0_latents=((cos - sin * (1 - 2 * s)) / n)[:-1],
-        x0_noise_pred=(-sin * (1 - 2 * s + 2 * s**2) / n)[:-1],
-        x0=(n * cos)[1:],
-        noise=(n * sin)[1:],
-    )
-    scale = (config["sigma_data"] / n[1:]).astype(np.float32)
-    return Schedule(timesteps[:-1], coefficients, float(n[0]), num_inference_steps > 1, scale)
-
-
-_SOLVERS: Mapping[str, _Solver] = {
-    "DPMSolverMultistepScheduler": _Solver(_dpm_solver),
-    "FlowMatchEulerDiscreteScheduler": _Solver(_flow_euler),
-    "SCMScheduler": _Solver(_sprint, angular=True),
-}

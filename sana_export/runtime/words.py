@@ -11,8 +11,6 @@ from typing import Any
 from sana_export.errors import UsageError
 from sana_export.numeric import shown
 
-_TIMESTEPS = "num_inference_steps alone: the timesteps follow from the checkpoint's scheduler"
-
 
 @dataclass(frozen=True)
 class Word:
@@ -41,8 +39,6 @@ def _seed(generator: Any) -> str:
 #: The parameters of a call.
 CALL_WORDS: Mapping[str, Word] = {
     "generator": Word(_seed),
-    "timesteps": Word(_TIMESTEPS),
-    "sigmas": Word(_TIMESTEPS),
     # No scheduler of a Sana checkpoint has an eta: diffusers ignores it too.
     "eta": Word("no eta", lambda value: True),
     "clean_caption": Word("a prompt that is clean already", lambda value: value is False),
@@ -50,13 +46,11 @@ CALL_WORDS: Mapping[str, Word] = {
     "cross_attention_kwargs": Word("runtime.load_lora(path, scale) for the scale of a LoRA", lambda value: value == {}),
     "callback": Word("callback_on_step_end"),
     "callback_steps": Word("callback_on_step_end, which is called after every step"),
-    "image": Word("a prompt: there is no image-to-image"),
-    "mask_image": Word("a prompt: there is no inpainting"),
-    "control_image": Word("a prompt: there is no ControlNet"),
+    "mask_image": Word("mask"),
+    "padding_mask_crop": Word("an image and a mask that are cropped already"),
     "controlnet_conditioning_scale": Word("a prompt: there is no ControlNet"),
     "frames": Word("a prompt: there is no video"),
     "num_videos_per_prompt": Word("num_images_per_prompt: there is no video"),
-    "strength": Word("a prompt: there is no image-to-image"),
     "pag_applied_layers": Word("the layers at the export: sana-export export --pag-layers"),
     "lora_scale": Word("runtime.load_lora(path, scale)"),
     "steps": Word("num_inference_steps"),
@@ -110,7 +104,7 @@ METHODS: Mapping[str, str] = {
     "unfuse_lora": "runtime.unload_lora()",
     "unload_lora_weights": "runtime.unload_lora()",
     "set_progress_bar_config": "callback_on_step_end, which is called after every step",
-    "scheduler": "runtime.manifest.model.scheduler to read it; an export keeps the checkpoint's scheduler",
+    "scheduler": 'runtime(prompt, scheduler="unipc"), for each call; runtime.manifest.model.scheduler is the checkpoint\'s',
 }
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sana_export.controlnets import CONTROLNETS
 from sana_export.errors import DependencyError, UsageError
 from sana_export.files import require_free
 from sana_export.formats.dtypes import WEIGHT_DTYPES
@@ -135,16 +136,53 @@ def make_autoencoder(
     It consists of config.json and the weights. They are those of the autoencoder of a checkpoint with the same config and seed. The
     other parameters and the errors are those of `make_checkpoint`.
     """
+    return _make_network(
+        "vae", "AutoencoderDC", AUTOENCODER_RECIPES[alias], {"autoencoder": alias}, folder, dtype, seed, shard_size, on_progress
+    )
+
+
+def make_controlnet(
+    alias: str,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    shard_size: int = SHARD_SIZE,
+    on_progress: OnProgress = ignore_progress,
+) -> Path:
+    """Write the ControlNet `alias` (a row of controlnets.CONTROLNETS) to `folder`, for `--controlnet`, and return `folder`.
+
+    Its output layers are random too, which are zero before training, so a control image has an effect. The other parameters and
+    the errors are those of `make_checkpoint`.
+    """
+    config = CONTROLNETS[alias].config
+    return _make_network(
+        "controlnet", "SanaControlNetModel", config, {"controlnet": alias}, folder, dtype, seed, shard_size, on_progress
+    )
+
+
+def _make_network(
+    component: str,
+    class_name: str,
+    config: Mapping[str, Any],
+    marker: Mapping[str, Any],
+    folder: Path,
+    dtype: str,
+    seed: int,
+    shard_size: int,
+    on_progress: OnProgress,
+) -> Path:
+    """Write a network of diffusers to `folder`: config.json and the weights."""
+    import diffusers
     import torch
-    from diffusers import AutoencoderDC
 
     folder = user_path(folder, "the output folder")
     _check_request(folder, dtype)
     with torch.device("meta"):
-        network: Any = AutoencoderDC(**AUTOENCODER_RECIPES[alias])
-    values = {"vae": RandomWeights("vae", shapes_of(network), seed).pieces}
-    marker = {"synthetic": True, "autoencoder": alias, "dtype": dtype, "seed": seed}
-    stored = {"": _stored(network, "vae", dtype, values)}
+        network = getattr(diffusers, class_name)(**config)
+    values = {component: RandomWeights(component, shapes_of(network), seed).pieces}
+    marker = {"synthetic": True, **marker, "dtype": dtype, "seed": seed}
+    stored = {"": _stored(network, component, dtype, values)}
     return _write(folder, marker, stored, network.save_config, "config.json", shard_size, None, on_progress)
 
 
@@ -230,10 +268,11 @@ def _check_request(folder: Path, dtype: str) -> None:
 def _stored(network: Any, component: str, dtype: str, values: Mapping[str, Values] | None) -> StoredWeights:
     import torch
 
+    stem = STEMS.get(component, "diffusion_pytorch_model")
     if values is not None:
-        return StoredWeights(STEMS[component], shapes_of(network), values[component], getattr(torch, dtype))
+        return StoredWeights(stem, shapes_of(network), values[component], getattr(torch, dtype))
     held = network.state_dict()
-    return StoredWeights(STEMS[component], shapes_of(network), lambda name: [held[name]], getattr(torch, dtype))
+    return StoredWeights(stem, shapes_of(network), lambda name: [held[name]], getattr(torch, dtype))
 
 
 def _write_configs(pipeline: Any, folder: Path, dtype: str) -> None:

@@ -86,14 +86,17 @@ TEXT_ENCODER = (
 )
 
 
-RULES = {"transformer": TRANSFORMER, "vae": AUTOENCODER, "text_encoder": TEXT_ENCODER}
+#: A new ControlNet's own layers are zero. A trained one's are not.
+CONTROLNET = (_weight(r"^controlnet_blocks\.", 0.4), *TRANSFORMER)
+
+RULES = {"transformer": TRANSFORMER, "vae": AUTOENCODER, "text_encoder": TEXT_ENCODER, "controlnet": CONTROLNET}
 
 
 @dataclass(frozen=True)
 class RandomWeights:
     """The float32 weights of one network."""
 
-    #: "transformer", "vae" or "text_encoder".
+    #: A row of `RULES`.
     component: str
     #: The shapes of its parameters.
     shapes: Mapping[str, tuple[int, ...]]

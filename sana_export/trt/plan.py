@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.commands import export_command
-from sana_export.contract import DECODERS, DYNAMIC_AXES, GRAPHS, GraphSpec
+from sana_export.contract import DECODERS, DYNAMIC_AXES, ENCODERS, GRAPH_GROUPS, GRAPHS, GraphSpec
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import check_files
 from sana_export.formats.onnx_weights import structure_sha256
@@ -167,9 +167,9 @@ def _chosen(manifest: Manifest, profile: Profile, graphs: Iterable[str] | None) 
     available = [name for name in GRAPHS if name in manifest.graphs]
     available += [name for name in manifest.graphs if name not in GRAPHS]
     if graphs is None:
-        unused = _unused_decoders(manifest, profile)
+        unused = _unused(DECODERS, manifest, profile) | _unused(ENCODERS, manifest, profile)
         return [name for name in available if name not in unused]
-    wanted = set(graphs)
+    wanted = set[str]().union(*(GRAPH_GROUPS.get(name, (name,)) for name in graphs))
     if unknown := sorted(wanted - set(available)):
         raise UsageError(f"the bundle has no graph named {', '.join(unknown)}", wanted=", ".join(available))
     return [name for name in available if name in wanted]
@@ -182,11 +182,14 @@ def _most_branches(manifest: Manifest) -> int:
     return MAX_BRANCHES if manifest.options.pag_layers else MAX_BRANCHES - 1
 
 
-def _unused_decoders(manifest: Manifest, profile: Profile) -> set[str]:
-    """The decoders that the runtime uses for no image of `profile`. None, unless the bundle has all decoders that it does use."""
+def _unused(either: Mapping[bool, set[str]], manifest: Manifest, profile: Profile) -> set[str]:
+    """The graphs of `either` (in one piece, in tiles) that the runtime uses for no image of `profile`.
+
+    None, unless the bundle has all those that it does use.
+    """
     in_tiles = {height * width > UNTILED_AREA for height, width in profile.covered(manifest.model)}
-    used = set().union(*(DECODERS[tiled] for tiled in in_tiles))
-    return set().union(*DECODERS.values()) - used if manifest.graphs.keys() >= used else set()
+    used = set().union(*(either[tiled] for tiled in in_tiles))
+    return set().union(*either.values()) - used if manifest.graphs.keys() >= used else set()
 
 
 def _planned(bundle: Path, manifest: Manifest, spec: EngineSpec, profile: str) -> PlannedEngine:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sana_export.commands import build_command, engines_command
-from sana_export.contract import DECODERS
+from sana_export.contract import DECODERS, ENCODERS, OPTIONAL_GRAPHS
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.manifest import EngineEntry, Manifest, ModelInfo
 from sana_export.profiles import UNTILED_AREA, Range, describe_range, outside
@@ -57,7 +57,8 @@ class EngineSet:
         """The engines for one image of the native size, one per graph that it needs. If none covers that size, the first one."""
         axes = typical_axes(model)
         tiled = axes["image_height"] * axes["image_width"] > UNTILED_AREA
-        unused = DECODERS[not tiled] if self.engines.keys() >= DECODERS[tiled] else set()
+        kinds = [kind for kind in (DECODERS, ENCODERS) if self.engines.keys() >= kind[tiled]]
+        unused = set().union(*(kind[not tiled] for kind in kinds))
         return {graph: self.engine_for(graph, axes) or entries[0] for graph, entries in self.engines.items() if graph not in unused}
 
     def _possible(self, graph: str, axes: Mapping[str, int]) -> list[str]:
@@ -80,18 +81,22 @@ def typical_axes(model: ModelInfo) -> dict[str, int]:
     """The axes of the typical request: one image of the native size."""
     side = model.native_size
     latent, feature = side // model.vae_scale_factor, side // model.decoder_tile_scale
-    lengths = {"latent": latent, "image": side, "feature": feature, "output": side}
+    encoded = side // model.encoder_tile_scale
+    lengths = {"latent": latent, "image": side, "feature": feature, "encoded": encoded, "output": side}
     axes = {f"{kind}_{direction}": length for kind, length in lengths.items() for direction in ("height", "width")}
-    return {"batch": 1, "branches": 1 if model.guidance_embeds else 2, **axes}
+    branches = 1 if model.guidance_embeds else 2
+    return {"batch": 1, "branches": branches, "text_branches": branches, **axes}
 
 
 def runnable(bundle: Path, manifest: Manifest, backend: str, host: Host) -> EngineSet:
     """The engines of `backend` that run on `host`.
 
     Raises ArtifactError if there is none for a graph that every image needs; the error says why each engine does not run and what
-    to do. Which decoder an image needs depends on its size: `EngineSet.check_supported` checks that.
+    to do. Which decoder an image needs depends on its size, and not every request starts from an image: `EngineSet.check_supported`
+    checks that.
     """
-    graphs = [graph for graph in manifest.graphs if graph not in set().union(*DECODERS.values())]
+    sometimes = set().union(*DECODERS.values(), OPTIONAL_GRAPHS)
+    graphs = [graph for graph in manifest.graphs if graph not in sometimes]
     entries = [entry for entry in manifest.engines if entry.backend == backend]
     reasons = {entry.key: incompatibilities(entry, host) for entry in entries}
     found = engine_set(bundle, backend, (entry for entry in entries if not reasons[entry.key]))

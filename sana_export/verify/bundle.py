@@ -27,11 +27,13 @@ from sana_export.known_files import hash_always
 from sana_export.manifest import Manifest, ModelInfo
 from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.runtime import SanaRuntime
+from sana_export.runtime.guidance import WHOLE
 from sana_export.runtime.memory import AUTO
 from sana_export.runtime.request import Request, bins_resolution
 from sana_export.user_paths import user_path
 from sana_export.verify.evaluator_backend import EvaluatorBackend, evaluator_backend, open_runtime
 from sana_export.verify.graph_checks import GRAPH_CHECKS
+from sana_export.verify.intervals import ALL_STEPS, IntervalCost, Intervals, measure_intervals
 from sana_export.verify.quality import Meter, Quality, measure_quality
 from sana_export.verify.reference import call_reference, load_reference
 from sana_export.verify.report import RangeReport, VerifyReport
@@ -83,30 +85,39 @@ def verify_bundle(
     device: int | None = None,
     threads: int | None = None,
     quality: bool = False,
+    intervals: Intervals = ALL_STEPS,
     on_progress: OnProgress = ignore_progress,
 ) -> VerifyReport:
     """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and images.
 
-    `backend`, `device` and `threads` are those of `open_runtime`. `quality` also measures what the images show (quality.py). A
-    bundle with PAG layers is also sampled with PAG. Every file that it loads is hashed. The report is stored in the bundle's
-    manifest. Raises UsageError if the bundle was not exported from `checkpoint`.
+    `backend`, `device` and `threads` are those of `open_runtime`. `quality` also measures what the images show (quality.py), and
+    `intervals`, unless they are all steps, what guidance in them costs (intervals.py). A bundle with PAG layers is also sampled
+    with PAG. Every file that it loads is hashed. The report is stored in the bundle's manifest. Raises UsageError if the bundle was
+    not exported from `checkpoint`.
     """
     bundle = user_path(bundle, "the bundle")
     with hash_always(), open_runtime(bundle, backend, device=device, threads=threads) as runtime:
-        report = _compare(runtime, checkpoint, sampling, quality, on_progress)
+        report = _compare(runtime, checkpoint, sampling, quality, intervals, on_progress)
     with locked(manifest_lock(bundle)):
         replace(Manifest.load(bundle), parity=report.as_json()).save(bundle)
     return report
 
 
 def _compare(
-    runtime: SanaRuntime, checkpoint: SanaCheckpoint, sampling: Sampling, quality: bool, on_progress: OnProgress
+    runtime: SanaRuntime,
+    checkpoint: SanaCheckpoint,
+    sampling: Sampling,
+    quality: bool,
+    intervals: Intervals,
+    on_progress: OnProgress,
 ) -> VerifyReport:
     """The report of `verify_bundle` for the bundle in `runtime`."""
     bundle, manifest, prompts = runtime.bundle, runtime.manifest, sampling.prompts
     check_origin(bundle, manifest, checkpoint)
     for prompt in prompts:  # checks the values before anything is computed
         sampling.request(prompt, manifest.model)
+    # Before the long comparison, so that intervals that the bundle cannot sample are reported at once.
+    cost = None if intervals.whole else _measure_intervals(runtime, checkpoint, sampling, intervals, on_progress)
     pipeline = load_reference(checkpoint, manifest.options, pag=False)
     # A bundle, or its engines, may lack the graphs of the tiled decoder.
     names = [name for name in GRAPH_CHECKS if name in manifest.graphs and runtime.backend.ranges(name) is not None]
@@ -139,6 +150,7 @@ def _compare(
         tuple(replace(row, passed=True, limit="none: the image counts") for row in latents),
         tuple(images),
         measured,
+        cost,
     )
 
 
@@ -166,6 +178,23 @@ def _measure_quality(
         steps=sampling.steps,
         on_progress=on_progress,
     )
+
+
+def _measure_intervals(
+    runtime: SanaRuntime, checkpoint: SanaCheckpoint, sampling: Sampling, intervals: Intervals, on_progress: OnProgress
+) -> IntervalCost:
+    """PAG is on if its interval is not the default."""
+    (cost,) = measure_intervals(
+        runtime,
+        Meter.find(checkpoint.folder),
+        [intervals],
+        pag_scale=0.0 if intervals.pag_interval == WHOLE else PAG_SCALE,
+        guidance_scale=sampling.guidance_scale,
+        prompts=tuple(sampling.prompts),
+        steps=sampling.steps,
+        on_progress=on_progress,
+    )
+    return cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +251,9 @@ def measure_ranges(
             plan = runtime.plan(sampling.request(prompt, manifest.model))
             *_, last = runtime.steps(plan, runtime.encode(plan))
             # Not runtime.decode, which raises an error if the latents overflowed: the report is about overflows.
-            runtime.run("vae_decoder", {"latents": last.latents})
+            image = runtime.run("vae_decoder", {"latents": last.latents})["image"]
+            if "vae_encoder" in manifest.graphs:
+                runtime.run("vae_encoder", {"image": np.nan_to_num(image, posinf=1.0, neginf=-1.0).clip(-1, 1)})
         evaluators = cast(EvaluatorBackend, runtime.backend).evaluators.values()
         rows = [row for evaluator in evaluators for row in cast(RangeMeter, evaluator).ranges()]
     return RangeReport(str(bundle), tuple(prompts), tuple(sorted(rows, key=lambda row: row.headroom)))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from sana_export.contract import HISTORY
 from sana_export.export.example_inputs import CHECK_SIZES, random_inputs
 from sana_export.formats.arrays import Array
+from sana_export.graphs.numerics import NUMERICS
 from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends.base import DeviceTensor
 from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.request import Request
 from sana_export.runtime.resolution import make_resize_plan
@@ -44,8 +47,15 @@ def _check_text_encoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[s
 
 
 def _check_context(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    transformer = pipeline.transformer
-    inputs = _inputs(runtime, "context", seed)
+    return _check_keys_values(runtime, "context", pipeline.transformer, seed)
+
+
+def _check_controlnet_context(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    return _check_keys_values(runtime, "controlnet_context", pipeline.controlnet, seed)
+
+
+def _check_keys_values(runtime: SanaRuntime, graph: str, transformer: Any, seed: int) -> tuple[Array, Array]:
+    inputs = _inputs(runtime, graph, seed)
     embeds = inputs["prompt_embeds"]
     captions = transformer.caption_norm(transformer.caption_projection(embeds))
     layers = []
@@ -56,11 +66,47 @@ def _check_context(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], 
         heads = (*key.shape[:-1], attention.heads, -1)
         factor = (key.shape[-1] // attention.heads) ** -0.5
         layers.append(torch.stack([tensor.view(heads).transpose(2, 3) for tensor in (key * factor, value)]))
-    return _run(runtime, "context", inputs)["context"], torch.stack(layers).numpy()
+    return _run(runtime, graph, inputs)[graph], torch.stack(layers).numpy()
+
+
+def _check_controlnet(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    """Its residuals, with prompts of different lengths in one batch. `context` is the output of the graph `controlnet_context`."""
+    embeds = _inputs(runtime, "controlnet_context", seed + 1)["prompt_embeds"]
+    found, wanted = _run_controlnet(runtime, pipeline, _inputs(runtime, "controlnet", seed + 1), embeds, seed + 1)
+    return runtime.to_host(found).astype(np.float32) / NUMERICS[runtime.manifest.options.dtype].scale, wanted.numpy()
+
+
+def _run_controlnet(
+    runtime: SanaRuntime, pipeline: Any, inputs: Mapping[str, torch.Tensor], embeds: torch.Tensor, seed: int
+) -> tuple[DeviceTensor, torch.Tensor]:
+    """The ControlNet's residuals [R, U, B, h, w, C], stored with the graph's factor, and diffusers' without it.
+
+    The latents, the timestep and the mask are those of `inputs`.
+    """
+    latents, timestep, mask = (inputs[name] for name in ("latents", "timestep", "context_mask"))
+    drawn = _inputs(runtime, "controlnet", seed)
+    control, scale = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)), drawn["conditioning_scale"]
+    context = runtime.run("controlnet_context", {"prompt_embeds": embeds.numpy()})["controlnet_context"]
+    given = {"latents": latents, "timestep": timestep, "context_mask": mask, "control": control, "conditioning_scale": scale}
+    feeds = {name: value.numpy() for name, value in given.items()}
+    found = runtime.run("controlnet", {**feeds, "context": context})["residuals"]
+    branches, batch = mask.shape[:2]
+    samples = pipeline.controlnet(
+        latents.repeat(branches, 1, 1, 1),
+        encoder_hidden_states=embeds.flatten(0, 1),
+        encoder_attention_mask=mask.flatten(0, 1),
+        timestep=timestep.expand(branches * batch),
+        controlnet_cond=control.repeat(branches, 1, 1, 1),
+        conditioning_scale=float(scale),
+    ).controlnet_block_samples
+    return found, torch.stack([*samples]).unflatten(1, (branches, batch)).unflatten(3, tuple(latents.shape[2:]))
 
 
 def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    """All branches without perturbation, with prompts of different lengths in one batch. `context` is the output of that graph."""
+    """All branches without perturbation, with prompts of different lengths in one batch.
+
+    `context` is the output of that graph, and `residuals` that of the ControlNet, if there is one.
+    """
     embeds = _inputs(runtime, "context", seed + 1)["prompt_embeds"]
     inputs = _inputs(runtime, "denoiser", seed + 1)
     inputs["perturbed"] = torch.zeros_like(inputs["perturbed"])
@@ -68,19 +114,26 @@ def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str],
     inputs["timestep"] = torch.from_numpy(timesteps[[seed % len(timesteps)]])
     latents, mask = inputs["latents"], inputs["context_mask"]
     context = runtime.run("context", {"prompt_embeds": embeds.numpy()})["context"]
-    feeds = {name: value.numpy() for name, value in inputs.items() if name != "context"}
-    found = runtime.run("denoiser", {**feeds, "context": context})["noise_pred"]
-    branches, batch = mask.shape[:2]
+    texts, batch = mask.shape[:2]
+    source = inputs.get("source", torch.arange(texts))
+    branches = len(source)
+    made, control = {"context": context}, {}
+    if "residuals" in inputs:
+        made["residuals"], samples = _run_controlnet(runtime, pipeline, inputs, embeds, seed + 1)
+        control["controlnet_block_samples"] = tuple(sample[source].flatten(0, 1).flatten(1, 2) for sample in samples)
+    feeds = {name: value.numpy() for name, value in inputs.items() if name not in made}
+    found = runtime.run("denoiser", {**feeds, **made})["noise_pred"]
     guidance = {}
     if runtime.manifest.model.guidance_embeds:
         scaled = inputs["guidance"] * pipeline.transformer.config.guidance_embeds_scale
         guidance["guidance"] = scaled.expand(branches * batch)
     wanted = pipeline.transformer(
         latents.repeat(branches, 1, 1, 1),
-        encoder_hidden_states=embeds.flatten(0, 1),
-        encoder_attention_mask=mask.flatten(0, 1),
+        encoder_hidden_states=embeds[source].flatten(0, 1),
+        encoder_attention_mask=mask[source].flatten(0, 1),
         timestep=inputs["timestep"].expand(branches * batch),
         **guidance,
+        **control,
     ).sample
     return runtime.to_host(found), wanted.unflatten(0, (branches, batch)).numpy()
 
@@ -95,16 +148,17 @@ def _check_sampler(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], 
 
     generator = TorchGenerator(seed)
     latents = randn_batch(shape, generator) * np.float32(schedule.initial_noise_scale)
-    x0 = noise = np.zeros(shape, np.float32)
+    noise = np.zeros(shape, np.float32)
+    history = [noise] * len(HISTORY)
     for index, prediction in enumerate(predictions):
         if schedule.needs_noise:
             noise = randn_batch(shape, generator)
         found = _run(
             runtime,
             "sampler",
-            sampler_feeds(prediction.numpy(), latents, x0, noise, schedule.coefficients[index], plan.guidance_weights[index]),
+            sampler_feeds(prediction.numpy(), latents, history, noise, schedule.coefficients[index], plan.guidance_weights[index]),
         )
-        latents, x0 = found["next_latents"], found["x0"]
+        latents, history = found["next_latents"], [found["x0"], *history[:-1]]
 
     given = GivenPredictions(pipeline.transformer, predictions.flatten(1, 2))
     wanted = call_reference(_with_transformer(pipeline, given), request, seed, output_type="latent")
@@ -166,6 +220,38 @@ def _check_postprocess(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[st
     return _run(runtime, "postprocess", {"image": image, **tables})["pixels"], np.stack([*map(np.asarray, wanted)])
 
 
+def _check_vae_encoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    return _check_encoder(runtime, pipeline, seed, tile=0)
+
+
+def _check_vae_encoder_head(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    """The features of several windows, encoded by the tail."""
+    return _check_encoder(runtime, pipeline, seed, tile=128)
+
+
+def _check_vae_encoder_tail(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    """The features of the head, from one window."""
+    return _check_encoder(runtime, pipeline, seed, tile=1024)
+
+
+def _check_encoder(runtime: SanaRuntime, pipeline: Any, seed: int, tile: int) -> tuple[Array, Array]:
+    request = replace(_request(runtime), decoder_tile=tile)
+    size = runtime.plan(request).output_height, runtime.plan(request).output_width
+    noise = np.random.default_rng(seed).random((*size, 3), dtype=np.float32)
+    plan = runtime.plan(replace(request, image=noise, strength=1.0))
+    image = torch.from_numpy(noise).permute(2, 0, 1)[None] * 2 - 1
+    wanted = pipeline.vae.encode(image).latent * pipeline.vae.config.scaling_factor
+    return runtime.encode_image(plan), wanted.numpy()
+
+
+def _check_blend(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
+    inputs = _inputs(runtime, "blend", seed)
+    level, mask = inputs["noise_level"], inputs["mask"]
+    noised = (1 - level) * inputs["image_latents"] + level * inputs["noise"]
+    wanted = (1 - mask) * noised + mask * inputs["latents"]
+    return _run(runtime, "blend", inputs)["blended"], wanted.numpy()
+
+
 GRAPH_CHECKS: dict[str, Callable[[SanaRuntime, Any, Sequence[str], int], tuple[Array, Array]]] = {
     "text_encoder": _check_text_encoder,
     "context": _check_context,
@@ -175,6 +261,12 @@ GRAPH_CHECKS: dict[str, Callable[[SanaRuntime, Any, Sequence[str], int], tuple[A
     "vae_decoder_head": _check_vae_decoder_head,
     "vae_decoder_tail": _check_vae_decoder_tail,
     "postprocess": _check_postprocess,
+    "controlnet_context": _check_controlnet_context,
+    "controlnet": _check_controlnet,
+    "vae_encoder": _check_vae_encoder,
+    "vae_encoder_head": _check_vae_encoder_head,
+    "vae_encoder_tail": _check_vae_encoder_tail,
+    "blend": _check_blend,
 }
 
 
@@ -189,7 +281,9 @@ def _request(runtime: SanaRuntime) -> Request:
 
 def _inputs(runtime: SanaRuntime, graph: str, seed: int) -> dict[str, torch.Tensor]:
     lengths = {
-        axis: _supported(runtime, graph, axis, CHECK_SIZES.of(axis)) for axis in vars(CHECK_SIZES) if axis != "spatial_ratio"
+        axis: _supported(runtime, graph, axis, CHECK_SIZES.of(axis))
+        for axis in vars(CHECK_SIZES)
+        if axis not in ("spatial_ratio", "encoder_scale")
     }
     sizes = replace(CHECK_SIZES, **lengths, spatial_ratio=runtime.manifest.model.vae_scale_factor)
     return random_inputs(runtime.manifest.graphs[graph].spec, sizes, seed)

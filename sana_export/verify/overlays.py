@@ -1,15 +1,20 @@
-"""A user's transformer file, autoencoder and LoRAs in the reference, loaded by diffusers and PEFT, not by our own readers."""
+"""A user's transformer file, autoencoder, ControlNet and LoRAs in the reference, loaded by diffusers and PEFT.
+
+A ControlNet's tensors come from our own reader, because diffusers cannot read the original code's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sana_export.adapters import Lora, read_config
+from sana_export.adapters import Lora, alpha_over_rank, read_config
 from sana_export.checkpoint.components import variant_among
 from sana_export.errors import DependencyError
 from sana_export.formats.safetensors_file import TensorFile
 from sana_export.lora_names import PEFT_PREFIX, Parts, find_parts
+from sana_export.lora_scales import scale_of
+from sana_export.verify.lora_formulas import merge_by_formula
 
 if TYPE_CHECKING:
     from sana_export.checkpoint.checkpoint import SanaCheckpoint
@@ -38,11 +43,25 @@ def load_vae(vae: Vae, dtype: Any) -> Any:
     return AutoencoderDC.from_pretrained(vae.folder, variant=variant, local_files_only=True, dtype=dtype)
 
 
-def merge_lora(transformer: Any, lora: Lora) -> None:
-    """Merge a LoRA, multiplied by its scale, into the weights of diffusers' transformer, in place.
+def load_controlnet(checkpoint: SanaCheckpoint, dtype: Any) -> Any:
+    """diffusers' network of the checkpoint's ControlNet, in `dtype`."""
+    from diffusers import SanaControlNetModel
 
-    Raises DependencyError if PEFT is not installed, which diffusers needs for this.
+    controlnet, weights = checkpoint.controlnet, checkpoint.weights("controlnet")
+    assert controlnet is not None
+    network = SanaControlNetModel.from_config(controlnet.config(checkpoint.config("transformer")))
+    network.load_state_dict({name: weights[name].to(dtype) for name in weights}, strict=True, assign=True)
+    return network.eval()
+
+
+def merge_loras(transformer: Any, loras: Sequence[Lora]) -> None:
+    """Merge LoRAs, multiplied by their scales, into the weights of diffusers' transformer, in place and in their order.
+
+    diffusers and PEFT do it where they read the kind. Formulas in float64 do the rest (lora_formulas.py). Raises DependencyError if
+    PEFT is not installed, which diffusers needs for this.
     """
+    if not loras:
+        return
     try:
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
@@ -53,24 +72,38 @@ def merge_lora(transformer: Any, lora: Lora) -> None:
             fix="pip install peft",
         ) from error
     layers = [name.removesuffix(".weight") for name, value in transformer.state_dict().items() if value.ndim in (2, 4)]
-    file = TensorFile(lora.weights)
-    parts = find_parts(lora.path, file, layers)
-    if lora.peft and all(names.down == f"{PEFT_PREFIX}{layer}.lora_A.weight" for layer, names in parts.items()):
+    read = [(lora, file, find_parts(lora.path, file, layers)) for lora in loras for file in [TensorFile(lora.weights)]]
+    # The norms of a DoRA are those of the weights without any LoRA, which are gone once one is merged.
+    if len(loras) > 1 and any("magnitude" in part.names or "dora_scale" in part.names for *_, parts in read for part in parts):
+        merge_by_formula(transformer, read)
+        return
+    for lora, file, parts in read:
+        _merge(transformer, lora, file, parts)
+
+
+def _merge(transformer: Any, lora: Lora, file: TensorFile, parts: Sequence[Parts]) -> None:
+    names = [(part, name) for part in parts for role, name in part.names.items() if role != "alpha"]
+    plain = all(part.kind == "LoRA" and "dora_scale" not in part.names and part.layers == (part.module,) for part in parts)
+    foreign = any(part.kind == "diff" or "dora_scale" in part.names or "alpha" in part.names for part in parts)
+    if (
+        lora.peft
+        and not foreign
+        and all(name.startswith(f"{PEFT_PREFIX}{part.layers[0]}.") and ".default" not in name for part, name in names)
+    ):
         _merge_peft(transformer, lora)
-    elif all(names.down.startswith(f"transformer.{layer}.") and names.alpha is None for layer, names in parts.items()):
+    elif plain and all(name.startswith(f"transformer.{part.module}.") and "alpha" not in part.names for part, name in names):
         _merge_diffusers(transformer, lora)
-    else:
+    elif plain and not any("magnitude" in part.names for part in parts):
         _merge_renamed(transformer, lora, file, parts)
+    else:
+        merge_by_formula(transformer, [(lora, file, parts)])
 
 
 def _merge_peft(transformer: Any, lora: Lora) -> None:
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
 
     model = PeftModel.from_pretrained(transformer, str(lora.weights.parent))
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.scale_layer(lora.scale)
+    _scale_layers(model, lora)
     model.merge_and_unload()
 
 
@@ -84,24 +117,31 @@ def _merge_diffusers(transformer: Any, lora: Lora) -> None:
     _fuse(transformer, lora)
 
 
-def _merge_renamed(transformer: Any, lora: Lora, file: TensorFile, parts: Mapping[str, Parts]) -> None:
+def _merge_renamed(transformer: Any, lora: Lora, file: TensorFile, parts: Iterable[Parts]) -> None:
     """For a LoRA of a program whose names or alphas neither library reads: by the names of diffusers."""
     import torch
 
     config = read_config(lora, file, parts)
     matrices, alphas = {}, {}
-    for layer, names in parts.items():
-        for role, name in (("lora_A", names.down), ("lora_B", names.up)):
-            matrices[f"transformer.{layer}.{role}.weight"] = torch.from_numpy(file[name].read().copy())
-        rank = file[names.down].shape[0]
-        alpha = config.alpha_of(layer) if config is not None else float(rank)
-        if names.alpha is not None:
-            alpha = file[names.alpha].read().item()
-        alphas[f"transformer.{layer}.alpha"] = alpha * (rank**0.5 if config is not None and config.rslora else 1)
+    for part in parts:
+        for role, name in (("lora_A", part.names["down"]), ("lora_B", part.names["up"])):
+            matrices[f"transformer.{part.module}.{role}.weight"] = torch.from_numpy(file[name].read().copy())
+        rank = file[part.names["down"]].shape[0]
+        alphas[f"transformer.{part.module}.alpha"] = rank * alpha_over_rank(lora, file, part, config)
     transformer.load_lora_adapter(matrices, prefix="transformer", adapter_name="overlay", network_alphas=alphas)
     _fuse(transformer, lora)
 
 
 def _fuse(transformer: Any, lora: Lora) -> None:
-    transformer.fuse_lora(lora_scale=lora.scale, adapter_names=["overlay"])
+    _scale_layers(transformer, lora)
+    transformer.fuse_lora(lora_scale=1.0, adapter_names=["overlay"])
     transformer.unload_lora()
+
+
+def _scale_layers(model: Any, lora: Lora) -> None:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lycoris_utils import LycorisLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer | LycorisLayer):
+            module.scale_layer(scale_of(name.removeprefix(PEFT_PREFIX), lora.scale, lora.layer_scales))

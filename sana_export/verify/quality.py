@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from PIL import Image
 from sana_export.errors import ArtifactError
 from sana_export.export.parity import psnr, ssim
 from sana_export.formats.arrays import Array
+from sana_export.manifest import ModelInfo
 from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.request import Request
@@ -110,8 +111,7 @@ class Quality:
         return self.top1 is None or self.reference_top1 is None or abs(self.top1 - self.reference_top1) <= TOP1_LIMIT
 
     def as_json(self) -> dict[str, Any]:
-        finite = {key: str(value) if value is not None and math.isinf(value) else value for key, value in vars(self).items()}
-        return {**finite, "top1_limit_points": TOP1_LIMIT, "passed": self.passed}
+        return {**finite(vars(self)), "top1_limit_points": TOP1_LIMIT, "passed": self.passed}
 
     def as_text(self) -> str:
         lines = [
@@ -151,17 +151,8 @@ def measure_quality(
     samples = [(text, -1) for text in prompts] if meter is None else meter.prompts
     found: list[Array] = []
     wanted: list[Array] = []
-    for index, batch in enumerate(_batches(samples)):
+    for index, request in enumerate(quality_requests(model, samples, steps)):
         on_progress(Progress("sampling for quality", index * BATCH, len(samples)))
-        request = Request(
-            prompt=[text for text, _ in batch],
-            num_inference_steps=steps or model.default_steps,
-            guidance_scale=model.default_guidance_scale,
-            height=model.native_size,
-            width=model.native_size,
-            seed=index,
-            use_resolution_binning=False,
-        )
         for images, more in zip((found, wanted), sample_both(request), strict=True):
             images.extend(more)
     ratios = [psnr(ours, theirs, peak=255.0) for ours, theirs in zip(found, wanted, strict=True)]
@@ -175,12 +166,31 @@ def measure_quality(
     return Quality(
         len(samples),
         *distances,
-        top1=_share(meter.classify(np.stack(found)), concepts),
-        reference_top1=_share(meter.classify(np.stack(wanted)), concepts),
-        renders_top1=_share(meter.classify(meter.renders), meter.render_concepts),
+        top1=share(meter.classify(np.stack(found)), concepts),
+        reference_top1=share(meter.classify(np.stack(wanted)), concepts),
+        renders_top1=share(meter.classify(meter.renders), meter.render_concepts),
         reconstruction_psnr_db=psnr(ours, meter.renders, peak=255.0),
         reference_reconstruction_psnr_db=psnr(reference, meter.renders, peak=255.0),
     )
+
+
+def quality_requests(model: ModelInfo, samples: Iterable[tuple[str, int]], steps: int | None) -> Iterator[Request]:
+    """The requests that sample the prompts of `samples` at the native size, `BATCH` at a time."""
+    for index, batch in enumerate(_batches(samples)):
+        yield Request(
+            prompt=[text for text, _ in batch],
+            num_inference_steps=steps or model.default_steps,
+            guidance_scale=model.default_guidance_scale,
+            height=model.native_size,
+            width=model.native_size,
+            seed=index,
+            use_resolution_binning=False,
+        )
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with infinite numbers as text: JSON has none."""
+    return {key: str(value) if isinstance(value, float) and math.isinf(value) else value for key, value in values.items()}
 
 
 @torch.no_grad()
@@ -197,7 +207,7 @@ def _reconstruct(runtime: SanaRuntime, pipeline: Any, renders: Array) -> tuple[A
     return np.concatenate(decoded[0]), np.concatenate(decoded[1])
 
 
-def _share(found: Array, wanted: Array) -> float:
+def share(found: Array, wanted: Array) -> float:
     """Percent of equal elements."""
     return 100.0 * float((found == wanted).mean())
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sana_export.checkpoint.components import variant_among
 from sana_export.errors import UsageError
 from sana_export.graphs.numerics import FP16_MAX
-from sana_export.verify.overlays import load_transformer, load_vae, merge_lora
+from sana_export.verify.overlays import load_controlnet, load_transformer, load_vae, merge_loras
 
 if TYPE_CHECKING:
     from sana_export.checkpoint.checkpoint import SanaCheckpoint
@@ -21,8 +21,15 @@ if TYPE_CHECKING:
     from sana_export.runtime.request import Request
 
 _SANA = {False: "SanaPipeline", True: "SanaPAGPipeline"}
+_SPRINT = {False: "SanaSprintPipeline"}
 #: The class in model_index.json -> whether to sample with PAG -> the class of diffusers that does that.
-REFERENCES = {"SanaPipeline": _SANA, "SanaPAGPipeline": _SANA, "SanaSprintPipeline": {False: "SanaSprintPipeline"}}
+REFERENCES = {
+    "SanaPipeline": _SANA,
+    "SanaPAGPipeline": _SANA,
+    "SanaControlNetPipeline": _SANA,
+    "SanaSprintPipeline": _SPRINT,
+    "SanaSprintImg2ImgPipeline": _SPRINT,
+}
 #: Parameters that diffusers' pipelines and `Request` share.
 _SHARED = (
     *("prompt", "num_inference_steps", "guidance_scale", "height", "width"),
@@ -75,6 +82,8 @@ def clamp_pag_processors(pipeline: Any) -> None:
 def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, dtypes: Any = None) -> Any:
     """diffusers' pipeline of the checkpoint, with the clamp and, if `pag`, the PAG layers of `options`.
 
+    It samples without a ControlNet. The checkpoint's, if it has one, is the attribute `controlnet`.
+
     `dtypes` is the `dtype` argument of `from_pretrained`, by default float32. Gemma-2's attention is "eager", the only
     implementation that applies its soft capping. Raises UsageError if diffusers cannot sample the checkpoint with PAG.
     """
@@ -103,14 +112,17 @@ def load_reference(checkpoint: SanaCheckpoint, options: Options, *, pag: bool, d
         **layers,
         **given,
     )
-    for lora in checkpoint.loras:
-        merge_lora(pipeline.transformer, lora)
+    merge_loras(pipeline.transformer, checkpoint.loras)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.text_encoder.set_attn_implementation("eager")
     if options.clamp:
         clamp_attention(pipeline.transformer)
         if pag:
             clamp_pag_processors(pipeline)
+    if checkpoint.controlnet is not None:
+        pipeline.controlnet = load_controlnet(checkpoint, dtype("controlnet"))
+        if options.clamp:
+            clamp_attention(pipeline.controlnet)
     return pipeline
 
 

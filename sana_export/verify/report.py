@@ -7,6 +7,7 @@ from typing import Any
 
 from sana_export.export.evaluator import Range
 from sana_export.export.parity import Parity
+from sana_export.verify.intervals import IntervalCost
 from sana_export.verify.quality import Quality
 
 
@@ -32,6 +33,8 @@ class VerifyReport:
     images: tuple[Parity, ...]
     #: What the images show. None: not measured.
     quality: Quality | None = None
+    #: What guidance in an interval of the steps costs. None: not measured.
+    intervals: IntervalCost | None = None
 
     @property
     def passed(self) -> bool:
@@ -41,7 +44,8 @@ class VerifyReport:
     def as_json(self) -> dict[str, Any]:
         rows = {kind: [row.as_json() for row in getattr(self, kind)] for kind in ("graphs", "latents", "images")}
         head = {key: getattr(self, key) for key in ("bundle", "reference", "precision", "backend", "device", "passed")}
-        return {**head, **rows} | ({} if self.quality is None else {"quality": self.quality.as_json()})
+        measured = {"quality": self.quality, "intervals": self.intervals}
+        return {**head, **rows, **{key: value.as_json() for key, value in measured.items() if value is not None}}
 
     def as_text(self) -> str:
         rows = [*self.graphs, *self.latents, *self.images]
@@ -54,8 +58,7 @@ class VerifyReport:
                 f"  {mark} {row.name:{width}}  cosine {row.cosine:.9f}  psnr {row.psnr_db:6.1f} dB  max {row.max_abs:.3g}"
                 f"{identical}  (limit: {row.limit})"
             )
-        if self.quality is not None:
-            lines.append(self.quality.as_text())
+        lines += [measured.as_text() for measured in (self.quality, self.intervals) if measured is not None]
         lines.append("passed" if self.passed else "NOT passed")
         return "\n".join(lines)
 

@@ -13,7 +13,19 @@ from sana_export.bench.candidates.eager import torch_device
 from sana_export.bench.workload import Workload
 
 WORK = Workload("test", 64, 96, 2, 4.5, ("a", "二"), device="cuda")
-JOB = Job("tensorrt", "bundle", "checkpoint", "fp16", "fp16", True, (1, 2), 3, WORK, loras=(("style.safetensors", 0.5),), device=1)
+JOB = Job(
+    "tensorrt",
+    "bundle",
+    "checkpoint",
+    "fp16",
+    "fp16",
+    True,
+    (1, 2),
+    3,
+    WORK,
+    loras=(("style.safetensors", 0.5, (("attn2", 0.25),)),),
+    device=1,
+)
 
 
 def test_a_job_survives_json() -> None:

@@ -58,10 +58,10 @@ def test_onnx_files_count_as_torch_counts(graph: str, sizes: Sizes, tiny_bundle:
     module = build_graph(graph, tiny_checkpoint, manifest.options)
     inputs = random_inputs(graph_spec(graph, tiny_checkpoint, manifest.options), sizes, seed=0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*inputs.values())
+        module(**inputs)
     assert found.flop == counter.get_total_flops()
     assert (found.flop > 0) is (graph not in ("sampler", "postprocess"))
-    assert found == torch_work(lambda: module(*inputs.values()))
+    assert found == torch_work(lambda: module(**inputs))
 
 
 def test_configs_alone_count_as_the_files_do(tiny_bundle: Path, tiny_checkpoint: Any) -> None:

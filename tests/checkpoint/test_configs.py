@@ -124,6 +124,9 @@ SCHEDULERS = {
     "the config names no class": ("FlowMatchEulerDiscreteScheduler", {**left_out("_class_name", "flow_shift"), "shift": 2.5}),
     "the config names no class and DPM": ("DPMSolverMultistepScheduler", left_out("_class_name", "solver_order", "flow_shift")),
     "the name of another class's solver": ("DPMSolverMultistepScheduler", {"solver_type": "bh2"}),
+    "UniPC": ("UniPCMultistepScheduler", {"solver_order": 3, **left_out("solver_type")}),
+    "single steps with DPM's config": ("DPMSolverSinglestepScheduler", {"solver_order": 3}),
+    "stochastic": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
 }
 
 

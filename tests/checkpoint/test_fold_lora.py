@@ -206,9 +206,20 @@ def test_matrices_of_a_convolution_may_be_stored_without_its_kernel(tiny_checkpo
     assert torch.equal(*found)
 
 
-def test_values_that_are_not_finite_are_refused(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite_are_refused_by_the_name_of_their_tensor(tiny_checkpoint, tmp_path, dtype, value):
     layer = "transformer_blocks.0.attn1.to_q"
-    tensors = {f"{layer}.lora_B.weight": torch.full((128, 2), torch.nan), f"{layer}.lora_A.weight": torch.ones(2, 128)}
+    up = torch.full((128, 2), torch.finfo(dtype).max, dtype=dtype)
+    up[77, 1] = value
+    tensors = {f"{layer}.lora_B.weight": up, f"{layer}.lora_A.weight": torch.ones(2, 128)}
+    message = refused(tiny_checkpoint, write(tmp_path / "lora", tensors))
+    assert all(word in message for word in (f"{layer}.lora_B.weight", "not numbers", "[77, 1]"))
+
+
+def test_a_product_that_is_not_finite_is_refused(tiny_checkpoint, tmp_path):
+    layer = "transformer_blocks.0.attn1.to_q"
+    tensors = {f"{layer}.lora_B.weight": torch.full((128, 2), 3e38), f"{layer}.lora_A.weight": torch.ones(2, 128)}
     save_file(tensors, tmp_path / "style.safetensors")
     weights = open_checkpoint(str(tiny_checkpoint.folder), loras=[Lora(tmp_path / "style.safetensors")]).weights("transformer")
     with pytest.raises(ArtifactError, match="leaves the range of float32"):
@@ -279,7 +290,7 @@ def refused(tiny_checkpoint: SanaCheckpoint, path: Path, kind: type[SanaExportEr
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("use_dora", True), ("init_lora_weights", "pissa"), ("peft_type", "LOHA"), ("lora_bias", True)]
+    ("key", "value"), [("use_qalora", True), ("init_lora_weights", "pissa"), ("peft_type", "IA3"), ("lora_bias", True)]
 )
 def test_unsupported_kinds_of_adapters_are_named(tiny_checkpoint, transformer, tmp_path, key, value):
     folder = peft_lora(transformer, tmp_path / "lora", r=4)

@@ -173,7 +173,7 @@ def test_every_call_uses_the_same_commit_token_and_cache(hub, tmp_path):
     assert "hf_secret" not in repr(Hub("hf_secret"))
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionXLPipeline", "SanaVideoPipeline", "SanaControlNetPipeline"])
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionXLPipeline", "SanaVideoPipeline", "SanaImageToVideoPipeline"])
 def test_another_pipeline_is_refused_before_anything_else_is_downloaded(hub, name):
     edit_json(hub.source / "model_index.json", _class_name=name)
     message = refused(ArtifactError)

@@ -157,6 +157,8 @@ def test_8_bit_floats_are_named(tiny_checkpoint, tmp_path):
         ("transformer_blocks.0.ff.net.0.proj.weight", "PixArt"),
         ("text_model.encoder.layers.0.self_attn.q_proj.weight", "CLIP"),
         ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "--lora"),
+        ("lycoris_transformer_blocks_0_attn1_to_q.lokr_w1", "--lora"),
+        ("transformer.transformer_blocks.0.attn1.to_q.hada_w1_a", "--lora"),
     ],
 )
 def test_weights_of_another_network_are_called_what_they_are(tiny_checkpoint, tmp_path, name, what):

@@ -36,6 +36,58 @@ def test_one_image_equals_the_runtimes(tiny_bundle: Path, tiny_runtime: Any, tmp
     assert [path.name for path in output.parent.iterdir()] == ["panda.png"]
 
 
+def test_another_scheduler(tiny_bundle: Path, tiny_runtime: Any, tmp_path: Path, cli: Cli) -> None:
+    size, settings = SMALL[:-2], {**SETTINGS, "num_inference_steps": None}
+    for name, options, given in (
+        ("unipc", ("--scheduler", "unipc", "--steps", 4), {"scheduler": "unipc", "num_inference_steps": 4}),
+        ("heun", ("--scheduler", "heun", "--steps", 2), {"scheduler": "heun", "num_inference_steps": 2}),
+        ("euler", ("--scheduler", "euler", "--sigmas", "1,0.6,0.2"), {"scheduler": "euler", "sigmas": [1, 0.6, 0.2]}),
+        (
+            "json",
+            ("--scheduler", '{"flow_shift": 5.0}', "--steps", 3),
+            {"scheduler": {"flow_shift": 5.0}, "num_inference_steps": 3},
+        ),
+    ):
+        output = tmp_path / f"{name}.png"
+        ran = cli("generate", tiny_bundle, "a cat", "-o", output, *size, "--seed", 7, *options, "--json")
+        wanted = tiny_runtime("a cat", seed=7, **{**settings, **given})
+        assert np.array_equal(pixels(output), np.asarray(wanted.images[0]))
+        assert ran.json["scheduler"] == wanted.scheduler
+        assert ran.json["steps"] == len(ran.json["seconds"]["denoise"]) == {"unipc": 4}.get(name, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--scheduler", "unipcc"), "--scheduler unipc"),
+        (("--scheduler", "{1}"), "is not JSON"),
+        (("--sigmas", "1;2"), "is not a list of numbers"),
+        (("--sigmas", "1,2,nan"), "an item of sigmas is out of range"),
+        (("--sigmas", "0.5"), "takes no custom sigmas"),
+        (("--scheduler", "euler", "--timesteps", "100,200"), "do not make a schedule"),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_cannot_be(tiny_bundle: Path, tmp_path: Path, cli: Cli, options: tuple[str, ...], words: str) -> None:
+    ran = cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "x.png", *options)
+    assert ran.code == 2
+    assert words in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_guidance_in_an_interval(tiny_bundle: Path, tiny_runtime: Any, tmp_path: Path, cli: Cli) -> None:
+    output = tmp_path / "x.png"
+    options = ("--seed", 7, "--guidance-interval", 0.5, 1, "--pag-scale", 2, "--pag-interval", 0, 0.5)
+    ran = cli("generate", tiny_bundle, "a 🐼", "-o", output, *SMALL, *options, "--json")
+    wanted = tiny_runtime("a 🐼", **SETTINGS, seed=7, guidance_interval=(0.5, 1), pag_scale=2, pag_interval=(0, 0.5))
+    assert np.array_equal(pixels(output), np.asarray(wanted.images[0]))
+    assert (ran.json["guidance_interval"], ran.json["pag_interval"]) == ([0.5, 1], [0, 0.5])
+    ran = cli("generate", tiny_bundle, "a 🐼", "-o", tmp_path / "y.png", *SMALL, "--guidance-interval", 0.2, "nan")
+    assert ran.code == 2
+    assert "the stop of guidance_interval is out of range" in ran.err
+    assert not (tmp_path / "y.png").exists()
+
+
 def test_several_images_are_numbered_prompt_by_prompt(tiny_bundle: Path, tiny_runtime: Any, tmp_path: Path, cli: Cli) -> None:
     prompts = ["a cat", "a dog"]
     output = tmp_path / "x.png"

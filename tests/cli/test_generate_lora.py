@@ -36,13 +36,16 @@ def test_the_image_equals_the_runtimes_with_two_loras(
     tiny_bundle: Path, loras: tuple[Path, Path], tmp_path: Path, cli: Cli
 ) -> None:
     output = tmp_path / "x.png"
-    options = ("--lora", f"{loras[0]}:0.8", "--lora", loras[1])
+    options = ("--lora", f"{loras[0]}:0.8", "--lora", f"{loras[1]}:2,attn2=-0.5")
     ran = cli("generate", tiny_bundle, "a cat", "-o", output, *SMALL, *options, "--json")
     assert ran.code == 0
-    assert ran.json["loras"] == [{"path": str(loras[0]), "scale": 0.8}, {"path": str(loras[1]), "scale": 1.0}]
+    assert ran.json["loras"] == [
+        {"path": str(loras[0]), "scale": 0.8},
+        {"path": str(loras[1]), "scale": 2.0, "layer_scales": {"attn2": -0.5}},
+    ]
     runtime = SanaRuntime.from_pretrained(tiny_bundle)
     images = [np.asarray(runtime("a cat", **SETTINGS).images[0])]
-    for path, scale in zip(loras, (0.8, 1.0), strict=True):
+    for path, scale in zip(loras, (0.8, -0.5), strict=True):
         runtime.load_lora(path, scale)
         images.append(np.asarray(runtime("a cat", **SETTINGS).images[0]))
     assert not np.array_equal(images[0], images[1])

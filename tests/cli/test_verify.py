@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from sana_export.verify.bundle import Sampling
+from sana_export.verify.intervals import Intervals
 from tests.support.command_line import Cli
 
-DEFAULTS = {"backend": "auto", "device": None, "threads": None, "quality": False}
+DEFAULTS = {"backend": "auto", "device": None, "threads": None, "quality": False, "intervals": Intervals()}
 
 
 @dataclass
@@ -67,6 +68,9 @@ def test_verify(passed: bool, code: int, tiny_checkpoint: Any, cli: Cli, monkeyp
         "--seed",
         4,
         "--quality",
+        "--guidance-interval",
+        0.2,
+        0.8,
     )
     ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder, "--backend", "onnxruntime", *options, "--json")
     assert ran.code == code
@@ -75,7 +79,8 @@ def test_verify(passed: bool, code: int, tiny_checkpoint: Any, cli: Cli, monkeyp
     assert bundle == Path("bundle")
     assert checkpoint.folder == tiny_checkpoint.folder
     assert sampling == Sampling(prompts=["a cat", "a dog"], height=64, width=96, steps=3, guidance_scale=1.0, seed=4)
-    assert settings == {"backend": "onnxruntime", "device": None, "threads": None, "quality": True}
+    intervals = Intervals(guidance_interval=(0.2, 0.8))
+    assert settings == {**DEFAULTS, "backend": "onnxruntime", "quality": True, "intervals": intervals}
 
 
 def test_verify_leaves_the_defaults_to_the_check(tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +88,17 @@ def test_verify_leaves_the_defaults_to_the_check(tiny_checkpoint: Any, cli: Cli,
     ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder)
     ((_, _, sampling), settings) = calls.seen[0]
     assert (ran.code, sampling, settings) == (0, Sampling(), DEFAULTS)
+
+
+@pytest.mark.parametrize("option", ["--guidance-interval", "--pag-interval"])
+def test_intervals_belong_to_quality(option: str, cli: Cli) -> None:
+    for other in ((), ("--ranges",)):
+        ran = cli("verify", "bundle", "--reference", "tiny", option, 0.2, 0.8, *other)
+        assert ran.code == 2
+        assert f"{option} belongs to --quality" in ran.err
+    ran = cli("verify", "bundle", "--reference", "tiny", "--quality", option, 0.8, 0.2)
+    assert ran.code == 2
+    assert f"fix:    {option} 0.2 0.8" in ran.err
 
 
 def test_ranges_need_no_reference(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

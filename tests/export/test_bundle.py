@@ -13,7 +13,7 @@ import pytest
 
 from sana_export import files as disk
 from sana_export.checkpoint.checkpoint import open_checkpoint
-from sana_export.contract import GRAPHS
+from sana_export.contract import GRAPH_GROUPS, GRAPHS
 from sana_export.errors import DependencyError, UsageError
 from sana_export.export import bundle as bundle_module
 from sana_export.export import graph_files
@@ -197,12 +197,16 @@ def test_too_little_disk_space_is_reported_before_anything_is_written(tiny_check
         export_bundle(tiny_checkpoint, tmp_path / "b", precision="fp32")
     assert "1000000 bytes free" in raised.value.found
     options = bundle_module.choose_options(tiny_checkpoint, "fp32", (), None)
-    wanted = text_bytes(tiny_checkpoint) + OVERHEAD + sum(graph_bytes(name, tiny_checkpoint, options) for name in GRAPHS)
+    wanted = (
+        text_bytes(tiny_checkpoint)
+        + OVERHEAD
+        + sum(graph_bytes(name, tiny_checkpoint, options) for name in GRAPH_GROUPS["default"])
+    )
     assert raised.value.wanted == f"{wanted} bytes"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("name", GRAPH_WEIGHTS)
+@pytest.mark.parametrize("name", [name for name in GRAPH_WEIGHTS if name in GRAPH_GROUPS["default"]])
 def test_the_estimate_of_a_graphs_size(tiny_bundle, tiny_checkpoint, name):
     """The file may be larger, because each tensor starts at a page."""
     manifest = Manifest.load(tiny_bundle)
@@ -269,3 +273,8 @@ def test_unknown_options_are_refused(tiny_checkpoint, tmp_path):
         export_bundle(tiny_checkpoint, tmp_path / "b", graphs=["unet"])
     assert dataclasses.is_dataclass(tiny_checkpoint)
     assert not any(tmp_path.iterdir())
+
+
+def test_no_group_has_the_name_of_a_graph():
+    assert not set(GRAPH_GROUPS) & set(GRAPHS)
+    assert set().union(*GRAPH_GROUPS.values()) == set(GRAPHS)

@@ -26,15 +26,15 @@ class Scale(torch.nn.Module):
         super().__init__()
         self.factor = torch.nn.Parameter(torch.full((3, 1, 1), factor))
 
-    def forward(self, x):
-        return x * self.factor
+    def forward(self, image):
+        return image * self.factor
 
 
 class Normalize(torch.nn.Module):
     """Has an epsilon that the ONNX optimizer takes for zero."""
 
-    def forward(self, x):
-        return x / (x.abs().sum(1, keepdim=True) + 1e-12)
+    def forward(self, image):
+        return image / (image.abs().sum(1, keepdim=True) + 1e-12)
 
 
 def export(module, spec, path):

@@ -22,9 +22,9 @@ SPEC = GraphSpec(
 class Reshapes(torch.nn.Module):
     """Every operator that is exchanged, and reshapes that copy, that do not and of what is not contiguous."""
 
-    def forward(self, x):
-        batch, channels, height, width = x.shape
-        first, second = (1.0 - x).chunk(2, dim=1)
+    def forward(self, image):
+        batch, channels, height, width = image.shape
+        first, second = (1.0 - image).chunk(2, dim=1)
         x = torch.cat([first.square(), second.reshape(batch, 2, -1).reshape(second.shape)], dim=1)
         x = x.flatten(2).unflatten(1, (2, -1)).flatten(1, 2).transpose(1, 2)
         x = x.reshape(batch, -1, channels).unflatten(1, (height, width)).transpose(0, 1).flatten(0, 1)
@@ -52,8 +52,8 @@ def test_a_graph_is_traced_once(tiny_checkpoint, name, monkeypatch):
 @pytest.mark.parametrize("operator", [torch.relu_, lambda x: x.addcmul(x, x)], ids=["it writes to its input", "it decomposes"])
 def test_what_needs_it_is_decomposed(operator):
     class Module(torch.nn.Module):
-        def forward(self, x):
-            return operator(x * 2).permute(0, 2, 3, 1).to(torch.float16)
+        def forward(self, image):
+            return operator(image * 2).permute(0, 2, 3, 1).to(torch.float16)
 
     with torch.no_grad():
         program = trace(Module(), SPEC, random_inputs(SPEC, TRACE_SIZES, seed=0))

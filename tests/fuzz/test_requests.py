@@ -12,15 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sana_export.architectures import SCHEDULER_DEFAULTS
 from sana_export.cli.main import parse
 from sana_export.errors import Cancelled, SanaExportError, UsageError
 from sana_export.numeric import MAX_IMAGES, MAX_SIDE, MAX_STEPS
 from sana_export.runtime import Request, SanaRuntime
 from sana_export.runtime.inputs import MAX_PIXELS
 from sana_export.runtime.pipeline import CALL_PARAMETERS
+from sana_export.runtime.scheduler_choice import NAMES as SCHEDULER_NAMES
 from sana_export.runtime.words import CALL_WORDS
+from sana_export.supported import SCHEDULERS
 from tests.fuzz.support import MIB, at_most
 
+SETTINGS = ["_class_name", *sorted({key for defaults in SCHEDULER_DEFAULTS.values() for key in defaults})]
 NAMES = [item.name for item in fields(Request)]
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "use_resolution_binning": False, "num_inference_steps": 1}
 
@@ -82,6 +86,11 @@ USUAL = st.fixed_dictionaries(
         "decoder_tile": st.integers(-8, 20000),
         "seed": st.integers(-(2**65), 2**65) | st.lists(st.integers(), max_size=3),
         "use_resolution_binning": st.booleans(),
+        "scheduler": st.sampled_from([*SCHEDULER_NAMES, *SCHEDULERS])
+        | st.dictionaries(
+            st.sampled_from(SETTINGS), NUMBERS | st.booleans() | st.sampled_from(["zero", "sigma_min", "bh1"]), max_size=3
+        ),
+        "sigmas": st.lists(st.floats(0, 1.1), max_size=4).map(lambda values: sorted(values, reverse=True)),
         "complex_human_instruction": st.booleans() | st.lists(TEXTS, max_size=3),
     },
 )
@@ -101,7 +110,7 @@ def test_a_request_has_a_plan_within_the_limits_or_an_error(tiny_runtime: SanaRu
     assert 1 <= images <= MAX_IMAGES
     assert images * plan.output_height * plan.output_width <= MAX_PIXELS
     assert max(plan.output_height, plan.output_width, 32 * height, 32 * width) <= MAX_SIDE
-    assert 1 <= len(plan.schedule.timesteps) <= MAX_STEPS
+    assert 1 <= len(plan.schedule.timesteps) < 2 * MAX_STEPS
     assert np.isfinite(plan.schedule.coefficients).all()
     assert np.isfinite(plan.guidance_weights).all()
     assert len(plan.seeds) in (1, images)

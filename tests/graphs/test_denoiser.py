@@ -70,15 +70,16 @@ def run_reference(transformer, inputs) -> torch.Tensor:
 
 
 @torch.no_grad()
-def run_graphs(transformer, inputs, *, perturbed=None, clamp=False, pag_layers=(), dtype="float32") -> torch.Tensor:
-    """The graphs' noise_pred [K, B, 32, h, w]."""
+def run_graphs(transformer, inputs, *, perturbed=None, source=None, clamp=False, pag_layers=(), dtype="float32") -> torch.Tensor:
+    """The graphs' noise_pred [K, B, 32, h, w]. Each branch continues the text branch of its number, if `source` is None."""
     config, weights, numerics = dict(transformer.config), transformer.state_dict(), NUMERICS[dtype]
     context = Context(config, weights, numerics)(inputs["prompt_embeds"])
     denoiser = Denoiser(config, weights, numerics, clamp=clamp, pag_layers=pag_layers)
-    branches = inputs["context_mask"].shape[0]
-    perturbed = torch.zeros(branches) if perturbed is None else perturbed
-    guidance = {"guidance": inputs["guidance"]} if config["guidance_embeds"] else {}
-    return denoiser(inputs["latents"], inputs["timestep"], context, inputs["context_mask"], perturbed, **guidance)
+    source = torch.arange(len(inputs["context_mask"])) if source is None else source
+    perturbed = torch.zeros(len(source)) if perturbed is None else perturbed
+    others = {"guidance": inputs["guidance"]} if config["guidance_embeds"] else {}
+    others |= {"source": source} if pag_layers else {}
+    return denoiser(inputs["latents"], inputs["timestep"], context, inputs["context_mask"], perturbed, **others)
 
 
 def assert_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -127,6 +128,37 @@ def test_perturbed_attention_equals_diffusers(layers):
     assert_equal(found, run_reference(transformer, inputs))
     assert torch.equal(found[:2], plain[:2])
     assert (found[2] - plain[2]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("layers", [(0,), (1,), (2,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_a_perturbed_branch_continues_the_branch_of_its_prompt(layers, prompts):
+    """Equal to a run with all branches from the start, up to the rounding of PyTorch's products of other sizes."""
+    transformer = make_transformer({"qk_norm": "rms_norm_across_heads"})
+    inputs = draw_inputs(transformer, branches=prompts)
+    source, perturbed = torch.tensor([*range(prompts), prompts - 1]), torch.tensor([0.0] * prompts + [1.0])
+    repeated = inputs | {key: inputs[key][source] for key in ("prompt_embeds", "context_mask")}
+    found = run_graphs(transformer, inputs, perturbed=perturbed, source=source, pag_layers=layers)
+    wanted = run_graphs(transformer, repeated, perturbed=perturbed, pag_layers=layers)
+    assert_equal(found, wanted)
+    assert (found[-1] - found[-2]).abs().max() > 1e-2
+
+
+def test_layers_before_the_first_perturbed_attention_run_without_the_perturbed_branch():
+    """The rows of every layer, counted where its blocks are called. Its first linear attention runs before it, too."""
+    transformer = make_transformer({})
+    inputs, rows = draw_inputs(transformer, branches=2, batch=1), []
+    config, weights, numerics = dict(transformer.config), transformer.state_dict(), NUMERICS["float32"]
+    denoiser = Denoiser(config, weights, numerics, clamp=False, pag_layers=(1,))
+    for block in denoiser.blocks:
+        for method in ("self_attention", "feed_forward"):
+            original = getattr(block, method)
+            setattr(block, method, lambda x, *others, run=original: rows.append(len(x)) or run(x, *others))
+    source, perturbed = torch.tensor([0, 1, 1]), torch.tensor([0.0, 0.0, 1.0])
+    context = Context(config, weights, numerics)(inputs["prompt_embeds"])
+    with torch.no_grad():
+        denoiser(inputs["latents"], inputs["timestep"], context, inputs["context_mask"], perturbed, source=source)
+    assert rows == [1, 2, 2, 3, 3, 3]
 
 
 def test_perturbed_attention_keeps_the_query_key_norm_of_the_other_branches():

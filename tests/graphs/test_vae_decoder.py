@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -14,8 +12,8 @@ from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoder, VaeDecoderHead, VaeDecoderTail, feature_channels, tile_halo, tile_scale
 from sana_export.runtime.decoding import assemble, plan_windows
 from sana_export.supported import VAE_ACTIVATIONS, VAE_BLOCKS, unsupported
-from sana_export.synth.checkpoint import build_pipeline
 from sana_export.synth.recipes import RECIPES
+from tests.support.vae import build_vae
 
 CONFIGS = {
     "plain": {},
@@ -37,17 +35,6 @@ CONFIGS = {
         "encoder_block_out_channels": (16, 32, 32, 32, 32),
     },
 }
-
-
-def build_vae(config):
-    """diffusers' autoencoder with the widths of `tiny-random`, `config` and random weights, batch norms included."""
-    recipe = RECIPES["tiny-random"]
-    vae = build_pipeline(replace(recipe, vae={**recipe.vae, **config})).vae
-    for module in vae.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0.0, 0.5)
-            module.running_var.uniform_(0.2, 2.0)
-    return vae
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -13,7 +13,7 @@ import pytest
 
 from sana_export import Request, SanaRuntime
 from sana_export.errors import Cancelled, DependencyError, UsageError
-from sana_export.runtime.batches import EQUAL, JOINED, READ_AHEAD, RequestJob, batch_key, draw_in_batches, joined
+from sana_export.runtime.batches import ALONE, EQUAL, JOINED, READ_AHEAD, RequestJob, batch_key, draw_in_batches, joined
 from sana_export.runtime.request import Plan
 
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "use_resolution_binning": False, "num_inference_steps": 2}
@@ -127,7 +127,7 @@ def test_requests_that_need_other_work_are_not(tiny_runtime: SanaRuntime, words:
 
 
 def test_every_field_of_a_plan_is_joined_or_equal() -> None:
-    assert sorted((*JOINED, *EQUAL)) == sorted(item.name for item in fields(Plan))
+    assert sorted((*JOINED, *EQUAL, *ALONE)) == sorted(item.name for item in fields(Plan))
 
 
 def test_requests_are_read_as_they_are_needed(tiny_runtime: SanaRuntime) -> None:

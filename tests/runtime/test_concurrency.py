@@ -24,7 +24,7 @@ from sana_export.machine import Gpu
 from sana_export.profiles import Profile
 from sana_export.runtime import Request, SanaRuntime
 from sana_export.runtime.backends.tensorrt import EngineSession, TensorRTBackend
-from sana_export.runtime.sampling import KEPT_LOOPS, LoopCache
+from sana_export.runtime.loops import KEPT_LOOPS, LoopCache
 from sana_export.trt.compatibility import Host
 from tests.support.host_device import HostDevice
 from tests.support.host_tensorrt import HostTensorRT, with_engines

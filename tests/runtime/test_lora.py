@@ -338,7 +338,7 @@ def test_alpha_tensors_are_read(runtime: SanaRuntime, lora: Path, tmp_path: Path
     save_file({**{key: value for key, value in tensors.items() if name in key}, f"{name}.alpha": torch.tensor(6.0)}, path)
     targets = runtime.manifest.graphs["denoiser"].lora_targets
     (fold,) = read_adapter(Lora(path, 0.5), targets).folds.values()
-    assert fold.factor == 0.5 * 6 / 4
+    assert fold.delta.factor == 0.5 * 6 / 4
 
 
 def test_the_torch_backend_loads_and_unloads_a_lora(tiny_bundle: Path, runtime: SanaRuntime, lora: Path) -> None:

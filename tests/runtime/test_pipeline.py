@@ -117,8 +117,8 @@ def test_only_the_branches_that_guidance_needs_run(
 ) -> None:
     plan = tiny_runtime.plan(Request("fox", guidance_scale=guidance_scale, pag_scale=pag_scale, num_inference_steps=2))
     np.testing.assert_array_equal(plan.guidance_weights, np.array([weights, weights], dtype=np.float32))
-    np.testing.assert_array_equal(plan.perturbed, np.array(perturbed, dtype=np.float32))
-    assert len(plan.texts) == len(weights)
+    np.testing.assert_array_equal(plan.branches.perturbed, np.array(perturbed, dtype=np.float32))
+    assert len(plan.texts) == len(weights) - sum(perturbed)
 
 
 @pytest.mark.parametrize(("height", "width"), [(200, 300), (333, 150)])

@@ -110,7 +110,7 @@ def test_the_defaults_are_those_of_diffusers(sprint_runtime: SanaRuntime) -> Non
 def test_any_guidance_runs_one_branch(sprint_runtime: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
     plan = sprint_runtime.plan(Request("a fox", guidance_scale=6.0, num_inference_steps=3))
     np.testing.assert_array_equal(plan.guidance_weights, np.ones((3, 1), dtype=np.float32))
-    np.testing.assert_array_equal(plan.perturbed, np.zeros(1, dtype=np.float32))
+    np.testing.assert_array_equal(plan.branches.perturbed, np.zeros(1, dtype=np.float32))
     assert tiny_runtime.plan(Request("a fox", guidance_scale=6.0)).guidance is None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderDC, SanaTransformer2DModel
+from diffusers import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, Gemma2Model
@@ -35,6 +35,7 @@ HALF_RELATIVE_LIMIT = 1e-2
 
 CLASSES: dict[str, Callable[..., torch.nn.Module]] = {
     "transformer": SanaTransformer2DModel,
+    "controlnet": SanaControlNetModel,
     "vae": AutoencoderDC,
     "text_encoder": lambda **config: Gemma2Model(Gemma2Config(**config)),
 }

@@ -73,12 +73,22 @@ def heat_decoder(decoder: Any) -> None:
     Every other channel inside the residual blocks stays far below, so that SiLU does not act like ReLU. The gates of every other
     attention block stay small too. In the remaining blocks even 1/4096 of the gated product exceeds the range of float16.
     """
+    _heat_autoencoder(decoder.conv_in, decoder.up_blocks)
+
+
+@torch.no_grad()
+def heat_encoder(encoder: Any) -> None:
+    """Do the same to a DC-AE encoder. Its latents get as large as its stream."""
+    _heat_autoencoder(getattr(encoder.conv_in, "conv", encoder.conv_in), encoder.down_blocks)
+
+
+def _heat_autoencoder(conv_in: Any, stages: Any) -> None:
     stream, quiet, blocks = 1e4, 256, 0
-    decoder.conv_in.weight *= stream
-    decoder.conv_in.bias *= stream
-    for module in decoder.up_blocks.modules():
+    conv_in.weight *= stream
+    conv_in.bias *= stream
+    for module in stages.modules():
         kind = type(module).__name__
-        if kind == "DCUpBlock2d":
+        if kind in ("DCUpBlock2d", "DCDownBlock2d"):
             module.conv.bias *= stream
         elif kind == "ResBlock":
             module.conv1.weight[::2] /= quiet

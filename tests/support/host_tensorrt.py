@@ -147,6 +147,9 @@ class Context:
             for of, inner in (("image", "latent"), ("feature", "latent"), ("tile_image", "tile")):
                 if (length := axes.get(f"{inner}_{direction}")) is not None:
                     axes.setdefault(f"{of}_{direction}", length * self.engine.scales[of])
+            for of, inner in (("image", "latent"), ("encoded", "latent"), ("window_image", "window")):
+                if (length := axes.get(f"{of}_{direction}")) is not None:
+                    axes.setdefault(f"{inner}_{direction}", length // self.engine.scales[of])
         (tensor,) = [tensor for tensor in (*self.engine.spec.inputs, *self.engine.spec.outputs) if tensor.name == name]
         return tuple(axis if isinstance(axis, int) else axes[axis] for axis in tensor.shape)
 
@@ -381,7 +384,14 @@ def with_engines(bundle: Path, profile: Profile | str = "default", *, activation
     profile = PROFILES[profile] if isinstance(profile, str) else profile
     ranges = profile.ranges(manifest.model, instruction_tokens=4000)
     scale, factor = manifest.model.decoder_tile_scale, manifest.model.vae_scale_factor
-    scales = {"image": factor, "feature": factor // scale, "tile_image": scale}
+    encoded = manifest.model.encoder_tile_scale
+    scales = {
+        "image": factor,
+        "feature": factor // scale,
+        "tile_image": scale,
+        "encoded": factor // encoded,
+        "window_image": encoded,
+    }
     for name, graph in manifest.graphs.items():
         own = {axis: ranges[axis] for axis in dynamic_axes(graph.spec)}
         content = {

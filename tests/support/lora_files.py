@@ -22,12 +22,14 @@ def load_transformer(checkpoint: SanaCheckpoint) -> Any:
     return SanaTransformer2DModel.from_pretrained(checkpoint.folder, subfolder="transformer")
 
 
-def randomized(model: Any, seed: int = 0) -> Any:
-    """`model` with new random adapter matrices, so that B is not zero."""
+def randomized(model: Any, seed: int = 0, factor: float = 0.1) -> Any:
+    """`model` with new random adapter matrices, so that B is not zero. The norms of a DoRA change by up to a half."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.named_parameters():
-        if "lora_" in name:
-            value.data = 0.1 * torch.randn(value.shape, generator=generator)
+        if "magnitude" in name:
+            value.data = value.data * (0.5 + torch.rand(value.shape, generator=generator))
+        elif any(part in name for part in ("lora_", "lokr_", "hada_")):
+            value.data = factor * torch.randn(value.shape, generator=generator)
     return model
 
 
@@ -38,13 +40,13 @@ def peft_lora(transformer: Any, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def diffusers_lora(transformer: Any, folder: Path, *, metadata: bool = True, **options: Any) -> Path:
+def diffusers_lora(transformer: Any, folder: Path, *, metadata: bool = True, seed: int = 0, **options: Any) -> Path:
     """An adapter in diffusers' format, saved by diffusers."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
 
     transformer.add_adapter(LoraConfig(target_modules=list(TARGETS), init_lora_weights=True, **options))
-    randomized(transformer)
+    randomized(transformer, seed)
     extra = _collate_lora_metadata({"transformer": transformer}) if metadata else {}
     SanaPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(transformer), **extra)
     return folder
@@ -108,13 +110,37 @@ def pair(layer: str = LAYER, *, width: int = 64, rank: int = 4, up: str = ".lora
 def refusals(width: int) -> dict[str, tuple[dict[str, torch.Tensor], tuple[str, ...]]]:
     depthwise = "transformer.transformer_blocks.0.ff.conv_depth"
     return {
-        "DoRA": (
-            {**pair(width=width), f"{LAYER}.lora_magnitude_vector": torch.zeros(1)},
-            ("DoRA", f"{LAYER}.lora_magnitude_vector"),
+        "DoRA without norms": (
+            {
+                **pair(width=width),
+                **pair(LAYER.replace("to_q", "to_k"), width=width),
+                f"{LAYER}.lora_magnitude_vector": torch.ones(width),
+            },
+            ("is incomplete", "no lora_magnitude_vector of transformer_blocks.0.attn1.to_k"),
+        ),
+        "DoRA of another width": (
+            {**pair(width=width), f"{LAYER}.dora_scale": torch.zeros(1, 2 * width)},
+            (f"{LAYER}.dora_scale", f"[1, {2 * width}]", f"[{width}, 1] or [1, {width}]"),
         ),
         "original names": (
-            {"lora_unet_blocks_0_attn_qkv.lora_down.weight": torch.zeros(2, 2)},
-            ("original Sana code", "lora_unet_blocks_0_attn_qkv", "_diffusers"),
+            {f"lora_unet_blocks_0_attn_qkv.lora_{end}.weight": torch.zeros(2, 2) for end in ("down", "up")},
+            ("lora_unet_blocks_0_attn_qkv.lora_down.weight", "[2, 2]", "for blocks.0.attn.qkv.weight of ["),
+        ),
+        "original names, deeper": (
+            {f"blocks.99.attn.qkv.lora_{matrix}.weight": torch.zeros(2, 2) for matrix in "AB"},
+            ("another model", "blocks.99.attn.qkv, which"),
+        ),
+        "a fused layer and its part": (
+            {**{f"blocks.0.attn.qkv.lora_{matrix}.weight": torch.zeros(2, 2) for matrix in "AB"}, **pair(width=width)},
+            ("two tensors for one matrix of transformer_blocks.0.attn1.to_q", "blocks.0.attn.qkv.lora_A.weight"),
+        ),
+        "norms of a fused layer's columns": (
+            {
+                "blocks.0.attn.qkv.lora_A.weight": torch.zeros(2, width),
+                "blocks.0.attn.qkv.lora_B.weight": torch.zeros(3 * width, 2),
+                "blocks.0.attn.qkv.dora_scale": torch.zeros(1, width),
+            },
+            ("blocks.0.attn.qkv.dora_scale", f"[{3 * width}, 1]"),
         ),
         "text encoder": (
             pair("text_encoder.layers.0.self_attn.q_proj"),
@@ -124,8 +150,54 @@ def refusals(width: int) -> dict[str, tuple[dict[str, torch.Tensor], tuple[str, 
             {"lora_te_layers_0_self_attn_q_proj.lora_down.weight": torch.zeros(2, 2)},
             ("changes the text encoder", "lora_te_layers_0"),
         ),
-        "LoKr": ({f"{LAYER}.lokr_w1": torch.zeros(2, 2)}, ("is a LoKr", f"{LAYER}.lokr_w1")),
-        "LoHa": ({"lora_unet_transformer_blocks_0_attn1_to_q.hada_w1_a": torch.zeros(2, 2)}, ("is a LoHa", "hada_w1_a")),
+        "half a LoKr": ({f"{LAYER}.lokr_w1": torch.zeros(2, 2)}, ("is incomplete", "no lokr_w2 of")),
+        "half a factor": (
+            {f"{LAYER}.lokr_w1": torch.zeros(2, 2), f"{LAYER}.lokr_w2_a": torch.zeros(2, 2)},
+            ("is incomplete", "no lokr_w2_b of"),
+        ),
+        "a LoKr of another width": (
+            {f"{LAYER}.lokr_w1": torch.zeros(2, 2), f"{LAYER}.lokr_w2": torch.zeros(width, width // 2)},
+            (f"{LAYER}.lokr_w2", f"[{width}, {width // 2}]", f"[{width // 2}, {width // 2}]"),
+        ),
+        "a LoKr that does not divide": (
+            {f"{LAYER}.lokr_w1": torch.zeros(3, 2), f"{LAYER}.lokr_w2": torch.zeros(width // 3, width // 2)},
+            (f"{LAYER}.lokr_w2", "does not fit this checkpoint"),
+        ),
+        "half a LoHa": (
+            {"lora_unet_transformer_blocks_0_attn1_to_q.hada_w1_a": torch.zeros(2, 2)},
+            ("is incomplete", "no hada_w1_b of transformer_blocks.0.attn1.to_q"),
+        ),
+        "a LoHa of two ranks": (
+            {
+                **{f"{LAYER}.hada_w{index}_a": torch.zeros(width, 1 + index) for index in (1, 2)},
+                **{f"{LAYER}.hada_w{index}_b": torch.zeros(1 + index, width) for index in (1, 2)},
+            },
+            (f"{LAYER}.hada_w2_a", f"[{width}, 3]", f"[{width}, 2]"),
+        ),
+        "two kinds": (
+            {**pair(width=width), f"{LAYER}.diff": torch.zeros(width, width)},
+            ("tensors of several kinds for transformer_blocks.0.attn1.to_q", f"{LAYER}.diff"),
+        ),
+        "a difference of another width": (
+            {f"{LAYER}.diff": torch.zeros(width, 2 * width)},
+            (f"{LAYER}.diff", f"[{width}, {2 * width}]", f"[{width}, {width}]"),
+        ),
+        "differences of biases": (
+            {f"{LAYER}.diff": torch.zeros(2), f"{LAYER}.diff_b": torch.zeros(2)},
+            ("biases", f"{LAYER}.diff_b"),
+        ),
+        "norms": ({"lycoris_caption_norm.w_norm": torch.zeros(2)}, ("a LoRA with norms", "lycoris_caption_norm.w_norm")),
+        "(IA)³": ({f"{LAYER}.weight": torch.zeros(2), f"{LAYER}.on_input": torch.zeros(())}, ("an (IA)³", f"{LAYER}.on_input")),
+        "T-LoRA": ({f"{LAYER}.lambda_layer": torch.zeros(1, 2)}, ("a T-LoRA", f"{LAYER}.lambda_layer")),
+        "Tucker LoKr": ({f"{LAYER}.lokr_t2": torch.zeros(2, 2)}, ("Tucker", f"{LAYER}.lokr_t2")),
+        "OneTrainer's embeddings": (
+            {**pair(width=width), "bundle_emb.x.gemma": torch.zeros(2)},
+            ("the text encoder", "bundle_emb.x.gemma"),
+        ),
+        "too high a rank": (
+            {f"{LAYER}.lora_A.weight": torch.zeros(16_385, width), f"{LAYER}.lora_B.weight": torch.zeros(width, 16_385)},
+            (f"{LAYER}.lora_A.weight", "too high a rank", "16385"),
+        ),
         "OFT": ({f"{LAYER}.oft_R.weight": torch.zeros(2, 2)}, ("an OFT", f"{LAYER}.oft_R.weight")),
         "LoCon": ({**pair(width=width), f"{LAYER}.lora_mid.weight": torch.zeros(4, 4)}, ("Tucker", f"{LAYER}.lora_mid.weight")),
         "two adapters": (

@@ -60,7 +60,6 @@ def write_onnx(path: Path, spec: GraphSpec, nodes: Iterable[Any], weights: dict[
 def sampler(path: Path, seed: int) -> GraphSpec:
     """float32 inputs with the axes batch, branches and both latent sizes; no weights of its own."""
     spec = resolve("sampler", DIMENSIONS, "float16")
-    names = [tensor.name for tensor in spec.inputs]
     nodes = [
         helper.make_node("Reshape", ["weights", "column"], ["w"]),
         helper.make_node("Mul", ["noise_pred", "w"], ["weighted"]),
@@ -68,7 +67,7 @@ def sampler(path: Path, seed: int) -> GraphSpec:
         helper.make_node("Gather", ["coefficients", "first"], ["c"], axis=0),
         helper.make_node("Mul", ["guided", "c"], ["scaled"]),
         helper.make_node("Add", ["latents", "scaled"], ["x0"]),
-        helper.make_node("Add", [names[2], names[3]], ["other"]),
+        helper.make_node("Add", ["previous_x0", "noise"], ["other"]),
         helper.make_node("Add", ["x0", "other"], ["next_latents"]),
     ]
     column = np.array([-1, 1, 1, 1, 1], np.int64)

@@ -6,6 +6,7 @@ from typing import Any
 import onnx
 import pytest
 
+from sana_export.contract import GRAPH_GROUPS, resolve
 from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.files import FileEntry, file_entry, hash_file
 from sana_export.manifest import EngineEntry, GraphEntry, Manifest
@@ -328,6 +329,31 @@ def test_only_the_decoders_that_a_profile_uses_are_built(
 
     assert tuple(planned(bundle, profile=shapes)) == ("sampler", *wanted)
     assert tuple(planned(bundle, profile=shapes, graphs=held)) == held
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [((2048, 2048), ("vae_encoder",)), ((4096, 2080), ("vae_encoder_head", "vae_encoder_tail"))],
+)
+def test_only_the_encoders_that_a_profile_uses_are_built(size: tuple[int, int], wanted: tuple[str, ...], bundle: Path) -> None:
+    """A group of graphs can be built by its name."""
+    manifest = Manifest.load(bundle)
+    model = dataclasses.replace(model_info(128), encoder_tile_halo=3, encoder_tile_scale=8)
+    held = GRAPH_GROUPS["img2img"]
+    graphs = {
+        name: dataclasses.replace(
+            manifest.graphs["sampler"], spec=resolve(name, {"latent_channels": 4, "encoder_feature_channels": 8}, "float32")
+        )
+        for name in held
+    }
+    dataclasses.replace(manifest, model=model, graphs={"sampler": manifest.graphs["sampler"], **graphs}).save(bundle)
+    shapes = custom_profile(model, height=size[0], width=size[1])
+    assert tuple(planned(bundle, profile=shapes)) == ("sampler", *wanted, "blend")
+    every = planned(bundle, profile=shapes, graphs=["img2img"])
+    assert tuple(every) == held
+    head, tail = (every[name].spec.ranges for name in ("vae_encoder_head", "vae_encoder_tail"))
+    assert head["window_image_width"] == (8 * (256 // 8 + 6), 8 * (1024 // 8 + 6), 8 * (1024 // 8 + 6))
+    assert tail["encoded_height"] == (size[0] // 8,) * 3
 
 
 def test_guidance_that_is_embedded_leaves_one_branch(bundle: Path) -> None:

@@ -92,7 +92,7 @@ def open_job(job: Job) -> SanaCheckpoint:
         weights_variant=job.weights_variant,
         transformer_file=None if job.transformer is None else Path(job.transformer),
         vae=None if job.vae is None else Vae(job.vae, Path(job.vae), job.weights_variant),
-        loras=tuple(Lora(Path(path), scale) for path, scale in job.loras),
+        loras=tuple(Lora(Path(path), scale, layer_scales) for path, scale, layer_scales in job.loras),
     )
 
 

@@ -15,6 +15,7 @@ from sana_export.bench.stages import StageTimes
 from sana_export.bench.work.count import BUNDLE, REFERENCE
 from sana_export.bench.workload import Workload
 from sana_export.errors import UsageError
+from sana_export.lora_scales import LayerScales
 from sana_export.runtime.backends import BACKENDS
 
 BASELINE = "eager"
@@ -48,8 +49,8 @@ class Job:
     transformer: str | None = None
     #: The folder of an autoencoder that replaces the checkpoint's, or None.
     vae: str | None = None
-    #: Path and scale of each LoRA that is added to the checkpoint.
-    loras: tuple[tuple[str, float], ...] = ()
+    #: Path, scale and layer scales of each LoRA that is added to the checkpoint.
+    loras: tuple[tuple[str, float, LayerScales], ...] = ()
     #: Index of the GPU. None means the first one. Ignored on a CPU.
     device: int | None = None
 
@@ -58,7 +59,7 @@ class Job:
         """The job that `as_json` turned into `document`."""
         workload = document["workload"]
         workload = Workload(**{**workload, "prompts": tuple(workload["prompts"]), "sweep": tuple(workload["sweep"])})
-        loras = tuple((path, scale) for path, scale in document.get("loras", ()))
+        loras = tuple((path, scale, tuple(map(tuple, layers))) for path, scale, layers in document.get("loras", ()))
         return cls(**{**document, "pag_layers": tuple(document["pag_layers"]), "workload": workload, "loras": loras})
 
     def as_json(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def without_onnx(
     context: PartContext, checkpoint: Any, name: str, precision: str = PRECISION, pag_layers: Iterable[int] = ()
 ) -> Path:
     """A bundle for the torch backend only: its manifest lists the graphs, but there are no ONNX files."""
-    from sana_export.contract import GRAPHS
+    from sana_export.contract import GRAPH_GROUPS
     from sana_export.export.bundle import choose_options, model_info
     from sana_export.export.example_inputs import graph_spec
     from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
@@ -90,7 +90,7 @@ def without_onnx(
     instruction = write_text_files(checkpoint, bundle)
     graphs = {
         graph: GraphEntry(graph_spec(graph, checkpoint, options), FileEntry(f"onnx/{graph}/not-exported", "", 0), (), 0, 0)
-        for graph in GRAPHS
+        for graph in GRAPH_GROUPS["default"]
     }
     files = tuple(file_entry(bundle, bundle / file) for file in (TOKENIZER, INSTRUCTION, EMBEDDINGS))
     model = model_info(checkpoint, instruction)

@@ -206,6 +206,7 @@ def _sizes(shape: CallShape, manifest: Manifest) -> Any:
     return Sizes(
         batch=shape.batch,
         branches=shape.branches,
+        text_branches=shape.text_branches,
         tokens=tokens,
         prefix_tokens=prefix,
         text_tokens=shape.text_tokens,

@@ -19,14 +19,14 @@ def layers(run: GraphRun) -> list[LayerTime]:
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
     module = build_graph(run.graph, run.checkpoint, run.manifest.options).to(device)
-    inputs = [tensor.to(device) for tensor in run.inputs.values()]
+    inputs = {name: tensor.to(device) for name, tensor in run.inputs.items()}
     with cpu_threads(run.threads), torch.inference_mode():
-        module(*inputs)
+        module(**inputs)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with profile(activities=activities, record_shapes=True) as profiler:
             for _ in range(run.runs):
                 with nvtx_range(run.graph):
-                    module(*inputs)
+                    module(**inputs)
             if on_gpu:
                 torch.cuda.synchronize()
     events = profiler.key_averages(group_by_input_shape=True)

@@ -30,6 +30,8 @@ class CallShape:
     batch: int
     #: Number of guidance branches.
     branches: int
+    #: Number of guidance branches with a prompt of their own.
+    text_branches: int
     #: Number of steps.
     steps: int
     #: Height of the latents.
@@ -70,7 +72,8 @@ def call_shape(bundle: Path, manifest: Manifest, work: Workload, prompt: str) ->
     instruction = len(text.instruction.token_ids)
     return CallShape(
         batch,
-        len(plan.texts),
+        len(plan.branches.names),
+        len(plan.branches.texts),
         len(plan.schedule.timesteps),
         height,
         width,
@@ -89,8 +92,8 @@ def padded_runs(instruction: int, length: int, *, negative: bool) -> tuple[int, 
 
 def stage_work(shape: CallShape, graph_work: GraphWork) -> dict[str, Work]:
     """Stage to the work of the deployment graphs in one call of `shape`."""
-    latents, text = _latents(shape), {"branches": shape.branches, "text_tokens": shape.text_tokens}
-    step = graph_work("denoiser", {**latents, **text})
+    text = {"branches": shape.branches, "text_branches": shape.text_branches, "text_tokens": shape.text_tokens}
+    step = graph_work("denoiser", {**_latents(shape), **text})
     runs = [
         graph_work("text_encoder", {"batch": rows, "tokens": tokens, "prefix_tokens": prefix})
         for rows, tokens, prefix in shape.encoder_runs

@@ -101,6 +101,7 @@ def image_shape(side: int, vae: Config) -> CallShape:
     return CallShape(
         1,
         BRANCHES,
+        BRANCHES,
         STEPS,
         latent,
         latent,

@@ -43,7 +43,7 @@ class MetaCheckpoint:
     """A stand-in for a checkpoint in `build_graph`, made from the configs of "transformer", "vae" and "text_encoder"."""
 
     def __init__(self, configs: Configs) -> None:
-        self.configs = configs
+        self.configs, self.controlnet = configs, None
 
     def config(self, component: str) -> dict[str, Any]:
         return dict(read_part(component, self.configs[component]).config)
@@ -63,11 +63,13 @@ def restated_work(configs: Configs, options: Options) -> GraphWork:
     def work(name: str, sizes: Mapping[str, int]) -> Work:
         spec = graph_spec(name, checkpoint, options)
         with torch.device("meta"):
-            shapes = ([axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape] for tensor in spec.inputs)
-            inputs = [
-                torch.empty(shape, dtype=getattr(torch, tensor.dtype)) for shape, tensor in zip(shapes, spec.inputs, strict=True)
-            ]
-            return torch_work(lambda: module(name)(*inputs))
+            inputs = {
+                tensor.name: torch.empty(
+                    [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape], dtype=getattr(torch, tensor.dtype)
+                )
+                for tensor in spec.inputs
+            }
+            return torch_work(lambda: module(name)(**inputs))
 
     return work
 

@@ -27,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "LAYER",
         "layers that support perturbed attention guidance, for example transformer_blocks.8 (default: none)",
     )
-    add_names(parser, "--graphs", "GRAPH", "export only these graphs (default: all)")
+    add_names(
+        parser,
+        "--graphs",
+        "GRAPH",
+        "the graphs to export, or groups of them: default,img2img adds image-to-image and inpainting (default: default, which "
+        "draws images from text)",
+    )
     parser.add_argument(
         "--clamp",
         action=argparse.BooleanOptionalAction,

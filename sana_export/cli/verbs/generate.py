@@ -13,9 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sana_export.cli.images import check_output, named_output, write_images
+from sana_export.cli.schedulers import add_scheduler, scheduler_settings
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
-from sana_export.cli.verb import Answer, Verb, add_bundle, add_device, add_size, path_named, positive, whole
+from sana_export.cli.verb import (
+    Answer,
+    Verb,
+    add_bundle,
+    add_device,
+    add_intervals,
+    add_size,
+    given_intervals,
+    path_named,
+    positive,
+    whole,
+)
 from sana_export.errors import UsageError
 from sana_export.image_files import FORMATS
 from sana_export.numeric import MAX_IMAGES
@@ -72,9 +84,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --prompts-file: images that are sampled at a time (default: 1)",
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
+    parser.add_argument(
+        "--image", metavar="IN.png", help="an image to start from; the bundle needs the graphs of the group img2img"
+    )
+    parser.add_argument(
+        "--strength", type=float, metavar="S", help="with --image: how much is drawn anew, above 0, up to 1 (default: 0.6)"
+    )
+    parser.add_argument(
+        "--mask", metavar="MASK.png", help="with --image: an image that is white where it is drawn anew and black where it stays"
+    )
+    parser.add_argument(
+        "--control-image",
+        metavar="IMAGE.png",
+        help="an image that the bundle's ControlNet follows, for HED its edges in white on black",
+    )
+    parser.add_argument(
+        "--control-scale", type=float, metavar="S", help="with --control-image: how closely it is followed (default: 1)"
+    )
     parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: the checkpoint's)")
+    add_scheduler(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off (default: the checkpoint's)")
     parser.add_argument("--pag-scale", type=float, metavar="P", help="perturbed attention guidance (default: 0, off)")
+    add_intervals(parser, "")
     add_size(parser, "the image (default: the checkpoint's native size)")
     parser.add_argument(
         "--no-resolution-binning",
@@ -96,7 +127,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[:SCALE]",
         action="append",
         default=[],
-        help="a LoRA in diffusers' or PEFT's format, added to the bundle's weights; can be given several times",
+        help="a LoRA, added to the bundle's weights; SCALE: 0.7, or with other scales for some layers: 0.7,attn2=0.5; can be given "
+        "several times",
     )
     parser.add_argument(
         "--backend", metavar="B", default=AUTO, help=f"auto, {', '.join(BACKENDS)} (default: auto, the best one that runs here)"
@@ -114,6 +146,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 #: The words of a request by the options that set them.
 WORDS = {
     "negative_prompt": "negative_prompt",
+    "image": "image",
+    "strength": "strength",
+    "mask": "mask",
+    "control_image": "control_image",
+    "control_scale": "controlnet_conditioning_scale",
     "steps": "num_inference_steps",
     "guidance_scale": "guidance_scale",
     "pag_scale": "pag_scale",
@@ -132,7 +169,8 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     from sana_export.runtime import SanaRuntime
 
     loras = [parse_lora(text) for text in options.lora]
-    given = {word: value for option, word in WORDS.items() if (value := getattr(options, option)) is not None}
+    chosen = {word: getattr(options, option) for option, word in WORDS.items()} | scheduler_settings(options)
+    given = {word: value for word, value in chosen.items() if value is not None} | given_intervals(options)
 
     @contextlib.contextmanager
     def load() -> Iterator[SanaRuntime]:
@@ -140,7 +178,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
             options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
         ) as runtime:
             for lora in loras:
-                runtime.load_lora(lora.path, lora.scale)
+                runtime.load_lora(lora.path, lora.scales)
             yield runtime
 
     if options.prompts_file is not None:
@@ -242,7 +280,9 @@ def sample(
 
     index: the number of the only image to write. None: all. quality, metadata: of the files (`save_image`).
     """
-    steps = settings.get("num_inference_steps") or runtime.manifest.model.default_steps
+    from sana_export.runtime import Request
+
+    steps = len(runtime.plan(Request(prompt=prompts, **settings)).schedule.timesteps)
     log.info("sampling %d steps on %s", steps, runtime.backend.name)
 
     def on_step(_runtime: object, index: int, _timestep: float, _tensors: object) -> None:
@@ -262,10 +302,13 @@ def sample(
         "height": result.height,
         "width": result.width,
         "steps": steps,
+        "scheduler": dict(result.scheduler),
+        "guidance_interval": list(result.guidance_interval),
+        "pag_interval": list(result.pag_interval),
         "backend": runtime.backend.name,
         "device": runtime.backend.device,
         "memory": runtime.memory,
-        "loras": [{"path": str(lora.path), "scale": lora.scale} for lora in runtime.loras],
+        "loras": [lora.as_json() for lora in runtime.loras],
         "seconds": dataclasses.asdict(result.timings),
     }
     timings = result.timings
@@ -274,6 +317,7 @@ def sample(
             ("text encoder", seconds(timings.text_encoder)),
             ("context", seconds(timings.context)),
             ("denoise", f"{seconds(timings.denoise_loop)}, {steps} steps"),
+            *([("vae encoder", seconds(timings.vae_encoder))] if timings.vae_encoder else []),
             ("vae decoder", seconds(timings.vae_decoder)),
             ("total", seconds(timings.total)),
         ],

@@ -12,6 +12,7 @@ from sana_export.cli.terminal.console import VERBOSE, Console
 from sana_export.cli.terminal.text import size
 from sana_export.cli.verb import Answer, Verb, index, path_named
 from sana_export.commands import first_export_command
+from sana_export.controlnets import CONTROLNETS, find_controlnet
 from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS
 from sana_export.variants import VARIANTS
@@ -24,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="VARIANT",
-        help="alias or hub id from `sana-export variants`, or an autoencoder for --vae: " + ", ".join(AUTOENCODERS),
+        help="alias or hub id from `sana-export variants`, an autoencoder for --vae ("
+        + ", ".join(AUTOENCODERS)
+        + "), or a ControlNet for --controlnet ("
+        + ", ".join(CONTROLNETS)
+        + ")",
     )
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=path_named("--output"), required=True, help="folder of the checkpoint"
@@ -51,13 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
     require("", "export")
-    from sana_export.synth.checkpoint import find_recipe, make_autoencoder, make_checkpoint
+    from sana_export.synth.checkpoint import find_recipe, make_autoencoder, make_checkpoint, make_controlnet
 
-    folder, row = options.output, find_autoencoder(options.model)
+    folder, row, controlnet = options.output, find_autoencoder(options.model), find_controlnet(options.model)
     settings = {"seed": options.seed, "shard_size": options.shard_size, "on_progress": console.show}
-    if row is not None:
-        if options.vae is not None:
-            raise UsageError(f"{row.alias} is an autoencoder itself", found=f"--vae {options.vae}", fix="omit --vae")
+    if options.vae is not None and (controlnet is not None or row is not None):
+        what = "a ControlNet" if row is None else "an autoencoder itself"
+        raise UsageError(f"{options.model} is {what}", found=f"--vae {options.vae}", fix="omit --vae")
+    if controlnet is not None:
+        name, dtype = controlnet.alias, options.dtype or "fp32"
+        make_controlnet(name, folder, dtype=PRECISIONS[dtype], **settings)
+        following = f"sana-export export MODEL --controlnet {shlex.quote(str(folder))} -o BUNDLE"
+    elif row is not None:
         name, dtype = row.alias, options.dtype or "fp32"
         make_autoencoder(row.alias, folder, dtype=PRECISIONS[dtype], **settings)
         following = f"sana-export export MODEL --vae {shlex.quote(str(folder))} -o BUNDLE"

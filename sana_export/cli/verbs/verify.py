@@ -7,6 +7,7 @@ import contextlib
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sana_export.cli.packages import require
@@ -16,8 +17,10 @@ from sana_export.cli.verb import (
     Verb,
     add_bundle,
     add_device,
+    add_intervals,
     add_model_options,
     add_size,
+    given_intervals,
     model_options,
     positive,
     reference_options,
@@ -48,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also measure image quality: PSNR and SSIM against fp32, and for `tiny` the top-1 accuracy of a classifier over 200 "
         "prompts and the reconstruction PSNR of the decoder",
     )
+    add_intervals(parser, "with --quality, also what it costs to have ")
     parser.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="prompts to compare (default: a fixed set)")
     add_size(parser, "the image (default: 256, or the native size if smaller)")
     parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: 8, or the checkpoint's if fewer)")
@@ -71,6 +75,11 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     bundle = options.bundle
     found = {parameter: getattr(options, option) for parameter, option in SETTINGS.items()}
     settings: dict[str, Any] = {parameter: value for parameter, value in found.items() if value is not None}
+    intervals = given_intervals(options)
+    if intervals and not options.quality:
+        name = next(iter(intervals)).replace("_", "-")
+        fix = "add --quality"
+        raise UsageError(f"--{name} belongs to --quality", found=f"--{name} without --quality", wanted="both", fix=fix)
     if options.ranges:
         require("", "export")
         from sana_export.verify.bundle import Sampling, measure_ranges
@@ -96,6 +105,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         device=options.device,
         threads=options.threads,
         quality=options.quality,
+        intervals=intervals,
         **settings,
     )
 
@@ -110,15 +120,17 @@ def compare(
     device: int | None = None,
     threads: int | None = None,
     quality: bool = False,
+    intervals: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     **settings: Any,
 ) -> Answer:
     """The parity report of `bundle` against the checkpoint `model`, which is opened with `opening` (`model_options`).
 
-    `settings` are those of `Sampling`. Exit code 5 if a limit is missed.
+    `settings` are those of `Sampling`, `intervals` those of `Intervals`. Exit code 5 if a limit is missed.
     """
     require("", "export")
     from sana_export.checkpoint.checkpoint import open_checkpoint
     from sana_export.verify.bundle import Sampling, verify_bundle
+    from sana_export.verify.intervals import Intervals
 
     checkpoint = open_checkpoint(model, **opening)
     with contextlib.nullcontext() if console.live else _without_progress_bars():
@@ -130,6 +142,7 @@ def compare(
             device=device,
             threads=threads,
             quality=quality,
+            intervals=Intervals(**intervals),
             on_progress=console.show,
         )
     return Answer(report.as_json(), report.as_text(), 0 if report.passed else ParityError.exit_code)

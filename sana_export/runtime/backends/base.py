@@ -14,8 +14,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from sana_export.errors import UsageError
 from sana_export.formats.arrays import Array
+from sana_export.formats.dtypes import DTYPES
 from sana_export.manifest import Manifest
 from sana_export.numeric import shown
 from sana_export.runtime.memory import AUTO, MEMORY_MODES
@@ -131,12 +134,16 @@ class Backend(OfThisProcess, ABC):
     def to_device(self, array: Array) -> DeviceTensor:
         """A tensor with the values of `array`, to feed more than once. It may share the array's memory."""
 
+    def zeros(self, shape: Sequence[int], dtype: str) -> DeviceTensor:
+        """A new tensor of zeros; `dtype` as the contract names it."""
+        return self.to_device(np.zeros(shape, DTYPES[dtype].numpy))
+
     @abstractmethod
     def to_host(self, value: DeviceTensor | Array) -> Array:
         """The values of a float32 or integer tensor. The result may share the tensor's memory: do not write to it."""
 
     def gather(self, embeddings: PromptEmbeddings) -> DeviceTensor | Array:
-        """prompt_embeds float32 [K, B, L, C] from the rows of the text encoder's outputs."""
+        """prompt_embeds float32 [U, B, L, C] from the rows of the text encoder's outputs."""
         return embeddings.gather(self.to_host)
 
     def record_event(self) -> Any:
@@ -195,6 +202,10 @@ class CapturingBackend(Backend):
     @abstractmethod
     def table(self, rows: int, shape: Sequence[int], dtype: str) -> Sequence[DeviceTensor]:
         """`rows` tensors of `shape` in one block of memory, each at an address that a session can read."""
+
+    @abstractmethod
+    def leading(self, value: DeviceTensor, count: int) -> DeviceTensor:
+        """The first `count` rows of `value`, in its memory."""
 
     @abstractmethod
     def write(self, target: DeviceTensor, value: DeviceTensor | Array) -> None:

@@ -45,7 +45,7 @@ _ARENA = {"cpu": "cpu:0", "cuda": "gpu:{}"}
 #: The keys of `backend_options`.
 SESSION_OPTIONS, PROVIDER_OPTIONS_KEY = "session_options", "provider_options"
 #: Graphs whose memory is freed after each run: they run once per image and need more memory than the graphs after them.
-_FREED_AFTER_RUN = ("vae_decoder_head",)
+_FREED_AFTER_RUN = ("vae_decoder_head", "vae_encoder", "vae_encoder_head", "vae_encoder_tail")
 #: By default the CUDA provider rounds the factors of float32 products to TF32; our float32 is exact. And its memory arena grows by
 #: powers of two, so up to half of what it takes stays unused.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {

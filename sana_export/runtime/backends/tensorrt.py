@@ -10,6 +10,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,9 @@ class TensorRTBackend(CapturingBackend):
     def table(self, rows: int, shape: Sequence[int], dtype: str) -> DeviceTable:
         stride = -(-math.prod(shape) * DTYPES[dtype].bytes // ALIGNMENT) * ALIGNMENT
         return DeviceTable(self.gpu.allocate(rows * stride), rows, stride, tuple(shape), dtype)
+
+    def leading(self, value: DeviceArray, count: int) -> DeviceArray:
+        return replace(value, shape=(count, *value.shape[1:]))
 
     def write(self, target: DeviceArray, value: DeviceTensor | Array) -> None:
         if isinstance(value, DeviceArray):

@@ -25,7 +25,7 @@ class ContextSettings:
 
 
 #: The runtime captures these graphs, with the kernels that exist at that time.
-IN_THE_LOOP = {"denoiser", "sampler"}
+IN_THE_LOOP = {"denoiser", "sampler", "blend"}
 #: Elsewhere nothing waits for a compiler. Any size of the final image is possible, and the graph that makes it is small: kernels
 #: for each size would only fill the cache. No context captures its own work: it would do so again whenever an address changes, and
 #: each run has new tensors.

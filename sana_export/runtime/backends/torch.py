@@ -81,10 +81,10 @@ class TorchSession(EnqueuedSession):
     def run(
         self, feeds: Mapping[str, DeviceTensor | Array], outputs: Mapping[str, DeviceTensor] | None = None
     ) -> dict[str, DeviceTensor]:
-        inputs = [place(feeds[tensor.name], self.device) for tensor in self.spec.inputs]
+        inputs = {tensor.name: place(feeds[tensor.name], self.device) for tensor in self.spec.inputs}
         try:
             with torch.no_grad(), exact_products(), cpu_threads(self.threads), self._limits():
-                results = self.module(*inputs)
+                results = self.module(**inputs)
         except RuntimeError as error:
             raise_out_of_memory(error, f"running {self.spec.name}", self.device)
             raise
@@ -153,6 +153,9 @@ class TorchBackend(Backend):
     def to_host(self, value: Tensor | Array) -> Array:
         return value if isinstance(value, np.ndarray) else value.cpu().numpy()
 
+    def zeros(self, shape: Sequence[int], dtype: str | torch.dtype) -> Tensor:
+        return torch.zeros(tuple(shape), dtype=_dtype(dtype), device=self.torch_device)
+
 
 class CudaTorchBackend(TorchBackend, CapturingBackend):
     """The same on a GPU. Sessions only enqueue their work, and the sampling loop is captured as a CUDA graph."""
@@ -167,11 +170,11 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
     #: What this backend captures on: PyTorch has one stream for all captures of a process, which may overlap.
     _capture_stream: Any = None
 
-    def zeros(self, shape: Sequence[int], dtype: str | torch.dtype) -> Tensor:
-        return torch.zeros(tuple(shape), dtype=_dtype(dtype), device=self.torch_device)
-
     def table(self, rows: int, shape: Sequence[int], dtype: str | torch.dtype) -> Sequence[Tensor]:
         return TorchTable(self.zeros((rows, *shape), dtype))
+
+    def leading(self, value: Tensor, count: int) -> Tensor:
+        return value[:count]
 
     def write(self, target: Tensor, value: Tensor | Array) -> None:
         target.copy_(place(value, "cpu") if isinstance(value, np.ndarray) else value)
@@ -260,7 +263,8 @@ def _open(recorded: Checkpoint) -> SanaCheckpoint:
         weights_variant=recorded.weights_variant,
         transformer=Path(recorded.transformer.path) if recorded.transformer else None,
         vae=recorded.vae.path if recorded.vae else None,
-        loras=[Lora(Path(overlay.path), overlay.scale) for overlay in recorded.loras],
+        controlnet=recorded.controlnet.path if recorded.controlnet else None,
+        loras=[Lora(Path(overlay.path), overlay.scale, overlay.layer_scales) for overlay in recorded.loras],
     )
 
 

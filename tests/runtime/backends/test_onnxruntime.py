@@ -174,14 +174,14 @@ def test_tensors_pass_between_graphs_without_a_copy(tiny_bundle: Path) -> None:
     array = np.random.default_rng(0).normal(size=(1, 32, 2, 3)).astype(np.float32)
     assert np.shares_memory(backend.to_host(backend.to_device(array)), array)
     sampler = backend.load("sampler")
-    coefficients = np.array([1, -0.5, 0.25, 2, 3, 4], np.float32)
-    feeds = sampler_feeds(array[None], array, array, array, coefficients, np.ones(1, np.float32))
+    coefficients = np.array([1, -0.5, 0.25, 2, 3, 5, 6, 4], np.float32)
+    feeds = sampler_feeds(array[None], array, [array, 2 * array, 3 * array], array, coefficients, np.ones(1, np.float32))
     first = sampler.run(feeds)
     np.testing.assert_allclose(backend.to_host(first["x0"]), 0.5 * array, rtol=1e-6)
-    np.testing.assert_allclose(backend.to_host(first["next_latents"]), 8.25 * array, rtol=1e-6)
+    np.testing.assert_allclose(backend.to_host(first["next_latents"]), 36.25 * array, rtol=1e-6)
     assert np.shares_memory(backend.to_host(first["x0"]), backend.to_host(first["x0"]))
     second = sampler.run({**feeds, "latents": first["x0"], "previous_x0": backend.to_device(array[:, ::-1])})
-    wanted = 0.25 * 0.5 * array + 3 * array[:, ::-1] + 4 * array
+    wanted = 0.25 * 0.5 * array + 3 * array[:, ::-1] + (5 * 2 + 6 * 3 + 4) * array
     np.testing.assert_allclose(backend.to_host(second["next_latents"]), wanted, atol=1e-5)
 
 

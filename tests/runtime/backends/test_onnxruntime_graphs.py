@@ -74,8 +74,8 @@ def test_results_stay_the_same_when_the_next_run_writes(tiny_bundle: Path) -> No
     session = backend._load_captured("sampler")
     assert session is not None
     array = np.random.default_rng(0).normal(size=(1, 32, 2, 3)).astype(np.float32)
-    coefficients = np.array([1, -0.5, 0.25, 2, 3, 4], np.float32)
-    feeds = sampler_feeds(array[None], array, array, array, coefficients, np.ones(1, np.float32))
+    coefficients = np.array([1, -0.5, 0.25, 2, 3, 5, 6, 4], np.float32)
+    feeds = sampler_feeds(array[None], array, [array] * 3, array, coefficients, np.ones(1, np.float32))
     first = session.run(feeds)
     kept = first["x0"].numpy().copy()
     second = session.run({**feeds, "latents": first["x0"]})

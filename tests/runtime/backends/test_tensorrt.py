@@ -23,6 +23,7 @@ from sana_export.runtime.backends.base import BackendSettings
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
 from sana_export.runtime.backends.tensorrt_options import EngineOptions
 from sana_export.runtime.request import Request
+from sana_export.runtime.sampling import sampler_feeds
 from sana_export.trt.compatibility import Host
 from tests.support.host_device import HostDevice
 from tests.support.host_tensorrt import CudaGraphStrategy, DynamicShapesKernelSpecializationStrategy, HostTensorRT, with_engines
@@ -161,8 +162,8 @@ def test_a_captured_loop_stays_valid_whatever_runs_in_between(
 def test_runs_of_a_graph_do_not_disturb_captured_work(runtime: SanaRuntime, device: HostDevice) -> None:
     first = runtime("a red fox", seed=7, **SMALL).images
     latents = np.random.default_rng(0).normal(size=(2, 32, 4, 4)).astype(np.float32)
-    feeds = {"noise_pred": latents[None], "latents": latents, "previous_x0": latents, "noise": latents}
-    runtime.run("sampler", {**feeds, "coefficients": np.ones(6, np.float32), "weights": np.ones(1, np.float32)})
+    feeds = sampler_feeds(latents[None], latents, [latents] * 3, latents, np.ones(8, np.float32), np.ones(1, np.float32))
+    runtime.run("sampler", feeds)
     assert runtime("a red fox", seed=7, **SMALL).images == first
     assert device.captures == 1
 
@@ -247,6 +248,71 @@ def test_the_steps_that_a_caller_drives_stay_as_they_are(runtime: SanaRuntime, t
         np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "scheduler", [{"_class_name": "UniPCMultistepScheduler", "solver_order": 3}, "dpm++3m-sde", "heun"], ids=str
+)
+def test_every_step_finds_the_x0_of_those_before(
+    runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice, scheduler: Any
+) -> None:
+    """Also in the second run of a captured loop, whose buffers hold the last x0 of the first one."""
+    options = {**SMALL, "num_inference_steps": 7, "scheduler": scheduler, "output_type": "latent"}
+    for seed in (3, 4):
+        found, wanted = (by("a red fox", seed=seed, **options).images for by in (runtime, tiny_runtime))
+        np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
+    assert (device.captures, device.replays) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "segments"),
+    [
+        ({"guidance_interval": (0.2, 0.8)}, 3),
+        ({"guidance_interval": (0.4, 1)}, 2),
+        ({"pag_scale": 2.0, "pag_interval": (0, 0.4)}, 2),
+        ({"pag_scale": 2.0, "pag_interval": (0, 0.4), "guidance_interval": (0.2, 0.6)}, 4),
+        ({"pag_scale": 2.0, "pag_interval": (0, 0.4), "guidance_interval": (0.4, 1), "num_images_per_prompt": 2}, 2),
+    ],
+    ids=str,
+)
+def test_each_segment_of_an_interval_is_captured_once(
+    runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice, options: dict[str, Any], segments: int
+) -> None:
+    options = {"num_inference_steps": 5, "negative_prompt": "blue, a long negative prompt", **options}
+    assert_same(runtime, tiny_runtime, "a red fox", **options)
+    assert (device.captures, device.replays) == (segments, 2 * segments)
+    assert_same(runtime, tiny_runtime, "a blue whale", **{**options, "seed": 9, "guidance_scale": 6.0})
+    assert (device.captures, device.replays) == (segments, 4 * segments), "no memory has moved since the first capture"
+    assert_same(runtime, tiny_runtime, "a red fox", num_inference_steps=5)
+    assert_same(runtime, tiny_runtime, "a red fox", **options)
+
+
+def test_steps_of_an_interval_one_by_one(runtime: SanaRuntime, tiny_runtime: SanaRuntime, device: HostDevice) -> None:
+    def halve(by: Any, index: int, timestep: float, tensors: dict[str, Any]) -> Any:
+        return {"latents": tensors["latents"] * np.float32(0.5)} if index == 1 else None
+
+    options: dict[str, Any] = {"num_inference_steps": 4, "guidance_interval": (0.25, 0.75), "callback_on_step_end": halve}
+    assert_same(runtime, tiny_runtime, "a red fox", **options)
+    assert (device.captures, device.replays) == (4, 8)
+
+
+def test_branches_of_an_interval_share_memory(bundle: Path) -> None:
+    """Beside what a run with guidance in all steps holds: the context of the prompts alone, and small tables."""
+
+    def held(**options: Any) -> int:
+        device = HostDevice()
+        with opened(bundle, device, HostTensorRT(device)) as runtime:
+            runtime("a red fox", seed=1, **{**SMALL, "num_inference_steps": 5, **options})
+            device.wait()
+            return device.used
+
+    layers, heads, dim, tokens = 3, 2, 64, 32
+    context, mask, weights, perturbed, source = layers * 2 * heads * tokens * dim * 4, tokens * 4, 5 * 256, 4, 8
+    more = held(guidance_interval=(0.2, 0.8)) - held()
+    assert more == context + mask + weights + perturbed + source
+    noise_pred = 32 * 3 * 5 * 4
+    more_with_pag = held(pag_scale=2.0, pag_interval=(0, 0.4)) - held(pag_scale=2.0)
+    assert more_with_pag == 5 * 256 + 2 * 4 + 2 * 8 < noise_pred
+
+
 def test_only_tokens_noise_tables_and_pixels_cross(runtime: SanaRuntime, device: HostDevice) -> None:
     runtime("a red fox", seed=1, **SMALL)
     model = runtime.manifest.model
@@ -260,7 +326,7 @@ def test_only_tokens_noise_tables_and_pixels_cross(runtime: SanaRuntime, device:
     tables = 3 * 3 * 256
     resize = 2 * (96 + 160) * (8 + 4)
     noise = 2 * latents + 2048  # what sampling starts from, no x0 yet, and in a table no fresh noise
-    masks = 2 * 32 * 4 + 2 * 4
+    masks = 2 * 32 * 4 + 2 * 4 + 2 * 8  # and what each branch continues
     assert device.uploaded - up == rows + tables + resize + noise + masks
     up = device.uploaded
     runtime("a red cat", seed=3, **SMALL)

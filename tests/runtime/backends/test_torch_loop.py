@@ -137,6 +137,13 @@ def test_steps_with_a_callback_are_replayed_one_by_one(captured: SanaRuntime, ti
     assert captured.backend.captured == 3
 
 
+def test_segments_are_captured_one_by_one(captured: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
+    interval = {"num_inference_steps": 5, "guidance_interval": (0.2, 0.8), "pag_scale": 2.0, "pag_interval": (0, 0.4)}
+    for seed in (1, 2):
+        assert_same_latents(captured, tiny_runtime, "a red fox", seed=seed, **interval)
+    assert (captured.backend.captured, captured.backend.replayed) == (4, 8)
+
+
 def test_images(captured: SanaRuntime, tiny_runtime: SanaRuntime) -> None:
     found, wanted = (np.asarray(runtime("a fox", seed=1, **SMALL).images[0], np.int16) for runtime in (captured, tiny_runtime))
     assert np.abs(found - wanted).max() <= 1

@@ -1,0 +1,77 @@
+"""A single network in diffusers' format that replaces or joins a checkpoint's own: config.json and weights, in a folder or a hub
+repository, at its top or in the folder that a pipeline has for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sana_export.checkpoint.components import COMPONENTS, select_weights
+from sana_export.checkpoint.hub import ReadJson, read_json
+from sana_export.errors import ArtifactError
+from sana_export.files import hash_file
+from sana_export.synth.checkpoint import MARKER
+
+CONFIG = "config.json"
+
+
+def places(component: str) -> tuple[str, str]:
+    """Where the config of a `component` may be."""
+    return CONFIG, f"{component}/{CONFIG}"
+
+
+def find_folder(component: str, top: Path) -> Path | None:
+    """The folder of the `component` in `top`, or `top` itself. None if neither has a config."""
+    return next(((top / place).parent for place in places(component) if (top / place).is_file()), None)
+
+
+def weight_files(component: str, folder: Path, weights_variant: str | None, source: str) -> list[Path]:
+    """The safetensors files in `folder`: one, or the shards that its index lists."""
+    names = [path.name for path in folder.iterdir()]
+    found = _select_in("", component, names, lambda name: read_json(folder / name), weights_variant, source)
+    return [folder / name for name in found]
+
+
+def repository_files(
+    names: Collection[str], read: ReadJson, *, component: str, weights_variant: str | None, source: str
+) -> list[str]:
+    """The files of a hub repository that are read, from the names of all."""
+    first, second = places(component)
+    place = first if first in names or second not in names else second
+    marker = [MARKER] if MARKER in names else []
+    return [place, *marker, *_select_in(place.removesuffix(CONFIG), component, names, read, weights_variant, source)]
+
+
+def check_class(component: str, config: Mapping[str, Any], source: str, message: str, fix: str) -> None:
+    """Raise ArtifactError if `config` is that of another class. `message` follows `source` in the error."""
+    classes = COMPONENTS[component].classes
+    if (found := config.get("_class_name", classes[0])) not in classes:
+        raise ArtifactError(f"{source} {message}", found=f"config.json of {found}", wanted=" or ".join(classes), fix=fix)
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """One hash of the contents of several files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hash_file(path).encode())
+    return digest.hexdigest()
+
+
+def is_synthetic(folder: Path) -> bool:
+    """Whether the weights in `folder`, which may be that of a pipeline's network, are random."""
+    return any((place / MARKER).is_file() for place in (folder, folder.parent))
+
+
+def _select_in(
+    folder: str, component: str, names: Collection[str], read: ReadJson, weights_variant: str | None, source: str
+) -> list[str]:
+    """The weight files in `folder` ("" or "vae/") among `names`, as `select_weights` chooses them."""
+    prefix = f"{component}/"
+    inside = {prefix + PurePosixPath(name).name for name in names if name == folder + PurePosixPath(name).name}
+
+    def own(name: str) -> str:
+        return folder + name.removeprefix(prefix)
+
+    return [own(name) for name in select_weights(component, inside, weights_variant, lambda name: read(own(name)), source)]

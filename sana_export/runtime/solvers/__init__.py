@@ -1,0 +1,1 @@
+"""Solvers as coefficient tables, one file for each family: no torch."""
