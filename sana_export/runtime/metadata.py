@@ -40,7 +40,7 @@ _MOST_NUMBERS = 1024
 
 
 @dataclass(frozen=True)
-class Origin:
+class ImageOrigin:
     """What draws: the model, the backend and the LoRAs."""
 
     #: {"name", "sha256", "precision"}: the checkpoint with its overlays.
@@ -54,21 +54,21 @@ class Origin:
     loras: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, manifest: Manifest, backend: str) -> Origin:
+    def of(cls, manifest: Manifest, backend: str) -> ImageOrigin:
         """The origin of images of a bundle."""
         checkpoint = manifest.checkpoint
         model = {"name": last_name(checkpoint.source), "sha256": checkpoint.sha256, "precision": manifest.options.precision}
         return cls(model, backend, manifest.model.default_steps, manifest.model.default_guidance_scale)
 
-    def with_loras(self, loras: Sequence[Lora]) -> Origin:
+    def with_loras(self, loras: Sequence[Lora]) -> ImageOrigin:
         """With these LoRAs. Their files are read now, so that the hash is that of what was loaded."""
         return replace(self, loras=tuple(map(lora_document, loras)))
 
 
 def lora_document(lora: Lora) -> dict[str, Any]:
     """How a LoRA is recorded: its scales, and its name and hash in place of its path."""
-    found = lora.as_json()
-    return {**found, "name": last_name(found.pop("path")), "sha256": lora.sha256}
+    scales = {name: value for name, value in lora.as_json().items() if name != "path"}
+    return {"name": last_name(lora.path), **scales, "sha256": lora.sha256}
 
 
 def last_name(path: Any) -> str:
@@ -76,10 +76,10 @@ def last_name(path: Any) -> str:
     return PurePath(PureWindowsPath(str(path)).as_posix()).name or "."
 
 
-def image_metadata(request: Request, plan: Plan, origin: Origin) -> tuple[dict[str, Any], ...]:
+def image_metadata(request: Request, plan: Plan, origin: ImageOrigin) -> tuple[dict[str, Any], ...]:
     """The document of each image of a request: plain values, as JSON has them.
 
-    sana_export: our version. format: that of the document. model, backend, loras: as in `Origin`.
+    sana_export: our version. format: that of the document. model, backend, loras: as in `ImageOrigin`.
     sampler, steps: the scheduler's class, and the number of steps that ran.
     request: the words that were not left at their defaults, and the size, steps, scale and seed that followed.
     given: the SHA-256 of arrays and images, by word.
@@ -130,9 +130,9 @@ class Redraw:
     index: int
     #: What the request needs that the document does not have: the SHA-256 by word.
     given: Mapping[str, str]
-    #: As `Origin.model`.
+    #: As `ImageOrigin.model`.
     model: Mapping[str, Any]
-    #: As `Origin.loras`.
+    #: As `ImageOrigin.loras`.
     loras: Sequence[Mapping[str, Any]]
 
 

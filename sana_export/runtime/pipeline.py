@@ -39,7 +39,7 @@ from sana_export.runtime.inputs import checked_latents
 from sana_export.runtime.loops import LoopCache, take_loop
 from sana_export.runtime.lora import LoraStack
 from sana_export.runtime.memory import AUTO, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
-from sana_export.runtime.metadata import Origin, image_metadata
+from sana_export.runtime.metadata import ImageOrigin, image_metadata
 from sana_export.runtime.preview import Previews
 from sana_export.runtime.prompt import GivenEmbeddings, PromptEmbeddings, PromptEncoder, PromptTokens, needed
 from sana_export.runtime.request import Plan, Request, make_plan, request_axes
@@ -80,7 +80,7 @@ class SanaRuntime(OfThisProcess):
         self._loops = LoopCache()
         self._prefixes: dict[int, DeviceTensor] = {}
         self._loras = LoraStack(backend)
-        self._origin = Origin.of(backend.manifest, backend.name)
+        self._origin = ImageOrigin.of(backend.manifest, backend.name)
         self._previews = Previews()
         #: The encoded prompts that are kept.
         self.prompt_cache = EmbeddingsCache(prompt_cache_bytes)

@@ -36,6 +36,25 @@ def test_every_image_is_drawn_again_from_its_document(tiny_runtime: SanaRuntime)
             np.testing.assert_array_equal(drawn_again(tiny_runtime, document), np.asarray(image))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"scheduler": "euler"},
+        {"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0}},
+        {"scheduler": "euler", "sigmas": [1.0, 0.6, 0.2], "num_inference_steps": None},
+        {"guidance_interval": (0.0, 0.5), "pag_scale": 1.0, "pag_interval": [0.5, 1]},
+    ],
+    ids=str,
+)
+def test_schedulers_steps_and_intervals_are_drawn_again(tiny_runtime: SanaRuntime, words: dict[str, Any]) -> None:
+    result = tiny_runtime("a cat", seed=3, **{**SMALL, **words})
+    (document,) = result.metadata
+    np.testing.assert_array_equal(drawn_again(tiny_runtime, document), np.asarray(result.images[0]))
+    other = tiny_runtime("a cat", seed=3, **SMALL).images[0]
+    assert not np.array_equal(np.asarray(other), np.asarray(result.images[0]))
+    assert document["steps"] == (3 if "sigmas" in words else 2)
+
+
 def test_what_follows_from_the_checkpoint_is_recorded(tiny_runtime: SanaRuntime) -> None:
     (document,) = tiny_runtime("a", num_inference_steps=1, height=64, width=64, use_resolution_binning=False).metadata
     model = tiny_runtime.manifest.model
@@ -73,8 +92,8 @@ def test_words_that_requests_get_later_are_recorded_by_themselves(tmp_path: Path
         "timesteps": np.array([999, 500]),
         "nothing": None,
         "image": Image.new("RGB", (4, 4), "red"),
-        "mask": picture,
-        "mask_path": str(picture),
+        "first": picture,
+        "second": str(picture),
         "depth": np.zeros((2, 2)),
     }
     made = make_dataclass("Later", [(name, Any, field(default=None)) for name in later], bases=(Request,), frozen=True)
@@ -86,18 +105,19 @@ def test_words_that_requests_get_later_are_recorded_by_themselves(tmp_path: Path
         "timesteps": [999, 500],
     }
     assert words.plain["prompt"] == "a/b"
-    assert set(words.hashes) == {"image", "mask", "mask_path", "depth"}
-    assert words.hashes["mask"] == words.hashes["mask_path"]
+    assert set(words.hashes) == {"image", "first", "second", "depth"}
+    assert words.hashes["first"] == words.hashes["second"]
     assert str(tmp_path) not in json.dumps([dict(words.plain), dict(words.hashes)])
 
 
 def test_every_word_of_a_request_is_recorded_or_left_out_on_purpose() -> None:
-    values: dict[str, Any] = {item.name: 1 for item in fields(Request) if item.name not in metadata._NOT_RECORDED}
+    values: dict[str, Any] = {item.name: 7 for item in fields(Request) if item.name not in metadata._NOT_RECORDED}
 
     request = object.__new__(Request)
     for item in fields(Request):
         object.__setattr__(request, item.name, values.get(item.name, item.default))
-    assert {*metadata._words(request).plain, "seed"} == set(values)
+    words = metadata._words(request)
+    assert {*words.plain, *words.hashes, "seed"} == set(values)
 
 
 def test_loras_are_recorded_with_their_hashes_and_no_path(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path) -> None:
