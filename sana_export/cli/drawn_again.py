@@ -17,6 +17,8 @@ from sana_export.runtime.metadata import Redraw, last_name, lora_document, redra
 
 log = logging.getLogger(__name__)
 
+#: The options that give what a file does not have. Other values can only be given in Python.
+_OPTIONS = {"image": "--image", "mask": "--mask", "control_image": "--control-image"}
 #: Words that decide how many images one seed is drawn for. Given anew, the recorded stream no longer applies.
 _STREAM = ("seed", "num_images_per_prompt")
 
@@ -43,7 +45,7 @@ def draw_again(file: Path, given: Mapping[str, Any], bundle: Path, output: Path,
         raise UsageError(
             f"{file} was drawn with more than its words",
             found=", ".join(f"{name} with sha256 {found.given[name][:16]}..." for name in missing),
-            wanted="the same values in Python, " + ", ".join(f"runtime({name}=...)" for name in missing),
+            wanted="the same values: " + ", ".join(_OPTIONS.get(name, f"runtime({name}=...)") for name in missing),
         )
     _check_loras(file, found, bundle, output, loras)
     _check_model(file, found, bundle)

@@ -105,6 +105,17 @@ def test_what_no_file_has_is_named(tiny_bundle: Path, tiny_runtime: SanaRuntime,
     np.testing.assert_array_equal(pixels(tmp_path / "y.png"), np.asarray(result.images[0]))
 
 
+def test_images_have_to_be_given_again(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "x.png", *SMALL)
+    picture, document = Image.new("RGB", (96, 64)), read_metadata(tmp_path / "x.png")
+    save_image(picture, tmp_path / "x.png", {**document, "given": {"image": "ab" * 32}})
+    again = ("generate", tiny_bundle, "--from-image", tmp_path / "x.png", "-o", tmp_path / "y.png")
+    assert "image with sha256 abab" in cli(*again).err
+    picture.save(tmp_path / "in.png")
+    # Now the request is complete. This bundle has no encoder for it.
+    assert "img2img" in cli(*again, "--image", tmp_path / "in.png").err
+
+
 def test_files_that_do_not_say(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "silent.png", *SMALL, "--no-metadata")
