@@ -142,15 +142,20 @@ def with_embeddings(checkpoint: SanaCheckpoint, folder: Path) -> Path:
     )
 
 
-DIFFUSERS, PEFT, NVLABS = "diffusers 0.42.1", "PEFT 0.21.0", "NVlabs/Sana (fd8338f)"
+DIFFUSERS, PEFT = "diffusers 0.42.1", "PEFT 0.21.0"
 SIMPLE, LYCORIS, ONE = "SimpleTuner (bc8e6ab)", "LyCORIS 4.1.3", "OneTrainer (23df383)"
 #: The files, in the order of the table.
 WRITTEN = (
     Written(DIFFUSERS, "LoRA, `train_dreambooth_lora_sana.py`", "transformer.….lora_A.weight", of_diffusers(lora_alpha=6)),
     Written(DIFFUSERS, "DoRA", "transformer.….lora_magnitude_vector", of_diffusers(use_dora=True)),
-    Written(NVLABS, "LoRA, `train_lora.sh`: the script of diffusers", "transformer.….lora_A.weight", of_diffusers(metadata=False)),
     Written(
-        NVLABS,
+        "NVlabs/Sana (cab0681)",
+        "LoRA, `train_lora.sh`: the script of diffusers",
+        "transformer.….lora_A.weight",
+        of_diffusers(metadata=False),
+    ),
+    Written(
+        "NVlabs/Sana (06af561)",
         "LoRA, `sol_rl/train_sana.py`: PEFT on the original code",
         "base_model.model.blocks.0.attn.qkv.lora_A.weight",
         original_peft,
