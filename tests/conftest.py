@@ -126,6 +126,23 @@ def img2img_runtime(img2img_bundle: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def controlnet_checkpoint(own_cache: None) -> Any:
+    """The alias `tiny-random` with a ControlNet, opened."""
+    from sana_export.checkpoint.checkpoint import open_checkpoint
+    from tests.support.controlnet import ALIAS
+
+    return open_checkpoint("tiny-random", controlnet=ALIAS)
+
+
+@pytest.fixture(scope="session")
+def controlnet_bundle(img2img_bundle: Path, controlnet_checkpoint: Any, build_cache: Path) -> Path:
+    """The float32 bundle of `controlnet_checkpoint` with all graphs. Tests that change a bundle copy it first."""
+    from tests.support.controlnet import with_controlnet
+
+    return with_controlnet(controlnet_checkpoint, img2img_bundle, build_cache)
+
+
+@pytest.fixture(scope="session")
 def sprint_img2img_runtime(sprint_bundle: Path, build_cache: Path) -> Any:
     """The float32 bundle of `tiny-sprint` with the graphs for image-to-image, in ONNX Runtime."""
     from sana_export.runtime import SanaRuntime

@@ -12,7 +12,7 @@ import shutil
 import pytest
 
 from sana_export import __version__
-from sana_export.contract import GRAPH_GROUPS, resolve
+from sana_export.contract import resolve
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.files import FileEntry, check_files, locked, manifest_lock, read_unlisted
 from sana_export.manifest import FORMAT, EngineEntry, LoraTarget, Manifest, Overlay, seal
@@ -242,9 +242,9 @@ def test_a_manifest_has_a_largest_size(bundle, monkeypatch):
     assert "more than 1000 bytes" in caught.value.found
 
 
-def test_the_contract_leaves_only_dynamic_axes_open(tiny_bundle):
-    manifest = Manifest.load(tiny_bundle)
-    assert set(manifest.graphs) == set(GRAPH_GROUPS["default"])
+def test_the_contract_leaves_only_dynamic_axes_open(img2img_bundle):
+    manifest = Manifest.load(img2img_bundle)
+    assert set(manifest.graphs) == set(GRAPHS)
     sizes = dict.fromkeys(("latent_channels", "layers", "cross_attention_heads", "cross_attention_head_dim"), 2)
     text = dict.fromkeys(("text_channels", "text_layers", "text_kv_heads", "text_head_dim"), 3)
     for features, branches in (((), "branches"), (("pag_layers",), "text_branches")):  # one axis less without PAG layers

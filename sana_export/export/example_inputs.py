@@ -75,9 +75,9 @@ class Sizes:
     #: Width of the final image in pixels.
     output_width: int
     #: Feature rows in a window of the encoder.
-    window_height: int = 3
+    window_height: int = 13
     #: Feature columns in a window of the encoder.
-    window_width: int = 5
+    window_width: int = 14
     #: Image pixels per latent pixel, in height and in width.
     spatial_ratio: int = 32
     #: Image pixels per feature of the encoder, in height and in width.

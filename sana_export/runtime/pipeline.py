@@ -36,6 +36,7 @@ from sana_export.runtime.encoding import encode_image
 from sana_export.runtime.guidance import WHOLE, Interval
 from sana_export.runtime.image_start import ImageStart
 from sana_export.runtime.inputs import checked_latents
+from sana_export.runtime.loop_inputs import check_conditioning, loop_inputs
 from sana_export.runtime.loops import LoopCache, take_loop
 from sana_export.runtime.lora import LoraStack
 from sana_export.runtime.memory import AUTO, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
@@ -44,7 +45,7 @@ from sana_export.runtime.preview import Previews
 from sana_export.runtime.prompt import GivenEmbeddings, PromptEmbeddings, PromptEncoder, PromptTokens, needed
 from sana_export.runtime.request import Plan, Request, make_plan, request_axes
 from sana_export.runtime.results import Conditioning, Images, SanaResult, Step, Timings
-from sana_export.runtime.sampling import CapturedLoop, SamplingLoop, check_conditioning, loop_inputs
+from sana_export.runtime.sampling import CapturedLoop, SamplingLoop
 from sana_export.runtime.schedule import SPRINT_INTERMEDIATE_TIMESTEP, SPRINT_MAX_TIMESTEP
 from sana_export.runtime.scheduler_choice import Choice
 from sana_export.runtime.sessions import Sessions

@@ -14,7 +14,7 @@ import pytest
 from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.cli.main import parse
 from sana_export.cli.verbs import inspect as verb
-from sana_export.contract import GRAPHS
+from sana_export.contract import GRAPH_GROUPS
 from sana_export.files import file_entry
 from sana_export.gpu_support import RTX_CAPABILITIES, RTX_PORTABLE
 from sana_export.machine import Gpu
@@ -100,7 +100,7 @@ def test_document(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) 
     assert ran.code == 0
     assert ran.json["checkpoint"]["sha256"] == manifest.checkpoint.sha256
     assert ran.json["options"] == {"precision": "fp32", "clamp": False, "pag_layers": [1]}
-    assert set(ran.json["graphs"]) == set(GRAPHS)
+    assert set(ran.json["graphs"]) == set(GRAPH_GROUPS["default"])
     files = [path for path in bundle_copy.rglob("*") if path.is_file() and path.name != "manifest.json"]
     assert ran.json["bytes"] == sum(path.stat().st_size for path in files)
     assert ran.json["runs_here"] == {"onnx": True, "engines": True}

@@ -197,19 +197,16 @@ def test_too_little_disk_space_is_reported_before_anything_is_written(tiny_check
         export_bundle(tiny_checkpoint, tmp_path / "b", precision="fp32")
     assert "1000000 bytes free" in raised.value.found
     options = bundle_module.choose_options(tiny_checkpoint, "fp32", (), None)
-    wanted = (
-        text_bytes(tiny_checkpoint)
-        + OVERHEAD
-        + sum(graph_bytes(name, tiny_checkpoint, options) for name in GRAPH_GROUPS["default"])
-    )
+    graphs = sum(graph_bytes(name, tiny_checkpoint, options) for name in GRAPH_GROUPS["default"])
+    wanted = text_bytes(tiny_checkpoint) + OVERHEAD + graphs
     assert raised.value.wanted == f"{wanted} bytes"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("name", [name for name in GRAPH_WEIGHTS if name in GRAPH_GROUPS["default"]])
-def test_the_estimate_of_a_graphs_size(tiny_bundle, tiny_checkpoint, name):
+@pytest.mark.parametrize("name", [name for name in GRAPH_WEIGHTS if name in {*GRAPH_GROUPS["default"], *GRAPH_GROUPS["img2img"]}])
+def test_the_estimate_of_a_graphs_size(img2img_bundle, tiny_checkpoint, name):
     """The file may be larger, because each tensor starts at a page."""
-    manifest = Manifest.load(tiny_bundle)
+    manifest = Manifest.load(img2img_bundle)
     estimate = graph_bytes(name, tiny_checkpoint, manifest.options)
     (data,) = manifest.graphs[name].data
     assert estimate * 0.9 <= data.bytes <= estimate + 4096 * 400

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, save
 
 from sana_export.architectures import LATENT_STRIDE
 from sana_export.checkpoint.checkpoint import open_checkpoint
-from sana_export.contract import GRAPHS
+from sana_export.contract import GRAPH_GROUPS, GRAPHS
 from sana_export.export.example_inputs import graph_spec
 from sana_export.export.onnx import export_onnx
 from sana_export.graphs.builders import build_graph
@@ -34,11 +34,11 @@ def assert_captured(path: Path, graph: str) -> None:
     assert (found.copies == ()) == (graph not in COPIES), found.copies
 
 
-@pytest.mark.parametrize("fixture", ["tiny_bundle", "sprint_bundle"])
+@pytest.mark.parametrize("fixture", ["img2img_bundle", "sprint_bundle"])
 def test_float32_graphs(fixture: str, request: pytest.FixtureRequest) -> None:
     bundle = request.getfixturevalue(fixture)
     graphs = Manifest.load(bundle).graphs
-    assert set(graphs) == set(GRAPHS)
+    assert set(graphs) == set(GRAPHS if fixture == "img2img_bundle" else GRAPH_GROUPS["default"])
     for name, graph in graphs.items():
         assert_captured(bundle / graph.onnx.path, name)
 

@@ -12,7 +12,6 @@ import torch
 from diffusers import SanaControlNetPipeline, SanaPAGPipeline
 from PIL import Image
 
-from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.cli.main import main
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.parity import compare_images
@@ -25,7 +24,7 @@ from sana_export.runtime.backends.tensorrt import TensorRTBackend
 from sana_export.trt.compatibility import Host
 from sana_export.verify.overlays import load_controlnet
 from tests.support.bundles import PAG_LAYER
-from tests.support.controlnet import ALIAS, controlled, with_controlnet
+from tests.support.controlnet import ALIAS, controlled
 from tests.support.host_device import HostDevice
 from tests.support.host_tensorrt import HostTensorRT, with_engines
 
@@ -36,18 +35,13 @@ WIDE = Profile("wide", (1, 1, 8), (1, 2, 3), ((32, 32), (512, 512)))
 
 
 @pytest.fixture(scope="module")
-def bundle(img2img_bundle: Path, build_cache: Path) -> Path:
-    return with_controlnet(img2img_bundle, build_cache)
+def runtime(controlnet_bundle: Path) -> SanaRuntime:
+    return SanaRuntime.from_pretrained(controlnet_bundle, backend="onnxruntime")
 
 
 @pytest.fixture(scope="module")
-def runtime(bundle: Path) -> SanaRuntime:
-    return SanaRuntime.from_pretrained(bundle, backend="onnxruntime")
-
-
-@pytest.fixture(scope="module")
-def controlnet(own_cache: None) -> Any:
-    return load_controlnet(open_checkpoint("tiny-random", controlnet=ALIAS), torch.float32)
+def controlnet(controlnet_checkpoint: Any) -> Any:
+    return load_controlnet(controlnet_checkpoint, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +144,9 @@ def test_from_an_image_too(runtime: SanaRuntime) -> None:
     ],
     ids=["cfg", "pag", "interval", "inpainting", "no control"],
 )
-def test_captured_steps(runtime: SanaRuntime, bundle: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_captured_steps(runtime: SanaRuntime, controlnet_bundle: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """The loop that is captured as a CUDA graph, on the stand-in for a GPU, against the one that waits for each session."""
-    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    copy = shutil.copytree(controlnet_bundle, tmp_path / "bundle")
     with_engines(copy, WIDE)
     device = HostDevice()
 
@@ -169,9 +163,9 @@ def test_captured_steps(runtime: SanaRuntime, bundle: Path, tmp_path: Path, opti
     assert device.captures == (3 if "guidance_interval" in options else 1)
 
 
-def test_staged(runtime: SanaRuntime, bundle: Path) -> None:
+def test_staged(runtime: SanaRuntime, controlnet_bundle: Path) -> None:
     options = {"control_image": edges(), "seed": 3, **SMALL}
-    with SanaRuntime.from_pretrained(bundle, backend="onnxruntime", memory="staged") as staged:
+    with SanaRuntime.from_pretrained(controlnet_bundle, backend="onnxruntime", memory="staged") as staged:
         assert_same(staged(PROMPT, **options).images, runtime(PROMPT, **options).images)
 
 
@@ -206,12 +200,14 @@ def test_conditioning_of_another_plan(runtime: SanaRuntime) -> None:
         next(runtime.steps(plain, runtime.encode(control)))
 
 
-def test_the_command_line(runtime: SanaRuntime, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(
+    runtime: SanaRuntime, controlnet_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     edges().save(tmp_path / "edges.png")
     size = ["--height", "96", "--width", "160", "--no-resolution-binning", "--steps", "2", "--seed", "3"]
     control = ["--control-image", str(tmp_path / "edges.png"), "--control-scale", "0.7"]
     output = tmp_path / "fox.png"
-    assert main(["generate", str(bundle), PROMPT, "-o", str(output), *size, *control, "--backend", "onnxruntime"]) == 0
+    assert main(["generate", str(controlnet_bundle), PROMPT, "-o", str(output), *size, *control, "--backend", "onnxruntime"]) == 0
     options = {**SMALL, "num_inference_steps": 2, "controlnet_conditioning_scale": 0.7}
     wanted = runtime(PROMPT, control_image=edges(), seed=3, **options)
     assert np.array_equal(pixels(wanted.images)[0], np.asarray(Image.open(output)))

@@ -17,11 +17,8 @@ from tests.support.bundles import PAG_LAYER, exported
 ALIAS = "tiny-random-controlnet"
 
 
-def with_controlnet(bundle: Path, folder: Path) -> Path:
-    """A copy in `folder` of `bundle`, which has the graphs of the group img2img, with the ControlNet `ALIAS`."""
-    from sana_export.checkpoint.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint("tiny-random", controlnet=ALIAS)
+def with_controlnet(checkpoint: Any, bundle: Path, folder: Path) -> Path:
+    """A copy in `folder` of `bundle`, which has the graphs of the group img2img, with the ControlNet of `checkpoint`."""
     graphs = exported(checkpoint, folder / "tiny-controlnet", graphs=["denoiser", "control"], pag_layers=[PAG_LAYER])
     target = folder / f"{bundle.name}-controlnet"
     if not target.exists():

@@ -22,9 +22,10 @@ from sana_export.verify.quality import Quality
 QUICK = Sampling(prompts=["a red apple"], height=96, width=128, steps=3)
 
 
-def test_the_float32_bundle_passes_with_and_without_pag(img2img_bundle, tiny_checkpoint, tmp_path):
-    bundle = shutil.copytree(img2img_bundle, tmp_path / "b")
-    report = verify_bundle(bundle, tiny_checkpoint, QUICK)
+def test_the_float32_bundle_passes_with_and_without_pag(controlnet_bundle, controlnet_checkpoint, tmp_path):
+    """With every graph that there is."""
+    bundle = shutil.copytree(controlnet_bundle, tmp_path / "b")
+    report = verify_bundle(bundle, controlnet_checkpoint, QUICK)
     assert report.passed, report.as_text()
     assert [row.name for row in report.graphs] == list(GRAPH_CHECKS)
     assert len(report.images) == 2

@@ -58,6 +58,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "another size": {"height": 256, "width": 256},
     "another prompt": {"prompt": "two blue birds on a wire", "guidance_scale": 7.0},
     "fewer steps": {"num_inference_steps": 3},
+    "guidance in an interval": {"guidance_interval": (0.25, 0.75), "pag_scale": 2.0, "pag_interval": (0, 0.5)},
 }
 #: With these options an image has the same bits from the first time on: by default, TensorRT-RTX exchanges kernels between images.
 EXACT: dict[str, dict[str, Any]] = {"tensorrt-rtx": {"dynamic_shapes_kernel_specialization_strategy": "eager"}}

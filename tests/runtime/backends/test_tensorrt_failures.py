@@ -248,7 +248,7 @@ def test_shapes_beyond_an_engine_are_named(bundle: Path, module: HostTensorRT) -
         session.run({"prompt_embeds": np.zeros((4, 9, 1, 64), np.float32)})
     text = complete_text(caught.value)
     assert "wide: outside what the engine was built for" in text
-    assert "branches 4 (possible: 1 to 3)" in text
+    assert "text_branches 4 (possible: 1 to 2)" in text
     assert "batch 9 (possible: 1 to 8)" in text
 
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.contract import GRAPHS, GraphSpec, TensorSpec
 from sana_export.errors import ArtifactError, DependencyError
-from sana_export.export.example_inputs import CHECK_SIZES, graph_spec, random_inputs
+from sana_export.export.example_inputs import CHECK_SIZES, fitting, graph_spec, random_inputs
 from sana_export.export.parity import compare_images
 from sana_export.graphs.builders import build_graph
 from sana_export.installation import install_command
@@ -157,11 +157,11 @@ def test_the_checkpoint_has_to_be_the_one_of_the_manifest(tiny_bundle: Path, own
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_graphs_compute_where_their_weights_and_inputs_are(tiny_checkpoint: Any, name: str, precision: str) -> None:
+def test_graphs_compute_where_their_weights_and_inputs_are(controlnet_checkpoint: Any, name: str, precision: str) -> None:
     """On a device that is not the CPU and has no values: a tensor that a graph creates on the CPU is refused."""
     options = Options(precision, True, (1,))
-    module, spec = build_graph(name, tiny_checkpoint, options), graph_spec(name, tiny_checkpoint, options)
-    inputs = random_inputs(spec, CHECK_SIZES, 0)
+    module, spec = build_graph(name, controlnet_checkpoint, options), graph_spec(name, controlnet_checkpoint, options)
+    inputs = random_inputs(spec, fitting(CHECK_SIZES, name, controlnet_checkpoint), 0)
     with FakeTensorMode():
         weights, feeds = (
             {key: torch.empty(value.shape, dtype=value.dtype, device="meta") for key, value in tensors.items()}
@@ -206,7 +206,7 @@ def test_products_are_exact_inside_a_run_and_settings_come_back(runtime: SanaRun
     seen = []
     session = runtime.backend.load("sampler")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(session, "module", lambda *_: (seen.append(torch.backends.cudnn.allow_tf32), (None, None))[1])
+    monkeypatch.setattr(session, "module", lambda **_: (seen.append(torch.backends.cudnn.allow_tf32), (None, None))[1])
     session.run({tensor.name: np.zeros(1, np.float32) for tensor in session.spec.inputs})
     assert seen == [False]
     assert torch.backends.cudnn.allow_tf32 is True
