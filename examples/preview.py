@@ -2,8 +2,8 @@
 
 python examples/preview.py engines/out/tiny "a red apple" -o apple.png
 
-This writes apple-00.png, apple-01.png, ... and at the end apple.png. Each preview costs one run of the decoder. It shows the
-latents with the noise that is left in them; for the image that the model expects, use `x0` of `runtime.steps()` (docs/python.md).
+This writes apple-00.png, apple-01.png, ... and at the end apple.png. A preview is the image that the model expects at this step. It
+is one pixel for each latent pixel and costs next to nothing; with --whole it is the decoder's image.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from sana_export import Request, SanaRuntime
+from sana_export import SanaRuntime
 
 
 class Cancelled(Exception):
@@ -29,19 +29,18 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("image.png"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
+    parser.add_argument("--whole", action="store_true", help="run the decoder for each preview")
     args = parser.parse_args()
 
     cancelled = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: cancelled.set())
 
     with SanaRuntime.from_pretrained(args.bundle) as runtime:
-        plan = runtime.plan(Request(args.prompt))  # tells `decode` the size of the image
 
         def on_step(runtime: SanaRuntime, index: int, timestep: float, tensors: dict[str, Any]) -> None:
             if cancelled.is_set():
                 raise Cancelled  # ends the call below; the runtime stays usable
-            preview = runtime.decode(plan, tensors["latents"])[0]
-            preview.thumbnail((128, 128))
+            preview = runtime.preview(method="decoder" if args.whole else "linear")[0]
             preview.save(args.output.with_stem(f"{args.output.stem}-{index:02d}"))
             print(f"step {index}, timestep {timestep:.1f}", flush=True)
 

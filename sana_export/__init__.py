@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from sana_export import errors as errors
     from sana_export.checkpoint.checkpoint import open_checkpoint as open_checkpoint
     from sana_export.export.bundle import export_bundle as export_bundle
+    from sana_export.image_files import read_metadata as read_metadata
+    from sana_export.image_files import save_image as save_image
     from sana_export.runtime.pipeline import SanaRuntime as SanaRuntime
     from sana_export.runtime.request import Request as Request
     from sana_export.trt.bundle import build_bundle as build_bundle
@@ -27,9 +29,22 @@ _MODULES = {
     "build_bundle": "sana_export.trt.bundle",
     "export_bundle": "sana_export.export.bundle",
     "open_checkpoint": "sana_export.checkpoint.checkpoint",
+    "read_metadata": "sana_export.image_files",
+    "save_image": "sana_export.image_files",
     "verify_bundle": "sana_export.verify.bundle",
 }
-__all__ = ["Request", "SanaRuntime", "__version__", "build_bundle", "errors", "export_bundle", "open_checkpoint", "verify_bundle"]
+__all__ = [
+    "Request",
+    "SanaRuntime",
+    "__version__",
+    "build_bundle",
+    "errors",
+    "export_bundle",
+    "open_checkpoint",
+    "read_metadata",
+    "save_image",
+    "verify_bundle",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -115,9 +115,24 @@ def test_preview(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -
     np.testing.assert_array_equal(pixels(output), drawn(tiny_runtime, seed=3, num_inference_steps=3)[0])
     assert len(list(tmp_path.iterdir())) == 4
     for step in steps:
-        wanted = tiny_runtime.decode(plan, step.latents)[0]
-        wanted.thumbnail((128, 128))
+        wanted = tiny_runtime.preview(step.x0)[0]
+        assert wanted.size == (16, 16)
         np.testing.assert_array_equal(pixels(tmp_path / f"apple-{step.index:02d}.png"), pixels(wanted))
+    run("preview.py", tiny_bundle, PROMPT, "-o", output, "--seed", 3, "--steps", 1, "--whole")
+    np.testing.assert_array_equal(pixels(tmp_path / "apple-00.png"), pixels(output))
+
+
+def test_blend(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
+    prompts = ("a red apple", "a very long green pear on a small table")
+    done = run("blend.py", tiny_bundle, *prompts, "--images", 3, "--seed", 7, "--steps", 2, "-o", tmp_path / "blend")
+    files = sorted((tmp_path / "blend").iterdir())
+    assert done.stdout.splitlines() == [
+        f"{file}: {share} of the second prompt" for file, share in zip(files, ("0%", "50%", "100%"), strict=True)
+    ]
+    first, middle, last = map(pixels, files)
+    np.testing.assert_array_equal(first, drawn(tiny_runtime, prompts[0], seed=7)[0])
+    np.testing.assert_array_equal(last, drawn(tiny_runtime, prompts[1], seed=7)[0])
+    assert min(np.abs(middle.astype(int) - other).mean() for other in (first, last)) > 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to every process of a console")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.bench.workload import load_workload
-from sana_export.cli.images import FORMATS
 from sana_export.errors import UsageError
+from sana_export.image_files import SUFFIXES
 from sana_export.manifest import PRECISIONS
 from sana_export.numeric import MAX_IMAGES, MAX_SIDE, MOST_DEVICES, MOST_THREADS, integer
 from sana_export.profiles import profile_named
@@ -179,11 +179,11 @@ def _check(recipe: Recipe) -> None:
         for key, most in (("batch", MAX_IMAGES), ("height", MAX_SIDE), ("width", MAX_SIDE)):
             if (value := getattr(build, key)) is not None:
                 integer(f"{key} in [build] of {recipe.path}", value, 1, most)
-    if recipe.sample is not None and recipe.sample.output.suffix.lower() not in FORMATS:
+    if recipe.sample is not None and recipe.sample.output.suffix.lower() not in SUFFIXES:
         raise UsageError(
             f"output of [sample] in {recipe.path} is not the name of an image file",
             found=str(recipe.sample.output),
-            wanted="a name that ends with " + ", ".join(FORMATS),
+            wanted="a name that ends with " + ", ".join(SUFFIXES),
         )
     if recipe.bench is not None:
         workload = load_workload(recipe.bench.workload)

@@ -132,6 +132,18 @@ def decode_latents(
     return assemble(render, windows, np.empty((batch, 3, height, width), np.float32), scale)
 
 
+def one_by_one(latents: Array, decode: Callable[[Array], Images]) -> Images:
+    """Decode each of the latents [B, C, h, w] alone.
+
+    The decoder's memory is then that of one image, and an image does not depend on its batch: convolutions of ONNX Runtime in fp16
+    round differently for another number of images. At Sana's sizes one image keeps a GPU busy.
+    """
+    images = [decode(latents[index : index + 1]) for index in range(len(latents))]
+    if isinstance(images[0], np.ndarray):
+        return np.concatenate([np.asarray(image) for image in images])
+    return [image for own in images for image in own]
+
+
 def finish_images(plan: Plan, image: DeviceTensor | Array, backend: Backend, sessions: Sessions) -> Images:
     """The decoder's image [B, 3, H, W] to images of the plan's size and output type."""
     if plan.output_type == "np":

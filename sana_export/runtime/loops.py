@@ -69,6 +69,6 @@ def take_loop(plan: Plan, conditioning: Conditioning, backend: Backend, sessions
 
 def _reserve_for_decoding(plan: Plan, backend: CapturingBackend, sessions: Sessions) -> None:
     """Reserve the decoder's memory before the loop is captured, which would have to be captured again afterwards."""
-    axes = request_axes(plan, backend.manifest)
+    axes = request_axes(plan.one_image, backend.manifest)
     for graph in (*plan.decoder_graphs, "postprocess"):
         enqueued(sessions, graph).reserve(axes)

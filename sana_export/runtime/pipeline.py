@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, Never, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from sana_export.adapters import Lora, lora_at
 from sana_export.commands import export_command
@@ -22,12 +23,15 @@ from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.formats.arrays import Array, Float32
 from sana_export.known_files import check_known_files
 from sana_export.manifest import Manifest
-from sana_export.numeric import MOST_DEVICES, MOST_THREADS, integer, shown
+from sana_export.numeric import MAX_IMAGES, MOST_DEVICES, MOST_THREADS, integer, shown
 from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
+from sana_export.runtime.batches import OWN_ERRORS, RequestJob, draw_in_batches, joined
 from sana_export.runtime.callbacks import IsCancelled, StepCallback, call_back, check_callbacks, check_cancelled
 from sana_export.runtime.control import CONDITIONING_SCALE, ControlConditioning, ControlImages
-from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images
+from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images, one_by_one
+from sana_export.runtime.embeddings_cache import MOST_CACHE_BYTES, PROMPT_CACHE_BYTES, EmbeddingsCache
+from sana_export.runtime.encoded_prompts import EncodedPrompts, prompt_texts, to_arrays
 from sana_export.runtime.encoding import encode_image
 from sana_export.runtime.guidance import WHOLE, Interval
 from sana_export.runtime.image_start import ImageStart
@@ -36,7 +40,9 @@ from sana_export.runtime.loop_inputs import check_conditioning, loop_inputs
 from sana_export.runtime.loops import LoopCache, take_loop
 from sana_export.runtime.lora import LoraStack
 from sana_export.runtime.memory import AUTO, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
-from sana_export.runtime.prompt import PromptEmbeddings, PromptEncoder, PromptTokens
+from sana_export.runtime.metadata import ImageOrigin, image_metadata
+from sana_export.runtime.preview import Previews
+from sana_export.runtime.prompt import GivenEmbeddings, PromptEmbeddings, PromptEncoder, PromptTokens, needed
 from sana_export.runtime.request import Plan, Request, make_plan, request_axes
 from sana_export.runtime.results import Conditioning, Images, SanaResult, Step, Timings
 from sana_export.runtime.sampling import CapturedLoop, SamplingLoop
@@ -44,10 +50,11 @@ from sana_export.runtime.schedule import SPRINT_INTERMEDIATE_TIMESTEP, SPRINT_MA
 from sana_export.runtime.scheduler_choice import Choice
 from sana_export.runtime.sessions import Sessions
 from sana_export.runtime.unpicklable import OfThisProcess
-from sana_export.runtime.words import CALL_WORDS, LOADING_WORDS, METHODS, check_words, parameters_of
+from sana_export.runtime.words import CALL_WORDS, ENCODING_WORDS, LOADING_WORDS, METHODS, check_words, parameters_of
 from sana_export.user_paths import user_path
 
 LOG = logging.getLogger(__name__)
+Drawn = TypeVar("Drawn")
 
 #: The number of the instruction's prefixes that stay on the device. Most prompts share the same number of its tokens.
 KEPT_PREFIXES = 4
@@ -61,15 +68,27 @@ class SanaRuntime(OfThisProcess):
     has its own memory. Use tensors on the device only through the runtime's methods (`to_host`, `decode`, `run`).
     """
 
-    def __init__(self, backend: Backend, text: PromptEncoder, memory: str = "resident") -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        text: PromptEncoder,
+        memory: str = "resident",
+        prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
+    ) -> None:
         self.bundle, self.manifest, self.backend = backend.bundle, backend.manifest, backend
         self.text, self.memory = text, memory
         self._lock = threading.RLock()
         self._loops = LoopCache()
         self._prefixes: dict[int, DeviceTensor] = {}
         self._loras = LoraStack(backend)
+        self._origin = ImageOrigin.of(backend.manifest, backend.name)
+        self._previews = Previews()
+        #: The encoded prompts that are kept.
+        self.prompt_cache = EmbeddingsCache(prompt_cache_bytes)
         self._closed = False
         self._interrupt = False
+        #: The step whose callback is running.
+        self._step: Step | None = None
         #: The sessions by graph. Reading one loads it. From several threads, use `run` instead.
         self.sessions = Sessions(backend, self._loras, staged=memory != "resident")
         if not self.sessions.staged:
@@ -85,6 +104,7 @@ class SanaRuntime(OfThisProcess):
         device: int | None = None,
         threads: int | None = None,
         backend_options: Mapping[str, Any] | None = None,
+        prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
         **others: Never,
     ) -> SanaRuntime:
         """Check the bundle in the folder `bundle` and load it.
@@ -94,6 +114,7 @@ class SanaRuntime(OfThisProcess):
         device: index of the GPU. None: the first one.
         threads: threads for work on the CPU. None: the default of the backend's library.
         backend_options: options of the backend's library, for ONNX Runtime {"session_options": {...}, "provider_options": {...}}.
+        prompt_cache_bytes: the most that encoded prompts may take that are kept for later calls. 0 keeps none.
 
         Raises ArtifactError if the bundle is damaged, incomplete or unfit for this machine; UsageError for an unknown backend, mode
         or option, and for other words of diffusers, saying what to write; DependencyError if the backend's package, a GPU or memory
@@ -105,6 +126,7 @@ class SanaRuntime(OfThisProcess):
         bundle = user_path(bundle, "the bundle")
         device = None if device is None else integer("device", device, 0, MOST_DEVICES)
         threads = None if threads is None else integer("threads", threads, 1, MOST_THREADS)
+        prompt_cache_bytes = integer("prompt_cache_bytes", prompt_cache_bytes, 0, MOST_CACHE_BYTES)
         manifest = Manifest.load(bundle)
         fix = export_command(bundle, manifest)
         required = [name for name in GRAPH_GROUPS["default"] if name not in WEIGHTS_OF]
@@ -119,7 +141,7 @@ class SanaRuntime(OfThisProcess):
         opened = open_backend(backend, bundle, manifest, settings)
         check_known_files(bundle, manifest.files, fix=fix)
         text = PromptEncoder.load(bundle, manifest, fix=fix)
-        return cls(opened, text, opened.choose_memory_mode(memory))
+        return cls(opened, text, opened.choose_memory_mode(memory), prompt_cache_bytes)
 
     def close(self) -> None:
         """Release the memory of the runtime, which cannot be used afterwards. A `with` block does this at its end."""
@@ -128,7 +150,7 @@ class SanaRuntime(OfThisProcess):
                 return
             self._closed = True
             errors: list[SanaExportError] = []
-            clears = (self._loops.clear, self._prefixes.clear, self.sessions.clear)
+            clears = (self._loops.clear, self._prefixes.clear, self.prompt_cache.clear, self.sessions.clear)
             for step in (self.backend.wait, *clears, self.backend.release_memory):
                 try:
                     step()
@@ -252,19 +274,66 @@ class SanaRuntime(OfThisProcess):
             sigmas=sigmas,
         )
         check_cancelled(cancelled)
-        with self._using():
-            interrupted, self._interrupt = self._interrupt, False
-            try:
-                result = self._generate(request, callback_on_step_end, cancelled)
-            finally:
-                self._interrupt = interrupted  # of the call whose callback made this one
+        result = self._turn(lambda: self._draw([RequestJob(request, self.plan(request))], callback_on_step_end, cancelled)[0])
         # Overloads that say so would repeat all parameters.
         return result if return_dict else (result.images,)  # type: ignore[return-value]
 
-    def _generate(self, request: Request, callback: StepCallback | None, cancelled: IsCancelled | None) -> SanaResult:
+    def generate_many(
+        self,
+        requests: Iterable[Request],
+        *,
+        batch_size: int = 1,
+        callback_on_step_end: StepCallback | None = None,
+        cancelled: IsCancelled | None = None,
+        return_errors: bool = False,
+    ) -> Generator[Any, None, None]:
+        """Draw requests of any number, and yield the `SanaResult` of each, in their order.
+
+        Requests are read as they are needed: at most `batches.READ_AHEAD` times `batch_size` are held with their results. Other
+        calls may run between two results. Close the iterator (`contextlib.closing`) to stop early.
+
+        batch_size: the most images that are sampled at a time. Requests that differ only in prompts, seeds, delivered sizes of one
+        sampled size, `output_type` and `decoder_tile` are sampled together. 1: each image is what a call of its own gives.
+        callback_on_step_end, cancelled: as in a call; the callback sees the latents of the whole batch.
+        return_errors: a request's own UsageError or ArtifactError takes the place of its result, and the others are drawn. If not,
+        it is raised in its turn, and the iterator ends.
+
+        Raises the errors of a call.
+        """
+        batch_size = integer("batch_size", batch_size, 1, MAX_IMAGES)
+        check_callbacks(callback_on_step_end, cancelled)
+
+        def draw(jobs: Sequence[RequestJob]) -> list[Any]:
+            try:
+                return self._turn(lambda: self._draw(jobs, callback_on_step_end, cancelled))
+            except OWN_ERRORS as error:
+                # The others of the batch are fine by themselves.
+                return [error] if len(jobs) == 1 else [outcome for job in jobs for outcome in draw([job])]
+
+        def results() -> Generator[Any, None, None]:
+            for outcome in draw_in_batches(requests, self.plan, draw, batch_size):
+                if isinstance(outcome, SanaExportError) and not return_errors:
+                    raise outcome
+                yield outcome
+
+        return results()
+
+    def _turn(self, draw: Callable[[], Drawn]) -> Drawn:
+        """`draw()` while no other thread uses the runtime, with an `interrupt` of its own."""
+        with self._using():
+            interrupted, self._interrupt = self._interrupt, False
+            try:
+                return draw()
+            finally:
+                self._interrupt = interrupted  # of the call whose callback made this one
+
+    def _draw(self, jobs: Sequence[RequestJob], callback: StepCallback | None, cancelled: IsCancelled | None) -> list[SanaResult]:
+        """Draw the images of `jobs`, whose `batch_key` is the same, in one batch."""
         started, record_event = perf_counter(), self.backend.record_event
         check_cancelled(cancelled)  # it may have waited for its turn
-        plan = self.plan(request)
+        plan = joined([job.plan for job in jobs])
+        if len(jobs) > 1:
+            self._check_supported(plan)
         if not self.sessions.staged:
             self.sessions.require((*plan.image_graphs, *plan.decoder_graphs))  # report a damaged one before sampling, not after
         conditioning = self._encode(plan, cancelled)
@@ -283,8 +352,15 @@ class SanaRuntime(OfThisProcess):
             total=perf_counter() - started,
             vae_encoder=0.0 if plan.image is None and plan.control is None else seconds(conditioning.events[2], before),
         )
-        intervals = (request.guidance_interval, request.pag_interval)
-        return SanaResult(images, plan.seeds, plan.output_height, plan.output_width, *intervals, timings, plan.scheduler)
+        results, first = [], 0
+        for job in jobs:
+            own = images[first : first + job.images]
+            first += job.images
+            intervals = (job.request.guidance_interval, job.request.pag_interval)
+            metadata = image_metadata(job.request, job.plan, self._origin)
+            size = (plan.output_height, plan.output_width)
+            results.append(SanaResult(own, job.plan.seeds, *size, *intervals, timings, plan.scheduler, metadata))
+        return results
 
     def _denoise(
         self, plan: Plan, conditioning: Conditioning, callback: StepCallback | None, cancelled: IsCancelled | None
@@ -297,7 +373,11 @@ class SanaRuntime(OfThisProcess):
                 return loop.result(), events
             for step in self._run_steps(plan, loop, version):
                 if callback is not None:
-                    call_back(callback, self, step, plan)
+                    outer, self._step = self._step, step
+                    try:
+                        call_back(callback, self, step, plan)
+                    finally:
+                        self._step = outer
                 events.append(self.backend.record_event())
                 if cancelled is not None:
                     self.backend.wait()  # otherwise all steps are enqueued before the first one is done
@@ -329,20 +409,27 @@ class SanaRuntime(OfThisProcess):
         """
         with self._using():
             plan = make_plan(request, self.bundle, self.manifest)
-            graphs = (*SAMPLING_GRAPHS, *plan.image_graphs, *plan.decoder_graphs)
-            for branches in {part.branches: None for part in plan.segments}:
-                self.backend.check_supported(graphs, request_axes(plan, self.manifest) | branches.axes)
+            self._check_supported(plan)
             return plan
+
+    def _check_supported(self, plan: Plan) -> None:
+        graphs = (*SAMPLING_GRAPHS, *plan.image_graphs, *plan.decoder_graphs)
+        for branches in {part.branches: None for part in plan.segments}:
+            self.backend.check_supported(graphs, request_axes(plan, self.manifest) | branches.axes)
 
     def tokenize(self, plan: Plan) -> list[list[PromptTokens]]:
         """The tokens of the plan's prompts, for each branch with prompts of its own."""
         return self.text.tokenize_plan(plan.texts, plan.max_sequence_length)
 
     def embed(self, plan: Plan) -> PromptEmbeddings:
-        """Run the text encoder on the plan's prompts, each once, whatever `num_images_per_prompt` is."""
+        """Run the text encoder on the plan's prompts, each once, whatever `num_images_per_prompt` is; not on those in the cache."""
         with self._using():
+            return self._embed(self.tokenize(plan), plan.embeddings)
+
+    def _embed(self, tokens: list[list[PromptTokens]], given: Mapping[int, GivenEmbeddings]) -> PromptEmbeddings:
+        if any(prompt not in self.prompt_cache for prompt in needed(tokens)):
             self.sessions.require(TEXT_STAGE)
-            return self.text.encode(self.tokenize(plan), self._run_text_encoder, self.backend.text_multiple, plan.embeddings)
+        return self.text.encode(tokens, self._run_text_encoder, self.backend.text_multiple, given, self.prompt_cache)
 
     def encode(self, plan: Plan) -> Conditioning:
         """Run the text encoder and the context graph on the plan's prompts, and the VAE's encoder on its images."""
@@ -373,6 +460,8 @@ class SanaRuntime(OfThisProcess):
             embeddings = embeddings.padded(self.backend.text_multiple, plan.max_sequence_length)
             gathered = self.backend.gather(embeddings)
             encoded = self.backend.record_event()
+            # A staged runtime drops what is loaded of other stages, and loads no text encoder that nothing needs.
+            self.sessions.require(name for name in TEXT_STAGE if name == "context" or name in self.sessions)
             prompts = None if plan.always_guided else embeddings.only(plan.branches.texts.index("cond"))
             # Without the negative prompts, the graphs run again: the branches lie interleaved in their outputs.
             alone = None if prompts is None else self.backend.gather(prompts)
@@ -397,6 +486,42 @@ class SanaRuntime(OfThisProcess):
         """The outputs of a context graph for all branches, and for the prompts alone if some steps run without negative prompts."""
         found = [None if given is None else self.sessions[graph].run({"prompt_embeds": given})[graph] for given in (embeds, alone)]
         return found[0], found[1]
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        do_classifier_free_guidance: bool = True,
+        *,
+        negative_prompt: str | Sequence[str] | None = "",
+        complex_human_instruction: bool | Sequence[str] | None = True,
+        max_sequence_length: int | None = None,
+        **others: Never,
+    ) -> EncodedPrompts:
+        """Encode prompts to keep them: a call takes the result in place of prompts, `runtime(**encoded.arrays)`.
+
+        The parameters are those of `Request`. Without `do_classifier_free_guidance`, and for a SANA-Sprint checkpoint, there are no
+        negative ones. The rows are on the host, padded to `max_sequence_length` as in diffusers, so they can be added and averaged.
+
+        Raises UsageError, also for other words of diffusers, saying what to write.
+        """
+        check_words("encode_prompt", others, ENCODING_WORDS, ENCODING_PARAMETERS)
+        model, guided = self.manifest.model, do_classifier_free_guidance
+        asked = prompt_texts(model, prompt, negative_prompt, complex_human_instruction, max_sequence_length, guided=guided)
+        with self._using():
+            tokens = self.text.tokenize_plan(asked.texts, asked.max_sequence_length)
+            return to_arrays(self._embed(tokens, {}), self.backend.to_host, asked.max_sequence_length)
+
+    def preview(self, latents: DeviceTensor | Array | None = None, method: str = "linear") -> list[Image.Image]:
+        """Small images of latents [B, C, h, w], for a person who waits.
+
+        latents: an array, or a tensor on the device. None, in a callback: the image that the model predicts at this step.
+        method: "linear": w x h pixels, a linear projection of each latent pixel, fitted to the bundle's decoder when it is first
+        needed (preview.py). "decoder": the decoder's image.
+
+        Raises UsageError for latents of another kind, and for None outside a callback.
+        """
+        with self._using():
+            return self._previews.show(self, self._step.x0 if latents is None and self._step is not None else latents, method)
 
     def steps(self, plan: Plan, conditioning: Conditioning) -> Generator[Step, None, None]:
         """The sampling loop: one `Step` after each step. The last one's latents are the result.
@@ -461,6 +586,8 @@ class SanaRuntime(OfThisProcess):
             check_latents_shape(latents, plan)
             if plan.output_type == "latent":
                 return np.array(self._finite_latents(latents))
+            if plan.latents_shape[0] > 1:
+                return one_by_one(self.backend.to_host(latents), lambda own: self._decode(plan.one_image, own, cancelled))
             self.sessions.require((*plan.decoder_graphs, "postprocess"))
             image = decode_latents(plan, latents, self.backend, self.sessions, partial(check_cancelled, cancelled))
             self._finite_latents(latents)
@@ -514,12 +641,14 @@ class SanaRuntime(OfThisProcess):
         with self._using():
             self._drop_loops()
             self._loras.add(lora_at(path, scale), self.sessions)
+            self._origin = self._origin.with_loras(self.loras)
 
     def unload_lora(self) -> None:
         """Remove all LoRAs. The weights are the bundle's own again, bit for bit."""
         with self._using():
             self._drop_loops()
             self._loras.clear(self.sessions)
+            self._origin = self._origin.with_loras(())
 
     def _drop_loops(self) -> None:
         """Drop the captured loops before weights change: they may read the old ones."""
@@ -532,7 +661,7 @@ class SanaRuntime(OfThisProcess):
         if shared not in self._prefixes:
             while len(self._prefixes) >= KEPT_PREFIXES:
                 del self._prefixes[next(iter(self._prefixes))]
-            self._prefixes[shared] = self.backend.to_device(prefix)
+            self._prefixes[shared] = self.backend.to_device(np.ascontiguousarray(prefix))
         feeds = {"inputs_embeds": inputs_embeds, "prefix": self._prefixes[shared]}
         return self.sessions["text_encoder"].run(feeds)["prompt_embeds"]
 
@@ -551,3 +680,4 @@ class SanaRuntime(OfThisProcess):
 
 
 CALL_PARAMETERS, LOADING_PARAMETERS = parameters_of(SanaRuntime.__call__), parameters_of(SanaRuntime.from_pretrained)
+ENCODING_PARAMETERS = parameters_of(SanaRuntime.encode_prompt)

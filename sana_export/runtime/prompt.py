@@ -9,8 +9,7 @@ rows from the first token that differs are computed, without padding.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +25,7 @@ from sana_export.formats.safetensors_file import StoredTensor, TensorFile
 from sana_export.formats.tokenizer_file import read_tokenizer
 from sana_export.known_files import check_known_files
 from sana_export.manifest import Manifest
+from sana_export.runtime.embeddings_cache import EmbeddingsCache
 from sana_export.runtime.unpicklable import OfThisProcess
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 #: The files of a bundle that turn a prompt into the text encoder's input.
 _FILES = ("tokenizer/tokenizer.json", "instruction.safetensors", "embeddings.safetensors")
 
-#: From inputs_embeds [B, S, C] and prefix [layers, 2, kv_heads, P, head_dim], float32 on the host, to prompt_embeds [B, S, C], a
-#: tensor of a backend.
+#: From inputs_embeds [1, S, C] and prefix [layers, 2, kv_heads, P, head_dim], float32 on the host, to prompt_embeds [1, S, C], a
+#: tensor of a backend. The prefix may be a view.
 RunTextEncoder = Callable[[Float32, Float32], Any]
 
 #: The most tokens of one text. The text encoder's graph has no sliding attention windows, which could matter for longer texts.
@@ -226,13 +226,18 @@ class PromptEncoder(OfThisProcess):
         run: RunTextEncoder,
         multiple: int = 1,
         given: Mapping[int, GivenEmbeddings] = MappingProxyType({}),
+        cache: EmbeddingsCache | None = None,
     ) -> PromptEmbeddings:
-        """Embeddings of U branches of B prompts each. Equal prompts run once; all with the same prefix run in one batch.
+        """Embeddings of U branches of B prompts each. Every prompt runs alone, equal ones once, those in `cache` not at all.
 
-        The tokens of a batch are padded to a multiple of `multiple`, so that shapes repeat. The padding's rows are not used. The
+        So the bits of a prompt's rows do not depend on the other prompts. In one batch they may: a backend may choose another
+        kernel for another number of rows.
+
+        A prompt's tokens are padded to a multiple of `multiple`, so that shapes repeat. The padding's rows are not used. The
         branches in `given`, by number, have no tokens.
         """
-        outputs = self._run(dict.fromkeys(tokens for branch in branches for tokens in branch), run, multiple)
+        cache = EmbeddingsCache() if cache is None else cache
+        outputs = {tokens: self._run(tokens, run, multiple, cache) for tokens in needed(branches)}
         longest = max(
             *(tokens.kept_rows for branch in branches for tokens in branch),
             *(values.embeds.shape[1] for values in given.values()),
@@ -251,32 +256,23 @@ class PromptEncoder(OfThisProcess):
             for number, tokens in enumerate(branch):
                 rows.append(Rows(bos_row, 0, 0, 1, (index, number, 0)))
                 if tokens in outputs:
-                    output, item = outputs[tokens]
                     start = tokens.first_kept - tokens.shared
-                    rows.append(Rows(output, item, start, start + tokens.kept_rows - 1, (index, number, 1)))
+                    rows.append(Rows(outputs[tokens], 0, start, start + tokens.kept_rows - 1, (index, number, 1)))
                 mask[index, number, : tokens.kept_rows] = 1.0
         return PromptEmbeddings((*shape, bos_row.size), tuple(rows), mask)
 
-    def _run(self, prompts: Iterable[PromptTokens], run: RunTextEncoder, multiple: int) -> dict[PromptTokens, tuple[Any, int]]:
-        """For each prompt: the output with its rows, from the first that is not shared, and its index in that batch.
-
-        A prompt of BOS alone has none.
-        """
-        outputs: dict[PromptTokens, tuple[Any, int]] = {}
-        batches: defaultdict[int, list[PromptTokens]] = defaultdict(list)
-        for tokens in prompts:
-            if tokens.kept_rows > 1:
-                batches[tokens.shared].append(tokens)
-        for shared, batch in batches.items():
-            lengths = [len(tokens.ids) - shared for tokens in batch]
-            longest = _padded_length(max(lengths), multiple, max(tokens.limit for tokens in batch) - shared)
-            # Attention is causal: the padding after a prompt does not reach its rows.
-            embeds = np.zeros((len(batch), longest, self.instruction.bos_row.size), dtype=np.float32)
-            for row, tokens, length in zip(embeds, batch, lengths, strict=True):
-                row[:length] = self.embeddings.rows(tokens.ids[shared:])
-            output = run(embeds, np.ascontiguousarray(self.instruction.prefix[..., :shared, :]))
-            outputs |= {tokens: (output, item) for item, tokens in enumerate(batch)}
-        return outputs
+    def _run(self, tokens: PromptTokens, run: RunTextEncoder, multiple: int, cache: EmbeddingsCache) -> Any:
+        """The output [1, S, C] with the rows of a prompt, from the first that is not shared."""
+        if (known := cache.get(tokens)) is not None:
+            return known
+        length = len(tokens.ids) - tokens.shared
+        # Attention is causal: the padding after a prompt does not reach its rows.
+        padded = _padded_length(length, multiple, tokens.limit - tokens.shared)
+        embeds = np.zeros((1, padded, self.instruction.bos_row.size), dtype=np.float32)
+        embeds[0, :length] = self.embeddings.rows(tokens.ids[tokens.shared :])
+        output = run(embeds, self.instruction.prefix[..., : tokens.shared, :])
+        cache.put(tokens, output, embeds.nbytes)
+        return output
 
     def _first_kept(self, instruction: str) -> int:
         """`PromptTokens.first_kept` of a prompt after `instruction`."""
@@ -337,6 +333,11 @@ class PromptEncoder(OfThisProcess):
 
     def _error(self, message: str, **details: Any) -> ArtifactError:
         return ArtifactError(message, fix=self._fix, **details)
+
+
+def needed(branches: Sequence[Sequence[PromptTokens]]) -> list[PromptTokens]:
+    """The different prompts that the text encoder has to read. A prompt of BOS alone needs no run."""
+    return [*dict.fromkeys(tokens for branch in branches for tokens in branch if tokens.kept_rows > 1)]
 
 
 def _padded_length(length: int, multiple: int, most: int) -> int:

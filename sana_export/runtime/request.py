@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,11 @@ class Plan:
     def always_guided(self) -> bool:
         """Whether all steps run the same branches with a prompt of their own."""
         return all(part.branches.texts == self.branches.texts for part in self.segments)
+
+    @property
+    def one_image(self) -> Plan:
+        """The plan to decode one of the images alone."""
+        return replace(self, latents_shape=(1, *self.latents_shape[1:]))
 
     @property
     def decoder_graphs(self) -> tuple[str, ...]:

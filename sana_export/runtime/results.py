@@ -52,10 +52,12 @@ class SanaResult:
     #: The intervals of the request, as fractions of the steps: (0, 1) for all.
     guidance_interval: Interval
     pag_interval: Interval
-    #: Seconds of each stage.
+    #: Seconds of each stage; of the whole batch for requests that were drawn together.
     timings: Timings
     #: The scheduler that ran: diffusers' `_class_name`, and all keys of its config that sampling reads.
     scheduler: Mapping[str, Any]
+    #: For each image: how it was drawn, as `save_image` writes it into the file (runtime/metadata.py).
+    metadata: tuple[Mapping[str, Any], ...] = ()
 
     def __getitem__(self, key: int | str) -> Any:
         """`result[0]` and `result["images"]` are the images, as in diffusers, and `(images,) = result` works."""

@@ -79,6 +79,19 @@ LOADING_WORDS: Mapping[str, Word] = {
     "provider": Word('backend, and backend_options={"provider_options": {...}}'),
     "providers": Word('backend, and backend_options={"provider_options": {...}}'),
 }
+#: The parameters of `encode_prompt`.
+ENCODING_WORDS: Mapping[str, Word] = {
+    "num_images_per_prompt": Word("num_images_per_prompt in the call that takes the embeddings", lambda value: value == 1),
+    # Results are on the host, wherever the text encoder runs.
+    "device": Word("no device", lambda value: True),
+    "clean_caption": CALL_WORDS["clean_caption"],
+    "lora_scale": CALL_WORDS["lora_scale"],
+    **{
+        f"{name}{part}": Word(f"runtime({name}{part}=...): they are encoded already")
+        for name in ("prompt", "negative_prompt")
+        for part in ("_embeds", "_attention_mask")
+    },
+}
 #: Methods and attributes of diffusers' pipelines.
 METHODS: Mapping[str, str] = {
     "to": "SanaRuntime.from_pretrained(bundle, device=0)",
@@ -90,7 +103,6 @@ METHODS: Mapping[str, str] = {
     "fuse_lora": "runtime.load_lora(path, scale)",
     "unfuse_lora": "runtime.unload_lora()",
     "unload_lora_weights": "runtime.unload_lora()",
-    "encode_prompt": "runtime.embed(plan)",
     "set_progress_bar_config": "callback_on_step_end, which is called after every step",
     "scheduler": 'runtime(prompt, scheduler="unipc"), for each call; runtime.manifest.model.scheduler is the checkpoint\'s',
 }

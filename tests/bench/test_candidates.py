@@ -56,5 +56,5 @@ def test_the_runtime_gets_the_job_s_device_and_threads(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(runtime, "SanaRuntime", Runtime)
     candidate: Candidate = runtime.load(JOB)
-    assert seen == {"bundle": "bundle", "backend": "tensorrt", "device": 1, "threads": 3}
+    assert seen == {"bundle": "bundle", "backend": "tensorrt", "device": 1, "threads": 3, "prompt_cache_bytes": 0}
     assert candidate.description == "SanaRuntime, fp16, tensorrt on the cuda"

@@ -160,7 +160,6 @@ def test_an_unknown_option_suggests_the_most_similar_one(cli: Cli) -> None:
         ["exprot"],
         ["export"],
         ["export", "tiny-random"],
-        ["generate", "bundle", "-o", "x.png"],
         ["generate", "bundle", "a cat", "-o", "x.png", "--steps", "0"],
         ["generate", "bundle", "a cat", "-o", "x.png", "--height", "6.5"],
         ["export", "tiny-random", "-o", "x", "--dtype", "int8"],

@@ -145,7 +145,7 @@ def test_staged_holds_one_stage_at_a_time_and_gives_the_same_images(bundle: Path
     for image in wanted:
         np_image = staged("fox", output_type="np", **SMALL).images
         assert (np_image == image).all()
-    assert module.loads == 2 * 6
+    assert module.loads == 6 + 5, "the second time the prompt is in the cache, so no text encoder is needed"
     weights = {name: sum(file.bytes for file in graph.files) for name, graph in staged.manifest.graphs.items()}
     saved = resident.backend.gpu.peak - staged.backend.gpu.peak
     assert saved > 0.9 * min(weights["denoiser"], weights["text_encoder"] + weights["vae_decoder"])

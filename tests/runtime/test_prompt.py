@@ -132,18 +132,18 @@ def test_the_prefix_ends_where_the_prompt_differs(merges: str, shared: int) -> N
     assert encoder.tokenize("yz", max_sequence_length=10, instruction=INSTRUCTION).shared == 5
 
 
-def test_one_run_for_each_prefix_and_none_for_repeated_or_empty_prompts() -> None:
+def test_one_run_for_each_prompt_and_none_for_repeated_or_empty_prompts() -> None:
     encoder = make_encoder("two")
     positive = [(text, True) for text in ("y", "yy", "xyzyz", "y")]
     toy = assert_equals_reference(encoder, [[("", False)] * 4, positive, positive], 20)
     # "y" and "yy" share five tokens, "xyzyz" four. The empty negative prompt is BOS alone.
-    assert sorted(toy.batches) == [(1, 5, 4), (2, 3, 5)]
+    assert sorted(toy.batches) == [(1, 2, 5), (1, 3, 5), (1, 5, 4)]
 
 
 def test_without_the_instruction_only_bos_is_shared() -> None:
     encoder = make_encoder()
     toy = assert_equals_reference(encoder, [[("ab cd", False), ("", False)], [("ab", False), ("z", False)]], 20)
-    assert toy.batches == [(3, 5, 1)]
+    assert toy.batches == [(1, 5, 1), (1, 2, 1), (1, 1, 1)]
 
 
 @pytest.mark.parametrize("multiple", [1, 3, 8, 32])

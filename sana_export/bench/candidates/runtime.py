@@ -15,7 +15,13 @@ class WrongDevice(DependencyError):
 
 def load(job: Job) -> RuntimeCandidate:
     """The bundle on the job's backend. Raises WrongDevice if it does not compute on the workload's device."""
-    runtime = SanaRuntime.from_pretrained(job.bundle, backend=job.backend, device=job.device, threads=job.threads)
+    runtime = SanaRuntime.from_pretrained(
+        job.bundle,
+        backend=job.backend,
+        device=job.device,
+        threads=job.threads,
+        prompt_cache_bytes=0,  # the rounds draw the same prompts, and eager diffusers encodes them each time
+    )
     if (device := runtime.backend.device) != job.workload.device:
         runtime.close()
         raise WrongDevice(

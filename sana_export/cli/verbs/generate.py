@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sana_export.cli.images import check_output, write_images
+from sana_export.cli.images import check_output, named_output, write_images
 from sana_export.cli.schedulers import add_scheduler, scheduler_settings
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
@@ -22,29 +26,64 @@ from sana_export.cli.verb import (
     given_intervals,
     path_named,
     positive,
+    whole,
 )
+from sana_export.errors import UsageError
+from sana_export.image_files import FORMATS
+from sana_export.numeric import MAX_IMAGES
 from sana_export.runtime.backends import BACKENDS
-from sana_export.runtime.control import CONDITIONING_SCALE
 from sana_export.runtime.memory import AUTO
 
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from sana_export.adapters import Lora
     from sana_export.runtime import SanaRuntime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
-    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to draw; one or more prompts")
+    prompts = parser.add_argument("prompts", metavar="PROMPT", nargs="+", default=[], help="what to draw; one or more prompts")
+    prompts.required = False  # with nargs="*", argparse takes no prompt that stands after an option
+    parser.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        type=path_named("--prompts-file"),
+        help="draw a file instead: .txt with one prompt a line, or .jsonl with one object a line (prompt, seed, ...); after "
+        "an interruption, the same command draws what is missing",
+    )
+    parser.add_argument(
+        "--from-image",
+        metavar="FILE",
+        type=path_named("--from-image"),
+        help="draw an image again that this command drew, with the parameters in its file; other options replace them",
+    )
     parser.add_argument(
         "-o",
         "--output",
         metavar="OUT.png",
         type=path_named("--output"),
         required=True,
-        help="the image file (.png, .jpg, .webp, .npy); several images are named OUT-0.png, OUT-1.png, ...",
+        help="the image file (.png, .jpg, .webp, .npy); several images are named OUT-0.png, OUT-1.png, ...; with --prompts-file "
+        "the folder, whose images are named after their lines: 000001.png, ...",
     )
-    parser.add_argument("--negative-prompt", metavar="TEXT", default="", help="what not to draw")
+    parser.add_argument(
+        "--output-format", choices=FORMATS, help="format of the image files (default: by the suffix; for a folder png)"
+    )
+    parser.add_argument(
+        "--quality",
+        type=whole(1, 100),
+        metavar="N",
+        help="quality of jpg and webp files, 1 to 100 (default: 95 for jpg; webp is lossless)",
+    )
+    parser.add_argument("--no-metadata", action="store_true", help="write no parameters into the image files")
+    parser.add_argument(
+        "--batch",
+        type=whole(1, MAX_IMAGES),
+        metavar="N",
+        help="with --prompts-file: images that are sampled at a time (default: 1)",
+    )
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
     parser.add_argument(
         "--image", metavar="IN.png", help="an image to start from; the bundle needs the graphs of the group img2img"
     )
@@ -65,16 +104,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: the checkpoint's)")
     add_scheduler(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off (default: the checkpoint's)")
-    parser.add_argument("--pag-scale", type=float, metavar="P", default=0.0, help="perturbed attention guidance (default: 0, off)")
+    parser.add_argument("--pag-scale", type=float, metavar="P", help="perturbed attention guidance (default: 0, off)")
     add_intervals(parser, "")
     add_size(parser, "the image (default: the checkpoint's native size)")
     parser.add_argument(
         "--no-resolution-binning",
-        action="store_true",
+        action="store_const",
+        const=False,
+        dest="use_resolution_binning",
         help="sample at exactly this size (a multiple of 32) instead of the nearest size that the checkpoint was trained on",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same image (default: random)")
-    parser.add_argument("--images-per-prompt", type=positive, metavar="N", default=1, help="images for each prompt (default: 1)")
+    parser.add_argument("--images-per-prompt", type=positive, metavar="N", help="images for each prompt (default: 1)")
     parser.add_argument(
         "--decoder-tile",
         type=int,
@@ -102,39 +143,125 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+#: The words of a request by the options that set them.
+WORDS = {
+    "negative_prompt": "negative_prompt",
+    "image": "image",
+    "strength": "strength",
+    "mask": "mask",
+    "control_image": "control_image",
+    "control_scale": "controlnet_conditioning_scale",
+    "steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+    "pag_scale": "pag_scale",
+    "height": "height",
+    "width": "width",
+    "images_per_prompt": "num_images_per_prompt",
+    "seed": "seed",
+    "use_resolution_binning": "use_resolution_binning",
+    "decoder_tile": "decoder_tile",
+}
+
+
 def run(options: argparse.Namespace, console: Console) -> Answer:
-    output = options.output
+    _check_sources(options)
     from sana_export.adapters import parse_lora
-    from sana_export.runtime import Request, SanaRuntime
+    from sana_export.runtime import SanaRuntime
 
     loras = [parse_lora(text) for text in options.lora]
-    settings = {
-        "negative_prompt": options.negative_prompt,
-        "image": options.image,
-        "strength": options.strength,
-        "mask": options.mask,
-        "control_image": options.control_image,
-        "controlnet_conditioning_scale": CONDITIONING_SCALE if options.control_scale is None else options.control_scale,
-        "num_inference_steps": options.steps,
-        **scheduler_settings(options),
-        "guidance_scale": options.guidance_scale,
-        "pag_scale": options.pag_scale,
-        **given_intervals(options),
-        "height": options.height,
-        "width": options.width,
-        "num_images_per_prompt": options.images_per_prompt,
-        "seed": options.seed,
-        "use_resolution_binning": False if options.no_resolution_binning else None,
-        "decoder_tile": options.decoder_tile,
-    }
-    Request(prompt=options.prompts, **settings)  # checks the values before anything is loaded
-    output_type = check_output(output, len(options.prompts) * options.images_per_prompt)
-    with SanaRuntime.from_pretrained(
-        options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
-    ) as runtime:
-        for lora in loras:
-            runtime.load_lora(lora.path, lora.scales)
-        return sample(runtime, options.prompts, settings, output, console, output_type=output_type)
+    chosen = {word: getattr(options, option) for option, word in WORDS.items()} | scheduler_settings(options)
+    given = {word: value for word, value in chosen.items() if value is not None} | given_intervals(options)
+
+    @contextlib.contextmanager
+    def load() -> Iterator[SanaRuntime]:
+        with SanaRuntime.from_pretrained(
+            options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
+        ) as runtime:
+            for lora in loras:
+                runtime.load_lora(lora.path, lora.scales)
+            yield runtime
+
+    if options.prompts_file is not None:
+        return _run_file(options, given, loras, load, console)
+    return _run_request(options, given, loras, load, console)
+
+
+def _check_sources(options: argparse.Namespace) -> None:
+    """Raise UsageError unless the options name one thing to draw."""
+    words = ["sana-export", "generate", str(options.bundle)]
+    if not (options.prompts or options.prompts_file or options.from_image):
+        fix = shlex.join([*words, "a red apple", "-o", str(options.output)])
+        raise UsageError("there is nothing to draw", found="no prompt", wanted="a prompt, --prompts-file or --from-image", fix=fix)
+    if options.prompts_file is None:
+        if options.batch is not None:
+            fix = shlex.join([*words, "--prompts-file", "prompts.txt", "-o", "images", "--batch", str(options.batch)])
+            raise UsageError("--batch is for --prompts-file", found="no --prompts-file", wanted="both or neither", fix=fix)
+        return
+    others = [name for name, value in (("PROMPT", options.prompts), ("--from-image", options.from_image)) if value]
+    if others:
+        fix = shlex.join([*words, "--prompts-file", str(options.prompts_file), "-o", str(options.output)])
+        raise UsageError("--prompts-file has the prompts", found=f"{' and '.join(others)} too", wanted="one of them", fix=fix)
+
+
+def _run_file(
+    options: argparse.Namespace,
+    given: dict[str, Any],
+    loras: Sequence[Lora],
+    load: Callable[[], AbstractContextManager[SanaRuntime]],
+    console: Console,
+) -> Answer:
+    from sana_export.cli.many import FileRun, draw_file
+
+    file_run = FileRun(
+        bundle=options.bundle,
+        prompts_file=options.prompts_file,
+        folder=options.output,
+        seed=given.pop("seed", None),
+        defaults=given,
+        loras=loras,
+        format=options.output_format or "png",
+        quality=options.quality,
+        metadata=not options.no_metadata,
+        batch=options.batch or 1,
+    )
+    file_run.check()
+    return draw_file(file_run, load, console)
+
+
+def _run_request(
+    options: argparse.Namespace,
+    given: dict[str, Any],
+    loras: Sequence[Lora],
+    load: Callable[[], AbstractContextManager[SanaRuntime]],
+    console: Console,
+) -> Answer:
+    from sana_export.cli.drawn_again import draw_again
+    from sana_export.runtime import Request
+
+    output = named_output(options.output, options.output_format, options.quality)
+    settings, index = given, None
+    if options.from_image is not None:
+        if options.prompts:
+            given = {**given, "prompt": options.prompts}
+        again = draw_again(options.from_image, given, options.bundle, output, loras)
+        settings, index = dict(again.words), again.index
+    prompts = settings.pop("prompt", options.prompts)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    request = Request(prompt=prompts, **settings)  # checks the values before anything is loaded
+    count = len(prompts) * request.num_images_per_prompt
+    kind = check_output(output, count if index is None else 1)
+    with load() as runtime:
+        return sample(
+            runtime,
+            prompts,
+            settings,
+            output,
+            console,
+            output_type=kind,
+            index=index,
+            quality=options.quality,
+            metadata=not options.no_metadata,
+        )
 
 
 def sample(
@@ -145,8 +272,14 @@ def sample(
     console: Console,
     *,
     output_type: str = "pil",
+    index: int | None = None,
+    quality: int | None = None,
+    metadata: bool = True,
 ) -> Answer:
-    """Generate images of `prompts` with `settings` (parameters of `SanaRuntime.__call__`) and write them."""
+    """Generate images of `prompts` with `settings` (parameters of `SanaRuntime.__call__`) and write them.
+
+    index: the number of the only image to write. None: all. quality, metadata: of the files (`save_image`).
+    """
     from sana_export.runtime import Request
 
     steps = len(runtime.plan(Request(prompt=prompts, **settings)).schedule.timesteps)
@@ -160,7 +293,8 @@ def sample(
     if console.live:
         console.step("denoise", 0, steps)
     result = runtime(prompts, output_type=output_type, callback_on_step_end=callback, **settings)
-    paths = write_images(result.images, output)
+    kept = slice(None) if index is None else slice(index, index + 1)
+    paths = write_images(result.images[kept], output, result.metadata[kept] if metadata else None, quality)
     repeats = len(paths) // len(prompts)
     document = {
         "images": [{"path": str(path), "prompt": prompts[index // repeats]} for index, path in enumerate(paths)],
@@ -197,7 +331,9 @@ VERB = Verb(
     name="generate",
     summary="generate images from a bundle, without PyTorch",
     description="Generates images from a bundle. A seed gives the same image as diffusers with a generator on the CPU.",
-    example='sana-export generate bundle "A cute 🐼 eating 🎋, ink drawing style" -o panda.png --steps 20 --seed 42',
+    example='sana-export generate bundle "A cute 🐼 eating 🎋, ink drawing style" -o panda.png --steps 20 --seed 42\n'
+    "  sana-export generate bundle --prompts-file prompts.txt -o images --seed 42\n"
+    "  sana-export generate bundle --from-image panda.png -o larger.png --height 2048 --width 2048",
     add_arguments=add_arguments,
     run=run,
 )

@@ -57,7 +57,7 @@ def test_images_are_the_same_and_other_shapes_run_without_a_graph(
     for request in (
         {"prompt": "a fox", "seed": 1},
         {"prompt": "a fox", "seed": 2},
-        {"prompt": "a very long fox", "seed": 2},
+        {"prompt": "a very long fox with a very long tail in the deep snow at night", "seed": 2},
         {"prompt": "a fox", "seed": 1, "pag_scale": 2.0},
         {"prompt": "a fox", "seed": 1},
     ):

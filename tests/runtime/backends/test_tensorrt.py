@@ -317,10 +317,10 @@ def test_only_tokens_noise_tables_and_pixels_cross(runtime: SanaRuntime, device:
     runtime("a red fox", seed=1, **SMALL)
     model = runtime.manifest.model
     up, down = device.uploaded, device.downloaded
-    runtime("a red fox", seed=2, **SMALL)
+    runtime("a red cat", seed=2, **SMALL)
     latents = 32 * 3 * 5 * 4
     assert device.downloaded - down == latents + 96 * 160 * 3
-    tokens = runtime.text.tokenize("a red fox", max_sequence_length=300, instruction=runtime.manifest.model.instruction)
+    tokens = runtime.text.tokenize("a red cat", max_sequence_length=300, instruction=runtime.manifest.model.instruction)
     assert len(tokens.ids) - tokens.shared < 32
     rows = (32 + 1) * model.text_channels * 4  # padded, and BOS's
     tables = 3 * 3 * 256
@@ -328,6 +328,11 @@ def test_only_tokens_noise_tables_and_pixels_cross(runtime: SanaRuntime, device:
     noise = 2 * latents + 2048  # what sampling starts from, no x0 yet, and in a table no fresh noise
     masks = 2 * 32 * 4 + 2 * 4 + 2 * 8  # and what each branch continues
     assert device.uploaded - up == rows + tables + resize + noise + masks
+    up = device.uploaded
+    runtime("a red cat", seed=3, **SMALL)
+    assert device.uploaded - up == rows + tables + resize + noise + masks - 32 * model.text_channels * 4, (
+        "a known prompt stays on the device"
+    )
 
 
 def test_times_are_of_the_device(runtime: SanaRuntime) -> None:
