@@ -12,8 +12,9 @@ import numpy as np
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.formats.arrays import Float32
 from sana_export.numeric import shown
+from sana_export.runtime.plan import Plan
 from sana_export.runtime.prompt import GivenEmbeddings
-from sana_export.runtime.request import Plan, Request
+from sana_export.runtime.request import Request
 from sana_export.runtime.results import SanaResult
 
 #: Requests that are read ahead to fill a batch, for each place in it.

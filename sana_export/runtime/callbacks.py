@@ -9,7 +9,7 @@ from sana_export.errors import Cancelled, UsageError
 from sana_export.formats.arrays import Array
 from sana_export.numeric import shown
 from sana_export.runtime.inputs import checked_latents
-from sana_export.runtime.request import Plan
+from sana_export.runtime.plan import Plan
 from sana_export.runtime.results import Step
 
 if TYPE_CHECKING:

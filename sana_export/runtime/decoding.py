@@ -18,7 +18,7 @@ from sana_export.commands import ranges_command
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Array, Float32, Index
 from sana_export.runtime.backends.base import Backend, DeviceTensor
-from sana_export.runtime.request import Plan
+from sana_export.runtime.plan import Plan
 from sana_export.runtime.resolution import ResizePlan
 from sana_export.runtime.results import Images
 from sana_export.runtime.sessions import Sessions

@@ -14,7 +14,7 @@ from sana_export.runtime.control import residuals_shape
 from sana_export.runtime.guidance import Branches
 from sana_export.runtime.image_start import ImageStart
 from sana_export.runtime.noise import TorchGenerator, randn_batch
-from sana_export.runtime.request import Plan
+from sana_export.runtime.plan import Plan
 from sana_export.runtime.results import Conditioning
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from sana_export.runtime.backends.base import Backend, CapturingBackend
 from sana_export.runtime.control import residuals_shape
 from sana_export.runtime.loop_buffers import LoopShape
-from sana_export.runtime.request import Plan, request_axes
+from sana_export.runtime.plan import Plan, request_axes
 from sana_export.runtime.results import Conditioning
 from sana_export.runtime.sampling import CapturedLoop, SamplingLoop, WaitingLoop, enqueued
 from sana_export.runtime.sessions import Sessions

@@ -22,7 +22,8 @@ from sana_export.errors import UsageError
 from sana_export.files import hash_file
 from sana_export.manifest import Manifest
 from sana_export.numeric import MAX_IMAGES, as_integer, shown
-from sana_export.runtime.request import Plan, Request
+from sana_export.runtime.plan import Plan
+from sana_export.runtime.request import Request
 
 #: The version of the document.
 FORMAT = 1

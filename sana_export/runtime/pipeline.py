@@ -41,9 +41,10 @@ from sana_export.runtime.loops import LoopCache, take_loop
 from sana_export.runtime.lora import LoraStack
 from sana_export.runtime.memory import AUTO, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
 from sana_export.runtime.metadata import ImageOrigin, image_metadata
+from sana_export.runtime.plan import Plan, make_plan, request_axes
 from sana_export.runtime.preview import Previews
 from sana_export.runtime.prompt import GivenEmbeddings, PromptEmbeddings, PromptEncoder, PromptTokens, needed
-from sana_export.runtime.request import Plan, Request, make_plan, request_axes
+from sana_export.runtime.request import Request
 from sana_export.runtime.results import Conditioning, Images, SanaResult, Step, Timings
 from sana_export.runtime.sampling import CapturedLoop, SamplingLoop
 from sana_export.runtime.schedule import SPRINT_INTERMEDIATE_TIMESTEP, SPRINT_MAX_TIMESTEP

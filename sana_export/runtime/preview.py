@@ -20,7 +20,8 @@ from sana_export.formats.arrays import Float32
 from sana_export.numeric import MAX_IMAGES, MAX_SIDE
 from sana_export.runtime.inputs import check_choice, checked_array
 from sana_export.runtime.noise import TorchGenerator
-from sana_export.runtime.request import Plan, Request
+from sana_export.runtime.plan import Plan
+from sana_export.runtime.request import Request
 
 if TYPE_CHECKING:
     from sana_export.runtime.pipeline import SanaRuntime

@@ -24,7 +24,7 @@ from sana_export.runtime.guidance import Branches, Segment, parts
 from sana_export.runtime.loop_buffers import LoopShape, branch_buffers
 from sana_export.runtime.loop_inputs import LoopInputs
 from sana_export.runtime.memory import DENOISING_STAGE
-from sana_export.runtime.request import Plan
+from sana_export.runtime.plan import Plan
 from sana_export.runtime.sessions import Sessions
 
 LOG = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.guidance import WHOLE, Interval
 from sana_export.runtime.inputs import checked_interval
-from sana_export.runtime.request import Plan
+from sana_export.runtime.plan import Plan
 from sana_export.verify.quality import BATCH, Meter, finite, quality_requests, share
 
 

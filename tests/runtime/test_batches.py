@@ -14,7 +14,7 @@ import pytest
 from sana_export import Request, SanaRuntime
 from sana_export.errors import Cancelled, DependencyError, UsageError
 from sana_export.runtime.batches import ALONE, EQUAL, JOINED, READ_AHEAD, RequestJob, batch_key, draw_in_batches, joined
-from sana_export.runtime.request import Plan
+from sana_export.runtime.plan import Plan
 
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "use_resolution_binning": False, "num_inference_steps": 2}
 OTHER: dict[str, Any] = {**SMALL, "height": 96}

@@ -13,7 +13,7 @@ import pytest
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.runtime import Request, SanaRuntime
 from sana_export.runtime.decoding import Span, assemble, plan_windows
-from sana_export.runtime.request import choose_tile
+from sana_export.runtime.plan import choose_tile
 
 #: The rounding difference between two orders of float32 summation, relative to the largest value of the image.
 ROUNDING = 1e-5

@@ -9,7 +9,8 @@ import pytest
 
 from sana_export.errors import UsageError
 from sana_export.manifest import Manifest
-from sana_export.runtime.request import Request, make_plan, request_axes
+from sana_export.runtime.plan import make_plan, request_axes
+from sana_export.runtime.request import Request
 
 
 @pytest.mark.parametrize("factor", [16, 64])

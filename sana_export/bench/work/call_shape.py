@@ -15,8 +15,9 @@ from sana_export.bench.workload import Workload
 from sana_export.formats.arrays import Float32
 from sana_export.manifest import Manifest
 from sana_export.runtime.decoding import Window, plan_windows
+from sana_export.runtime.plan import make_plan
 from sana_export.runtime.prompt import PromptEncoder
-from sana_export.runtime.request import Request, make_plan
+from sana_export.runtime.request import Request
 
 #: A function that returns the work of a graph, given its name and the sizes of its dynamic axes.
 GraphWork = Callable[[str, Mapping[str, int]], Work]
