@@ -28,22 +28,21 @@ from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
 from sana_export.runtime.batches import OWN_ERRORS, RequestJob, draw_in_batches, joined
 from sana_export.runtime.callbacks import IsCancelled, StepCallback, call_back, check_callbacks, check_cancelled
-from sana_export.runtime.control import CONDITIONING_SCALE, ControlConditioning, ControlImages
+from sana_export.runtime.control import CONDITIONING_SCALE
 from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images, one_by_one
 from sana_export.runtime.embeddings_cache import MOST_CACHE_BYTES, PROMPT_CACHE_BYTES, EmbeddingsCache
 from sana_export.runtime.encoded_prompts import EncodedPrompts, prompt_texts, to_arrays
-from sana_export.runtime.encoding import encode_image
 from sana_export.runtime.guidance import WHOLE, Interval
-from sana_export.runtime.image_start import ImageStart
 from sana_export.runtime.inputs import checked_latents
 from sana_export.runtime.loop_inputs import check_conditioning, loop_inputs
 from sana_export.runtime.loops import LoopCache, take_loop
 from sana_export.runtime.lora import LoraStack
-from sana_export.runtime.memory import AUTO, MEMORY_MODES, SAMPLING_GRAPHS, TEXT_STAGE
+from sana_export.runtime.memory import AUTO, MEMORY_MODES, SAMPLING_GRAPHS
 from sana_export.runtime.metadata import ImageOrigin, image_metadata
 from sana_export.runtime.plan import Plan, make_plan, request_axes
+from sana_export.runtime.plan_encoder import PlanEncoder
 from sana_export.runtime.preview import Previews
-from sana_export.runtime.prompt import GivenEmbeddings, PromptEmbeddings, PromptEncoder, PromptTokens, needed
+from sana_export.runtime.prompt import PromptEmbeddings, PromptEncoder, PromptTokens
 from sana_export.runtime.request import Request
 from sana_export.runtime.results import Conditioning, Images, SanaResult, Step, Timings
 from sana_export.runtime.sampling import CapturedLoop, SamplingLoop
@@ -56,9 +55,6 @@ from sana_export.user_paths import user_path
 
 LOG = logging.getLogger(__name__)
 Drawn = TypeVar("Drawn")
-
-#: The number of the instruction's prefixes that stay on the device. Most prompts share the same number of its tokens.
-KEPT_PREFIXES = 4
 
 
 class SanaRuntime(OfThisProcess):
@@ -80,7 +76,6 @@ class SanaRuntime(OfThisProcess):
         self.text, self.memory = text, memory
         self._lock = threading.RLock()
         self._loops = LoopCache()
-        self._prefixes: dict[int, DeviceTensor] = {}
         self._loras = LoraStack(backend)
         self._origin = ImageOrigin.of(backend.manifest, backend.name)
         self._previews = Previews()
@@ -94,6 +89,7 @@ class SanaRuntime(OfThisProcess):
         self.sessions = Sessions(backend, self._loras, staged=memory != "resident")
         if not self.sessions.staged:
             self.sessions.require(SAMPLING_GRAPHS)
+        self._encoder = PlanEncoder(text, backend, self.sessions, self.prompt_cache)
 
     @classmethod
     def from_pretrained(
@@ -151,7 +147,7 @@ class SanaRuntime(OfThisProcess):
                 return
             self._closed = True
             errors: list[SanaExportError] = []
-            clears = (self._loops.clear, self._prefixes.clear, self.prompt_cache.clear, self.sessions.clear)
+            clears = (self._loops.clear, self._encoder.clear, self.prompt_cache.clear, self.sessions.clear)
             for step in (self.backend.wait, *clears, self.backend.release_memory):
                 try:
                     step()
@@ -337,7 +333,7 @@ class SanaRuntime(OfThisProcess):
             self._check_supported(plan)
         if not self.sessions.staged:
             self.sessions.require((*plan.image_graphs, *plan.decoder_graphs))  # report a damaged one before sampling, not after
-        conditioning = self._encode(plan, cancelled)
+        conditioning = self._encoder.encode(plan, cancelled)
         check_cancelled(cancelled)
         before = record_event()
         latents, events = self._denoise(plan, conditioning, callback, cancelled)
@@ -425,16 +421,12 @@ class SanaRuntime(OfThisProcess):
     def embed(self, plan: Plan) -> PromptEmbeddings:
         """Run the text encoder on the plan's prompts, each once, whatever `num_images_per_prompt` is; not on those in the cache."""
         with self._using():
-            return self._embed(self.tokenize(plan), plan.embeddings)
-
-    def _embed(self, tokens: list[list[PromptTokens]], given: Mapping[int, GivenEmbeddings]) -> PromptEmbeddings:
-        if any(prompt not in self.prompt_cache for prompt in needed(tokens)):
-            self.sessions.require(TEXT_STAGE)
-        return self.text.encode(tokens, self._run_text_encoder, self.backend.text_multiple, given, self.prompt_cache)
+            return self._encoder.embed(self.tokenize(plan), plan.embeddings)
 
     def encode(self, plan: Plan) -> Conditioning:
         """Run the text encoder and the context graph on the plan's prompts, and the VAE's encoder on its images."""
-        return self._encode(plan, None)
+        with self._using():
+            return self._encoder.encode(plan, None)
 
     def encode_image(self, plan: Plan) -> Float32:
         """Run the VAE's encoder on the images of a plan that has some.
@@ -443,50 +435,8 @@ class SanaRuntime(OfThisProcess):
         """
         if plan.image is None:
             raise UsageError("this plan has no image", found="a request without image", wanted="Request(image=...)")
-        return self._encode_image(plan.image, None)
-
-    def _encode_image(self, source: ImageStart | ControlImages, cancelled: IsCancelled | None) -> Float32:
-        before_tile = partial(check_cancelled, cancelled)
         with self._using():
-            self.sessions.require(source.encoder_graphs)
-            encoded = [encode_image(image, source.tile, self.backend, self.sessions, before_tile) for image in source.images]
-            latents: Float32 = np.concatenate([encoded[number] for number in source.sources])
-            check_finite(latents, "latents of the image", self.backend)
-            return latents
-
-    def _encode(self, plan: Plan, cancelled: IsCancelled | None) -> Conditioning:
-        with self._using():
-            start = self.backend.record_event()
-            embeddings = self.embed(plan).repeated(plan.images_per_prompt)
-            embeddings = embeddings.padded(self.backend.text_multiple, plan.max_sequence_length)
-            gathered = self.backend.gather(embeddings)
-            encoded = self.backend.record_event()
-            # A staged runtime drops what is loaded of other stages, and loads no text encoder that nothing needs.
-            self.sessions.require(name for name in TEXT_STAGE if name == "context" or name in self.sessions)
-            prompts = None if plan.always_guided else embeddings.only(plan.branches.texts.index("cond"))
-            # Without the negative prompts, the graphs run again: the branches lie interleaved in their outputs.
-            alone = None if prompts is None else self.backend.gather(prompts)
-            context, context_alone = self._contexts("context", gathered, alone)
-            mask = self.backend.to_device(embeddings.context_mask)
-            unguided = None if prompts is None else (context_alone, self.backend.to_device(prompts.context_mask))
-            control = None
-            if plan.control is not None:
-                self.sessions.require(("controlnet_context",))
-                control = self._contexts("controlnet_context", gathered, alone)
-            events = (start, encoded, self.backend.record_event())
-            image_latents = None if plan.image is None else self._encode_image(plan.image, cancelled)
-            if plan.control is None or control is None:
-                return Conditioning(context, mask, embeddings.shape[:3], events, unguided, image_latents)
-            control_latents = self.backend.to_device(self._encode_image(plan.control, cancelled))
-            conditioning = ControlConditioning(*control, control_latents)
-            return Conditioning(context, mask, embeddings.shape[:3], events, unguided, image_latents, conditioning)
-
-    def _contexts(
-        self, graph: str, embeds: DeviceTensor | Array, alone: DeviceTensor | Array | None
-    ) -> tuple[DeviceTensor, DeviceTensor | None]:
-        """The outputs of a context graph for all branches, and for the prompts alone if some steps run without negative prompts."""
-        found = [None if given is None else self.sessions[graph].run({"prompt_embeds": given})[graph] for given in (embeds, alone)]
-        return found[0], found[1]
+            return self._encoder.encode_images(plan.image, None)
 
     def encode_prompt(
         self,
@@ -510,7 +460,7 @@ class SanaRuntime(OfThisProcess):
         asked = prompt_texts(model, prompt, negative_prompt, complex_human_instruction, max_sequence_length, guided=guided)
         with self._using():
             tokens = self.text.tokenize_plan(asked.texts, asked.max_sequence_length)
-            return to_arrays(self._embed(tokens, {}), self.backend.to_host, asked.max_sequence_length)
+            return to_arrays(self._encoder.embed(tokens, {}), self.backend.to_host, asked.max_sequence_length)
 
     def preview(self, latents: DeviceTensor | Array | None = None, method: str = "linear") -> list[Image.Image]:
         """Small images of latents [B, C, h, w], for a person who waits.
@@ -655,16 +605,6 @@ class SanaRuntime(OfThisProcess):
         """Drop the captured loops before weights change: they may read the old ones."""
         self.backend.wait()
         self._loops.clear()
-
-    def _run_text_encoder(self, inputs_embeds: Float32, prefix: Float32) -> DeviceTensor:
-        """Run the text encoder. Each prefix of the instruction's keys and values is uploaded once; its length identifies it."""
-        shared = prefix.shape[3]
-        if shared not in self._prefixes:
-            while len(self._prefixes) >= KEPT_PREFIXES:
-                del self._prefixes[next(iter(self._prefixes))]
-            self._prefixes[shared] = self.backend.to_device(np.ascontiguousarray(prefix))
-        feeds = {"inputs_embeds": inputs_embeds, "prefix": self._prefixes[shared]}
-        return self.sessions["text_encoder"].run(feeds)["prompt_embeds"]
 
     def _assigned_latents(self, assigned: Any, current: DeviceTensor, plan: Plan) -> DeviceTensor:
         """The latents that the caller assigned in place of `current`, on the device. Raises UsageError for another shape."""
