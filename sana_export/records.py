@@ -108,7 +108,7 @@ class EngineEntry:
 
 @dataclass(frozen=True)
 class Overlay:
-    """Weights that replace or change some of a checkpoint's: a transformer, an autoencoder or a LoRA."""
+    """Weights that replace, change or join a checkpoint's: a transformer, an autoencoder, a ControlNet or a LoRA."""
 
     #: The path or name that the user gave.
     path: str

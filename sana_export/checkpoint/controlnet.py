@@ -87,7 +87,15 @@ class ControlNetFiles:
         """Its config.json. That of a single file follows from its tensors and from the config of the `transformer` it is for."""
         if self.path.is_dir():
             return read_json(self.path / CONFIG)
-        layers = sum(re.fullmatch(r"controlnet_blocks\.\d+\.weight", name) is not None for name in self.weights())
+        names = list(self.weights())
+        layers = sum(re.fullmatch(r"controlnet_blocks\.\d+\.weight", name) is not None for name in names)
+        if not layers:
+            raise ArtifactError(
+                f"{self.source} has no ControlNet",
+                found=f"{len(names)} other tensors" + (f", the first is {names[0]}" if names else ""),
+                wanted="controlnet_blocks.0.weight and the others, or the original code's controlnet.0.after_proj.weight",
+                fix="if it is a whole transformer, use --transformer; if it is a LoRA, use --lora",
+            )
         return {"_class_name": "SanaControlNetModel", **controlnet_config(transformer, layers)}
 
     def weights(self) -> Weights:
@@ -97,7 +105,7 @@ class ControlNetFiles:
         stored = plain_names(read_headers([self.path], fix="download the file again"), self.source)
         if (problem := quantized(stored, self.source)) is not None:
             raise problem
-        return Weights(_converted(stored) if any(name.startswith(ORIGINAL) for name in stored) else stored)
+        return Weights(_converted(stored, self.source) if any(name.startswith(ORIGINAL) for name in stored) else stored)
 
     @property
     def weight_files(self) -> list[Path]:
@@ -127,7 +135,8 @@ def open_controlnet(name: str, weights_variant: str | None, hub: Hub) -> Control
     """
     name, revision = from_url(at_home(name, "--controlnet"), None, "--controlnet")
     name = name if revision is None else f"{name}@{revision}"
-    row = find_controlnet(name)
+    published, _, commit = name.partition("@")
+    row = find_controlnet(published)
     if row is None and name.strip() and Path(name).is_dir():
         return _in_folder(name, Path(name), weights_variant)
     if row is None and name.strip() and Path(name).is_file():
@@ -135,11 +144,10 @@ def open_controlnet(name: str, weights_variant: str | None, hub: Hub) -> Control
     if row is not None and row.repo is None:
         return ControlNetFiles(name, _synthetic_folder(row))
     if row is not None and row.repo is not None:
-        return ControlNetFiles(name, _safe(fetch_file(row.repo, row.file, None, hub), name))
+        return ControlNetFiles(name, _safe(fetch_file(row.repo, row.file, commit or None, hub), name))
     if may_be_hub_id(name):
-        repo, _, commit = name.partition("@")
         select = partial(repository_files, component="controlnet", weights_variant=weights_variant, source=name)
-        top = fetch(repo, commit or None, hub, partial(_check, source=name), select, first=places("controlnet"))
+        top = fetch(published, commit or None, hub, partial(_check, source=name), select, first=places("controlnet"))
         return _in_folder(name, top, weights_variant)
     raise UsageError(
         f"unknown ControlNet {name!r}",
@@ -199,7 +207,7 @@ def _in_folder(name: str, top: Path, weights_variant: str | None) -> ControlNetF
     return controlnet
 
 
-def _converted(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def _converted(stored: Mapping[str, Stored], source: str) -> dict[str, Stored]:
     """The ControlNet's tensors of the original code by their names in diffusers. Tensors of the base transformer are left out."""
     result = {}
     for name, entry in stored.items():
@@ -207,7 +215,14 @@ def _converted(stored: Mapping[str, Stored]) -> dict[str, Stored]:
         if found is None:
             continue
         match, names = found
-        rows = entry.shape[0] // len(names) if entry.shape else 0
+        if not entry.shape or entry.shape[0] % len(names):
+            raise ArtifactError(
+                f"{name} in {source} has the wrong shape",
+                found=list(entry.shape),
+                wanted=f"rows that {len(names)} layers can share" if len(names) > 1 else "at least one axis",
+                fix="download the file again",
+            )
+        rows = entry.shape[0] // len(names)
         for number, target in enumerate(names):
             part = entry if len(names) == 1 else entry.part(number * rows, (number + 1) * rows)
             result[match.expand(target)] = part

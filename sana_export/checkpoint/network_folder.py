@@ -18,8 +18,8 @@ CONFIG = "config.json"
 
 
 def places(component: str) -> tuple[str, str]:
-    """Where the config of a `component` may be."""
-    return CONFIG, f"{component}/{CONFIG}"
+    """Where the config of a `component` may be: in a pipeline, whose top may have a config of something else, or alone."""
+    return f"{component}/{CONFIG}", CONFIG
 
 
 def find_folder(component: str, top: Path) -> Path | None:
@@ -38,8 +38,7 @@ def repository_files(
     names: Collection[str], read: ReadJson, *, component: str, weights_variant: str | None, source: str
 ) -> list[str]:
     """The files of a hub repository that are read, from the names of all."""
-    first, second = places(component)
-    place = first if first in names or second not in names else second
+    place = next((place for place in places(component) if place in names), CONFIG)
     marker = [MARKER] if MARKER in names else []
     return [place, *marker, *_select_in(place.removesuffix(CONFIG), component, names, read, weights_variant, source)]
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from sana_export.errors import ArtifactError
 
-#: Extensions of pickled weights. They are refused, because a pickle can run code when it is loaded.
+#: Extensions of pickled weights. A pickle can run code when it is loaded, so they are refused, or read without any code
+#: (checkpoint/pickled.py).
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle")
 
 #: Bytes of a file that are looked at.

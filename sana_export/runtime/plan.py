@@ -210,7 +210,17 @@ def _control(request: Request, model: ModelInfo, prompts: int, size: Size, tile:
 
 
 def _check_image_graphs(plan: Plan, bundle: Path, manifest: Manifest) -> None:
-    """Raise ArtifactError if the bundle lacks a graph that the plan's image, mask or control image needs."""
+    """Raise ArtifactError if the bundle lacks a graph that the plan's image, mask or control image needs.
+
+    Raises UsageError for a control image and a checkpoint that has no ControlNets.
+    """
+    if plan.control is not None and manifest.model.guidance_embeds:
+        raise UsageError(
+            "this is a SANA-Sprint checkpoint, which has no ControlNets",
+            found="control_image (--control-image)",
+            wanted="no control image",
+            fix="leave out control_image (--control-image)",
+        )
     if plan.control is not None and any(name not in manifest.graphs for name in CONTROLNET_GRAPHS):
         *_, heads, _, dim = manifest.graphs["context"].spec.outputs[0].shape
         alias = next(iter(fitting(int(heads), int(dim))), "CONTROLNET")
@@ -218,7 +228,7 @@ def _check_image_graphs(plan: Plan, bundle: Path, manifest: Manifest) -> None:
             f"{bundle} was exported without a ControlNet",
             found=f"no {', '.join(name for name in CONTROLNET_GRAPHS if name not in manifest.graphs)}",
             wanted="a bundle that was exported with --controlnet",
-            fix=export_command(bundle, manifest, controlnet=alias),
+            fix=export_command(bundle, manifest, controlnet=alias, groups=("control", "img2img")),
         )
     if missing := [name for name in plan.image_graphs if name not in manifest.graphs]:
         raise ArtifactError(

@@ -15,6 +15,8 @@ from sana_export.formats.arrays import Array
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.base import DeviceTensor
+from sana_export.runtime.control import CONTROLNET_GRAPHS, residuals_shape
+from sana_export.runtime.guidance import Branches
 from sana_export.runtime.noise import TorchGenerator, randn_batch
 from sana_export.runtime.request import Request
 from sana_export.runtime.resolution import make_resize_plan
@@ -105,7 +107,7 @@ def _run_controlnet(
 def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
     """All branches without perturbation, with prompts of different lengths in one batch.
 
-    `context` is the output of that graph, and `residuals` that of the ControlNet, if there is one.
+    `context` is the output of that graph, and `residuals` that of the ControlNet, if there is one. If it cannot run, they are zero.
     """
     embeds = _inputs(runtime, "context", seed + 1)["prompt_embeds"]
     inputs = _inputs(runtime, "denoiser", seed + 1)
@@ -118,7 +120,11 @@ def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str],
     source = inputs.get("source", torch.arange(texts))
     branches = len(source)
     made, control = {"context": context}, {}
-    if "residuals" in inputs:
+    if "residuals" in inputs and not _runs(runtime, CONTROLNET_GRAPHS):
+        shape = residuals_shape(runtime.manifest, latents.shape, Branches(("cond",) * texts))
+        assert shape is not None
+        made["residuals"] = runtime.backend.zeros(shape, runtime.manifest.options.dtype)
+    elif "residuals" in inputs:
         made["residuals"], samples = _run_controlnet(runtime, pipeline, inputs, embeds, seed + 1)
         control["controlnet_block_samples"] = tuple(sample[source].flatten(0, 1).flatten(1, 2) for sample in samples)
     feeds = {name: value.numpy() for name, value in inputs.items() if name not in made}
@@ -268,6 +274,11 @@ GRAPH_CHECKS: dict[str, Callable[[SanaRuntime, Any, Sequence[str], int], tuple[A
     "vae_encoder_tail": _check_vae_encoder_tail,
     "blend": _check_blend,
 }
+
+
+def _runs(runtime: SanaRuntime, graphs: Iterable[str]) -> bool:
+    """Whether the bundle and its backend have all of `graphs`."""
+    return all(name in runtime.manifest.graphs and runtime.backend.ranges(name) is not None for name in graphs)
 
 
 def _request(runtime: SanaRuntime) -> Request:

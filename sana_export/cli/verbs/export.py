@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--graphs",
         "GRAPH",
         "the graphs to export, or groups of them: default,img2img adds image-to-image and inpainting (default: default, which "
-        "draws images from text)",
+        "draws images from text; with --controlnet the groups default, img2img and control)",
     )
     parser.add_argument(
         "--clamp",
