@@ -255,6 +255,9 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
             raise ValueError(f"manifest.model.{name} is {value}, not from {least} to {most}")
     if manifest.options.precision not in PRECISIONS:
         raise ValueError(f"manifest.options.precision is {manifest.options.precision!r}")
+    for scale in (manifest.model.decoder_tile_scale, manifest.model.encoder_tile_scale):
+        if manifest.model.vae_scale_factor % scale:
+            raise ValueError(f"manifest.model has tiles of {scale} pixels that do not divide {manifest.model.vae_scale_factor}")
     if manifest.model.sample_size * manifest.model.vae_scale_factor > MAX_NATIVE_SIZE:
         raise ValueError(f"manifest.model has images of {manifest.model.native_size} pixels")
     return manifest

@@ -34,8 +34,9 @@ AGAIN = "download the file again"
 def safetensors_of(path: Path, source: str, wanted: Callable[[str], bool]) -> Path:
     """A safetensors file with those tensors of the pickle `path` whose names are `wanted`. `source` is what errors call it.
 
-    It is in the user's cache, under the hash of the pickle and of the code that chooses the tensors. Raises ArtifactError if the pickle is damaged, contains
-    objects that are not tensors of weights, or no tensors that are wanted, and DependencyError if the disk is full.
+    It is in the user's cache, under the hash of the pickle and of the code that chooses the tensors. Raises ArtifactError if the
+    pickle is damaged, contains objects that are not tensors of weights, or no tensors that are wanted, and DependencyError if the
+    disk is full.
     """
     target = cache_folder() / "converted" / f"{hash_file(path)}-{import_digest(wanted.__module__)[:12]}.safetensors"
     with disk_errors(target):

@@ -7,12 +7,13 @@ unperturbed, and a perturbed branch gets the residuals of the branch it continue
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sana_export.contract import GRAPH_GROUPS
+from sana_export.contract import GRAPH_GROUPS, RESIDUALS
+from sana_export.errors import ArtifactError
 from sana_export.formats.arrays import Float32
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.base import DeviceTensor
@@ -21,6 +22,8 @@ from sana_export.runtime.images import GivenImage, distinct, image_for_each, pre
 
 #: The graphs of a ControlNet.
 CONTROLNET_GRAPHS = GRAPH_GROUPS["control"]
+#: Limits of a ControlNet, so that a damaged manifest does not take all memory.
+MOST_LAYERS, MOST_CHANNELS = 1_000, 1 << 16
 #: The default of `SanaControlNetPipeline`.
 CONDITIONING_SCALE = 1.0
 
@@ -90,6 +93,12 @@ def residuals_shape(manifest: Manifest, latents: Sequence[int], branches: Branch
     spec = next((tensor for tensor in manifest.graphs["denoiser"].spec.inputs if tensor.name == "residuals"), None)
     if spec is None:
         return None
+    layers, channels = (spec.shape[0], spec.shape[-1]) if len(spec.shape) == len(RESIDUALS) else (0, 0)
+    if not (isinstance(layers, int) and isinstance(channels, int) and 0 < layers <= MOST_LAYERS and 0 < channels <= MOST_CHANNELS):
+        raise ArtifactError(
+            "the manifest describes another denoiser than ours",
+            found=f"residuals {list(spec.shape)}",
+            wanted="the shape " + ", ".join(map(str, RESIDUALS[1:-1])) + " between numbers of layers and channels",
+        )
     batch, _, height, width = latents
-    lengths: Mapping[str, int] = {"batch": batch, "latent_height": height, "latent_width": width, **branches.axes}
-    return tuple(axis if isinstance(axis, int) else lengths[axis] for axis in spec.shape)
+    return layers, len(branches.texts), batch, height, width, channels

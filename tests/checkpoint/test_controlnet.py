@@ -204,6 +204,51 @@ def test_a_pickle_with_code_is_refused_before_it_runs(folder: Path, weights: dic
     assert "system" in str(error.found)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda whole: {"blocks.0.x": torch.ones(2)}, "has no weights that are read"),
+        (lambda whole: {**whole, "t_block.1.weight": torch.zeros(1).expand(9000, 9000)}, "claims more numbers than it has"),
+        (
+            lambda whole: {**whole, "t_block.1.weight": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)},
+            "cannot be weights",
+        ),
+        (lambda whole: {**whole, "t_block.1.weight": torch.ones(4, 4).to_sparse()}, "cannot be weights"),
+        (lambda whole: {**whole, "t_block.1.weight": torch.ones(4, dtype=torch.complex64)}, "cannot be weights"),
+        (lambda whole: {**whole, "controlnet.0.copied_block.attn.qkv.weight": torch.tensor(1.0)}, "has the wrong shape"),
+        (lambda whole: {**whole, "controlnet.0.copied_block.attn.qkv.weight": torch.ones(385, 128)}, "has the wrong shape"),
+        (lambda whole: {"x_embedder.proj.weight": torch.ones(4, 4, 1, 1)}, "has no ControlNet"),
+        (lambda whole: [torch.ones(2)], "has no weights"),
+    ],
+    ids=["other", "repeated", "quantized", "sparse", "complex", "no axis", "odd rows", "no blocks", "list"],
+)
+def test_pickles_of_another_content(folder: Path, weights: dict[str, Tensor], content: Any, message: str) -> None:
+    torch.save(content(original(weights)), folder / "other.pth")
+    assert message in refused(str(folder / "other.pth")).message
+
+
+def test_tied_tensors_and_a_damaged_conversion(
+    folder: Path, weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SANA_EXPORT_CACHE", str(tmp_path / "cache"))
+    tensors = original(weights)
+    tensors["t_embedder.mlp.2.bias"] = tensors["t_embedder.mlp.0.bias"]
+    torch.save({"state_dict": tensors}, folder / "hed.pth")
+    for _ in range(2):
+        read = open_checkpoint("tiny-random", controlnet=str(folder / "hed.pth")).weights("controlnet")
+        assert torch.equal(*(read[f"time_embed.emb.timestep_embedder.linear_{number}.bias"] for number in (1, 2)))
+        (converted,) = (tmp_path / "cache" / "converted").glob("*.safetensors")
+        converted.write_bytes(b"rubbish")
+
+
+def test_the_root_of_a_pipeline_may_have_another_config(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "pipeline" / "controlnet")
+    (tmp_path / "pipeline" / "config.json").write_text(json.dumps({"_class_name": "SanaTransformer2DModel"}))
+    found = open_checkpoint("tiny-random", controlnet=str(tmp_path / "pipeline"))
+    assert found.controlnet is not None
+    assert found.controlnet.path == tmp_path / "pipeline" / "controlnet"
+
+
 @pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02}q\x00."], ids=["empty", "text", "a dict"])
 def test_damaged_pickles(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "broken.pth").write_bytes(content)

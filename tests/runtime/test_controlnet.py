@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from sana_export.profiles import Profile
 from sana_export.runtime import Request, SanaRuntime
 from sana_export.runtime.backends.base import BackendSettings
 from sana_export.runtime.backends.tensorrt import TensorRTBackend
+from sana_export.runtime.control import residuals_shape
+from sana_export.runtime.guidance import Branches
 from sana_export.trt.compatibility import Host
 from sana_export.verify.overlays import load_controlnet
 from tests.support.bundles import PAG_LAYER
@@ -173,7 +176,25 @@ def test_a_bundle_without_a_controlnet(img2img_runtime: SanaRuntime) -> None:
     with pytest.raises(ArtifactError, match="exported without a ControlNet") as caught:
         img2img_runtime(PROMPT, control_image=edges(), **SMALL)
     assert f"--controlnet {ALIAS}" in str(caught.value.fix)
+    assert "--graphs default,control,img2img" in str(caught.value.fix)
     assert "controlnet_context, controlnet" in str(caught.value.found)
+
+
+def test_sprint_has_no_controlnets(sprint_runtime: SanaRuntime) -> None:
+    with pytest.raises(UsageError, match="SANA-Sprint checkpoint, which has no ControlNets"):
+        sprint_runtime(PROMPT, control_image=edges(), height=96, width=160, use_resolution_binning=False)
+
+
+def test_shapes_of_a_foreign_manifest(controlnet_bundle: Path) -> None:
+    manifest = Manifest.load(controlnet_bundle)
+    branches = Branches(("uncond", "cond"))
+    assert residuals_shape(manifest, (3, 32, 4, 5), branches) == (2, 2, 3, 4, 5, 128)
+    entry = manifest.graphs["denoiser"]
+    for shape in ((10**9, "text_branches", "batch", "latent_height", "latent_width", 128), ("x", 2, 3, 4, 5, "y"), (2, 3)):
+        inputs = tuple(replace(tensor, shape=shape) if tensor.name == "residuals" else tensor for tensor in entry.spec.inputs)
+        graphs = {**manifest.graphs, "denoiser": replace(entry, spec=replace(entry.spec, inputs=inputs))}
+        with pytest.raises(ArtifactError, match="another denoiser"):
+            residuals_shape(replace(manifest, graphs=graphs), (3, 32, 4, 5), branches)
 
 
 @pytest.mark.parametrize(
