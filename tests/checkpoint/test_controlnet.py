@@ -25,6 +25,7 @@ from sana_export.verify.reference import load_reference
 
 ALIAS = "tiny-random-controlnet"
 STEM = "diffusion_pytorch_model.safetensors"
+QUANTIZED = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
 
 
 @pytest.fixture(scope="module")
