@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +37,9 @@ MOST_EXIF_BYTES = 65_000
 MOST_JSON = 4 << 20
 _USER_COMMENT, _IMAGE_DESCRIPTION, _SOFTWARE, _EXIF_IFD = 0x9286, 0x010E, 0x0131, 0x8769
 _UNICODE = b"UNICODE\0"
+#: What `read_metadata` opens, as Pillow names it. It knows formats whose readers start programs.
+_READ = ("PNG", "JPEG", "WEBP")
+_OURS = "a .png, .jpg or .webp file that sana-export wrote"
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,10 @@ def save_image(
     check_quality(word, quality)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, partial(encode_image, image, word, metadata, quality))
+    write_whole(target, partial(encode_file, image, word, metadata, quality))
 
 
-def encode_image(image: Any, word: str, metadata: Mapping[str, Any] | None, quality: int | None, file: BinaryIO) -> None:
+def encode_file(image: Any, word: str, metadata: Mapping[str, Any] | None, quality: int | None, file: BinaryIO) -> None:
     """Write an image in the format `word` to an open file. The parameters are those of `save_image`."""
     kind = FORMATS[word]
     if kind.pillow is None:
@@ -168,17 +172,21 @@ def _texts_of(path: Path) -> tuple[str | None, str | None]:
     """Our own document in the image at `path`, and the readable text. Nothing is decoded."""
     from PIL import Image
 
+    if not os.path.isfile(path) and os.path.exists(path):  # noqa: PTH110, PTH113  # a pipe would be waited for without end
+        found = "a folder" if os.path.isdir(path) else "not a regular file"  # noqa: PTH112
+        raise UsageError(f"{path} is not an image", found=found, wanted=_OURS)
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decoded
+            opened = Image.open(path, formats=_READ)
+        with opened as image:
             if image.format == "PNG":
                 return image.info.get(KEY), image.info.get(TEXT_KEY)
             return _exif_texts(image)
     except FileNotFoundError as error:
         raise UsageError(f"there is no image {path}", wanted="an image that sana-export wrote") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
-        raise UsageError(
-            f"{path} is not an image", found=str(error), wanted="a .png, .jpg or .webp file that sana-export wrote"
-        ) from error
+        raise UsageError(f"{path} is not an image", found=str(error), wanted=_OURS) from error
 
 
 def _exif_texts(image: Image.Image) -> tuple[str | None, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,17 @@ def test_a_prompt_of_any_length_leaves_the_image(tmp_path: Path, caplog: pytest.
     assert "use png or webp" in caplog.text
     with pytest.raises(UsageError, match="does not say"):
         read_metadata(tmp_path / "x.jpg")
+
+
+def test_only_files_of_our_formats_are_opened(tmp_path: Path) -> None:
+    PICTURE.save(tmp_path / "x.tiff")
+    with pytest.raises(UsageError, match="is not an image"):
+        read_metadata(tmp_path / "x.tiff")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.png")
+        with pytest.raises(UsageError, match="is not an image") as error:
+            read_metadata(tmp_path / "pipe.png")
+        assert error.value.found == "not a regular file"
 
 
 def test_files_of_others(tmp_path: Path) -> None:

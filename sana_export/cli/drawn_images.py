@@ -7,6 +7,7 @@ file gets its name, and the file is written whole. So whenever the process dies,
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,12 @@ from typing import Any, Self
 
 from sana_export.errors import UsageError
 from sana_export.files import disk_errors, locked, write_whole
-from sana_export.image_files import FORMATS, encode_image
+from sana_export.image_files import FORMATS, encode_file
 
 FILE_NAME = "index.jsonl"
 LOCK_NAME = ".lock"
+#: The temporary names of our files (`write_whole`).
+_PARTIAL = re.compile(rf"\.(\d{{6,}}(-\d+)?\.[a-z]+|{re.escape(FILE_NAME)})\.\d+-\d+\.partial")
 #: The version of the index.
 FORMAT = 1
 
@@ -53,6 +56,7 @@ class DrawnImages:
         self.folder, self._kind, self._word = folder, FORMATS[word], word
         self._entries: dict[str, _Entry] = {}
         known = self._load()
+        self._remove_partial()
         #: The seed that the images without a seed of their own count from.
         self.seed: int = next(number for number in (seed, known, secrets.randbelow(2**32)) if number is not None)
         self._write_index()
@@ -64,9 +68,6 @@ class DrawnImages:
         with disk_errors(folder / FILE_NAME):
             folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / LOCK_NAME, on_wait, remove=True):
-            with disk_errors(folder / FILE_NAME):
-                for left in folder.glob(".*.partial"):  # of a process that was killed
-                    left.unlink(missing_ok=True)
             yield cls(folder, word, seed)
 
     def path(self, stem: str) -> Path:
@@ -92,7 +93,7 @@ class DrawnImages:
     ) -> Path:
         """Write an image, with its metadata if `carry`. Raises DependencyError if the disk refuses."""
         path, content = self.path(stem), BytesIO()
-        encode_image(image, self._word, metadata if carry else None, quality, content)
+        encode_file(image, self._word, metadata if carry else None, quality, content)
         size = content.getbuffer().nbytes
         entry = {"file": path.name, "line": line, "key": key, "bytes": size, "seed": metadata["request"]["seed"]}
         with disk_errors(self.folder / FILE_NAME), (self.folder / FILE_NAME).open("ab") as index:
@@ -126,10 +127,17 @@ class DrawnImages:
                         ) from error
         return seed
 
+    def _remove_partial(self) -> None:
+        """Delete what a process that was killed left of our files."""
+        with disk_errors(self.folder / FILE_NAME):
+            for left in self.folder.glob(".*.partial"):
+                if _PARTIAL.fullmatch(left.name) and left.is_file():
+                    left.unlink(missing_ok=True)
+
     def _write_index(self) -> None:
         """Make the index end with a whole line, with the folder's seed on the first one."""
         path = self.folder / FILE_NAME
-        if not path.exists():
+        if not path.exists() or path.stat().st_size == 0:
             write_whole(path, json.dumps({"format": FORMAT, "seed": self.seed}) + "\n")
             return
         with disk_errors(path), path.open("rb+") as index:
