@@ -13,12 +13,15 @@ from sana_export.adapters import Lora
 from sana_export.errors import UsageError
 from sana_export.image_files import read_metadata
 from sana_export.manifest import Manifest
-from sana_export.runtime.metadata import Redraw, last_name, lora_document, redraw
+from sana_export.runtime.metadata import Redraw, given_hashes, last_name, lora_document, redraw
+from sana_export.runtime.request import Request
 
 log = logging.getLogger(__name__)
 
 #: The options that give what a file does not have. Other values can only be given in Python.
 _OPTIONS = {"image": "--image", "mask": "--mask", "control_image": "--control-image"}
+#: Words of which one takes the place of the others.
+_STEPS = ("num_inference_steps", "timesteps", "sigmas")
 #: Words that decide how many images one seed is drawn for. Given anew, the recorded stream no longer applies.
 _STREAM = ("seed", "num_images_per_prompt")
 
@@ -31,6 +34,8 @@ class DrawnAgain:
     words: Mapping[str, Any]
     #: Which of its images to write. None: all.
     index: int | None
+    #: The SHA-256 of the images and arrays that it was drawn with, by word.
+    given: Mapping[str, str]
 
 
 def draw_again(file: Path, given: Mapping[str, Any], bundle: Path, output: Path, loras: Sequence[Lora]) -> DrawnAgain:
@@ -40,7 +45,8 @@ def draw_again(file: Path, given: Mapping[str, Any], bundle: Path, output: Path,
     or if it was drawn with what the command does not have: LoRAs, arrays, images.
     """
     found = redraw(read_metadata(file), file)
-    words = {**found.words, **given}
+    replaced = _STEPS if any(name in given for name in _STEPS) else ()
+    words = {**{name: value for name, value in found.words.items() if name not in replaced}, **given}
     if missing := [name for name in found.given if name not in words and not _replaced(name, given)]:
         raise UsageError(
             f"{file} was drawn with more than its words",
@@ -49,10 +55,19 @@ def draw_again(file: Path, given: Mapping[str, Any], bundle: Path, output: Path,
         )
     _check_loras(file, found, bundle, output, loras)
     _check_model(file, found, bundle)
-    alone = any(name in given for name in _STREAM)
+    prompts = given.get("prompt", "")
+    alone = any(name in given for name in _STREAM) or (not isinstance(prompts, str) and len(prompts) > 1)
     if alone and "num_images_per_prompt" not in given:
         words.pop("num_images_per_prompt", None)
-    return DrawnAgain(words, None if alone else found.index)
+    return DrawnAgain(words, None if alone else found.index, found.given)
+
+
+def warn_about_others(file: Path, recorded: Mapping[str, str], request: Request) -> None:
+    """Log a warning for each image of the request that is not the one that `file` was drawn with."""
+    for name, digest in given_hashes(request).items():
+        if recorded.get(name, digest) != digest:
+            option = _OPTIONS.get(name, name)
+            log.warning("%s was drawn with another image for %s, so the image will differ", file, option)
 
 
 def _replaced(name: str, given: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -16,6 +17,8 @@ from sana_export.runtime.plan import Plan
 from sana_export.runtime.prompt import GivenEmbeddings
 from sana_export.runtime.request import Request
 from sana_export.runtime.results import SanaResult
+
+LOG = logging.getLogger(__name__)
 
 #: Requests that are read ahead to fill a batch, for each place in it.
 READ_AHEAD = 4
@@ -92,16 +95,41 @@ def joined(plans: Sequence[Plan]) -> Plan:
     )
 
 
-def draw_in_batches(requests: Iterable[Request], plan: Callable[[Request], Plan], draw: Draw, batch_size: int) -> Iterator[Any]:
+class BatchLimit:
+    """How many images are drawn together: those that the user allows, or fewer if no engine takes so many."""
+
+    def __init__(self, batch_size: int, check: Callable[[Plan], None] = lambda plan: None) -> None:
+        """`check` raises UsageError for a plan that no engine takes."""
+        self.batch_size, self._check = batch_size, check
+        self._warned = False
+
+    def takes(self, plan: Plan, images: int) -> bool:
+        """Whether `images` images can be drawn with plans like `plan`. Logs one warning, when the engines refuse."""
+        if images > self.batch_size:
+            return False
+        try:
+            self._check(replace(plan, latents_shape=(images, *plan.latents_shape[1:])))
+        except OWN_ERRORS as error:
+            if not self._warned:
+                LOG.warning(
+                    "batch size %d: no engine takes %s, so fewer images are drawn at a time; for larger batches: %s",
+                    *(self.batch_size, error.found, error.fix),
+                )
+            self._warned = True
+            return False
+        return True
+
+
+def draw_in_batches(requests: Iterable[Request], plan: Callable[[Request], Plan], draw: Draw, limit: BatchLimit) -> Iterator[Any]:
     """The result of each request, in their order; in place of a result, the request's own error (`OWN_ERRORS`).
 
-    At most `READ_AHEAD` times `batch_size` requests are held at a time, with the results that wait for their turn.
+    At most `READ_AHEAD` times `limit.batch_size` requests are held at a time, with the results that wait for their turn.
     """
     source = iter(requests)
     waiting: deque[_Place] = deque()
     ended = False
     while True:
-        while not ended and len(waiting) < READ_AHEAD * batch_size:
+        while not ended and len(waiting) < READ_AHEAD * limit.batch_size:
             try:
                 waiting.append(_place(next(source), plan))
             except StopIteration:
@@ -109,7 +137,7 @@ def draw_in_batches(requests: Iterable[Request], plan: Callable[[Request], Plan]
         if not waiting:
             return
         if waiting[0].outcome is None:
-            batch = _choose(waiting, batch_size)
+            batch = _choose(waiting, limit)
             # Each place is filled before the next is read, so an error leaves no place half done.
             outcomes = draw([place.job for place in batch if place.job is not None])
             for place, outcome in zip(batch, outcomes, strict=True):
@@ -136,18 +164,18 @@ def _place(request: Any, plan: Callable[[Request], Plan]) -> _Place:
     return _Place(RequestJob(request, planned), batch_key(planned))
 
 
-def _choose(waiting: Iterable[_Place], most: int) -> list[_Place]:
-    """The first place that has no outcome, and later ones that can be drawn with it, up to `most` images."""
+def _choose(waiting: Iterable[_Place], limit: BatchLimit) -> list[_Place]:
+    """The first place that has no outcome, and later ones that can be drawn with it, up to the limit of images."""
     chosen: list[_Place] = []
     images = 0
     for place in waiting:
         if place.job is None or (chosen and (place.key is None or place.key != chosen[0].key)):
             continue
-        if chosen and images + place.job.images > most:
+        if chosen and not limit.takes(place.job.plan, images + place.job.images):
             continue
         chosen.append(place)
         images += place.job.images
-        if chosen[0].key is None or images >= most:
+        if chosen[0].key is None or images >= limit.batch_size:
             break
     return chosen
 

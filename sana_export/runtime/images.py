@@ -85,12 +85,18 @@ def _given_image(name: str, value: Any, mask: bool) -> GivenImage:
         return _decoded(name, value)
     if not isinstance(value, str | os.PathLike):
         raise UsageError(f"{name} is not an image", found=shown(value), wanted=_WANTED)
+    path = check_image_file(name, value)
+    with _opened(path) as image:
+        return _decoded(str(path), image)
+
+
+def check_image_file(name: str, value: str | os.PathLike[str]) -> Path:
+    """The path of the image file in the parameter `name`. Raises UsageError if there is no such file. It is not read."""
     path = user_path(value, f"the image file of {name}")
     if not os.path.isfile(path):  # noqa: PTH113  # Path.is_file raises an error for a folder that may not be read
         found = "a folder" if os.path.isdir(path) else "no such file, or one that may not be read"  # noqa: PTH112
         raise UsageError(f"there is no image {path}", found=found, wanted="the path of an image file")
-    with _opened(path) as image:
-        return _decoded(str(path), image)
+    return path
 
 
 def _opened(path: Path) -> Image.Image:

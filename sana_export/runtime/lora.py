@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from sana_export.adapters import Lora, lora_at
 from sana_export.commands import export_command
@@ -14,6 +15,7 @@ from sana_export.formats.onnx_weights import read_tensors
 from sana_export.known_files import check_known_files
 from sana_export.runtime.backends.base import Backend, Session
 from sana_export.runtime.lora_values import Adapter, lora_values, read_adapter, touched
+from sana_export.runtime.metadata import lora_document
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +38,8 @@ class LoraStack:
     def loras(self) -> tuple[Lora, ...]:
         return tuple(adapter.lora for adapter in self._adapters)
 
-    def add(self, lora: Lora, sessions: Mapping[str, Session]) -> None:
-        """Load `lora` into `sessions` (by graph), on top of the other LoRAs.
+    def add(self, lora: Lora, sessions: Mapping[str, Session]) -> dict[str, Any]:
+        """Load `lora` into `sessions` (by graph), on top of the other LoRAs. Returns how it is recorded (`lora_document`).
 
         If it does not fit or a session refuses it, `sessions` keep the weights that they have. Raises UsageError, ArtifactError or
         DependencyError then.
@@ -58,12 +60,14 @@ class LoraStack:
                 fix=f"export with the LoRA folded in: {self._export_command((lora,))}",
             )
         adapter = read_adapter(lora, [target for targets in self._targets.values() for target in targets])
+        recorded = lora_document(lora)  # before anything changes, and of the file as it is now
         adapters = (*self._adapters, adapter)
         for graph in [name for name, targets in self._targets.items() if touched(targets, (adapter,))]:
             self._backend.check_refit(graph)
             if graph not in sessions:  # it will be loaded later: check now that its weights stay in range
                 self._values(graph, adapters, (adapter,))
         self._change(adapters, (adapter,), sessions)
+        return recorded
 
     def clear(self, sessions: Mapping[str, Session]) -> None:
         """Give `sessions` the bundle's own weights back."""

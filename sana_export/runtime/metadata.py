@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import PurePath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
 from sana_export import __version__
 from sana_export.adapters import Lora
+from sana_export.architectures import SCHEDULER_DEFAULTS
 from sana_export.errors import UsageError
-from sana_export.files import hash_file
 from sana_export.manifest import Manifest
 from sana_export.numeric import MAX_IMAGES, as_integer, shown
 from sana_export.runtime.plan import Plan
@@ -31,11 +31,16 @@ FORMAT = 1
 _NOT_RECORDED = ("output_type", "num_images_per_prompt")
 #: Words that may have one value for each prompt.
 _PER_PROMPT = ("prompt", "negative_prompt")
-#: Words whose value is a text that may have a slash, and words whose texts are always paths.
-_TEXTS = (*_PER_PROMPT, "complex_human_instruction")
-_FILES = ("image", "mask", "control_image")
+#: Words whose values are images or arrays. They are recorded by their hashes, and a file that has one of them is not trusted: its
+#: value could name any file of the machine that draws it again.
+GIVEN = (
+    *("image", "mask", "control_image", "latents"),
+    *("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
+)
 #: Words that take the place of a number of steps.
 _STEPS = ("timesteps", "sigmas")
+#: What a scheduler's config may record: other keys have no effect, and one of them has the path that it was loaded from.
+_SCHEDULER_KEYS = {"_class_name", *(key for defaults in SCHEDULER_DEFAULTS.values() for key in defaults)}
 #: Numbers of a list that is recorded itself and not by its hash.
 _MOST_NUMBERS = 1024
 
@@ -61,9 +66,9 @@ class ImageOrigin:
         model = {"name": last_name(checkpoint.source), "sha256": checkpoint.sha256, "precision": manifest.options.precision}
         return cls(model, backend, manifest.model.default_steps, manifest.model.default_guidance_scale)
 
-    def with_loras(self, loras: Sequence[Lora]) -> ImageOrigin:
-        """With these LoRAs. Their files are read now, so that the hash is that of what was loaded."""
-        return replace(self, loras=tuple(map(lora_document, loras)))
+    def with_loras(self, loras: Sequence[Mapping[str, Any]]) -> ImageOrigin:
+        """With the LoRAs of these documents (`lora_document`)."""
+        return replace(self, loras=tuple(loras))
 
 
 def lora_document(lora: Lora) -> dict[str, Any]:
@@ -147,13 +152,22 @@ def redraw(document: Mapping[str, Any], source: Any) -> Redraw:
         given, stream = dict(document.get("given", {})), dict(document.get("stream", {"images": 1, "index": 0}))
         images, index = as_integer(stream["images"]), as_integer(stream["index"])
         texts = [*model.values(), *given.values(), *(lora[name] for lora in loras for name in ("name", "sha256"))]
+        scale_lists = [lora.get("layer_scales", {}).items() for lora in loras]
         sound = document["format"] == FORMAT and {"name", "sha256"} <= model.keys() and all(isinstance(text, str) for text in texts)
-        scales = all(isinstance(lora["scale"], int | float) for lora in loras)
+        numbers = [*(lora["scale"] for lora in loras), *(value for scales in scale_lists for _, value in scales)]
+        scales = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        sound = sound and isinstance(words.get("prompt"), str | None)
         if not (sound and scales and images is not None and index is not None and 0 <= index < images <= MAX_IMAGES):
             raise ValueError
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         found = f"format {shown(document.get('format'))}, written by sana-export {shown(document.get('sana_export'))}"
         raise UsageError(f"the parameters in {source} cannot be read", found=found, wanted=f"format {FORMAT}") from error
+    if named := [name for name in GIVEN if name in words]:
+        raise UsageError(
+            f"the parameters in {source} have values that only you may give",
+            found=", ".join(named),
+            wanted="their hashes, as sana-export writes them",
+        )
     known = {item.name for item in fields(Request)} - set(_NOT_RECORDED)
     if unknown := sorted(words.keys() - known):
         raise UsageError(
@@ -178,14 +192,13 @@ def _words(request: Request) -> _Words:
     hashes: dict[str, str] = {}
     for item in fields(request):
         value = getattr(request, item.name)
-        if item.name in _NOT_RECORDED or value is None or _is_default(value, item.default):
+        if item.name in _NOT_RECORDED or _is_default(value, item.default):
             continue
-        if _is_path(item.name, value):
-            hashes[item.name] = _sha256_of_file(value)
-            continue
-        if item.name in _FILES:  # an image, or a list of images and paths
+        if item.name in GIVEN:
             hashes[item.name] = _sha256(value)
             continue
+        if item.name == "scheduler" and isinstance(value, Mapping):
+            value = {key: own for key, own in value.items() if key in _SCHEDULER_KEYS}
         try:
             json.dumps(as_json := _as_json(value), allow_nan=False)
             plain[item.name] = as_json
@@ -195,7 +208,14 @@ def _words(request: Request) -> _Words:
     return _Words(plain, hashes)
 
 
+def given_hashes(request: Request) -> Mapping[str, str]:
+    """The SHA-256 of the images and arrays of a request by word, as `image_metadata` records them."""
+    return _words(request).hashes
+
+
 def _is_default(value: Any, default: Any) -> bool:
+    if value is None:
+        return default is None
     return default is not MISSING and isinstance(value, str | bool | int | float | tuple) and value == default
 
 
@@ -213,23 +233,10 @@ def _as_json(value: Any) -> Any:
     raise TypeError(type(value).__name__)
 
 
-def _is_path(name: str, value: Any) -> bool:
-    """Whether a value names a file. It is not recorded: it says where the user keeps files."""
-    text = isinstance(value, str) and name not in _TEXTS and (name in _FILES or any(mark in value for mark in "/\\"))
-    return isinstance(value, os.PathLike) or text
-
-
-def _sha256_of_file(path: Any) -> str:
-    """The hash of a file's content; of its name if there is none."""
-    return hash_file(Path(path)) if Path(path).is_file() else hashlib.sha256(last_name(path).encode()).hexdigest()
-
-
 def _sha256(value: Any) -> str:
     """The hash of an array or an image: of its values as they are in memory, with their shape and type."""
     if isinstance(value, list | tuple):
-        return hashlib.sha256(
-            "".join(_sha256_of_file(v) if _is_path("image", v) else _sha256(v) for v in value).encode()
-        ).hexdigest()
+        return hashlib.sha256("".join(map(_sha256, value)).encode()).hexdigest()
     if hasattr(value, "detach"):
         value = value.detach().float().cpu()
     array = np.asarray(value)

@@ -26,7 +26,7 @@ from sana_export.manifest import Manifest
 from sana_export.numeric import MAX_IMAGES, MOST_DEVICES, MOST_THREADS, integer, shown
 from sana_export.runtime.backends import open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
-from sana_export.runtime.batches import OWN_ERRORS, RequestJob, draw_in_batches, joined
+from sana_export.runtime.batches import OWN_ERRORS, BatchLimit, RequestJob, draw_in_batches, joined
 from sana_export.runtime.callbacks import IsCancelled, StepCallback, call_back, check_callbacks, check_cancelled
 from sana_export.runtime.control import CONDITIONING_SCALE
 from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images, one_by_one
@@ -235,7 +235,6 @@ class SanaRuntime(OfThisProcess):
             found = ", ".join(map(shown, positional))
             raise UsageError("only the prompt may be given without a name", found=found, wanted="runtime(prompt, name=value)")
         check_words("the runtime", others, CALL_WORDS, CALL_PARAMETERS)
-        check_callbacks(callback_on_step_end, cancelled)
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -270,10 +269,22 @@ class SanaRuntime(OfThisProcess):
             timesteps=timesteps,
             sigmas=sigmas,
         )
-        check_cancelled(cancelled)
-        result = self._turn(lambda: self._draw([RequestJob(request, self.plan(request))], callback_on_step_end, cancelled)[0])
+        result = self.draw(request, callback_on_step_end=callback_on_step_end, cancelled=cancelled)
         # Overloads that say so would repeat all parameters.
         return result if return_dict else (result.images,)  # type: ignore[return-value]
+
+    def draw(
+        self,
+        request: Request,
+        plan: Plan | None = None,
+        *,
+        callback_on_step_end: StepCallback | None = None,
+        cancelled: IsCancelled | None = None,
+    ) -> SanaResult:
+        """Draw the images of a request, as a call with its parameters does. `plan` is its plan, if it has been made (`plan`)."""
+        check_callbacks(callback_on_step_end, cancelled)
+        check_cancelled(cancelled)
+        return self._turn(lambda: self._draw([RequestJob(request, plan or self.plan(request))], callback_on_step_end, cancelled)[0])
 
     def generate_many(
         self,
@@ -289,8 +300,9 @@ class SanaRuntime(OfThisProcess):
         Requests are read as they are needed: at most `batches.READ_AHEAD` times `batch_size` are held with their results. Other
         calls may run between two results. Close the iterator (`contextlib.closing`) to stop early.
 
-        batch_size: the most images that are sampled at a time. Requests that differ only in prompts, seeds, delivered sizes of one
-        sampled size, `output_type` and `decoder_tile` are sampled together. 1: each image is what a call of its own gives.
+        batch_size: the most images that are sampled at a time; fewer, with a warning, if no engine takes so many. Requests that
+        differ only in prompts, negative prompts, seeds, given embeddings and latents are sampled together. 1: each image is what a
+        call of its own gives.
         callback_on_step_end, cancelled: as in a call; the callback sees the latents of the whole batch.
         return_errors: a request's own UsageError or ArtifactError takes the place of its result, and the others are drawn. If not,
         it is raised in its turn, and the iterator ends.
@@ -308,7 +320,7 @@ class SanaRuntime(OfThisProcess):
                 return [error] if len(jobs) == 1 else [outcome for job in jobs for outcome in draw([job])]
 
         def results() -> Generator[Any, None, None]:
-            for outcome in draw_in_batches(requests, self.plan, draw, batch_size):
+            for outcome in draw_in_batches(requests, self.plan, draw, BatchLimit(batch_size, self._check_supported)):
                 if isinstance(outcome, SanaExportError) and not return_errors:
                     raise outcome
                 yield outcome
@@ -591,8 +603,9 @@ class SanaRuntime(OfThisProcess):
         """
         with self._using():
             self._drop_loops()
-            self._loras.add(lora_at(path, scale), self.sessions)
-            self._origin = self._origin.with_loras(self.loras)
+            lora = lora_at(path, scale)
+            recorded = self._loras.add(lora, self.sessions)
+            self._origin = self._origin.with_loras((*self._origin.loras, recorded))
 
     def unload_lora(self) -> None:
         """Remove all LoRAs. The weights are the bundle's own again, bit for bit."""

@@ -48,7 +48,6 @@ CALL_WORDS: Mapping[str, Word] = {
     "callback_steps": Word("callback_on_step_end, which is called after every step"),
     "mask_image": Word("mask"),
     "padding_mask_crop": Word("an image and a mask that are cropped already"),
-    "controlnet_conditioning_scale": Word("a prompt: there is no ControlNet"),
     "frames": Word("a prompt: there is no video"),
     "num_videos_per_prompt": Word("num_images_per_prompt: there is no video"),
     "pag_applied_layers": Word("the layers at the export: sana-export export --pag-layers"),

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sana_export import SanaRuntime, read_metadata, save_image
+from sana_export.runtime import images
 from tests.support.command_line import Cli
 from tests.support.lora_files import diffusers_lora, load_transformer
 
@@ -66,6 +67,63 @@ def test_a_new_seed_draws_new_images(tiny_bundle: Path, tmp_path: Path, cli: Cli
     cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "one.png", *SMALL, "--seed", 5)
     cli("generate", tiny_bundle, "--from-image", tmp_path / "x-1.png", "-o", tmp_path / "y.png", "--seed", 5)
     np.testing.assert_array_equal(pixels(tmp_path / "y.png"), pixels(tmp_path / "one.png"))
+
+
+def test_several_prompts_are_all_drawn(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "x.png", *SMALL, "--seed", 1, "--images-per-prompt", 2)
+    for name in ("x-0.png", "x-1.png"):
+        ran = cli("generate", tiny_bundle, "b", "c", "--from-image", tmp_path / name, "-o", tmp_path / "y.png", "--json")
+        assert ran.code == 0
+        assert [(Path(found["path"]).name, found["prompt"]) for found in ran.json["images"]] == [("y-0.png", "b"), ("y-1.png", "c")]
+
+
+def test_given_steps_replace_recorded_ones_of_another_kind(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    again = ("--scheduler", "euler")
+    cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "x.png", *SMALL, "--seed", 1)
+    ran = cli(
+        "generate",
+        tiny_bundle,
+        "--from-image",
+        tmp_path / "x.png",
+        "-o",
+        tmp_path / "y.png",
+        *again,
+        "--sigmas",
+        "0.9,0.6,0.3",
+        "--json",
+    )
+    assert (ran.code, ran.json["steps"]) == (0, 3)
+    ran = cli("generate", tiny_bundle, "--from-image", tmp_path / "y.png", "-o", tmp_path / "z.png", "--steps", 1, "--json")
+    assert (ran.code, ran.json["steps"]) == (0, 1)
+
+
+def test_another_image_than_the_recorded_one_is_a_warning(
+    img2img_bundle: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    opened = images._opened
+    monkeypatch.setattr(images, "_opened", lambda path: reads.append(path) or opened(path))
+    for name, color in (("in.png", "red"), ("other.png", "blue")):
+        Image.new("RGB", (96, 64), color).save(tmp_path / name)
+    options = ("--image", tmp_path / "in.png", "--seed", 1)
+    cli("generate", img2img_bundle, "a cat", "-o", tmp_path / "x.png", *SMALL, *options)
+    assert len(reads) == 1, "the image is read once"
+    again = ("generate", img2img_bundle, "--from-image", tmp_path / "x.png", "-o", tmp_path / "y.png")
+    ran = cli(*again, "--image", tmp_path / "in.png")
+    assert (ran.code, "differ" in ran.err) == (0, False)
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
+    ran = cli(*again, "--image", tmp_path / "other.png")
+    assert "was drawn with another image for --image" in ran.err
+
+
+def test_a_file_names_no_file_of_this_machine(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    cli("generate", tiny_bundle, "a cat", "-o", tmp_path / "x.png", *SMALL)
+    document = read_metadata(tmp_path / "x.png")
+    document["request"]["image"] = str(tmp_path / "x.png")
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "z.png", document)
+    ran = cli("generate", tiny_bundle, "--from-image", tmp_path / "z.png", "-o", tmp_path / "y.png")
+    assert ran.code == 2
+    assert "values that only you may give" in ran.err
 
 
 def test_loras_have_to_be_given_again(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, cli: Cli) -> None:

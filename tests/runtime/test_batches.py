@@ -13,7 +13,7 @@ import pytest
 
 from sana_export import Request, SanaRuntime
 from sana_export.errors import Cancelled, DependencyError, UsageError
-from sana_export.runtime.batches import ALONE, EQUAL, JOINED, READ_AHEAD, RequestJob, batch_key, draw_in_batches, joined
+from sana_export.runtime.batches import ALONE, EQUAL, JOINED, READ_AHEAD, BatchLimit, RequestJob, batch_key, draw_in_batches, joined
 from sana_export.runtime.plan import Plan
 
 SMALL: dict[str, Any] = {"height": 64, "width": 96, "use_resolution_binning": False, "num_inference_steps": 2}
@@ -91,7 +91,7 @@ def batches_of(runtime: SanaRuntime, requests: Sequence[Any], batch_size: int) -
         assert joined([job.plan for job in jobs]).latents_shape[0] == sum(job.images for job in jobs)
         return [job.request.seed for job in jobs]
 
-    outcomes = list(draw_in_batches(requests, runtime.plan, draw, batch_size))
+    outcomes = list(draw_in_batches(requests, runtime.plan, draw, BatchLimit(batch_size)))
     assert outcomes == [one.seed for one in requests], "in the order of the requests"
     return drawn
 
@@ -176,7 +176,7 @@ def test_an_error_of_the_machine_ends_the_run(tiny_runtime: SanaRuntime) -> None
         raise DependencyError("no more memory")
 
     with pytest.raises(DependencyError):
-        list(draw_in_batches([request("a", 0)], tiny_runtime.plan, draw, 1))
+        list(draw_in_batches([request("a", 0)], tiny_runtime.plan, draw, BatchLimit(1)))
 
 
 def test_cancelling_from_another_thread_leaves_the_runtime_usable(tiny_runtime: SanaRuntime) -> None:
@@ -219,6 +219,26 @@ def test_a_callback_can_interrupt_one_batch(tiny_runtime: SanaRuntime) -> None:
 
     assert len(list(tiny_runtime.generate_many([request("a", 1), request("b", 2)], callback_on_step_end=on_step))) == 2
     assert steps == [0, 0]
+
+
+def test_a_batch_is_as_large_as_the_engines_take(
+    tiny_runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def check(graphs: Any, axes: Any) -> None:
+        if axes["batch"] > 2:
+            raise UsageError("no engine", found=f"{axes['batch']} images", fix="sana-export build")
+
+    monkeypatch.setattr(tiny_runtime.backend, "check_supported", check)
+    drawn = []
+    results = tiny_runtime.generate_many(
+        [request(prompt, 1) for prompt in "abcde"],
+        batch_size=4,
+        callback_on_step_end=lambda _, index, __, tensors: drawn.append(tensors["latents"].shape[0]) if index == 0 else None,
+    )
+    assert len(list(results)) == 5
+    assert drawn == [2, 2, 1]
+    (message,) = [record.getMessage() for record in caplog.records if "batch size" in record.getMessage()]
+    assert "no engine takes 3 images" in message
 
 
 @pytest.mark.parametrize("batch_size", [0, "2", 1.5, True])

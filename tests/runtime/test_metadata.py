@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,28 @@ def test_schedulers_steps_and_intervals_are_drawn_again(tiny_runtime: SanaRuntim
     assert document["steps"] == (3 if "sigmas" in words else 2)
 
 
+def test_none_is_kept_where_it_is_not_the_default(tiny_runtime: SanaRuntime) -> None:
+    """An instruction would change the image; None turns it off."""
+    result = tiny_runtime("a cat", seed=3, complex_human_instruction=None, **SMALL)
+    (document,) = result.metadata
+    assert document["request"]["complex_human_instruction"] is None
+    np.testing.assert_array_equal(drawn_again(tiny_runtime, document), np.asarray(result.images[0]))
+    words = metadata._words(Request("a", intermediate_timesteps=None, height=None))
+    assert words.plain == {"prompt": "a", "intermediate_timesteps": None}
+    assert metadata._words(Request("a")).plain == {"prompt": "a"}
+
+
+def test_a_list_of_latents_is_recorded_by_its_hash() -> None:
+    words = metadata._words(Request("a", latents=[[[[0.0]]]]))
+    assert (set(words.plain), set(words.hashes)) == ({"prompt"}, {"latents"})
+
+
+def test_a_config_of_a_scheduler_leaks_no_path() -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0, "_name_or_path": "/home/me/Sana"}
+    words = metadata._words(Request("a", scheduler=config))
+    assert words.plain["scheduler"] == {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0}
+
+
 def test_what_follows_from_the_checkpoint_is_recorded(tiny_runtime: SanaRuntime) -> None:
     (document,) = tiny_runtime("a", num_inference_steps=1, height=64, width=64, use_resolution_binning=False).metadata
     model = tiny_runtime.manifest.model
@@ -81,19 +104,14 @@ def test_arrays_are_recorded_by_their_hash(tiny_runtime: SanaRuntime) -> None:
     assert len(json.dumps(one)) < 2000
 
 
-def test_words_that_requests_get_later_are_recorded_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers, texts and lists as they are; images, arrays and files by their hash, and no path of this machine."""
-    picture = tmp_path / "secret" / "in.png"
-    picture.parent.mkdir()
-    Image.new("RGB", (4, 4)).save(picture)
+def test_words_that_requests_get_later_are_recorded_by_themselves() -> None:
+    """Numbers, texts and lists as they are; images and arrays by their hash."""
     later = {
         "scheduler": "unipc",
         "guidance_interval": (0.0, 0.5),
         "timesteps": np.array([999, 500]),
         "nothing": None,
         "image": Image.new("RGB", (4, 4), "red"),
-        "first": picture,
-        "second": str(picture),
         "depth": np.zeros((2, 2)),
     }
     made = make_dataclass("Later", [(name, Any, field(default=None)) for name in later], bases=(Request,), frozen=True)
@@ -105,9 +123,7 @@ def test_words_that_requests_get_later_are_recorded_by_themselves(tmp_path: Path
         "timesteps": [999, 500],
     }
     assert words.plain["prompt"] == "a/b"
-    assert set(words.hashes) == {"image", "first", "second", "depth"}
-    assert words.hashes["first"] == words.hashes["second"]
-    assert str(tmp_path) not in json.dumps([dict(words.plain), dict(words.hashes)])
+    assert set(words.hashes) == {"image", "depth"}
 
 
 def test_every_word_of_a_request_is_recorded_or_left_out_on_purpose() -> None:
@@ -130,6 +146,20 @@ def test_loras_are_recorded_with_their_hashes_and_no_path(tiny_bundle: Path, tin
         assert str(tmp_path) not in json.dumps(document)
         runtime.unload_lora()
         assert runtime("a", seed=1, **SMALL).metadata[0]["loras"] == []
+
+
+def test_a_lora_is_recorded_as_it_was_loaded(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    """What happens to an older file afterwards does not matter."""
+    first = diffusers_lora(load_transformer(tiny_checkpoint), tmp_path / "one", r=4, lora_alpha=7)
+    second = diffusers_lora(load_transformer(tiny_checkpoint), tmp_path / "two", r=4, lora_alpha=3)
+    with SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime") as runtime:
+        runtime.load_lora(first)
+        before = runtime("a", seed=1, **SMALL).metadata[0]["loras"]
+        shutil.rmtree(first)
+        runtime.load_lora(second)
+        after = runtime("a", seed=1, **SMALL).metadata[0]["loras"]
+        assert after[:1] == before
+        assert [lora["name"] for lora in after] == ["one", "two"]
 
 
 @pytest.mark.parametrize("path", ["/home/me/models/Sana", "C:\\Users\\me\\Sana", "owner/Sana", "Sana", "./Sana/"])
@@ -166,6 +196,12 @@ DOCUMENT: dict[str, Any] = {
         {"stream": {"images": "2", "index": 0}},
         {"request": {"prompt": "a", "output_type": "np"}},
         {"request": {"prompt": "a", "other": 1}},
+        {"request": {"prompt": ["a", "b"]}},
+        {"loras": [{"name": "a", "sha256": "b", "scale": 1, "layer_scales": 5}]},
+        {"loras": [{"name": "a", "sha256": "b", "scale": 1, "layer_scales": {"x": "y"}}]},
+        {"loras": [{"name": "a", "sha256": "b", "scale": 1, "layer_scales": None}]},
+        {"loras": [{"name": "a", "sha256": "b", "scale": 10**400}]},
+        *({"request": {"prompt": "a", word: "/any/path"}} for word in metadata.GIVEN),
     ],
     ids=str,
 )

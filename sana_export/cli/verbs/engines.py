@@ -146,19 +146,13 @@ def _verify(opening: Mapping[str, Any], recipe: Recipe, manifest: Manifest, cons
 
 
 def _sample(recipe: Recipe, manifest: Manifest, console: Console) -> tuple[Answer, tuple[Path, ...]]:
-    from sana_export.runtime import SanaRuntime
+    from sana_export.runtime import Request, SanaRuntime
 
     section = _present(recipe.sample)
     chosen: dict[str, Any] = {"backend": section.backend, "device": section.device, "threads": section.threads}
     with SanaRuntime.from_pretrained(recipe.output, **chosen) as runtime:
-        answer = sample(
-            runtime,
-            section.prompts,
-            section.settings,
-            section.output,
-            console,
-            output_type=check_output(section.output, section.images),
-        )
+        kind = check_output(section.output, section.images)
+        answer = sample(runtime, Request(prompt=section.prompts, output_type=kind, **section.settings), section.output, console)
     return answer, tuple(Path(image["path"]) for image in answer.document["images"])
 
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sana_export.cli.images import check_output, named_output, write_images
+from sana_export.cli.images import check_output, named_output, output_type, write_images
 from sana_export.cli.schedulers import add_scheduler, scheduler_settings
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, table
@@ -29,7 +29,7 @@ from sana_export.cli.verb import (
     whole,
 )
 from sana_export.errors import UsageError
-from sana_export.image_files import FORMATS
+from sana_export.image_files import FORMATS, SUFFIXES
 from sana_export.numeric import MAX_IMAGES
 from sana_export.runtime.backends import BACKENDS
 from sana_export.runtime.memory import AUTO
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from sana_export.adapters import Lora
-    from sana_export.runtime import SanaRuntime
+    from sana_export.runtime import Request, SanaRuntime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -235,11 +235,11 @@ def _run_request(
     load: Callable[[], AbstractContextManager[SanaRuntime]],
     console: Console,
 ) -> Answer:
-    from sana_export.cli.drawn_again import draw_again
+    from sana_export.cli.drawn_again import draw_again, warn_about_others
     from sana_export.runtime import Request
 
     output = named_output(options.output, options.output_format, options.quality)
-    settings, index = given, None
+    settings, index, again = given, None, None
     if options.from_image is not None:
         if options.prompts:
             given = {**given, "prompt": options.prompts}
@@ -247,17 +247,17 @@ def _run_request(
         settings, index = dict(again.words), again.index
     prompts = settings.pop("prompt", options.prompts)
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    request = Request(prompt=prompts, **settings)  # checks the values before anything is loaded
-    count = len(prompts) * request.num_images_per_prompt
-    kind = check_output(output, count if index is None else 1)
+    # Checks the values before anything is loaded, and reads the images once.
+    request = Request(prompt=prompts, output_type=output_type(SUFFIXES.get(output.suffix.lower(), "png")), **settings)
+    check_output(output, len(prompts) * request.num_images_per_prompt if index is None else 1)
+    if again is not None:
+        warn_about_others(options.from_image, again.given, request)
     with load() as runtime:
         return sample(
             runtime,
-            prompts,
-            settings,
+            request,
             output,
             console,
-            output_type=kind,
             index=index,
             quality=options.quality,
             metadata=not options.no_metadata,
@@ -266,23 +266,20 @@ def _run_request(
 
 def sample(
     runtime: SanaRuntime,
-    prompts: list[str],
-    settings: dict[str, Any],
+    request: Request,
     output: Path,
     console: Console,
     *,
-    output_type: str = "pil",
     index: int | None = None,
     quality: int | None = None,
     metadata: bool = True,
 ) -> Answer:
-    """Generate images of `prompts` with `settings` (parameters of `SanaRuntime.__call__`) and write them.
+    """Generate the images of a request, whose prompts are a list, and write them.
 
     index: the number of the only image to write. None: all. quality, metadata: of the files (`save_image`).
     """
-    from sana_export.runtime import Request
-
-    steps = len(runtime.plan(Request(prompt=prompts, **settings)).schedule.timesteps)
+    plan, prompts = runtime.plan(request), list(request.prompt or ())
+    steps = len(plan.schedule.timesteps)
     log.info("sampling %d steps on %s", steps, runtime.backend.name)
 
     def on_step(_runtime: object, index: int, _timestep: float, _tensors: object) -> None:
@@ -292,12 +289,12 @@ def sample(
     callback = on_step if console.live else None
     if console.live:
         console.step("denoise", 0, steps)
-    result = runtime(prompts, output_type=output_type, callback_on_step_end=callback, **settings)
+    result = runtime.draw(request, plan, callback_on_step_end=callback)
     kept = slice(None) if index is None else slice(index, index + 1)
     paths = write_images(result.images[kept], output, result.metadata[kept] if metadata else None, quality)
-    repeats = len(paths) // len(prompts)
+    repeats, first = len(result.images) // len(prompts), index or 0
     document = {
-        "images": [{"path": str(path), "prompt": prompts[index // repeats]} for index, path in enumerate(paths)],
+        "images": [{"path": str(path), "prompt": prompts[number // repeats]} for number, path in enumerate(paths, first)],
         "seeds": list(result.seeds),
         "height": result.height,
         "width": result.width,
