@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sana_export.adapters import Lora
 from sana_export.cli.drawn_images import FILE_NAME, DrawnImages, State
 from sana_export.cli.images import check_writable, output_type
-from sana_export.cli.prompts_file import BadLine, Item, check_file, read_items
+from sana_export.cli.prompts_file import BadLine, Item, check_file, check_values, read_items
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import plural, seconds
 from sana_export.cli.verb import Answer
@@ -65,7 +65,8 @@ class FileRun:
                     ["-o", str(self.folder.with_suffix("")), "--output-format", SUFFIXES.get(self.folder.suffix.lower(), "png")]
                 ),
             )
-        Request(prompt="", seed=self.seed, **self.defaults)
+        # Lines of JSON may have images of their own, for which the options are defaults.
+        check_values({"prompt": "", "seed": self.seed, **self.defaults}, alone=self.prompts_file.suffix.lower() == ".txt")
         check_writable(self.folder, self.folder)
 
     @property
@@ -164,8 +165,13 @@ def _draw(
     def requests() -> Iterator[Request]:
         for item in read_items(run.prompts_file, run.defaults, folder.seed):
             if isinstance(item, Item) and folder.state(item.stem, key := item.key(settings)) is State.MISSING:
+                try:
+                    request = Request(**item.words, output_type=output_type(run.format))
+                except UsageError as error:  # its image cannot be read
+                    counts.fail(run.prompts_file, item.line, error)
+                    continue
                 waiting.append((item, key))
-                yield Request(**item.words, output_type=output_type(run.format))
+                yield request
 
     started = time.monotonic()
     console.step("drawing", 0, missing)

@@ -10,11 +10,16 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from sana_export.errors import UsageError
+from sana_export.files import hash_file
 from sana_export.numeric import MAX_IMAGES, as_integer, integer, shown
+from sana_export.runtime.images import check_image_file
 from sana_export.runtime.inputs import MAX_CHARACTERS
 from sana_export.runtime.request import Request
 from sana_export.runtime.words import CALL_WORDS, check_words
@@ -29,6 +34,11 @@ _NOT_IN_A_LINE = (
 )
 #: The words of a line.
 WORDS = tuple(item.name for item in fields(Request) if item.name not in _NOT_IN_A_LINE)
+#: Those that name an image file.
+IMAGES = ("image", "mask", "control_image")
+#: Words that have a meaning only with the image that another one names.
+_NEEDS = {"strength": "image", "mask": "image", "controlnet_conditioning_scale": "control_image"}
+_DEFAULTS = {item.name: item.default for item in fields(Request)}
 #: Between the seeds of two images of one line, so that they do not meet those of other lines.
 SEED_STRIDE = 1_000_000
 #: Seeds are these many different numbers.
@@ -48,7 +58,8 @@ class Item:
 
     def key(self, settings: Mapping[str, Any]) -> str:
         """A hash of the words and of `settings`, which say what else decides the file's content."""
-        text = json.dumps([dict(self.words), dict(settings)], sort_keys=True)
+        files = {name: file_hash(str(value)) for name in IMAGES if isinstance(value := self.words.get(name), str)}
+        text = json.dumps([dict(self.words), dict(settings), *([files] if files else [])], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -79,6 +90,35 @@ def check_file(path: Path) -> None:
             wanted=_WANTED,
             fix=shlex.join(["mv", str(path), str(path.with_suffix(".txt"))]),
         )
+
+
+def check_values(words: Mapping[str, Any], *, alone: bool = True) -> None:
+    """Raise UsageError for wrong words of a request. Image files have to be there, and are read only when they are drawn.
+
+    `alone`: what has no meaning without an image is wrong without one.
+    """
+    needed = set() if alone else {_NEEDS[name] for name in words.keys() & _NEEDS}
+    for name in IMAGES:
+        if isinstance(value := words.get(name), str):
+            check_image_file(name, value)
+        elif value is not None:
+            raise UsageError(f"{name} is not the name of a file", found=shown(value), wanted="the path of an image file")
+    named = {name for name in IMAGES if words.get(name) is not None} | needed
+    Request(**{**words, **{name: Image.new("RGB", (1, 1)) for name in named}})
+
+
+def file_hash(path: str) -> str | None:
+    """The SHA-256 of a file, computed again only if it changed. None if there is none."""
+    try:
+        found = Path(path).stat()
+        return _hash_of(path, found.st_mtime_ns, found.st_size)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _hash_of(path: str, changed: int, size: int) -> str:
+    return hash_file(Path(path))
 
 
 def read_items(path: Path, defaults: Mapping[str, Any], seed: int) -> Iterator[Item | BadLine]:
@@ -120,7 +160,7 @@ def _items(number: int, words: dict[str, Any], seed: int) -> list[Item]:
             raise UsageError("prompt is not text", found=shown(item.get("prompt")), wanted="one prompt a line")
         if isinstance(item.get("negative_prompt"), list):
             raise UsageError("negative_prompt is not text", found=shown(item["negative_prompt"]), wanted="one text")
-        Request(**item)
+        check_values(item)
         items.append(Item(number, f"{number:06d}" if count == 1 else f"{number:06d}-{index}", item))
     return items
 
@@ -163,7 +203,7 @@ def _json_words(text: str) -> dict[str, Any]:
         if others := sorted(unknown.keys() & _NOT_IN_A_LINE):
             raise UsageError(f"a line cannot have {others[0]}", found=", ".join(others), wanted=", ".join(WORDS))
         check_words("a line", unknown, CALL_WORDS, WORDS)
-    return {name: value for name, value in words.items() if name in WORDS and value is not None}
+    return {name: value for name, value in words.items() if name in WORDS and (value is not None or _DEFAULTS[name] is not None)}
 
 
 #: How a line is read, by the file's suffix.

@@ -19,6 +19,7 @@ from PIL import Image
 from sana_export import SanaRuntime, read_metadata
 from sana_export.cli.drawn_images import DrawnImages
 from sana_export.cli.prompts_file import MOST_LINE_BYTES, SEED_STRIDE, BadLine, Item, read_items
+from sana_export.errors import UsageError
 from tests.support.command_line import Cli, command
 
 SMALL = ("--height", 64, "--width", 96, "--no-resolution-binning", "--steps", 2)
@@ -161,6 +162,69 @@ def test_the_same_command_draws_only_what_is_missing(tiny_bundle: Path, tmp_path
     assert images(folder) == [f"00000{number}.png" for number in range(1, 5)]
     # Nothing is left to draw, so nothing is loaded.
     assert cli(*arguments, "--backend", "tensorrt").json["kept"] == 4
+
+
+def test_null_is_kept_where_it_is_not_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(
+        '{"prompt": "a", "complex_human_instruction": null, "intermediate_timesteps": null, "height": null, "eta": 0}\n'
+    )
+    (item,) = read_items(file, {"height": 64}, 0)
+    assert isinstance(item, Item)
+    assert item.words == {"prompt": "a", "complex_human_instruction": None, "intermediate_timesteps": None, "height": 64, "seed": 0}
+
+
+def test_only_what_is_ours_is_deleted(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / ".000001.png.12-34.partial", tmp_path / ".movie.mp4.partial"
+    for path in (ours, theirs):
+        path.write_bytes(b"half")
+    (tmp_path / "index.jsonl").write_text("my own notes\n")
+    with pytest.raises(UsageError, match="not the index"), DrawnImages.open(tmp_path, "png", 5):
+        pass
+    assert ours.exists()
+    (tmp_path / "index.jsonl").write_bytes(b"")  # made by a process that was killed, or by hand
+    with DrawnImages.open(tmp_path, "png", 5):
+        assert (ours.exists(), theirs.exists()) == (False, True)
+    with DrawnImages.open(tmp_path, "png", None) as folder:
+        assert folder.seed == 5
+
+
+def test_the_key_of_a_line_has_the_content_of_its_images(tmp_path: Path) -> None:
+    picture, file = tmp_path / "in.png", tmp_path / "x.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "image": str(picture)}))
+    keys = []
+    for content in (b"one", b"another", b"one"):
+        picture.write_bytes(content)  # no image: it is read when it is drawn
+        (item,) = read_items(file, {}, 0)
+        assert isinstance(item, Item)
+        keys.append(item.key({}))
+    assert keys[0] == keys[2] != keys[1]
+    picture.unlink()
+    (line,) = read_items(file, {}, 0)
+    assert isinstance(line, BadLine)
+    assert "there is no image" in line.error.message
+
+
+def test_options_are_defaults_of_lines_with_images(img2img_bundle: Path, tmp_path: Path, cli: Cli) -> None:
+    file, folder = tmp_path / "x.jsonl", tmp_path / "out"
+    for name, color in (("in.png", "red"), ("mask.png", "white")):
+        Image.new("RGB", (96, 64), color).save(tmp_path / name)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    lines = [{"prompt": "a", "image": str(tmp_path / name)} for name in ("in.png", "bad.png")]
+    file.write_text("\n".join(map(json.dumps, [*lines, {"prompt": "b"}])))
+    arguments = ("generate", img2img_bundle, "--prompts-file", file, "-o", folder, *SMALL, "--json")
+    ran = cli(*arguments, "--strength", 0.6, "--mask", tmp_path / "mask.png")
+    assert images(folder) == ["000001.png"]
+    assert read_metadata(folder / "000001.png")["request"]["strength"] == 0.6
+    failures = {failure["line"]: failure["message"] for failure in ran.json["failures"]}
+    assert "is not an image" in failures[2]
+    assert "has no meaning without an image" in failures[3]
+    for options, words in ((("--strength", 2), "strength is out of range"), (("--mask", "nothing.png"), "there is no image")):
+        ran = cli(*arguments, *options)
+        assert (ran.code, words in ran.err) == (2, True)
+    (tmp_path / "x.txt").write_text("a")
+    ran = cli("generate", img2img_bundle, "--prompts-file", tmp_path / "x.txt", "-o", tmp_path / "o", "--strength", 0.6)
+    assert "strength has no meaning without an image" in ran.err
 
 
 def test_an_edited_image_is_left_alone(tiny_bundle: Path, tmp_path: Path, cli: Cli) -> None:
