@@ -338,6 +338,7 @@ def _check_embedded_guidance(request: Request, negatives: Sequence[str]) -> None
         ("negative_prompt", any(negatives), request.negative_prompt),
         ("negative_prompt_embeds", request.negative_prompt_embeds is not None, "given"),
         ("pag_scale", request.pag_scale != 0, request.pag_scale),
+        ("pag_adaptive_scale", request.pag_adaptive_scale != 0, request.pag_adaptive_scale),
         ("guidance_interval", request.guidance_interval != WHOLE, request.guidance_interval),
         ("pag_interval", request.pag_interval != WHOLE, request.pag_interval),
     ):
@@ -346,7 +347,7 @@ def _check_embedded_guidance(request: Request, negatives: Sequence[str]) -> None
                 f"this checkpoint accepts no {name}: its guidance is distilled into one branch (SANA-Sprint)",
                 found=f"{name} {found!r}",
                 wanted="only guidance_scale",
-                fix=f"leave out {name} (--{name.replace('_', '-')})",
+                fix=f"leave out {name}",
             )
 
 
