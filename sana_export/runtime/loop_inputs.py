@@ -67,14 +67,14 @@ def check_conditioning(plan: Plan, conditioning: Conditioning) -> None:
             wanted=described[1],
             fix="runtime.steps(plan, runtime.encode(plan))",
         )
-    control = None if conditioning.control is None else conditioning.control.latents
-    _check_latents("image", plan.latents_shape if plan.image is not None else None, conditioning.image_latents)
-    _check_latents("control image", plan.latents_shape if plan.control is not None else None, control)
+    image = None if conditioning.image_latents is None else conditioning.image_latents.shape
+    control = None if conditioning.control is None else conditioning.control.shape
+    _check_latents("image", None if plan.image is None else plan.latents_shape, image)
+    _check_latents("control image", None if plan.control is None else plan.latents_shape, control)
 
 
-def _check_latents(name: str, wanted: tuple[int, ...] | None, found: DeviceTensor | Array | None) -> None:
+def _check_latents(name: str, wanted: tuple[int, ...] | None, shape: tuple[int, ...] | None) -> None:
     """Raise UsageError unless the encoded images are there if the plan has some, and have the shape `wanted`."""
-    shape = None if found is None else tuple(found.shape)
     if shape != wanted:
         raise UsageError(
             "the conditioning belongs to another plan",
