@@ -59,13 +59,15 @@ class ControlNet(nn.Module):
         if self.position is not None:
             position = self.position(*size)
             x, y = x + position, y + position * (1.0 / self.numerics.scale)
-        x = expand_branches(x + self.control_in(y), branches)
+        x = x + self.control_in(y)
         mask = ((1.0 - context_mask) * MASKED).to(dtype).reshape(branches * batch, 1, 1, -1)
         residuals = []
-        for module, output, keys_values in zip(self.blocks, self.outputs, context.flatten(2, 3).unbind(0), strict=True):
+        layers = zip(self.blocks, self.outputs, context.flatten(2, 3).unbind(0), strict=True)
+        for index, (module, output, keys_values) in enumerate(layers):
             block = cast(Block, module)
             table = (block.scale_shift_table + modulation).unbind(0)
             x = block.self_attention(x, table)
+            x = x if index else expand_branches(x, branches)  # all branches are identical until the first cross-attention
             x = block.cross_attention(x, keys_values, mask)
             x = block.feed_forward(x, table, size)
             residuals.append(output(x))

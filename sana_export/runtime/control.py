@@ -57,6 +57,8 @@ class ControlConditioning:
     unguided: DeviceTensor | None
     #: float32 [B, C, h, w]: the encoded control images.
     latents: DeviceTensor
+    #: Their shape.
+    shape: tuple[int, ...]
 
     def of(self, branches: Branches, count: int) -> DeviceTensor:
         """The context for steps with these branches, if the plan has `count` branches with a prompt of their own."""

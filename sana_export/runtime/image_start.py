@@ -66,6 +66,8 @@ class ImageStart:
     noise_levels: Float32
     #: Whether the latents start as noise alone: inpainting with strength 1.
     only_noise: bool
+    #: The factor on noise alone.
+    noise_scale: float
     #: Side in image pixels of the tiles that images are encoded in; 0 for one piece.
     tile: int
 
@@ -82,7 +84,9 @@ class ImageStart:
     def noised(self, image_latents: Float32, noise: Float32) -> Float32:
         """The latents [B, C, h, w] before the first step, from the encoded images and the initial noise, of the same shape."""
         level = self.noise_levels[0]
-        return noise if self.only_noise else (np.float32(1) - level) * image_latents + level * noise
+        if self.only_noise:
+            return noise * np.float32(self.noise_scale)
+        return (np.float32(1) - level) * image_latents + level * noise
 
 
 def plan_image_start(
@@ -124,5 +128,6 @@ def plan_image_start(
         mask=mask,
         noise_levels=levels,
         only_noise=mask is not None and strength == 1,
+        noise_scale=schedule.initial_noise_scale,
         tile=tile,
     )

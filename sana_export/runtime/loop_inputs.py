@@ -67,19 +67,19 @@ def check_conditioning(plan: Plan, conditioning: Conditioning) -> None:
             wanted=described[1],
             fix="runtime.steps(plan, runtime.encode(plan))",
         )
-    if plan.image is not None and conditioning.image_latents is None:
+    image = None if conditioning.image_latents is None else conditioning.image_latents.shape
+    control = None if conditioning.control is None else conditioning.control.shape
+    _check_latents("image", None if plan.image is None else plan.latents_shape, image)
+    _check_latents("control image", None if plan.control is None else plan.latents_shape, control)
+
+
+def _check_latents(name: str, wanted: tuple[int, ...] | None, shape: tuple[int, ...] | None) -> None:
+    """Raise UsageError unless the encoded images are there if the plan has some, and have the shape `wanted`."""
+    if shape != wanted:
         raise UsageError(
             "the conditioning belongs to another plan",
-            found="no encoded image",
-            wanted="the encoded image of the plan",
-            fix="runtime.steps(plan, runtime.encode(plan))",
-        )
-    if (plan.control is None) != (conditioning.control is None):
-        with_image, without = "an encoded control image", "no control image"
-        raise UsageError(
-            "the conditioning belongs to another plan",
-            found=without if conditioning.control is None else with_image,
-            wanted=without if plan.control is None else with_image,
+            found=f"no encoded {name}" if shape is None else f"an encoded {name} of shape {list(shape)}",
+            wanted=f"no encoded {name}" if wanted is None else f"an encoded {name} of shape {list(wanted)}",
             fix="runtime.steps(plan, runtime.encode(plan))",
         )
 

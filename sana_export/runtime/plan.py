@@ -334,19 +334,20 @@ def _prompts(request: Request, channels: int) -> tuple[tuple[str, ...], dict[str
 
 def _check_embedded_guidance(request: Request, negatives: Sequence[str]) -> None:
     """Raise UsageError for parameters that a checkpoint with distilled guidance does not have."""
-    for name, given, found in (
-        ("negative_prompt", any(negatives), request.negative_prompt),
-        ("negative_prompt_embeds", request.negative_prompt_embeds is not None, "given"),
-        ("pag_scale", request.pag_scale != 0, request.pag_scale),
-        ("guidance_interval", request.guidance_interval != WHOLE, request.guidance_interval),
-        ("pag_interval", request.pag_interval != WHOLE, request.pag_interval),
+    for name, given, found, option in (
+        ("negative_prompt", any(negatives), request.negative_prompt, " (--negative-prompt)"),
+        ("negative_prompt_embeds", request.negative_prompt_embeds is not None, "given", ""),
+        ("pag_scale", request.pag_scale != 0, request.pag_scale, " (--pag-scale)"),
+        ("pag_adaptive_scale", request.pag_adaptive_scale != 0, request.pag_adaptive_scale, ""),
+        ("guidance_interval", request.guidance_interval != WHOLE, request.guidance_interval, " (--guidance-interval)"),
+        ("pag_interval", request.pag_interval != WHOLE, request.pag_interval, " (--pag-interval)"),
     ):
         if given:
             raise UsageError(
                 f"this checkpoint accepts no {name}: its guidance is distilled into one branch (SANA-Sprint)",
                 found=f"{name} {found!r}",
                 wanted="only guidance_scale",
-                fix=f"leave out {name} (--{name.replace('_', '-')})",
+                fix=f"leave out {name}{option}",
             )
 
 

@@ -72,7 +72,8 @@ class PlanEncoder:
         image_latents = None if plan.image is None else self.encode_images(plan.image, cancelled)
         control = None
         if plan.control is not None:
-            control = ControlConditioning(*made[1], backend.to_device(self.encode_images(plan.control, cancelled)))
+            latents = self.encode_images(plan.control, cancelled)
+            control = ControlConditioning(*made[1], backend.to_device(latents), latents.shape)
         return Conditioning(made[0][0], mask, embeddings.shape[:3], events, unguided, image_latents, control)
 
     def _context(self, graph: str, embeds: DeviceTensor | Array) -> DeviceTensor:

@@ -161,9 +161,9 @@ def test_gpu_memory_that_the_engines_need(bundle_copy: Path, cli: Cli, monkeypat
     gpu = dataclasses.replace(ADA, memory_bytes=4 << 30)
     monkeypatch.setattr(verb, "detect_host", lambda: dataclasses.replace(THERE, gpus=(gpu,)))
     need = cli("inspect", bundle_copy, "--json").json["memory"]["tensorrt-rtx"]["resident"]
-    # Latents of 4 images, 32 channels, 64x64: noise_pred three times, five others once.
+    # Latents of 4 images, 32 channels, 64x64: noise_pred three times, seven others once.
     assert (need["weights"], need["work"]) == (6, 5 * 10**9)
-    assert need["tensors"] == (3 + 5) * 4 * 32 * 64 * 64 * 4 + 6 * 4 + 3 * 4
+    assert need["tensors"] == (3 + 7) * 4 * 32 * 64 * 64 * 4 + 8 * 4 + 3 * 4
     assert need["total"] == need["weights"] + need["work"] + need["tensors"]
     assert re.search(r"tensorrt-rtx, resident +6 bytes +5\.0 GB +5\.0 GB +no", cli("inspect", bundle_copy).out)
     assert re.search(r"tensorrt-rtx, staged +6 bytes +5\.0 GB", cli("doctor", bundle_copy).out)

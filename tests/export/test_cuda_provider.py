@@ -34,11 +34,11 @@ def assert_captured(path: Path, graph: str) -> None:
     assert (found.copies == ()) == (graph not in COPIES), found.copies
 
 
-@pytest.mark.parametrize("fixture", ["img2img_bundle", "sprint_bundle"])
+@pytest.mark.parametrize("fixture", ["controlnet_bundle", "sprint_bundle"])
 def test_float32_graphs(fixture: str, request: pytest.FixtureRequest) -> None:
     bundle = request.getfixturevalue(fixture)
     graphs = Manifest.load(bundle).graphs
-    assert set(graphs) == set(GRAPHS if fixture == "img2img_bundle" else GRAPH_GROUPS["default"])
+    assert set(graphs) == set(GRAPHS if fixture == "controlnet_bundle" else GRAPH_GROUPS["default"])
     for name, graph in graphs.items():
         assert_captured(bundle / graph.onnx.path, name)
 

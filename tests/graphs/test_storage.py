@@ -73,7 +73,7 @@ from sana_export.export.onnx import check_onnx, export_onnx
 from sana_export.graphs.numerics import NUMERICS, Linear
 from sana_export.graphs.storage import WeightFile, stored_in
 
-spec = GraphSpec("deep", (TensorSpec("x", "float32", ("batch", 2048)),), (TensorSpec("y", "float32", ("batch", 2048)),))
+spec = GraphSpec("deep", (TensorSpec("input", "float32", ("batch", 2048)),), (TensorSpec("y", "float32", ("batch", 2048)),))
 with WeightFile(Path(sys.argv[1], "model.onnx.data")) as weights:
     def build(layers):
         with stored_in(weights):

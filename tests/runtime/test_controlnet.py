@@ -232,3 +232,14 @@ def test_the_command_line(
     options = {**SMALL, "num_inference_steps": 2, "controlnet_conditioning_scale": 0.7}
     wanted = runtime(PROMPT, control_image=edges(), seed=3, **options)
     assert np.array_equal(pixels(wanted.images)[0], np.asarray(Image.open(output)))
+
+
+def test_conditioning_of_another_size(runtime: SanaRuntime) -> None:
+    """On a GPU, a buffer of another size would be read beyond its end."""
+    small, large = ({**SMALL, "height": side, "width": side} for side in (64, 96))
+    for words in ({"control_image": edges()}, {"image": edges(), "strength": 0.5}):
+        conditioning = runtime.encode(runtime.plan(Request(PROMPT, **words, **small)))
+        with pytest.raises(UsageError, match="the conditioning belongs to another plan") as caught:
+            next(runtime.steps(runtime.plan(Request(PROMPT, **words, **large)), conditioning))
+        assert "[1, 32, 2, 2]" in str(caught.value.found)
+        assert "[1, 32, 3, 3]" in str(caught.value.wanted)

@@ -317,6 +317,8 @@ class TensorRTBackend(CapturingBackend):
         return replace(value, shape=(count, *value.shape[1:]))
 
     def write(self, target: DeviceArray, value: DeviceTensor | Array) -> None:
+        if tuple(value.shape) != tuple(target.shape):
+            raise ValueError(f"a tensor of shape {tuple(target.shape)} cannot take one of shape {tuple(value.shape)}")
         if isinstance(value, DeviceArray):
             self.gpu.copy(target.address, value.address, target.nbytes)
         else:

@@ -190,8 +190,12 @@ def test_threads_of_a_session_rest_once_its_run_is_over(tiny_bundle: Path) -> No
     options = session_options(onnxruntime)
     options.intra_op_num_threads = 4
     session = onnxruntime.InferenceSession(str(tiny_bundle / DENOISER), options, providers=["CPUExecutionProvider"])
-    sizes = {"branches": 2, "batch": 4, "text_tokens": 8, "latent_height": 16, "latent_width": 16}
-    feeds = {value.name: np.ones([sizes.get(axis, axis) for axis in value.shape], np.float32) for value in session.get_inputs()}
+    sizes = {"branches": 2, "text_branches": 2, "batch": 4, "text_tokens": 8, "latent_height": 16, "latent_width": 16}
+    dtypes = {"source": np.int64}
+    feeds = {
+        value.name: np.ones([sizes.get(axis, axis) for axis in value.shape], dtypes.get(value.name, np.float32))
+        for value in session.get_inputs()
+    }
     busy = []
     for _ in range(3):
         session.run(None, feeds)
