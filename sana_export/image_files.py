@@ -160,7 +160,7 @@ def _exif(metadata: Mapping[str, Any], pillow: str) -> dict[str, Any]:
     exif = Image.Exif()
     exif[_IMAGE_DESCRIPTION] = f"{KEY}: {json.dumps(metadata)}"
     exif[_SOFTWARE] = f"sana-export {__version__}"
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _UNICODE + readable(metadata).encode("utf-16-be", "replace")
+    exif[_EXIF_IFD] = {_USER_COMMENT: _UNICODE + readable(metadata).encode("utf-16-be", "replace")}
     content = exif.tobytes()
     if pillow == "JPEG" and len(content) > MOST_EXIF_BYTES:
         LOG.warning("the prompt is too long for the metadata of a JPEG file, so the image is written without: use png or webp")
