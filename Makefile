@@ -32,7 +32,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines bench test test-lowest test-lowest-export test-newest fuzz bindings lint gpu-check clean
+.PHONY: help setup engines bench test test-slow test-lowest test-lowest-export test-newest fuzz bindings lint gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -52,8 +52,11 @@ engines: $(STAMP) ## run a recipe: export, build, verify, sample, bench (RECIPE=
 bench: $(STAMP) ## latency against eager diffusers, on a checkpoint with 100 million parameters
 	$(BIN)/sana-export engines $(BENCH_RECIPE)
 
-test: $(STAMP) ## run every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile $(TEST_FLAGS)
+test: $(STAMP) ## run every test that needs no GPU and is not slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --dist loadfile $(TEST_FLAGS)
+
+test-slow: $(STAMP) ## run the slowest tests (4 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(TEST_FLAGS)
 
 fuzz: $(STAMP) ## run the property-based tests with many new inputs (FUZZ_INPUTS=2000 for each test)
 	SANA_EXPORT_FUZZ=$(FUZZ_INPUTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(TEST_FLAGS) tests/fuzz

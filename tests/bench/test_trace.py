@@ -3,10 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sana_export.bench.run import run_bench
 from sana_export.bench.workload import Workload
 
 
+@pytest.mark.slow
 def test_the_trace_draws_the_same_image(tiny_bundle: Path, tiny_checkpoint: Any) -> None:
     """Two prompts of different lengths with one trace."""
     work = Workload("trace", 64, 96, 2, 4.5, ("a cute 🐼", "一只可爱的熊猫在吃竹子, ink drawing style"), repeats=1)
@@ -17,6 +20,7 @@ def test_the_trace_draws_the_same_image(tiny_bundle: Path, tiny_checkpoint: Any)
     assert set(found.backends["trace"].stages) == set(found.backends["eager"].stages)
 
 
+@pytest.mark.slow
 def test_sprint_draws_the_same_image_everywhere(sprint_bundle: Path, sprint_checkpoint: Any) -> None:
     """With four steps, for which SanaSprintPipeline needs other arguments."""
     work = Workload("sprint", 64, 96, 4, 4.5, ("a cute 🐼",), repeats=1)

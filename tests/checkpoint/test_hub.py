@@ -155,7 +155,7 @@ def test_another_autoencoder_on_the_hub_is_refused_before_its_weights_are_downlo
         open_vae(REPO, None, Hub())
     assert hub.downloaded == ["vae/config.json"]
     shutil.rmtree(hub.source / "vae")
-    with pytest.raises(ArtifactError, match=r"no config\.json or vae/config\.json"):
+    with pytest.raises(ArtifactError, match=r"no vae/config\.json or config\.json"):
         open_vae(REPO, None, Hub())
 
 

@@ -13,6 +13,7 @@ from sana_export.bench.workload import Workload
 from tests.support.command_line import Cli
 
 
+@pytest.mark.slow
 def test_a_slowed_graph_is_caught(
     tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path, monkeypatch
         torch.testing.assert_close(resumed.state_dict()[name], value, msg=name)
 
 
+@pytest.mark.slow
 def test_both_trainings_lower_their_loss(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

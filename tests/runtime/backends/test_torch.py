@@ -86,6 +86,7 @@ def test_sprint(sprint_bundle: Path, sprint_runtime: SanaRuntime, sprint_pipelin
     assert_same(found, sprint_pipeline(PROMPT, generator=torch.Generator("cpu").manual_seed(3), **request).images)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_draw_the_same(tiny_bundle: Path, tiny_runtime: SanaRuntime) -> None:
     request = {**SMALL, "height": 64, "width": 96, "num_inference_steps": 1}
     compiled = SanaRuntime.from_pretrained(tiny_bundle, backend="torch-compile")
