@@ -23,6 +23,7 @@ SIZES = {"batch": 1, "branches": 2, "text_tokens": 32, "latent_height": 32, "lat
 DIMENSIONS = {"latent_channels": 32, "layers": BLOCKS, "cross_attention_heads": 20, "cross_attention_head_dim": 112}
 #: Bytes of the stream [2, 1024, 2240] in float16.
 STREAM = 2 * 1024 * 2240 * 2
+#: `test_a_step_moves_little`.
 MOST_MOVED = 215
 
 
