@@ -170,6 +170,8 @@ def load_recipe(path: Path) -> Recipe:
 
 def _check(recipe: Recipe) -> None:
     """Find errors now that would otherwise appear only after the long export."""
+    if not recipe.model.strip():
+        raise UsageError(f"model in {recipe.path} is empty", found=repr(recipe.model), wanted='a name such as model = "tiny"')
     if recipe.precision not in PRECISIONS:
         raise UsageError(f"unknown precision in {recipe.path}", found=recipe.precision, wanted=", ".join(PRECISIONS))
     for build in recipe.build:

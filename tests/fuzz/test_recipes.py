@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sana_export.cli.recipe import SECTIONS, Recipe, load_recipe
@@ -68,6 +68,7 @@ def toml(value: Any) -> str:
     return json.dumps(value).replace("\x7f", "\\u007f") if isinstance(value, str) else str(value)
 
 
+@example(content={"model": " ", "output": "x"})
 @given(RECIPES)
 def test_a_table_is_a_recipe_or_an_error(tmp_path: Path, content: dict[str, Any]) -> None:
     path = tmp_path / "recipe.toml"
