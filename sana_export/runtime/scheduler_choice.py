@@ -18,6 +18,9 @@ Choice = str | Mapping[str, Any]
 
 SPRINT_SCHEDULER = "SCMScheduler"
 
+#: Bits of an integer in a config. Larger ones are no floating-point numbers, and Python refuses to write the largest.
+MOST_BITS = 64
+
 
 @dataclass(frozen=True)
 class NamedScheduler:
@@ -107,6 +110,9 @@ def check_scheduler(choice: Any) -> None:
     if not isinstance(choice, str | Mapping):
         wanted = 'a name such as "unipc", or a config {"_class_name": ..., ...}'
         raise UsageError("scheduler is not a name or a config", found=shown(choice), wanted=wanted)
+    values = choice.values() if isinstance(choice, Mapping) else ()
+    if (huge := next((value for value in values if isinstance(value, int) and value.bit_length() > MOST_BITS), None)) is not None:
+        raise UsageError("a number in scheduler is too large", found=shown(huge), wanted=f"integers of at most {MOST_BITS} bits")
     _parsed(choice, SCHEDULERS[0])
 
 
