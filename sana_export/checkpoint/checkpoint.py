@@ -20,16 +20,15 @@ from sana_export.checkpoint.controlnet import ControlNetFiles, open_controlnet
 from sana_export.checkpoint.fold_lora import fold_loras
 from sana_export.checkpoint.hub import Hub, ReadJson, fetch, read_json
 from sana_export.checkpoint.model_names import a_file, check_words, from_url, may_be_hub_id, not_a_checkpoint
-from sana_export.checkpoint.network_folder import CONFIG
+from sana_export.checkpoint.network_folder import CONFIG, synthetic_folder
 from sana_export.checkpoint.single_file import open_single_file
 from sana_export.checkpoint.vae import Vae, open_vae
 from sana_export.checkpoint.weights import Weights, read_headers
-from sana_export.environment import cache_folder, import_digest
 from sana_export.errors import UsageError
 from sana_export.files import hash_file
 from sana_export.lora_scales import scales_text
 from sana_export.manifest import Checkpoint, Overlay
-from sana_export.synth.checkpoint import MARKER
+from sana_export.synth.checkpoint import MARKER, make_checkpoint
 from sana_export.user_paths import at_home
 from sana_export.variants import INDEX, VARIANTS, Variant, find_variant, recognize, unknown_alias
 
@@ -216,7 +215,7 @@ def open_checkpoint(
     components = [name for name in REQUIRED if replaced.get(name) is None]
     requested, local = weights_variant, Path(model).is_dir()
     if named is not None and named.recipe is not None:
-        folder = _synthetic_folder(named.recipe)
+        folder = synthetic_folder(named.recipe, INDEX, make_checkpoint)
     elif named is not None and named.embedded:
         folder = EMBEDDED / named.alias
     elif local:
@@ -277,13 +276,3 @@ def _rows(checkpoint: SanaCheckpoint) -> tuple[Variant, ...]:
     """The rows of variants.py that fit a checkpoint which is not one of them by name."""
     marked = VARIANTS.get(str(checkpoint.marker.get("variant")))
     return (marked,) if marked else recognize(checkpoint.config("transformer"), checkpoint.config("scheduler"))
-
-
-def _synthetic_folder(recipe: str) -> Path:
-    from sana_export.synth.checkpoint import make_checkpoint
-
-    folder = cache_folder() / "checkpoints" / f"{recipe}-{import_digest('sana_export.synth.checkpoint')[:12]}"
-    if not (folder / INDEX).is_file():
-        log.info("making the synthetic checkpoint %s in %s", recipe, folder)
-        make_checkpoint(recipe, folder)
-    return folder

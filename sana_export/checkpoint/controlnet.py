@@ -23,12 +23,12 @@ from sana_export.checkpoint.network_folder import (
     is_synthetic,
     places,
     repository_files,
+    synthetic_folder,
     weight_files,
 )
 from sana_export.checkpoint.pickled import safetensors_of
 from sana_export.checkpoint.weights import Stored, Weights, read_headers
-from sana_export.controlnets import CONTROLNETS, NamedControlNet, find_controlnet
-from sana_export.environment import cache_folder, import_digest
+from sana_export.controlnets import CONTROLNETS, find_controlnet
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.recognize import PICKLES
 from sana_export.synth.checkpoint import make_controlnet
@@ -142,7 +142,7 @@ def open_controlnet(name: str, weights_variant: str | None, hub: Hub) -> Control
     if row is None and name.strip() and Path(name).is_file():
         return ControlNetFiles(name, _safe(Path(name), name))
     if row is not None and row.repo is None:
-        return ControlNetFiles(name, _synthetic_folder(row))
+        return ControlNetFiles(name, synthetic_folder(row.alias, CONFIG, make_controlnet))
     if row is not None and row.repo is not None:
         return ControlNetFiles(name, _safe(fetch_file(row.repo, row.file, commit or None, hub), name))
     if may_be_hub_id(name):
@@ -233,11 +233,3 @@ def _check(config: Mapping[str, Any], source: str) -> None:
     published = [row.alias for row in CONTROLNETS.values() if row.repo]
     fix = "--controlnet " + " or --controlnet ".join(published)
     check_class("controlnet", config, source, "is not a ControlNet of Sana", fix)
-
-
-def _synthetic_folder(row: NamedControlNet) -> Path:
-    folder = cache_folder() / "checkpoints" / f"{row.alias}-{import_digest('sana_export.synth.checkpoint')[:12]}"
-    if not (folder / CONFIG).is_file():
-        log.info("making the synthetic ControlNet %s in %s", row.alias, folder)
-        make_controlnet(row.alias, folder)
-    return folder

@@ -4,15 +4,19 @@ repository, at its top or in the folder that a pipeline has for it."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sana_export.checkpoint.components import COMPONENTS, select_weights
 from sana_export.checkpoint.hub import ReadJson, read_json
+from sana_export.environment import cache_folder, import_digest
 from sana_export.errors import ArtifactError
 from sana_export.files import hash_file
 from sana_export.synth.checkpoint import MARKER
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 
@@ -61,6 +65,15 @@ def hash_files(paths: Iterable[Path]) -> str:
 def is_synthetic(folder: Path) -> bool:
     """Whether the weights in `folder`, which may be that of a pipeline's network, are random."""
     return any((place / MARKER).is_file() for place in (folder, folder.parent))
+
+
+def synthetic_folder(name: str, last: str, make: Callable[[str, Path], object]) -> Path:
+    """The folder in the cache of the synthetic network or checkpoint `name`. `make` writes it if its file `last` is not there."""
+    folder = cache_folder() / "checkpoints" / f"{name}-{import_digest('sana_export.synth.checkpoint')[:12]}"
+    if not (folder / last).is_file():
+        log.info("making %s with random weights in %s", name, folder)
+        make(name, folder)
+    return folder
 
 
 def _select_in(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.architectures import LATENT_STRIDE
-from sana_export.autoencoders import AUTOENCODERS, Autoencoder, find_autoencoder
+from sana_export.autoencoders import AUTOENCODERS, find_autoencoder
 from sana_export.checkpoint.hub import Hub, fetch, read_json
 from sana_export.checkpoint.model_names import from_url, may_be_hub_id
 from sana_export.checkpoint.network_folder import (
@@ -22,9 +22,9 @@ from sana_export.checkpoint.network_folder import (
     is_synthetic,
     places,
     repository_files,
+    synthetic_folder,
     weight_files,
 )
-from sana_export.environment import cache_folder, import_digest
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.synth.checkpoint import make_autoencoder
 from sana_export.user_paths import at_home
@@ -76,7 +76,7 @@ def open_vae(name: str, weights_variant: str | None, hub: Hub) -> Vae:
     if row is None and name.strip() and Path(name).is_dir():
         top = Path(name)
     elif row is not None and row.repo is None:
-        top = _synthetic_folder(row)
+        top = synthetic_folder(row.alias, CONFIG, make_autoencoder)
     elif row is None and name.strip() and Path(name).is_file():
         raise UsageError(
             f"{name} is a file, not an autoencoder",
@@ -134,11 +134,3 @@ def fit_problems(
 def _stride(config: Mapping[str, Any]) -> int:
     """Image pixels per latent pixel, in each direction."""
     return int(2 ** (len(config["encoder_block_out_channels"]) - 1))
-
-
-def _synthetic_folder(row: Autoencoder) -> Path:
-    folder = cache_folder() / "checkpoints" / f"{row.alias}-{import_digest('sana_export.synth.checkpoint')[:12]}"
-    if not (folder / CONFIG).is_file():
-        log.info("making the synthetic autoencoder %s in %s", row.alias, folder)
-        make_autoencoder(row.alias, folder)
-    return folder

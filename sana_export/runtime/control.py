@@ -18,7 +18,7 @@ from sana_export.formats.arrays import Float32
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.base import DeviceTensor
 from sana_export.runtime.guidance import Branches
-from sana_export.runtime.images import GivenImage, distinct, image_for_each, prepared_image, warn_about_shape
+from sana_export.runtime.images import GivenImage, distinct, encoder_graphs, image_for_each, prepared_image, warn_about_shape
 
 #: The graphs of a ControlNet.
 CONTROLNET_GRAPHS = GRAPH_GROUPS["control"]
@@ -44,7 +44,7 @@ class ControlImages:
     @property
     def encoder_graphs(self) -> tuple[str, ...]:
         """The graphs that encode the images."""
-        return ("vae_encoder_head", "vae_encoder_tail") if self.tile else ("vae_encoder",)
+        return encoder_graphs(self.tile)
 
 
 @dataclass(frozen=True, eq=False)

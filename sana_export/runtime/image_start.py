@@ -16,7 +16,15 @@ import numpy as np
 from sana_export.errors import UsageError
 from sana_export.formats.arrays import Float32
 from sana_export.numeric import real
-from sana_export.runtime.images import GivenImage, distinct, image_for_each, prepared_image, prepared_mask, warn_about_shape
+from sana_export.runtime.images import (
+    GivenImage,
+    distinct,
+    encoder_graphs,
+    image_for_each,
+    prepared_image,
+    prepared_mask,
+    warn_about_shape,
+)
 from sana_export.runtime.schedule import Schedule
 
 LOG = logging.getLogger(__name__)
@@ -74,7 +82,7 @@ class ImageStart:
     @property
     def encoder_graphs(self) -> tuple[str, ...]:
         """The graphs that encode the images."""
-        return ("vae_encoder_head", "vae_encoder_tail") if self.tile else ("vae_encoder",)
+        return encoder_graphs(self.tile)
 
     @property
     def loop_graphs(self) -> tuple[str, ...]:

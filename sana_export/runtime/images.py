@@ -66,6 +66,11 @@ def prepared_mask(mask: GivenImage, height: int, width: int, factor: int) -> Flo
     return np.ascontiguousarray((gray >= np.float32(0.5)).astype(np.float32)[np.newaxis, np.newaxis, ::factor, ::factor, 0])
 
 
+def encoder_graphs(tile: int) -> tuple[str, ...]:
+    """The graphs that encode images in tiles of the side `tile`, or in one piece (0)."""
+    return ("vae_encoder_head", "vae_encoder_tail") if tile else ("vae_encoder",)
+
+
 def warn_about_shape(image: GivenImage, height: int, width: int) -> None:
     """Log a warning if an image of `height` x `width` is a stretched `image`."""
     own_width, own_height = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])

@@ -18,7 +18,7 @@ Choice = str | Mapping[str, Any]
 
 SPRINT_SCHEDULER = "SCMScheduler"
 
-#: Bits of an integer in a config. Larger ones are no floating-point numbers, and Python refuses to write the largest.
+#: Most bits of an integer in a config. The largest integers cannot be converted to floats or to text.
 MOST_BITS = 64
 
 

@@ -27,7 +27,7 @@ class Intervals:
     pag_interval: Interval = WHOLE
 
     def __post_init__(self) -> None:
-        """Raise UsageError for values that are no intervals."""
+        """Raise UsageError for values that are not intervals."""
         for name, value in vars(self).items():
             object.__setattr__(self, name, checked_interval(name, value))
 
