@@ -32,7 +32,14 @@ from tests.support.lora_files import pair
 PACK = Path(package).parent / "pack"
 WORKFLOWS = sorted(path.stem for path in (PACK / "api_workflows").iterdir())
 #: What the tests draw, in the words of a request.
-DRAWN: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 3, "guidance_scale": 4.5, "seed": 5}
+DRAWN: dict[str, Any] = {
+    "height": 64,
+    "width": 96,
+    "num_inference_steps": 3,
+    "guidance_scale": 4.5,
+    "seed": 5,
+    "use_resolution_binning": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,7 @@ def workflow(name: str = "text_to_image", kind: str = "SanaExportSampler", **inp
     """An example with a small size and few steps, and with these inputs of its node of this kind."""
     nodes: Workflow = json.loads((PACK / "api_workflows" / f"{name}.json").read_text())
     words = {"height": DRAWN["height"], "width": DRAWN["width"], "steps": DRAWN["num_inference_steps"], "seed": DRAWN["seed"]}
-    nodes[node_of(nodes, "SanaExportSampler")]["inputs"] |= words
+    nodes[node_of(nodes, "SanaExportSampler")]["inputs"] |= words | {"resolution_binning": False}
     nodes[node_of(nodes, kind)]["inputs"] |= inputs
     return nodes
 
@@ -162,7 +169,7 @@ def test_a_control_image(engine: Any, runtime: SanaRuntime) -> None:
 def lora_file(engine: Any, name: str, seed: int) -> Path:
     torch.manual_seed(seed)
     path: Path = engine.root / "models/loras" / name
-    save_file({name: value.contiguous() for name, value in pair(width=128).items()}, path)
+    save_file({name: 0.3 * torch.randn(value.shape) for name, value in pair(width=128).items()}, path)
     return path
 
 
@@ -271,12 +278,12 @@ def test_latents_are_decoded_at_the_size_that_was_asked_for_or_at_their_own(
 ) -> None:
     monkeypatch.setitem(BINS, runtime.manifest.model.sample_size, {0.5: (64, 128), 1.0: (96, 96)})
     (bundle,) = engine.nodes["SanaExportBundle"]().load("tiny", "onnxruntime", "auto")
-    words = workflow(height=90, width=80)["2"]["inputs"] | {"bundle": bundle}
+    words = workflow(height=90, width=80, resolution_binning=True)["2"]["inputs"] | {"bundle": bundle}
     (latent,) = engine.nodes["SanaExportSampler"]().sample(**words)
     assert latent["samples"].shape[2:] == (3, 3)
     decoder = engine.nodes["SanaExportDecode"]()
     pixels = np.round(decoder.decode(bundle, latent)[0].numpy() * 255).astype(np.uint8)
-    assert equal(list(pixels), expected(runtime, height=90, width=80))
+    assert equal(list(pixels), expected(runtime, height=90, width=80, use_resolution_binning=True))
     smaller = copy.copy(latent) | {"samples": latent["samples"][..., :2]}
     request = Request(prompt="", height=96, width=64, use_resolution_binning=False, seed=0)
     wanted = runtime.decode(runtime.plan(request), smaller["samples"].numpy())
@@ -328,7 +335,7 @@ def test_the_example_for_the_page_is_the_one_for_the_api(engine: Any, name: str)
         inputs: dict[str, Any] = {key: [str(link[1]), link[2]] for key, link in slots.items()}
         values = iter(node["widgets_values"])
         for key, (kind, *options) in (kinds["required"] | kinds.get("optional", {})).items():
-            if isinstance(kind, list) or kind in ("STRING", "INT", "FLOAT"):
+            if isinstance(kind, list) or kind in ("STRING", "INT", "FLOAT", "BOOLEAN"):
                 inputs[key] = next(values)
                 if options and options[0].get("control_after_generate"):
                     assert next(values) in ("fixed", "randomize")

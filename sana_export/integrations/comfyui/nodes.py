@@ -140,6 +140,10 @@ class SanaSampler:
                     {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1, "tooltip": "Above 0 needs a bundle with PAG layers."},
                 ),
                 "scheduler": ([OWN, *NAMES], {"tooltip": "checkpoint: the one that the checkpoint comes with."}),
+                "resolution_binning": (
+                    "BOOLEAN",
+                    {"default": True, "tooltip": "Sample at the nearest size that the checkpoint was trained on, then resize."},
+                ),
             },
             "optional": {
                 "image": ("IMAGE", {"tooltip": "Start from this image. Needs a bundle exported with --graphs default,img2img."}),
@@ -153,14 +157,22 @@ class SanaSampler:
             },
         }
 
-    def sample(self, bundle: SanaBundle, batch_size: int, scheduler: str, **given: Any) -> tuple[dict[str, Any]]:
+    def sample(
+        self, bundle: SanaBundle, batch_size: int, scheduler: str, resolution_binning: bool, **given: Any
+    ) -> tuple[dict[str, Any]]:
         images: dict[str, Any] = {name: read(name, given[name]) for name, read in _READERS.items() if given.get(name) is not None}
         words: dict[str, Any] = {word: given[widget] for word, widget in _WORDS.items()}
         # The widgets of these are always there, and mean nothing without their image.
         words |= {word: given[widget] for image, word, widget in _FACTORS if image in images and widget in given}
         count = max(map(len, images.values()), default=1) if batch_size == 1 else batch_size
-        own = None if scheduler == OWN else scheduler
-        request = Request(**words, **images, num_images_per_prompt=count, scheduler=own, output_type="latent")
+        request = Request(
+            **words,
+            **images,
+            num_images_per_prompt=count,
+            scheduler=None if scheduler == OWN else scheduler,
+            use_resolution_binning=None if resolution_binning else False,  # None: if the checkpoint has a table of sizes
+            output_type="latent",
+        )
         latents = draw_latents(bundle.open(), request)
         return (to_latent(latents, (given["height"], given["width"]), comfy.model_management.intermediate_device()),)
 
