@@ -17,6 +17,11 @@ LOWEST ?= .venv-lowest
 LOWEST_EXPORT ?= .venv-lowest-export
 NEWEST ?= .venv-newest
 NEWEST_PYTHON ?= $(PYTHON)
+# The ComfyUI of `make test-comfyui`, and its Python, which needs onnx, onnxruntime, pytest, psutil and hypothesis too.
+# The stand-in's tests export the bundles for the real one.
+COMFYUI ?=
+COMFYUI_PYTHON ?= $(COMFYUI)/venv/bin/python
+COMFYUI_TESTS = SANA_EXPORT_TEST_BUNDLES=$(abspath $(VENV))/comfyui-bundles OMP_NUM_THREADS=1
 GPU_REPORT ?= benchmarks/out/gpu-check.json
 # Options for gpu-check, for example --resume, or --only 'parity/*'.
 GPU_FLAGS ?=
@@ -32,12 +37,12 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines bench test test-slow test-lowest test-lowest-export test-newest fuzz bindings lint gpu-check clean
+.PHONY: help setup engines bench test test-slow test-lowest test-lowest-export test-newest test-comfyui fuzz bindings lint gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo
-	@echo "variables: PYTHON, VENV, RECIPE, BENCH_RECIPE, PIP_FLAGS, TEST_FLAGS, FUZZ_INPUTS, GPU_REPORT, GPU_FLAGS, WHEELS"
+	@echo "variables: PYTHON, VENV, RECIPE, BENCH_RECIPE, PIP_FLAGS, TEST_FLAGS, FUZZ_INPUTS, COMFYUI, GPU_REPORT, GPU_FLAGS, WHEELS"
 
 setup: $(STAMP) ## create the virtual environment with the tested versions
 
@@ -96,6 +101,11 @@ $(NEWEST)/.installed: pyproject.toml | $(STAMP)
 	$(NEWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) ".[cpu,tensorrt-rtx]" onnx pytest psutil hypothesis
 	$(NEWEST)/bin/python -m pip uninstall --quiet --yes sana-export
 	@touch $@
+
+test-comfyui: $(STAMP) ## run the tests of the nodes on a real ComfyUI (COMFYUI=DIR, COMFYUI_PYTHON=DIR/venv/bin/python)
+	mkdir -p $(VENV)/comfyui-bundles
+	$(COMFYUI_TESTS) $(BIN)/python -m pytest $(TEST_FLAGS) tests/integrations/test_comfyui.py
+	SANA_EXPORT_COMFYUI=$(COMFYUI) $(COMFYUI_TESTS) $(COMFYUI_PYTHON) -m pytest $(TEST_FLAGS) tests/integrations/test_comfyui.py
 
 bindings: $(STAMP) ## record the interfaces of TensorRT's versions, which tests compare with what the code uses
 	$(BIN)/python -m tools.bindings

@@ -1,6 +1,7 @@
 """The nodes for ComfyUI: images equal to the runtime's, progress, interrupt, memory, errors. On a stand-in, or a real ComfyUI.
 
-With $SANA_EXPORT_COMFYUI, the folder of a ComfyUI whose requirements are installed, its own engine runs the same tests.
+With $SANA_EXPORT_COMFYUI, the folder of a ComfyUI whose requirements are installed, its own engine runs the same tests
+(`make test-comfyui`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from sana_export.runtime import Request, SanaRuntime
 from tests.support.comfyui.real import RealEngine
 from tests.support.comfyui.run import Workflow
 from tests.support.comfyui.stand_in import StandIn, installed
-from tests.support.lora_files import pair
 
 PACK = Path(package).parent / "pack"
 WORKFLOWS = sorted(path.stem for path in (PACK / "api_workflows").iterdir())
@@ -43,10 +43,17 @@ DRAWN: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def engine(controlnet_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def bundle(request: pytest.FixtureRequest, build_cache: Path) -> Path:
+    """The bundle of `tiny-random` with all graphs. In ComfyUI's Python, which need not have diffusers, it was exported before."""
+    exported = build_cache / "tiny-fp32-img2img-controlnet"
+    return exported if exported.is_dir() else request.getfixturevalue("controlnet_bundle")
+
+
+@pytest.fixture(scope="module")
+def engine(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     root = tmp_path_factory.mktemp("comfyui")
     (root / "models/sana").mkdir(parents=True)
-    (root / "models/sana/tiny").symlink_to(controlnet_bundle)
+    (root / "models/sana/tiny").symlink_to(bundle)
     (root / "input").mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 120, 3), np.uint8)).save(root / "input/example.png")
     ours = "sana_export.integrations.comfyui."
@@ -65,8 +72,8 @@ def engine(controlnet_bundle: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def runtime(controlnet_bundle: Path) -> Iterator[SanaRuntime]:
-    with SanaRuntime.from_pretrained(controlnet_bundle, backend="onnxruntime") as opened:
+def runtime(bundle: Path) -> Iterator[SanaRuntime]:
+    with SanaRuntime.from_pretrained(bundle, backend="onnxruntime") as opened:
         yield opened
 
 
@@ -144,13 +151,13 @@ def test_each_image_of_a_batch_is_started_from(engine: Any, runtime: SanaRuntime
     pixels = np.random.default_rng(1).integers(0, 256, (2, 64, 96, 3), np.uint8)
     batch = torch.from_numpy(pixels.astype(np.float32) / 255)
     sampler, decoder = (engine.nodes[f"SanaExport{kind}"]() for kind in ("Sampler", "Decode"))
-    (bundle,) = engine.nodes["SanaExportBundle"]().load("tiny", "onnxruntime", "auto")
-    words = workflow(scheduler="checkpoint")["2"]["inputs"] | {"bundle": bundle, "image": batch}
+    (loaded,) = engine.nodes["SanaExportBundle"]().load("tiny", "onnxruntime", "auto")
+    words = workflow(scheduler="checkpoint")["2"]["inputs"] | {"bundle": loaded, "image": batch}
     (latent,) = sampler.sample(**words)
     wanted = runtime("a cute panda", **DRAWN, image=list(pixels), num_images_per_prompt=2, output_type="latent").images
     assert latent["samples"].dtype == torch.float32
     assert np.array_equal(latent["samples"].numpy(), wanted)
-    (image,) = decoder.decode(bundle, latent)
+    (image,) = decoder.decode(loaded, latent)
     wanted = expected(runtime, image=list(pixels), num_images_per_prompt=2)
     assert image.shape == (2, 64, 96, 3)
     assert equal(list(np.round(image.numpy() * 255).astype(np.uint8)), wanted)
@@ -169,7 +176,8 @@ def test_a_control_image(engine: Any, runtime: SanaRuntime) -> None:
 def lora_file(engine: Any, name: str, seed: int) -> Path:
     torch.manual_seed(seed)
     path: Path = engine.root / "models/loras" / name
-    save_file({name: 0.3 * torch.randn(value.shape) for name, value in pair(width=128).items()}, path)
+    layer = "transformer.transformer_blocks.0.attn1.to_q"
+    save_file({f"{layer}.lora_{name}.weight": 0.3 * torch.randn(shape) for name, shape in (("A", (4, 128)), ("B", (128, 4)))}, path)
     return path
 
 
@@ -232,15 +240,15 @@ def test_decoding_is_interrupted_between_images(engine: Any) -> None:
 
 
 def test_comfyui_unloads_the_bundle_and_it_is_loaded_again(engine: Any, runtime: SanaRuntime) -> None:
-    (bundle,) = engine.nodes["SanaExportBundle"]().load("tiny", "onnxruntime", "auto")
-    before = bundle.open()
-    assert bundle.model.loaded_size() == bundle.model.model_size() > 1_000_000
+    (loaded,) = engine.nodes["SanaExportBundle"]().load("tiny", "onnxruntime", "auto")
+    before = loaded.open()
+    assert loaded.model.loaded_size() == loaded.model.model_size() > 1_000_000
     engine.unload_models()
-    assert bundle.model.loaded_size() == 0
+    assert loaded.model.loaded_size() == 0
     with pytest.raises(UsageError, match="is closed"):
         before("a cute panda", **DRAWN)
-    again = bundle.open()
-    assert again is bundle.open()  # a second node finds it loaded
+    again = loaded.open()
+    assert again is loaded.open()  # a second node finds it loaded
     assert equal([np.asarray(image) for image in again("a cute panda", **DRAWN).images], expected(runtime))
     run = engine.run(workflow(seed=50))  # the runs' own bundle was unloaded too
     assert equal(run.images, expected(runtime, seed=50))
@@ -277,17 +285,17 @@ def test_latents_are_decoded_at_the_size_that_was_asked_for_or_at_their_own(
     engine: Any, runtime: SanaRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(BINS, runtime.manifest.model.sample_size, {0.5: (64, 128), 1.0: (96, 96)})
-    (bundle,) = engine.nodes["SanaExportBundle"]().load("tiny", "onnxruntime", "auto")
-    words = workflow(height=90, width=80, resolution_binning=True)["2"]["inputs"] | {"bundle": bundle}
+    (loaded,) = engine.nodes["SanaExportBundle"]().load("tiny", "onnxruntime", "auto")
+    words = workflow(height=90, width=80, resolution_binning=True)["2"]["inputs"] | {"bundle": loaded}
     (latent,) = engine.nodes["SanaExportSampler"]().sample(**words)
     assert latent["samples"].shape[2:] == (3, 3)
     decoder = engine.nodes["SanaExportDecode"]()
-    pixels = np.round(decoder.decode(bundle, latent)[0].numpy() * 255).astype(np.uint8)
+    pixels = np.round(decoder.decode(loaded, latent)[0].numpy() * 255).astype(np.uint8)
     assert equal(list(pixels), expected(runtime, height=90, width=80, use_resolution_binning=True))
     smaller = copy.copy(latent) | {"samples": latent["samples"][..., :2]}
     request = Request(prompt="", height=96, width=64, use_resolution_binning=False, seed=0)
     wanted = runtime.decode(runtime.plan(request), smaller["samples"].numpy())
-    pixels = np.round(decoder.decode(bundle, smaller)[0].numpy() * 255).astype(np.uint8)
+    pixels = np.round(decoder.decode(loaded, smaller)[0].numpy() * 255).astype(np.uint8)
     assert equal(list(pixels), [np.asarray(image) for image in wanted])
 
 
@@ -315,11 +323,11 @@ def test_values_out_of_range_are_clipped_and_transparency_is_dropped(engine: Any
 
 
 def test_latents_of_another_model_are_refused(engine: Any) -> None:
-    (bundle,) = engine.nodes["SanaExportBundle"]().load("tiny", "onnxruntime", "auto")
+    (loaded,) = engine.nodes["SanaExportBundle"]().load("tiny", "onnxruntime", "auto")
     decode = engine.nodes["SanaExportDecode"]().decode
     for shape, message in (((1, 4, 8, 8), "wrong shape"), ((1, 16, 2, 8, 8), "not of an image")):
         with pytest.raises(UsageError, match=message):
-            decode(bundle, {"samples": torch.zeros(shape)})
+            decode(loaded, {"samples": torch.zeros(shape)})
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

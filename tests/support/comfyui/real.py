@@ -6,6 +6,7 @@ Only its server is left out; an object that records messages takes its place.
 from __future__ import annotations
 
 import asyncio
+import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,7 @@ class RealEngine:
         import comfy.utils
         import execution
 
-        run = Run()
+        run, workflow = Run(), copy.deepcopy(workflow)  # ComfyUI writes into it, and gets a new one from its page
         self._server.messages.clear()
         self._forget_lists()
         valid, _, outputs, problems = asyncio.run(execution.validate_prompt("run", workflow, None))
