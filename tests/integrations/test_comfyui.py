@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -135,6 +137,16 @@ def test_a_node_runs_again_only_if_what_it_depends_on_changes(engine: Any) -> No
     assert engine.run(workflow(seed=21)).executed == ["2", "3", "4"]
 
 
+def test_a_bundle_that_is_exported_again_is_loaded_again(engine: Any, bundle: Path) -> None:
+    copied = shutil.copytree(bundle, engine.root / "models/sana/copied")
+    nodes = workflow(seed=22)
+    nodes["1"]["inputs"]["bundle"] = "copied"
+    engine.run(nodes)
+    os.utime(copied / "manifest.json", ns=(1, 1))
+    assert engine.run(nodes).executed == ["1", "2", "3", "4"]
+    shutil.rmtree(copied)
+
+
 def test_an_image_and_a_mask(engine: Any, runtime: SanaRuntime) -> None:
     nodes = workflow("inpaint")
     run = engine.run(nodes)
@@ -199,11 +211,11 @@ def test_loras_are_loaded_on_top_of_each_other_and_again_if_saved_again(engine: 
     assert equal(engine.run(nodes).images, plain)
 
 
-def drawn_with(runtime: SanaRuntime, *loras: tuple[Path, float]) -> list[Any]:
+def drawn_with(runtime: SanaRuntime, *loras: tuple[Path, float], **words: Any) -> list[Any]:
     for path, scale in loras:
         runtime.load_lora(path, scale)
     try:
-        return expected(runtime)
+        return expected(runtime, **words)
     finally:
         runtime.unload_lora()
 
@@ -218,13 +230,10 @@ def test_a_bad_lora_is_an_error_of_the_sampler_and_changes_nothing(engine: Any, 
     assert (run.status, run.node) == ("error", "3")
     assert str(bad) in run.message
     del nodes["9"]
+    nodes["3"]["inputs"]["bundle"] = nodes["4"]["inputs"]["bundle"] = ["1", 0]
+    assert equal(engine.run(nodes).images, expected(runtime, seed=30))
     nodes["3"]["inputs"]["bundle"] = ["2", 0]
-    run = engine.run(nodes)
-    runtime.load_lora(good, 0.8)
-    try:
-        assert equal(run.images, expected(runtime, seed=30))
-    finally:
-        runtime.unload_lora()
+    assert equal(engine.run(nodes).images, drawn_with(runtime, (good, 0.8), seed=30))
 
 
 def test_an_interrupted_run_stops_after_the_step_and_the_next_one_draws(engine: Any, runtime: SanaRuntime) -> None:
@@ -232,6 +241,17 @@ def test_an_interrupted_run_stops_after_the_step_and_the_next_one_draws(engine: 
     assert (run.status, run.node) == ("interrupted", "2")
     assert run.progress == [("2", 1, 500), ("2", 2, 500)]
     assert equal(engine.run(workflow(seed=40)).images, expected(runtime, seed=40))
+
+
+def test_a_run_that_is_interrupted_before_the_first_step_takes_none(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (loaded,) = engine.nodes["SanaExportBundle"]().load("tiny", "onnxruntime", "auto")
+    steps: list[int] = []
+    bar = SimpleNamespace(update_absolute=lambda value, *_: steps.append(value))
+    monkeypatch.setattr("comfy.utils.ProgressBar", lambda total: bar)
+    engine.interrupt()
+    with pytest.raises(Exception, match=r"^$") as raised:
+        engine.nodes["SanaExportSampler"]().sample(**workflow()["2"]["inputs"] | {"bundle": loaded})
+    assert (raised.typename, steps) == ("InterruptProcessingException", [])
 
 
 def test_decoding_is_interrupted_between_images(engine: Any) -> None:

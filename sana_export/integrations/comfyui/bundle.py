@@ -11,7 +11,6 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
-from sana_export.errors import SanaExportError
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
 
@@ -37,7 +36,8 @@ class ManagedBundle(comfy.model_patcher.ModelPatcher):
         """`options` are those of `SanaRuntime.from_pretrained`. Raises ArtifactError if `bundle` is not a bundle."""
         self.runtime: SanaRuntime | None = None
         self._bundle, self._options = bundle, options
-        self._loras: tuple[ChosenLora, ...] = ()
+        #: Those that are loaded. None: unknown, because one could not be loaded.
+        self._loras: tuple[ChosenLora, ...] | None = ()
         manifest = Manifest.load(bundle)
         weights = {file.path: file.bytes for graph in manifest.graphs.values() for file in graph.files}
         device = comfy.model_management.get_torch_device()
@@ -51,14 +51,10 @@ class ManagedBundle(comfy.model_patcher.ModelPatcher):
         comfy.model_management.load_models_gpu([self])
         runtime = self._loaded()
         if loras != self._loras:
-            self._loras = ()
+            self._loras = None
             runtime.unload_lora()
-            try:
-                for lora in loras:
-                    runtime.load_lora(lora.path, lora.strength)
-            except SanaExportError:
-                runtime.unload_lora()
-                raise
+            for lora in loras:
+                runtime.load_lora(lora.path, lora.strength)
             self._loras = loras
         return runtime
 

@@ -53,6 +53,11 @@ class RealEngine:
         self._server = Server()
         self._executor = execution.PromptExecutor(self._server)
 
+    def interrupt(self) -> None:
+        import comfy.model_management
+
+        comfy.model_management.interrupt_current_processing()
+
     def show_previews(self, shown: bool) -> None:
         methods = type(self._args.preview_method)
         self._args.preview_method = methods.Auto if shown else methods.NoPreviews
@@ -81,7 +86,7 @@ class RealEngine:
             run.progress.append((node, value, total))
             run.previews.extend([preview] if preview is not None else [])
             if interrupt_at == (node, value):
-                comfy.model_management.interrupt_current_processing()
+                self.interrupt()
 
         comfy.utils.set_progress_bar_global_hook(hook)
         self._executor.execute(workflow, "run", {"client_id": "test"}, outputs)

@@ -42,6 +42,9 @@ class Engine(Protocol):
     def run(self, workflow: Workflow, *, interrupt_at: tuple[str, int] | None = None) -> Run:
         """Run a workflow. `interrupt_at`: the user interrupts it when this node's progress has this value."""
 
+    def interrupt(self) -> None:
+        """As the button that stops a run."""
+
     def show_previews(self, shown: bool) -> None:
         """As --preview-method auto, or none."""
 

@@ -66,6 +66,9 @@ class StandIn:
         self._hook: Hook = lambda value, total, preview: None
         self._cache: dict[str, tuple[Any, ...]] = {}
 
+    def interrupt(self) -> None:
+        self.interrupted = True
+
     def show_previews(self, shown: bool) -> None:
         self.args.preview_method = LatentPreviewMethod.Auto if shown else LatentPreviewMethod.NoPreviews
 
