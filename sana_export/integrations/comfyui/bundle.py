@@ -25,6 +25,10 @@ class ChosenLora:
     stamp: tuple[int, int]
 
 
+class SanaWeights(torch.nn.Module):
+    """Stands for the weights, which PyTorch does not have. ComfyUI's log has its name."""
+
+
 class ManagedBundle(comfy.model_patcher.ModelPatcher):
     """A bundle's place in `comfy.model_management`. The weights are the runtime's own: ComfyUI only says when.
 
@@ -32,16 +36,13 @@ class ManagedBundle(comfy.model_patcher.ModelPatcher):
     user asked for it. A bundle that was unloaded is loaded again when the next node needs it.
     """
 
-    def __init__(self, bundle: Path, options: Mapping[str, Any]) -> None:
-        """`options` are those of `SanaRuntime.from_pretrained`. Raises ArtifactError if `bundle` is not a bundle."""
+    def __init__(self, bundle: Path, options: Mapping[str, Any], size: int) -> None:
+        """`options` are those of `SanaRuntime.from_pretrained`, `size` is that of the weights in bytes."""
         self.runtime: SanaRuntime | None = None
         self._bundle, self._options = bundle, options
         #: Those that are loaded. None: unknown, because one could not be loaded.
         self._loras: tuple[ChosenLora, ...] | None = ()
-        manifest = Manifest.load(bundle)
-        weights = {file.path: file.bytes for graph in manifest.graphs.values() for file in graph.files}
-        device = comfy.model_management.get_torch_device()
-        super().__init__(torch.nn.Module(), device, torch.device("cpu"), size=sum(weights.values()))
+        super().__init__(SanaWeights(), comfy.model_management.get_torch_device(), torch.device("cpu"), size=size)
 
     def open(self, loras: tuple[ChosenLora, ...]) -> SanaRuntime:
         """The runtime with these LoRAs. ComfyUI unloads other models first if they are in its way.
@@ -92,6 +93,15 @@ class SanaBundle:
 
     model: ManagedBundle
     loras: tuple[ChosenLora, ...] = ()
+
+    @classmethod
+    def load(cls, bundle: Path, **options: Any) -> SanaBundle:
+        """Load the bundle in a folder. `options` are those of `SanaRuntime.from_pretrained`, and so are the errors."""
+        graphs = Manifest.load(bundle).graphs.values()
+        weights = {file.path: file.bytes for graph in graphs for file in graph.files}  # graphs share files
+        loaded = cls(ManagedBundle(bundle, options, sum(weights.values())))
+        loaded.open()
+        return loaded
 
     def with_lora(self, lora: ChosenLora) -> SanaBundle:
         """This with one LoRA more."""

@@ -14,7 +14,7 @@ import torch
 
 from sana_export.errors import SanaExportError
 from sana_export.formats.arrays import Array
-from sana_export.integrations.comfyui.bundle import ChosenLora, ManagedBundle, SanaBundle
+from sana_export.integrations.comfyui.bundle import ChosenLora, SanaBundle
 from sana_export.integrations.comfyui.drawing import decode_latents, draw_latents
 from sana_export.integrations.comfyui.paths import bundle_folder, register_folder, stamp
 from sana_export.integrations.comfyui.tensors import SIZE, image_from, latents_from, mask_from, to_image, to_latent
@@ -80,9 +80,7 @@ class SanaBundleLoader:
             return 0, 0
 
     def load(self, bundle: str, backend: str, memory: str) -> tuple[SanaBundle]:
-        loaded = SanaBundle(ManagedBundle(bundle_folder(bundle), {"backend": backend, "memory": memory}))
-        loaded.open()  # what is wrong with it shows at this node
-        return (loaded,)
+        return (SanaBundle.load(bundle_folder(bundle), backend=backend, memory=memory),)
 
 
 class SanaLoraLoader:
