@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import folder_paths
@@ -36,7 +37,7 @@ def bundle_folder(name: str) -> Path:
         f"there is no bundle {name}",
         found=f"no such folder, and none in {folders[0]}",
         wanted=f"a bundle's folder, or a name: {', '.join(names)}" if names else "a bundle's folder",
-        fix=f"sana-export export {name} -o {folders[0] / name}" if find_variant(name) else None,
+        fix=shlex.join(["sana-export", "export", name, "-o", str(folders[0] / name)]) if find_variant(name) else None,
     )
 
 
