@@ -243,7 +243,7 @@ class TimeEmbedding(nn.Module):
             embedded = embedded + self.guidance(guidance)
         modulation = self.linear(silu(embedded))
         if timestep.ndim > 1:
-            return modulation.unflatten(-1, (6, -1)).movedim(-2, 0), embedded.unsqueeze(0)
+            return modulation.unflatten(-1, (6, -1)).permute(2, 0, 1, 3), embedded.unsqueeze(0)
         return modulation.reshape(6, -1), embedded
 
 
