@@ -1,8 +1,8 @@
 """Exports a checkpoint to the layout that optimum writes: one ONNX file for each component, beside diffusers' configs.
 
-Folders, files, tensors and axes have the names of optimum-onnx (its `SanaTransformerOnnxConfig` and others), so what loads its exports
-loads these. The graphs are composed of the deployment graphs (graphs/components.py). The folder is written whole or not at all; the
-file `RECORD` in it says what it was made from, so that an export only ever replaces a folder of its own kind.
+Folders, files, tensors and axes have the names of optimum-onnx (its `SanaTransformerOnnxConfig` and others), so what loads its
+exports loads these. The graphs are composed of the deployment graphs (graphs/components.py). The folder is written whole or not at
+all; the file `RECORD` in it says what it was made from, so that an export only ever replaces a folder of its own kind.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _export(
             shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
             for name, spec in specs.items():
                 with meter.step(name, name):
-                    _export_component(name, spec, checkpoint, options, partial / name)
+                    export_component(name, spec, checkpoint, options, partial / name)
             _copy_files(checkpoint, partial)
             files = tuple(file_entry(partial, path) for path in sorted(partial.rglob("*")) if path.is_file())
             layout = ComponentLayout(checkpoint.record(), options, specs, files, key)
@@ -175,7 +175,7 @@ def _export(
     return layout
 
 
-def _export_component(name: str, spec: GraphSpec, checkpoint: SanaCheckpoint, options: Options, folder: Path) -> None:
+def export_component(name: str, spec: GraphSpec, checkpoint: SanaCheckpoint, options: Options, folder: Path) -> None:
     """Write the ONNX file of a component and its config, and check the file."""
     component = COMPONENTS[name]
     config = checkpoint.config(component.part)

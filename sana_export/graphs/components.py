@@ -1,7 +1,7 @@
 """The checkpoint's components with the inputs and outputs that diffusers and transformers give them.
 
-Each is composed of deployment graphs, so the mathematics is theirs (fp16 in range, the clamp). What the deployment graphs move out of
-the step is inside again: these graphs fit programs that call a component as diffusers' pipelines do.
+Each is composed of deployment graphs, so the mathematics is theirs (fp16 in range, the clamp). What the deployment graphs move out
+of the step is inside again: these graphs fit programs that call a component as diffusers' pipelines do.
 """
 
 from __future__ import annotations

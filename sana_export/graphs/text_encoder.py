@@ -41,19 +41,20 @@ class TextEncoder(nn.Module):
         tokens, past = inputs_embeds.shape[1], prefix.shape[3]
         positions = past + torch.arange(tokens, device=inputs_embeds.device)
         mask = causal_mask(tokens, past, self.numerics.dtype, inputs_embeds.device)
-        return self.encode(inputs_embeds, positions, mask, [*prefix.to(self.numerics.dtype).unbind(0)])
+        return self.encode(inputs_embeds, positions, mask, prefix)
 
-    def encode(
-        self, inputs_embeds: Tensor, positions: Tensor, mask: Tensor, past: Sequence[Sequence[Tensor | None]] | None = None
-    ) -> Tensor:
-        """The last hidden state of tokens at `positions` [S] with the additive `mask` over keys [..., S, P + S].
+    def encode(self, inputs_embeds: Tensor, positions: Tensor, mask: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """The last hidden state of tokens at `positions` [S] with the additive `mask` over keys, [..., S, P + S].
 
-        `past` has the keys and values of earlier tokens for each layer; None if there are none.
+        Without `prefix` there are no tokens before them.
         """
         rotation = self.rotary(positions, self.numerics.dtype)
         x = (inputs_embeds * (self.embedding_scale * self.numerics.scale)).to(self.numerics.dtype)
-        for layer, (past_key, past_value) in zip(self.layers, past or [NOTHING] * len(self.layers), strict=True):
-            x, _ = layer(x, past_key, past_value, rotation, mask)
+        past: Sequence[tuple[Tensor | None, ...]] = [NOTHING] * len(self.layers)
+        if prefix is not None:
+            past = [keys_values.unbind(0) for keys_values in prefix.to(self.numerics.dtype).unbind(0)]
+        for layer, keys_values in zip(self.layers, past, strict=True):
+            x, _ = layer(x, *keys_values, rotation, mask)
         return self.norm(x).float()
 
 

@@ -17,7 +17,6 @@ from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS, Manifest
 from sana_export.progress import Progress
 
-
 #: What MODEL may be.
 MODEL_HELP = "alias (see variants), hub id, or local folder in diffusers' format"
 #: The options that only a bundle has, and their attributes.
