@@ -46,7 +46,7 @@ from sana_export.variants import INDEX
 log = logging.getLogger(__name__)
 
 #: The file that says what a layout was made from.
-RECORD = "sana_export.json"
+RECORD = "sana_layout.json"
 ONNX = "model.onnx"
 #: The name that optimum gives to a file of weights.
 WEIGHTS = "model.onnx_data"

@@ -95,8 +95,6 @@ def test_the_clamp_is_part_of_the_transformer(tiny_checkpoint: Any) -> None:
         "encoder_attention_mask": torch.ones(1, 5, dtype=torch.int64),
         "timestep": torch.tensor([500.0]),
     }
-    clipped, plain = (
-        TransformerComponent(config, weights, NUMERICS["float32"], clamp=clamp)(**inputs) for clamp in (True, False)
-    )
+    clipped, plain = (TransformerComponent(config, weights, NUMERICS["float32"], clamp=clamp)(**inputs) for clamp in (True, False))
     assert clipped.isfinite().all()
     assert (clipped - plain).abs().max() > 1e-3

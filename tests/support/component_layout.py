@@ -16,10 +16,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from sana_export.environment import import_digest
+
 
 def layout_in(folder: Path) -> Path:
     """The float32 layout of `tiny-random`, exported to `folder` unless it is there."""
-    layout = folder / "tiny-fp32-components"
+    layout = folder / f"tiny-fp32-components-{import_digest('sana_export.export.component_layout')[:16]}"
     if not layout.exists():
         from sana_export.checkpoint.checkpoint import open_checkpoint
         from sana_export.export.component_layout import export_components
