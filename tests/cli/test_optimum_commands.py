@@ -1,4 +1,4 @@
-"""sana_export's commands in the real optimum-cli: which there are, how words are passed on, and what becomes of optimum's options."""
+"""sana_export's commands in the real optimum-cli: which there are, how words are passed on, and what optimum's options become."""
 
 from __future__ import annotations
 
