@@ -7,7 +7,8 @@ Both run `sana_export.cli.main`, so results, errors and exit codes are those of 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -60,7 +61,6 @@ OPTIMUM_OPTIONS: dict[str, OptimumOption] = {
     "--model-kwargs": OptimumOption("omit it; --lora, --vae, --transformer and --controlnet change the model"),
     "--no-dynamic-axes": OptimumOption(_SIZES),
     **dict.fromkeys(("--batch_size", "--sequence_length", "--height", "--width", "--num_channels"), OptimumOption(_SIZES)),
-    **dict.fromkeys(("-o", "--output"), OptimumOption(words=())),  # OUT has no option
 }
 
 
@@ -98,7 +98,7 @@ class ExportSana(_PassedOn):
 
     @staticmethod
     def read(words: Sequence[str]) -> argparse.Namespace:
-        return parse_with(make_parser(), list(translated(words)))
+        return parse_with(make_parser(), translated(words))
 
 
 def make_parser() -> Parser:
@@ -118,25 +118,28 @@ def make_parser() -> Parser:
     return parser
 
 
-def translated(words: Sequence[str]) -> Iterator[str]:
-    """`words` with optimum's options exchanged for ours.
+def translated(words: Sequence[str]) -> list[str]:
+    """`words` with optimum's options exchanged for ours. OUT may also be written as `-o OUT`, as in `sana-export export`.
 
     Raises UsageError for an option, or a value of it, that has no counterpart.
     """
-    rest = iter(words)
+    output, others, rest = list[str](), list[str](), iter(words)
     for word in rest:
         name, assigned, value = word.partition("=")
         option = OPTIMUM_OPTIONS.get(name)
-        if option is None:
-            yield word
+        if name in ("-o", "--output"):
+            output += [value] if assigned else [*itertools.islice(rest, 1)]
+        elif option is None:
+            others.append(word)
         elif option.words is not None:
-            yield from (*option.words, value) if assigned else option.words
+            others += (*option.words, value) if assigned else option.words
         else:
             value = value if assigned or not option.same else next(rest, "")
             if value not in option.same:
                 raise UsageError(
-                    f"{EXPORT} has no option {name}" if not option.same else f"{EXPORT} does not support {name} {value}".rstrip(),
+                    f"{EXPORT} does not support {name} {value}".rstrip() if option.same else f"{EXPORT} has no option {name}",
                     found=" ".join(words),
                     wanted=" or ".join(option.same) or None,
                     fix=option.instead,
                 )
+    return [*output, *others]

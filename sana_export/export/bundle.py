@@ -27,7 +27,7 @@ from sana_export.contract import ENCODERS, GRAPH_GROUPS, GRAPHS
 from sana_export.environment import import_digest, peak_rss_bytes
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.graph_files import export_graphs, groups
-from sana_export.export.meter import Meter
+from sana_export.export.meter import ExportMeter
 from sana_export.export.onnx import OPSET
 from sana_export.export.size import OVERHEAD, graph_bytes, text_bytes
 from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
@@ -100,7 +100,7 @@ def _export(
         journal = Journal(partial, key)
         finished = {owner: done for owner, group in grouped.items() if (done := journal.finished(group))}
         require_free(output.parent, sum(sizes[part] for part in sizes if part not in finished) + OVERHEAD, f"the bundle {output}")
-        meter = Meter(sizes, on_progress)
+        meter = ExportMeter(sizes, on_progress)
         with meter.step("", "tokenizer, instruction and embeddings"):
             instruction = write_text_files(checkpoint, partial)
         entries: dict[str, GraphEntry] = {}

@@ -28,7 +28,7 @@ from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.environment import peak_rss_bytes
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.bundle import choose_options, export_key
-from sana_export.export.meter import Meter
+from sana_export.export.meter import ExportMeter
 from sana_export.export.onnx import check_onnx, check_values, export_onnx, run_module
 from sana_export.export.size import OVERHEAD, graph_bytes
 from sana_export.files import FileEntry, check_files, disk_errors, file_entry, locked, require_free, write_whole
@@ -155,7 +155,7 @@ def _export(
         log.info("%s is up to date", output)
         return existing
     sizes = {name: component_bytes(name, checkpoint, options) for name in specs}
-    meter = Meter(sizes, on_progress)
+    meter = ExportMeter(sizes, on_progress)
     with disk_errors(output):
         require_free(output.parent, sum(sizes.values()) + OVERHEAD, f"the layout {output}")
         try:
@@ -194,12 +194,16 @@ def export_component(name: str, spec: GraphSpec, checkpoint: SanaCheckpoint, opt
 
 
 def _copy_files(checkpoint: SanaCheckpoint, folder: Path) -> None:
-    """The checkpoint's own files that stay as they are: tokenizer, scheduler and model_index.json."""
-    names = [INDEX, config_name("scheduler")]
-    names += [f"tokenizer/{path.name}" for path in checkpoint.folder.glob("tokenizer/*") if path.is_file()]
-    for name in names:
+    """The checkpoint's own tokenizer, scheduler and model_index.json."""
+    names = [f"tokenizer/{path.name}" for path in checkpoint.folder.glob("tokenizer/*") if path.is_file()]
+    for name in (config_name("scheduler"), *names):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(checkpoint.config_file(name), folder / name)
+    index = dict(checkpoint.index)
+    if index["tokenizer"][1] == "GemmaTokenizer":
+        # transformers 4, which optimum-onnx uses, reads tokenizer.json only with this class. In transformers 5 both are one.
+        index["tokenizer"] = ["transformers", "GemmaTokenizerFast"]
+    write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def component_specs(checkpoint: SanaCheckpoint) -> dict[str, GraphSpec]:

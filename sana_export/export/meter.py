@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from sana_export.progress import OnProgress, Progress
 
 
-class Meter:
+class ExportMeter:
     """Reports every step to `on_progress`, with the bytes written so far and an estimate of the remaining time.
 
     `sizes` gives the bytes that each part takes, in the order in which the parts are written.

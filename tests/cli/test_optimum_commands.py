@@ -110,6 +110,7 @@ def test_help_and_usage_name_the_command(optimum: Cli) -> None:
 def test_options_of_optimum_that_mean_the_same() -> None:
     same = ("--fp16", "--device", "cpu", "--task=text-to-image", "--framework", "pt", "--dynamo", "--cache_dir", "hub", "-o", "out")
     assert exported("--model", "tiny", *same) == ours("tiny", "-o", "out", "--dtype", "fp16", "--cache-dir", "hub")
+    assert exported("--model", "tiny", "--pag-layers", "1", "-o", "out") == ours("tiny", "-o", "out", "--pag-layers", "1")
     assert exported("--model", "tiny", "--cache_dir=hub", "--output=out") == ours("tiny", "-o", "out", "--cache-dir", "hub")
 
 
@@ -121,7 +122,7 @@ def test_every_option_of_optimum_is_known(option: str, optimum: Cli) -> None:
         assert re.search(rf"^  (-m MODEL, )?{option}\b", optimum("export", "sana", "--help").out, re.MULTILINE)
     elif row.words is None:
         with pytest.raises(UsageError, match=option) as caught:
-            list(translated(["--model", "tiny", option, "7", "out"]))
+            translated(["--model", "tiny", option, "7", "out"])
         assert caught.value.fix == row.instead != ""
 
 
