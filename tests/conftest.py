@@ -126,6 +126,14 @@ def img2img_runtime(img2img_bundle: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def component_layout(own_cache: None, build_cache: Path) -> Path:
+    """`tiny-random` in float32 in optimum's layout. Tests that change a layout copy it first."""
+    from tests.support.component_layout import layout_in
+
+    return layout_in(build_cache)
+
+
+@pytest.fixture(scope="session")
 def controlnet_checkpoint(own_cache: None) -> Any:
     """The alias `tiny-random` with a ControlNet, opened."""
     from sana_export.checkpoint.checkpoint import open_checkpoint

@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, NoReturn
 
@@ -88,15 +88,20 @@ class Parser(argparse.ArgumentParser):
         return None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (None: the process's own) and return its exit code."""
+def main(argv: Sequence[str] | None = None, read: Callable[[Sequence[str]], argparse.Namespace] | None = None) -> int:
+    """Run the command line `argv` (None: the process's own) and return its exit code.
+
+    `read` turns it into the options of a verb (None: `parse`).
+    """
     open_streams()
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments or bool(os.environ.get("SANA_EXPORT_DEBUG"))
     stdout = Stdout(as_json="--json" in arguments)
     try:
         with interruptible(lambda: _interrupted(stdout)):
-            answer = _run(parse(arguments), stdout)
+            for word in arguments:
+                check_unicode(word, "an argument")
+            answer = _run((read or parse)(arguments), stdout)
             stdout.write(answer.document, answer.text)
             return answer.exit_code
     except KeyboardInterrupt:
@@ -127,39 +132,48 @@ def _run(options: argparse.Namespace, stdout: Stdout) -> Answer:
         return verb.run(options, console)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line. Raises UsageError, which suggests the most similar option if one is unknown."""
-    for word in arguments:
-        check_unicode(word, "an argument")
-    parser, verbs = make_parser()
+def parse(arguments: Sequence[str], prog: str = "sana-export") -> argparse.Namespace:
+    """The options of a command line after the words `prog`.
+
+    Raises UsageError, which suggests the most similar option if one is unknown.
+    """
+    parser, verbs = make_parser(prog)
     verb = next((word for word in arguments if word in verbs), None)
-    if verb is None:
-        return parser.parse_args(arguments)
-    words = verbs[verb].joined(arguments)
-    if stranger := verbs[verb].stranger(words):
-        raise _unrecognized(stranger, words, verb, verbs[verb].options())
+    return parser.parse_args(arguments) if verb is None else parse_with(parser, arguments, verbs[verb])
+
+
+def parse_with(parser: Parser, arguments: Sequence[str], verb: Parser | None = None) -> argparse.Namespace:
+    """The options that `parser` reads. `verb` is the parser of the verb in `arguments`; None if `parser` has no verbs.
+
+    Raises UsageError, as `parse` does.
+    """
+    own = verb or parser
+    words = own.joined(arguments)
+    if stranger := own.stranger(words):
+        raise _unrecognized(stranger, words, parser, own)
     options, unknown = parser.parse_known_args(words)
     if unknown:
-        raise _unrecognized(unknown[0], words, verb, verbs[verb].options())
+        raise _unrecognized(unknown[0], words, parser, own)
     return options
 
 
-def _unrecognized(word: str, words: Sequence[str], verb: str, known: Sequence[str]) -> UsageError:
+def _unrecognized(word: str, words: Sequence[str], parser: Parser, verb: Parser) -> UsageError:
+    known = verb.options()
     option = word.partition("=")[0]
     near = [name for name in known if name.startswith(option) and option.startswith("--")]
     near = near or difflib.get_close_matches(option, known, n=1)
-    fix = f"sana-export {verb} --help"
+    fix = f"{verb.prog} --help"
     if not near and word.startswith("-") and word in words:
         position = words.index(word)
-        fix = shlex.join(["sana-export", *words[:position], *words[position + 1 :], "--", word])
+        fix = " ".join([parser.prog, shlex.join([*words[:position], *words[position + 1 :], "--", word])])
     wanted = f"{near[0]}?" if near else "an option, or -- before a text that begins with a dash" if word.startswith("-") else None
     return UsageError(f"unrecognized argument {word!r}", wanted=wanted, fix=fix)
 
 
-def make_parser() -> tuple[Parser, dict[str, Parser]]:
+def make_parser(prog: str = "sana-export") -> tuple[Parser, dict[str, Parser]]:
     """The parser of the whole command line, and the parsers of the verbs by name."""
     parser = Parser(
-        prog="sana-export",
+        prog=prog,
         description="Exports a Sana checkpoint to ONNX graphs, builds TensorRT engines and generates images without PyTorch.",
         epilog="example:\n  sana-export export tiny -o bundle\n  sana-export generate bundle 'a red apple' -o apple.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -178,11 +192,12 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
             allow_abbrev=False,
         )
         verb.add_arguments(verbs[verb.name])
-        _add_common(verbs[verb.name])
+        add_output_options(verbs[verb.name])
     return parser, verbs
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every verb has."""
     group: Any = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON document on stdout and everything else on stderr")
     group.add_argument(

@@ -22,6 +22,7 @@ PURPOSES = {
     "cpu": "sample on a CPU",
     "cuda": "sample on an NVIDIA GPU through ONNX Runtime",
     "export": "export, verify, bench, engines",
+    "optimum": "our commands in optimum-cli",
     "bench": "plots, power and clocks in bench's report",
     "tensorrt-rtx": "build and run TensorRT-RTX engines",
     "tensorrt": "build and run TensorRT engines",
@@ -71,8 +72,8 @@ def packages() -> list[Package]:
     for requirement in requirements:
         match = re.match(r"([\w.-]+)(?:\[[\w,-]+\])?\s*(?:>=\s*([\w.]+))?", requirement)
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
-        if match is None or (extra and extra[1] in DEVELOPMENT):
-            continue
+        if match is None or match[1] == DISTRIBUTION or (extra and extra[1] in DEVELOPMENT):
+            continue  # an extra that contains another one names sana_export itself
         found.append(Package(match[1], extra[1] if extra else "", match[2], installed_version(match[1])))
     return found
 

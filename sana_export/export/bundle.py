@@ -8,14 +8,12 @@ bundle unchanged, and the next export of the same checkpoint with the same optio
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from sana_export.contract import ENCODERS, GRAPH_GROUPS, GRAPHS
 from sana_export.environment import import_digest, peak_rss_bytes
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.graph_files import export_graphs, groups
+from sana_export.export.meter import ExportMeter
 from sana_export.export.onnx import OPSET
 from sana_export.export.size import OVERHEAD, graph_bytes, text_bytes
 from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
@@ -38,7 +37,7 @@ from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
 from sana_export.graphs.vae_encoder import VaeEncoderHead, encoder_halo, encoder_tile_scale
 from sana_export.manifest import FILE_NAME, PRECISIONS, GraphEntry, Manifest, ModelInfo, Options, parse_graph
 from sana_export.output_folder import OutputFolder
-from sana_export.progress import OnProgress, Progress, ignore_progress
+from sana_export.progress import OnProgress, ignore_progress
 from sana_export.user_paths import user_path
 from sana_export.variants import SPRINT_STEPS, STEPS
 
@@ -101,7 +100,7 @@ def _export(
         journal = Journal(partial, key)
         finished = {owner: done for owner, group in grouped.items() if (done := journal.finished(group))}
         require_free(output.parent, sum(sizes[part] for part in sizes if part not in finished) + OVERHEAD, f"the bundle {output}")
-        meter = _Meter(sizes, on_progress)
+        meter = ExportMeter(sizes, on_progress)
         with meter.step("", "tokenizer, instruction and embeddings"):
             instruction = write_text_files(checkpoint, partial)
         entries: dict[str, GraphEntry] = {}
@@ -125,40 +124,6 @@ def _export(
     meter.done()
     log.info("exported in %.0f s with a peak of %.2f GB of memory", meter.seconds, peak_rss_bytes() / 1e9)
     return manifest
-
-
-class _Meter:
-    """Reports every step to `on_progress`, with the bytes written so far and an estimate of the remaining time.
-
-    `sizes` gives the bytes that each part of the bundle takes, in the order in which the parts are written.
-    """
-
-    def __init__(self, sizes: Mapping[str, int], on_progress: OnProgress) -> None:
-        self._sizes, self._on_progress, self._durations = sizes, on_progress, dict[str, float]()
-
-    @contextlib.contextmanager
-    def step(self, part: str, doing: str) -> Iterator[None]:
-        """Report that `part` starts, and measure how long the block takes."""
-        self._report(doing, list(self._sizes).index(part))
-        started = time.monotonic()
-        yield
-        self._durations[part] = time.monotonic() - started
-
-    @property
-    def seconds(self) -> float:
-        """The total duration of the finished steps."""
-        return sum(self._durations.values())
-
-    def done(self) -> None:
-        """Report that all steps are finished."""
-        self._report("done", len(self._sizes))
-
-    def _report(self, doing: str, index: int) -> None:
-        parts = list(self._sizes)
-        written, total = sum(self._sizes[part] for part in parts[:index]), sum(self._sizes.values())
-        timed = sum(self._sizes[part] for part in self._durations)
-        left = self.seconds / timed * (total - written) if timed and total > written else None
-        self._on_progress(Progress(doing, index, len(parts), left, bytes_done=written, bytes_total=total))
 
 
 def choose_options(checkpoint: SanaCheckpoint, precision: str, pag_layers: Iterable[str | int], clamp: bool | None) -> Options:
@@ -221,10 +186,17 @@ def uses_encoder(names: Iterable[str]) -> bool:
     return not set().union(*ENCODERS.values()).isdisjoint(names)
 
 
-def export_key(checkpoint: SanaCheckpoint, options: Options, names: Iterable[str]) -> str:
-    """Hash of everything that determines what an export writes."""
-    code = import_digest(__name__)
-    parts = [__version__, code, torch.__version__, OPSET, checkpoint.sha256, dataclasses.asdict(options), list(names)]
+def export_key(checkpoint: SanaCheckpoint, options: Options, names: Iterable[str], module: str = __name__) -> str:
+    """Hash of everything that determines what an export by the code in `module` writes."""
+    parts = [
+        __version__,
+        import_digest(module),
+        torch.__version__,
+        OPSET,
+        checkpoint.sha256,
+        dataclasses.asdict(options),
+        list(names),
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,9 +43,21 @@ def graph_spec(name: str, checkpoint: SanaCheckpoint, options: Options) -> Graph
     return resolve(name, dimensions, options.dtype, features=[key for key in FEATURE_TENSORS.values() if switches[key]])
 
 
+class AxisSizes(Protocol):
+    """The sizes of the dynamic axes for one set of inputs."""
+
+    def of(self, axis: str) -> int:
+        """The size of the dynamic axis `axis`."""
+        ...
+
+    def least(self, spec: GraphSpec) -> dict[str, int]:
+        """The shortest lengths of axes of the graph's inputs, if not 1."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the dynamic axes for one set of inputs."""
+    """The sizes of the deployment graphs' dynamic axes for one set of inputs."""
 
     #: Images per batch.
     batch: int
@@ -117,6 +130,7 @@ _INDEXED = {
     "output_width": "image_width",
     "tile_height": "feature_height",
     "tile_width": "feature_width",
+    "sequence_length": "vocabulary",
 }
 
 
@@ -128,22 +142,26 @@ def fitting(sizes: Sizes, name: str, checkpoint: SanaCheckpoint) -> Sizes:
     return replace(sizes, spatial_ratio=read_decoder(vae).stride, encoder_scale=encoder_tile_scale(vae))
 
 
-def random_inputs(spec: GraphSpec, sizes: Sizes, seed: int) -> dict[str, Tensor]:
+def random_inputs(spec: GraphSpec, sizes: AxisSizes, seed: int) -> dict[str, Tensor]:
     """Random inputs for a graph by name, drawn with `seed`. Each is in the range that the runtime feeds."""
     generator = torch.Generator().manual_seed(seed)
     return {tensor.name: _random_input(tensor, sizes, generator) for tensor in spec.inputs}
 
 
-def _random_input(tensor: TensorSpec, sizes: Sizes, generator: torch.Generator) -> Tensor:
+def _random_input(tensor: TensorSpec, sizes: AxisSizes, generator: torch.Generator) -> Tensor:
     shape = [axis if isinstance(axis, int) else sizes.of(axis) for axis in tensor.shape]
     uniform = torch.rand(shape, generator=generator)
     special: dict[str, Callable[[], Tensor]] = {
         "timestep": lambda: uniform * 999.0,
         "guidance": lambda: uniform * 10.0,
         "perturbed": lambda: torch.arange(shape[0]).remainder(2).float(),
-        "context_mask": lambda: (torch.arange(shape[-1]) <= uniform[..., :1] * shape[-1]).float(),
         **dict.fromkeys(
-            ("source", "row_index", "column_index"), lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long()
+            ("context_mask", "attention_mask", "encoder_attention_mask"),
+            lambda: (torch.arange(shape[-1]) <= uniform[..., :1] * shape[-1]).to(getattr(torch, tensor.dtype)),
+        ),
+        **dict.fromkeys(
+            ("source", "row_index", "column_index", "input_ids"),
+            lambda: (uniform * sizes.of(_INDEXED[str(tensor.shape[-1])])).long(),
         ),
         "row_weight": lambda: uniform / uniform.sum(0, keepdim=True),
         "column_weight": lambda: uniform / uniform.sum(0, keepdim=True),

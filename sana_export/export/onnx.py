@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sana_export.contract import GraphSpec
 from sana_export.errors import ParityError
 from sana_export.export.evaluator import StorageEvaluator
-from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, Sizes, random_inputs
+from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, AxisSizes, random_inputs
 from sana_export.export.half import WideProducts
 from sana_export.export.optimize import optimize
 from sana_export.export.parity import compare_tensors
@@ -36,7 +36,7 @@ OPSET = 20
 INLINE_BYTES = 1024
 
 
-def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightFile, sizes: Sizes = TRACE_SIZES) -> None:
+def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightFile, sizes: AxisSizes = TRACE_SIZES) -> None:
     """Trace `module`, whose parameters are in `weights`, and write the ONNX file `path`, which reads them from that file.
 
     Dynamic axes have the contract's names. The file contains nothing of the machine that traced it (paths, stack traces). Small
@@ -130,7 +130,7 @@ class Example:
     outputs: tuple[Tensor, ...]
 
 
-def run_module(module: nn.Module, spec: GraphSpec, sizes: Sizes = CHECK_SIZES) -> list[Example]:
+def run_module(module: nn.Module, spec: GraphSpec, sizes: AxisSizes = CHECK_SIZES) -> list[Example]:
     """Run `module` on random inputs of `sizes`, other than the traced ones, and on zeros, which show a lost epsilon."""
     random = random_inputs(spec, sizes, seed=1)
     examples = []

@@ -44,6 +44,8 @@ class Denoiser(nn.Module):
     after the second block, and so on.
 
     A checkpoint with `guidance_embeds` (SANA-Sprint) has one more input, guidance [1]: the guidance scale that the user sets.
+    With one branch, timestep and guidance may also be [B, 1], one for each image.
+
     All tensors are float32 except `context` (see graphs/context.py). context_mask is 1 for tokens to attend to and 0 for padding.
     `clamp` clips self-attention outputs to +-65504, as the fp16 checkpoints were trained. The residual stream is stored multiplied
     by `numerics.scale`.
@@ -105,7 +107,7 @@ class Denoiser(nn.Module):
         size = (height, width)
         for index, (module, (keys_values, mask)) in enumerate(zip(self.blocks, conditions, strict=True)):
             block = cast(Block, module)
-            table = (block.scale_shift_table + modulation).unbind(0)
+            table = modulated_table(block.scale_shift_table, modulation)
             if source is not None and index == first:
                 # All text branches are identical until the first cross-attention.
                 origin = Origin(source, text_branches, batch) if index else Origin(torch.zeros_like(source), 1, batch)
@@ -119,7 +121,7 @@ class Denoiser(nn.Module):
                 residual = residuals[index - 1]
                 residual = residual if source is None or index < first else residual.index_select(0, source)
                 x = x + residual.flatten(2, 3).flatten(0, 1)
-        shift, factor = (self.scale_shift_table + embedded).unbind(0)
+        shift, factor = modulated_table(self.scale_shift_table, embedded)
         x = self.proj_out(modulated_norm(x, shift, factor, self.eps))
         return x.float().transpose(1, 2).reshape(branches, batch, channels, height, width)
 
@@ -220,6 +222,8 @@ class Block(nn.Module):
 class TimeEmbedding(nn.Module):
     """timestep [1] and, if the config has `guidance_embeds`, guidance [1] (float32) -> modulation [6, C] and embedding [1, C].
 
+    For [B, 1], one for each image, modulation is [6, B, 1, C] and the embedding [1, B, 1, C].
+
     Source: diffusers `AdaLayerNormSingle` and `SanaCombinedTimestepGuidanceEmbeddings`.
     """
 
@@ -237,7 +241,10 @@ class TimeEmbedding(nn.Module):
         embedded = self.timestep(timestep)
         if self.guidance is not None:
             embedded = embedded + self.guidance(guidance)
-        return self.linear(silu(embedded)).reshape(6, -1), embedded
+        modulation = self.linear(silu(embedded))
+        if timestep.ndim > 1:
+            return modulation.unflatten(-1, (6, -1)).permute(2, 0, 1, 3), embedded.unsqueeze(0)
+        return modulation.reshape(6, -1), embedded
 
 
 class WaveEmbedding(nn.Module):
@@ -294,8 +301,16 @@ class PositionTable(nn.Module):
         return (table * self.numerics.scale).to(self.numerics.dtype)
 
 
+def modulated_table(table: Tensor, modulation: Tensor) -> tuple[Tensor, ...]:
+    """The rows of `table` [n, C] plus `modulation`, which is [1 or n, C], or [1 or n, B, 1, C] with one for each image."""
+    table = table if modulation.ndim == 2 else table[:, None, None]
+    return (table + modulation).unbind(0)
+
+
 def modulated_norm(x: Tensor, shift: Tensor, factor: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * (1 + factor) + shift over the last axis of [B, N, C]; shift and factor are [C]."""
+    """LayerNorm(x) * (1 + factor) + shift over the last axis of [B, N, C]; shift and factor are [C] or [B, 1, C]."""
+    if shift.ndim > 1:
+        return layer_norm(x, x.shape[-1:], eps=eps) * (1.0 + factor) + shift
     return layer_norm(x, x.shape[-1:], 1.0 + factor, shift, eps)
 
 

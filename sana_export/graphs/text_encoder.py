@@ -6,7 +6,7 @@ from the paper (arXiv 2408.00118).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from sana_export.graphs.numerics import MASKED, NUMERICS, Linear, Numerics, parameter, rms_norm
+
+#: The keys and values of earlier tokens if there are none.
+NOTHING = (None, None)
 
 
 class TextEncoder(nn.Module):
@@ -36,11 +39,22 @@ class TextEncoder(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, prefix: Tensor) -> Tensor:
         tokens, past = inputs_embeds.shape[1], prefix.shape[3]
-        rotation = self.rotary(past + torch.arange(tokens, device=inputs_embeds.device), self.numerics.dtype)
+        positions = past + torch.arange(tokens, device=inputs_embeds.device)
         mask = causal_mask(tokens, past, self.numerics.dtype, inputs_embeds.device)
+        return self.encode(inputs_embeds, positions, mask, prefix)
+
+    def encode(self, inputs_embeds: Tensor, positions: Tensor, mask: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """The last hidden state of tokens at `positions` [S] with the additive `mask` over keys, [..., S, P + S].
+
+        Without `prefix` there are no tokens before them.
+        """
+        rotation = self.rotary(positions, self.numerics.dtype)
         x = (inputs_embeds * (self.embedding_scale * self.numerics.scale)).to(self.numerics.dtype)
-        for layer, (past_key, past_value) in zip(self.layers, prefix.to(self.numerics.dtype).unbind(0), strict=True):
-            x, _ = layer(x, past_key, past_value, rotation, mask)
+        past: Sequence[tuple[Tensor | None, ...]] = [NOTHING] * len(self.layers)
+        if prefix is not None:
+            past = [keys_values.unbind(0) for keys_values in prefix.to(self.numerics.dtype).unbind(0)]
+        for layer, keys_values in zip(self.layers, past, strict=True):
+            x, _ = layer(x, *keys_values, rotation, mask)
         return self.norm(x).float()
 
 
@@ -65,8 +79,10 @@ class GemmaLayer(nn.Module):
             weights["post_feedforward_layernorm.weight"], eps, numerics, scaled_input=True, scaled_output=True
         )
 
-    def forward(self, x: Tensor, past_key: Tensor, past_value: Tensor, rotation: Rotation, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """x is [B, S, C], past_key and past_value are [kv_heads, P, D].
+    def forward(
+        self, x: Tensor, past_key: Tensor | None, past_value: Tensor | None, rotation: Rotation, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x is [B, S, C], past_key and past_value are [kv_heads, P, D], or None if there are no earlier tokens.
 
         Returns the next x, and the keys and values [2, B, kv_heads, S, D] that the layer computed from this one.
         """
@@ -76,14 +92,15 @@ class GemmaLayer(nn.Module):
         product = gelu(self.gate(y), approximate="tanh") * self.up(y)
         return x + self.feedforward_norm(self.down(product)), own
 
-    def attention(self, y: Tensor, past_key: Tensor, past_value: Tensor, rotation: Rotation, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def attention(
+        self, y: Tensor, past_key: Tensor | None, past_value: Tensor | None, rotation: Rotation, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         batch, tokens, _ = y.shape
         split = self.qkv(y).reshape(batch, tokens, -1, self.head_dim).transpose(1, 2)
         query, key, value = split.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         query_table, key_table = rotation
         query, key = rotate(query, query_table), rotate(key, key_table)
-        all_keys = torch.cat([past_key.expand(batch, -1, -1, -1), key], dim=2)
-        all_values = torch.cat([past_value.expand(batch, -1, -1, -1), value], dim=2)
+        all_keys, all_values = _after(past_key, key), _after(past_value, value)
         # Query heads that share a key head are adjacent, so they can be the rows of one product.
         groups = self.heads // self.kv_heads
         query = query.reshape(batch, self.kv_heads, groups * tokens, self.head_dim)
@@ -94,6 +111,11 @@ class GemmaLayer(nn.Module):
         weights = logits.softmax(-1).reshape(batch, self.kv_heads, groups * tokens, -1)
         out = (weights @ all_values).reshape(batch, self.heads, tokens, self.head_dim)
         return out.transpose(1, 2).reshape(batch, tokens, -1), torch.stack([key, value])
+
+
+def _after(past: Tensor | None, own: Tensor) -> Tensor:
+    """`own` [B, kv_heads, S, D] after the rows of `past` [kv_heads, P, D], which the whole batch shares."""
+    return own if past is None else torch.cat([past.expand(own.shape[0], -1, -1, -1), own], dim=2)
 
 
 class Norm(nn.Module):
@@ -165,11 +187,10 @@ def encode_instruction(config: Mapping[str, Any], weights: Mapping[str, Tensor],
     tokens = inputs_embeds.shape[0]
     rotation = Rotary(config)(torch.arange(tokens), torch.float32)
     mask = causal_mask(tokens, 0, torch.float32)
-    nothing = torch.zeros(config["num_key_value_heads"], 0, config["head_dim"])
     x = inputs_embeds.unsqueeze(0) * float(config["hidden_size"]) ** 0.5
     prefix = []
     for index in range(config["num_hidden_layers"]):
-        x, own = GemmaLayer(config, _layer_weights(weights, index), numerics)(x, nothing, nothing, rotation, mask)
+        x, own = GemmaLayer(config, _layer_weights(weights, index), numerics)(x, *NOTHING, rotation, mask)
         prefix.append(own[:, 0])
     last = Norm(weights["norm.weight"], config["rms_norm_eps"], numerics)(x)
     return torch.stack(prefix), last[0, 0]

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sana_export.cli.bundle_text import bundle_document, bundle_summary
 from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import VERBOSE, Console
-from sana_export.cli.terminal.text import seconds, size
+from sana_export.cli.terminal.text import seconds, size, table
 from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, model_options, path_named
+from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS, Manifest
 from sana_export.progress import Progress
 
+#: What MODEL may be.
+MODEL_HELP = "alias (see variants), hub id, or local folder in diffusers' format"
+#: The options that only a bundle has, and their attributes.
+_OF_BUNDLES = {"--pag-layers": "pag_layers", "--graphs": "graphs", "--controlnet": "controlnet"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="alias (see variants), hub id, or local folder in diffusers' format")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("-o", "--output", metavar="BUNDLE", type=path_named("--output"), required=True, help="folder of the bundle")
+    add_export_options(parser)
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """Everything except the model and the output folder."""
+    parser.add_argument(
+        "--layout",
+        choices=("bundle", "optimum"),
+        default="bundle",
+        help="bundle: what `build` and `generate` read; optimum: one ONNX file for each component, with optimum's names, for other "
+        "ONNX Runtime programs (default: bundle)",
+    )
     parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="fp16", help="precision of the graphs (default: fp16)")
     add_names(
         parser,
@@ -44,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
     output = options.output
+    if options.layout == "optimum":
+        return _export_components(options, console)
     manifest = export_model(
         options.model,
         output,
@@ -71,6 +91,44 @@ def export_model(
 
     checkpoint = open_checkpoint(model, **opening)
     return export_bundle(checkpoint, output, on_progress=lambda progress: _show(console, progress), **options)
+
+
+def _export_components(options: argparse.Namespace, console: Console) -> Answer:
+    """The same for `--layout optimum`."""
+    if given := [option for option, name in _OF_BUNDLES.items() if getattr(options, name)]:
+        raise UsageError(
+            "optimum's layout has one graph for each component",
+            found=f"{', '.join(given)} with --layout optimum",
+            wanted="the layout of a bundle for these, or neither of them",
+            fix=f"omit {', '.join(given)}, or --layout optimum",
+        )
+    require("", "export")
+    from sana_export.checkpoint.checkpoint import open_checkpoint
+    from sana_export.export.component_layout import export_components
+
+    checkpoint = open_checkpoint(options.model, **model_options(options, options))
+    layout = export_components(
+        checkpoint,
+        options.output,
+        precision=options.dtype,
+        clamp=options.clamp,
+        on_progress=lambda progress: _show(console, progress),
+    )
+    document = {
+        "layout": "optimum",
+        "output": str(options.output),
+        "checkpoint": asdict(layout.checkpoint),
+        "options": asdict(layout.options),
+        "components": {name: asdict(spec) for name, spec in layout.components.items()},
+        "bytes": layout.bytes,
+        "export_key": layout.export_key,
+        "tool_version": layout.tool_version,
+    }
+    rows = [
+        (name, ", ".join(tensor.name for tensor in spec.inputs), spec.outputs[0].name) for name, spec in layout.components.items()
+    ]
+    text = f"{options.output}: {size(layout.bytes)}, {layout.checkpoint.source}, {layout.options.precision}\n"
+    return Answer(document, text + table(rows, ("component", "inputs", "output"), "  "))
 
 
 def _show(console: Console, progress: Progress) -> None:
