@@ -7,9 +7,9 @@ const SERIES = "0.1";
 const MOST_HASHED = 64 << 20;
 
 /** An error whose message is for the person at the page. */
-export class BundleError extends Error {}
+export class UserError extends Error {}
 
-/** The bundle at `url`. Throws BundleError for what is missing, damaged or of another version. */
+/** The bundle at `url`. Throws UserError for what is missing, damaged or of another version. */
 export async function openBundle(url, options = {}) {
   const bundle = new Bundle(url, options);
   const text = new TextDecoder().decode(await bundle.fetch("manifest.json"));
@@ -27,7 +27,7 @@ class Bundle {
   /** The entry of a graph. */
   graph(name) {
     const entry = this.manifest.graphs[name];
-    if (!entry) throw new BundleError(`The bundle has no graph ${name}. Export it again with its default graphs.`);
+    if (!entry) throw new UserError(`The bundle has no graph ${name}. Export it again with its default graphs.`);
     return entry;
   }
 
@@ -43,7 +43,7 @@ class Bundle {
   /** A function that reads the bytes from `start` up to `stop` of `files` with this path. */
   async open(path) {
     const entry = this.manifest.files.find((file) => file.path === path);
-    if (!entry) throw new BundleError(`The manifest has no ${path}. Export the bundle again.`);
+    if (!entry) throw new UserError(`The manifest has no ${path}. Export the bundle again.`);
     if (entry.bytes <= this.mostHashed) {
       const whole = await this.read(entry);
       return async (start, stop) => whole.slice(start, stop);
@@ -59,50 +59,50 @@ class Bundle {
     const url = new URL(path.split("/").map(encodeURIComponent).join("/"), this.url);
     const headers = range ? { Range: `bytes=${range.start}-${range.stop - 1}` } : {};
     const response = await fetch(url, { headers }).catch((error) => {
-      throw new BundleError(`${url} cannot be reached (${error.message}). Is the server running?`);
+      throw new UserError(`${url} cannot be reached (${error.message}). Is the server running?`);
     });
-    if (!response.ok) throw new BundleError(`The bundle has no ${path}: ${url} answers ${response.status} ${response.statusText}.`);
+    if (!response.ok) throw new UserError(`The bundle has no ${path}: ${url} answers ${response.status} ${response.statusText}.`);
     if (range && response.headers.get("Content-Range")?.split("/")[1] !== String(range.total)) {
-      throw new BundleError(`${url} is not served in parts, or has another size than in the manifest. Use a server that knows Range.`);
+      throw new UserError(`${url} is not served in parts, or has another size than in the manifest. Use a server that knows Range.`);
     }
     return new Uint8Array(await response.arrayBuffer());
   }
 }
 
-const damaged = (entry, why) => new BundleError(`${entry.path} is damaged: ${why}. Copy or export the bundle again.`);
+const damaged = (entry, why) => new UserError(`${entry.path} is damaged: ${why}. Copy or export the bundle again.`);
 
 async function sha256(bytes) {
-  if (!globalThis.crypto?.subtle) throw new BundleError("Browsers check hashes only on https and on localhost. Open the page there.");
+  if (!globalThis.crypto?.subtle) throw new UserError("Browsers check hashes only on https and on localhost. Open the page there.");
   const digest = await crypto.subtle.digest("SHA-256", bytes);
   return [...new Uint8Array(digest)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-/** The manifest in `text`. Throws BundleError if it is damaged, of another version, or names files outside the bundle. */
+/** The manifest in `text`. Throws UserError if it is damaged, of another version, or names files outside the bundle. */
 export async function parseManifest(text) {
   let marked;
   try {
     marked = JSON.parse(withMarkedNumbers(text));
   } catch (error) {
-    throw new BundleError(`manifest.json is damaged: ${error.message}. Is this the folder of a bundle?`);
+    throw new UserError(`manifest.json is damaged: ${error.message}. Is this the folder of a bundle?`);
   }
   const { sha256: seal, ...sealed } = marked ?? {};
   const manifest = unmarked(sealed);
   const again = `Export it again: sana-export export ${manifest.checkpoint?.source ?? "tiny"}`;
   if (manifest.format !== FORMAT || !String(manifest.tool_version).startsWith(`${SERIES}.`)) {
     const found = `format ${manifest.format} of sana-export ${manifest.tool_version}`;
-    throw new BundleError(`The bundle has ${found}; this page reads format ${FORMAT} of sana-export ${SERIES}. ${again}`);
+    throw new UserError(`The bundle has ${found}; this page reads format ${FORMAT} of sana-export ${SERIES}. ${again}`);
   }
   if ((await sha256(new TextEncoder().encode(canonical(sealed)))) !== seal) {
-    throw new BundleError(`manifest.json was changed after it was written: its seal is wrong. ${again}`);
+    throw new UserError(`manifest.json was changed after it was written: its seal is wrong. ${again}`);
   }
   const graphs = Object.values(manifest.graphs);
   for (const { path } of [...manifest.files, ...graphs.flatMap(({ onnx, data }) => [onnx, ...data])]) {
     if (/[\\:]/.test(path) || path.split("/").some((part) => ["", ".", ".."].includes(part))) {
-      throw new BundleError(`manifest.json names a file outside the bundle: ${path}`);
+      throw new UserError(`manifest.json names a file outside the bundle: ${path}`);
     }
   }
   if (manifest.options.precision === "bf16") {
-    throw new BundleError("ONNX Runtime has no bfloat16 in the browser. Export the bundle with --dtype fp16 or fp32.");
+    throw new UserError("ONNX Runtime has no bfloat16 in the browser. Export the bundle with --dtype fp16 or fp32.");
   }
   return manifest;
 }

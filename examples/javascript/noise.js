@@ -1,5 +1,7 @@
 // Standard normal noise as torch.randn draws it with a CPU generator (docs/bundle.md#noise): the same seed gives the same image.
 
+import { UserError } from "./bundle.js";
+
 const f32 = Math.fround;
 /** torch draws fewer values than this one at a time. */
 const BLOCK = 16;
@@ -11,6 +13,7 @@ export class TorchGenerator {
   #kept = null;
 
   constructor(seed) {
+    if (seed < -(2n ** 63n) || seed >= 2n ** 64n) throw new UserError("The seed must be from -2**63 to 2**64 - 1.");
     const state = this.#state;
     state[0] = Number(BigInt.asUintN(32, seed));
     for (let i = 1; i < 624; i++) state[i] = Math.imul(1812433253, state[i - 1] ^ (state[i - 1] >>> 30)) + i;

@@ -1,10 +1,10 @@
 // The page: loads the bundle at `?bundle=` (or bundle/) once, then draws as often as the button is pressed. `?provider=webgpu` tries the GPU.
 
-import { BundleError, openBundle } from "./bundle.js";
+import { UserError, openBundle } from "./bundle.js";
 import { openPipeline } from "./pipeline.js";
 
 const query = new URLSearchParams(location.search);
-const provider = query.get("provider") ?? "wasm";
+const provider = query.get("provider") === "webgpu" ? "webgpu" : "wasm";
 const [form, button, canvas, table] = ["form", "button", "canvas", "table"].map((name) => document.querySelector(name));
 const [status, error] = ["status", "error"].map((id) => document.getElementById(id));
 
@@ -20,20 +20,20 @@ async function guarded(work) {
   error.hidden = true;
   try {
     await work();
-    button.disabled = false;
   } catch (reason) {
-    error.textContent = reason instanceof BundleError ? reason.message : `Something unexpected failed: ${reason.message ?? reason}`;
+    error.textContent = reason instanceof UserError ? reason.message : `Something unexpected failed: ${reason.message ?? reason}`;
     error.hidden = false;
     status.textContent = "";
     console.error(reason);
   }
+  button.disabled = !pipeline;
 }
 
 async function packages() {
   try {
     return [await import(`onnxruntime-web/${provider}`), await import("@huggingface/tokenizers")];
   } catch (reason) {
-    throw new BundleError(`The npm packages are missing (${reason.message}). In examples/javascript: npm install`);
+    throw new UserError(`The npm packages are missing (${reason.message}). In examples/javascript: npm install`);
   }
 }
 
@@ -56,7 +56,7 @@ form.addEventListener("submit", (event) => {
   guarded(async () => {
     const { prompt, negativePrompt, steps, guidance, seed } = Object.fromEntries(new FormData(form));
     const request = { prompt, negativePrompt, steps: Number(steps), guidance: Number(guidance), seed: BigInt(seed) };
-    const { pixels, side, cut, times } = await pipeline.draw(request, (stage) => show(`Drawing: ${stage}`));
+    const { pixels, side, cut, times } = await pipeline.draw(request, show);
     canvas.width = canvas.height = side;
     const image = new ImageData(side, side);
     for (let i = 0; i < side * side; i++) image.data.set([...pixels.subarray(3 * i, 3 * i + 3), 255], 4 * i);

@@ -1,41 +1,41 @@
-// Text to the text encoder's inputs (docs/bundle.md#sampling, steps 1 to 3).
+// Text to the inputs of the text encoder (docs/bundle.md#sampling, steps 1 to 3).
 
-import { BundleError } from "./bundle.js";
+import { UserError } from "./bundle.js";
 import { openTensor } from "./safetensors.js";
 
 /** What Python's str.strip removes. JavaScript's trim has another list. */
 const SPACES = "[\\t-\\r\\x1c- \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+";
 const ENDS = new RegExp(`^${SPACES}|${SPACES}$`, "g");
 
+/** A prompt as it is tokenized. */
+export const normalized = (prompt) => prompt.toLowerCase().replace(ENDS, "");
+
 /** The text files of a bundle. `Tokenizer` is that of @huggingface/tokenizers. */
 export async function openText(bundle, Tokenizer) {
-  const tokenizerFile = await bundle.open("tokenizer/tokenizer.json");
-  const tokenizer = new Tokenizer(JSON.parse(new TextDecoder().decode(await tokenizerFile(0, Infinity))), {});
-  const instruction = await bundle.open("instruction.safetensors");
-  const [tokenIds, prefix, bosRow] = await Promise.all(
-    ["token_ids", "prefix", "bos_row"].map((name) => openTensor(instruction, name)),
-  );
+  const { instruction, max_sequence_length: maxRows } = bundle.manifest.model;
+  const read = await bundle.open("tokenizer/tokenizer.json");
+  const tokenizer = new Tokenizer(JSON.parse(new TextDecoder().decode(await read(0, Infinity))), {});
+  const stored = await bundle.open("instruction.safetensors");
+  const [tokenIds, prefix, bosRow] = await Promise.all(["token_ids", "prefix", "bos_row"].map((name) => openTensor(stored, name)));
   const table = await openTensor(await bundle.open("embeddings.safetensors"), "embed_tokens.weight");
-  const text = new Text(bundle.manifest.model, tokenizer, table);
-  text.tokenIds = await tokenIds.values();
-  text.prefixShape = prefix.shape;
-  text.prefix = await prefix.values();
-  text.bosRow = await bosRow.values();
-  if (String(tokenizer.encode(text.instruction).ids) !== String(text.tokenIds)) {
-    throw new BundleError("The bundle's tokenizer does not belong to its instruction. Export the bundle again.");
+  const ids = await tokenIds.values();
+  if (String(tokenizer.encode(instruction).ids) !== String(ids)) {
+    throw new UserError("The bundle's tokenizer does not belong to its instruction. Export the bundle again.");
   }
-  return text;
+  const prefixValues = await prefix.values();
+  return new Text({ maxRows, tokenizer, tokenIds: ids, table, prefixShape: prefix.shape, prefixValues, bosRow: await bosRow.values() });
 }
 
 class Text {
-  constructor({ instruction, max_sequence_length }, tokenizer, table) {
-    Object.assign(this, { instruction, maxRows: max_sequence_length, tokenizer, table });
-    this.rows = new Map();
+  rows = new Map();
+
+  constructor(parts) {
+    Object.assign(this, parts);
   }
 
-  /** A prompt as the text encoder reads it: `ids`, the first kept row, how many ids are the instruction's, and how many were cut. */
+  /** `ids` of a prompt, the first one that is kept, how many lead that are the instruction's, and how many were cut at the end. */
   tokenize(prompt, instruction) {
-    const all = this.tokenizer.encode(instruction + prompt.toLowerCase().replace(ENDS, "")).ids;
+    const all = this.tokenizer.encode(instruction + normalized(prompt)).ids;
     const firstKept = instruction ? this.tokenIds.length - 1 : 1;
     const ids = all.slice(0, firstKept + this.maxRows - 1);
     const differs = ids.findIndex((id, i) => id !== this.tokenIds[i]);
@@ -43,24 +43,22 @@ class Text {
     return { ids, firstKept, shared, cut: all.length - ids.length };
   }
 
-  /** The embedding rows [ids, C] of tokens, each read once. */
+  /** The rows [ids, C] of the embedding table. Each is read once. */
   async embed(ids) {
     const channels = this.table.shape[1];
     for (const id of ids) if (!this.rows.has(id)) this.rows.set(id, this.table.values(id * channels, channels));
-    const rows = await Promise.all(ids.map((id) => this.rows.get(id)));
     const values = new Float32Array(ids.length * channels);
-    rows.forEach((row, i) => values.set(row, i * channels));
-    return { values, shape: [1, ids.length, channels] };
+    for (const [i, id] of ids.entries()) values.set(await this.rows.get(id), i * channels);
+    return values;
   }
 
-  /** The instruction's keys and values [layers, 2, heads, shared, dim] of its first tokens. */
+  /** The instruction's keys and values for its first `shared` tokens, and their shape [layers, 2, heads, shared, dim]. */
   prefixOf(shared) {
     const [layers, two, heads, tokens, dim] = this.prefixShape;
-    const count = layers * two * heads;
-    const values = new Float32Array(count * shared * dim);
-    for (let i = 0; i < count; i++) {
-      values.set(this.prefix.subarray(i * tokens * dim, (i * tokens + shared) * dim), i * shared * dim);
+    const values = new Float32Array(layers * two * heads * shared * dim);
+    for (let i = 0; i < layers * two * heads; i++) {
+      values.set(this.prefixValues.subarray(i * tokens * dim, (i * tokens + shared) * dim), i * shared * dim);
     }
-    return { values, shape: [layers, two, heads, shared, dim] };
+    return [values, layers, two, heads, shared, dim];
   }
 }

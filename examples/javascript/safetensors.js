@@ -1,6 +1,6 @@
 // A reader of safetensors files that reads only the bytes that are asked for.
 
-import { BundleError } from "./bundle.js";
+import { UserError } from "./bundle.js";
 
 /** Bytes to numbers, for each dtype of a bundle's text files. */
 const DTYPES = {
@@ -15,7 +15,7 @@ export async function openTensor(read, name) {
   const length = Number(new DataView((await read(0, 8)).buffer).getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(await read(8, 8 + length)));
   const tensor = header[name];
-  if (!DTYPES[tensor?.dtype]) throw new BundleError(`The bundle's text files have no ${name} that this page can read.`);
+  if (!DTYPES[tensor?.dtype]) throw new UserError(`The bundle's text files have no ${name} that this page can read.`);
   const [size, decode] = DTYPES[tensor.dtype];
   const start = 8 + length + tensor.data_offsets[0];
   const total = tensor.shape.reduce((product, side) => product * side, 1);

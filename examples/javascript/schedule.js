@@ -1,6 +1,6 @@
 // The schedule of a checkpoint's scheduler as tables with one row for each step (docs/bundle.md#schedules).
 
-import { BundleError } from "./bundle.js";
+import { UserError } from "./bundle.js";
 
 const f32 = Math.fround;
 const OFF = [false, null, undefined];
@@ -32,10 +32,10 @@ const SOLVERS = {
 export function makeSchedule(config, steps) {
   const name = config._class_name;
   const solver = Object.hasOwn(SOLVERS, name) ? SOLVERS[name] : null;
-  if (!solver) throw new BundleError(`This page does not know the scheduler ${name}. It knows ${Object.keys(SOLVERS).join(", ")}.`);
+  if (!solver) throw new UserError(`This page does not know the scheduler ${name}. It knows ${Object.keys(SOLVERS).join(", ")}.`);
   for (const [key, values] of Object.entries(solver.config)) {
     if (values.includes(config[key])) continue;
-    throw new BundleError(`This page does not know ${name} with ${key} = ${config[key]}. It knows ${values[0]}.`);
+    throw new UserError(`This page does not know ${name} with ${key} = ${config[key]}. It knows ${values[0]}.`);
   }
   return solver.make(config, steps);
 }

@@ -20,7 +20,13 @@ if (!bundle || !existsSync(join(bundle, "manifest.json"))) {
 const page = dirname(fileURLToPath(import.meta.url));
 
 /** The file of a request's path: bundle/... from the bundle, everything else from this folder. Null if there is none. */
-function find(path) {
+function find(encoded) {
+  let path;
+  try {
+    path = decodeURIComponent(encoded);
+  } catch {
+    return null;
+  }
   const [folder, rest] = path.startsWith("/bundle/") ? [bundle, path.slice("/bundle/".length)] : [page, path.slice(1) || "index.html"];
   if (rest.split(/[/\\]/).includes("..")) return null;
   const file = resolve(folder, rest);
@@ -28,7 +34,7 @@ function find(path) {
 }
 
 const server = createServer((request, response) => {
-  const file = find(decodeURIComponent(new URL(request.url, "http://localhost").pathname));
+  const file = find(new URL(request.url, "http://localhost").pathname);
   if (!file) return response.writeHead(404, HEADERS).end("not found");
   const { size } = statSync(file);
   const [, first, last] = /^bytes=(\d+)-(\d*)$/.exec(request.headers.range ?? "") ?? [];
