@@ -60,7 +60,7 @@ test-slow: $(STAMP) ## run the slowest tests (4 minutes)
 
 test-browser: $(STAMP) ## draw with examples/javascript in headless Chromium (needs npm and a browser)
 	cd examples/javascript && npm install --no-package-lock --no-audit --no-fund
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_javascript_example.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_example_javascript.py
 
 fuzz: $(STAMP) ## run the property-based tests with many new inputs (FUZZ_INPUTS=2000 for each test)
 	SANA_EXPORT_FUZZ=$(FUZZ_INPUTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(TEST_FLAGS) tests/fuzz

@@ -63,7 +63,7 @@ class Bundle {
     });
     if (!response.ok) throw new UserError(`The bundle has no ${path}: ${url} answers ${response.status} ${response.statusText}.`);
     if (range && response.headers.get("Content-Range")?.split("/")[1] !== String(range.total)) {
-      throw new UserError(`${url} is not served in parts, or has another size than in the manifest. Use a server that knows Range.`);
+      throw new UserError(`${url} has another size than in the manifest, or its server knows no Range.`);
     }
     return new Uint8Array(await response.arrayBuffer());
   }

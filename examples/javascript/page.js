@@ -1,4 +1,5 @@
-// The page: loads the bundle at `?bundle=` (or bundle/) once, then draws as often as the button is pressed. `?provider=webgpu` tries the GPU.
+// The page: loads a bundle once, then draws whenever the button is pressed. `?bundle=URL` names another bundle than bundle/,
+// `?provider=webgpu` runs the graphs on the GPU.
 
 import { UserError, openBundle } from "./bundle.js";
 import { openPipeline } from "./pipeline.js";

@@ -22,8 +22,8 @@ export async function openText(bundle, Tokenizer) {
   if (String(tokenizer.encode(instruction).ids) !== String(ids)) {
     throw new UserError("The bundle's tokenizer does not belong to its instruction. Export the bundle again.");
   }
-  const prefixValues = await prefix.values();
-  return new Text({ maxRows, tokenizer, tokenIds: ids, table, prefixShape: prefix.shape, prefixValues, bosRow: await bosRow.values() });
+  const [prefixValues, bosValues] = [await prefix.values(), await bosRow.values()];
+  return new Text({ maxRows, tokenizer, tokenIds: ids, table, prefixShape: prefix.shape, prefixValues, bosRow: bosValues });
 }
 
 class Text {

@@ -1,4 +1,4 @@
-// The schedule of a checkpoint's scheduler as tables with one row for each step (docs/bundle.md#schedules).
+// The schedule of a checkpoint's scheduler as tables with one row for each step (docs/bundle.md#schedule).
 
 import { UserError } from "./bundle.js";
 

@@ -2,10 +2,10 @@
 
 import { createReadStream, existsSync, statSync } from "node:fs";
 import { createServer } from "node:http";
-import { dirname, extname, join, resolve } from "node:path";
+import { dirname, extname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
-const TYPES = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".json": "application/json", ".wasm": "application/wasm" };
+const TYPES = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm" };
 /** With the first two, pages may use threads. */
 const HEADERS = {
   "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp",
@@ -13,28 +13,32 @@ const HEADERS = {
 };
 
 const [bundle, port = "8000"] = process.argv.slice(2);
-if (!bundle || !existsSync(join(bundle, "manifest.json"))) {
-  console.error(bundle ? `${bundle} is not a bundle: it has no manifest.json. Make one: sana-export export tiny -o ${bundle}` : "usage: node serve.js BUNDLE [PORT]");
-  process.exit(2);
+const fail = (message, code) => {
+  console.error(message);
+  process.exit(code);
+};
+if (!bundle) fail("usage: node serve.js BUNDLE [PORT]", 2);
+if (!existsSync(join(bundle, "manifest.json"))) {
+  fail(`${bundle} is not a bundle: it has no manifest.json. Make one: sana-export export tiny -o ${bundle}`, 2);
 }
 const page = dirname(fileURLToPath(import.meta.url));
 
-/** The file of a request's path: bundle/... from the bundle, everything else from this folder. Null if there is none. */
-function find(encoded) {
+/** The file of a request: bundle/... from the bundle, everything else from this folder. Null if there is none. */
+function find(target) {
   let path;
   try {
-    path = decodeURIComponent(encoded);
+    path = decodeURIComponent(new URL(target, "http://localhost").pathname);
   } catch {
     return null;
   }
-  const [folder, rest] = path.startsWith("/bundle/") ? [bundle, path.slice("/bundle/".length)] : [page, path.slice(1) || "index.html"];
-  if (rest.split(/[/\\]/).includes("..")) return null;
-  const file = resolve(folder, rest);
+  if (path.split(/[/\\]/).includes("..")) return null;
+  const [folder, rest] = path.startsWith("/bundle/") ? [bundle, path.slice("/bundle/".length)] : [page, path];
+  const file = join(folder, rest === "/" ? "index.html" : rest);
   return existsSync(file) && statSync(file).isFile() ? file : null;
 }
 
 const server = createServer((request, response) => {
-  const file = find(new URL(request.url, "http://localhost").pathname);
+  const file = find(request.url);
   if (!file) return response.writeHead(404, HEADERS).end("not found");
   const { size } = statSync(file);
   const [, first, last] = /^bytes=(\d+)-(\d*)$/.exec(request.headers.range ?? "") ?? [];
@@ -42,12 +46,13 @@ const server = createServer((request, response) => {
   if (first !== undefined && start > end) return response.writeHead(416, { ...HEADERS, "Content-Range": `bytes */${size}` }).end();
   const range = first === undefined ? {} : { "Content-Range": `bytes ${start}-${end}/${size}` };
   const type = TYPES[extname(file)] ?? "application/octet-stream";
-  response.writeHead(first === undefined ? 200 : 206, { ...HEADERS, ...range, "Content-Type": type, "Content-Length": end - start + 1 });
+  const headers = { ...HEADERS, ...range, "Content-Type": type, "Content-Length": end - start + 1 };
+  response.writeHead(first === undefined ? 200 : 206, headers);
   if (request.method === "HEAD" || !size) return response.end();
-  createReadStream(file, { start, end }).pipe(response);
+  createReadStream(file, { start, end }).on("error", () => response.destroy()).pipe(response);
 });
 server.on("error", (error) => {
-  console.error(error.code === "EADDRINUSE" ? `port ${port} is taken; another one: node serve.js ${bundle} ${Number(port) + 1}` : error.message);
-  process.exit(1);
+  const taken = `port ${port} is taken. Take another one: node serve.js ${bundle} ${Number(port) + 1}`;
+  fail(error.code === "EADDRINUSE" ? taken : error.message, 3);
 });
-server.listen(Number(port), "127.0.0.1", () => console.log(`http://localhost:${server.address().port}/`));
+server.listen(Number(port), "127.0.0.1", () => console.log(`http://127.0.0.1:${server.address().port}/`));

@@ -5,8 +5,8 @@ import { createRequire } from "node:module";
 const task = JSON.parse(await new Response(process.stdin).text());
 const { chromium } = createRequire(`${task.example}/package.json`)("playwright-core");
 const args = [
-  "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-  "--disable-sync", ...(task.flags ?? []),
+  "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+  "--disable-component-update", "--disable-sync", ...(task.flags ?? []),
 ];
 const browser = await chromium.launch({ executablePath: task.browser, args });
 try {

@@ -8,13 +8,13 @@ import hashlib
 import http.client
 import io
 import json
+import logging
 import math
 import os
 import random
 import re
 import shutil
 import subprocess
-import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +27,6 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from sana_export.architectures import SCHEDULER_DEFAULTS
-from sana_export.errors import UsageError
 from sana_export.formats.safetensors_file import TensorFile
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.noise import TorchGenerator
@@ -35,6 +34,7 @@ from sana_export.runtime.schedule import make_schedule
 from sana_export.supported import SCHEDULERS
 from tests.support.bundles import exported
 
+LOG = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "javascript"
 SUPPORT = ROOT / "tests" / "support"
@@ -160,13 +160,18 @@ def sealed(document: dict[str, Any]) -> str:
     """The text of a manifest, as docs/bundle.md seals it."""
     document.pop("sha256", None)
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return json.dumps({**document, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1, sort_keys=True, ensure_ascii=False)
+    return json.dumps(
+        {**document, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1, sort_keys=True, ensure_ascii=False
+    )
 
 
 def test_manifests_are_read_with_their_seal(tiny_bundle: Path) -> None:
     text = (tiny_bundle / "manifest.json").read_text("utf-8")
     document = json.loads(text)
-    odd = {"numbers": [1, 1.0, -0.0, 1e-7, 1e16, 2**53, math.inf, -math.inf, math.nan, True, None], "日本 ü": '"\\\n\u0001\u007f/🐼 -1.5'}
+    odd = {
+        "numbers": [1, 1.0, -0.0, 1e-7, 1e16, 2**53, math.inf, -math.inf, math.nan, True, None],
+        "日本 ü": '"\\\n\u0001\u007f/🐼 -1.5',
+    }
     with_parity = sealed({**document, "parity": odd})
     other = {key: value for key, value in document.items() if key != "sha256"}
     changes: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
@@ -184,7 +189,9 @@ def test_manifests_are_read_with_their_seal(tiny_bundle: Path) -> None:
         change(documents[-1])
     texts = [text, with_parity, text.replace('"default_steps": 20', '"default_steps": 21'), "<html>", "{}", *map(sealed, documents)]
     whole, parity, edited, page, empty, *refused = in_node("manifests", texts=texts)
-    infinite = {key: str(value).replace("inf", "Infinity") for key, value in other["model"]["scheduler"].items() if value == -math.inf}
+    infinite = {
+        key: str(value).replace("inf", "Infinity") for key, value in other["model"]["scheduler"].items() if value == -math.inf
+    }
     assert infinite
     wanted = copy.deepcopy(other)
     wanted["model"]["scheduler"].update(infinite)
@@ -273,11 +280,18 @@ def test_the_server_serves_the_page_the_bundle_and_nothing_else(tiny_bundle: Pat
         assert get("/bundle/manifest.json") == (200, None, manifest)
         size = len(manifest)
         assert get("/bundle/manifest.json", "bytes=3-9") == (206, f"bytes 3-9/{size}", manifest[3:10])
-        assert get("/bundle/manifest.json", f"bytes={size - 2}-{size + 5}")[1:] == (f"bytes {size - 2}-{size - 1}/{size}", manifest[-2:])
+        assert get("/bundle/manifest.json", f"bytes={size - 2}-{size + 5}")[1:] == (
+            f"bytes {size - 2}-{size - 1}/{size}",
+            manifest[-2:],
+        )
         assert get("/bundle/manifest.json", f"bytes={size}-")[:2] == (416, f"bytes */{size}")
         assert get("/bundle/manifest.json", method="HEAD") == (200, None, b"")
-        outside = ("/bundle/../serve.js/../../README.md", "/%2e%2e/README.md", "/..%2fREADME.md", "/bundle/..%2f..%2fx", "/%", "/bundle/", "/x")
-        assert [get(path)[0] for path in outside] == [404] * len(outside)
+        secret = (tmp_path / "secret").as_posix()
+        (tmp_path / "secret").write_text("x")
+        inside = ("/", "/bundle/", "/bundle/../", "/%2e%2e/", "/..%2f", "/..%5c", "/bundle/..%2f..%2f")
+        outside = [f"{start}{path}" for start in inside for path in ("README.md", secret, secret[1:])]
+        outside += [f"/%2f{secret}", "/%", "//", "/bundle/", "/x", "/%00", "*"]
+        assert [path for path in outside if get(path)[0] != 404] == []
     done = subprocess.run([node(), EXAMPLE / "serve.js", tmp_path], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (
         2,
@@ -348,7 +362,7 @@ def check_images(browser: str, bundle: Path, draws: list[dict[str, Any]], least:
             names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "negativePrompt": "negative_prompt"}
             wanted = runtime(**{names.get(name, name): value for name, value in draw.items()}).images[0]
             close = psnr(image["pixels"], np.asarray(wanted))
-            print(f"{bundle.name}: {draw}: {close:.1f} dB, {image['times']}", file=sys.stderr)
+            LOG.info("%s, %s: %.1f dB, %s", bundle.name, draw, close, image["times"])
             assert list(image["times"]) == ["text encoder", "denoiser", "decoder", "total"]
             assert close > least
 
@@ -357,7 +371,17 @@ def check_images(browser: str, bundle: Path, draws: list[dict[str, Any]], least:
 def test_tokens_are_pythons(packages: None, fp32_bundle: Path) -> None:
     file = fp32_bundle / "tokenizer" / "tokenizer.json"
     instruction = json.loads((fp32_bundle / "manifest.json").read_text("utf-8"))["model"]["instruction"]
-    texts = ["", "a red apple", "🐼", "👩‍👩‍👧‍👦 🇩🇪 ❤️", "一只熊猫在吃竹子", "  two   spaces", "line\nbreak\r\n\ttab", "<bos> <pad> a<eos>b", "<0x0A>"]
+    texts = [
+        "",
+        "a red apple",
+        "🐼",
+        "👩‍👩‍👧‍👦 🇩🇪 ❤️",
+        "一只熊猫在吃竹子",
+        "  two   spaces",
+        "line\nbreak\r\n\ttab",
+        "<bos> <pad> a<eos>b",
+        "<0x0A>",
+    ]
     texts += ["▁x▁", "\u3000全角", "e\u0301 é ǆ", "x" * 300, "\x00a\u200b\u00a0", "مرحبا", "𝔘𝔫𝔦", "the " * 500]
     some = random.Random(0)
     for _ in range(500):
