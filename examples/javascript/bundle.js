@@ -58,14 +58,15 @@ class Bundle {
   async fetch(path, range) {
     const url = new URL(path.split("/").map(encodeURIComponent).join("/"), this.url);
     const headers = range ? { Range: `bytes=${range.start}-${range.stop - 1}` } : {};
-    const response = await fetch(url, { headers }).catch((error) => {
+    const unreachable = (error) => {
       throw new UserError(`${url} cannot be reached (${error.message}). Is the server running?`);
-    });
+    };
+    const response = await fetch(url, { headers }).catch(unreachable);
     if (!response.ok) throw new UserError(`The bundle has no ${path}: ${url} answers ${response.status} ${response.statusText}.`);
     if (range && response.headers.get("Content-Range")?.split("/")[1] !== String(range.total)) {
       throw new UserError(`${url} has another size than in the manifest, or its server knows no Range.`);
     }
-    return new Uint8Array(await response.arrayBuffer());
+    return new Uint8Array(await response.arrayBuffer().catch(unreachable));
   }
 }
 
