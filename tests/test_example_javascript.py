@@ -153,6 +153,8 @@ def test_every_other_scheduler_and_setting_is_the_runtimes_or_refused_by_name() 
         assert name not in SERIES or key in found["refused"]
         refused.append((name, key))
     assert len(set(refused)) > 40
+    third = schedules([(config("DPMSolverMultistepScheduler", solver_order=3), 8)])[0]["refused"]
+    assert third == "This page does not know DPMSolverMultistepScheduler with solver_order = 3. It knows 1 or 2."
     assert not {(name, "") for name in SERIES} & set(refused)
 
 

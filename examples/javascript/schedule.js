@@ -3,7 +3,7 @@
 import { UserError } from "./bundle.js";
 
 const f32 = Math.fround;
-const OFF = [false, null, undefined];
+const OFF = [false, null];
 
 /** The schedulers that this page knows, and the values of their keys that it implements. */
 const SOLVERS = {
@@ -34,8 +34,8 @@ export function makeSchedule(config, steps) {
   const solver = Object.hasOwn(SOLVERS, name) ? SOLVERS[name] : null;
   if (!solver) throw new UserError(`This page does not know the scheduler ${name}. It knows ${Object.keys(SOLVERS).join(", ")}.`);
   for (const [key, values] of Object.entries(solver.config)) {
-    if (values.includes(config[key])) continue;
-    throw new UserError(`This page does not know ${name} with ${key} = ${config[key]}. It knows ${values[0]}.`);
+    if (values.includes(config[key] ?? null)) continue;
+    throw new UserError(`This page does not know ${name} with ${key} = ${config[key]}. It knows ${values.map(String).join(" or ")}.`);
   }
   return solver.make(config, steps);
 }
