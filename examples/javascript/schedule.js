@@ -35,7 +35,8 @@ export function makeSchedule(config, steps) {
   if (!solver) throw new UserError(`This page does not know the scheduler ${name}. It knows ${Object.keys(SOLVERS).join(", ")}.`);
   for (const [key, values] of Object.entries(solver.config)) {
     if (values.includes(config[key] ?? null)) continue;
-    throw new UserError(`This page does not know ${name} with ${key} = ${config[key]}. It knows ${values.map(String).join(" or ")}.`);
+    const known = values.map(String).join(" or ");
+    throw new UserError(`This page does not know ${name} with ${key} = ${config[key]}. It knows ${known}.`);
   }
   return solver.make(config, steps);
 }
