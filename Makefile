@@ -37,7 +37,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engines bench test test-slow test-lowest test-lowest-export test-newest test-comfyui fuzz bindings lint gpu-check clean
+.PHONY: help setup engines bench test test-slow test-browser test-comfyui test-lowest test-lowest-export test-newest fuzz bindings lint gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -62,6 +62,10 @@ test: $(STAMP) ## run every test that needs no GPU and is not slow
 
 test-slow: $(STAMP) ## run the slowest tests (4 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(TEST_FLAGS)
+
+test-browser: $(STAMP) ## draw with examples/javascript in headless Chromium (needs npm and a browser)
+	cd examples/javascript && npm install --no-package-lock --no-audit --no-fund
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_example_javascript.py
 
 fuzz: $(STAMP) ## run the property-based tests with many new inputs (FUZZ_INPUTS=2000 for each test)
 	SANA_EXPORT_FUZZ=$(FUZZ_INPUTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(TEST_FLAGS) tests/fuzz

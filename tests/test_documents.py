@@ -27,7 +27,7 @@ DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in PATTERNS
     for path in ROOT.glob(pattern)
-    if not path.relative_to(ROOT).as_posix().startswith("benchmarks/out/")
+    if not path.relative_to(ROOT).as_posix().startswith(("benchmarks/out/", "examples/javascript/node_modules/"))
 )
 #: Characters of a table's cell.
 WIDEST_CELL = 200

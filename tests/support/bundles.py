@@ -21,15 +21,15 @@ def sprint_bundle_in(folder: Path) -> Path:
     return exported("tiny-sprint", folder / "tiny-sprint-fp32")
 
 
-def exported(checkpoint: Any, bundle: Path, **options: Any) -> Path:
-    """`bundle`, exported in float32 from a checkpoint, or from the one of that name, unless it exists."""
+def exported(checkpoint: Any, bundle: Path, precision: str = "fp32", **options: Any) -> Path:
+    """`bundle`, exported in float32 or another precision from a checkpoint, or from the one of that name, unless it exists."""
     if not bundle.exists():
         from sana_export.checkpoint.checkpoint import open_checkpoint
         from sana_export.export.bundle import export_bundle
 
         checkpoint = open_checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
         own = bundle.with_name(f"{bundle.name}-{os.getpid()}")
-        export_bundle(checkpoint, own, precision="fp32", **options)
+        export_bundle(checkpoint, own, precision=precision, **options)
         try:
             own.rename(bundle)
         except OSError:  # another test run was faster
