@@ -1,8 +1,8 @@
 // sana-parts: prints what `sana` computes from a bundle itself, without ONNX Runtime. For tests, and for whoever writes another reader.
 //
 //   sana-parts tokens BUNDLE PROMPT      ids of the prompt after the instruction, then of the prompt alone
-//   sana-parts encode TOKENIZER TEXT     ids of a text as it is
-//   sana-parts lower TEXT                the text as it is tokenized
+//   sana-parts encode TOKENIZER TEXT...  ids of each text as it is
+//   sana-parts lower                     the text on standard input as a prompt is tokenized: in lower case and stripped
 //   sana-parts noise SEED COUNT...       one line for each draw from one generator
 //   sana-parts schedule BUNDLE STEPS     a line for each step: timestep, 8 coefficients
 //   sana-parts sha256 FILE
@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <functional>
 #include <iostream>
+#include <iterator>
 #include <map>
 #include <nlohmann/json.hpp>
 
@@ -39,6 +40,11 @@ void print_tokens(const Words& words) {
     for (const bool after_instruction : {true, false}) print(reader.tokenize(words.at(1), after_instruction).ids);
 }
 
+void print_ids(const Words& words) {
+    const sana::Tokenizer tokenizer(words.at(0));
+    for (std::size_t i = 1; i < words.size(); ++i) print(tokenizer.encode(words[i]));
+}
+
 void print_noise(const Words& words) {
     sana::Noise noise(std::strtoull(words.at(0).c_str(), nullptr, 10));
     for (std::size_t i = 1; i < words.size(); ++i) print(noise.draw(std::strtoull(words[i].c_str(), nullptr, 10)));
@@ -54,8 +60,8 @@ void print_schedule(const Words& words) {
 
 const std::map<std::string, std::function<void(const Words&)>> kCommands = {
     {"tokens", print_tokens},
-    {"encode", [](const Words& words) { print(sana::Tokenizer(words.at(0)).encode(words.at(1))); }},
-    {"lower", [](const Words& words) { std::cout << sana::normalized_prompt(words.at(0)); }},
+    {"encode", print_ids},
+    {"lower", [](const Words&) { std::cout << sana::normalized_prompt({std::istreambuf_iterator<char>(std::cin), {}}); }},
     {"noise", print_noise},
     {"schedule", print_schedule},
     {"sha256", [](const Words& words) { std::cout << sana::sha256_of_file(words.at(0)) << '\n'; }},
