@@ -6,7 +6,6 @@
 #include <nlohmann/json.hpp>
 
 #include "errors.h"
-#include "sha256.h"
 
 namespace sana {
 namespace {
@@ -140,41 +139,30 @@ Bundle::Bundle(const fs::path& folder, const std::vector<std::string>& graphs) :
     const auto precision = manifest.at("options").at("precision").get<std::string>();
     if (precision == "bf16") throw BundleError("ONNX Runtime cannot run a bundle in bf16 on a CPU. Export it with --dtype fp32 or fp16");
 
-    for (const Json& entry : manifest.at("files")) {
-        const FileEntry file = checked(entry);
-        files_[entry.at("path").get<std::string>()] = file.path;
-    }
+    for (const Json& entry : manifest.at("files")) files_[entry.at("path").get<std::string>()] = checked(entry);
     for (const char* name : kFiles) {
         if (!files_.count(name)) throw BundleError("the manifest does not list " + std::string(name));
     }
     for (const std::string& name : graphs) {
         if (!manifest.at("graphs").contains(name)) throw BundleError("the bundle was exported without the graph " + name);
         const Json& graph = manifest.at("graphs").at(name);
-        graphs_[name] = {checked(graph.at("onnx")).path, names(graph.at("spec").at("inputs")), names(graph.at("spec").at("outputs"))};
+        graphs_[name] = {checked(graph.at("onnx")), names(graph.at("spec").at("inputs")), names(graph.at("spec").at("outputs"))};
         for (const Json& data : graph.at("data")) checked(data);
     }
 }
 
-/// A file entry whose file exists with the right size.
-FileEntry Bundle::checked(const Json& entry) {
+/// The path of a file entry whose file exists with the right size.
+fs::path Bundle::checked(const Json& entry) const {
     const auto name = entry.at("path").get<std::string>();
     if (!stays_inside(name)) throw BundleError("the manifest names a file outside of the bundle: " + Json(name).dump());
-    FileEntry file{folder_ / fs::u8path(name), 0, entry.at("sha256").get<std::string>()};
-    file.bytes = static_cast<std::uint64_t>(integer(entry.at("bytes"), "the size of " + name, 0, std::int64_t{1} << 50));
+    const fs::path path = folder_ / fs::u8path(name);
+    const std::int64_t wanted = integer(entry.at("bytes"), "the size of " + name, 0, std::int64_t{1} << 50);
     std::error_code error;
-    if (!fs::is_regular_file(file.path, error)) throw BundleError(file.path.string() + " is not there");
-    const std::uintmax_t found = fs::file_size(file.path, error);
-    if (error || found != file.bytes)
-        throw BundleError(file.path.string() + " has another size: " + std::to_string(found) + " bytes, wanted: " +
-                          std::to_string(file.bytes));
-    entries_.push_back(file);
-    return file;
-}
-
-void Bundle::check_hashes() const {
-    for (const FileEntry& file : entries_) {
-        if (sha256_of_file(file.path) != file.sha256) throw BundleError(file.path.string() + " has changed: its hash differs");
-    }
+    if (!fs::is_regular_file(path, error)) throw BundleError(path.string() + " is not there");
+    const std::uintmax_t found = fs::file_size(path, error);
+    if (error || found != static_cast<std::uintmax_t>(wanted))
+        throw BundleError(path.string() + " has another size: " + std::to_string(found) + " bytes, wanted: " + std::to_string(wanted));
+    return path;
 }
 
 TensorFile::TensorFile(const fs::path& path) : path_(path) {

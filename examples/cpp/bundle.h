@@ -16,13 +16,6 @@ nlohmann::json read_json(const std::filesystem::path& path, std::uintmax_t most_
 /// A JSON integer from `least` to `most`. Throws BundleError, naming `what`, for anything else.
 std::int64_t integer(const nlohmann::json& value, const std::string& what, std::int64_t least, std::int64_t most);
 
-/// A file that the manifest lists.
-struct FileEntry {
-    std::filesystem::path path;
-    std::uint64_t bytes;
-    std::string sha256;
-};
-
 /// A graph that the manifest lists.
 struct GraphEntry {
     std::filesystem::path onnx;
@@ -38,14 +31,11 @@ struct Model {
     std::string scheduler;
 };
 
-/// The manifest of a bundle, and its files, of which sizes have been checked.
+/// The manifest of a bundle, and its files, of which the sizes have been checked. Their hashes are not.
 class Bundle {
 public:
     /// Reads `folder`/manifest.json. Throws BundleError if the bundle is damaged, of another format, or lacks one of `graphs`.
     Bundle(const std::filesystem::path& folder, const std::vector<std::string>& graphs);
-
-    /// Reads every file that was checked once more and compares its hash.
-    void check_hashes() const;
 
     /// The path of a text file, which the manifest lists by this name.
     const std::filesystem::path& file(const std::string& name) const { return files_.at(name); }
@@ -53,13 +43,12 @@ public:
     const Model& model() const { return model_; }
 
 private:
-    FileEntry checked(const nlohmann::json& entry);
+    std::filesystem::path checked(const nlohmann::json& entry) const;
 
     std::filesystem::path folder_;
     Model model_;
     std::map<std::string, std::filesystem::path> files_;
     std::map<std::string, GraphEntry> graphs_;
-    std::vector<FileEntry> entries_;
 };
 
 /// A .safetensors file, of which tensors and rows are read one at a time.

@@ -23,8 +23,7 @@ const char* const kUsage =
     "  --steps N            steps (default: the bundle's)\n"
     "  --guidance X         classifier-free guidance; 1 or less: none (default: the bundle's)\n"
     "  --negative TEXT      negative prompt\n"
-    "  --width N, --height N   pixels (default: the bundle's native size)\n"
-    "  --check              compare the hash of every file with the manifest first\n";
+    "  --width N, --height N   pixels (default: the bundle's native size)\n";
 
 struct Arguments {
     std::vector<std::string> positional;
@@ -32,7 +31,6 @@ struct Arguments {
     std::optional<std::uint64_t> seed;
     std::optional<long> steps, width, height;
     std::optional<double> guidance;
-    bool check = false;
 };
 
 /// `text` as `convert` reads it. Throws UsageError unless `convert` reads all of it.
@@ -76,9 +74,7 @@ Arguments parse(const std::vector<std::string>& words) {
         {"--height", [&](auto& option, auto& text) { arguments.height = whole(option, text, kMostSide); }},
     };
     for (std::size_t i = 0; i < words.size(); ++i) {
-        if (words[i] == "--check") {
-            arguments.check = true;
-        } else if (const auto option = options.find(words[i]); option != options.end()) {
+        if (const auto option = options.find(words[i]); option != options.end()) {
             if (i + 1 == words.size()) throw sana::UsageError(words[i] + " needs a value");
             option->second(words[i], words[i + 1]);
             ++i;
@@ -97,7 +93,6 @@ void run(const Arguments& arguments) {
     sana::check_image_path(output);
     const std::string version = sana::onnxruntime_version();
     const sana::Bundle bundle(std::filesystem::u8path(arguments.positional[0]), sana::graphs_of_a_drawing());
-    if (arguments.check) bundle.check_hashes();
     const sana::Model& model = bundle.model();
     const auto native = static_cast<long>(model.sample_size * model.vae_scale_factor);
 

@@ -5,7 +5,6 @@
 //   sana-parts lower                     the text on standard input as a prompt is tokenized: in lower case and stripped
 //   sana-parts noise SEED COUNT...       one line for each draw from one generator
 //   sana-parts schedule BUNDLE STEPS     a line for each step: timestep, 8 coefficients
-//   sana-parts sha256 FILE
 //
 // Floating-point numbers are hexadecimal, so that no bit is lost.
 
@@ -21,7 +20,6 @@
 #include "noise.h"
 #include "prompt.h"
 #include "schedule.h"
-#include "sha256.h"
 #include "text.h"
 
 namespace {
@@ -64,7 +62,6 @@ const std::map<std::string, std::function<void(const Words&)>> kCommands = {
     {"lower", [](const Words&) { std::cout << sana::normalized_prompt({std::istreambuf_iterator<char>(std::cin), {}}); }},
     {"noise", print_noise},
     {"schedule", print_schedule},
-    {"sha256", [](const Words& words) { std::cout << sana::sha256_of_file(words.at(0)) << '\n'; }},
 };
 
 }  // namespace
