@@ -30,8 +30,10 @@ PROMPT = "A cute 🐼"
 FOLDERS = ("NLOHMANN_JSON_INCLUDE_DIR", "ONNXRUNTIME_ROOT", "ONNXRUNTIME_INCLUDE_DIR")
 #: Pieces of prompts: merges, spaces, emoji and Chinese, bytes, words that look like tokens, and the space's own character.
 PIECES = (
-    "a red apple|the|▁▁|  |\n\n\n|\t|🐼|👨‍👩‍👧|🇩🇪|一只可爱的猫|É|é|<bos>|<pad>x|<unk|<0x41>|<table>|User Prompt: |𐍈|ing|\x01|ｆｕｌｌ|مرحبا"
-).split("|")
+    *("a red apple", "the", "ing", "User Prompt: ", "▁▁", "  ", "\n\n\n", "\t", "\x01"),
+    *("🐼", "👨‍👩‍👧", "🇩🇪", "一只可爱的猫", "É", "é", "𐍈", "ｆｕｌｌ", "مرحبا"),
+    *("<bos>", "<pad>x", "<unk", "<0x41>", "<table>"),
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the C++ example was tried on Linux only")
 
@@ -71,8 +73,8 @@ def sana(programs: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `sana` with arguments."""
     if not (programs / "sana").exists():
         pytest.skip(
-            "no headers of ONNX Runtime: apt-get install libonnxruntime-dev (Debian 13), or set ONNXRUNTIME_ROOT to the folder of an"
-            " unpacked release"
+            "no headers of ONNX Runtime: apt-get install libonnxruntime-dev (Debian 13), or set ONNXRUNTIME_ROOT to the folder of"
+            " an unpacked release"
         )
     return lambda *arguments, code=0: finished(programs / "sana", *arguments, code=code)
 
@@ -148,6 +150,16 @@ def test_a_long_prompt_is_cut_as_in_the_runtime(sana: Any, tiny_bundle: Path, ti
     done = sana(tiny_bundle, prompt, tmp_path / "x.ppm", "--seed", 3, "--steps", 2)
     assert "the prompt is too long: its last" in done.stderr
     assert_same(pixels(tmp_path / "x.ppm"), np.asarray(tiny_runtime(prompt, num_inference_steps=2, seed=3).images[0]).astype(int))
+
+
+def test_files_may_be_links_as_in_the_cache_of_the_hub(sana: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = copied(tiny_bundle, tmp_path)
+    for number, file in enumerate(bundle.rglob("onnx/*/*.data")):
+        file.rename(tmp_path / f"blob{number}")
+        file.symlink_to(tmp_path / f"blob{number}")
+    for name, folder in (("linked", bundle), ("plain", tiny_bundle)):
+        sana(folder, PROMPT, tmp_path / f"{name}.png", "--seed", 7, "--steps", 1)
+    np.testing.assert_array_equal(pixels(tmp_path / "linked.png"), pixels(tmp_path / "plain.png"))
 
 
 @pytest.mark.slow
@@ -249,6 +261,7 @@ def _set(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (_set("model", "default_steps", value=10**9), "default_steps is out of range: 1000000000"),
         (_set("model", "sample_size", value="4"), 'sample_size is out of range: "4"'),
         (_set("model", "embedding_rows", value=7), "do not belong together"),
+        (_set("model", "vae_scale_factor", value=16), "decoded image has the wrong type or the shape [1, 3, 512, 512], wanted"),
         (_set("model", "instruction", value="another one"), "the tokenizer gives other token_ids"),
         (_set("model", "scheduler", "_class_name", value="SCMScheduler"), '_class_name is "SCMScheduler", supported'),
         (_set("model", "scheduler", "solver_order", value=3), "solver_order is 3, supported: [1,2]"),

@@ -120,6 +120,15 @@ Json read_json(const fs::path& path, std::uintmax_t most_bytes) {
     }
 }
 
+std::vector<char> read_bytes(const fs::path& path, std::uint64_t offset, std::uint64_t bytes) {
+    std::vector<char> values(bytes);
+    std::ifstream file(path, std::ios::binary);
+    file.seekg(static_cast<std::streamoff>(offset));
+    file.read(values.data(), static_cast<std::streamsize>(bytes));
+    if (!file) throw BundleError(path.string() + " cannot be read");
+    return values;
+}
+
 std::int64_t integer(const Json& value, const std::string& what, std::int64_t least, std::int64_t most) {
     if (value.is_number_integer() && value.get<double>() >= static_cast<double>(least) &&
         value.get<double>() <= static_cast<double>(most))
@@ -146,8 +155,9 @@ Bundle::Bundle(const fs::path& folder, const std::vector<std::string>& graphs) :
     for (const std::string& name : graphs) {
         if (!manifest.at("graphs").contains(name)) throw BundleError("the bundle was exported without the graph " + name);
         const Json& graph = manifest.at("graphs").at(name);
-        graphs_[name] = {checked(graph.at("onnx")), names(graph.at("spec").at("inputs")), names(graph.at("spec").at("outputs"))};
-        for (const Json& data : graph.at("data")) checked(data);
+        GraphEntry& entry = graphs_[name];
+        entry = {checked(graph.at("onnx")), {}, names(graph.at("spec").at("inputs")), names(graph.at("spec").at("outputs"))};
+        for (const Json& data : graph.at("data")) entry.data.push_back(checked(data));
     }
 }
 
@@ -170,9 +180,9 @@ TensorFile::TensorFile(const fs::path& path) : path_(path) {
     const auto damaged = [&] { return BundleError(path.string() + " is not a whole .safetensors file"); };
     if (size < 8) throw damaged();
     std::uint64_t header = 0;
-    std::memcpy(&header, read(0, 8).data(), 8);
+    std::memcpy(&header, read_bytes(path, 0, 8).data(), 8);
     if (header > kMostHeaderBytes || header > size - 8) throw damaged();
-    const std::vector<char> text = read(8, header);
+    const std::vector<char> text = read_bytes(path, 8, header);
     const Json tensors = Json::parse(text.begin(), text.end());
     for (const auto& [name, entry] : tensors.items()) {
         if (name == "__metadata__") continue;
@@ -206,20 +216,11 @@ std::vector<std::int64_t> TensorFile::shape(const std::string& name, std::size_t
     return tensor.shape;
 }
 
-std::vector<char> TensorFile::read(std::uint64_t offset, std::uint64_t bytes) const {
-    std::vector<char> values(bytes);
-    std::ifstream file(path_, std::ios::binary);
-    file.seekg(static_cast<std::streamoff>(offset));
-    file.read(values.data(), static_cast<std::streamsize>(bytes));
-    if (!file) throw BundleError(path_.string() + " cannot be read");
-    return values;
-}
-
 /// `count` values from the one with the number `first`, as float.
 std::vector<float> TensorFile::widened(const Tensor& tensor, std::uint64_t first, std::uint64_t count) const {
     const std::uint64_t item = kItemBytes.at(tensor.dtype);
     if (tensor.dtype == "I64") throw BundleError(path_.string() + " is damaged: integers in place of numbers");
-    const std::vector<char> stored = read(tensor.offset + first * item, count * item);
+    const std::vector<char> stored = read_bytes(path_, tensor.offset + first * item, count * item);
     std::vector<float> values(count);
     for (std::uint64_t i = 0; i < count; ++i) {
         if (item == 4) {
@@ -238,7 +239,7 @@ std::vector<float> TensorFile::floats(const std::string& name) const { return wi
 std::vector<std::int64_t> TensorFile::integers(const std::string& name) const {
     const Tensor& tensor = at(name);
     if (tensor.dtype != "I64") throw BundleError(path_.string() + " is damaged: " + name + " is " + tensor.dtype + ", wanted: I64");
-    const std::vector<char> stored = read(tensor.offset, tensor.count * 8);
+    const std::vector<char> stored = read_bytes(path_, tensor.offset, tensor.count * 8);
     std::vector<std::int64_t> values(tensor.count);
     if (!values.empty()) std::memcpy(values.data(), stored.data(), stored.size());
     return values;

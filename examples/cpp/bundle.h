@@ -13,12 +13,17 @@ namespace sana {
 /// A JSON document of at most `most_bytes`. NaN and Infinity outside of texts, which Python writes, become null. Throws BundleError.
 nlohmann::json read_json(const std::filesystem::path& path, std::uintmax_t most_bytes);
 
+/// `bytes` bytes of a file. Throws BundleError if it has not so many.
+std::vector<char> read_bytes(const std::filesystem::path& path, std::uint64_t offset, std::uint64_t bytes);
+
 /// A JSON integer from `least` to `most`. Throws BundleError, naming `what`, for anything else.
 std::int64_t integer(const nlohmann::json& value, const std::string& what, std::int64_t least, std::int64_t most);
 
 /// A graph that the manifest lists.
 struct GraphEntry {
     std::filesystem::path onnx;
+    /// The files that it reads weights from.
+    std::vector<std::filesystem::path> data;
     std::vector<std::string> inputs, outputs;
 };
 
@@ -71,7 +76,6 @@ private:
         std::uint64_t offset, count;
     };
     const Tensor& at(const std::string& name) const;
-    std::vector<char> read(std::uint64_t offset, std::uint64_t bytes) const;
     std::vector<float> widened(const Tensor& tensor, std::uint64_t first, std::uint64_t count) const;
 
     std::filesystem::path path_;

@@ -68,6 +68,8 @@ public:
     Graph(const Ort::Env& env, const Bundle& bundle, const std::string& name) : name_(name), entry_(bundle.graph(name)) {
         Ort::SessionOptions options;
         options.AddConfigEntry("session.force_spinning_stop", "1");  // idle threads leave the cores to the next graph
+        std::vector<std::vector<char>> contents;  // the session copies them
+        pass_linked_files(options, contents);
         try {
             session_ = Ort::Session(env, entry_.onnx.c_str(), options);
         } catch (const Ort::Exception& error) {
@@ -93,6 +95,22 @@ public:
     }
 
 private:
+    /// Passes weight files that are links out of the model's folder, as in the hub's cache, which ONNX Runtime refuses to open.
+    void pass_linked_files(Ort::SessionOptions& options, std::vector<std::vector<char>>& contents) const {
+        namespace fs = std::filesystem;
+        std::vector<fs::path::string_type> names;
+        std::vector<char*> starts;
+        std::vector<std::size_t> sizes;
+        for (const fs::path& data : entry_.data) {
+            if (fs::canonical(data).parent_path() == fs::canonical(entry_.onnx).parent_path()) continue;
+            contents.push_back(read_bytes(data, 0, fs::file_size(data)));
+            names.push_back(data.filename().native());
+            starts.push_back(contents.back().data());
+            sizes.push_back(contents.back().size());
+        }
+        if (!names.empty()) options.AddExternalInitializersFromFilesInMemory(names, starts, sizes);
+    }
+
     std::string name_;
     const GraphEntry& entry_;
     Ort::Session session_{nullptr};
@@ -211,6 +229,8 @@ struct Side {
 
 Image decode(const Ort::Env& env, const Bundle& bundle, const Ort::Value& latents, std::size_t width, std::size_t height) {
     const auto decoded = Graph(env, bundle, "vae_decoder").run({{"latents", &latents}});
+    const Shape decoded_shape = {1, 3, static_cast<std::int64_t>(height), static_cast<std::int64_t>(width)};
+    values_of<float>(decoded[0], decoded_shape, "decoded image");  // checks its type and shape
     const Side rows(height), columns(width);
     const auto outputs = Graph(env, bundle, "postprocess")
                              .run({{"image", &decoded[0]},
