@@ -133,7 +133,7 @@ def model_options(files: Any, hub: Any) -> dict[str, Any]:
     token, cache_dir and offline (parsed options). Raises UsageError if a LoRA's scale is not a number.
     """
     from sana_export.adapters import parse_lora
-    from sana_export.checkpoint.hub import Hub
+    from sana_export.hub.client import Hub
 
     return {
         "revision": files.revision,
