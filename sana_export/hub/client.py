@@ -49,13 +49,16 @@ class Repository:
     files: Mapping[str, RepositoryFile]
 
 
-def is_offline(hub: Hub) -> bool:
-    """Whether the hub must not be contacted: by `hub`, or by HF_HUB_OFFLINE. Raises DependencyError without huggingface_hub."""
+def is_offline(hub: Hub, what: str = "the hub") -> bool:
+    """Whether the hub must not be contacted: by `hub`, or by HF_HUB_OFFLINE.
+
+    Raises DependencyError, with `what` as its subject, if huggingface_hub is not installed.
+    """
     try:
         import huggingface_hub.constants
     except ModuleNotFoundError as error:
         raise DependencyError(
-            "the hub needs a package that is not installed", found=error, wanted="huggingface_hub", fix=install_command("hub")
+            f"{what} needs a package that is not installed", found=error, wanted="huggingface_hub", fix=install_command("hub")
         ) from error
 
     return hub.offline or bool(huggingface_hub.constants.HF_HUB_OFFLINE)
@@ -76,6 +79,7 @@ def look_up(repo: str, revision: str | None, hub: Hub, *, names: str = LIST_VARI
     """
     offline = is_offline(hub)
     import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
 
     with hub_errors(repo, revision, offline, (), names=names):
         try:
@@ -85,9 +89,9 @@ def look_up(repo: str, revision: str | None, hub: Hub, *, names: str = LIST_VARI
             }
             if not found.sha:
                 raise ValueError("no commit")
+        except HFValidationError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, huggingface_hub.errors.HFValidationError):
-                raise
             raise DependencyError(
                 f"the server's answer about {repo} is not a hub's",
                 found=first_line(error),
