@@ -79,7 +79,7 @@ def look_up(repo: str, revision: str | None, hub: Hub, *, names: str = LIST_VARI
     """
     offline = is_offline(hub)
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     with hub_errors(repo, revision, offline, (), names=names):
         try:
@@ -89,7 +89,7 @@ def look_up(repo: str, revision: str | None, hub: Hub, *, names: str = LIST_VARI
             }
             if not found.sha:
                 raise ValueError("no commit")
-        except HFValidationError:
+        except (HFValidationError, HfHubHTTPError):  # some of them are ValueErrors too
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DependencyError(

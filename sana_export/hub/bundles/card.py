@@ -94,7 +94,7 @@ def _origin(manifest: Manifest, base: str | None) -> str:
     extras += [f"{len(checkpoint.loras)} LoRA merged in"] if checkpoint.loras else []
     lines = [
         f"A Sana text-to-image model as ONNX graphs, made from {source}{', with ' if extras else ''}{', '.join(extras)}. "
-        "It runs without PyTorch, with [sana_export](https://pypi.org/project/sana-export/) "
+        "It runs without PyTorch, with sana_export "
         f"{'.'.join(manifest.tool_version.split('.')[:2])} (it was written by {manifest.tool_version}).",
         "",
         f"- Precision: {manifest.options.precision}. Native size: {model.native_size} x {model.native_size} px. "
@@ -110,7 +110,7 @@ def _origin(manifest: Manifest, base: str | None) -> str:
 def _usage(repo: str, manifest: Manifest) -> str:
     python = f'from sana_export import SanaRuntime\n\nruntime = SanaRuntime.from_pretrained("{repo}")\n'
     python += 'runtime("a red apple", seed=42).images[0].save("apple.png")'
-    shell = f'pip install "sana-export[cpu,hub]"\nsana-export generate {repo} "a red apple" -o apple.png\n'
+    shell = f'# sana_export with the extras cpu (or cuda) and hub\nsana-export generate {repo} "a red apple" -o apple.png\n'
     shell += f"sana-export pull {repo} -o {repo.partition('/')[2]}    # the whole bundle as a folder"
     note = "Every file is checked against the hashes in `manifest.json` before it is used, and loading runs no code of it."
     return f"```bash\n{shell}\n```\n\n```python\n{python}\n```\n\n{note}"

@@ -104,16 +104,9 @@ def fetch_files(
     missing = [entry for entry in entries if not (_is_intact(folder, entry) if check else _is_at(folder, entry))]
     check_offered(remote, [entry for entry in missing if not _is_at(remote.cached, entry)])
     require_free(folder, sum(entry.bytes for entry in missing), f"the bundle {remote.origin.repo}")
-    done = 0
-    for entry in missing:
-        log.info(
-            "%s (%d of %d files, %.1f of %.1f MB)",
-            entry.path,
-            len(entries) - len(missing) + 1,
-            len(entries),
-            done / 1e6,
-            sum(entry.bytes for entry in missing) / 1e6,
-        )
+    done, total = 0, sum(entry.bytes for entry in missing)
+    for number, entry in enumerate(missing, 1):
+        log.info("%s (file %d of %d, %.1f of %.1f MB done)", entry.path, number, len(missing), done / 1e6, total / 1e6)
         _get(remote, folder, entry, hub)
         done += entry.bytes
     return missing

@@ -92,6 +92,7 @@ def push_bundle(
     if paths := private_paths(manifest):
         log.warning("the manifest names what looks like a path of this machine: %s", ", ".join(paths))
     import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = huggingface_hub.HfApi(token=hub.token)
     with hub_errors(repo, branch, False, (), names="write the name as owner/name", pushing=True):
@@ -109,13 +110,20 @@ def push_bundle(
     total = sum(operation.upload_info.size for operation in additions)
     log.info("pushing %d files, %.1f MB, to %s", len(additions), total / 1e6, repo)
     with hub_errors(repo, branch, False, (), pushing=True):
-        done = api.create_commit(
-            repo,
-            [*additions, *(huggingface_hub.CommitOperationDelete(path) for path in stale)],
-            commit_message=message or f"Push a bundle with sana-export {manifest.tool_version}",
-            revision=branch,
-            parent_commit=there.commit,
-        )
+        try:
+            done = api.create_commit(
+                repo,
+                [*additions, *(huggingface_hub.CommitOperationDelete(path) for path in stale)],
+                commit_message=message or f"Push a bundle with sana-export {manifest.tool_version}",
+                revision=branch,
+                parent_commit=there.commit,
+            )
+        except ValueError as error:
+            if isinstance(error, HFValidationError | HfHubHTTPError) or "LFS batch" not in str(error):
+                raise
+            # A quota, for example. huggingface_hub says so with a plain ValueError.
+            found = " ".join(str(error).split())
+            raise DependencyError(f"the hub does not accept the files of {repo}", found=found, wanted="room for them") from error
     names = tuple(operation.path_in_repo for operation in additions)
     return Pushed(repo, done.oid, names, total, tuple(stale), card is None, time.monotonic() - started)
 
