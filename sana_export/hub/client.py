@@ -122,7 +122,10 @@ def download(
     offline = is_offline(hub)
     import huggingface_hub
 
-    with disk_errors((folder or cache_of(hub) / repo) / name), hub_errors(repo, revision, offline, (name,), names=names):
+    with (
+        disk_errors((folder or cache_of(hub) / repo) / name),
+        hub_errors(repo, revision, offline, (name,), names=names, transfer=True),
+    ):
         return Path(
             huggingface_hub.hf_hub_download(
                 repo,
@@ -220,25 +223,37 @@ _TOO_SHORT = "Consistency check failed"
 
 @contextmanager
 def hub_errors(
-    repo: str, revision: str | None, offline: bool, first: Sequence[str], *, names: str = LIST_VARIANTS, pushing: bool = False
+    repo: str,
+    revision: str | None,
+    offline: bool,
+    first: Sequence[str],
+    *,
+    names: str = LIST_VARIANTS,
+    pushing: bool = False,
+    transfer: bool = False,
 ) -> Iterator[None]:
     """Turn huggingface_hub's errors into ours. Disk errors pass through.
 
-    first: the files that are asked for first. names: where to find names of repositories. pushing: files are sent, not received.
+    first: the files that are asked for first.
+    names: where to find names of repositories.
+    pushing: files are sent, not received.
+    transfer: the block does nothing but transfer files, so a RuntimeError is not one of ours.
     """
     from huggingface_hub import errors
 
     classes = ("HFValidationError", "EntryNotFoundError", "XetDownloadError", "FileMetadataError", "LocalTokenNotFoundError")
     # HfHubHTTPError's bases are OSError and the error class of the HTTP client, which differs between versions.
     kinds = (*errors.HfHubHTTPError.__bases__, *(getattr(errors, name) for name in classes if hasattr(errors, name)))
+    if transfer:  # huggingface_hub wraps what went wrong with an upload, and hf_xet has no classes of its own
+        kinds = (*kinds, RuntimeError)
     try:
         yield
     except kinds as error:
         if isinstance(error, OSError) and is_disk_error(error):
             raise
-        refusal = _refusal(error, offline, pushing)
+        cause = _cause(error)
+        refusal = _refusal(cause if isinstance(error, RuntimeError) else error, offline, pushing)
         texts: dict[str, Any] = {"repo": repo, "revision": revision, "first": " or ".join(first), "names": names}
-        cause = error.__cause__ if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__ else error
         raise refusal.kind(
             refusal.message.format(**texts),
             found=refusal.found or first_line(cause),
@@ -247,11 +262,17 @@ def hub_errors(
         ) from error
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong, if huggingface_hub wrapped it into `error`."""
+    wraps = isinstance(error, RuntimeError) or type(error).__name__ == "LocalEntryNotFoundError"
+    return error.__cause__ if wraps and error.__cause__ is not None else error
+
+
 def _refusal(error: BaseException, offline: bool, pushing: bool) -> _Refusal:
     ancestors = [kind.__name__ for kind in type(error).__mro__]
     for name, row in {**_REFUSALS, **(_REFUSALS_OF_PUSH if pushing else {})}.items():
         if name in ancestors:
             return row
-    if first_line(error).startswith(_TOO_SHORT):
+    if isinstance(error, RuntimeError) or first_line(error).startswith(_TOO_SHORT):
         return _BROKEN_OFF
     return _OFFLINE if offline else _UNREACHABLE

@@ -65,22 +65,17 @@ def test_a_damaged_bundle_is_refused_before_anything_is_sent(bundle: Path, local
     assert local_hub.log == []
 
 
-def test_a_second_push_sends_what_changed_and_deletes_what_is_gone(
-    engine_bundle: Path, local_hub: LocalHub, tmp_path: Path
-) -> None:
+def test_a_second_push_sends_what_changed_and_deletes_the_rest(engine_bundle: Path, local_hub: LocalHub, tmp_path: Path) -> None:
     first = push_bundle(engine_bundle, REPO)
     local_hub.put(REPO, {**local_hub.files(REPO), "LICENSE": b"terms", "picture.png": b"png"})
-    local_hub.received = 0
+    local_hub.received, before = 0, local_hub.files(REPO)
     write_bundle(tmp_path / "other", seed=1)
     second = push_bundle(tmp_path / "other", REPO)
     files = local_hub.files(REPO)
     assert set(second.deleted) == {name for name in first.files if name.startswith("engines/")}
     assert set(files) == {".gitattributes", "LICENSE", "picture.png", "README.md", "manifest.json"} | listed(tmp_path / "other")
-    unchanged = len(files["instruction.safetensors"])
-    assert (
-        local_hub.received
-        == sum(len(files[name]) for name in files if name.endswith((".onnx", ".data", ".safetensors"))) - unchanged
-    )
+    new = {name for name in files if name.endswith((".onnx", ".data")) and files[name] != before.get(name)}
+    assert local_hub.received == sum(len(files[name]) for name in new) > 0
     again = push_bundle(tmp_path / "other", REPO)
     assert again.commit == second.commit  # nothing changed: no empty commit
 
@@ -100,9 +95,9 @@ def test_another_branch(bundle: Path, local_hub: LocalHub) -> None:
 
 def test_an_interrupted_push_leaves_the_old_bundle_and_continues(bundle: Path, local_hub: LocalHub) -> None:
     local_hub.uploads = 1
-    with pytest.raises(DependencyError, match="the connection to the hub broke off|cannot be reached") as caught:
+    with pytest.raises(DependencyError, match="broke off during a transfer of me/sana-bundle") as caught:
         push_bundle(bundle, REPO)
-    assert "Efficient" not in str(caught.value)
+    assert "run the same command again" in str(caught.value)
     assert "manifest.json" not in local_hub.files(REPO)
     sent, local_hub.uploads = local_hub.received, None
     assert sent > 0
@@ -119,27 +114,21 @@ def test_a_repository_with_something_else_is_refused(bundle: Path, local_hub: Lo
 
 
 @pytest.mark.parametrize(
-    ("token", "repo", "status", "words"),
+    ("token", "status", "words"),
     [
-        ("", REPO, None, ("does not accept", "hf auth login", REPO)),
-        ("hf_other", REPO, None, ("does not accept", "don't have the rights")),
-        ("hf_owner", REPO, 503, ("does not accept", "503")),
+        ("", None, ("does not accept", "hf auth login", REPO)),
+        ("hf_other", None, ("does not accept", "don't have the rights")),
+        ("hf_owner", 503, ("does not accept", "503")),
     ],
     ids=["no token", "another's repository", "out of order"],
 )
 def test_what_the_hub_refuses(
-    bundle: Path,
-    local_hub: LocalHub,
-    monkeypatch: pytest.MonkeyPatch,
-    token: str,
-    repo: str,
-    status: int | None,
-    words: tuple[str, ...],
+    bundle: Path, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch, token: str, status: int | None, words: tuple[str, ...]
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
     local_hub.status = status
     with pytest.raises(DependencyError) as caught:
-        push_bundle(bundle, repo, hub=Hub(token or None))
+        push_bundle(bundle, REPO, hub=Hub(token or None))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 

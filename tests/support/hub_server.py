@@ -349,7 +349,7 @@ def running() -> Iterator[LocalHub]:
 
 
 def connect(hub: LocalHub, cache: Path, patch: pytest.MonkeyPatch, token: str | None = None) -> None:
-    """Point the real huggingface_hub of this process to `hub`: its address, an empty cache, no Xet, no waiting before it retries."""
+    """Point the real huggingface_hub of this process to `hub`: an empty cache, no Xet, no waiting before it retries."""
     from huggingface_hub import constants
 
     patch.setattr(constants, "ENDPOINT", hub.address)

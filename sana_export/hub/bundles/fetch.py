@@ -98,11 +98,9 @@ def fetch_files(
     `folder` is that of the commit in the hub's cache, or any other. Files that are there are hashed (`check`), and replaced if they
     are damaged. Offline, engines that are not in the cache are left out.
     """
-    every = [*remote.manifest.files, *(file for graph in remote.manifest.graphs.values() for file in graph.files)]
-    every += [engine.file for engine in engines if remote.files is not None or _is_at(remote.cached, engine.file)]
-    entries = list({entry.path: entry for entry in every}.values())
+    entries = _wanted_files(remote, engines)
     missing = [entry for entry in entries if not (_is_intact(folder, entry) if check else _is_at(folder, entry))]
-    check_offered(remote, [entry for entry in missing if not _is_at(remote.cached, entry)])
+    _check_offered(remote, missing)
     require_free(folder, sum(entry.bytes for entry in missing), f"the bundle {remote.origin.repo}")
     done, total = 0, sum(entry.bytes for entry in missing)
     for number, entry in enumerate(missing, 1):
@@ -110,6 +108,13 @@ def fetch_files(
         _get(remote, folder, entry, hub)
         done += entry.bytes
     return missing
+
+
+def _wanted_files(remote: RemoteBundle, engines: Sequence[EngineEntry]) -> list[FileEntry]:
+    """The files of `remote` with those of `engines`, each once."""
+    every = [*remote.manifest.files, *(file for graph in remote.manifest.graphs.values() for file in graph.files)]
+    every += [engine.file for engine in engines if remote.files is not None or _is_at(remote.cached, engine.file)]
+    return list({entry.path: entry for entry in every}.values())
 
 
 def _get(remote: RemoteBundle, folder: Path, entry: FileEntry, hub: Hub) -> None:
@@ -136,6 +141,10 @@ def _get(remote: RemoteBundle, folder: Path, entry: FileEntry, hub: Hub) -> None
         ) from error
 
 
+def _check_offered(remote: RemoteBundle, entries: Sequence[FileEntry]) -> None:
+    check_offered(remote, [entry for entry in entries if not _is_at(remote.cached, entry)])
+
+
 def _is_at(folder: Path, entry: FileEntry) -> bool:
     return (folder / entry.path).is_file()
 
@@ -158,6 +167,7 @@ def _into_folder(remote: RemoteBundle, output: Path, engines: Sequence[EngineEnt
         place.restore()
         if place.folder.exists() and (not place.folder.is_dir() or place.content()):
             return _complete(remote, place.folder, engines, hub)
+        _check_offered(remote, _wanted_files(remote, engines))  # before anything is written
         partial = place.partial
         if origin_of(partial) != replace(origin, folder=partial):  # what is there belongs to another pull
             shutil.rmtree(partial, ignore_errors=True)

@@ -109,7 +109,7 @@ def push_bundle(
         additions.append(huggingface_hub.CommitOperationAdd(CARD, card.encode()))
     total = sum(operation.upload_info.size for operation in additions)
     log.info("pushing %d files, %.1f MB, to %s", len(additions), total / 1e6, repo)
-    with hub_errors(repo, branch, False, (), pushing=True):
+    with hub_errors(repo, branch, False, (), pushing=True, transfer=True):
         try:
             done = api.create_commit(
                 repo,
