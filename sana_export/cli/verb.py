@@ -15,6 +15,7 @@ from sana_export.cli.terminal.console import QUIET, Console
 from sana_export.commands import model_words
 from sana_export.errors import ArtifactError
 from sana_export.hub.client import Hub
+from sana_export.hub.names import is_address
 from sana_export.manifest import Manifest
 from sana_export.numeric import MOST_DEVICES, MOST_THREADS, shown
 from sana_export.user_paths import user_path
@@ -84,7 +85,14 @@ def add_bundle(parser: argparse.ArgumentParser, nargs: Literal["?"] | None = Non
 def add_bundle_to_read(parser: argparse.ArgumentParser, nargs: Literal["?"] | None = None) -> None:
     """The positional argument BUNDLE, a folder or a repository, for `bundle_to_read`. The parser needs `add_hub_options` too."""
     meaning = "a folder made by `sana-export export`, or a repository of the hub (owner/name, owner/name@revision)"
-    parser.add_argument("bundle", metavar="BUNDLE", nargs=nargs, help=meaning)
+    parser.add_argument("bundle", metavar="BUNDLE", nargs=nargs, type=_bundle_name, help=meaning)
+
+
+def _bundle_name(text: str) -> str:
+    """`text`, if it can be the name of a folder or a repository. Raises UsageError if not."""
+    if not is_address(text):
+        user_path(text, "BUNDLE")
+    return text
 
 
 def bundle_to_read(options: argparse.Namespace, *, backend: str | None = None) -> Path:
