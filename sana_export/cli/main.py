@@ -38,7 +38,7 @@ VERBS: dict[str, Verb] = {
 #: Log level by the number of -v minus the number of -q. 0 is the verb's own level.
 LEVELS = {-1: SILENT, 1: VERBOSE, 2: EVERYTHING}
 #: Libraries read their log level from these variables when they are imported.
-QUIET_ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+QUIET_ENVIRONMENT = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
 NO_PROGRESS_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
