@@ -38,11 +38,11 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     return run
 
 
-def add_engine(bundle: Path, name: str, **fields: object) -> Manifest:
+def add_engine(bundle: Path, name: str, content: bytes = b"engine", **fields: object) -> Manifest:
     """Put an engine into the manifest, whose file has a few bytes."""
     path = bundle / "engines" / "tensorrt-rtx" / name / "sampler.engine"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(f"engine {name}".encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content + name.encode())
     entry = dataclasses.replace(ENGINE, key=name.ljust(64, "0"), file=file_entry(bundle, path), **fields)  # type: ignore[arg-type]
     manifest = Manifest.load(bundle).with_engine(entry)
     manifest.save(bundle)

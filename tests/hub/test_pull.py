@@ -217,12 +217,13 @@ def test_engines_that_were_built_here_stay(engine_bundle: Path, local_hub: Local
     push_bundle(engine_bundle, REPO)
     folder = pull_bundle(REPO, tmp_path / "out", host=dataclasses.replace(THERE, gpus=())).folder
     add_engine(folder, "c3")
-    add_engine(folder, "a1", profile="own")  # the same key, built here with other bytes
+    add_engine(folder, "a1", b"built here ")  # the same key and other bytes
     own = Manifest.load(folder).engines
     add_engine(engine_bundle, "d4", compute_capabilities=("12.0",))
     push_bundle(engine_bundle, REPO)
     manifest = pull_bundle(REPO, folder, host=dataclasses.replace(THERE, gpus=(ADA,))).manifest
     assert [entry for entry in manifest.engines if entry in own] == list(own)
+    assert (folder / "engines/tensorrt-rtx/a1/sampler.engine").read_bytes() == b"built here a1"
     assert {entry.key[:2] for entry in manifest.engines} == {"a1", "b2", "c3", "d4"}
 
 
