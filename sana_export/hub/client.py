@@ -175,6 +175,12 @@ _BROKEN_OFF = _Refusal(
     "the whole file",
     "run the same command again: files that are complete are not transferred again",
 )
+_NOT_POSSIBLE = _Refusal(
+    DependencyError,
+    "huggingface_hub cannot transfer the files of {repo}",
+    "files that it can transfer, and room for them in the account",
+    "pip install hf_xet  (for files of more than 50 GB), or see what was found",
+)
 #: By the name of huggingface_hub's or its HTTP client's class, subclasses first.
 _REFUSALS = {
     "GatedRepoError": _Refusal(
@@ -205,6 +211,7 @@ _REFUSALS = {
         "access to the repository",
         "try again later; for private or gated files pass --token or run `hf auth login`",
     ),
+    "ValueError": _NOT_POSSIBLE,
     "RemoteProtocolError": _BROKEN_OFF,
     "ReadError": _BROKEN_OFF,
     "WriteError": _BROKEN_OFF,
@@ -237,15 +244,15 @@ def hub_errors(
     first: the files that are asked for first.
     names: where to find names of repositories.
     pushing: files are sent, not received.
-    transfer: the block does nothing but transfer files, so a RuntimeError is not one of ours.
+    transfer: the block does nothing but transfer files, so a RuntimeError or ValueError is not one of ours.
     """
     from huggingface_hub import errors
 
     classes = ("HFValidationError", "EntryNotFoundError", "XetDownloadError", "FileMetadataError", "LocalTokenNotFoundError")
     # HfHubHTTPError's bases are OSError and the error class of the HTTP client, which differs between versions.
     kinds = (*errors.HfHubHTTPError.__bases__, *(getattr(errors, name) for name in classes if hasattr(errors, name)))
-    if transfer:  # huggingface_hub wraps what went wrong with an upload, and hf_xet has no classes of its own
-        kinds = (*kinds, RuntimeError)
+    if transfer:  # huggingface_hub wraps what went wrong with an upload, and some of it has no classes of its own
+        kinds = (*kinds, RuntimeError, ValueError)
     try:
         yield
     except kinds as error:
@@ -256,7 +263,7 @@ def hub_errors(
         texts: dict[str, Any] = {"repo": repo, "revision": revision, "first": " or ".join(first), "names": names}
         raise refusal.kind(
             refusal.message.format(**texts),
-            found=refusal.found or first_line(cause),
+            found=refusal.found or (" ".join(str(cause).split()) if refusal is _NOT_POSSIBLE else first_line(cause)),
             wanted=refusal.wanted.format(**texts),
             fix=refusal.fix.format(**texts),
         ) from error

@@ -13,7 +13,8 @@ from sana_export.files import read_unlisted, real_path, write_whole
 #: The record in a pulled bundle. It is not in the manifest.
 FILE_NAME = "hub.json"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+#: The names of repositories that the hub accepts.
+REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 #: The hub's cache has the folders models--owner--name/snapshots/<commit>.
 _CACHED = "models--"
 #: Where huggingface_hub keeps its cache by default, below the home folder.
@@ -57,11 +58,11 @@ def origin_of(bundle: Path) -> HubOrigin | None:
     parts = real_path(bundle).parts
     if len(parts) > 3 and parts[-2] == "snapshots" and parts[-3].startswith(_CACHED) and _COMMIT.fullmatch(parts[-1]):
         repo = parts[-3].removeprefix(_CACHED).replace("--", "/")
-        return HubOrigin(repo, parts[-1], cache=Path(*parts[:-3])) if _REPO.fullmatch(repo) else None
+        return HubOrigin(repo, parts[-1], cache=Path(*parts[:-3])) if REPO.fullmatch(repo) else None
     try:
         document = json.loads(read_unlisted(bundle / FILE_NAME) or b"null")
         repo, commit = document["repo"], document["commit"]
-        if _REPO.fullmatch(repo) and _COMMIT.fullmatch(commit):
+        if REPO.fullmatch(repo) and _COMMIT.fullmatch(commit):
             return HubOrigin(repo, commit, folder=bundle)
     except (ValueError, TypeError, KeyError, RecursionError):  # no record, or not one of ours
         pass

@@ -50,6 +50,7 @@ def test_of_a_published_checkpoint(bundle: Path) -> None:
 def test_of_other_checkpoints(bundle: Path) -> None:
     text, data = card(bundle, "someone/fine-tune@v1")
     assert data["base_model"] == "someone/fine-tune"
+    assert "base_model" not in card(bundle, "a/b](http://evil)")[1]
     text, data = card(bundle, "tiny")
     assert (data["license"], data.get("base_model")) == ("apache-2.0", None)
     text, data = card(bundle, "/home/alice/my checkpoint")
@@ -82,7 +83,7 @@ def test_paths_that_a_manifest_gives_away(bundle: Path) -> None:
     assert private_paths(manifest) == []
 
 
-@pytest.mark.parametrize("parity", [{}, {"graphs": None, "passed": True}])
+@pytest.mark.parametrize("parity", [{}, {"graphs": None, "passed": True}, {"graphs": ["x"], "images": [{}]}])
 def test_an_unusual_report(bundle: Path, parity: dict[str, Any]) -> None:
     assert "## Parity" in card(bundle, "tiny", parity=parity)[0]
 

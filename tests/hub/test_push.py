@@ -132,6 +132,13 @@ def test_what_the_hub_refuses(
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_a_full_account(bundle: Path, local_hub: LocalHub) -> None:
+    local_hub.quota = "Storage limit reached"
+    with pytest.raises(DependencyError, match="cannot transfer the files of me/sana-bundle") as caught:
+        push_bundle(bundle, REPO)
+    assert "Storage limit reached" in str(caught.value)
+
+
 def test_names_that_are_no_repository(bundle: Path, cli: Cli, local_hub: LocalHub) -> None:
     assert cli("push", bundle, "name").code == 4
     assert cli("push", bundle, "me/a--b").code == 2

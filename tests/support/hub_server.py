@@ -87,6 +87,8 @@ class LocalHub:
     status: int | None = None
     #: Uploads of git-lfs that are accepted before the connection breaks. None: all.
     uploads: int | None = None
+    #: Why no upload of git-lfs is accepted, such as a quota.
+    quota: str | None = None
     address: str = ""
 
     def add(self, repo: str, folder: Path, names: list[str] | None = None, *, private: bool = False) -> str:
@@ -236,6 +238,9 @@ class Handler(BaseHTTPRequestHandler):
             return None
         objects = []
         for item in json.loads(body)["objects"]:
+            if self.hub.quota is not None:
+                objects.append({**item, "error": {"code": 403, "message": self.hub.quota}})
+                continue
             upload = {"upload": {"href": f"{self.hub.address}/lfs/{item['oid']}", "header": {}}}
             objects.append({**item, **({} if item["oid"] in self.hub.lfs else {"actions": upload})})
         return self._json({"transfer": "basic", "objects": objects})

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sana_export.contract import GRAPHS, OPTIONAL_GRAPHS
-from sana_export.hub.names import may_be_hub_id
+from sana_export.hub.origin import REPO
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.records import Checkpoint
 from sana_export.variants import Variant, find_variant
@@ -46,7 +46,7 @@ def base_repository(checkpoint: Checkpoint) -> str | None:
     if row is not None:
         return row.repo
     repo = checkpoint.source.partition("@")[0]
-    return repo if may_be_hub_id(repo) and not checkpoint.synthetic and not repo.startswith(("\\", ".")) else None
+    return repo if REPO.fullmatch(repo) and not checkpoint.synthetic else None
 
 
 def private_paths(manifest: Manifest) -> list[str]:
@@ -76,7 +76,7 @@ def _origin(manifest: Manifest, base: str | None) -> str:
     row = find_variant(checkpoint.source)
     if base is not None:
         source = f"[{base}](https://huggingface.co/{base})" + (
-            f" at revision `{checkpoint.revision}`" if checkpoint.revision else ""
+            f" at revision {_cell(checkpoint.revision)}" if checkpoint.revision else ""
         )
     elif row is not None:
         source = f"`{row.alias}`, a checkpoint of sana_export" + (" with random weights" if checkpoint.synthetic else "")
@@ -154,6 +154,8 @@ def _parity(parity: Mapping[str, Any] | None) -> str:
     rows = []
     for kind in ("graphs", "images"):
         for row in parity.get(kind) or ():
+            if not isinstance(row, Mapping):
+                continue
             values = [f"{row.get('cosine', '')}"[:11], f"{row.get('psnr_db', '')}"[:6], str(row.get("limit", ""))]
             rows.append((str(row.get("name", "")), *values, "yes" if row.get("passed") else "**no**"))
     verdict = "passed" if parity.get("passed") else "**did not pass**"

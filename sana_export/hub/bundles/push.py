@@ -15,10 +15,12 @@ from sana_export.files import FileEntry
 from sana_export.hub.bundles.card import FILE_NAME as CARD
 from sana_export.hub.bundles.card import MARKER, MAX_BYTES, make_card, private_paths
 from sana_export.hub.bundles.remote import check_names
+from sana_export.hub.bundles.source import repository
 from sana_export.hub.client import Hub, Repository, download, hub_errors, is_offline, look_up
 from sana_export.hub.origin import origin_of
 from sana_export.known_files import check_known_files, hash_always
 from sana_export.manifest import FILE_NAME, Manifest
+from sana_export.user_paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,8 @@ def push_bundle(
     Raises ArtifactError for a damaged bundle, UsageError if the repository has something else than a bundle, and DependencyError if
     the hub cannot be reached or does not allow it.
     """
-    started, hub = time.monotonic(), hub or Hub()
+    started, hub, bundle = time.monotonic(), hub or Hub(), user_path(bundle, "the bundle")
+    repo, branch = repository(repo, branch)
     if is_offline(hub):
         raise DependencyError(
             "offline mode is on, and a push needs the hub", found="--offline or HF_HUB_OFFLINE", fix="unset HF_HUB_OFFLINE"
@@ -92,7 +95,6 @@ def push_bundle(
     if paths := private_paths(manifest):
         log.warning("the manifest names what looks like a path of this machine: %s", ", ".join(paths))
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = huggingface_hub.HfApi(token=hub.token)
     with hub_errors(repo, branch, False, (), names="write the name as owner/name", pushing=True):
@@ -110,20 +112,13 @@ def push_bundle(
     total = sum(operation.upload_info.size for operation in additions)
     log.info("pushing %d files, %.1f MB, to %s", len(additions), total / 1e6, repo)
     with hub_errors(repo, branch, False, (), pushing=True, transfer=True):
-        try:
-            done = api.create_commit(
-                repo,
-                [*additions, *(huggingface_hub.CommitOperationDelete(path) for path in stale)],
-                commit_message=message or f"Push a bundle with sana-export {manifest.tool_version}",
-                revision=branch,
-                parent_commit=there.commit,
-            )
-        except ValueError as error:
-            if isinstance(error, HFValidationError | HfHubHTTPError) or "LFS batch" not in str(error):
-                raise
-            # A quota, for example. huggingface_hub says so with a plain ValueError.
-            found = " ".join(str(error).split())
-            raise DependencyError(f"the hub does not accept the files of {repo}", found=found, wanted="room for them") from error
+        done = api.create_commit(
+            repo,
+            [*additions, *(huggingface_hub.CommitOperationDelete(path) for path in stale)],
+            commit_message=message or f"Push a bundle with sana-export {manifest.tool_version}",
+            revision=branch,
+            parent_commit=there.commit,
+        )
     names = tuple(operation.path_in_repo for operation in additions)
     return Pushed(repo, done.oid, names, total, tuple(stale), card is None, time.monotonic() - started)
 
