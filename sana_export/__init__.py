@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from sana_export import errors as errors
     from sana_export.checkpoint.checkpoint import open_checkpoint as open_checkpoint
     from sana_export.export.bundle import export_bundle as export_bundle
+    from sana_export.hub.bundles.fetch import pull_bundle as pull_bundle
+    from sana_export.hub.bundles.push import push_bundle as push_bundle
     from sana_export.image_files import read_metadata as read_metadata
     from sana_export.image_files import save_image as save_image
     from sana_export.runtime.pipeline import SanaRuntime as SanaRuntime
@@ -29,6 +31,8 @@ _MODULES = {
     "build_bundle": "sana_export.trt.bundle",
     "export_bundle": "sana_export.export.bundle",
     "open_checkpoint": "sana_export.checkpoint.checkpoint",
+    "pull_bundle": "sana_export.hub.bundles.fetch",
+    "push_bundle": "sana_export.hub.bundles.push",
     "read_metadata": "sana_export.image_files",
     "save_image": "sana_export.image_files",
     "verify_bundle": "sana_export.verify.bundle",
@@ -41,6 +45,8 @@ __all__ = [
     "errors",
     "export_bundle",
     "open_checkpoint",
+    "pull_bundle",
+    "push_bundle",
     "read_metadata",
     "save_image",
     "verify_bundle",

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from sana_export.adapters import Lora
 from sana_export.contract import OPTIONAL_GRAPHS
+from sana_export.hub.origin import origin_of
 from sana_export.lora_scales import scales_text
 from sana_export.records import Checkpoint, Options
 from sana_export.variants import find_variant
@@ -45,11 +46,12 @@ def export_command(
 
     It repeats the bundle's own options, except for those given here. `loras` are added to its LoRAs, `groups`
     (contract.GRAPH_GROUPS) to its graphs, `controlnet` names its ControlNet. A bundle that lacks graphs of its groups gets them.
+    A bundle in the hub's cache is exported beside it, to the current folder.
     """
     precision = exported.options.precision if precision is None else precision
     layers = exported.options.pag_layers if pag_layers is None else pag_layers
     model, *model_options = model_words(exported.checkpoint)
-    words = ["sana-export", "export", model, "-o", str(bundle), *model_options]
+    words = ["sana-export", "export", model, "-o", str(_own_folder(bundle)), *model_options]
     if precision != DEFAULT_PRECISION:
         words += ["--dtype", precision]
     if exported.options.clamp != exported.checkpoint.clamp:
@@ -64,6 +66,33 @@ def export_command(
     if present:
         words += ["--graphs", ",".join(["default", *sorted(present)])]
     return shlex.join(words)
+
+
+def repair_command(bundle: Path, exported: Exported) -> str:
+    """The command that restores the files of `bundle`: downloads them again if it came from the hub, or exports it again."""
+    origin = origin_of(bundle)
+    return export_command(bundle, exported) if origin is None else origin.pull_command()
+
+
+def engine_repair_command(bundle: Path, backend: str) -> str:
+    """The command that restores the engines of `bundle`: downloads them again if it came from the hub, or builds them again."""
+    origin = origin_of(bundle)
+    return engines_command(bundle, backend) if origin is None else origin.pull_command()
+
+
+def _own_folder(bundle: Path) -> Path:
+    """Where the user may change `bundle`: its own folder, or one for a copy of a bundle in the hub's cache."""
+    origin = origin_of(bundle)
+    return bundle if origin is None or origin.folder else Path(origin.name)
+
+
+def _first_own(bundle: Path, *words: str) -> str:
+    """The command of these words for `bundle`, which it changes. A bundle in the hub's cache is pulled to a folder first."""
+    verb, *options = words
+    command, own = ["sana-export", verb, str(_own_folder(bundle)), *options], _own_folder(bundle)
+    origin = origin_of(bundle)
+    pull = "" if own is bundle or origin is None else f"{origin.pull_command(output=own)} && "
+    return pull + shlex.join(command)
 
 
 def first_export_command(folder: Path) -> str:
@@ -87,7 +116,7 @@ def ranges_command(bundle: Path, exported: Exported) -> str:
 
 def engines_command(bundle: Path, backend: str, *options: str) -> str:
     """The command that builds a bundle's engines for `backend`, with more options of `build`."""
-    return shlex.join(["sana-export", "build", str(bundle), "--backend", backend, *options])
+    return _first_own(bundle, "build", "--backend", backend, *options)
 
 
 def generate_command(bundle: Path, backend: str) -> str:
@@ -129,4 +158,4 @@ def resave_command(source: str, pipeline: str, suffix: str, *changes: str) -> st
 def build_command(bundle: Path, backend: str, *, height: int, width: int, batch: int = 1) -> str:
     """The command that builds engines for one image size in pixels and up to `batch` images."""
     size = ["--height", str(height), "--width", str(width), "--batch", str(batch)]
-    return shlex.join(["sana-export", "build", str(bundle), "--backend", backend, *size])
+    return _first_own(bundle, "build", "--backend", backend, *size)

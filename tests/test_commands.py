@@ -71,7 +71,7 @@ def test_the_ranges_command_names_the_whole_checkpoint(tiny_bundle: Path) -> Non
     overlays = {"transformer": Overlay("own t.safetensors", "1"), "loras": (Overlay("x:1", "2", 0.7),)}
     manifest = dataclasses.replace(Manifest.load(tiny_bundle), checkpoint=dataclasses.replace(PLAIN, revision="v1", **overlays))
     options = parse(shlex.split(ranges_command(Path("a bundle"), manifest))[1:])
-    assert (options.verb, options.bundle, options.reference, options.ranges) == ("verify", Path("a bundle"), "someone/sana", True)
+    assert (options.verb, options.bundle, options.reference, options.ranges) == ("verify", "a bundle", "someone/sana", True)
     found = model_options(options, options)
     assert (found["revision"], found["transformer"]) == ("v1", Path("own t.safetensors"))
     assert found["loras"] == (Lora(Path("x:1"), 0.7),)

@@ -11,7 +11,7 @@ import sana_export
 from sana_export.installation import install_command
 from tests.support.imports import heavy_modules
 
-TORCH_FREE = ("SanaRuntime", "Request", "build_bundle", "errors", "read_metadata", "save_image")
+TORCH_FREE = ("SanaRuntime", "Request", "build_bundle", "errors", "pull_bundle", "push_bundle", "read_metadata", "save_image")
 
 
 @pytest.mark.parametrize("name", sana_export.__all__)

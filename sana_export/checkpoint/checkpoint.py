@@ -18,14 +18,16 @@ from sana_export.checkpoint.components import REQUIRED, select_weights, variant_
 from sana_export.checkpoint.configs import CONFIGURED, config_name, read_part
 from sana_export.checkpoint.controlnet import ControlNetFiles, open_controlnet
 from sana_export.checkpoint.fold_lora import fold_loras
-from sana_export.checkpoint.hub import Hub, ReadJson, fetch, read_json
-from sana_export.checkpoint.model_names import a_file, check_words, from_url, may_be_hub_id, not_a_checkpoint
+from sana_export.checkpoint.hub import ReadJson, fetch, read_json
+from sana_export.checkpoint.model_names import a_file, check_words, from_url, not_a_checkpoint
 from sana_export.checkpoint.network_folder import CONFIG, synthetic_folder
 from sana_export.checkpoint.single_file import open_single_file
 from sana_export.checkpoint.vae import Vae, open_vae
 from sana_export.checkpoint.weights import Weights, read_headers
 from sana_export.errors import UsageError
 from sana_export.files import hash_file
+from sana_export.hub.client import Hub
+from sana_export.hub.names import may_be_hub_id
 from sana_export.lora_scales import scales_text
 from sana_export.manifest import Checkpoint, Overlay
 from sana_export.synth.checkpoint import MARKER, make_checkpoint

@@ -12,11 +12,11 @@ from sana_export.checkpoint.controlnet import ControlNetFiles
 from sana_export.checkpoint.controlnet import fit_problems as controlnet_problems
 from sana_export.checkpoint.foreign_weights import BEFORE_QUANTIZED
 from sana_export.checkpoint.hub import read_json
-from sana_export.checkpoint.model_names import LIST_VARIANTS
 from sana_export.checkpoint.tokenizer import check_tokenizer
 from sana_export.checkpoint.vae import fit_problems
 from sana_export.commands import resave_command
 from sana_export.errors import ArtifactError
+from sana_export.hub.client import LIST_VARIANTS
 from sana_export.supported import SCHEDULERS, unsupported, unsupported_encoder
 from sana_export.variants import INDEX
 

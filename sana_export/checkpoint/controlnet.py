@@ -13,8 +13,8 @@ from typing import Any
 
 from sana_export.architectures import controlnet_config
 from sana_export.checkpoint.foreign_weights import plain_names, quantized
-from sana_export.checkpoint.hub import Hub, fetch, fetch_file, read_json
-from sana_export.checkpoint.model_names import from_url, may_be_hub_id
+from sana_export.checkpoint.hub import fetch, read_json
+from sana_export.checkpoint.model_names import from_url
 from sana_export.checkpoint.network_folder import (
     CONFIG,
     check_class,
@@ -31,6 +31,8 @@ from sana_export.checkpoint.weights import Stored, Weights, read_headers
 from sana_export.controlnets import CONTROLNETS, find_controlnet
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.recognize import PICKLES
+from sana_export.hub.client import Hub, download
+from sana_export.hub.names import may_be_hub_id
 from sana_export.synth.checkpoint import make_controlnet
 from sana_export.user_paths import at_home
 
@@ -144,7 +146,7 @@ def open_controlnet(name: str, weights_variant: str | None, hub: Hub) -> Control
     if row is not None and row.repo is None:
         return ControlNetFiles(name, synthetic_folder(row.alias, CONFIG, make_controlnet))
     if row is not None and row.repo is not None:
-        return ControlNetFiles(name, _safe(fetch_file(row.repo, row.file, commit or None, hub), name))
+        return ControlNetFiles(name, _safe(download(row.repo, row.file, commit or None, hub), name))
     if may_be_hub_id(name):
         select = partial(repository_files, component="controlnet", weights_variant=weights_variant, source=name)
         top = fetch(published, commit or None, hub, partial(_check, source=name), select, first=places("controlnet"))

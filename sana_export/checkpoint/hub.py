@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sana_export.checkpoint.model_names import LIST_VARIANTS, not_a_checkpoint
-from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError, first_line
-from sana_export.files import disk_errors, is_disk_error
+from sana_export.checkpoint.model_names import not_a_checkpoint
+from sana_export.errors import ArtifactError, DependencyError
+from sana_export.files import disk_errors
 from sana_export.formats.recognize import not_what_was_wanted
-from sana_export.user_paths import user_path
+from sana_export.hub.client import LIST_VARIANTS, Hub, cache_of, hub_errors, is_offline
 from sana_export.variants import INDEX
 
 log = logging.getLogger(__name__)
@@ -27,18 +25,6 @@ AGAIN = "download the checkpoint again"
 ReadJson = Callable[[str], Mapping[str, Any]]
 #: Chooses the files that an export reads, from the names of all files of a checkpoint.
 Select = Callable[[Collection[str], ReadJson], list[str]]
-
-
-@dataclass(frozen=True)
-class Hub:
-    """How the hub is used."""
-
-    #: The access token. None: the one of `hf auth login` or HF_TOKEN, if any.
-    token: str | None = field(default=None, repr=False)
-    #: The folder of downloaded files. None: huggingface_hub's default.
-    cache_dir: Path | None = None
-    #: Use only files that are in the cache.
-    offline: bool = False
 
 
 def fetch(
@@ -58,11 +44,9 @@ def fetch(
     repository or revision, ArtifactError if it is not a diffusers checkpoint, and DependencyError if the hub cannot be reached or
     refuses, or if offline mode is on and a file is not in the cache.
     """
+    offline = is_offline(hub)
     import huggingface_hub
-    import huggingface_hub.constants
     import huggingface_hub.errors
-
-    offline = hub.offline or huggingface_hub.constants.HF_HUB_OFFLINE
 
     def read(name: str, commit: str | None = revision) -> Path:
         return Path(
@@ -71,9 +55,7 @@ def fetch(
             )
         )
 
-    # huggingface_hub leaves the `~` of its default in place if there is no home folder.
-    cache = user_path(hub.cache_dir or huggingface_hub.constants.HF_HUB_CACHE, "the hub's cache folder", home="HF_HOME")
-    with disk_errors(cache / repo), _hub_errors(repo, revision, offline, first):
+    with disk_errors(cache_of(hub) / repo), hub_errors(repo, revision, offline, first):
         missing = (huggingface_hub.errors.RemoteEntryNotFoundError, huggingface_hub.errors.LocalEntryNotFoundError)
         for name in first[:-1]:
             with contextlib.suppress(*missing):
@@ -108,21 +90,6 @@ def fetch(
         return folder
 
 
-def fetch_file(repo: str, name: str, revision: str | None, hub: Hub) -> Path:
-    """Download the file `name` of `repo` and return its path in huggingface_hub's cache. Raises the errors of `fetch`."""
-    import huggingface_hub
-    import huggingface_hub.constants
-
-    offline = hub.offline or huggingface_hub.constants.HF_HUB_OFFLINE
-    cache = user_path(hub.cache_dir or huggingface_hub.constants.HF_HUB_CACHE, "the hub's cache folder", home="HF_HOME")
-    with disk_errors(cache / repo), _hub_errors(repo, revision, offline, (name,)):
-        return Path(
-            huggingface_hub.hf_hub_download(
-                repo, name, revision=revision, cache_dir=hub.cache_dir, token=hub.token, local_files_only=offline
-            )
-        )
-
-
 def _cached(repo: str, folder: Path, select: Select) -> Path:
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     try:
@@ -150,92 +117,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} is damaged", found=type(content).__name__, wanted="a JSON object", fix=AGAIN)
     return content
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    """The error to raise for one of huggingface_hub's. Its texts may contain {repo}, {revision} and {first}."""
-
-    #: Its class.
-    kind: type[SanaExportError]
-    #: Its message.
-    message: str
-    #: What was wanted.
-    wanted: str
-    #: How to fix it.
-    fix: str
-    #: What was found. None: the text of huggingface_hub's error.
-    found: str | None = None
-
-
-_OFFLINE = _Refusal(
-    DependencyError,
-    "{repo} is not in the cache, and offline mode is on",
-    "a cached copy of {first} at this revision",
-    "run the same command once without --offline (and without HF_HUB_OFFLINE), or pass the --cache-dir that contains it",
-    found="no such file in the cache",
-)
-_UNREACHABLE = _Refusal(
-    DependencyError,
-    "the hub cannot be reached for {repo}",
-    "a connection to the hub",
-    "check the network and HF_ENDPOINT, add --offline if the checkpoint is cached, or use a local folder",
-)
-#: By the name of huggingface_hub's class, subclasses first.
-_REFUSALS = {
-    "GatedRepoError": _Refusal(
-        DependencyError,
-        "{repo} is gated: only accounts that accepted its terms may download it",
-        "the token of such an account",
-        "accept the terms at https://huggingface.co/{repo}, then pass --token or run `hf auth login`",
-        found="no token, or one without access",
-    ),
-    "RevisionNotFoundError": _Refusal(
-        UsageError,
-        "{repo} has no revision {revision!r}",
-        "a branch, tag or commit of it",
-        "omit --revision, or use one listed at https://huggingface.co/{repo}/commits/main",
-        found="revision not found",
-    ),
-    "RepositoryNotFoundError": _Refusal(
-        UsageError,
-        "the hub has no repository {repo}, or it is private",
-        "a hub id (owner/name) that the token may read",
-        "sana-export variants  (lists the published checkpoints); for a private one pass --token or run `hf auth login`",
-        found="repository not found",
-    ),
-    "HFValidationError": _Refusal(
-        UsageError, "{repo!r} is not a hub id", "owner/name", "sana-export variants  (lists the published checkpoints)"
-    ),
-    "HfHubHTTPError": _Refusal(
-        DependencyError,
-        "the hub refused to send {repo}",
-        "access to the repository",
-        "try again later; for private or gated files pass --token or run `hf auth login`",
-    ),
-}
-
-
-@contextmanager
-def _hub_errors(repo: str, revision: str | None, offline: bool, first: Sequence[str]) -> Iterator[None]:
-    """Turn huggingface_hub's errors into ours. `first` are the files that `fetch` asks for first. Disk errors pass through."""
-    from huggingface_hub import errors
-
-    names = ("HFValidationError", "EntryNotFoundError", "XetDownloadError", "FileMetadataError")
-    # HfHubHTTPError's bases are OSError and the error class of the HTTP client, which differs between versions.
-    kinds = (*errors.HfHubHTTPError.__bases__, *(getattr(errors, name) for name in names if hasattr(errors, name)))
-    try:
-        yield
-    except kinds as error:
-        if isinstance(error, OSError) and is_disk_error(error):
-            raise
-        ancestors = [kind.__name__ for kind in type(error).__mro__]
-        refusal = next((row for name, row in _REFUSALS.items() if name in ancestors), _OFFLINE if offline else _UNREACHABLE)
-        cause = error.__cause__ if "LocalEntryNotFoundError" in ancestors and error.__cause__ else error
-        texts = {"repo": repo, "revision": revision, "first": " or ".join(first)}
-        raise refusal.kind(
-            refusal.message.format(**texts),
-            found=refusal.found or first_line(cause),
-            wanted=refusal.wanted.format(**texts),
-            fix=refusal.fix.format(**texts),
-        ) from error

@@ -7,20 +7,19 @@ import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from sana_export.checkpoint.single_file import open_single_file
 from sana_export.checkpoint.weights import Weights
 from sana_export.commands import export_command, first_export_command
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.formats.recognize import PICKLES, recognize
+from sana_export.hub.client import LIST_VARIANTS
+from sana_export.hub.names import split_address
 from sana_export.lora_names import is_lora
 from sana_export.manifest import FILE_NAME, Manifest
 from sana_export.variants import INDEX, VARIANTS, Variant, find_variant
 
-HUBS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
 WANTED = "an alias, a folder in diffusers' format or a hub id (owner/name)"
-LIST_VARIANTS = "sana-export variants  (lists the published checkpoints)"
 #: Other files of weights, by suffix.
 FILES = {
     ".gguf": "a GGUF file, the format of llama.cpp",
@@ -41,44 +40,10 @@ def check_words(model: str, **options: str | None) -> None:
             raise UsageError(f"{name} is empty", found=repr(value), wanted=wanted, fix=fix)
 
 
-def may_be_hub_id(name: str) -> bool:
-    """Whether `name`, which is not that of a folder here, has the form owner/name."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
-
-
 def from_url(model: str, revision: str | None, option: str | None = None) -> tuple[str, str | None]:
-    """The hub id and the revision in the address of a page of the hub. Any other `model` is returned as it is.
-
-    `option` is the option whose value it is. None: it is MODEL. Raises UsageError for any other address, and for one that names
-    another revision.
-    """
-    text = model if "://" in model else f"https://{model}" if model.startswith(HUBS) else ""
-    if not text:
-        return model, revision
-    try:
-        address = urlsplit(text)
-    except ValueError:  # brackets that are not those of a host
-        address = urlsplit("")
-    parts = [unquote(part) for part in address.path.split("/") if part]
-    if address.hostname not in HUBS or len(parts) < 2 or parts[0] in ("datasets", "spaces", "collections", "papers"):
-        raise UsageError(
-            f"{model} is not the address of a model on the hub",
-            found=f"an address at {address.hostname or 'no host'}",
-            wanted=f"{WANTED}, or https://huggingface.co/owner/name",
-            fix="download the checkpoint, and give its folder",
-        )
-    repo = "/".join(parts[:2])
-    if parts[2:3] not in ([], ["tree"]) or len(parts) > 4:
-        raise UsageError(
-            f"{model} is a part of a repository",
-            found="/".join(parts[2:]),
-            wanted="the whole repository",
-            fix=shlex.join([option, repo] if option else ["sana-export", "export", repo, "-o", f"{parts[1]}-bundle"]),
-        )
-    named = parts[3] if len(parts) == 4 else None
-    if named is not None and revision not in (None, named):
-        raise UsageError(f"{model} and --revision name two revisions", found=f"{named} and {revision}", wanted="one of them")
-    return repo, named or revision
+    """`split_address` for a checkpoint. `option` is the option whose value it is. None: it is MODEL."""
+    whole = [option, "{repo}"] if option else ["sana-export", "export", "{repo}", "-o", "{name}-bundle"]
+    return split_address(model, revision, wanted=WANTED, fix="download the checkpoint, and give its folder", whole=whole)
 
 
 def a_file(path: Path) -> UsageError:

@@ -12,8 +12,8 @@ from typing import Any
 
 from sana_export.architectures import LATENT_STRIDE
 from sana_export.autoencoders import AUTOENCODERS, find_autoencoder
-from sana_export.checkpoint.hub import Hub, fetch, read_json
-from sana_export.checkpoint.model_names import from_url, may_be_hub_id
+from sana_export.checkpoint.hub import fetch, read_json
+from sana_export.checkpoint.model_names import from_url
 from sana_export.checkpoint.network_folder import (
     CONFIG,
     check_class,
@@ -26,6 +26,8 @@ from sana_export.checkpoint.network_folder import (
     weight_files,
 )
 from sana_export.errors import ArtifactError, UsageError
+from sana_export.hub.client import Hub
+from sana_export.hub.names import may_be_hub_id
 from sana_export.synth.checkpoint import make_autoencoder
 from sana_export.user_paths import at_home
 

@@ -23,6 +23,7 @@ PURPOSES = {
     "cuda": "sample on an NVIDIA GPU through ONNX Runtime",
     "export": "export, verify, bench, engines",
     "optimum": "our commands in optimum-cli",
+    "hub": "push, pull and load bundles of the Hugging Face hub",
     "bench": "plots, power and clocks in bench's report",
     "tensorrt-rtx": "build and run TensorRT-RTX engines",
     "tensorrt": "build and run TensorRT engines",

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from sana_export.cli.terminal.console import QUIET, Console
 from sana_export.commands import model_words
 from sana_export.errors import ArtifactError
+from sana_export.hub.client import Hub
+from sana_export.hub.names import is_address
 from sana_export.manifest import Manifest
 from sana_export.numeric import MOST_DEVICES, MOST_THREADS, shown
 from sana_export.user_paths import user_path
@@ -75,9 +77,34 @@ def add_names(parser: argparse.ArgumentParser, option: str, metavar: str, help: 
 
 
 def add_bundle(parser: argparse.ArgumentParser, nargs: Literal["?"] | None = None) -> None:
-    """The positional argument BUNDLE."""
+    """The positional argument BUNDLE, a folder."""
     kind = path_named("BUNDLE")
     parser.add_argument("bundle", metavar="BUNDLE", nargs=nargs, type=kind, help="a folder made by `sana-export export`")
+
+
+def add_bundle_to_read(parser: argparse.ArgumentParser, nargs: Literal["?"] | None = None) -> None:
+    """The positional argument BUNDLE, a folder or a repository, for `bundle_to_read`. The parser needs `add_hub_options` too."""
+    meaning = "a folder made by `sana-export export`, or a repository of the hub (owner/name, owner/name@revision)"
+    parser.add_argument("bundle", metavar="BUNDLE", nargs=nargs, type=_bundle_name, help=meaning)
+
+
+def _bundle_name(text: str) -> str:
+    """`text`, if it can be the name of a folder or a repository. Raises UsageError if not."""
+    if not is_address(text):
+        user_path(text, "BUNDLE")
+    return text
+
+
+def bundle_to_read(options: argparse.Namespace, *, backend: str | None = None) -> Path:
+    """The folder of BUNDLE (`find_bundle`). `backend`: what runs it; None: anything may."""
+    from sana_export.hub.bundles.source import find_bundle
+
+    return find_bundle(options.bundle, hub=hub_options(options), backend=backend, device=getattr(options, "device", None))
+
+
+def hub_options(options: Any) -> Hub:
+    """How to use the hub, from the options of `add_hub_options`."""
+    return Hub(options.token or None, options.cache_dir, options.offline)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +160,6 @@ def model_options(files: Any, hub: Any) -> dict[str, Any]:
     token, cache_dir and offline (parsed options). Raises UsageError if a LoRA's scale is not a number.
     """
     from sana_export.adapters import parse_lora
-    from sana_export.checkpoint.hub import Hub
 
     return {
         "revision": files.revision,
@@ -142,7 +168,7 @@ def model_options(files: Any, hub: Any) -> dict[str, Any]:
         "vae": files.vae,
         "controlnet": files.controlnet,
         "loras": tuple(map(parse_lora, files.lora)),
-        "hub": Hub(hub.token or None, hub.cache_dir, hub.offline),
+        "hub": hub_options(hub),
     }
 
 

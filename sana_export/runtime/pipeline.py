@@ -17,10 +17,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from sana_export.adapters import Lora, lora_at
-from sana_export.commands import export_command
+from sana_export.commands import export_command, repair_command
 from sana_export.contract import GRAPH_GROUPS, WEIGHTS_OF
 from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.formats.arrays import Array, Float32
+from sana_export.hub.bundles.source import find_bundle
+from sana_export.hub.client import Hub
 from sana_export.known_files import check_known_files
 from sana_export.manifest import Manifest
 from sana_export.numeric import MAX_IMAGES, MOST_DEVICES, MOST_THREADS, integer, shown
@@ -96,6 +98,10 @@ class SanaRuntime(OfThisProcess):
         cls,
         bundle: str | Path,
         *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
         backend: str | Loader = AUTO,
         memory: str = AUTO,
         device: int | None = None,
@@ -104,8 +110,12 @@ class SanaRuntime(OfThisProcess):
         prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
         **others: Never,
     ) -> SanaRuntime:
-        """Check the bundle in the folder `bundle` and load it.
+        """Check a bundle and load it: the folder `bundle`, or if there is none of that name, the repository on the hub.
 
+        revision: branch, tag or commit of a repository. None: its main branch.
+        token: access token of the hub. None: the one of `hf auth login` or HF_TOKEN, if any.
+        cache_dir: the folder of files from the hub. None: huggingface_hub's.
+        local_files_only: use only what is there already; do not contact the hub.
         backend: a name in `backends.BACKENDS`, "auto", or a function of `(bundle, manifest)` that returns a `Backend`.
         memory: one of `memory.MEMORY_MODES`.
         device: index of the GPU. None: the first one.
@@ -113,17 +123,19 @@ class SanaRuntime(OfThisProcess):
         backend_options: options of the backend's library, for ONNX Runtime {"session_options": {...}, "provider_options": {...}}.
         prompt_cache_bytes: the most that encoded prompts may take that are kept for later calls. 0 keeps none.
 
-        Raises ArtifactError if the bundle is damaged, incomplete or unfit for this machine; UsageError for an unknown backend, mode
-        or option, and for other words of diffusers, saying what to write; DependencyError if the backend's package, a GPU or memory
-        is missing.
+        Raises ArtifactError if the bundle is damaged, incomplete, unfit for this machine, or neither a folder nor a repository;
+        UsageError for an unknown backend, mode, option, repository or revision, and for other words of diffusers, saying what to
+        write; DependencyError if the backend's package, a GPU or memory is missing, or the hub cannot be reached or refuses.
         """
         check_words("from_pretrained", others, LOADING_WORDS, LOADING_PARAMETERS)
         if memory not in MEMORY_MODES:
             raise UsageError(f"unknown memory mode {memory!r}", wanted=", ".join(MEMORY_MODES), fix=f"--memory {AUTO}")
-        bundle = user_path(bundle, "the bundle")
         device = None if device is None else integer("device", device, 0, MOST_DEVICES)
         threads = None if threads is None else integer("threads", threads, 1, MOST_THREADS)
         prompt_cache_bytes = integer("prompt_cache_bytes", prompt_cache_bytes, 0, MOST_CACHE_BYTES)
+        cache = None if cache_dir is None else user_path(cache_dir, "cache_dir")
+        named = backend if isinstance(backend, str) and backend != AUTO else None
+        bundle = find_bundle(bundle, revision, Hub(token, cache, local_files_only), backend=named, device=device)
         manifest = Manifest.load(bundle)
         fix = export_command(bundle, manifest)
         required = [name for name in GRAPH_GROUPS["default"] if name not in WEIGHTS_OF]
@@ -136,8 +148,9 @@ class SanaRuntime(OfThisProcess):
             )
         settings = BackendSettings(device, threads, backend_options or {})
         opened = open_backend(backend, bundle, manifest, settings)
-        check_known_files(bundle, manifest.files, fix=fix)
-        text = PromptEncoder.load(bundle, manifest, fix=fix)
+        repair = repair_command(bundle, manifest)
+        check_known_files(bundle, manifest.files, fix=repair)
+        text = PromptEncoder.load(bundle, manifest, fix=repair)
         return cls(opened, text, opened.choose_memory_mode(memory), prompt_cache_bytes)
 
     def close(self) -> None:

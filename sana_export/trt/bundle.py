@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from sana_export.commands import export_command
+from sana_export.commands import repair_command
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import FileEntry, check_files, disk_errors, locked, manifest_lock, require_free
 from sana_export.formats.onnx_weights import check_external_data
@@ -105,7 +105,7 @@ def plan_bundle(
 def read_instruction_tokens(bundle: Path) -> int:
     """The number of tokens of the stored instruction: the length of its tensor `prefix` [layers, 2, heads, tokens, dim]."""
     manifest = Manifest.load(bundle)
-    fix = export_command(bundle, manifest)
+    fix = repair_command(bundle, manifest)
     (path,) = check_known_files(bundle, [manifest.entry(bundle, INSTRUCTION_FILE)], fix=fix)
     shape = TensorFile(path, fix=fix)["prefix"].shape
     if len(shape) != 5:
@@ -140,7 +140,7 @@ def _job(bundle: Path, planned: PlannedEngine, destination: Path) -> EngineJob:
     """What the compiler is told, for an engine in the file `destination`. Checks the graph's files and the free disk space."""
     spec, flavour = planned.spec, flavour_of(planned.spec.backend)
     manifest = Manifest.load(bundle)
-    graph, export = manifest.graphs[spec.graph], export_command(bundle, manifest)
+    graph, export = manifest.graphs[spec.graph], repair_command(bundle, manifest)
     options = BuildOptions(**spec.options)
     onnx, *data = check_files(bundle, graph.files, fix=export)
     check_external_data(onnx, data, fix=export)

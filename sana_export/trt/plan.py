@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sana_export.commands import export_command
+from sana_export.commands import repair_command
 from sana_export.contract import DECODERS, DYNAMIC_AXES, ENCODERS, GRAPH_GROUPS, GRAPHS, GraphSpec
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import check_files
@@ -100,7 +100,7 @@ def plan_engines(
     Raises UsageError for a graph that is not in the bundle, and what `engine_spec` raises.
     """
     ranges = profile_ranges(manifest, profile, instruction_tokens)
-    export = export_command(bundle, manifest)
+    export = repair_command(bundle, manifest)
     specs = (
         engine_spec(bundle, manifest.graphs[name], target, ranges, options, export=export)
         for name in _chosen(manifest, profile, graphs)

@@ -10,6 +10,7 @@ from pathlib import Path
 from sana_export.commands import build_command, engines_command
 from sana_export.contract import DECODERS, ENCODERS, OPTIONAL_GRAPHS
 from sana_export.errors import ArtifactError, UsageError
+from sana_export.hub.origin import origin_of
 from sana_export.manifest import EngineEntry, Manifest, ModelInfo
 from sana_export.profiles import UNTILED_AREA, Range, describe_range, outside
 from sana_export.trt.compatibility import Host, build_options, incompatibilities, mismatches, missing_parts
@@ -98,7 +99,8 @@ def runnable(bundle: Path, manifest: Manifest, backend: str, host: Host) -> Engi
     sometimes = set().union(*DECODERS.values(), OPTIONAL_GRAPHS)
     graphs = [graph for graph in manifest.graphs if graph not in sometimes]
     entries = [entry for entry in manifest.engines if entry.backend == backend]
-    reasons = {entry.key: incompatibilities(entry, host) for entry in entries}
+    absent = not_downloaded(bundle, entries)
+    reasons = {entry.key: incompatibilities(entry, host) or absent.get(entry.key, []) for entry in entries}
     found = engine_set(bundle, backend, (entry for entry in entries if not reasons[entry.key]))
     missing = [graph for graph in graphs if graph not in found.engines]
     if missing:
@@ -107,15 +109,32 @@ def runnable(bundle: Path, manifest: Manifest, backend: str, host: Host) -> Engi
             f"{bundle} has no {backend} engine of {', '.join(missing)} that runs here",
             found="; ".join(why) or "none was built",
             wanted="engines of " + ", ".join(graphs),
-            fix=_fix(bundle, backend, [[entry for entry in entries if entry.graph == graph] for graph in missing], host),
+            fix=_fix(bundle, backend, [[entry for entry in entries if entry.graph == graph] for graph in missing], host, absent),
         )
     return found
 
 
-def _fix(bundle: Path, backend: str, entries: Iterable[Sequence[EngineEntry]], host: Host) -> str:
-    """What to do if none of these engines, listed per graph, runs on `host`: build, or only install what is missing there."""
+def engines_for(manifest: Manifest, host: Host, backend: str | None = None) -> list[EngineEntry]:
+    """The engines that run on `host`, wherever their files are. `backend`: only those of this backend."""
+    return [entry for entry in manifest.engines if backend in (None, entry.backend) and not incompatibilities(entry, host)]
+
+
+def not_downloaded(bundle: Path, engines: Iterable[EngineEntry]) -> dict[str, list[str]]:
+    """Why engines of a bundle from the hub are not here, by key: only those that run on a machine are downloaded to it."""
+    if origin_of(bundle) is None:
+        return {}
+    absent = (entry for entry in engines if not (bundle / entry.file.path).exists())
+    return {entry.key: [f"file: {entry.file.path} was not downloaded"] for entry in absent}
+
+
+def _fix(
+    bundle: Path, backend: str, entries: Iterable[Sequence[EngineEntry]], host: Host, absent: Mapping[str, Sequence[str]]
+) -> str:
+    """What to do if none of these engines, listed per graph, runs on `host`: build, or only install or download what is missing."""
     fixes = missing_parts(backend, host).values()
     enough = all(any(not mismatches(entry, host) for entry in of_graph) for of_graph in entries)
+    if enough and not fixes and absent and (origin := origin_of(bundle)) is not None:
+        return origin.pull_command()
     return "; ".join(fixes) if fixes and enough else engines_command(bundle, backend, *build_options(backend, host.gpus))
 
 

@@ -23,6 +23,7 @@ from sana_export.export.evaluator import RangeMeter
 from sana_export.export.parity import Parity, compare_images, compare_tensors
 from sana_export.files import locked, manifest_lock
 from sana_export.formats.arrays import Array
+from sana_export.hub.origin import origin_of
 from sana_export.known_files import hash_always
 from sana_export.manifest import Manifest, ModelInfo
 from sana_export.progress import OnProgress, Progress, ignore_progress
@@ -92,14 +93,16 @@ def verify_bundle(
 
     `backend`, `device` and `threads` are those of `open_runtime`. `quality` also measures what the images show (quality.py), and
     `intervals`, unless they are all steps, what guidance in them costs (intervals.py). A bundle with PAG layers is also sampled
-    with PAG. Every file that it loads is hashed. The report is stored in the bundle's manifest. Raises UsageError if the bundle was
-    not exported from `checkpoint`.
+    with PAG. Every file that it loads is hashed. The report is stored in the bundle's manifest, except in the hub's cache.
+    Raises UsageError if the bundle was not exported from `checkpoint`.
     """
     bundle = user_path(bundle, "the bundle")
     with hash_always(), open_runtime(bundle, backend, device=device, threads=threads) as runtime:
         report = _compare(runtime, checkpoint, sampling, quality, intervals, on_progress)
-    with locked(manifest_lock(bundle)):
-        replace(Manifest.load(bundle), parity=report.as_json()).save(bundle)
+    origin = origin_of(bundle)
+    if origin is None or origin.folder is not None:  # the hub's cache stays as it was downloaded
+        with locked(manifest_lock(bundle)):
+            replace(Manifest.load(bundle), parity=report.as_json()).save(bundle)
     return report
 
 

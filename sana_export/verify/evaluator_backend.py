@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from sana_export.commands import export_command
+from sana_export.commands import repair_command
 from sana_export.export.evaluator import RangeMeter, StorageEvaluator
 from sana_export.files import check_files
 from sana_export.formats.arrays import Array
@@ -43,7 +43,7 @@ class EvaluatorBackend(Backend):
         self.evaluators: dict[str, StorageEvaluator | RangeMeter] = {}
 
     def load(self, graph: str) -> EvaluatorSession:
-        fix = export_command(self.bundle, self.manifest)
+        fix = repair_command(self.bundle, self.manifest)
         path, *data = check_files(self.bundle, self.manifest.graphs[graph].files, fix=fix)
         check_external_data(path, data, fix=fix)
         self.evaluators[graph] = self._evaluator(path)

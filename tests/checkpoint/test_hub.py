@@ -15,9 +15,9 @@ import pytest
 from huggingface_hub import errors
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
-from sana_export.checkpoint.hub import Hub
 from sana_export.checkpoint.vae import open_vae
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
+from sana_export.hub.client import Hub
 
 REPO, COMMIT = "someone/sana-fine-tune", "0123456789abcdef0123456789abcdef01234567"
 #: What huggingface_hub uses: httpx2 from its version 2 on.

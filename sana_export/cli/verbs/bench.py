@@ -15,10 +15,11 @@ from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import (
     Answer,
     Verb,
-    add_bundle,
+    add_bundle_to_read,
     add_device,
     add_model_options,
     add_names,
+    bundle_to_read,
     model_options,
     path_named,
     positive,
@@ -35,7 +36,7 @@ DEFAULT_THRESHOLD = 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_bundle(parser, nargs="?")
+    add_bundle_to_read(parser, nargs="?")
     parser.add_argument("--reference", metavar="MODEL", help="the checkpoint that eager diffusers runs")
     add_names(
         parser,
@@ -118,7 +119,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     if options.bundle is None:
         raise UsageError("bench needs BUNDLE", wanted=VERB.example, fix="sana-export bench --help")
     if options.reference is None:
-        fix = f"sana-export bench {shlex.quote(str(options.bundle))} {reference_options(options.bundle)}"
+        fix = f"sana-export bench {shlex.quote(options.bundle)} {reference_options(Path(options.bundle))}"
         raise UsageError("bench needs --reference MODEL", wanted="the checkpoint that the bundle was exported from", fix=fix)
     opening = model_options(options, options)
     if options.profile:
@@ -127,7 +128,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         return _profile(options, console, opening)
     output = DEFAULT_OUTPUT / Path(options.workload).stem if options.output is None else options.output
     return measure(
-        options.bundle,
+        bundle_to_read(options),
         options.reference,
         console,
         opening,
@@ -219,7 +220,7 @@ def _profile(options: argparse.Namespace, console: Console, opening: Mapping[str
         raise UsageError("--profile takes one backend", found=", ".join(names), wanted="one name", fix=f"--backend {names[0]}")
     workload = load_workload(options.workload)
     profile = run_profile(
-        options.bundle,
+        bundle_to_read(options, backend=names[0]),
         open_checkpoint(options.reference, **opening),
         backend=names[0],
         workload=workload if options.threads is None else dataclasses.replace(workload, threads=options.threads),

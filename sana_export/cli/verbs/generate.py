@@ -9,6 +9,7 @@ import logging
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ from sana_export.cli.terminal.text import seconds, table
 from sana_export.cli.verb import (
     Answer,
     Verb,
-    add_bundle,
+    add_bundle_to_read,
     add_device,
+    add_hub_options,
     add_intervals,
     add_size,
+    bundle_to_read,
     given_intervals,
     path_named,
     positive,
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_bundle(parser)
+    add_bundle_to_read(parser)
     prompts = parser.add_argument("prompts", metavar="PROMPT", nargs="+", default=[], help="what to draw; one or more prompts")
     prompts.required = False  # with nargs="*", argparse takes no prompt that stands after an option
     parser.add_argument(
@@ -141,6 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="resident: all graphs stay loaded; staged: text encoder, denoiser and decoder are loaded in turn; streaming: weights "
         "stay in host memory (default: auto, the first that fits)",
     )
+    add_hub_options(parser)
 
 
 #: The words of a request by the options that set them.
@@ -172,18 +176,22 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     chosen = {word: getattr(options, option) for option, word in WORDS.items()} | scheduler_settings(options)
     given = {word: value for word, value in chosen.items() if value is not None} | given_intervals(options)
 
+    @cache
+    def bundle() -> Path:
+        return bundle_to_read(options, backend=None if options.backend == AUTO else options.backend)
+
     @contextlib.contextmanager
     def load() -> Iterator[SanaRuntime]:
         with SanaRuntime.from_pretrained(
-            options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
+            bundle(), backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
         ) as runtime:
             for lora in loras:
                 runtime.load_lora(lora.path, lora.scales)
             yield runtime
 
     if options.prompts_file is not None:
-        return _run_file(options, given, loras, load, console)
-    return _run_request(options, given, loras, load, console)
+        return _run_file(options, bundle, given, loras, load, console)
+    return _run_request(options, bundle, given, loras, load, console)
 
 
 def _check_sources(options: argparse.Namespace) -> None:
@@ -205,6 +213,7 @@ def _check_sources(options: argparse.Namespace) -> None:
 
 def _run_file(
     options: argparse.Namespace,
+    bundle: Callable[[], Path],
     given: dict[str, Any],
     loras: Sequence[Lora],
     load: Callable[[], AbstractContextManager[SanaRuntime]],
@@ -213,7 +222,7 @@ def _run_file(
     from sana_export.cli.many import FileRun, draw_file
 
     file_run = FileRun(
-        bundle=options.bundle,
+        bundle=bundle(),
         prompts_file=options.prompts_file,
         folder=options.output,
         seed=given.pop("seed", None),
@@ -230,6 +239,7 @@ def _run_file(
 
 def _run_request(
     options: argparse.Namespace,
+    bundle: Callable[[], Path],
     given: dict[str, Any],
     loras: Sequence[Lora],
     load: Callable[[], AbstractContextManager[SanaRuntime]],
@@ -243,7 +253,7 @@ def _run_request(
     if options.from_image is not None:
         if options.prompts:
             given = {**given, "prompt": options.prompts}
-        again = draw_again(options.from_image, given, options.bundle, output, loras)
+        again = draw_again(options.from_image, given, bundle(), output, loras)
         settings, index = dict(again.words), again.index
     prompts = settings.pop("prompt", options.prompts)
     prompts = [prompts] if isinstance(prompts, str) else prompts

@@ -22,8 +22,8 @@ from sana_export.cli.bundle_text import (
 )
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, size, table
-from sana_export.cli.verb import Answer, Verb, add_bundle
-from sana_export.commands import engines_command, export_command
+from sana_export.cli.verb import Answer, Verb, add_bundle_to_read, add_hub_options, bundle_to_read
+from sana_export.commands import engines_command, repair_command
 from sana_export.errors import ArtifactError
 from sana_export.files import FileEntry
 from sana_export.known_files import check_known_files, hash_always
@@ -31,6 +31,7 @@ from sana_export.machine import gpu_memory_bytes
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import describe_range
 from sana_export.trt.compatibility import Host, detect_host, incompatibilities
+from sana_export.trt.selection import not_downloaded
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ class EngineState:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_bundle(parser)
+    add_bundle_to_read(parser)
+    add_hub_options(parser)
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
-    bundle = options.bundle
+    bundle = bundle_to_read(options)
     manifest = Manifest.load(bundle)
     files = [*manifest.files, *(file for graph in manifest.graphs.values() for file in graph.files)]
     damaged = damaged_files(bundle, files)
@@ -99,8 +101,9 @@ def engine_states(bundle: Path, engines: Iterable[EngineEntry], host: Host) -> l
     """The state of each engine on `host`."""
     states = []
     for engine in engines:
-        damage = damaged_files(bundle, [engine.file]).get(engine.file.path)
-        states.append(EngineState(engine, damage, tuple(incompatibilities(engine, host))))
+        absent = not_downloaded(bundle, [engine]).get(engine.key, [])
+        damage = None if absent else damaged_files(bundle, [engine.file]).get(engine.file.path)
+        states.append(EngineState(engine, damage, (*incompatibilities(engine, host), *absent)))
     return states
 
 
@@ -112,7 +115,7 @@ def _text(bundle: Path, manifest: Manifest, damaged: dict[str, str], engines: Se
     ]
     parts.append("files: all match the manifest" if not damaged else "files: DAMAGED")
     parts += [f"  {text}" for text in damaged.values()]
-    parts += [f"  fix: {export_command(bundle, manifest)}"] if damaged else []
+    parts += [f"  fix: {repair_command(bundle, manifest)}"] if damaged else []
     parts.append(_engines_text(engines) if engines else f"engines: none; to build some: {engines_command(bundle, 'tensorrt-rtx')}")
     parts += [memory] if memory else []
     if manifest.parity is not None:

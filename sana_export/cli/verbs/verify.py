@@ -15,11 +15,12 @@ from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import (
     Answer,
     Verb,
-    add_bundle,
+    add_bundle_to_read,
     add_device,
     add_intervals,
     add_model_options,
     add_size,
+    bundle_to_read,
     given_intervals,
     model_options,
     positive,
@@ -30,7 +31,7 @@ from sana_export.runtime.memory import AUTO
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_bundle(parser)
+    add_bundle_to_read(parser)
     parser.add_argument("--reference", metavar="MODEL", help="the checkpoint that the bundle was exported from")
     parser.add_argument(
         "--backend",
@@ -72,7 +73,6 @@ SETTINGS = {
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
-    bundle = options.bundle
     found = {parameter: getattr(options, option) for parameter, option in SETTINGS.items()}
     settings: dict[str, Any] = {parameter: value for parameter, value in found.items() if value is not None}
     intervals = given_intervals(options)
@@ -86,18 +86,18 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
 
         if options.device is not None:
             raise UsageError("--ranges runs on the CPU", found=f"--device {options.device}", fix="leave out --device")
-        report = measure_ranges(bundle, Sampling(**settings), threads=options.threads, on_progress=console.show)
+        report = measure_ranges(bundle_to_read(options), Sampling(**settings), threads=options.threads, on_progress=console.show)
         return Answer(report.as_json(), report.as_text())
     if options.reference is None:
         raise UsageError(
             "verify needs the checkpoint to compare with",
             found="no --reference",
             wanted="--reference MODEL, or --ranges",
-            fix=f"sana-export verify {shlex.quote(str(bundle))} {reference_options(bundle)}",
+            fix=f"sana-export verify {shlex.quote(options.bundle)} {reference_options(Path(options.bundle))}",
         )
     opening = model_options(options, options)
     return compare(
-        bundle,
+        bundle_to_read(options, backend=options.backend),
         options.reference,
         console,
         opening,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sana_export.commands import export_command
+from sana_export.commands import export_command, repair_command
 from sana_export.environment import NO_TELEMETRY, default_environment
 from sana_export.errors import ArtifactError, DependencyError, UsageError, first_line
 from sana_export.formats.arrays import Array
@@ -129,7 +129,7 @@ class OnnxRuntimeBackend(Backend):
             self.name = "onnxruntime-cuda-graphs"
             self.text_multiple = 32  # so that prompts of similar length have the shapes of the captured graph
         self.bundle, self.manifest = bundle, manifest
-        self._fix = export_command(bundle, manifest)
+        self._fix = repair_command(bundle, manifest)
         self._onnxruntime = import_onnxruntime()
         self._check_options()
         self._provider = provider or BuiltInProvider(choose_provider(self._onnxruntime, settings.device), settings.device or 0)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sana_export.commands import engines_command, export_command
+from sana_export.commands import engine_repair_command, engines_command, repair_command
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Array
 from sana_export.formats.dtypes import DTYPES
@@ -217,7 +217,7 @@ class TensorRTBackend(CapturingBackend):
     def load_engine(self, entry: EngineEntry) -> LoadedEngine:
         """Check an engine's file and load it."""
         build = engines_command(self.bundle, self.name)
-        (path,) = check_known_files(self.bundle, [entry.file], fix=build)
+        (path,) = check_known_files(self.bundle, [entry.file], fix=engine_repair_command(self.bundle, self.name))
         settings = self._options.settings(entry.graph)
         return LoadedEngine(
             self._module, self.gpu, entry, path, settings=settings, build=build, stream_weights=self._stream_weights
@@ -225,7 +225,7 @@ class TensorRTBackend(CapturingBackend):
 
     def engine_weights(self, graph: str, engine: LoadedEngine) -> EngineWeights:
         """The weights of an engine of `graph`, not set yet."""
-        export, build = export_command(self.bundle, self.manifest), self._refittable_line(graph)
+        export, build = repair_command(self.bundle, self.manifest), self._refittable_line(graph)
         return EngineWeights(self._module, engine.engine, self.manifest.graphs[graph], self.bundle, export=export, build=build)
 
     def _refittable_line(self, graph: str) -> str:
