@@ -1,0 +1,29 @@
+"""Faults planted in a bundle, which is sealed again so that nothing but the values tells."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from sana_export.files import file_entry
+from sana_export.formats.dtypes import DTYPES
+from sana_export.manifest import Manifest
+
+
+def scale_weight(bundle: Path, graph: str, initializer: str, factor: float) -> None:
+    """Multiply one external weight of a graph by `factor`."""
+    manifest = Manifest.load(bundle)
+    entry = manifest.graphs[graph]
+    model = onnx.load(bundle / entry.onnx.path, load_external_data=False)
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == initializer)
+    where = {item.key: item.value for item in tensor.external_data}
+    (dtype,) = (dtype for dtype in DTYPES.values() if dtype.onnx == tensor.data_type)
+    path = (bundle / entry.onnx.path).parent / where["location"]
+    values = np.memmap(path, dtype.numpy, "r+", int(where["offset"]), tuple(tensor.dims))
+    values[:] = dtype.round(dtype.widen(values) * np.float32(factor))
+    values.flush()
+    data = tuple(file_entry(bundle, bundle / file.path) for file in entry.data)
+    replace(manifest, graphs={**manifest.graphs, graph: replace(entry, data=data)}).save(bundle)
