@@ -22,7 +22,8 @@ from sana_export.export.evaluator import TensorEvaluator
 from sana_export.export.example_inputs import CHECK_SIZES, random_inputs
 from sana_export.formats.arrays import Array
 from sana_export.known_files import hash_always
-from sana_export.manifest import Manifest, ModelInfo
+from sana_export.manifest import Manifest
+from sana_export.profiles import DECODER_TILE
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.control import CONTROLNET_GRAPHS
 from sana_export.runtime.request import Request
@@ -67,10 +68,10 @@ def record_inputs(
     found: dict[str, dict[str, Array]] = {}
     with hash_always(), SanaRuntime.from_pretrained(bundle, backend=backend, prompt_cache_bytes=0) as runtime:
         evaluators = cast(EvaluatorBackend, runtime.backend).evaluators
-        for kind in {_changes(graph, manifest.model, sampling): None for graph in wanted}:
+        for kind in dict.fromkeys(map(_kind, wanted)):
             evaluators.clear()
             runtime.sessions.clear()
-            of_kind = {graph: call for graph, call in wanted.items() if _changes(graph, manifest.model, sampling) == kind}
+            of_kind = {graph: call for graph, call in wanted.items() if _kind(graph) == kind}
             for _ in _stages(runtime, _request(kind, manifest, sampling)):
                 found |= {
                     graph: cast(Recorder, evaluators[graph]).feeds[call]
@@ -114,22 +115,21 @@ def _stored_inputs(bundle: Path, spec: GraphSpec, feeds: Mapping[str, Array]) ->
     return inputs
 
 
-#: What a run needs beside a prompt: tiles of this side in pixels (0: none), an image, a control image.
-_Kind = tuple[int, bool, bool]
+#: What a run needs beside a prompt: tiles, an image, a control image.
+_Kind = tuple[bool, bool, bool]
+#: Side of a tile in image pixels: the smallest that engines are built for (profiles.py).
+_TILE = DECODER_TILE // 4
 
 
-def _changes(graph: str, model: ModelInfo, sampling: Sampling) -> _Kind:
-    scale = max(model.decoder_tile_scale, model.encoder_tile_scale)
-    side = sampling.request("", model).height or model.native_size
-    tile = max(side // 2 // scale, 1) * scale if graph in _IN_TILES else 0
-    return tile, graph in _OF_IMAGES, graph in CONTROLNET_GRAPHS
+def _kind(graph: str) -> _Kind:
+    return graph in _IN_TILES, graph in _OF_IMAGES, graph in CONTROLNET_GRAPHS
 
 
 def _request(kind: _Kind, manifest: Manifest, sampling: Sampling) -> Request:
-    tile, with_image, with_control = kind
+    in_tiles, with_image, with_control = kind
     request = sampling.request(sampling.prompts[0], manifest.model, PAG_SCALE if manifest.options.pag_layers else 0.0)
     assert request.height is not None and request.width is not None
-    changes: dict[str, Any] = {"decoder_tile": tile}
+    changes: dict[str, Any] = {"decoder_tile": _TILE if in_tiles else 0}
     if with_image:
         mask = np.zeros((request.height, request.width), np.float32)
         mask[:, request.width // 2 :] = 1.0
