@@ -99,13 +99,18 @@ def plan_engines(
     profile with another key is stale; the reason names the fields that differ. Engines with and without weights can both exist.
     Raises UsageError for a graph that is not in the bundle, and what `engine_spec` raises.
     """
-    ranges = profile.ranges(manifest.model, instruction_tokens=instruction_tokens, branches=most_branches(manifest))
+    ranges = profile_ranges(manifest, profile, instruction_tokens)
     export = export_command(bundle, manifest)
     specs = (
         engine_spec(bundle, manifest.graphs[name], target, ranges, options, export=export)
         for name in _chosen(manifest, profile, graphs)
     )
     return [_planned(bundle, manifest, spec, profile.name) for spec in specs]
+
+
+def profile_ranges(manifest: Manifest, profile: Profile, instruction_tokens: int) -> dict[str, Range]:
+    """The range of every axis of `contract.DYNAMIC_AXES` in `profile` for this bundle."""
+    return profile.ranges(manifest.model, instruction_tokens=instruction_tokens, branches=_most_branches(manifest))
 
 
 def engine_spec(
@@ -175,7 +180,7 @@ def _chosen(manifest: Manifest, profile: Profile, graphs: Iterable[str] | None) 
     return [name for name in available if name in wanted]
 
 
-def most_branches(manifest: Manifest) -> int:
+def _most_branches(manifest: Manifest) -> int:
     """The most guidance branches that the bundle can sample with: one if guidance is embedded, three with PAG layers, else two."""
     if manifest.model.guidance_embeds:
         return 1

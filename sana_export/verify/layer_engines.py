@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +68,24 @@ def infer(runner: Any, feeds: Mapping[str, Any]) -> dict[str, Array]:
         import torch
 
         feeds = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in feeds.items()}
-    with quiet(), polygraphy_failures("run an engine"), runner:
+    with quiet(), polygraphy_failures("run a graph"), cuda_runtime(), runner:
         outputs = runner.infer(feeds)
         return {name: _float32(value) for name, value in outputs.items()}
+
+
+@contextlib.contextmanager
+def cuda_runtime() -> Iterator[None]:
+    """In the block, Polygraphy finds the CUDA runtime of NVIDIA's packages, which it looks for in $LD_LIBRARY_PATH."""
+    found = {str(file.parent) for folder in sys.path for file in Path(folder or ".").glob("nvidia/*/lib/libcudart.so*")}
+    before = os.environ.get("LD_LIBRARY_PATH")
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join([*sorted(found), *([before] if before else [])])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LD_LIBRARY_PATH"]
+        else:
+            os.environ["LD_LIBRARY_PATH"] = before
 
 
 def _float32(value: Any) -> Array:

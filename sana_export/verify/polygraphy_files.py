@@ -17,7 +17,7 @@ from sana_export.profiles import profile_named
 from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.trt.build import input_shapes
 from sana_export.trt.bundle import read_instruction_tokens
-from sana_export.trt.plan import most_branches
+from sana_export.trt.plan import profile_ranges
 from sana_export.user_paths import user_path
 from sana_export.verify.bundle import Sampling
 from sana_export.verify.graph_file import open_graph
@@ -79,9 +79,7 @@ def write_polygraphy_files(
     bundle = user_path(bundle, "the bundle")
     check_replaceable(user_path(folder, _OPTION), CONTENT, _OPTION)
     manifest = Manifest.load(bundle)
-    ranges = profile_named(profile).ranges(
-        manifest.model, instruction_tokens=read_instruction_tokens(bundle), branches=most_branches(manifest)
-    )
+    ranges = profile_ranges(manifest, profile_named(profile), read_instruction_tokens(bundle))
     on_progress(Progress("recording the inputs", 0, len(manifest.graphs) + 1))
     inputs = record_inputs(bundle, manifest.graphs, sampling, step=step, threads=threads)
     shapes = {graph: input_shapes(entry.spec, ranges) for graph, entry in manifest.graphs.items()}

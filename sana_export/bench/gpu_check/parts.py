@@ -17,6 +17,7 @@ EXPORTED: dict[str, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt_rtx", "cuda.core"),
     "onnxruntime-cuda-graphs": ("onnxruntime",),
     "onnxruntime": ("onnxruntime",),
+    "onnxruntime-tensorrt-rtx": ("onnxruntime_ep_nv_tensorrt_rtx", "onnxruntime"),
 }
 MODELS = ("1600m", "600m")
 #: The files with the tests of the device, and of each backend.
@@ -65,6 +66,12 @@ def _parity(backend: str, *modules: str) -> CheckPart:
         on_gpu=_on_gpu(backend),
         backend=backend,
     )
+
+
+def _judge(backend: str) -> CheckPart:
+    modules = (*_BASE, "onnxscript", "polygraphy", "onnxruntime", *EXPORTED[backend])
+    target = f"{_PACKAGE}.judge:check"
+    return CheckPart(f"judge/{backend}", target, 240, 30, {"backend": backend}, modules, on_gpu=_on_gpu(backend), backend=backend)
 
 
 def _tests(backend: str, *modules: str) -> CheckPart:
@@ -123,6 +130,7 @@ PARTS: tuple[CheckPart, ...] = (
     *(_tests(backend, *modules) for backend, modules in EXPORTED.items()),
     _parity("torch-compile"),
     *(_parity(backend, *modules) for backend, modules in EXPORTED.items()),
+    *map(_judge, ("tensorrt", "tensorrt-rtx")),
     _settings("tensorrt-rtx"),
     _settings("tensorrt", "defaults", "text not padded"),
     _export("1600m"),
