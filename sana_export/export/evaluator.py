@@ -125,9 +125,9 @@ class RangeMeter:
 class TensorEvaluator:
     """Runs the part of one ONNX file that chosen intermediate tensors depend on, and returns these.
 
-    `arithmetic` says how. "float32": in float32 throughout. "stored": the same, with every half-precision tensor rounded to its dtype.
-    "native": as ONNX Runtime runs the file, with its optimizations, on `providers`. Results are float32 in each case. Chosen tensors
-    are never fused away.
+    `arithmetic` says how. "float32": in float32 throughout. "stored": the same, with every half-precision tensor rounded to its
+    dtype. "native": as ONNX Runtime runs the file, with its optimizations, on `providers`. Results are float32 in each case. Chosen
+    tensors are never fused away.
     """
 
     def __init__(
@@ -141,14 +141,12 @@ class TensorEvaluator:
         shapes: bool = False,
     ) -> None:
         model = cut(typed_model(path), tensors)
-        if arithmetic == "native":
-            model = _with_float32_outputs(model)
-        else:
-            model = _widen(model, store=arithmetic == "stored")
+        native = arithmetic == "native"
+        model = _with_float32_outputs(model) if native else _widen(model, store=arithmetic == "stored")
         if shapes:
             model = _with_shapes(model)
         self._tensors = tuple(tensors)
-        self._session = _session(model, path.parent, threads, optimized=arithmetic == "native", providers=providers)
+        self._session = _session(model, path.parent, threads, optimized=native, providers=providers)
 
     def get_providers(self) -> list[str]:
         """The execution providers of the session, as ONNX Runtime names this method."""

@@ -41,10 +41,15 @@ def compare(
         pair = [side[origin.tensor] for side in (wanted, found)]
         with quiet():
             results = [module.IterationResult({origin.tensor: values}) for values in pair]
-            ratio, cosine = (
-                function(*results)[origin.tensor]
-                for function in (module.SnrCompareFunc(limit), module.CosineSimilarityCompareFunc())
-            )
-            largest = [float(np.abs(values).max(initial=0.0)) for values in pair]
-        measured = (float("nan"), float("nan")) if isinstance(ratio, bool) else (ratio.snr, cosine.cosine_similarity)
-        yield TensorRow(origin, pair[0].shape, *map(float, measured), *largest, bool(ratio))
+            ratio = module.SnrCompareFunc(limit)(*results)[origin.tensor]
+            cosine = module.CosineSimilarityCompareFunc()(*results)[origin.tensor]
+            largest, largest_found = (float(np.abs(values).max(initial=0.0)) for values in pair)
+        yield TensorRow(
+            origin,
+            pair[0].shape,
+            snr_db=float(getattr(ratio, "snr", np.nan)),  # it is False for tensors of different shapes
+            cosine=float(getattr(cosine, "cosine_similarity", np.nan)),
+            largest=largest,
+            largest_found=largest_found,
+            passed=bool(ratio),
+        )

@@ -101,8 +101,8 @@ def write_polygraphy_files(
         texts = scripts(bundle.resolve(), commands, snr_limit(manifest.options.precision), manifest.options.dtype)
         for name, text in texts.items():
             (partial / name).write_text(text, "utf-8", newline="")
-        names = f"the prompt {sampling.prompts[0]!r}, step {step}"
-        written = PolygraphyFiles(str(folder), str(bundle), names, profile, tuple(manifest.graphs), tuple(texts))
+        source = f"the prompt {sampling.prompts[0]!r}, step {step}"
+        written = PolygraphyFiles(str(folder), str(bundle), source, profile, tuple(manifest.graphs), tuple(texts))
         (partial / CONTENT).write_text(json.dumps(written.as_json(), indent=1), "utf-8")
     return written
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PureWindowsPath
 
 from sana_export.verify.polygraphy_package import RTX_VARIABLE
@@ -53,15 +54,15 @@ class GraphCommands:
         saved = ["--load-inputs", f"{self.graph}/{INPUTS}", "--load-outputs", f"{self.graph}/{OUTPUTS}"]
         return ["polygraphy", "run", model, *saved, *options]
 
-    def build_options(self, backend: str) -> list[str]:
-        """The options that build an engine for the profile."""
-        words = ["--trt", *_BUILD[backend]]
+    def compare_engine(self, build: Sequence[str], options: Sequence[str]) -> list[str]:
+        """The same with an engine that is built for the profile with the options `build`."""
+        words = ["--trt", *build]
         for index, kind in enumerate(("min", "opt", "max")):
             if self.profile:
                 words += [f"--trt-{kind}-shapes", *(_shape(name, shapes[index]) for name, shapes in self.profile.items())]
-        return words
+        return self.compare(BundleFile(self.onnx), *words, *options)
 
-    def reduce(self, *check: str) -> list[str]:
+    def reduce(self, check: Sequence[str]) -> list[str]:
         """Bisect the graph, from its inputs on, down to the first node for which `polygraphy run` with the options `check` fails."""
         shapes = ["--model-input-shapes", *(_shape(*item) for item in self.shapes.items())] if self.shapes else []
         reduced = ["-o", f"{self.graph}-reduced.onnx", "--mode", "bisect", "--no-reduce-inputs", *shapes]
@@ -133,23 +134,24 @@ def scripts(bundle: Path, graphs: Iterable[GraphCommands], limit: float, dtype: 
         table["reduce-onnxruntime"] = script(
             f"Bisects each graph down to the first node whose output is not finite. {_SURGEON}",
             "",
-            lambda graph: graph.reduce("--onnxrt", "--validate"),
+            lambda graph: graph.reduce(("--onnxrt", "--validate")),
         )
-    for backend in BACKENDS:
+    for backend, build in _BUILD.items():
         table[backend] = script(
             "Builds an engine of each graph and compares it with the graph's saved outputs.",
             backend,
-            lambda graph, backend=backend: graph.compare(BundleFile(graph.onnx), *graph.build_options(backend), *snr),
+            partial(GraphCommands.compare_engine, build=build, options=snr),
         )
         table[f"reduce-{backend}"] = script(
             f"Bisects each graph down to the first node for which an engine differs from ONNX Runtime. {_SURGEON}",
             backend,
-            lambda graph, backend=backend: graph.reduce("--trt", *_BUILD[backend], "--onnxrt", *snr),
+            partial(GraphCommands.reduce, check=("--trt", *build, "--onnxrt", *snr)),
         )
         built = {name: graph.engines[backend] for name, graph in by_name.items() if backend in graph.engines}
         if built:
             commands = {
-                name: by_name[name].compare(BundleFile(path), "--trt", "--model-type", "engine", *snr) for name, path in built.items()
+                name: by_name[name].compare(BundleFile(path), "--trt", "--model-type", "engine", *snr)
+                for name, path in built.items()
             }
             purpose = "Compares the bundle's engines with the saved outputs."
             table[f"engines-{backend}"] = Script(purpose, BACKENDS[backend], commands)

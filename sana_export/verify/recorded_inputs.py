@@ -92,7 +92,10 @@ def record_inputs(
 
 def drawn_inputs(spec: GraphSpec, seed: int) -> dict[str, Array]:
     """Random inputs of a graph by name, as the export's own check draws them."""
-    return {name: value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy() for name, value in random_inputs(spec, CHECK_SIZES, seed).items()}
+    return {
+        name: value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+        for name, value in random_inputs(spec, CHECK_SIZES, seed).items()
+    }
 
 
 def stored(values: Array, dtype: str) -> Array:
@@ -128,7 +131,8 @@ def _kind(graph: str) -> _Kind:
 def _request(kind: _Kind, manifest: Manifest, sampling: Sampling) -> Request:
     in_tiles, with_image, with_control = kind
     request = sampling.request(sampling.prompts[0], manifest.model, PAG_SCALE if manifest.options.pag_layers else 0.0)
-    assert request.height is not None and request.width is not None
+    assert request.height is not None
+    assert request.width is not None
     changes: dict[str, Any] = {"decoder_tile": _TILE if in_tiles else 0}
     if with_image:
         mask = np.zeros((request.height, request.width), np.float32)
@@ -151,7 +155,9 @@ def _stages(runtime: SanaRuntime, request: Request) -> Iterator[None]:
     plan = runtime.plan(request)
     conditioning = runtime.encode(plan)
     yield
-    for last in runtime.steps(plan, conditioning):
+    latents = None
+    for step in runtime.steps(plan, conditioning):
+        latents = step.latents
         yield
-    runtime.decode(plan, last.latents)
+    runtime.decode(plan, latents)
     yield

@@ -1,4 +1,4 @@
-"""A second judge of each engine: Polygraphy runs it, and ONNX Runtime on the CPU, on inputs of a real run, and compares the outputs.
+"""A second judge of each engine: Polygraphy runs it, and ONNX Runtime on the CPU, on the inputs of a run, and compares the outputs.
 
 The parity parts compare a backend of ours with diffusers. If one of them fails, this part tells whether the engine is wrong or our
 runtime runs it wrong: none of the runtime's code takes part in Polygraphy's run.
@@ -45,7 +45,9 @@ def check(context: PartContext, *, backend: str, cases: Any = CASES, size: int =
         rows[name] = _ratios(bundle, backend, inputs, context)
         limit = snr_limit(precision)
         for graph, row in rows[name].items():
-            missed += [f"{name} {graph}: {who} {ratio:.1f} dB" for who, ratio in row.items() if ratio is not None and not ratio >= limit]
+            missed += [
+                f"{name} {graph}: {who} {ratio:.1f} dB" for who, ratio in row.items() if ratio is not None and not ratio >= limit
+            ]
         context.keep({"cases": rows})
     if missed:
         raise CheckFailed("; ".join(missed))
@@ -102,16 +104,14 @@ def _readable(spec: GraphSpec) -> list[str]:
 
 
 def lowest_ratio(wanted: Mapping[str, Array], found: Mapping[str, Array]) -> float | None:
-    """The lowest of Polygraphy's signal-to-noise ratios, at most 999 dB; -999 for tensors of another shape. None without tensors."""
+    """The lowest of Polygraphy's signal-to-noise ratios in dB, -999 to 999. None without tensors."""
     from sana_export.verify.polygraphy_package import comparator, quiet
 
     if not found:
         return None
     module = comparator()
     with quiet():
-        pair = [
-            module.IterationResult({name: np.asarray(side[name], np.float32) for name in found}) for side in (wanted, found)
-        ]
+        pair = [module.IterationResult({name: np.asarray(side[name], np.float32) for name in found}) for side in (wanted, found)]
         results = module.SnrCompareFunc()(*pair).values()
     ratios = [-999.0 if isinstance(result, bool) else result.snr for result in results]
     return float(np.clip(np.nan_to_num(ratios, nan=-999.0), -999.0, 999.0).min())

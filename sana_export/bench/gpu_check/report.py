@@ -89,7 +89,15 @@ class Report:
 
     def as_text(self) -> str:
         """The page: the machine, latency, parity, TensorRT-RTX's answers, and all parts with their reasons."""
-        sections = (self._head(), self._latency(), self._parity(), self._judge(), self._questions(), self._settings(), self._parts())
+        sections = (
+            self._head(),
+            self._latency(),
+            self._parity(),
+            self._judge(),
+            self._questions(),
+            self._settings(),
+            self._parts(),
+        )
         return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
 
     def redacted(self, redaction: Redaction) -> Report:

@@ -40,8 +40,8 @@ def add_debugging(parser: argparse.ArgumentParser, either: Any) -> None:
     either.add_argument(
         "--layers",
         metavar="GRAPH",
-        help="instead of comparing with diffusers, compute every tensor of one graph in two ways, compare them with Polygraphy, and "
-        "name the first one that drifts (docs/debugging.md)",
+        help="instead of comparing with diffusers, compute every tensor of one graph in two ways, compare them with Polygraphy, "
+        "and name the first one that drifts (docs/debugging.md)",
     )
     either.add_argument(
         "--polygraphy",
@@ -59,8 +59,8 @@ def add_debugging(parser: argparse.ArgumentParser, either: Any) -> None:
         "--against",
         metavar="BUNDLE",
         type=path_named("--against"),
-        help="with --layers, a bundle of the same structure whose graph is right: finds wrong weights too (default: the bundle itself "
-        "in float32)",
+        help="with --layers, a bundle of the same structure whose graph is right: finds wrong weights too (default: the bundle "
+        "itself in float32)",
     )
     parser.add_argument(
         "--limit", type=decibels, metavar="DB", help="with --layers, the lowest signal-to-noise ratio (default: verify's own limit)"
