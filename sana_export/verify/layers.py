@@ -8,7 +8,7 @@ reciprocal of a small sum.
 
 With another bundle as the reference, wrong weights show too, which both ways have in common otherwise.
 
-Memory is bounded: tensors are compared in chunks of at most `CHUNK_BYTES`, each in a run of the part of the graph that it depends on.
+Memory is bounded: tensors are compared in chunks of at most `CHUNK_BYTES`, each in a run of the part of the graph that they need.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from sana_export.verify.layer_report import LayerReport, TensorRow
 from sana_export.verify.layer_sides import ENGINES, Side, SideChoice, float32_side
 from sana_export.verify.layer_tensors import CHUNK_BYTES, chunks, compare
 from sana_export.verify.polygraphy_package import comparator
-from sana_export.verify.recorded_inputs import drawn_inputs, record_inputs
+from sana_export.verify.recorded_inputs import DEFAULT_SAMPLING, drawn_inputs, record_inputs
 from sana_export.verify.reproducer import REPORT, save_reproducer
 from sana_export.verify.written_folder import check_replaceable
 
@@ -69,7 +69,7 @@ def snr_limit(precision: str) -> float:
 def compare_layers(
     bundle: Path,
     check: LayerCheck,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT_SAMPLING,
     *,
     device: int | None = None,
     threads: int | None = None,

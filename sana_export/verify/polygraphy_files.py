@@ -24,7 +24,7 @@ from sana_export.verify.graph_file import open_graph
 from sana_export.verify.layers import snr_limit
 from sana_export.verify.polygraphy_package import comparator, save_inputs, save_outputs
 from sana_export.verify.polygraphy_scripts import INPUTS, OUTPUTS, GraphCommands, scripts
-from sana_export.verify.recorded_inputs import record_inputs
+from sana_export.verify.recorded_inputs import DEFAULT_SAMPLING, record_inputs
 from sana_export.verify.written_folder import check_replaceable, written_folder
 
 #: The file that says what is in the folder.
@@ -62,7 +62,7 @@ class PolygraphyFiles:
 def write_polygraphy_files(
     bundle: Path,
     folder: Path,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT_SAMPLING,
     *,
     step: int = 1,
     profile: str = "default",

@@ -27,9 +27,9 @@ def comparator(*, rtx: bool | None = None) -> ModuleType:
     Polygraphy takes one of the two for the whole process when it is imported. Raises UsageError for the other one afterwards, and
     DependencyError if Polygraphy is missing or too old.
     """
-    first = "polygraphy" not in sys.modules
+    loaded = "polygraphy" in sys.modules
     try:
-        with default_environment({RTX_VARIABLE: "1"}) if first and rtx else contextlib.nullcontext():
+        with default_environment({RTX_VARIABLE: "1"}) if rtx and not loaded else contextlib.nullcontext():
             from polygraphy import comparator as module
             from polygraphy import config
             from polygraphy.comparator import SnrCompareFunc  # noqa: F401 (older versions do not have it)
@@ -37,7 +37,7 @@ def comparator(*, rtx: bool | None = None) -> ModuleType:
         raise DependencyError(
             "comparing tensors needs Polygraphy", found=error, wanted="polygraphy>=0.53.4", fix=install_command("export")
         ) from error
-    if rtx is not None and config.USE_TENSORRT_RTX != rtx:
+    if rtx is not None and rtx != config.USE_TENSORRT_RTX:
         raise UsageError(
             "Polygraphy uses either TensorRT-RTX or TensorRT in a process",
             found=f"{RTX_VARIABLE}={int(config.USE_TENSORRT_RTX)}",

@@ -63,7 +63,7 @@ class GraphCommands:
         return self.compare(BundleFile(self.onnx), *words, *options)
 
     def reduce(self, check: Sequence[str]) -> list[str]:
-        """Bisect the graph, from its inputs on, down to the first node for which `polygraphy run` with the options `check` fails."""
+        """Bisect the graph down to the first node for which `polygraphy run` with the options `check` fails."""
         shapes = ["--model-input-shapes", *(_shape(*item) for item in self.shapes.items())] if self.shapes else []
         reduced = ["-o", f"{self.graph}-reduced.onnx", "--mode", "bisect", "--no-reduce-inputs", *shapes]
         run = ["polygraphy", "run", "polygraphy_debug.onnx", "--load-inputs", f"{self.graph}/{INPUTS}", *check]
@@ -100,7 +100,7 @@ class Script:
         lines += [f"set {name}={value}" for name, value in self.environment.items()]
         lines += ["set STATUS=0"]
         for graph, words in self.commands.items():
-            lines += [f'set "GRAPH=%~1"', f'if "%GRAPH%"=="" set "GRAPH={graph}"']
+            lines += ['set "GRAPH=%~1"', f'if "%GRAPH%"=="" set "GRAPH={graph}"']
             lines += [f'if "%GRAPH%"=="{graph}" {" ".join(map(_windows, words))} || set STATUS=1']
         return "\r\n".join([*lines, "exit /b %STATUS%"]) + "\r\n"
 

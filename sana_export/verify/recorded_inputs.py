@@ -30,6 +30,8 @@ from sana_export.runtime.request import Request
 from sana_export.verify.bundle import PAG_SCALE, Sampling
 from sana_export.verify.evaluator_backend import EvaluatorBackend, evaluator_backend
 
+#: The first of verify's prompts, with its sizes and steps.
+DEFAULT_SAMPLING = Sampling()
 #: The graphs that run in every step.
 STEP_GRAPHS = frozenset({"denoiser", "sampler", "blend", "controlnet"})
 _IN_TILES = DECODERS[True] | ENCODERS[True]
@@ -54,7 +56,7 @@ class Recorder:
 
 
 def record_inputs(
-    bundle: Path, graphs: Iterable[str], sampling: Sampling = Sampling(), *, step: int = 1, threads: int | None = None
+    bundle: Path, graphs: Iterable[str], sampling: Sampling = DEFAULT_SAMPLING, *, step: int = 1, threads: int | None = None
 ) -> dict[str, dict[str, Array]]:
     """The inputs by name that each of `graphs` gets when the first prompt of `sampling` is drawn; in a loop, those of `step`.
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
+from sana_export.export.graph_files import export_graphs
 from sana_export.files import file_entry
 from sana_export.formats.dtypes import DTYPES
 from sana_export.manifest import Manifest
+
+
+def with_half_denoiser(bundle: Path, checkpoint: Any, folder: Path) -> Path:
+    """A copy of a float32 bundle whose denoiser is in float16. Its other graphs read and write float32."""
+    shutil.copytree(bundle, folder)
+    manifest = Manifest.load(folder)
+    options = replace(manifest.options, precision="fp16")
+    graphs = export_graphs("denoiser", ["denoiser"], checkpoint, options, folder)
+    replace(manifest, options=options, graphs={**manifest.graphs, **graphs}).save(folder)
+    return folder
 
 
 def scale_weight(bundle: Path, graph: str, initializer: str, factor: float) -> None:
