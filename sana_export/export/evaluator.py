@@ -126,8 +126,8 @@ class TensorEvaluator:
     """Runs the part of one ONNX file that chosen intermediate tensors depend on, and returns these.
 
     `arithmetic` says how. "float32": in float32 throughout. "stored": the same, with every half-precision tensor rounded to its
-    dtype. "native": as ONNX Runtime runs the file, with its optimizations, on `providers`. Results are float32 in each case. Chosen
-    tensors are never fused away.
+    dtype. "native": as ONNX Runtime runs the file, with its optimizations, on `providers`; it does not support bfloat16. Results are
+    float32 in each case. Chosen tensors are never fused away.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class TensorEvaluator:
     ) -> None:
         model = cut(typed_model(path), tensors)
         native = arithmetic == "native"
-        model = _with_float32_outputs(model) if native else _widen(model, store=arithmetic == "stored")
+        model = model if native else _widen(model, store=arithmetic == "stored")
         if shapes:
             model = _with_shapes(model)
         self._tensors = tuple(tensors)
@@ -154,7 +154,11 @@ class TensorEvaluator:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The chosen tensors, in their order. With `shapes`: their shapes, which takes no memory for their values."""
-        return dict(zip(self._tensors, self._session.run(None, _wide(self._session, feeds)), strict=True))
+        values = self._session.run(None, _wide(self._session, feeds))
+        return {
+            name: value.astype(np.float32) if value.dtype == np.float16 else value
+            for name, value in zip(self._tensors, values, strict=True)
+        }
 
 
 def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
@@ -219,15 +223,6 @@ def _widen(model: onnx.ModelProto, *, store: bool) -> onnx.ModelProto:
     widened.CopyFrom(model)
     widened.graph.CopyFrom(graph)
     return widened
-
-
-def _with_float32_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model`, in place, with its half-precision outputs cast to float32: numpy has no bfloat16."""
-    for value in model.graph.output:
-        if value.type.tensor_type.elem_type in HALF:
-            model.graph.node.append(_cast(value.name, f"{value.name}//float32", TensorProto.FLOAT))
-            value.name, value.type.tensor_type.elem_type = f"{value.name}//float32", TensorProto.FLOAT
-    return model
 
 
 def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 
 import onnx
 
@@ -34,7 +35,7 @@ class TensorOrigin:
     layer: str | None
     #: The module whose weights the node reads.
     module: str | None
-    #: That module's name in diffusers, if the manifest knows it.
+    #: That module's name in diffusers, if the manifest knows it; the beginning of it if the module joins several.
     diffusers: str | None
     #: The module whose weights were used last on the way to it. None: no weights come before.
     after: str | None
@@ -60,7 +61,7 @@ def tensor_origins(model: onnx.ModelProto, targets: Iterable[LoraTarget] = ()) -
     dtypes = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
     own = [next((weights[name] for name in node.input if name in weights), None) for node in graph.node]
     after, before = _after(graph, own), _before(graph, own)
-    known = {_module(target.initializer): target.module for target in targets}
+    known = _names_in_diffusers(targets)
     return [
         TensorOrigin(
             name,
@@ -101,6 +102,18 @@ def _before(graph: onnx.GraphProto, own: list[str | None]) -> dict[str, str | No
         for name in node.input:
             nearest[name] = min(nearest.get(name, mine), mine, key=lambda item: item[0])
     return {name: module for name, (_, module) in made.items()}
+
+
+def _names_in_diffusers(targets: Iterable[LoraTarget]) -> dict[str, str]:
+    """Module to its name in diffusers. If it joins several, what their names have in common: "transformer_blocks.1.attn1"."""
+    names: dict[str, list[list[str]]] = {}
+    for target in targets:
+        names.setdefault(_module(target.initializer), []).append(target.module.split("."))
+    return {module: ".".join(_common_beginning(parts)) for module, parts in names.items()}
+
+
+def _common_beginning(names: list[list[str]]) -> list[str]:
+    return [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))]
 
 
 def _module(weight: str) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 from sana_export.errors import UsageError
 from sana_export.export.evaluator import TensorEvaluator
 from sana_export.formats.arrays import Array
-from sana_export.manifest import Manifest
-from sana_export.profiles import profile_named
+from sana_export.manifest import Manifest, ModelInfo
+from sana_export.profiles import Profile, profile_named
 from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.trt.build import input_shapes
 from sana_export.trt.bundle import read_instruction_tokens
@@ -79,12 +79,13 @@ def write_polygraphy_files(
     bundle = user_path(bundle, "the bundle")
     check_replaceable(user_path(folder, _OPTION), CONTENT, _OPTION)
     manifest = Manifest.load(bundle)
-    ranges = profile_ranges(manifest, profile_named(profile), read_instruction_tokens(bundle))
+    chosen = profile_named(profile)
+    ranges = profile_ranges(manifest, chosen, read_instruction_tokens(bundle))
     on_progress(Progress("recording the inputs", 0, len(manifest.graphs) + 1))
     inputs = record_inputs(bundle, manifest.graphs, sampling, step=step, threads=threads)
     shapes = {graph: input_shapes(entry.spec, ranges) for graph, entry in manifest.graphs.items()}
     for graph, feeds in inputs.items():
-        _check_covered(graph, feeds, shapes[graph], profile)
+        _check_covered(graph, feeds, shapes[graph], chosen, manifest.model)
     with written_folder(folder, CONTENT, _OPTION) as partial:
         commands = []
         for done, (graph, entry) in enumerate(manifest.graphs.items(), 1):
@@ -107,14 +108,15 @@ def write_polygraphy_files(
     return written
 
 
-def _check_covered(graph: str, feeds: Mapping[str, Array], shapes: Mapping[str, Any], profile: str) -> None:
+def _check_covered(graph: str, feeds: Mapping[str, Array], shapes: Mapping[str, Any], profile: Profile, model: ModelInfo) -> None:
     """Raise UsageError if an input's shape is outside the profile."""
     for name, (lowest, _, highest) in shapes.items():
         found = feeds[name].shape
         if not all(low <= size <= high for low, size, high in zip(lowest, found, highest, strict=True)):
+            height, width = profile.covered(model)[0]
             raise UsageError(
-                f"the profile {profile} does not cover the inputs of {graph}",
+                f"the profile {profile.name} does not cover the inputs of {graph}",
                 found=f"{name} {list(found)}",
                 wanted=f"{list(lowest)} to {list(highest)}",
-                fix="--profile default, or --height and --width of an image that the profile is for",
+                fix=f"--height {height} --width {width}",
             )

@@ -26,7 +26,7 @@ from sana_export.verify.bundle import Sampling
 from sana_export.verify.polygraphy_files import write_polygraphy_files
 from sana_export.verify.polygraphy_scripts import GraphCommands, scripts
 
-SHORT = Sampling(("a red apple",), 64, 64, 2)
+SHORT = Sampling(("a red apple",), 128, 128, 2)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,11 @@ def test_polygraphys_own_commands(written: Path) -> None:
 
     results = RunResults.load(str(written / "denoiser/outputs.json"))
     values = results["float32"][0]["noise_pred"]
-    results["float32"][0]["noise_pred"] = values * np.float32(1.01)
+    results["float32"][0]["noise_pred"] = values * np.float32(1.02)
     results.save(str(written / "denoiser/outputs.json"))
     wrong = run_script(written / "onnxruntime.sh", "denoiser")
     assert wrong.returncode == 1
-    assert re.search(r"SNR: 40\.\d* dB \(min required: 57 dB\) \| FAILED", wrong.stdout + wrong.stderr)
+    assert re.search(r"SNR: 33\.9\d* dB \(min required: 57 dB\) \| FAILED", wrong.stdout + wrong.stderr)
 
 
 def test_saved_inputs_and_outputs_are_those_of_the_graph(written: Path, img2img_runtime: Any) -> None:
@@ -79,10 +79,8 @@ def test_saved_inputs_and_outputs_are_those_of_the_graph(written: Path, img2img_
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_engines_get_the_shapes_of_the_profile(backend: str, written: Path) -> None:
-    manifest = Manifest.load(next(written.parent.glob("a bundle*")))
-    tokens = manifest.graphs["text_encoder"].spec
-    assert tokens is not None
     content = json.loads((written / "polygraphy.json").read_text())
+    manifest = Manifest.load(Path(content["bundle"]))
     assert content["profile"] == "default"
     script = (written / f"{backend}.sh").read_text()
     assert ("export POLYGRAPHY_USE_TENSORRT_RTX=1" in script) is (backend == "tensorrt-rtx")
@@ -100,7 +98,7 @@ def test_scripts_of_the_bundles_engines_and_of_bfloat16() -> None:
     graph = GraphCommands("sampler", "onnx/sampler/model.onnx", {}, {}, {"tensorrt": "engines/tensorrt/key/sampler.engine"})
     found = scripts(Path("/x y"), [graph], 37.0, "float16")
     assert "engines-tensorrt-rtx.sh" not in found
-    command = "polygraphy run \"$BUNDLE\"/engines/tensorrt/key/sampler.engine --load-inputs sampler/inputs.json"
+    command = 'polygraphy run "$BUNDLE"/engines/tensorrt/key/sampler.engine --load-inputs sampler/inputs.json'
     assert f"case ${{1:-sampler}} in sampler) {command}" in found["engines-tensorrt.sh"]
     assert "BUNDLE=${BUNDLE:-'/x y'}" in found["engines-tensorrt.sh"]
     windows = found["engines-tensorrt.cmd"].split("\r\n")
@@ -114,16 +112,14 @@ def test_the_folder_is_written_whole_or_not_at_all(tiny_bundle: Path, tmp_path: 
     with pytest.raises(UsageError, match="would be overwritten") as caught:
         write_polygraphy_files(tiny_bundle, tmp_path / "mine", SHORT)
     assert caught.value.fix == f"--polygraphy {tmp_path / 'mine-2'}"
-    with pytest.raises(UsageError, match="profile static-1024 does not cover the inputs"):
-        write_polygraphy_files(tiny_bundle, tmp_path / "out", SHORT, profile="static-1024", threads=1)
+    with pytest.raises(UsageError, match="profile static-1024x512 does not cover the inputs") as caught:
+        write_polygraphy_files(tiny_bundle, tmp_path / "out", SHORT, profile="static-1024x512", threads=1)
+    assert caught.value.fix == "--height 1024 --width 512"
 
     def fail(*_: Any) -> None:
-        raise RuntimeError("the disk is full")
+        raise RuntimeError("no space left")
 
-    monkeypatch.setattr(polygraphy_files, "save_outputs", fail)
-    monkeypatch.setattr(polygraphy_files, "record_inputs", lambda *_, **__: {"sampler": {}})
-    monkeypatch.setattr(polygraphy_files, "_check_covered", lambda *_: None)
-    monkeypatch.setattr(polygraphy_files, "save_inputs", fail)
-    with pytest.raises((RuntimeError, KeyError)):
+    monkeypatch.setattr(polygraphy_files, "scripts", fail)
+    with pytest.raises(RuntimeError, match="no space left"):
         write_polygraphy_files(tiny_bundle, tmp_path / "out", SHORT, threads=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
