@@ -126,7 +126,7 @@ class TensorEvaluator:
     """Runs the part of one ONNX file that chosen intermediate tensors depend on, and returns these.
 
     `arithmetic` says how. "float32": in float32 throughout. "stored": the same, with every half-precision tensor rounded to its
-    dtype. "native": as ONNX Runtime runs the file, with its optimizations, on `providers`; it does not support bfloat16. Results are
+    dtype. "native": as ONNX Runtime runs the file, with its optimizations, on `providers`; it has no bfloat16. Results are
     float32 in each case. Chosen tensors are never fused away.
     """
 

@@ -38,5 +38,9 @@ def scale_weight(bundle: Path, graph: str, initializer: str, factor: float) -> N
     values = np.memmap(path, dtype.numpy, "r+", int(where["offset"]), tuple(tensor.dims))
     values[:] = dtype.round(dtype.widen(values) * np.float32(factor))
     values.flush()
-    data = tuple(file_entry(bundle, bundle / file.path) for file in entry.data)
-    replace(manifest, graphs={**manifest.graphs, graph: replace(entry, data=data)}).save(bundle)
+    changed = file_entry(bundle, path)
+    graphs = {  # several graphs may read the file
+        name: replace(other, data=tuple(changed if file.path == changed.path else file for file in other.data))
+        for name, other in manifest.graphs.items()
+    }
+    replace(manifest, graphs=graphs).save(bundle)
