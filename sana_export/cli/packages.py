@@ -27,6 +27,7 @@ PURPOSES = {
     "bench": "plots, power and clocks in bench's report",
     "tensorrt-rtx": "build and run TensorRT-RTX engines",
     "tensorrt": "build and run TensorRT engines",
+    "onnxruntime-tensorrt-rtx": "run on ONNX Runtime's TensorRT-RTX provider",
 }
 #: Distributions that provide the same module and must not be installed together.
 EXCLUSIVE = ("onnxruntime", "onnxruntime-gpu")

@@ -3,14 +3,15 @@
 ONNX Runtime's CPU provider computes most float16 nodes in float32 and drops the casts between neighbors, so an overflow that a GPU
 would hit never shows. This module rewrites a graph to compute in float32 and to round every intermediate tensor to the dtype that
 the graph declares for it. That is what a GPU stores, with wider accumulation in products. Without the rounding, the same rewriting
-measures how large every intermediate tensor gets.
+measures how large every intermediate tensor gets. Both can also return intermediate tensors, to find where they begin to differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ from sana_export.formats.arrays import Array
 from sana_export.formats.linked_files import pass_linked_files
 
 HALF: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+CPU = ("CPUExecutionProvider",)
 LARGEST = {"float16": 65504.0, "bfloat16": float(np.finfo(np.float32).max)}
 #: Operators that only move values. Their outputs are rounded already.
 MOVES = {
@@ -57,7 +59,7 @@ class StorageEvaluator:
     """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        model = _load(path)
+        model = typed_model(path)
         if not _half_values(model):
             options = _options(threads)
             maps = pass_linked_files(options, path.read_bytes(), path.parent, path.resolve().parent)
@@ -81,7 +83,7 @@ class RangeMeter:
     """Runs one ONNX file without rounding and records the largest magnitude of every half-precision intermediate tensor."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        model = _load(path)
+        model = typed_model(path)
         self._graph = model.graph.name
         self._outputs = [output.name for output in model.graph.output]
         self._values = _half_values(model)
@@ -120,7 +122,65 @@ class RangeMeter:
         return sorted(found, key=lambda entry: entry.headroom)
 
 
-def _load(path: Path) -> onnx.ModelProto:
+class TensorEvaluator:
+    """Runs the part of one ONNX file that chosen intermediate tensors depend on, and returns these.
+
+    `arithmetic` says how. "float32": in float32 throughout. "stored": the same, with every half-precision tensor rounded to its
+    dtype. "native": as ONNX Runtime runs the file, with its optimizations, on `providers`; it has no bfloat16. Results are
+    float32 in each case. Chosen tensors are never fused away.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[str],
+        threads: int | None = None,
+        *,
+        arithmetic: str,
+        providers: Sequence[Any] = CPU,
+        shapes: bool = False,
+    ) -> None:
+        model = cut(typed_model(path), tensors)
+        native = arithmetic == "native"
+        model = model if native else _widen(model, store=arithmetic == "stored")
+        if shapes:
+            model = _with_shapes(model)
+        self._tensors = tuple(tensors)
+        self._session = _session(model, path.parent, threads, optimized=native, providers=providers)
+
+    def get_providers(self) -> list[str]:
+        """The execution providers of the session, as ONNX Runtime names this method."""
+        return list(self._session.get_providers())
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The chosen tensors, in their order. With `shapes`: their shapes, which takes no memory for their values."""
+        values = self._session.run(None, _wide(self._session, feeds))
+        return {
+            name: value.astype(np.float32) if value.dtype == np.float16 else value
+            for name, value in zip(self._tensors, values, strict=True)
+        }
+
+
+def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """The part of `model` that computes `tensors`, which become its outputs. Each is computed by a node and has a known dtype."""
+    types = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
+    needed, nodes = set(tensors), []
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            nodes.append(node)
+    part = onnx.ModelProto()
+    part.CopyFrom(model)
+    for kept in (part.graph.node, part.graph.output, part.graph.initializer, part.graph.value_info):
+        del kept[:]
+    part.graph.node.extend(reversed(nodes))
+    part.graph.output.extend(types[name] for name in tensors)
+    part.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in needed)
+    part.graph.value_info.extend(value for value in model.graph.value_info if value.name in needed)
+    return part
+
+
+def typed_model(path: Path) -> onnx.ModelProto:
     """The model with the dtype of every value inferred. Its weights stay on disk."""
     model = onnx.load(path, load_external_data=False)
     return onnx.shape_inference.infer_shapes(model)
@@ -165,6 +225,18 @@ def _widen(model: onnx.ModelProto, *, store: bool) -> onnx.ModelProto:
     return widened
 
 
+def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model`, in place, with the shape of each output in its place, int64 [rank]. Each is measured when it is computed."""
+    measured, nodes = [value.name for value in model.graph.output], list(model.graph.node)
+    del model.graph.node[:], model.graph.output[:]
+    for node in nodes:
+        model.graph.node.append(node)
+        model.graph.node.extend(helper.make_node("Shape", [name], [f"{name}//shape"]) for name in node.output if name in measured)
+    outputs = (helper.make_tensor_value_info(f"{name}//shape", TensorProto.INT64, [None]) for name in measured)
+    model.graph.output.extend(outputs)
+    return model
+
+
 def _widen_attributes(node: NodeProto) -> None:
     """Make half-precision constants and cast targets float32."""
     for attribute in node.attribute:
@@ -187,15 +259,20 @@ def _options(threads: int | None) -> onnxruntime.SessionOptions:
     return options
 
 
-def _session(model: onnx.ModelProto, folder: Path, threads: int | None) -> onnxruntime.InferenceSession:
-    """A session that keeps every cast: ONNX Runtime's optimizations would drop them."""
+def _session(
+    model: onnx.ModelProto, folder: Path, threads: int | None, *, optimized: bool = False, providers: Sequence[Any] = CPU
+) -> onnxruntime.InferenceSession:
+    """A session that keeps every cast, unless it is `optimized`: ONNX Runtime's optimizations would drop them."""
     options = _options(threads)
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # In the order of the file: a node that measures a tensor runs before the tensor's memory is needed for others.
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.log_severity_level = 3
     content = model.SerializeToString()
     maps = pass_linked_files(options, content, folder)
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=[*providers])
     del maps  # the session has copied them
     return session
 

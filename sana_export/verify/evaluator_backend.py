@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from sana_export.commands import repair_command
-from sana_export.export.evaluator import RangeMeter, StorageEvaluator
+from sana_export.export.evaluator import StorageEvaluator
 from sana_export.files import check_files
 from sana_export.formats.arrays import Array
 from sana_export.formats.onnx_weights import check_external_data
@@ -16,14 +17,21 @@ from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.base import Backend, Session
 from sana_export.runtime.memory import AUTO
 
+
+class GraphEvaluator(Protocol):
+    """Runs one ONNX file, as the classes of export/evaluator.py do."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+
+
 #: Makes an evaluator of the ONNX file at a path.
-Evaluator = Callable[[Path], StorageEvaluator | RangeMeter]
+Evaluator = Callable[[Path], GraphEvaluator]
 
 
 class EvaluatorSession(Session):
-    """One ONNX file in an evaluator (export/evaluator.py)."""
+    """One ONNX file in an evaluator."""
 
-    def __init__(self, evaluator: StorageEvaluator | RangeMeter) -> None:
+    def __init__(self, evaluator: GraphEvaluator) -> None:
         self.evaluator = evaluator
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -40,7 +48,7 @@ class EvaluatorBackend(Backend):
         self.bundle, self.manifest, self.name = bundle, manifest, name
         self._evaluator = evaluator
         #: The evaluators of the loaded graphs, by graph.
-        self.evaluators: dict[str, StorageEvaluator | RangeMeter] = {}
+        self.evaluators: dict[str, GraphEvaluator] = {}
 
     def load(self, graph: str) -> EvaluatorSession:
         fix = repair_command(self.bundle, self.manifest)

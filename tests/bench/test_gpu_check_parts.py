@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sana_export.bench.gpu_check import latency, parity, rtx, settings, suite
+from sana_export.bench.gpu_check import judge, latency, parity, rtx, settings, suite
 from sana_export.bench.gpu_check.bundles import MODELS, checkpoint_of, without_onnx
 from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 from sana_export.bench.gpu_check.parts import BACKEND_TESTS, DEVICE_TESTS, PARTS
@@ -56,6 +56,23 @@ def test_parity_finds_a_wrong_graph(context: PartContext, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch_backend, "build_graph", build_wrong)
     with pytest.raises(CheckFailed, match="tiny-random-fp32 context: cosine 0"):
         parity.check(context, backend="torch", cases=TINY, size=96)
+
+
+def test_polygraphy_judges_what_runs_a_graph(context: PartContext, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime in place of engines. A wrong result of our runtime is told from one of Polygraphy's."""
+    monkeypatch.setattr(judge, "exported", lambda *_: tiny_bundle)
+    found = judge.check(context, backend="onnxruntime", cases=TINY, size=64)["cases"]["tiny-random-fp32"]
+    assert set(found) == set(GRAPH_GROUPS["default"])
+    assert min(row["polygraphy_db"] for row in found.values()) > 90
+    assert min(row["runtime_db"] for row in found.values()) > 90
+
+    run = SanaRuntime.run
+    monkeypatch.setattr(judge, "_judged", lambda *_: {"sampler": tiny_bundle / "onnx/sampler/model.onnx"})
+    wrong = lambda *given: {name: 1.01 * value.numpy() for name, value in run(*given).items()}  # noqa: E731
+    monkeypatch.setattr(SanaRuntime, "run", wrong)
+    monkeypatch.setattr(SanaRuntime, "to_host", lambda self, value: value)
+    with pytest.raises(CheckFailed, match=r"^tiny-random-fp32 sampler: runtime_db 40\.\d dB$"):
+        judge.check(context, backend="onnxruntime", cases=TINY, size=64)
 
 
 SHORT: dict[str, Any] = {"model": "tiny-random", "exported": False, "batches": (1, 2), "size": 64, "steps": 2}

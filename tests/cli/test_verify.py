@@ -10,6 +10,7 @@ import pytest
 
 from sana_export.verify.bundle import Sampling
 from sana_export.verify.intervals import Intervals
+from sana_export.verify.layers import LayerCheck
 from tests.support.command_line import Cli
 
 DEFAULTS = {"backend": "auto", "device": None, "threads": None, "quality": False, "intervals": Intervals()}
@@ -106,6 +107,41 @@ def test_ranges_need_no_reference(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
     ran = cli("verify", "bundle", "--ranges", "--prompt", "a cat", "--steps", 2)
     assert (ran.code, ran.out) == (0, "the report\n")
     assert calls.seen == [((Path("bundle"), Sampling(prompts=["a cat"], steps=2)), {"threads": None})]
+
+
+def test_layers(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options reach the check, and a tensor that drifts is exit code 5."""
+    calls = replaced(monkeypatch, "sana_export.verify.layers.compare_layers", passed=False)
+    options = ("--step", 3, "--limit", 40.5, "--against", "good", "--reproducer", "part", "--seed", 7, "--threads", 2)
+    ran = cli("verify", "bundle", "--layers", "denoiser", *options, "--random-inputs", "--backend", "tensorrt", "--json")
+    assert (ran.code, ran.json) == (5, {"passed": False})
+    check = LayerCheck("denoiser", 3, 40.5, True, "tensorrt", Path("good"), Path("part"))
+    assert calls.seen == [((Path("bundle"), check, Sampling(seed=7)), {"device": None, "threads": 2})]
+
+
+def test_files_for_polygraphy(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = replaced(monkeypatch, "sana_export.verify.polygraphy_files.write_polygraphy_files")
+    ran = cli("verify", "bundle", "--polygraphy", "files", "--profile", "laptop", "--prompt", "a cat")
+    assert (ran.code, ran.out) == (0, "the report\n")
+    settings = {"step": 1, "profile": "laptop", "threads": None}
+    assert calls.seen == [((Path("bundle"), Path("files"), Sampling(prompts=["a cat"])), settings)]
+    ran = cli("verify", "bundle", "--polygraphy", "files", "--backend", "tensorrt")
+    assert ran.code == 2
+    assert "leave out --backend" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "owner"),
+    [
+        (("--step", 2), "--layers or --polygraphy"),
+        (("--polygraphy", "files", "--limit", 3), "--layers"),
+        (("--layers", "denoiser", "--profile", "laptop"), "--polygraphy"),
+    ],
+)
+def test_options_of_layers_and_polygraphy(options: tuple[Any, ...], owner: str, cli: Cli) -> None:
+    ran = cli("verify", "bundle", *options)
+    assert ran.code == 2
+    assert f"belongs to {owner}\n" in ran.err
 
 
 def test_ranges_of_a_float32_bundle(tiny_bundle: Path, cli: Cli) -> None:

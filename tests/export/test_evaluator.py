@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
-from sana_export.export.evaluator import RangeMeter, StorageEvaluator
+from sana_export.export.evaluator import RangeMeter, StorageEvaluator, TensorEvaluator, typed_model
 
 
 class Overflowing(torch.nn.Module):
@@ -110,3 +110,21 @@ def test_the_session_gets_the_threads(tmp_path, monkeypatch, module, threads, fo
     for evaluator in evaluators:
         evaluator(path, threads=threads)
     assert [session.get_session_options().intra_op_num_threads for session in sessions] == [found] * len(evaluators)
+
+
+def test_chosen_tensors_in_each_arithmetic(tmp_path):
+    """x = 100: the product 1e5 is finite in float32, infinite if it is stored, and ONNX Runtime hides that from the next node."""
+    path = export(Overflowing(), tmp_path / "model.onnx")
+    product, quotient = (node.output[0] for node in typed_model(path).graph.node if node.op_type == "Mul")
+    feeds = {"x": np.full((4, 16), 100.0, np.float32)}
+    found = {
+        name: [value[0, 0] for value in TensorEvaluator(path, [quotient, product], arithmetic=name).run(feeds).values()]
+        for name in ("float32", "stored", "native")
+    }
+    assert found["float32"] == pytest.approx([100.0, 1e5], rel=1e-3)
+    assert found["stored"] == [np.inf, np.inf]
+    assert found["native"] == pytest.approx([100.0, np.inf], rel=1e-3)
+    one = TensorEvaluator(path, [product], arithmetic="native").run(feeds)
+    assert [(name, value.dtype, value.shape) for name, value in one.items()] == [(product, np.float32, (4, 16))]
+    shapes = TensorEvaluator(path, [quotient, product], arithmetic="stored", shapes=True).run(feeds)
+    assert {name: value.tolist() for name, value in shapes.items()} == {quotient: [4, 16], product: [4, 16]}

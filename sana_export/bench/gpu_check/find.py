@@ -34,6 +34,7 @@ QUESTIONS: dict[str, str] = {
     "tensorrt_rtx": "{'version': m.__version__}",
     "cuda.core": "{'version': m.__version__}",
     "triton": "{'version': m.__version__}",
+    "polygraphy": "{'version': m.__version__}",
     "tokenizers": "{'version': m.__version__}",
     "pytest": "{'version': m.__version__}",
 }

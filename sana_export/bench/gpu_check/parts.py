@@ -68,6 +68,12 @@ def _parity(backend: str, *modules: str) -> CheckPart:
     )
 
 
+def _judge(backend: str) -> CheckPart:
+    modules = (*_BASE, "onnxscript", "polygraphy", "onnxruntime", *EXPORTED[backend])
+    target = f"{_PACKAGE}.judge:check"
+    return CheckPart(f"judge/{backend}", target, 240, 30, {"backend": backend}, modules, on_gpu=_on_gpu(backend), backend=backend)
+
+
 def _tests(backend: str, *modules: str) -> CheckPart:
     needed = (*_BASE, "onnxscript", "pytest", *modules)
     arguments = {"file": BACKEND_TESTS, "backend": backend}
@@ -124,6 +130,7 @@ PARTS: tuple[CheckPart, ...] = (
     *(_tests(backend, *modules) for backend, modules in EXPORTED.items()),
     _parity("torch-compile"),
     *(_parity(backend, *modules) for backend, modules in EXPORTED.items()),
+    *map(_judge, ("tensorrt", "tensorrt-rtx")),
     _settings("tensorrt-rtx"),
     _settings("tensorrt", "defaults", "text not padded"),
     _export("1600m"),

@@ -89,7 +89,15 @@ class Report:
 
     def as_text(self) -> str:
         """The page: the machine, latency, parity, TensorRT-RTX's answers, and all parts with their reasons."""
-        sections = (self._head(), self._latency(), self._parity(), self._questions(), self._settings(), self._parts())
+        sections = (
+            self._head(),
+            self._latency(),
+            self._parity(),
+            self._judge(),
+            self._questions(),
+            self._settings(),
+            self._parts(),
+        )
         return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
 
     def redacted(self, redaction: Redaction) -> Report:
@@ -183,6 +191,19 @@ class Report:
             yield "## Parity with diffusers in fp32"
             yield ""
             yield from _table(("backend", "bundle", "lowest cosine of a graph", "lowest dB of an image", "passed"), rows)
+
+    def _judge(self) -> Iterator[str]:
+        rows = [
+            (name.removeprefix("judge/"), case, graph, *("" if ratio is None else f"{ratio:.1f}" for ratio in row.values()))
+            for name in self.planned
+            if name.startswith("judge/")
+            for case, graphs in self._found(name).get("cases", {}).items()
+            for graph, row in graphs.items()
+        ]
+        if rows:
+            yield "## Engines judged by Polygraphy: dB to ONNX Runtime on the CPU"
+            yield ""
+            yield from _table(("backend", "bundle", "graph", "run by Polygraphy", "run by us"), rows)
 
     def _questions(self) -> Iterator[str]:
         names = [name for name in self.planned if name.startswith("rtx/") and self._found(name)]

@@ -1,4 +1,4 @@
-"""`sana-export verify`: compares a bundle with diffusers, or measures the ranges of its intermediate tensors."""
+"""`sana-export verify`: compares a bundle with diffusers, or looks into its graphs (ranges, layers, Polygraphy)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from sana_export.cli.verb import (
     positive,
     reference_options,
 )
+from sana_export.cli.verbs.verify_debugging import add_debugging, check_debugging, debug
 from sana_export.errors import ParityError, UsageError
 from sana_export.runtime.memory import AUTO
 
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also measure image quality: PSNR and SSIM against fp32, and for `tiny` the top-1 accuracy of a classifier over 200 "
         "prompts and the reconstruction PSNR of the decoder",
     )
+    add_debugging(parser, either)
     add_intervals(parser, "with --quality, also what it costs to have ")
     parser.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="prompts to compare (default: a fixed set)")
     add_size(parser, "the image (default: 256, or the native size if smaller)")
@@ -75,11 +77,14 @@ SETTINGS = {
 def run(options: argparse.Namespace, console: Console) -> Answer:
     found = {parameter: getattr(options, option) for parameter, option in SETTINGS.items()}
     settings: dict[str, Any] = {parameter: value for parameter, value in found.items() if value is not None}
+    check_debugging(options)
     intervals = given_intervals(options)
     if intervals and not options.quality:
         name = next(iter(intervals)).replace("_", "-")
         fix = "add --quality"
         raise UsageError(f"--{name} belongs to --quality", found=f"--{name} without --quality", wanted="both", fix=fix)
+    if options.layers or options.polygraphy:
+        return debug(bundle_to_read(options, backend=options.backend), options, settings, console)
     if options.ranges:
         require("", "export")
         from sana_export.verify.bundle import Sampling, measure_ranges
@@ -92,7 +97,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         raise UsageError(
             "verify needs the checkpoint to compare with",
             found="no --reference",
-            wanted="--reference MODEL, or --ranges",
+            wanted="--reference MODEL, or --ranges, --layers or --polygraphy",
             fix=f"sana-export verify {shlex.quote(options.bundle)} {reference_options(Path(options.bundle))}",
         )
     opening = model_options(options, options)
@@ -166,7 +171,7 @@ VERB = Verb(
     name="verify",
     summary="compare a bundle with diffusers, graph by graph and image by image",
     description="Compares a bundle with diffusers: every graph, the latents and the images. Exits with 5 if a limit is missed.",
-    example="sana-export verify bundle --reference tiny --steps 4",
+    example="sana-export verify bundle --reference tiny --steps 4\nsana-export verify bundle --layers denoiser",
     add_arguments=add_arguments,
     run=run,
 )
