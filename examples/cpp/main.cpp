@@ -1,6 +1,9 @@
 // sana: draws an image with a bundle. See README.md.
 
+#include <cctype>
+#include <cerrno>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <functional>
 #include <iostream>
@@ -8,6 +11,8 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <random>
+#include <string>
+#include <vector>
 
 #include "errors.h"
 #include "pipeline.h"
