@@ -26,6 +26,7 @@ def bundle_document(bundle: Path, manifest: Manifest) -> dict[str, Any]:
             name: {
                 "bytes": sum(file.bytes for file in graph.files),
                 "parameters": graph.parameters,
+                "quantized_weights": len(graph.quantized),
                 "opset": graph.opset,
                 "onnx_sha256": graph.onnx.sha256,
             }
@@ -65,6 +66,7 @@ def bundle_origin(manifest: Manifest) -> str:
     facts += [options.precision, f"{manifest.model.native_size} px"]
     facts += [str(name)] if (name := manifest.model.scheduler.get("_class_name")) else []
     facts += ["self-attention clamped"] if options.clamp else []
+    facts += [f"{part} in {scheme}" for part, scheme in options.quantize.items()]
     if options.pag_layers:
         facts.append("PAG in " + ", ".join(f"transformer_blocks.{layer}" for layer in options.pag_layers))
     return ", ".join(facts)

@@ -15,6 +15,7 @@ from sana_export.cli.terminal.text import seconds, size
 from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, model_options, path_named
 from sana_export.manifest import PRECISIONS, Manifest
 from sana_export.progress import Progress
+from sana_export.quantization import AVAILABLE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "GRAPH",
         "the graphs to export, or groups of them: default,img2img adds image-to-image and inpainting (default: default, which "
         "draws images from text; with --controlnet the groups default, img2img and control)",
+    )
+    add_names(
+        parser,
+        "--quantize",
+        "SCHEME",
+        f"store weights in few bits: {' or '.join(AVAILABLE)} for all parts of the bundle that take it, or PART=SCHEME, for example "
+        "text_encoder=int4-weight,denoiser=none (default: none)",
     )
     parser.add_argument(
         "--clamp",
@@ -53,6 +61,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         pag_layers=options.pag_layers,
         clamp=options.clamp,
         graphs=options.graphs,
+        quantize=options.quantize,
     )
     return Answer(bundle_document(output, manifest), bundle_summary(output, manifest))
 
