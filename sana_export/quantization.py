@@ -97,7 +97,9 @@ _TRANSFORMER = (
 _AUTOENCODER = (
     LayerRule(r"\.qkv|\.attention\.out|\.inverted\.weight|\.point\.weight|\.conv[12]\.weight", 8, "4 bits were never tried"),
     LayerRule(r"\.depthwise\.weight|\.aggregations\.\d+\.\d+\.weight", 16, "few weights for each channel"),
-    LayerRule(r"stages\.\d+\.\d+\.weight", 16, "contains the ones of its shortcut, which set a scale too coarse for its other weights"),
+    LayerRule(
+        r"stages\.\d+\.\d+\.weight", 16, "contains the ones of its shortcut, which set a scale too coarse for its other weights"
+    ),
     LayerRule(r"conv_(in|out)\.weight", 16, "small, and the whole image depends on it"),
 )
 #: The rules of each part, the first that matches counts. Graphs that are not here have nothing to quantize.
@@ -149,7 +151,9 @@ def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[s
             what = f"for {part}" if part else "for all parts"
             raise UsageError(f"two quantization schemes {what}", found=f"{given[part]} and {scheme}", wanted="one of them")
         if part and part not in PARTS:
-            raise UsageError(f"nothing of {part!r} can be quantized", found=word, wanted=f"SCHEME, or PART=SCHEME with {', '.join(PARTS)}")
+            raise UsageError(
+                f"nothing of {part!r} can be quantized", found=word, wanted=f"SCHEME, or PART=SCHEME with {', '.join(PARTS)}"
+            )
         _check_scheme(scheme)
         given[part] = scheme
     exported = [part for part in PARTS if part in graphs or part == EMBEDDINGS]

@@ -39,6 +39,7 @@ from sana_export.graphs.vae_encoder import VaeEncoderHead, encoder_halo, encoder
 from sana_export.manifest import FILE_NAME, PRECISIONS, GraphEntry, Manifest, ModelInfo, Options, parse_graph
 from sana_export.output_folder import OutputFolder
 from sana_export.progress import OnProgress, Progress, ignore_progress
+from sana_export.quantization import EMBEDDINGS as QUANTIZED_EMBEDDINGS
 from sana_export.quantization import choose_quantization
 from sana_export.user_paths import user_path
 from sana_export.variants import SPRINT_STEPS, STEPS
@@ -110,7 +111,7 @@ def _export(
         require_free(output.parent, needed + temporary + OVERHEAD, f"the bundle {output}")
         meter = _Meter(sizes, on_progress)
         with meter.step("", "tokenizer, instruction and embeddings"):
-            instruction = write_text_files(checkpoint, partial, options)
+            instruction = write_text_files(checkpoint, partial, quantized=QUANTIZED_EMBEDDINGS in options.quantize)
         entries: dict[str, GraphEntry] = {}
         for owner, group in grouped.items():
             if owner not in finished:

@@ -50,9 +50,7 @@ def export_graphs(
             spec, path = graph_spec(name, checkpoint, options), folder / onnx_name(name)
             with built(name, checkpoint, options, weights) as (module, stored):
                 opset = OPSET if scheme is None else SCHEMES[scheme].opset
-                export_onnx(
-                    module, spec, path, weights, fitting(TRACE_SIZES, name, checkpoint), quantized=stored, opset=opset
-                )
+                export_onnx(module, spec, path, weights, fitting(TRACE_SIZES, name, checkpoint), quantized=stored, opset=opset)
                 model, targets = check_onnx(path, spec), lora_targets(name, checkpoint, options)
                 check_targets(path, model, targets, stored)
                 exported[name] = spec, model, targets, tuple(place.weight for place in stored.values())

@@ -123,9 +123,7 @@ def check_onnx(path: Path, spec: GraphSpec) -> onnx.ModelProto:
     return model
 
 
-def check_targets(
-    path: Path, model: onnx.ModelProto, targets: Iterable[LoraTarget], quantized: Collection[str] = ()
-) -> None:
+def check_targets(path: Path, model: onnx.ModelProto, targets: Iterable[LoraTarget], quantized: Collection[str] = ()) -> None:
     """Raise ParityError unless each target is an external initializer of the model with its name, shape and dtype.
 
     Otherwise refitting it would change something else, or nothing. Weights in `quantized` take no LoRA after the export.

@@ -13,8 +13,6 @@ from sana_export.checkpoint.tokenizer import complex_human_instruction, load_tok
 from sana_export.export.quantize.rounding import round_to_nearest
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.graphs.text_encoder import encode_instruction
-from sana_export.manifest import Options
-from sana_export.quantization import EMBEDDINGS as PART
 
 TOKENIZER = "tokenizer/tokenizer.json"
 INSTRUCTION = "instruction.safetensors"
@@ -23,10 +21,10 @@ EMBEDDINGS = "embeddings.safetensors"
 _ROWS = 4096
 
 
-def write_text_files(checkpoint: SanaCheckpoint, bundle: Path, options: Options) -> str:
+def write_text_files(checkpoint: SanaCheckpoint, bundle: Path, *, quantized: bool = False) -> str:
     """Write the tokenizer, the instruction's keys and values, and the embedding table. Returns the instruction's text.
 
-    The instruction is encoded with the checkpoint's own weights, quantized or not.
+    `quantized`: the table in 8 bits. The instruction is encoded with the checkpoint's own weights in any case.
     """
     text, weights = checkpoint.config("text_encoder"), checkpoint.weights("text_encoder")
     backend = load_tokenizer(checkpoint).backend_tokenizer
@@ -40,7 +38,7 @@ def write_text_files(checkpoint: SanaCheckpoint, bundle: Path, options: Options)
     prefix, bos_row = encode_instruction(text, weights, table[token_ids].float())
     # The instruction's last token may merge with the prompt, so its keys and values cannot be reused.
     tensors = {"token_ids": token_ids, "prefix": prefix[..., :-1, :].contiguous(), "bos_row": bos_row}
-    rows = quantize_rows(table) if PART in options.quantize else {"embed_tokens.weight": table}
+    rows = quantize_rows(table) if quantized else {"embed_tokens.weight": table}
     for file, content in ((INSTRUCTION, tensors), (EMBEDDINGS, rows)):
         save_file(content, bundle / file)
         (bundle / file).chmod(0o644)  # save_file makes it readable for the owner only

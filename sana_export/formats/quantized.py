@@ -11,8 +11,8 @@ from sana_export.formats.arrays import Array, Bytes, Float32
 
 #: The number of each stored type in onnx.TensorProto.DataType.
 ONNX_TYPES = {"int8": 3, "int4": 22}
-#: A configuration entry of ONNX Runtime's sessions. By default it rounds the activations before 4-bit weights to 8 bits; with this it
-#: computes in float32.
+#: A configuration entry of ONNX Runtime's sessions. By default it rounds the activations before 4-bit weights to 8 bits; with this
+#: entry it computes in float32.
 WHOLE_ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "1")
 
 
@@ -21,8 +21,8 @@ def pack(values: npt.NDArray[np.int8], dtype: str) -> Bytes:
     flat = np.ascontiguousarray(values).reshape(-1)
     if dtype == "int8":
         return flat.view(np.uint8)
-    halves = np.append(flat, np.zeros(flat.size % 2, np.int8)).view(np.uint8) & 0xF
-    return halves[0::2] | (halves[1::2] << 4)
+    halves: Bytes = np.append(flat, np.zeros(flat.size % 2, np.int8)).view(np.uint8)
+    return (halves[0::2] & np.uint8(0xF)) | (halves[1::2] << np.uint8(4))
 
 
 def unpack(stored: Bytes, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[np.int8]:

@@ -26,6 +26,7 @@ from sana_export.formats.arrays import Array
 from sana_export.known_files import hash_always
 from sana_export.manifest import Manifest, ModelInfo
 from sana_export.progress import OnProgress, Progress, ignore_progress
+from sana_export.quantization import EMBEDDINGS
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.guidance import WHOLE
 from sana_export.runtime.memory import AUTO
@@ -35,6 +36,7 @@ from sana_export.verify.evaluator_backend import EvaluatorBackend, evaluator_bac
 from sana_export.verify.graph_checks import GRAPH_CHECKS
 from sana_export.verify.intervals import ALL_STEPS, IntervalCost, Intervals, measure_intervals
 from sana_export.verify.quality import Meter, Quality, measure_quality
+from sana_export.verify.quantized import check_stored
 from sana_export.verify.reference import call_reference, load_reference
 from sana_export.verify.report import RangeReport, VerifyReport
 
@@ -127,7 +129,9 @@ def _compare(
     for name in names:
         on_progress(Progress(name, len(graphs), total))
         found, wanted = GRAPH_CHECKS[name](runtime, pipeline, prompts, sampling.seed)
-        graphs.append(compare_tensors(name, found, wanted, manifest.options.precision))
+        graphs.append(compare_tensors(name, found, wanted, manifest.options.precision, _scheme(manifest, name)))
+        if manifest.graphs[name].quantized:
+            graphs += check_stored(runtime, checkpoint, name, sampling.seed)
     latents: list[Parity] = []
     images: list[Parity] = []
     for scale in scales:
@@ -138,7 +142,8 @@ def _compare(
             pair = sample_both(runtime, reference, sampling.request(prompt, manifest.model, scale))
             name = f"{prompt[:24]!r}" + (f" pag {scale:g}" if scale else "")
             latents.append(compare_tensors(f"latents {name}", *pair.latents, manifest.options.precision))
-            images.append(compare_images(f"image {name}", *pair.images, manifest.options.precision))
+            schemes = manifest.options.quantize.values()
+            images.append(compare_images(f"image {name}", *pair.images, manifest.options.precision, schemes))
     measured = _measure_quality(runtime, pipeline, checkpoint, sampling, on_progress) if quality else None
     return VerifyReport(
         str(bundle),
@@ -152,6 +157,11 @@ def _compare(
         measured,
         cost,
     )
+
+
+def _scheme(manifest: Manifest, graph: str) -> str | None:
+    """The scheme that counts for the comparison of a graph with diffusers: the text encoder also reads the embedding table."""
+    return manifest.options.scheme(graph) or (manifest.options.quantize.get(EMBEDDINGS) if graph == "text_encoder" else None)
 
 
 def check_origin(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, verb: str = "verify") -> None:

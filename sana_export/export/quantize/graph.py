@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -12,7 +13,6 @@ from onnx_ir import Node, Value
 from sana_export.export.quantize.weights import StoredWeight
 from sana_export.formats.quantized import ONNX_TYPES, scale_shape
 from sana_export.graphs.storage import Slice
-from sana_export.manifest import QuantizedWeight
 
 
 def insert_dequantize(model: onnx_ir.Model, stored: Mapping[str, StoredWeight], data: Path) -> None:
@@ -20,7 +20,8 @@ def insert_dequantize(model: onnx_ir.Model, stored: Mapping[str, StoredWeight], 
     graph = model.graph
     for name, place in stored.items():
         given = graph.initializers.pop(name)
-        assert given.dtype is not None  # an initializer has a type
+        assert given.dtype is not None
+        assert given.shape is not None
         weight = place.weight
         shape = scale_shape(weight.shape, weight.axis, weight.block)
         integers = onnx_ir.DataType(ONNX_TYPES[weight.dtype])
@@ -34,47 +35,56 @@ def insert_dequantize(model: onnx_ir.Model, stored: Mapping[str, StoredWeight], 
         given.name, out.name = None, name
         if weight.transposed:
             for user, index in tuple(given.uses()):
-                _read_transposed(graph, user, index, out, weight, tuple(given.shape or ()))
+                _read_transposed(graph, user, index, out, given.shape.numpy())
         else:
             given.replace_all_uses_with(out)
 
 
-def _read_transposed(graph: onnx_ir.Graph, user: Node, index: int, matrix: Value, weight: QuantizedWeight, shape: tuple[int, ...]) -> None:
-    """Let `user` read a weight [out, in, ...] of `shape` from `matrix` [in, out].
+def _read_transposed(graph: onnx_ir.Graph, user: Node, index: int, matrix: Value, shape: tuple[int, ...]) -> None:
+    """Let input `index` of `user` read a weight [out, in, ...] of `shape` from `matrix` [in, out]."""
+    if (user.op_type, index) == ("MatMul", 0):
+        _swap_factors(graph, user, matrix)
+    elif (user.op_type, index) == ("Conv", 1):
+        user.replace_input_with(index, _kernel(graph, user, matrix, shape))
+    else:
+        raise AssertionError(f"{matrix.name} is read by input {index} of {user.op_type}")
 
-    TensorRT-RTX 1.7 compiles no transposed 4-bit matrix as a left factor. So a product W y becomes (y^T W^T)^T.
-    """
-    if user.op_type == "MatMul" and index == 0:
-        other, result = user.inputs[1], user.outputs[0]
-        assert other is not None
-        assert result.shape is not None
-        last = list(range(len(result.shape) - 2)) + [len(result.shape) - 1, len(result.shape) - 2]
-        flipped = onnx_ir.node("Transpose", [other], {"perm": last}, name=f"{user.name}.input")
-        product = onnx_ir.node("MatMul", [flipped.outputs[0], matrix], name=user.name)
-        back = onnx_ir.node("Transpose", [product.outputs[0]], {"perm": last}, name=f"{user.name}.output")
-        names = (result.name, f"{user.name}.input", f"{user.name}.product")
-        for node, name, dims in zip(
-            (back, flipped, product), names, (result.shape, _permuted(other.shape, last), _permuted(result.shape, last)), strict=True
-        ):
-            node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, result.type, dims
-        graph.insert_before(user, [flipped, product, back])
-        result.name = None
-        result.replace_all_uses_with(back.outputs[0], replace_graph_outputs=True)
-        graph.remove(user, safe=True)
-        return
-    assert user.op_type == "Conv" and index == 1, f"{weight.name} is read by input {index} of {user.op_type}"
-    flipped = onnx_ir.node("Transpose", [matrix], {"perm": [1, 0]}, name=f"{weight.name}.transpose")
-    sizes = Value(name=f"{weight.name}.shape", const_value=onnx_ir.tensor(np.array(shape, np.int64), name=f"{weight.name}.shape"))
+
+def _swap_factors(graph: onnx_ir.Graph, product: Node, matrix: Value) -> None:
+    """A product W y of matrices becomes (y^T W^T)^T: TensorRT-RTX 1.7 compiles no 4-bit matrix as a left factor."""
+    other, result = product.inputs[1], product.outputs[0]
+    assert other is not None
+    assert other.shape is not None
+    assert result.shape is not None
+    order = [*range(len(result.shape) - 2), len(result.shape) - 1, len(result.shape) - 2]
+    flipped = _node(graph, product, "Transpose", [other], f"{product.name}.input", _permuted(other.shape, order), perm=order)
+    swapped = _node(graph, product, "MatMul", [flipped, matrix], f"{product.name}.product", _permuted(result.shape, order))
+    back = _node(graph, product, "Transpose", [swapped], f"{product.name}.output", result.shape, perm=order)
+    result.replace_all_uses_with(back, replace_graph_outputs=True)
+    graph.remove(product, safe=True)
+
+
+def _kernel(graph: onnx_ir.Graph, conv: Node, matrix: Value, shape: tuple[int, ...]) -> Value:
+    """`matrix` [in, out] as the kernel of `conv`, of `shape` [out, in, 1, 1]."""
+    sizes = Value(name=f"{matrix.name}.shape", const_value=onnx_ir.tensor(np.array(shape, np.int64), name=f"{matrix.name}.shape"))
     graph.register_initializer(sizes)
-    kernel = onnx_ir.node("Reshape", [flipped.outputs[0], sizes], name=f"{weight.name}.reshape")
-    for node, name, dims in zip((flipped, kernel), ("rows", "kernel"), ((shape[0], weight.shape[0]), shape), strict=True):
-        node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = f"{weight.name}.{name}", matrix.type, onnx_ir.Shape(dims)
-    graph.insert_before(user, [flipped, kernel])
-    user.replace_input_with(index, kernel.outputs[0])
+    rows = _node(graph, conv, "Transpose", [matrix], f"{matrix.name}.rows", onnx_ir.Shape(shape[:2]), perm=[1, 0])
+    return _node(graph, conv, "Reshape", [rows, sizes], f"{matrix.name}.kernel", onnx_ir.Shape(shape))
 
 
-def _permuted(shape: onnx_ir.Shape | None, order: list[int]) -> onnx_ir.Shape | None:
-    return None if shape is None else onnx_ir.Shape([shape[axis] for axis in order])
+def _node(
+    graph: onnx_ir.Graph, before: Node, kind: str, inputs: list[Value], name: str, shape: onnx_ir.Shape, **attributes: Any
+) -> Value:
+    """The output of a new node before another one, of the type of its first input. Node and output have the same name."""
+    node = onnx_ir.node(kind, inputs, attributes, name=name)
+    (out,) = node.outputs
+    out.name, out.type, out.shape = name, inputs[0].type, shape
+    graph.insert_before(before, node)
+    return out
+
+
+def _permuted(shape: onnx_ir.Shape, order: list[int]) -> onnx_ir.Shape:
+    return onnx_ir.Shape([shape[axis] for axis in order])
 
 
 def _initializer(
