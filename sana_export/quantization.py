@@ -142,7 +142,8 @@ def layer_scheme(scheme: Scheme, rule: LayerRule, inputs: int) -> Scheme | None:
 def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[str, str]:
     """The scheme of each part of an export of `graphs`. `words` are SCHEME, for all parts, and PART=SCHEME, which comes before it.
 
-    Raises UsageError for an unknown or unavailable scheme, and for a part that is unknown, given twice, or not exported.
+    A part that does not tolerate the scheme for all gets `FALLBACK`. Raises UsageError for an unknown or unavailable scheme, and
+    for a part that is unknown, given twice, not exported, or does not tolerate its own scheme.
     """
     given: dict[str, str] = {}
     for word in words:
@@ -155,18 +156,27 @@ def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[s
                 f"nothing of {part!r} can be quantized", found=word, wanted=f"SCHEME, or PART=SCHEME with {', '.join(PARTS)}"
             )
         _check_scheme(scheme)
+        if part and scheme != NONE and (better := _tolerated(part, scheme)) != scheme:
+            wanted, fix = f"at least {SCHEMES[better].bits} bits", f"--quantize {part}={better}"
+            raise UsageError(f"{part} does not take {scheme}", found=f"{SCHEMES[scheme].bits} bits", wanted=wanted, fix=fix)
         given[part] = scheme
-    exported = [part for part in PARTS if part in graphs or part == EMBEDDINGS]
+    present = {EMBEDDINGS, *map(part_of, graphs)}
+    exported = [part for part in PARTS if part in present]
     if absent := [part for part in given if part and part not in exported]:
         fix = "add --graphs, or leave it out of --quantize"
         raise UsageError(f"the graph {absent[0]} is not exported", found=f"--quantize {absent[0]}={given[absent[0]]}", fix=fix)
     chosen = {part: given.get(part, given.get("", NONE)) for part in exported}
-    return {part: scheme for part, scheme in chosen.items() if scheme != NONE}
+    return {part: _tolerated(part, scheme) for part, scheme in chosen.items() if scheme != NONE}
+
+
+def _tolerated(part: str, scheme: str) -> str:
+    """`scheme`, or `FALLBACK` if no layer of `part` tolerates so few bits."""
+    return scheme if SCHEMES[scheme].bits >= min(rule.bits for rule in LAYERS[part]) else FALLBACK.name
 
 
 def quantization_words(chosen: Mapping[str, str]) -> str:
     """What `--quantize` takes to choose `chosen`. "" for nothing."""
-    return ",".join(f"{part}={scheme}" for part, scheme in chosen.items())
+    return ",".join(f"{part}={chosen[part]}" for part in PARTS if part in chosen)
 
 
 def _check_scheme(name: str) -> None:

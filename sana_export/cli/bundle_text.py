@@ -73,13 +73,14 @@ def bundle_origin(manifest: Manifest) -> str:
 
 
 def graphs_table(manifest: Manifest) -> str:
-    """One row for each graph."""
+    """One row for each graph. With quantized graphs, a column says how weights are stored."""
     order = [*(name for name in GRAPHS if name in manifest.graphs), *(name for name in manifest.graphs if name not in GRAPHS)]
-    rows = []
+    rows, options = list[tuple[str, ...]](), manifest.options
     for name in order:
         graph = manifest.graphs[name]
-        rows.append((name, f"{graph.parameters / 1e6:.2f} M", size(sum(file.bytes for file in graph.files))))
-    return table(rows, ("graph", "parameters", "size"), "  ")
+        row = (name, f"{graph.parameters / 1e6:.2f} M", size(sum(file.bytes for file in graph.files)))
+        rows.append((*row, options.scheme(name) or options.precision) if options.quantize else row)
+    return table(rows, ("graph", "parameters", "size", *(["weights"] if options.quantize else [])), "  ")
 
 
 def engines_table(engines: tuple[EngineEntry, ...]) -> str:

@@ -42,6 +42,8 @@ from sana_export.verify.report import RangeReport, VerifyReport
 
 PROMPTS = ("a red apple on a table", "一只可爱的熊猫在吃竹子", "A cute 🐼 eating 🎋, ink drawing style", "")
 PAG_SCALE = 2.0
+#: The check of a graph also runs this part of the bundle.
+_READS = {"text_encoder": EMBEDDINGS, "denoiser": "controlnet"}
 SIZE = 256
 STEPS = 8
 
@@ -160,8 +162,8 @@ def _compare(
 
 
 def _scheme(manifest: Manifest, graph: str) -> str | None:
-    """The scheme that counts for the comparison of a graph with diffusers: the text encoder also reads the embedding table."""
-    return manifest.options.scheme(graph) or (manifest.options.quantize.get(EMBEDDINGS) if graph == "text_encoder" else None)
+    """The scheme that counts for the comparison of a graph with diffusers: its own, or that of what it reads in its check."""
+    return manifest.options.scheme(graph) or manifest.options.quantize.get(_READS.get(graph, ""))
 
 
 def check_origin(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, verb: str = "verify") -> None:

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--quantize",
         "SCHEME",
-        f"store weights in few bits: {' or '.join(AVAILABLE)} for all parts of the bundle that take it, or PART=SCHEME, for example "
-        "text_encoder=int4-weight,denoiser=none (default: none)",
+        f"store weights in few bits: {' or '.join(AVAILABLE)} for all parts of the bundle that take it, or PART=SCHEME, for "
+        "example text_encoder=int4-weight,denoiser=none (default: none)",
     )
     parser.add_argument(
         "--clamp",

@@ -27,8 +27,8 @@ class Rounded:
 def round_to_nearest(weight: Float32, bits: int, axis: int, block: int, dtype: DType) -> Rounded:
     """`weight` in `bits` bits, with one scale for each index of `axis`, or for each `block` along it.
 
-    A scale is the largest magnitude over the largest integer, rounded to `dtype`. The integers are symmetric: -128 and -8 are not
-    used, so that a sign costs nothing.
+    A scale is the largest magnitude over the largest integer, rounded to `dtype`. The integers are symmetric: the lowest one,
+    such as -128, is not used, so a weight and its negative have the same error.
     """
     most = 2 ** (bits - 1) - 1
     largest = _largest(np.abs(weight), axis, block)
