@@ -11,6 +11,7 @@ from sana_export.cli.terminal.text import plural, seconds, size, table
 from sana_export.contract import GRAPHS
 from sana_export.lora_scales import scales_text
 from sana_export.manifest import EngineEntry, Manifest
+from sana_export.quantization import PARTS
 from sana_export.runtime.memory import MemoryRequirement, memory_requirements
 from sana_export.trt.selection import engine_set
 
@@ -66,7 +67,7 @@ def bundle_origin(manifest: Manifest) -> str:
     facts += [options.precision, f"{manifest.model.native_size} px"]
     facts += [str(name)] if (name := manifest.model.scheduler.get("_class_name")) else []
     facts += ["self-attention clamped"] if options.clamp else []
-    facts += [f"{part} in {scheme}" for part, scheme in options.quantize.items()]
+    facts += [f"{part} in {options.quantize[part]}" for part in PARTS if part in options.quantize]
     if options.pag_layers:
         facts.append("PAG in " + ", ".join(f"transformer_blocks.{layer}" for layer in options.pag_layers))
     return ", ".join(facts)

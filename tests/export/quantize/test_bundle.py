@@ -16,16 +16,19 @@ from safetensors.numpy import load_file, save_file
 
 from sana_export.cli.bundle_text import bundle_summary
 from sana_export.errors import ArtifactError, UsageError
+from sana_export.export.bundle import export_bundle
 from sana_export.export.quantize.plan import stored_bytes
 from sana_export.files import file_entry
 from sana_export.graphs.storage import ALIGNMENT
 from sana_export.manifest import FILE_NAME, Manifest, seal
-from sana_export.profiles import profile_named
+from sana_export.profiles import custom_profile, profile_named
+from sana_export.quantization import AVAILABLE
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import quantized_weights
 from sana_export.runtime.prompt import PromptEncoder
-from sana_export.trt.bundle import plan_bundle
+from sana_export.trt.bundle import build_bundle, plan_bundle
 from sana_export.trt.options import BuildOptions
+from sana_export.verify.bundle import Sampling, verify_bundle
 from sana_export.verify.graph_checks import inputs_for
 from sana_export.verify.quantized import check_stored
 from tests.support.lora_files import pair, write
@@ -206,3 +209,19 @@ def test_engines_that_cannot_exist_are_refused_before_a_build(
         plan_bundle(quantized, compute_capabilities=capabilities, options=options, graphs=["denoiser"], **settings)
     assert len(plan_bundle(quantized, compute_capabilities=("7.5",), graphs=["text_encoder"], **settings)) == 1
     assert len(plan_bundle(quantized, compute_capabilities=("8.9", "12.0"), **settings)) == 6
+
+
+@pytest.mark.slow
+def test_a_half_precision_bundle_passes_verify_and_compiles(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    """Every scheme in fp16: parity of the whole bundle, an image through the runtime, and engines of TensorRT-RTX."""
+    for scheme in AVAILABLE:
+        bundle = tmp_path / scheme
+        manifest = export_bundle(tiny_checkpoint, bundle, precision="fp16", quantize=[scheme])
+        report = verify_bundle(bundle, tiny_checkpoint, Sampling(prompts=("a red apple",), steps=2))
+        assert report.passed, report.as_text()
+        assert sum("stored weights" in row.name for row in report.graphs) == 5
+        profile = custom_profile(manifest.model, height=256, width=256)
+        settings: dict[str, Any] = {"backend": "tensorrt-rtx", "compute_capabilities": ("8.9",), "profile": profile}
+        graphs = ["text_encoder", "denoiser", "vae_decoder"]
+        engines = build_bundle(bundle, graphs=graphs, **settings).engines
+        assert [engine.graph for engine in engines] == graphs
