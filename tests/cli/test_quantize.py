@@ -45,7 +45,7 @@ def test_inspect_says_how_weights_are_stored(cli: Cli, quantized: Path) -> None:
     assert "embeddings in int8-weight, text_encoder in int8-weight, denoiser in int4-weight" in " ".join(ran.out.split())
     document = json.loads(cli("inspect", quantized, "--json").out)
     assert document["options"]["quantize"]["denoiser"] == "int4-weight"
-    assert document["graphs"]["denoiser"]["quantized_weights"] == 14
+    assert document["graphs"]["denoiser"]["quantized_weights"] == 21  # seven in each of three blocks
     assert document["graphs"]["context"]["quantized_weights"] == 0
 
 
