@@ -96,7 +96,7 @@ _TRANSFORMER = (
 )
 _AUTOENCODER = (
     LayerRule(r"\.qkv|\.attention\.out|\.inverted\.weight|\.point\.weight|\.conv[12]\.weight", 8, "4 bits were never tried"),
-    LayerRule(r"\.depthwise\.weight|\.aggregations\.\d+\.\d+\.weight", 16, "few weights for each channel"),
+    LayerRule(r"\.depthwise\.weight|\.aggregations\.\d+\.\w+\.weight", 16, "few weights for each channel"),
     LayerRule(
         r"stages\.\d+\.\d+\.weight", 16, "contains the ones of its shortcut, which set a scale too coarse for its other weights"
     ),

@@ -99,7 +99,7 @@ def test_wrong_words_are_named(words: list[str], texts: list[str]) -> None:
         ("context", "projection.weight", 16),
         ("vae_decoder", "tail.stages.0.1.conv1.weight", 8),
         ("vae_decoder", "stages.0.0.attention.qkv", 8),
-        ("vae_decoder", "stages.0.0.attention.aggregations.0.0.weight", 16),
+        ("vae_decoder", "stages.0.0.attention.aggregations.0.pointwise.weight", 16),
         ("vae_decoder", "tail.stages.0.0.weight", 16),
         ("vae_decoder", "stages.0.0.attention.norm.weight", 16),
         ("text_encoder", "layers.0.down.weight", 4),

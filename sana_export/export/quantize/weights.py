@@ -43,7 +43,10 @@ class StoredWeight:
 def built(
     name: str, checkpoint: SanaCheckpoint, options: Options, weights: WeightFile
 ) -> Iterator[tuple[nn.Module, dict[str, StoredWeight]]]:
-    """The graph `name` with its weights in `weights`, and its quantized weights by name. The module works inside the block."""
+    """The graph `name` with its weights in `weights`, and its quantized weights by name.
+
+    Use the module inside the block only: what it reads is deleted then.
+    """
     if options.scheme(name) is None:
         with stored_in(weights):
             module = build_graph(name, checkpoint, options)
@@ -60,6 +63,7 @@ def built(
         with contextlib.suppress(OSError):  # Windows keeps mapped files
             whole.path.unlink()
         yield module, stored
+        rounded.release()
 
 
 def _quantize(
