@@ -12,6 +12,7 @@ from sana_export.adapters import Lora
 from sana_export.contract import OPTIONAL_GRAPHS
 from sana_export.hub.origin import origin_of
 from sana_export.lora_scales import scales_text
+from sana_export.quantization import quantization_words
 from sana_export.records import Checkpoint, Options
 from sana_export.variants import find_variant
 
@@ -60,6 +61,8 @@ def export_command(
         words += ["--controlnet", controlnet]
     if layers:
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
+    if exported.options.quantize:
+        words += ["--quantize", quantization_words(exported.options.quantize)]
     for lora in loras:
         words += ["--lora", f"{lora.path}:{scales_text(lora.scale, lora.layer_scales)}"]
     present = {*groups, *(OPTIONAL_GRAPHS[name] for name in exported.graphs if name in OPTIONAL_GRAPHS)}

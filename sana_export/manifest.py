@@ -22,6 +22,7 @@ from sana_export.errors import ArtifactError
 from sana_export.files import FileEntry, check_inside, write_whole
 from sana_export.formats.recognize import not_what_was_wanted, recognize
 from sana_export.json_records import record_from_json
+from sana_export.quantization import PARTS, SCHEMES
 from sana_export.records import (
     PRECISIONS,
     Checkpoint,
@@ -31,6 +32,7 @@ from sana_export.records import (
     ModelInfo,
     Options,
     Overlay,
+    QuantizedWeight,
 )
 from sana_export.variants import INDEX
 
@@ -46,6 +48,7 @@ __all__ = [
     "ModelInfo",
     "Options",
     "Overlay",
+    "QuantizedWeight",
     "parse_graph",
     "parse_spec",
 ]
@@ -255,6 +258,9 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
             raise ValueError(f"manifest.model.{name} is {value}, not from {least} to {most}")
     if manifest.options.precision not in PRECISIONS:
         raise ValueError(f"manifest.options.precision is {manifest.options.precision!r}")
+    for part, scheme in manifest.options.quantize.items():
+        if part not in PARTS or scheme not in SCHEMES:
+            raise ValueError(f"manifest.options.quantize has {part!r}: {scheme!r}")
     for scale in (manifest.model.decoder_tile_scale, manifest.model.encoder_tile_scale):
         if manifest.model.vae_scale_factor % scale:
             raise ValueError(f"manifest.model has tiles of {scale} pixels that do not divide {manifest.model.vae_scale_factor}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from sana_export.contract import GraphSpec
 from sana_export.files import FileEntry
+from sana_export.quantization import part_of
 
 #: The precisions that a bundle can be exported in, with the dtype of each.
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -41,6 +42,24 @@ class LoraTarget:
 
 
 @dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight that a graph stores as integers `<name>.quantized` and scales `<name>.scale`."""
+
+    #: Its name in the graph, where it is the output of the dequantization.
+    name: str
+    #: The type of the integers: "int8" or "int4".
+    dtype: str
+    #: The shape of the integers.
+    shape: tuple[int, ...]
+    #: The axis of the integers that the scales go along.
+    axis: int
+    #: How many integers along the axis share a scale. 0: each index of the axis has one scale.
+    block: int = 0
+    #: The integers are stored as [in, out], and the weight is [out, in] or [out, in, 1, 1].
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class GraphEntry:
     """One exported graph."""
 
@@ -56,6 +75,8 @@ class GraphEntry:
     parameters: int
     #: Where the transformer's layers are stored in it. Empty if the graph cannot take a LoRA.
     lora_targets: tuple[LoraTarget, ...] = ()
+    #: The weights that it stores in few bits.
+    quantized: tuple[QuantizedWeight, ...] = ()
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -158,6 +179,12 @@ class Options:
     clamp: bool
     #: The transformer blocks that can sample with perturbed attention guidance.
     pag_layers: tuple[int, ...] = ()
+    #: The quantization scheme of each part that has one (quantization.py).
+    quantize: Mapping[str, str] = field(default_factory=dict)
+
+    def scheme(self, graph: str) -> str | None:
+        """The scheme of a graph's weights. None: the precision."""
+        return self.quantize.get(part_of(graph))
 
     @property
     def dtype(self) -> str:

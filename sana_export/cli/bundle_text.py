@@ -11,6 +11,7 @@ from sana_export.cli.terminal.text import plural, seconds, size, table
 from sana_export.contract import GRAPHS
 from sana_export.lora_scales import scales_text
 from sana_export.manifest import EngineEntry, Manifest
+from sana_export.quantization import PARTS
 from sana_export.runtime.memory import MemoryRequirement, memory_requirements
 from sana_export.trt.selection import engine_set
 
@@ -26,6 +27,7 @@ def bundle_document(bundle: Path, manifest: Manifest) -> dict[str, Any]:
             name: {
                 "bytes": sum(file.bytes for file in graph.files),
                 "parameters": graph.parameters,
+                "quantized_weights": len(graph.quantized),
                 "opset": graph.opset,
                 "onnx_sha256": graph.onnx.sha256,
             }
@@ -65,19 +67,21 @@ def bundle_origin(manifest: Manifest) -> str:
     facts += [options.precision, f"{manifest.model.native_size} px"]
     facts += [str(name)] if (name := manifest.model.scheduler.get("_class_name")) else []
     facts += ["self-attention clamped"] if options.clamp else []
+    facts += [f"{part} in {options.quantize[part]}" for part in PARTS if part in options.quantize]
     if options.pag_layers:
         facts.append("PAG in " + ", ".join(f"transformer_blocks.{layer}" for layer in options.pag_layers))
     return ", ".join(facts)
 
 
 def graphs_table(manifest: Manifest) -> str:
-    """One row for each graph."""
+    """One row for each graph. With quantized graphs, a column says how weights are stored."""
     order = [*(name for name in GRAPHS if name in manifest.graphs), *(name for name in manifest.graphs if name not in GRAPHS)]
-    rows = []
+    rows, options = list[tuple[str, ...]](), manifest.options
     for name in order:
         graph = manifest.graphs[name]
-        rows.append((name, f"{graph.parameters / 1e6:.2f} M", size(sum(file.bytes for file in graph.files))))
-    return table(rows, ("graph", "parameters", "size"), "  ")
+        row = (name, f"{graph.parameters / 1e6:.2f} M", size(sum(file.bytes for file in graph.files)))
+        rows.append((*row, options.scheme(name) or options.precision) if options.quantize else row)
+    return table(rows, ("graph", "parameters", "size", *(["weights"] if options.quantize else [])), "  ")
 
 
 def engines_table(engines: tuple[EngineEntry, ...]) -> str:

@@ -13,6 +13,7 @@ from sana_export.image_files import SUFFIXES
 from sana_export.manifest import PRECISIONS
 from sana_export.numeric import MAX_IMAGES, MAX_SIDE, MOST_DEVICES, MOST_THREADS, integer
 from sana_export.profiles import profile_named
+from sana_export.quantization import PARTS, choose_quantization
 from sana_export.toml_tables import parse_table, read_toml
 from sana_export.trt.flavour import flavour_of
 from sana_export.trt.options import BUILD_OPTIONS, BuildOptions
@@ -129,6 +130,7 @@ class Recipe:
     pag_layers: tuple[str, ...] = ()
     clamp: bool | None = None
     graphs: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
     revision: str | None = None
     variant: str | None = None
     transformer: Path | None = None
@@ -174,6 +176,7 @@ def _check(recipe: Recipe) -> None:
         raise UsageError(f"model in {recipe.path} is empty", found=repr(recipe.model), wanted='a name such as model = "tiny"')
     if recipe.precision not in PRECISIONS:
         raise UsageError(f"unknown precision in {recipe.path}", found=recipe.precision, wanted=", ".join(PRECISIONS))
+    choose_quantization(recipe.quantize, PARTS)
     for build in recipe.build:
         flavour_of(build.backend)
         if build.profile is not None:

@@ -29,7 +29,7 @@ from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.graph_files import export_graphs, groups
 from sana_export.export.meter import ExportMeter
 from sana_export.export.onnx import OPSET
-from sana_export.export.size import OVERHEAD, graph_bytes, text_bytes
+from sana_export.export.size import OVERHEAD, graph_bytes, temporary_bytes, text_bytes
 from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
 from sana_export.files import check_files, disk_errors, file_entry, locked, require_free, write_whole
 from sana_export.graphs.numerics import NUMERICS
@@ -38,6 +38,8 @@ from sana_export.graphs.vae_encoder import VaeEncoderHead, encoder_halo, encoder
 from sana_export.manifest import FILE_NAME, PRECISIONS, GraphEntry, Manifest, ModelInfo, Options, parse_graph
 from sana_export.output_folder import OutputFolder
 from sana_export.progress import OnProgress, ignore_progress
+from sana_export.quantization import EMBEDDINGS as QUANTIZED_EMBEDDINGS
+from sana_export.quantization import choose_quantization
 from sana_export.user_paths import user_path
 from sana_export.variants import SPRINT_STEPS, STEPS
 
@@ -55,6 +57,7 @@ def export_bundle(
     pag_layers: Iterable[str | int] = (),
     clamp: bool | None = None,
     graphs: Iterable[str] = (),
+    quantize: Iterable[str] = (),
     on_progress: OnProgress = ignore_progress,
 ) -> Manifest:
     """Export `checkpoint` to the bundle `output` and return its manifest.
@@ -65,6 +68,8 @@ def export_bundle(
     the stored weights).
     `graphs`: the graphs to export, and groups of them (contract.GRAPH_GROUPS): ["default", "img2img"] adds image-to-image and
     inpainting. Empty: "default", and all groups for a checkpoint that was opened with a ControlNet.
+    `quantize`: schemes that store weights in few bits (quantization.py): ["int8-weight"] for all parts of the bundle that take one,
+    or ["text_encoder=int4-weight"] for one part. Several are combined.
     `on_progress`: is called with a `Progress` at every step.
 
     If `output` already is the result of this export, it is kept, with its engines. Waits if another process is exporting to
@@ -75,6 +80,7 @@ def export_bundle(
     place = OutputFolder.of(user_path(output, "the output folder"))
     options = choose_options(checkpoint, precision, pag_layers, clamp)
     names = choose_graphs(graphs, checkpoint)
+    options = dataclasses.replace(options, quantize=choose_quantization(quantize, names))
     if uses_encoder(names):
         check_encoder(checkpoint)
     check_replaceable(place)  # before anything is written into it
@@ -95,14 +101,16 @@ def _export(
             return existing
         log.info("replacing %s and deleting its %d engines", output, len(existing.engines))
     grouped = groups(names)
-    sizes = {"": text_bytes(checkpoint), **{owner: graph_bytes(owner, checkpoint, options) for owner in grouped}}
+    sizes = {"": text_bytes(checkpoint, options), **{owner: graph_bytes(owner, checkpoint, options) for owner in grouped}}
     with disk_errors(output):
         journal = Journal(partial, key)
         finished = {owner: done for owner, group in grouped.items() if (done := journal.finished(group))}
-        require_free(output.parent, sum(sizes[part] for part in sizes if part not in finished) + OVERHEAD, f"the bundle {output}")
+        needed = sum(sizes[part] for part in sizes if part not in finished)
+        temporary = max((temporary_bytes(owner, checkpoint, options) for owner in grouped if owner not in finished), default=0)
+        require_free(output.parent, needed + temporary + OVERHEAD, f"the bundle {output}")
         meter = ExportMeter(sizes, on_progress)
         with meter.step("", "tokenizer, instruction and embeddings"):
-            instruction = write_text_files(checkpoint, partial)
+            instruction = write_text_files(checkpoint, partial, quantized=QUANTIZED_EMBEDDINGS in options.quantize)
         entries: dict[str, GraphEntry] = {}
         for owner, group in grouped.items():
             if owner not in finished:

@@ -20,6 +20,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from sana_export.formats.arrays import Array
 from sana_export.formats.linked_files import pass_linked_files
+from sana_export.formats.quantized import WHOLE_ACTIVATIONS
 
 HALF: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 CPU = ("CPUExecutionProvider",)
@@ -256,6 +257,7 @@ def _options(threads: int | None) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
+    options.add_session_config_entry(*WHOLE_ACTIVATIONS)
     return options
 
 

@@ -12,6 +12,7 @@ from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.contract import WEIGHTS_OF, GraphSpec
 from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, fitting, graph_spec
 from sana_export.export.onnx import (
+    OPSET,
     check_onnx,
     check_targets,
     check_values,
@@ -19,11 +20,13 @@ from sana_export.export.onnx import (
     parameter_count,
     run_module,
 )
+from sana_export.export.quantize.weights import built
 from sana_export.files import file_entry
 from sana_export.formats.onnx_weights import external_locations
-from sana_export.graphs.builders import build_graph, lora_targets
-from sana_export.graphs.storage import WeightFile, stored_in
-from sana_export.manifest import GraphEntry, LoraTarget, Options
+from sana_export.graphs.builders import lora_targets
+from sana_export.graphs.storage import WeightFile
+from sana_export.manifest import GraphEntry, LoraTarget, Options, QuantizedWeight
+from sana_export.quantization import SCHEMES
 
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
@@ -40,17 +43,19 @@ def export_graphs(
     """Export graphs that share the weight file of `owner` into `bundle`, check each, and return their entries."""
     folder = bundle / "onnx" / owner
     shutil.rmtree(folder, ignore_errors=True)
-    exported: dict[str, tuple[GraphSpec, onnx.ModelProto, tuple[LoraTarget, ...]]] = {}
+    exported: dict[str, tuple[GraphSpec, onnx.ModelProto, tuple[LoraTarget, ...], tuple[QuantizedWeight, ...]]] = {}
+    scheme = options.scheme(owner)
     with WeightFile(folder / "model.onnx.data") as weights:
         for name in names:
             spec, path = graph_spec(name, checkpoint, options), folder / onnx_name(name)
-            with stored_in(weights):
-                module = build_graph(name, checkpoint, options)
-            export_onnx(module, spec, path, weights, fitting(TRACE_SIZES, name, checkpoint))
-            exported[name] = spec, check_onnx(path, spec), lora_targets(name, checkpoint, options)
-            check_targets(path, *exported[name][1:])
-            examples = run_module(module, spec, fitting(CHECK_SIZES, name, checkpoint))
-            weights.release()
+            with built(name, checkpoint, options, weights) as (module, stored):
+                opset = OPSET if scheme is None else SCHEMES[scheme].opset
+                export_onnx(module, spec, path, weights, fitting(TRACE_SIZES, name, checkpoint), quantized=stored, opset=opset)
+                model, targets = check_onnx(path, spec), lora_targets(name, checkpoint, options)
+                check_targets(path, model, targets, stored)
+                exported[name] = spec, model, targets, tuple(place.weight for place in stored.values())
+                examples = run_module(module, spec, fitting(CHECK_SIZES, name, checkpoint))
+                weights.release()
             check_values(path, spec, examples, options.precision)
     data = (file_entry(bundle, weights.path),) if weights.bytes else ()
     if not data:
@@ -63,8 +68,9 @@ def export_graphs(
             model.opset_import[0].version,
             parameter_count(model),
             targets,
+            quantized,
         )
-        for name, (spec, model, targets) in exported.items()
+        for name, (spec, model, targets, quantized) in exported.items()
     }
 
 

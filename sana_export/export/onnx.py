@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, AxisSize
 from sana_export.export.half import WideProducts
 from sana_export.export.optimize import optimize
 from sana_export.export.parity import compare_tensors
+from sana_export.export.quantize.graph import insert_dequantize
+from sana_export.export.quantize.weights import StoredWeight
 from sana_export.export.tracing import dynamic_shapes, trace
 from sana_export.formats.dtypes import DTYPES
 from sana_export.graphs.storage import WeightFile
@@ -34,10 +37,22 @@ log = logging.getLogger(__name__)
 OPSET = 20
 #: Constants of up to this size stay in the ONNX file. Larger ones go to the weight file.
 INLINE_BYTES = 1024
+UNQUANTIZED: Mapping[str, StoredWeight] = MappingProxyType({})
 
 
-def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightFile, sizes: AxisSizes = TRACE_SIZES) -> None:
+def export_onnx(
+    module: nn.Module,
+    spec: GraphSpec,
+    path: Path,
+    weights: WeightFile,
+    sizes: AxisSizes = TRACE_SIZES,
+    *,
+    quantized: Mapping[str, StoredWeight] = UNQUANTIZED,
+    opset: int = OPSET,
+) -> None:
     """Trace `module`, whose parameters are in `weights`, and write the ONNX file `path`, which reads them from that file.
+
+    Of the parameters in `quantized`, by name, the file has integers and scales. `opset` is the least version of the operator set.
 
     Dynamic axes have the contract's names. The file contains nothing of the machine that traced it (paths, stack traces). Small
     constants from the trace stay in it; large ones are added to `weights`. The trace runs at `sizes`.
@@ -64,6 +79,9 @@ def export_onnx(module: nn.Module, spec: GraphSpec, path: Path, weights: WeightF
         node.doc_string = None
     for value, tensor in zip(model.graph.outputs, spec.outputs, strict=True):
         value.shape = onnx_ir.Shape(tensor.shape)
+    insert_dequantize(model, quantized, weights.path)
+    # Up to 23, the versions after OPSET only allow more types.
+    model.graph.opset_imports[""] = max(OPSET, opset)
     _point_to(weights, model, dict(module.named_parameters(remove_duplicate=False)))
     onnx_ir.save(model, path)
 
@@ -73,6 +91,8 @@ def _point_to(weights: WeightFile, model: onnx_ir.Model, parameters: Mapping[str
     for name, value in model.graph.initializers.items():
         constant = value.const_value
         assert constant is not None  # a traced graph has no initializer without a value
+        if isinstance(constant, onnx_ir.ExternalTensor):
+            continue
         place = weights.place(parameters[name]) if name in parameters else None
         if place is None and constant.nbytes > INLINE_BYTES:
             place = weights.append(np.frombuffer(constant.tobytes(), np.uint8))
@@ -103,13 +123,15 @@ def check_onnx(path: Path, spec: GraphSpec) -> onnx.ModelProto:
     return model
 
 
-def check_targets(path: Path, model: onnx.ModelProto, targets: Iterable[LoraTarget]) -> None:
+def check_targets(path: Path, model: onnx.ModelProto, targets: Iterable[LoraTarget], quantized: Collection[str] = ()) -> None:
     """Raise ParityError unless each target is an external initializer of the model with its name, shape and dtype.
 
-    Otherwise refitting it would change something else, or nothing.
+    Otherwise refitting it would change something else, or nothing. Weights in `quantized` take no LoRA after the export.
     """
     outside = {tensor.name: (tuple(tensor.dims), tensor.data_type) for tensor in model.graph.initializer if tensor.external_data}
     for target in targets:
+        if target.initializer in quantized:
+            continue
         wanted = (target.initializer_shape, DTYPES[target.dtype].onnx)
         if (found := outside.get(target.initializer)) != wanted:
             raise ParityError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from sana_export.formats.arrays import Array
+from sana_export.quantization import SCHEMES
 
 #: Minimum cosine similarity of a graph's output with its reference, by precision.
 COSINE_LIMITS = {"fp32": 0.999999, "fp16": 0.9999, "bf16": 0.998}
@@ -44,13 +46,13 @@ class Parity:
         return {key: _finite(value) for key, value in asdict(self).items() if value is not None}
 
 
-def compare_tensors(name: str, found: Array, wanted: Array, precision: str) -> Parity:
-    """Compare a graph's output with its reference of the same shape.
+def compare_tensors(name: str, found: Array, wanted: Array, precision: str, scheme: str | None = None) -> Parity:
+    """Compare a graph's output with its reference of the same shape. `scheme`: how it is quantized, unless the reference is too.
 
     Cosine similarity does not see a wrong factor, so the relative error |found - wanted| / |wanted| has a limit too: the error of
     two vectors of equal length at the cosine's limit.
     """
-    limit = COSINE_LIMITS[precision]
+    limit = COSINE_LIMITS[precision] if scheme is None else SCHEMES[scheme].cosine_limit
     relative_limit = math.sqrt(2.0 * (1.0 - limit))
     measured, relative = cosine(found, wanted), relative_error(found, wanted)
     passed = bool(np.isfinite(found).all()) and measured >= limit and relative <= relative_limit
@@ -58,12 +60,15 @@ def compare_tensors(name: str, found: Array, wanted: Array, precision: str) -> P
     return Parity(name, max_abs(found, wanted), measured, psnr(found, wanted), text, passed)
 
 
-def compare_images(name: str, found: Array, wanted: Array, precision: str) -> Parity:
-    """Compare uint8 images [B, H, W, 3] with the reference's."""
+def compare_images(name: str, found: Array, wanted: Array, precision: str, schemes: Collection[str] = ()) -> Parity:
+    """Compare uint8 images [B, H, W, 3] with the reference's. `schemes`: how parts of the bundle are quantized."""
     difference = np.abs(found.astype(np.int16) - wanted.astype(np.int16))
     identical, largest = float((difference == 0).mean()), int(difference.max(initial=0))
     ratio = psnr(found, wanted, peak=255.0)
-    if precision == "fp32":
+    if schemes:
+        least = min(SCHEMES[scheme].psnr_limit for scheme in schemes)
+        limit, passed = f"psnr_db >= {least:g}", ratio >= least
+    elif precision == "fp32":
         limit = f"identical >= {IDENTICAL_LIMIT:.1%}, none off by more than {LEVEL_LIMIT} level"
         passed = identical >= IDENTICAL_LIMIT and largest <= LEVEL_LIMIT
     else:

@@ -7,8 +7,10 @@ import re
 from dataclasses import dataclass
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.export.quantize.plan import stored_bytes
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.manifest import Options
+from sana_export.quantization import EMBEDDINGS
 
 _TEXT = r"caption_|.*\.attn2\.(to_k|to_v|norm_k)\."
 
@@ -43,6 +45,13 @@ _INSTRUCTION_TOKENS = 512
 
 def graph_bytes(name: str, checkpoint: SanaCheckpoint, options: Options) -> int:
     """Bytes of the weight file of the graph `name`; 0 if it has no weights or shares those of another graph."""
+    if options.scheme(name) is not None:
+        return stored_bytes(name, checkpoint, options)
+    return _whole_bytes(name, checkpoint, options)
+
+
+def _whole_bytes(name: str, checkpoint: SanaCheckpoint, options: Options) -> int:
+    """`graph_bytes` without quantization."""
     if name not in GRAPH_WEIGHTS:
         return 0
     source = GRAPH_WEIGHTS[name]
@@ -51,9 +60,16 @@ def graph_bytes(name: str, checkpoint: SanaCheckpoint, options: Options) -> int:
     return int(numbers * source.growth) * WEIGHT_DTYPES[options.dtype].bytes
 
 
-def text_bytes(checkpoint: SanaCheckpoint) -> int:
-    """Bytes of the embedding table as stored plus the instruction's keys and values in float32."""
+def temporary_bytes(name: str, checkpoint: SanaCheckpoint, options: Options) -> int:
+    """Bytes of the temporary files of an export of the graph `name`: for a quantized one, its weights before and after rounding."""
+    return 2 * _whole_bytes(name, checkpoint, options) if options.scheme(name) is not None else 0
+
+
+def text_bytes(checkpoint: SanaCheckpoint, options: Options) -> int:
+    """Bytes of the embedding table as it is stored plus the instruction's keys and values in float32."""
     config, weights = checkpoint.config("text_encoder"), checkpoint.weights("text_encoder")
-    table = weights.stored["embed_tokens.weight"].bytes
+    rows, channels = weights.shape("embed_tokens.weight")
+    quantized = EMBEDDINGS in options.quantize
+    table = rows * (channels + 4) if quantized else weights.stored["embed_tokens.weight"].bytes
     row = 2 * config["num_key_value_heads"] * config["head_dim"]
     return table + 4 * config["num_hidden_layers"] * row * _INSTRUCTION_TOKENS

@@ -49,6 +49,7 @@ DTYPES: dict[str, DType] = {
         DType("bfloat16", 2, "<u2", "BF16", 16, "BF16", floating=True),
         DType("int64", 8, "<i8", "I64", 7, "INT64"),
         DType("int32", 4, "<i4", "I32", 6, "INT32"),
+        DType("int8", 1, "|i1", "I8", 3, "INT8"),
         DType("uint8", 1, "|u1", "U8", 2, "UINT8"),
         DType("bool", 1, "|b1", "BOOL", 9, "BOOL"),
     )

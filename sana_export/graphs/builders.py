@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
@@ -71,6 +72,15 @@ def build_graph(name: str, checkpoint: SanaCheckpoint, options: Options) -> nn.M
     if component is None:
         return make({}, {}, options).eval()
     return make(checkpoint.config(component), checkpoint.weights(component), options).eval()
+
+
+def shape_graph(name: str, checkpoint: SanaCheckpoint, options: Options) -> nn.Module:
+    """The deployment graph `name` without values: its parameters are on the meta device."""
+    component, make = BUILDERS[name].component, BUILDERS[name].make
+    if component is None:
+        return make({}, {}, options)
+    with torch.device("meta"):
+        return make(checkpoint.config(component), checkpoint.weights(component).on_meta(), options)
 
 
 def lora_targets(name: str, checkpoint: SanaCheckpoint, options: Options) -> tuple[LoraTarget, ...]:

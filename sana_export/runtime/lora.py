@@ -9,7 +9,7 @@ from typing import Any
 from sana_export.adapters import Lora, lora_at
 from sana_export.commands import export_command
 from sana_export.environment import return_free_memory
-from sana_export.errors import ArtifactError, DependencyError
+from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.formats.arrays import Array, Bytes
 from sana_export.formats.onnx_weights import read_tensors
 from sana_export.known_files import check_known_files
@@ -60,6 +60,7 @@ class LoraStack:
                 fix=f"export with the LoRA folded in: {self._export_command((lora,))}",
             )
         adapter = read_adapter(lora, [target for targets in self._targets.values() for target in targets])
+        self._check_quantized(lora, adapter)
         recorded = lora_document(lora)  # before anything changes, and of the file as it is now
         adapters = (*self._adapters, adapter)
         for graph in [name for name, targets in self._targets.items() if touched(targets, (adapter,))]:
@@ -68,6 +69,19 @@ class LoraStack:
                 self._values(graph, adapters, (adapter,))
         self._change(adapters, (adapter,), sessions)
         return recorded
+
+    def _check_quantized(self, lora: Lora, adapter: Adapter) -> None:
+        """Raise UsageError if `adapter` changes a weight that is quantized. Rounding it again would cost minutes and quality."""
+        for graph, targets in self._targets.items():
+            held = {weight.name for weight in self._manifest.graphs[graph].quantized} & touched(targets, (adapter,))
+            if held:
+                layer = next(target.module for target in targets if target.initializer in held and target.module in adapter.folds)
+                raise UsageError(
+                    f"{self._bundle} is quantized: the LoRA {lora.path} cannot change its weights after the export",
+                    found=f"{layer} in {self._manifest.options.scheme(graph)}",
+                    wanted="the LoRA folded in before quantization",
+                    fix=self._export_command((lora,)),
+                )
 
     def clear(self, sessions: Mapping[str, Session]) -> None:
         """Give `sessions` the bundle's own weights back."""

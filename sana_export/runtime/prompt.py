@@ -21,10 +21,12 @@ from tokenizers import Tokenizer
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Float32
 from sana_export.formats.dtypes import SAFETENSORS_WEIGHT_DTYPES
-from sana_export.formats.safetensors_file import StoredTensor, TensorFile
+from sana_export.formats.safetensors_file import TensorFile
 from sana_export.formats.tokenizer_file import read_tokenizer
 from sana_export.known_files import check_known_files
 from sana_export.manifest import Manifest
+from sana_export.quantization import EMBEDDINGS
+from sana_export.runtime.embedding_table import ROWS, SCALES, EmbeddingTable
 from sana_export.runtime.embeddings_cache import EmbeddingsCache
 from sana_export.runtime.unpicklable import OfThisProcess
 
@@ -162,7 +164,9 @@ class PromptEncoder(OfThisProcess):
     Raises ArtifactError if these do not belong together. `fix` is the command that fixes the bundle then.
     """
 
-    def __init__(self, tokenizer: Tokenizer, instruction: Instruction, embeddings: StoredTensor, *, fix: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, instruction: Instruction, embeddings: EmbeddingTable, *, fix: str | None = None
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer, self.instruction, self.embeddings, self._fix = tokenizer, instruction, embeddings, fix
@@ -175,12 +179,14 @@ class PromptEncoder(OfThisProcess):
         tokenizer, instruction, embeddings = check_known_files(bundle, entries, fix=fix or "")
         stored = TensorFile(instruction, fix=fix)
         token_ids, prefix, bos_row = (stored[name] for name in ("token_ids", "prefix", "bos_row"))
-        table = TensorFile(embeddings, fix=fix)["embed_tokens.weight"]
+        rows, quantized = TensorFile(embeddings, fix=fix), EMBEDDINGS in manifest.options.quantize
+        table = EmbeddingTable(rows[ROWS], rows[SCALES] if quantized else None)
         for name, tensor, dimensions, dtypes in (
             ("token_ids", token_ids, 1, ("I64",)),
             ("prefix", prefix, 5, ("F32",)),
             ("bos_row", bos_row, 1, ("F32",)),
-            ("embed_tokens.weight", table, 2, SAFETENSORS_WEIGHT_DTYPES),
+            (ROWS, table.values, 2, ("I8",) if quantized else SAFETENSORS_WEIGHT_DTYPES),
+            *([(SCALES, table.scales, 1, ("F32",))] if table.scales is not None else []),
         ):
             if len(tensor.shape) != dimensions or tensor.dtype not in dtypes:
                 raise ArtifactError(
@@ -307,6 +313,12 @@ class PromptEncoder(OfThisProcess):
                 "the bundle's instruction does not match its stored keys and values",
                 found=f"{len(known.token_ids)} tokens, prefix {prefix.shape}",
                 wanted="2 or more tokens, prefix [layers, 2, heads, tokens - 1, dim]",
+            )
+        if (scales := self.embeddings.scales) is not None and scales.shape != self.embeddings.shape[:1]:
+            raise self._error(
+                "the bundle's embedding table does not match its scales",
+                found=f"{scales.shape[0]} scales",
+                wanted=f"{self.embeddings.shape[0]} scales, one for each row",
             )
         if known.bos_row.shape != self.embeddings.shape[1:]:
             raise self._error(

@@ -27,6 +27,7 @@ from sana_export.hub.origin import origin_of
 from sana_export.known_files import hash_always
 from sana_export.manifest import Manifest, ModelInfo
 from sana_export.progress import OnProgress, Progress, ignore_progress
+from sana_export.quantization import EMBEDDINGS
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.guidance import WHOLE
 from sana_export.runtime.memory import AUTO
@@ -36,11 +37,14 @@ from sana_export.verify.evaluator_backend import EvaluatorBackend, evaluator_bac
 from sana_export.verify.graph_checks import GRAPH_CHECKS
 from sana_export.verify.intervals import ALL_STEPS, IntervalCost, Intervals, measure_intervals
 from sana_export.verify.quality import Meter, Quality, measure_quality
+from sana_export.verify.quantized import check_stored
 from sana_export.verify.reference import call_reference, load_reference
 from sana_export.verify.report import RangeReport, VerifyReport
 
 PROMPTS = ("a red apple on a table", "一只可爱的熊猫在吃竹子", "A cute 🐼 eating 🎋, ink drawing style", "")
 PAG_SCALE = 2.0
+#: The check of a graph also runs this part of the bundle.
+_READS = {"text_encoder": EMBEDDINGS, "denoiser": "controlnet"}
 SIZE = 256
 STEPS = 8
 
@@ -130,7 +134,9 @@ def _compare(
     for name in names:
         on_progress(Progress(name, len(graphs), total))
         found, wanted = GRAPH_CHECKS[name](runtime, pipeline, prompts, sampling.seed)
-        graphs.append(compare_tensors(name, found, wanted, manifest.options.precision))
+        graphs.append(compare_tensors(name, found, wanted, manifest.options.precision, _scheme(manifest, name)))
+        if manifest.graphs[name].quantized:
+            graphs += check_stored(runtime, checkpoint, name, sampling.seed)
     latents: list[Parity] = []
     images: list[Parity] = []
     for scale in scales:
@@ -141,7 +147,8 @@ def _compare(
             pair = sample_both(runtime, reference, sampling.request(prompt, manifest.model, scale))
             name = f"{prompt[:24]!r}" + (f" pag {scale:g}" if scale else "")
             latents.append(compare_tensors(f"latents {name}", *pair.latents, manifest.options.precision))
-            images.append(compare_images(f"image {name}", *pair.images, manifest.options.precision))
+            schemes = manifest.options.quantize.values()
+            images.append(compare_images(f"image {name}", *pair.images, manifest.options.precision, schemes))
     measured = _measure_quality(runtime, pipeline, checkpoint, sampling, on_progress) if quality else None
     return VerifyReport(
         str(bundle),
@@ -155,6 +162,11 @@ def _compare(
         measured,
         cost,
     )
+
+
+def _scheme(manifest: Manifest, graph: str) -> str | None:
+    """The scheme that counts for the comparison of a graph with diffusers: its own, or that of what it reads in its check."""
+    return manifest.options.scheme(graph) or manifest.options.quantize.get(_READS.get(graph, ""))
 
 
 def check_origin(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, verb: str = "verify") -> None:

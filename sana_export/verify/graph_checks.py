@@ -57,7 +57,7 @@ def _check_controlnet_context(runtime: SanaRuntime, pipeline: Any, prompts: Sequ
 
 
 def _check_keys_values(runtime: SanaRuntime, graph: str, transformer: Any, seed: int) -> tuple[Array, Array]:
-    inputs = _inputs(runtime, graph, seed)
+    inputs = inputs_for(runtime, graph, seed)
     embeds = inputs["prompt_embeds"]
     captions = transformer.caption_norm(transformer.caption_projection(embeds))
     layers = []
@@ -68,13 +68,13 @@ def _check_keys_values(runtime: SanaRuntime, graph: str, transformer: Any, seed:
         heads = (*key.shape[:-1], attention.heads, -1)
         factor = (key.shape[-1] // attention.heads) ** -0.5
         layers.append(torch.stack([tensor.view(heads).transpose(2, 3) for tensor in (key * factor, value)]))
-    return _run(runtime, graph, inputs)[graph], torch.stack(layers).numpy()
+    return run_graph(runtime, graph, inputs)[graph], torch.stack(layers).numpy()
 
 
 def _check_controlnet(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
     """Its residuals, with prompts of different lengths in one batch. `context` is the output of the graph `controlnet_context`."""
-    embeds = _inputs(runtime, "controlnet_context", seed + 1)["prompt_embeds"]
-    found, wanted = _run_controlnet(runtime, pipeline, _inputs(runtime, "controlnet", seed + 1), embeds, seed + 1)
+    embeds = inputs_for(runtime, "controlnet_context", seed + 1)["prompt_embeds"]
+    found, wanted = _run_controlnet(runtime, pipeline, inputs_for(runtime, "controlnet", seed + 1), embeds, seed + 1)
     return runtime.to_host(found).astype(np.float32) / NUMERICS[runtime.manifest.options.dtype].scale, wanted.numpy()
 
 
@@ -86,7 +86,7 @@ def _run_controlnet(
     The latents, the timestep and the mask are those of `inputs`.
     """
     latents, timestep, mask = (inputs[name] for name in ("latents", "timestep", "context_mask"))
-    drawn = _inputs(runtime, "controlnet", seed)
+    drawn = inputs_for(runtime, "controlnet", seed)
     control, scale = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)), drawn["conditioning_scale"]
     context = runtime.run("controlnet_context", {"prompt_embeds": embeds.numpy()})["controlnet_context"]
     given = {"latents": latents, "timestep": timestep, "context_mask": mask, "control": control, "conditioning_scale": scale}
@@ -109,8 +109,8 @@ def _check_denoiser(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str],
 
     `context` is the output of that graph, and `residuals` that of the ControlNet, if there is one. If it cannot run, they are zero.
     """
-    embeds = _inputs(runtime, "context", seed + 1)["prompt_embeds"]
-    inputs = _inputs(runtime, "denoiser", seed + 1)
+    embeds = inputs_for(runtime, "context", seed + 1)["prompt_embeds"]
+    inputs = inputs_for(runtime, "denoiser", seed + 1)
     inputs["perturbed"] = torch.zeros_like(inputs["perturbed"])
     timesteps = runtime.plan(_request(runtime)).schedule.timesteps
     inputs["timestep"] = torch.from_numpy(timesteps[[seed % len(timesteps)]])
@@ -159,7 +159,7 @@ def _check_sampler(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], 
     for index, prediction in enumerate(predictions):
         if schedule.needs_noise:
             noise = randn_batch(shape, generator)
-        found = _run(
+        found = run_graph(
             runtime,
             "sampler",
             sampler_feeds(prediction.numpy(), latents, history, noise, schedule.coefficients[index], plan.guidance_weights[index]),
@@ -190,9 +190,9 @@ def _with_transformer(pipeline: Any, transformer: GivenPredictions) -> Any:
 
 
 def _check_vae_decoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    inputs = _inputs(runtime, "vae_decoder", seed)
+    inputs = inputs_for(runtime, "vae_decoder", seed)
     wanted = pipeline.vae.decode(inputs["latents"] / pipeline.vae.config.scaling_factor).sample
-    return _run(runtime, "vae_decoder", inputs)["image"], wanted.numpy()
+    return run_graph(runtime, "vae_decoder", inputs)["image"], wanted.numpy()
 
 
 def _check_vae_decoder_head(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
@@ -223,7 +223,7 @@ def _check_postprocess(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[st
     tables = vars(make_resize_plan(height, width, output_height, output_width))
     resized = pipeline.image_processor.resize_and_crop_tensor(image, output_width, output_height)
     wanted = pipeline.image_processor.postprocess(resized, output_type="pil")
-    return _run(runtime, "postprocess", {"image": image, **tables})["pixels"], np.stack([*map(np.asarray, wanted)])
+    return run_graph(runtime, "postprocess", {"image": image, **tables})["pixels"], np.stack([*map(np.asarray, wanted)])
 
 
 def _check_vae_encoder(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
@@ -251,11 +251,11 @@ def _check_encoder(runtime: SanaRuntime, pipeline: Any, seed: int, tile: int) ->
 
 
 def _check_blend(runtime: SanaRuntime, pipeline: Any, prompts: Sequence[str], seed: int) -> tuple[Array, Array]:
-    inputs = _inputs(runtime, "blend", seed)
+    inputs = inputs_for(runtime, "blend", seed)
     level, mask = inputs["noise_level"], inputs["mask"]
     noised = (1 - level) * inputs["image_latents"] + level * inputs["noise"]
     wanted = (1 - mask) * noised + mask * inputs["latents"]
-    return _run(runtime, "blend", inputs)["blended"], wanted.numpy()
+    return run_graph(runtime, "blend", inputs)["blended"], wanted.numpy()
 
 
 GRAPH_CHECKS: dict[str, Callable[[SanaRuntime, Any, Sequence[str], int], tuple[Array, Array]]] = {
@@ -290,7 +290,7 @@ def _request(runtime: SanaRuntime) -> Request:
     return replace(_REQUEST, height=height, width=width)
 
 
-def _inputs(runtime: SanaRuntime, graph: str, seed: int) -> dict[str, torch.Tensor]:
+def inputs_for(runtime: SanaRuntime, graph: str, seed: int) -> dict[str, torch.Tensor]:
     lengths = {
         axis: _supported(runtime, graph, axis, CHECK_SIZES.of(axis))
         for axis in vars(CHECK_SIZES)
@@ -306,7 +306,7 @@ def _supported(runtime: SanaRuntime, graph: str, axis: str, length: int) -> int:
     return min(max(length, lowest), highest)
 
 
-def _run(runtime: SanaRuntime, graph: str, inputs: dict[str, Any]) -> dict[str, Array]:
+def run_graph(runtime: SanaRuntime, graph: str, inputs: dict[str, Any]) -> dict[str, Array]:
     feeds = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     outputs = runtime.run(graph, feeds)
     return {name: runtime.to_host(value) for name, value in outputs.items()}

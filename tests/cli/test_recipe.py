@@ -30,6 +30,7 @@ def test_every_key_of_a_recipe(tmp_path: Path) -> None:
         pag_layers = ["transformer_blocks.8"]
         clamp = true
         graphs = ["denoiser"]
+        quantize = ["int8-weight", "denoiser=int4-weight"]
         revision = "main"
         variant = "fp16"
         transformer = "own.safetensors"
@@ -71,6 +72,7 @@ def test_every_key_of_a_recipe(tmp_path: Path) -> None:
         pag_layers=("transformer_blocks.8",),
         clamp=True,
         graphs=("denoiser",),
+        quantize=("int8-weight", "denoiser=int4-weight"),
         revision="main",
         variant="fp16",
         transformer=Path("own.safetensors"),
@@ -111,6 +113,7 @@ def test_the_recipes_of_this_repository(name: str) -> None:
         (HEAD + 'precison = "fp16"', "precison", "precision"),
         (HEAD + 'precision = "int8"', "int8", "fp32, fp16, bf16"),
         (HEAD + "pag_layers = 8", "8", "a list of strings"),
+        (HEAD + 'quantize = ["fp8"]', "--quantize fp8", "int8-weight, int4-weight"),
         (HEAD + "pag_layers = [8]", "[8]", "a list of strings"),
         (HEAD + 'clamp = "yes"', "'yes'", "true or false"),
         (HEAD + "build = 3", "3", "a TOML table"),

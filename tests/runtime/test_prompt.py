@@ -17,6 +17,7 @@ from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.safetensors_file import StoredTensor
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
+from sana_export.runtime.embedding_table import EmbeddingTable
 from sana_export.runtime.prompt import MAX_TOKENS, Instruction, PromptEncoder
 from sana_export.runtime.request import Request
 
@@ -71,7 +72,7 @@ def make_encoder(merges: str = "none", instruction: str = INSTRUCTION, **changes
     return PromptEncoder(
         parts.pop("tokenizer", tokenizer),
         Instruction(instruction, parts["token_ids"], parts["prefix"], parts["bos_row"]),
-        StoredTensor("F32", parts.get("table", table)),
+        EmbeddingTable(StoredTensor("F32", parts.get("table", table))),
         fix="sana-export export tiny -o bundle",
     )
 
@@ -85,7 +86,7 @@ def reference(encoder: PromptEncoder, text: str, instruct: bool, length: int) ->
         full = len(encoder.tokenizer.encode(encoder.instruction.text).ids) + length - 2
     ids = encoder.tokenizer.encode(text).ids[:full]
     mask = np.array([1.0] * len(ids) + [0.0] * (full - len(ids)), dtype=np.float32)
-    rows = ToyEncoder.outputs(encoder.embeddings.read()[ids + [0] * (full - len(ids))], 0)
+    rows = ToyEncoder.outputs(encoder.embeddings.values.read()[ids + [0] * (full - len(ids))], 0)
     select = [0, *range(-length + 1, 0)]
     return rows[select], mask[select]
 

@@ -101,6 +101,7 @@ def _export(recipe: Recipe, opening: Mapping[str, Any], console: Console) -> tup
         pag_layers=recipe.pag_layers,
         clamp=recipe.clamp,
         graphs=recipe.graphs,
+        quantize=recipe.quantize,
     )
     answer = Answer(bundle_document(recipe.output, manifest), plural(len(manifest.graphs), "graph"))
     return answer, "" if manifest.export_key == before else None

@@ -16,6 +16,7 @@ from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, mod
 from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS, Manifest
 from sana_export.progress import Progress
+from sana_export.quantization import AVAILABLE
 
 #: What MODEL may be.
 MODEL_HELP = "alias (see variants), hub id, or local folder in diffusers' format"
@@ -52,6 +53,13 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         "the graphs to export, or groups of them: default,img2img adds image-to-image and inpainting (default: default, which "
         "draws images from text; with --controlnet the groups default, img2img and control)",
     )
+    add_names(
+        parser,
+        "--quantize",
+        "SCHEME",
+        f"store weights in few bits: {' or '.join(AVAILABLE)} for all parts of the bundle that take it, or PART=SCHEME, for "
+        "example text_encoder=int4-weight,denoiser=none (default: none)",
+    )
     parser.add_argument(
         "--clamp",
         action=argparse.BooleanOptionalAction,
@@ -73,6 +81,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         pag_layers=options.pag_layers,
         clamp=options.clamp,
         graphs=options.graphs,
+        quantize=options.quantize,
     )
     return Answer(bundle_document(output, manifest), bundle_summary(output, manifest))
 

@@ -38,6 +38,7 @@ from sana_export.runtime.backends.base import (
     DeviceTensor,
     EnqueuedSession,
 )
+from sana_export.runtime.backends.quantized_weights import read_quantized
 
 log = logging.getLogger(__name__)
 
@@ -139,13 +140,25 @@ class TorchBackend(Backend):
 
     def load(self, graph: str) -> TorchSession:
         try:
-            module = build_graph(graph, self.checkpoint, self.manifest.options).to(self.torch_device)
+            module = build_graph(graph, self.checkpoint, self.manifest.options)
+            self._quantize(graph, module)
+            module = module.to(self.torch_device)
         except RuntimeError as error:
             raise_out_of_memory(error, f"loading {graph}", self.device)
             raise
         if self.compiled:
             compile_blocks(module)
         return TorchSession(self.manifest.graphs[graph].spec, module, self.torch_device, self._threads, compiled=self.compiled)
+
+    def _quantize(self, graph: str, module: nn.Module) -> None:
+        """Give `module` the numbers that the bundle's quantized weights stand for."""
+        entry, parameters = self.manifest.graphs[graph], dict(module.named_parameters(remove_duplicate=False))
+        if not entry.quantized:
+            return
+        shapes = {weight.name: tuple(parameters[weight.name].shape) for weight in entry.quantized}
+        fix = export_command(self.bundle, self.manifest)
+        for name, numbers in read_quantized(self.bundle, entry, self.manifest.options.dtype, shapes, fix=fix):
+            parameters[name].data.copy_(torch.from_numpy(numbers))
 
     def to_device(self, array: Array) -> Tensor:
         return place(array, self.torch_device)

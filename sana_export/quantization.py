@@ -1,0 +1,210 @@
+"""Quantization: the schemes, which layers take one, and what a user may ask for. Tables, and the functions that read them.
+
+A scheme says how a layer's weights and activations are stored. A layer rule says how few bits a layer tolerates, and why not
+fewer. An export applies one scheme to each part of a bundle: to a graph, or to the embedding table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from sana_export.contract import WEIGHTS_OF
+from sana_export.errors import UsageError
+
+_ALL_RTX = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+#: The bits of one value of each type.
+BITS = {"int8": 8, "fp8": 8, "int4": 4, "fp4": 4}
+#: The name of the embedding table among the parts. It belongs to no graph.
+EMBEDDINGS = "embeddings"
+#: In place of a scheme: the part keeps the bundle's precision.
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to store a layer."""
+
+    #: Its name on the command line.
+    name: str
+    #: The type of the weights.
+    weights: str
+    #: The type of the activations. None: the bundle's precision, so only the weights are quantized.
+    activations: str | None
+    #: What shares one scale: an output channel, or a block of inputs of one output channel.
+    granularity: str
+    #: The number of weights in a block. 0: no blocks.
+    block: int
+    #: The first version of ONNX's operator set that can express it.
+    opset: int
+    #: The compute capabilities of the GPUs that TensorRT-RTX compiles it for.
+    capabilities: tuple[str, ...]
+    #: ONNX Runtime has kernels for it.
+    onnxruntime: bool = True
+    #: The least cosine of a graph's outputs with those of the same graph of diffusers.
+    cosine_limit: float = 0.0
+    #: The least PSNR in dB of an image against diffusers'.
+    psnr_limit: float = 0.0
+    #: Why it cannot be exported yet. None: it can.
+    missing: str | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits of one weight."""
+        return BITS[self.weights]
+
+
+_NEEDS_RANGES = "its activations need calibrated ranges"
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("int8-weight", "int8", None, "channel", 0, 19, _ALL_RTX, cosine_limit=0.998, psnr_limit=25.0),
+        Scheme("int4-weight", "int4", None, "block", 32, 21, _ALL_RTX[1:], cosine_limit=0.95, psnr_limit=12.0),
+        Scheme("int8", "int8", "int8", "channel", 0, 19, _ALL_RTX[1:], missing=_NEEDS_RANGES),
+        Scheme("fp8", "fp8", "fp8", "channel", 0, 19, ("8.9", "12.0", "12.1"), missing=_NEEDS_RANGES),
+        Scheme("nvfp4", "fp4", "fp4", "block", 16, 23, ("12.0", "12.1"), onnxruntime=False, missing=_NEEDS_RANGES),
+    )
+}
+#: The schemes that can be exported.
+AVAILABLE = tuple(name for name, scheme in SCHEMES.items() if scheme.missing is None)
+#: What a layer takes that does not tolerate, or does not fit, the blocks of a scheme with fewer bits.
+FALLBACK = SCHEMES["int8-weight"]
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How few bits the layers of some parameters tolerate."""
+
+    #: A regular expression that matches the end of a parameter's name in its graph.
+    pattern: str
+    #: The fewest bits of its weights: 4 or 8, or 16 for a layer that keeps the bundle's precision.
+    bits: int
+    #: Why not fewer.
+    reason: str
+
+
+_TOLERATES = "published 4-bit Sana stores it in 4 bits (deepcompressor)"
+_SMALL = "small, and every step depends on it"
+_EVERYTHING_ELSE = LayerRule("", 16, "no matrix: biases, norms and tables are small")
+_TRANSFORMER = (
+    LayerRule(r"blocks\.\d+\.qkv|\.out\.weight|\.cross_query\.weight|\.cross_out\.weight", 4, _TOLERATES),
+    LayerRule(r"\.inverted\.weight|\.point\.weight", 4, _TOLERATES),
+    LayerRule(r"\.depthwise\.weight", 16, "nine weights for each channel: little to save, and published 4-bit Sana keeps it"),
+    LayerRule(r"time_embed\..*\.weight", 16, "its output scales and shifts every block"),
+    LayerRule(r"(patch_embed|latents_embed|control_embed|control_in|proj_out|outputs\.\d+)\.weight", 16, _SMALL),
+)
+_AUTOENCODER = (
+    LayerRule(r"\.qkv|\.attention\.out|\.inverted\.weight|\.point\.weight|\.conv[12]\.weight", 8, "4 bits were never tried"),
+    LayerRule(r"\.depthwise\.weight|\.aggregations\.\d+\.\w+\.weight", 16, "few weights for each channel"),
+    LayerRule(
+        r"stages\.\d+\.\d+\.weight", 16, "contains the ones of its shortcut, which set a scale too coarse for its other weights"
+    ),
+    LayerRule(r"conv_(in|out)\.weight", 16, "small, and the whole image depends on it"),
+)
+#: The rules of each part, the first that matches counts. Graphs that are not here have nothing to quantize.
+LAYERS: dict[str, tuple[LayerRule, ...]] = {
+    EMBEDDINGS: (LayerRule("embed_tokens", 8, "rows are looked up, not multiplied: 8 bits with a scale for each row"),),
+    "text_encoder": (LayerRule(r"\.(qkv|out|gate|up|down)\.weight", 4, "weight-only 4 bits are common for language models"),),
+    "context": (LayerRule(r"\.weight", 16, "cross-attention's keys and values: published 4-bit Sana keeps them in 16 bits"),),
+    "denoiser": _TRANSFORMER,
+    "controlnet": _TRANSFORMER,
+    "controlnet_context": (LayerRule(r"\.weight", 16, "as context"),),
+    "vae_decoder": _AUTOENCODER,
+    "vae_encoder": _AUTOENCODER,
+}
+#: The parts of a bundle that take a scheme.
+PARTS = tuple(part for part, rules in LAYERS.items() if any(rule.bits < 16 for rule in rules))
+
+
+def part_of(graph: str) -> str:
+    """The part that `graph` belongs to. Graphs that share a weight file share a scheme."""
+    return WEIGHTS_OF.get(graph, graph)
+
+
+def layer_rule(part: str, parameter: str) -> LayerRule:
+    """The rule for a parameter of a part's graph."""
+    found = (rule for rule in LAYERS.get(part, ()) if re.search(f"({rule.pattern})$", f".{parameter}"))
+    return next(found, _EVERYTHING_ELSE)
+
+
+def layer_scheme(scheme: Scheme, rule: LayerRule, inputs: int) -> Scheme | None:
+    """What a layer with `rule` and so many `inputs` takes of `scheme`; None if it keeps the bundle's precision.
+
+    A layer that does not tolerate the scheme's bits, or whose inputs its blocks do not divide, takes `FALLBACK`.
+    """
+    if rule.bits > FALLBACK.bits:
+        return None
+    fits = scheme.bits >= rule.bits and (not scheme.block or inputs % scheme.block == 0)
+    return scheme if fits else FALLBACK
+
+
+def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[str, str]:
+    """The scheme of each part of an export of `graphs`. `words` are SCHEME, for all parts, and PART=SCHEME, which comes before it.
+
+    A part that does not tolerate the scheme for all gets `FALLBACK`. Raises UsageError for an unknown or unavailable scheme, and
+    for a part that is unknown, given twice, not exported, or does not tolerate its own scheme.
+    """
+    given: dict[str, str] = {}
+    for word in words:
+        part, _, scheme = word.rpartition("=")
+        if part in given:
+            what = f"for {part}" if part else "for all parts"
+            raise UsageError(f"two quantization schemes {what}", found=f"{given[part]} and {scheme}", wanted="one of them")
+        if part and part not in PARTS:
+            raise UsageError(
+                f"nothing of {part!r} can be quantized", found=word, wanted=f"SCHEME, or PART=SCHEME with {', '.join(PARTS)}"
+            )
+        _check_scheme(scheme)
+        if part and scheme != NONE and (better := _tolerated(part, scheme)) != scheme:
+            wanted, fix = f"at least {SCHEMES[better].bits} bits", f"--quantize {part}={better}"
+            raise UsageError(f"{part} does not take {scheme}", found=f"{SCHEMES[scheme].bits} bits", wanted=wanted, fix=fix)
+        given[part] = scheme
+    present = {EMBEDDINGS, *map(part_of, graphs)}
+    exported = [part for part in PARTS if part in present]
+    if absent := [part for part in given if part and part not in exported]:
+        fix = "add --graphs, or leave it out of --quantize"
+        raise UsageError(f"the graph {absent[0]} is not exported", found=f"--quantize {absent[0]}={given[absent[0]]}", fix=fix)
+    chosen = {part: given.get(part, given.get("", NONE)) for part in exported}
+    return {part: _tolerated(part, scheme) for part, scheme in chosen.items() if scheme != NONE}
+
+
+def _tolerated(part: str, scheme: str) -> str:
+    """`scheme`, or `FALLBACK` if no layer of `part` tolerates so few bits."""
+    return scheme if SCHEMES[scheme].bits >= min(rule.bits for rule in LAYERS[part]) else FALLBACK.name
+
+
+def quantization_words(chosen: Mapping[str, str]) -> str:
+    """What `--quantize` takes to choose `chosen`. "" for nothing."""
+    return ",".join(f"{part}={chosen[part]}" for part in PARTS if part in chosen)
+
+
+def _check_scheme(name: str) -> None:
+    if name == NONE:
+        return
+    if name not in SCHEMES:
+        raise UsageError("unknown quantization scheme", found=name or "nothing", wanted=", ".join((*AVAILABLE, NONE)))
+    if (missing := SCHEMES[name].missing) is not None:
+        raise UsageError(
+            f"the quantization scheme {name} is not available yet: {missing}",
+            found=f"--quantize {name}",
+            wanted=", ".join(AVAILABLE),
+            fix=f"--quantize {FALLBACK.name}",
+        )
+
+
+def check_target(part: str, name: str, backend: str, capabilities: Collection[str], command: str) -> None:
+    """Raise UsageError unless engines of `backend` for these compute capabilities can have the scheme `name` of `part`.
+
+    No compute capability means a portable engine. `command` builds for others: it ends before their names. For TensorRT the table
+    is an assumption: it was never run.
+    """
+    possible = SCHEMES[name].capabilities
+    refused = [capability for capability in capabilities if capability in _ALL_RTX and capability not in possible]
+    if refused:
+        raise UsageError(
+            f"{backend} has no {SCHEMES[name].weights} for compute capability {', '.join(refused)}",
+            found=f"{part} quantized with {name}",
+            wanted=f"compute capability {', '.join(possible)}, or another scheme for {part}",
+            fix=f"{command} --compute-capability {possible[-1]}",
+        )

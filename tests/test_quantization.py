@@ -1,0 +1,148 @@
+"""The tables of quantization: what a user may ask for, and which target a scheme has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sana_export.commands import export_command
+from sana_export.contract import GRAPHS
+from sana_export.errors import UsageError
+from sana_export.gpu_support import RTX_CAPABILITIES
+from sana_export.manifest import Checkpoint, Options
+from sana_export.quantization import (
+    AVAILABLE,
+    BITS,
+    FALLBACK,
+    PARTS,
+    SCHEMES,
+    check_target,
+    choose_quantization,
+    layer_rule,
+    layer_scheme,
+    quantization_words,
+)
+
+DEFAULT = ["text_encoder", "context", "denoiser", "sampler", "vae_decoder", "vae_decoder_head", "vae_decoder_tail", "postprocess"]
+
+
+def test_the_tables_name_what_exists() -> None:
+    assert set(PARTS) <= {"embeddings", *GRAPHS}
+    for scheme in SCHEMES.values():
+        assert set(scheme.capabilities) <= set(RTX_CAPABILITIES)
+        assert scheme.bits == BITS[scheme.weights]
+    assert AVAILABLE == ("int8-weight", "int4-weight")
+
+
+@pytest.mark.parametrize(
+    ("words", "chosen"),
+    [
+        ([], {}),
+        (["none"], {}),
+        (["text_encoder=int4-weight"], {"text_encoder": "int4-weight"}),
+        (
+            ["int8-weight", "denoiser=none"],
+            {"embeddings": "int8-weight", "text_encoder": "int8-weight", "vae_decoder": "int8-weight"},
+        ),
+        # Rows of the embedding table and the decoder do not tolerate 4 bits.
+        (
+            ["int4-weight"],
+            {
+                "embeddings": "int8-weight",
+                "text_encoder": "int4-weight",
+                "denoiser": "int4-weight",
+                "vae_decoder": "int8-weight",
+            },
+        ),
+    ],
+)
+def test_words_choose_schemes(words: list[str], chosen: dict[str, str]) -> None:
+    assert choose_quantization(words, DEFAULT) == chosen
+    assert choose_quantization([word for word in quantization_words(chosen).split(",") if word], DEFAULT) == chosen
+
+
+@pytest.mark.parametrize(
+    ("words", "texts"),
+    [
+        (["nf4"], ["unknown quantization scheme", "nf4", "int8-weight, int4-weight"]),
+        ([""], ["unknown quantization scheme", "nothing"]),
+        (["denoiser="], ["unknown quantization scheme", "nothing"]),
+        (["fp8"], ["fp8 is not available yet: its activations need calibrated ranges", "--quantize int8-weight"]),
+        (["denoiser=nvfp4"], ["nvfp4 is not available yet"]),
+        (["unet=int8-weight"], ["nothing of 'unet' can be quantized", "embeddings, text_encoder, denoiser"]),
+        (["context=int8-weight"], ["nothing of 'context' can be quantized"]),
+        (["vae_encoder=int8-weight"], ["the graph vae_encoder is not exported", "--graphs"]),
+        (["vae_decoder=int4-weight"], ["vae_decoder does not take int4-weight", "--quantize vae_decoder=int8-weight"]),
+        (["int8-weight", "int4-weight"], ["two quantization schemes for all parts", "int8-weight and int4-weight"]),
+        (["denoiser=none", "denoiser=int8-weight"], ["two quantization schemes for denoiser"]),
+    ],
+)
+def test_wrong_words_are_named(words: list[str], texts: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        choose_quantization(words, DEFAULT)
+    assert all(text in str(error.value) for text in texts), error.value
+
+
+@pytest.mark.parametrize(
+    ("part", "parameter", "bits"),
+    [
+        ("denoiser", "blocks.3.qkv", 4),
+        ("denoiser", "blocks.27.out.weight", 4),
+        ("denoiser", "blocks.0.halves.gate.inverted.weight", 4),
+        ("denoiser", "blocks.0.halves.gate.depthwise.weight", 16),
+        ("denoiser", "blocks.0.halves.gate.inverted.bias", 16),
+        ("denoiser", "time_embed.linear.weight", 16),
+        ("denoiser", "proj_out.weight", 16),
+        ("controlnet", "outputs.0.weight", 16),
+        ("context", "projection.weight", 16),
+        ("vae_decoder", "tail.stages.0.1.conv1.weight", 8),
+        ("vae_decoder", "stages.0.0.attention.qkv", 8),
+        ("vae_decoder", "stages.0.0.attention.aggregations.0.pointwise.weight", 16),
+        ("vae_decoder", "tail.stages.0.0.weight", 16),
+        ("vae_decoder", "stages.0.0.attention.norm.weight", 16),
+        ("text_encoder", "layers.0.down.weight", 4),
+        ("text_encoder", "layers.0.input_norm.weight", 16),
+        ("sampler", "anything", 16),
+    ],
+)
+def test_each_layer_has_its_rule(part: str, parameter: str, bits: int) -> None:
+    rule = layer_rule(part, parameter)
+    assert rule.bits == bits
+    assert rule.reason
+
+
+def test_a_layer_that_the_blocks_do_not_fit_takes_8_bits() -> None:
+    rule, four = layer_rule("denoiser", "blocks.0.out.weight"), SCHEMES["int4-weight"]
+    assert layer_scheme(four, rule, 64) is four
+    assert layer_scheme(four, rule, 48) is FALLBACK
+    assert layer_scheme(four, layer_rule("vae_decoder", "tail.stages.0.1.conv1.weight"), 64) is FALLBACK
+    assert layer_scheme(four, layer_rule("denoiser", "proj_out.weight"), 64) is None
+
+
+def test_a_target_without_the_type_is_refused() -> None:
+    check_target("denoiser", "int8-weight", "tensorrt-rtx", ("7.5", "12.0"), "build")
+    check_target("denoiser", "int4-weight", "tensorrt-rtx", (), "build")
+    with pytest.raises(UsageError) as error:
+        check_target("denoiser", "int4-weight", "tensorrt-rtx", ("7.5", "8.9"), "sana-export build b --backend tensorrt-rtx")
+    assert "tensorrt-rtx has no int4 for compute capability 7.5" in str(error.value)
+    assert error.value.fix == "sana-export build b --backend tensorrt-rtx --compute-capability 12.1"
+    with pytest.raises(UsageError, match=r"no fp4 for compute capability 8\.9"):
+        check_target("denoiser", "nvfp4", "tensorrt-rtx", ("8.9",), "build")
+
+
+def test_the_export_command_repeats_the_schemes() -> None:
+    exported = SimpleNamespace(
+        checkpoint=Checkpoint("tiny", None, "0" * 64, "tiny", synthetic=False),
+        options=Options("fp16", clamp=False, quantize={"text_encoder": "int4-weight", "denoiser": "int8-weight"}),
+        graphs=DEFAULT,
+    )
+    command = export_command(Path("b"), exported)
+    assert command == "sana-export export tiny -o b --quantize text_encoder=int4-weight,denoiser=int8-weight"
+
+
+def test_graphs_that_share_weights_share_the_scheme() -> None:
+    options = Options("fp16", clamp=False, quantize={"vae_decoder": "int8-weight"})
+    assert [options.scheme(graph) for graph in ("vae_decoder", "vae_decoder_tail", "denoiser")] == ["int8-weight"] * 2 + [None]
+    assert Options("fp16", clamp=False).scheme("vae_decoder") is None
