@@ -152,7 +152,8 @@ class OnnxRuntimeBackend(Backend):
         self.device = DEVICES[self._provider]
         self._check_device()
         self._check_precision()
-        self._place = Place(self.device, settings.device or 0)
+        self.index = settings.device or 0
+        self._place = Place(self.device, self.index)
 
     def load(self, graph: str) -> Session:
         if self._cuda_graphs and graph in _CAPTURED and (session := self._load_captured(graph)) is not None:
