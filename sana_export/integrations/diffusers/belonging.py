@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,8 @@ from sana_export.runtime.pipeline import SanaRuntime
 LOG = logging.getLogger(__name__)
 #: How far a weight may be from the pipeline's, relative to its layer's largest: both may be rounded to bfloat16.
 WEIGHTS = 2.0**-7
-#: How far an output may be from the pipeline's, relative to its norm: half precision of a whole network.
-OUTPUTS = 0.1
+#: How far an output may be from the pipeline's, relative to its norm: in float32, and if one of them is in half precision.
+OUTPUTS, HALF_OUTPUTS = 0.005, 0.1
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,14 @@ def check_text_encoder(pair: Pair) -> None:
         ids = tuple(tokenizer.encode(known.text))
         if ids != known.token_ids:
             raise pair.other("the tokenizer", f"{len(known.token_ids)} tokens for the instruction", f"{len(ids)} tokens, or other ones")
+    some = list(known.token_ids[:8])
+    table = pair.module.get_input_embeddings().weight
+    if table.shape[1] != known.bos_row.size or len(table) <= max(some):
+        raise pair.other("the embedding table", list(pair.runtime.text.embeddings.shape), list(table.shape))
+    _compare(pair, "the embedding table", pair.runtime.text.embeddings.rows(some), table[some])
     bos = torch.tensor([[known.token_ids[0]]], device=_device(pair.module))
     with torch.no_grad():
         state = pair.module(bos, attention_mask=torch.ones_like(bos))[0][0, 0]
-    if state.shape != known.bos_row.shape:
-        raise pair.other("the width", known.bos_row.size, state.numel())
     _compare_outputs(pair, "the state of the first token", torch.from_numpy(known.bos_row.copy()), state)
 
 
@@ -175,7 +178,7 @@ def _compare(pair: Pair, what: str, own: Float32, weight: Tensor) -> None:
     wanted = weight.detach().float().cpu().numpy()
     limit = WEIGHTS * max(float(np.abs(wanted).max()), 1e-6)
     if not np.abs(own - wanted).max() <= limit:
-        raise pair.other(f"the weight of {what}", *(f"{array.reshape(-1)[:3].round(4).tolist()}..." for array in (own, wanted)))
+        raise pair.other(what, *(f"{array.reshape(-1)[:3].round(4).tolist()}..." for array in (own, wanted)))
 
 
 def _compare_outputs(pair: Pair, what: str, own: Tensor, wanted: Tensor) -> None:
@@ -185,19 +188,21 @@ def _compare_outputs(pair: Pair, what: str, own: Tensor, wanted: Tensor) -> None
         LOG.warning("the pipeline's %s gives NaN or infinite values, so it was not compared with %s", pair.name, pair.runtime.bundle)
         return
     error = float((own - wanted).norm() / wanted.norm())
-    if not error <= OUTPUTS:
-        raise pair.other(what, f"an output that is {100 * error:.0f}% away", "the pipeline's output")
+    single = {_dtype(pair.module), pair.runtime.manifest.options.dtype} == {"float32"}
+    if not error <= (OUTPUTS if single else HALF_OUTPUTS):
+        raise pair.other(what, f"an output that is {100 * error:.2g}% away", "the pipeline's output")
 
 
 def _warn_about_precision(pair: Pair) -> None:
-    own, theirs = pair.runtime.manifest.options.dtype, str(next(_weights(pair.module)).dtype).removeprefix("torch.")
+    own, theirs = pair.runtime.manifest.options.dtype, _dtype(pair.module)
     if own != theirs:
         LOG.info("the pipeline's transformer is in %s, %s in %s: images are in the bundle's precision", theirs, pair.runtime.bundle, own)
 
 
-def _weights(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-
-
 def _device(module: nn.Module) -> torch.device:
-    return next(_weights(module)).device
+    return next(module.parameters()).device
+
+
+def _dtype(module: nn.Module) -> str:
+    """The contract's name of the dtype that most of a component's weights have."""
+    return str(next(module.parameters()).dtype).removeprefix("torch.")

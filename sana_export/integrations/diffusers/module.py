@@ -39,7 +39,8 @@ REFUSED: dict[str, str] = {
 }
 #: The same of pipelines.
 REFUSED_BY_PIPELINES: dict[str, str] = {
-    **dict.fromkeys(("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"), _MEMORY)
+    **dict.fromkeys(("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"), _MEMORY),
+    **dict.fromkeys(("save_pretrained", "push_to_hub"), _WEIGHTS),
 }
 #: Where PyTorch and diffusers keep the hooks of a module.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_diffusers_hook")
@@ -49,6 +50,7 @@ Own = TypeVar("Own", bound="BundleModule")
 def graph_call(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of a stand-in that runs graphs: checked, and without gradients."""
 
+    @torch.compiler.disable  # it cannot trace a backend's work
     @functools.wraps(method)
     def call(self: BundleModule, *args: Any, **kwargs: Any) -> Any:
         self.check_call((*args, *kwargs.values()))
@@ -116,7 +118,7 @@ class BundleModule(nn.Module):
             if isinstance(value, torch.dtype):
                 check_dtype(value, self.runtime)
             elif isinstance(value, str | torch.device) or (isinstance(value, int) and not isinstance(value, bool)):
-                check_device(torch.device(value), self.device, self.runtime)
+                check_device(torch.device(f"cuda:{value}" if isinstance(value, int) else value), self.device, self.runtime)
         return self
 
     def cuda(self: Own, device: Any = None) -> Own:

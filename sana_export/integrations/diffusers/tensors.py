@@ -103,7 +103,7 @@ class PointerExchange(Exchange):
 
     def _given(self, tensor: Tensor) -> DeviceArray:
         if tensor.data_ptr() % ALIGNMENT:  # a part of another tensor
-            tensor = tensor.clone()
+            tensor = aligned_copy(tensor)
         self._order.before(tensor)
         shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         memory = Memory(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor)
@@ -138,6 +138,14 @@ class ForeignMemory:
         self.owner = owner
         interface = {"shape": shape, "typestr": typestr, "data": (address, False), "version": 3}
         setattr(self, "__cuda_array_interface__" if device == "cuda" else "__array_interface__", interface)
+
+
+def aligned_copy(tensor: Tensor) -> Tensor:
+    """A copy of a contiguous tensor at an address that an engine can read."""
+    size = tensor.numel() * tensor.element_size()
+    block = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=tensor.device)
+    start = -block.data_ptr() % ALIGNMENT
+    return block[start : start + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def tensor_at(address: int, shape: tuple[int, ...], dtype: str, owner: Any, device: torch.device) -> Tensor:

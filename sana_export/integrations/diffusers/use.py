@@ -115,7 +115,7 @@ def restore(pipe: Any) -> None:
     found = {name: module for name in STAND_INS if isinstance(module := getattr(pipe, name, None), BundleModule)}
     for name, module in found.items():
         _put(pipe, name, module.original)
-    for name in REFUSED_BY_PIPELINES:
+    for name in REFUSED_BY_PIPELINES if found else ():
         pipe.__dict__.pop(name, None)
     for use in {module.use for module in found.values()}:
         if use.owned:
