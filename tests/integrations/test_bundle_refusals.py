@@ -73,7 +73,10 @@ def compiled(pipe: Any) -> None:
 
 
 def step(pipe: Any, **words: Any) -> Any:
-    given = {"hidden_states": torch.zeros(1, 32, 2, 2), "encoder_hidden_states": torch.ones(1, 3, pipe.transformer.config.caption_channels)}
+    given = {
+        "hidden_states": torch.zeros(1, 32, 2, 2),
+        "encoder_hidden_states": torch.ones(1, 3, pipe.transformer.config.caption_channels),
+    }
     return pipe.transformer(**{**given, "timestep": torch.ones(1), **words})
 
 
@@ -87,7 +90,10 @@ def step(pipe: Any, **words: Any) -> Any:
         (lambda pipe: step(pipe, encoder_attention_mask=torch.ones(1, 1, 3)), "encoder_attention_mask has the wrong shape"),
         (lambda pipe: step(pipe, encoder_hidden_states=torch.full((1, 3, 64), torch.nan)), "the prompt embeddings are not finite"),
         (lambda pipe: pipe("a fox", attention_kwargs={"scale": 0.5}, **SMALL), "attention_kwargs has no effect"),
-        (lambda pipe: pipe.transformer.set_attn_processor(AttnProcessor2_0()), "the attention processor AttnProcessor2_0 in block 0"),
+        (
+            lambda pipe: pipe.transformer.set_attn_processor(AttnProcessor2_0()),
+            "the attention processor AttnProcessor2_0 in block 0",
+        ),
         (other_processor, "the attention processor AttnProcessor2_0 in block 0"),
         (hooked_block, r"a hook in transformer.transformer_blocks.0 has no effect"),
         (compiled, r"torch.compile\(\) has no effect"),
@@ -148,7 +154,11 @@ def test_a_pipeline_that_was_changed_before_is_refused(cases: dict[str, Case]) -
 
 def test_the_pipeline_of_a_bundle(cases: dict[str, Case], tiny_bundle: Path) -> None:
     pipe = SanaExportPipeline(cases["SanaPipeline"].runtime)
-    for name, hint in (("vae", "enable_vae_tiling"), ("enable_model_cpu_offload", 'memory="staged"'), ("encode_prompt", "pipe.runtime")):
+    for name, hint in (
+        ("vae", "enable_vae_tiling"),
+        ("enable_model_cpu_offload", 'memory="staged"'),
+        ("encode_prompt", "pipe.runtime"),
+    ):
         with pytest.raises(AttributeError, match=name) as missing:
             getattr(pipe, name)
         assert hint in str(missing.value)

@@ -61,7 +61,9 @@ def test_same_images_as_diffusers(cases: dict[str, Case], pipe: SanaExportPipeli
     assert_same(draw(pipe, prompt, **words), draw(theirs, prompt, **words), prompt)
 
 
-def test_pag_control_and_start_images_are_more_words(cases: dict[str, Case], pipe: SanaExportPipeline, controlnet_runtime: SanaRuntime) -> None:
+def test_pag_control_and_start_images_are_more_words(
+    cases: dict[str, Case], pipe: SanaExportPipeline, controlnet_runtime: SanaRuntime
+) -> None:
     assert_same(draw(pipe, "a fox", pag_scale=3.0), draw(cases["SanaPAGPipeline"].pipe, "a fox"), "PAG")
     case = cases["SanaControlNetPipeline"]
     own = SanaExportPipeline(controlnet_runtime)
@@ -82,7 +84,9 @@ def test_sprint(cases: dict[str, Case], sprint: Any, sprint_img2img_runtime: San
 
 
 @pytest.mark.parametrize("name", ["SanaPipeline", "SanaSprintPipeline"])
-def test_generators_are_used_as_diffusers_uses_them(cases: dict[str, Case], pipe: SanaExportPipeline, sprint: Any, name: str) -> None:
+def test_generators_are_used_as_diffusers_uses_them(
+    cases: dict[str, Case], pipe: SanaExportPipeline, sprint: Any, name: str
+) -> None:
     """One generator goes on from call to call, and a list has one for each image. Without one, PyTorch's own is drawn from."""
     own, theirs = {"SanaPipeline": pipe, "SanaSprintPipeline": sprint}[name], cases[name].pipe
     words = {**SMALL, "num_inference_steps": 2, "num_images_per_prompt": 2, "output_type": "np"}
@@ -135,7 +139,9 @@ def test_callbacks_embeddings_and_schedulers(cases: dict[str, Case], pipe: SanaE
 
     before = theirs.scheduler
     assert type(pipe.scheduler) is type(before)
-    own_config, their_config = ({key: value for key, value in it.items() if key[0] != "_"} for it in (pipe.scheduler.config, before.config))
+    own_config, their_config = (
+        {key: value for key, value in it.items() if key[0] != "_"} for it in (pipe.scheduler.config, before.config)
+    )
     assert own_config == their_config
     other = UniPCMultistepScheduler.from_config(before.config)
     pipe.scheduler = theirs.scheduler = other

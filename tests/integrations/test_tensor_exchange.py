@@ -6,7 +6,6 @@ No test here has a GPU. Addresses are passed as on one, to a device in host memo
 from __future__ import annotations
 
 import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,8 @@ def test_engines_read_and_write_pytorch_tensors_by_address(engines: TensorRTBack
     given = exchange.give(latents)
     assert order.given[0].data_ptr() == given.address
     uploaded = engines.gpu.uploaded  # type: ignore[attr-defined]
-    image = exchange.take(engines.load("vae_decoder").run({"latents": given})["image"])
+    decoder = engines.load("vae_decoder")
+    image = exchange.take(decoder.run({"latents": given})["image"])
     assert engines.gpu.uploaded == uploaded  # type: ignore[attr-defined]
     wanted = tiny_runtime.to_host(tiny_runtime.run("vae_decoder", {"latents": latents.numpy()})["image"])
     np.testing.assert_allclose(image.numpy(), wanted, atol=1e-5)
@@ -117,11 +117,10 @@ def test_both_directions_share_memory_and_keep_it(dtype: str, engines: TensorRTB
         address = tensor.data_ptr()
         back = exchange.take(exchange.give(tensor, dtype))
         assert (back.data_ptr(), back.dtype) == (address, kind)
-        gone = weakref.ref(tensor)
         del tensor
         gc.collect()
-        if isinstance(exchange, PointerExchange):
-            assert gone() is not None, "its memory is still used"
+        others = [torch.full((2, 256), -1, dtype=kind) for _ in range(8)]  # in the memory of the tensor, if it was freed
+        assert others
         torch.testing.assert_close(back, wanted)
 
 
@@ -157,7 +156,9 @@ def test_a_step_and_a_decoder_on_engines(engines: TensorRTBackend, tiny_runtime:
         for name, module in made.items():
             module.attach(name, BundleUse(tiny_pipeline, own, owned=False), getattr(tiny_pipeline, name))
         if own is runtime:
-            made["transformer"].contexts._exchange = made["transformer"].exchange = made["vae"].exchange = PointerExchange(CPU, order)
+            made["transformer"].contexts._exchange = made["transformer"].exchange = made["vae"].exchange = PointerExchange(
+                CPU, order
+            )
         step = made["transformer"](latents, embeds, torch.tensor([700.0, 700.0]), encoder_attention_mask=mask).sample
         found.append((step, made["vae"].decode(step[:1] * 2.0).sample))
     for one, other in zip(*found, strict=True):

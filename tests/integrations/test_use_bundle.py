@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 
-
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,10 @@ def test_several_prompts_with_several_images_get_their_own_masks(cases: dict[str
     case, prompts = cases["SanaPipeline"], ["a fox", some_prompt() + " and " + some_prompt()]
     latents = torch.randn(4, 32, 3, 5, generator=torch.Generator().manual_seed(1))
     wanted = np.concatenate(
-        [draw(case.pipe, prompt, latents=own, num_images_per_prompt=2) for prompt, own in zip(prompts, latents.split(2), strict=True)]
+        [
+            draw(case.pipe, prompt, latents=own, num_images_per_prompt=2)
+            for prompt, own in zip(prompts, latents.split(2), strict=True)
+        ]
     )
     with use_bundle(case.pipe, case.runtime):
         assert_same(draw(case.pipe, prompts, latents=latents, num_images_per_prompt=2), wanted, prompts)
@@ -131,7 +133,10 @@ def test_embeddings_callbacks_and_schedulers_of_the_caller(cases: dict[str, Case
 
 def test_latents_and_tensors(cases: dict[str, Case]) -> None:
     case = cases["SanaPipeline"]
-    wanted = [case.pipe("a fox", generator=torch.Generator().manual_seed(1), output_type=kind, **SMALL).images for kind in ("latent", "pt")]
+    wanted = [
+        case.pipe("a fox", generator=torch.Generator().manual_seed(1), output_type=kind, **SMALL).images
+        for kind in ("latent", "pt")
+    ]
     with use_bundle(case.pipe, case.runtime):
         for kind, reference in zip(("latent", "pt"), wanted, strict=True):
             found = case.pipe("a fox", generator=torch.Generator().manual_seed(1), output_type=kind, **SMALL).images
@@ -251,7 +256,9 @@ def test_another_checkpoint_is_refused(cases: dict[str, Case], change: str) -> N
     assert "tiny-random" in str(refused.value)
 
 
-def test_a_bundle_without_what_the_pipeline_needs_is_refused(cases: dict[str, Case], tiny_runtime: SanaRuntime, tiny_bundle: Path) -> None:
+def test_a_bundle_without_what_the_pipeline_needs_is_refused(
+    cases: dict[str, Case], tiny_runtime: SanaRuntime, tiny_bundle: Path
+) -> None:
     manifest = Manifest.load(tiny_bundle)
     with pytest.raises(ArtifactError, match="without a ControlNet") as refused:
         use_bundle(cases["SanaControlNetPipeline"].pipe, tiny_runtime)

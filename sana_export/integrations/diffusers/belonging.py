@@ -34,7 +34,7 @@ OUTPUTS, HALF_OUTPUTS = 0.005, 0.1
 
 
 @dataclass(frozen=True)
-class Pair:
+class ComponentPair:
     """A pipeline's component beside the bundle that shall take its place."""
 
     name: str
@@ -53,7 +53,7 @@ class Pair:
         )
 
 
-def check_transformer(pair: Pair) -> None:
+def check_transformer(pair: ComponentPair) -> None:
     """Raise ArtifactError unless config, PAG layers and weights of the transformer are the bundle's."""
     config, model = pair.module.config, pair.runtime.manifest.model
     for what, own, wanted in (
@@ -75,7 +75,7 @@ def check_transformer(pair: Pair) -> None:
     _warn_about_precision(pair)
 
 
-def check_controlnet(pair: Pair) -> None:
+def check_controlnet(pair: ComponentPair) -> None:
     """Raise ArtifactError unless the weights of the ControlNet's self-attentions are the bundle's."""
     stored, dtype = _stored(pair.runtime, "controlnet"), WEIGHT_DTYPES[pair.runtime.manifest.options.dtype]
     for index, block in enumerate(pair.module.transformer_blocks):
@@ -87,13 +87,15 @@ def check_controlnet(pair: Pair) -> None:
         _compare(pair, f"block {index}", values.reshape(wanted.shape)[::64], wanted[::64])
 
 
-def check_text_encoder(pair: Pair) -> None:
+def check_text_encoder(pair: ComponentPair) -> None:
     """Raise ArtifactError unless tokenizer and text encoder give the bundle's ids and the bundle's state of BOS."""
     known = pair.runtime.text.instruction
     if (tokenizer := getattr(pair.pipe, "tokenizer", None)) is not None:
         ids = tuple(tokenizer.encode(known.text))
         if ids != known.token_ids:
-            raise pair.other("the tokenizer", f"{len(known.token_ids)} tokens for the instruction", f"{len(ids)} tokens, or other ones")
+            raise pair.other(
+                "the tokenizer", f"{len(known.token_ids)} tokens for the instruction", f"{len(ids)} tokens, or other ones"
+            )
     some = list(known.token_ids[:8])
     table = pair.module.get_input_embeddings().weight
     if table.shape[1] != known.bos_row.size or len(table) <= max(some):
@@ -105,7 +107,7 @@ def check_text_encoder(pair: Pair) -> None:
     _compare_outputs(pair, "the state of the first token", torch.from_numpy(known.bos_row.copy()), state)
 
 
-def check_vae(pair: Pair) -> None:
+def check_vae(pair: ComponentPair) -> None:
     """Raise ArtifactError unless the decoder gives the bundle's image of a few latents."""
     module, runtime = pair.module, pair.runtime
     factor, model = module.spatial_compression_ratio, runtime.manifest.model
@@ -121,7 +123,7 @@ def check_vae(pair: Pair) -> None:
 
 
 #: How each component of a pipeline is compared with a bundle.
-CHECKS: Mapping[str, Callable[[Pair], None]] = {
+CHECKS: Mapping[str, Callable[[ComponentPair], None]] = {
     "text_encoder": check_text_encoder,
     "transformer": check_transformer,
     "vae": check_vae,
@@ -129,7 +131,7 @@ CHECKS: Mapping[str, Callable[[Pair], None]] = {
 }
 
 
-def check_plain(pair: Pair, kind: type[nn.Module]) -> None:
+def check_plain(pair: ComponentPair, kind: type[nn.Module]) -> None:
     """Raise UsageError unless the component is a plain one of its class, with its weights and without what a bundle ignores."""
     module = pair.module
     problem = None
@@ -143,7 +145,9 @@ def check_plain(pair: Pair, kind: type[nn.Module]) -> None:
         problem = "it has no weights", "a pipeline with its weights"
     if problem is not None:
         raise UsageError(
-            f"a bundle cannot take the place of the pipeline's {pair.name}: {problem[0]}", found=type(module).__name__, wanted=problem[1]
+            f"a bundle cannot take the place of the pipeline's {pair.name}: {problem[0]}",
+            found=type(module).__name__,
+            wanted=problem[1],
         )
 
 
@@ -154,7 +158,7 @@ def _stored(runtime: SanaRuntime, graph: str) -> Mapping[str, Bytes]:
     return read_tensors(onnx, data, fix=fix)
 
 
-def _check_layer(pair: Pair, target: LoraTarget, stored: Mapping[str, Bytes]) -> None:
+def _check_layer(pair: ComponentPair, target: LoraTarget, stored: Mapping[str, Bytes]) -> None:
     """Compare a few rows of a layer's weight with the bundle's."""
     try:
         weight = pair.module.get_submodule(target.module).weight
@@ -173,7 +177,7 @@ def _check_layer(pair: Pair, target: LoraTarget, stored: Mapping[str, Bytes]) ->
     _compare(pair, target.module, own, weight[[first + row for row in rows]].flatten(1))
 
 
-def _compare(pair: Pair, what: str, own: Float32, weight: Tensor) -> None:
+def _compare(pair: ComponentPair, what: str, own: Float32, weight: Tensor) -> None:
     """Raise ArtifactError unless the bundle's weights are those of the pipeline, but for rounding."""
     wanted = weight.detach().float().cpu().numpy()
     limit = WEIGHTS * max(float(np.abs(wanted).max()), 1e-6)
@@ -181,11 +185,13 @@ def _compare(pair: Pair, what: str, own: Float32, weight: Tensor) -> None:
         raise pair.other(what, *(f"{array.reshape(-1)[:3].round(4).tolist()}..." for array in (own, wanted)))
 
 
-def _compare_outputs(pair: Pair, what: str, own: Tensor, wanted: Tensor) -> None:
+def _compare_outputs(pair: ComponentPair, what: str, own: Tensor, wanted: Tensor) -> None:
     """Raise ArtifactError unless two outputs are equal but for rounding. Half precision that overflows proves nothing."""
     wanted = wanted.detach().float().cpu()
     if not torch.isfinite(wanted).all():
-        LOG.warning("the pipeline's %s gives NaN or infinite values, so it was not compared with %s", pair.name, pair.runtime.bundle)
+        LOG.warning(
+            "the pipeline's %s gives NaN or infinite values, so it was not compared with %s", pair.name, pair.runtime.bundle
+        )
         return
     error = float((own - wanted).norm() / wanted.norm())
     single = {_dtype(pair.module), pair.runtime.manifest.options.dtype} == {"float32"}
@@ -193,10 +199,12 @@ def _compare_outputs(pair: Pair, what: str, own: Tensor, wanted: Tensor) -> None
         raise pair.other(what, f"an output that is {100 * error:.2g}% away", "the pipeline's output")
 
 
-def _warn_about_precision(pair: Pair) -> None:
+def _warn_about_precision(pair: ComponentPair) -> None:
     own, theirs = pair.runtime.manifest.options.dtype, _dtype(pair.module)
     if own != theirs:
-        LOG.info("the pipeline's transformer is in %s, %s in %s: images are in the bundle's precision", theirs, pair.runtime.bundle, own)
+        LOG.info(
+            "the pipeline's transformer is in %s, %s in %s: images are in the bundle's precision", theirs, pair.runtime.bundle, own
+        )
 
 
 def _device(module: nn.Module) -> torch.device:

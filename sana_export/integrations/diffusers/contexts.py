@@ -70,7 +70,7 @@ class PromptContexts:
         if not torch.isfinite(embeds).all():
             raise UsageError(
                 "the prompt embeddings are not finite",
-                found="NaN or infinite values; rows of the bundle's own instruction are NaN, because Sana's pipelines do not read them",
+                found="NaN or infinite values; a bundle's text encoder gives NaN for rows of its instruction, which no Sana pipeline reads",
                 wanted="embeddings of encode_prompt with the bundle's complex_human_instruction, or finite ones of your own",
             )
         branches = len(perturbed)
@@ -80,7 +80,9 @@ class PromptContexts:
             embeds, mask = embeds[:-1], mask[:-1]
             source[-1] -= 1
         # Masked tokens have weight 0, so the padding that all prompts share is left out.
-        longest = self._padded(int(mask.any(0).any(0).nonzero().max()) + 1 if mask.any(-1).all() else mask.shape[-1], mask.shape[-1])
+        longest = self._padded(
+            int(mask.any(0).any(0).nonzero().max()) + 1 if mask.any(-1).all() else mask.shape[-1], mask.shape[-1]
+        )
         embeds, mask = embeds[..., :longest, :], mask[..., :longest]
         given = self._exchange.give(mask)
         context = self._runtime.run(self._graph, {"prompt_embeds": self._exchange.give(embeds)})[self._graph]

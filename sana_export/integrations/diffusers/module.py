@@ -28,7 +28,9 @@ _WEIGHTS = "the pipeline's own modules: the stand-in has no weights"
 
 #: Methods of diffusers' and transformers' models that a bundle cannot follow, and what to use instead.
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(("load_lora_adapter", "save_lora_adapter", "load_adapter", "add_adapter", "set_adapter", "set_adapters"), _LORA),
+    **dict.fromkeys(
+        ("load_lora_adapter", "save_lora_adapter", "load_adapter", "add_adapter", "set_adapter", "set_adapters"), _LORA
+    ),
     **dict.fromkeys(("fuse_lora", "unfuse_lora", "enable_lora", "disable_lora", "delete_adapters", "enable_lora_hotswap"), _LORA),
     **dict.fromkeys(("enable_gradient_checkpointing", "gradient_checkpointing_enable"), _GRADIENT),
     **dict.fromkeys(("compile", "compile_repeated_blocks"), _COMPILE),
@@ -196,7 +198,9 @@ def check_dtype(dtype: torch.dtype, runtime: SanaRuntime) -> None:
             f"{runtime.bundle} cannot change its precision",
             found=str(dtype),
             wanted=f"torch.{options.dtype}, the precision that it was exported in",
-            fix=None if wanted is None else f"leave out .to({dtype}), or {export_command(runtime.bundle, runtime.manifest, precision=wanted)}",
+            fix=None
+            if wanted is None
+            else f"leave out .to({dtype}), or {export_command(runtime.bundle, runtime.manifest, precision=wanted)}",
         )
 
 
@@ -208,5 +212,6 @@ def check_device(asked: torch.device, own: torch.device, runtime: SanaRuntime) -
             f"{runtime.bundle} cannot be moved: it runs on the {own} with the backend {runtime.backend.name}",
             found=f"{asked}",
             wanted=f"{own}, or the bundle loaded for {asked}",
-            fix=f"use_bundle(pipe, {str(runtime.bundle)!r}" + (f", device={asked.index or 0})" if gpu else ", backend='onnxruntime')"),
+            fix=f"use_bundle(pipe, {str(runtime.bundle)!r}"
+            + (f", device={asked.index or 0})" if gpu else ", backend='onnxruntime')"),
         )

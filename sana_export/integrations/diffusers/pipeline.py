@@ -39,7 +39,9 @@ _NO_PART = "a bundle has no modules: leave out what moves or converts them; enab
 INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("transformer", "text_encoder", "vae", "tokenizer", "components"), _NO_PART),
     **dict.fromkeys(("enable_model_cpu_offload", "enable_sequential_cpu_offload"), 'from_pretrained(bundle, memory="staged")'),
-    **dict.fromkeys(("set_adapters", "fuse_lora", "unfuse_lora"), "load_lora_weights(path, scale=0.7), for each LoRA with its scale"),
+    **dict.fromkeys(
+        ("set_adapters", "fuse_lora", "unfuse_lora"), "load_lora_weights(path, scale=0.7), for each LoRA with its scale"
+    ),
     "encode_prompt": "pipe.runtime.encode_prompt(prompt)",
 }
 
@@ -205,7 +207,9 @@ class SanaExportPipeline:
         plan = self.runtime.plan(request)
 
         def noise() -> Float32:
-            drawn: Float32 = randn_tensor(plan.latents_shape, generator=generator, device=self.device, dtype=torch.float32).cpu().numpy()
+            drawn: Float32 = (
+                randn_tensor(plan.latents_shape, generator=generator, device=self.device, dtype=torch.float32).cpu().numpy()
+            )
             return drawn
 
         started = replace(plan, latents=noise() if plan.latents is None else plan.latents, draw_noise=noise)
@@ -235,7 +239,9 @@ class SanaExportPipeline:
         """The runtime's callback: moves the progress bar, and calls diffusers' kind of `callback` with tensors."""
         inputs = list(getattr(callback, "tensor_inputs", inputs))
         if inputs not in ([], ["latents"]):
-            raise UsageError("callback_on_step_end_tensor_inputs has tensors that a bundle does not have", found=inputs, wanted=["latents"])
+            raise UsageError(
+                "callback_on_step_end_tensor_inputs has tensors that a bundle does not have", found=inputs, wanted=["latents"]
+            )
         if callback is None and update is None:
             return None
         self._interrupt = False
@@ -250,7 +256,10 @@ class SanaExportPipeline:
             runtime._interrupt = self._interrupt
             if not returned:
                 return None
-            return {name: value.detach().float().cpu().numpy() if isinstance(value, Tensor) else value for name, value in returned.items()}
+            return {
+                name: value.detach().float().cpu().numpy() if isinstance(value, Tensor) else value
+                for name, value in returned.items()
+            }
 
         return call
 

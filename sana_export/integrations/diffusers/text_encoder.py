@@ -26,14 +26,14 @@ class BundleTextEncoder(BundleModule, Gemma2Model):
     """
 
     @graph_call
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool = True, **unsupported: Any
-    ) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool = True, **unsupported: Any) -> Any:
         self.check_neutral(**unsupported)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         lengths = mask.sum(1).tolist()
         if not torch.equal(mask.long(), (torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)).long()):
-            raise UsageError("the text encoder of a bundle needs padding on the right", wanted='pipe.tokenizer.padding_side = "right"')
+            raise UsageError(
+                "the text encoder of a bundle needs padding on the right", wanted='pipe.tokenizer.padding_side = "right"'
+            )
         ids = [tuple(row[:length]) for row, length in zip(input_ids.tolist(), lengths, strict=True)]
         states = self._states(ids, input_ids.shape[1]).to(input_ids.device)
         return BaseModelOutputWithPast(last_hidden_state=states) if return_dict else (states,)
@@ -41,7 +41,9 @@ class BundleTextEncoder(BundleModule, Gemma2Model):
     def set_attn_implementation(self, name: Any, *_: Any, **__: Any) -> None:
         """Raises UsageError for another implementation than the bundle's."""
         if name != "eager":
-            raise refusal("set_attn_implementation()", '"eager", which the bundle computes: only it applies the soft capping of Gemma-2')
+            raise refusal(
+                "set_attn_implementation()", '"eager", which the bundle computes: only it applies the soft capping of Gemma-2'
+            )
 
     def _states(self, ids: list[tuple[int, ...]], length: int) -> Tensor:
         """[B, `length`, C]: the states of texts of these ids, BOS first."""
@@ -50,7 +52,9 @@ class BundleTextEncoder(BundleModule, Gemma2Model):
         tokens = []
         for own in ids:
             if not own or own[0] != known[0]:
-                raise UsageError("a text for the bundle's text encoder does not start with BOS", found=own[:3], wanted=f"{known[0]} first")
+                raise UsageError(
+                    "a text for the bundle's text encoder does not start with BOS", found=own[:3], wanted=f"{known[0]} first"
+                )
             shared = common_length(own, known[:-1])
             # A few tokens in common are chance: then every row may be read.
             shared = shared if shared > len(known) // 2 else 1
@@ -83,4 +87,6 @@ class BundleTextEncoder(BundleModule, Gemma2Model):
 
 def common_length(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     """How many of their first elements two sequences share."""
-    return next((index for index, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), min(len(left), len(right)))
+    return next(
+        (index for index, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), min(len(left), len(right))
+    )

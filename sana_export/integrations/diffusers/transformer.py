@@ -145,7 +145,9 @@ class BundleTransformer(_Step, SanaTransformer2DModel):
         names = [tensor.name for tensor in self.spec("denoiser").inputs]
         if "guidance" in names:
             if guidance is None:
-                raise UsageError("a SANA-Sprint transformer needs guidance", found="guidance=None", wanted="the guidance scale of the pipeline")
+                raise UsageError(
+                    "a SANA-Sprint transformer needs guidance", found="guidance=None", wanted="the guidance scale of the pipeline"
+                )
             # The graph multiplies the guidance scale by this factor, as the pipeline has done already.
             feeds["guidance"] = self.number("guidance", guidance / self.config.guidance_embeds_scale)
         feeds |= self._residuals(controlnet_block_samples, prompts.text_branches, latents)

@@ -23,7 +23,7 @@ from transformers import Gemma2Model
 
 from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.integrations.diffusers.belonging import CHECKS, Pair, check_plain
+from sana_export.integrations.diffusers.belonging import CHECKS, ComponentPair, check_plain
 from sana_export.integrations.diffusers.module import REFUSED_BY_PIPELINES, BundleModule, refusing
 from sana_export.integrations.diffusers.text_encoder import BundleTextEncoder
 from sana_export.integrations.diffusers.transformer import BundleControlNet, BundleTransformer, no_controlnet
@@ -138,7 +138,7 @@ def _stand_ins(use: BundleUse) -> dict[str, BundleModule]:
             module = module.original
         if module is None:
             continue
-        pair = Pair(name, module, pipe, runtime)
+        pair = ComponentPair(name, module, pipe, runtime)
         check_plain(pair, kind)
         CHECKS[name](pair)
         made[name] = skeleton(stand_in, module).attach(name, use, module)
