@@ -1,6 +1,7 @@
 """Tensors between PyTorch and a backend: the values, without a copy, for as long as either side needs them.
 
-No test here has a GPU. Addresses are passed as on one, to a device in host memory; ONNX Runtime gets tensors through DLPack on the CPU.
+No test here has a GPU. Addresses are passed as on one, to a device in host memory. ONNX Runtime gets tensors through DLPack on the
+CPU.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from sana_export.integrations.diffusers.tensors import (
     exchange_with,
     tensor_at,
 )
-from sana_export.integrations.diffusers.use import BundleUse, skeleton
 from sana_export.integrations.diffusers.transformer import BundleTransformer
+from sana_export.integrations.diffusers.use import BundleUse, skeleton
 from sana_export.integrations.diffusers.vae import BundleVae
 from sana_export.machine import Gpu
 from sana_export.manifest import Manifest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,14 @@ def assert_same(found: np.ndarray, wanted: np.ndarray, what: object) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_same_image_and_the_same_pipeline_again_after_restore(cases: dict[str, Case], name: str) -> None:
     case, prompt, seed = cases[name], some_prompt(), int(np.random.default_rng().integers(1000))
-    before = {name: part for name, part in case.pipe.components.items()}
+    before = dict(case.pipe.components)
     config = dict(case.pipe.config)
     wanted = draw(case.pipe, prompt, seed, **case.words)
     with use_bundle(case.pipe, case.runtime):
         assert case.pipe.transformer is not before["transformer"]
         assert dict(case.pipe.config) == config
         assert_same(draw(case.pipe, prompt, seed, **case.words), wanted, (prompt, seed))
-    assert {name: part for name, part in case.pipe.components.items()} == before
+    assert dict(case.pipe.components) == before
     assert dict(case.pipe.config) == config
     assert not {"enable_model_cpu_offload", "enable_sequential_cpu_offload"} & vars(case.pipe).keys()
     np.testing.assert_array_equal(draw(case.pipe, prompt, seed, **case.words), wanted)

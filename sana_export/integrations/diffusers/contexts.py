@@ -70,7 +70,7 @@ class PromptContexts:
         if not torch.isfinite(embeds).all():
             raise UsageError(
                 "the prompt embeddings are not finite",
-                found="NaN or infinite values; a bundle's text encoder gives NaN for rows of its instruction, which no Sana pipeline reads",
+                found="NaN or infinite values, as in rows of the bundle's instruction, which no pipeline reads",
                 wanted="embeddings of encode_prompt with the bundle's complex_human_instruction, or finite ones of your own",
             )
         branches = len(perturbed)

@@ -1,7 +1,7 @@
 """`SanaExportPipeline`: a bundle with the words of diffusers' SanaPipeline, for scripts that change one import.
 
-The runtime does the work: it samples in one captured loop where it can. Only the start noise, the noise of stochastic schedulers and
-the results are PyTorch's.
+The runtime does the work: it samples in one captured loop where it can. Only the start noise, the noise of stochastic schedulers,
+and the results are PyTorch's.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Exchange(ABC):
 
 
 class HostExchange(Exchange):
-    """Through arrays in the host's memory: without a copy on a CPU, with one where a GPU's backend meets a PyTorch without a GPU."""
+    """Through arrays in the host's memory: without a copy on a CPU, with one if PyTorch does not reach the backend's GPU."""
 
     device = torch.device("cpu")
 

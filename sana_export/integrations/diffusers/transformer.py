@@ -95,7 +95,7 @@ class BundleTransformer(_Step, SanaTransformer2DModel):
             raise
 
     def perturbed(self) -> tuple[float, ...] | None:
-        """The branches that PAG's processors stand for. None without PAG. Raises ArtifactError for other layers than the bundle's."""
+        """The branches that PAG's processors stand for; None without PAG. Raises ArtifactError for layers that the bundle lacks."""
         found = dict(self.processors())
         layers = tuple(index for index, kind in found.items() if kind in PERTURBED)
         if not layers:
@@ -156,7 +156,7 @@ class BundleTransformer(_Step, SanaTransformer2DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _residuals(self, samples: Sequence[Tensor] | None, branches: int, latents: Tensor) -> dict[str, DeviceTensor]:
-        """The denoiser's input `residuals`: what a ControlNet adds after the first blocks, or zeros. None if it has no such input."""
+        """The denoiser's input `residuals`, if it has one: what a ControlNet adds after the first blocks, or zeros."""
         spec = next((tensor for tensor in self.spec("denoiser").inputs if tensor.name == "residuals"), None)
         if spec is None:
             if samples is not None:

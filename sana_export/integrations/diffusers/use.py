@@ -77,12 +77,12 @@ def use_bundle(
     pipe: one of diffusers' Sana pipelines (`PIPELINES`), with the weights of the bundle's checkpoint. Its scheduler, tokenizer and
     code stay. A component that is None stays None.
     bundle: the bundle's folder, or a `SanaRuntime` of it.
-    The other parameters are those of `SanaRuntime.from_pretrained`. Use the bundle before `pipe.to("cuda")`: then the pipeline's own
-    weights stay in the host's memory.
+    The other parameters are those of `SanaRuntime.from_pretrained`. Use the bundle before `pipe.to("cuda")`: then the pipeline's
+    own weights stay in the host's memory.
 
-    A second call for the same pipeline replaces the first one's bundle. Raises UsageError for another pipeline, or one with hooks or
-    a LoRA; ArtifactError if the weights are not those of the bundle's checkpoint, or the bundle lacks graphs or PAG layers that the
-    pipeline needs; and the errors of `SanaRuntime.from_pretrained`. The pipeline is unchanged then.
+    A second call for the same pipeline replaces the first one's bundle. Raises UsageError for another pipeline, or one with hooks
+    or a LoRA; ArtifactError if the weights are not those of the bundle's checkpoint, or the bundle lacks graphs or PAG layers that
+    the pipeline needs; and the errors of `SanaRuntime.from_pretrained`. The pipeline is unchanged then.
     """
     if not isinstance(pipe, PIPELINES):
         names = ", ".join(kind.__name__ for kind in PIPELINES)
