@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("model", help="folder or hub id of the checkpoint that the bundle was exported from")
     parser.add_argument("prompt")
-    parser.add_argument("-o", "--output", type=Path, default=Path("."))
+    parser.add_argument("-o", "--output", type=Path, default=Path())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", type=int, default=512)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers import DPMSolverMultistepScheduler, SanaPAGPipeline, SanaPipeline
 from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.integrations.diffusers import restore, use_bundle
+from sana_export.integrations.diffusers.tensors import TorchExchange
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
 from tests.integrations.conftest import Case
@@ -79,6 +81,22 @@ def test_words_of_a_call(cases: dict[str, Case], name: str, words: dict[str, Any
     wanted = draw(case.pipe, prompt, **{**case.words, **words})
     with use_bundle(case.pipe, case.runtime):
         assert_same(draw(case.pipe, prompt, **{**case.words, **words}), wanted, prompt)
+
+
+def test_another_backend_and_precisions(cases: dict[str, Case], tiny_bundle: Path) -> None:
+    """Graphs in PyTorch exchange its own tensors. A pipeline in bfloat16 has the bundle's weights, but for rounding."""
+    case, prompt = cases["SanaPipeline"], some_prompt()
+    wanted = draw(case.pipe, prompt)
+    parts = {
+        name: copy.deepcopy(part).bfloat16() for name, part in case.pipe.components.items() if isinstance(part, torch.nn.Module)
+    }
+    rounded = SanaPipeline(**{**case.pipe.components, **parts})
+    rounded.set_progress_bar_config(disable=True)
+    with use_bundle(rounded, tiny_bundle, "torch", threads=1) as use:
+        assert type(rounded.vae.exchange) is TorchExchange
+        assert use.runtime.backend.name == "torch"
+        assert_same(draw(rounded, prompt), wanted, prompt)
+    assert rounded.dtype == torch.bfloat16
 
 
 def test_several_prompts(cases: dict[str, Case]) -> None:
@@ -191,8 +209,9 @@ def test_loras_on_the_runtime(cases: dict[str, Case], tiny_bundle: Path, tiny_ch
         with pytest.raises(UsageError, match="load_lora_adapter") as refused:
             pipe.load_lora_weights(lora)
         assert "use.runtime.load_lora(path, scale)" in str(refused.value)
+        assert_same(draw(pipe, "a fox"), plain, "no LoRA")
         use.runtime.load_lora(lora, 0.8)
-        found = draw(pipe, "a fox")
+        found = draw(pipe, "a fox")  # the same prompt: its context is made again
     assert np.abs(found.astype(int) - plain).mean() > 5
     with SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime") as runtime:
         runtime.load_lora(lora, 0.8)

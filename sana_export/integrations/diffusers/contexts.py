@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sana_export.adapters import Lora
 from sana_export.errors import UsageError
 from sana_export.integrations.diffusers.tensors import Exchange
 from sana_export.runtime.backends.base import DeviceTensor
@@ -34,6 +35,8 @@ class _Kept:
     embeds: Tensor
     mask: Tensor
     perturbed: tuple[float, ...]
+    #: The LoRAs that it was made with: they change the context too.
+    loras: tuple[Lora, ...]
     made: PromptContext
 
 
@@ -60,10 +63,11 @@ class PromptContexts:
                 wanted=f"{list(embeds.shape[:2])}, 1 for the tokens of a prompt",
             )
         kept = self._kept
-        if kept is not None and kept.perturbed == perturbed and _equal(embeds, kept.embeds) and _equal(mask, kept.mask):
+        same = kept is not None and (kept.perturbed, kept.loras) == (perturbed, self._runtime.loras)
+        if kept is not None and same and _equal(embeds, kept.embeds) and _equal(mask, kept.mask):
             return kept.made, False
         made = self._make(embeds, mask, perturbed)
-        self._kept = _Kept(embeds.clone(), mask.clone(), perturbed, made)
+        self._kept = _Kept(embeds.clone(), mask.clone(), perturbed, self._runtime.loras, made)
         return made, True
 
     def _make(self, embeds: Tensor, mask: Tensor, perturbed: Sequence[float]) -> PromptContext:
