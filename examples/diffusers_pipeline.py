@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--size", type=int, help="pixels of the image's side; default: the checkpoint's")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
@@ -33,12 +33,13 @@ def main() -> None:
         pipe.set_progress_bar_config(disable=True)
         start = perf_counter()
         generator = torch.Generator().manual_seed(args.seed)
-        words = {"height": args.size, "width": args.size, "num_inference_steps": args.steps}
         image = pipe(args.prompt, generator=generator, **words).images[0]
         image.save(args.output / f"{name}.png")
         print(f"{name:12} {perf_counter() - start:6.2f} s")
 
     pipe = SanaPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+    size = args.size or pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    words = {"height": size, "width": size, "use_resolution_binning": False, "num_inference_steps": args.steps}
     draw(pipe, "diffusers")
     with use_bundle(pipe, args.bundle):  # the same call with the bundle's graphs
         draw(pipe, "use_bundle")
