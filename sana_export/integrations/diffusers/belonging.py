@@ -38,7 +38,7 @@ class ComponentPair:
     """A pipeline's component beside the bundle that shall take its place."""
 
     name: str
-    module: nn.Module
+    module: Any
     pipe: Any
     runtime: SanaRuntime
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,10 @@ class BundleModule(nn.Module):
         self.eval()
         return self
 
+    if TYPE_CHECKING:  # the attributes of the component's class
+
+        def __getattr__(self, name: str) -> Any: ...
+
     @property
     def original(self) -> nn.Module:
         """What it stands in for."""
@@ -112,7 +116,7 @@ class BundleModule(nn.Module):
         """Graphs take and give float32. The precision inside is the bundle's (docs/numerics.md)."""
         return torch.float32
 
-    def to(self: Own, *args: Any, **kwargs: Any) -> Own:
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         """Return itself. Raises UsageError for another device or precision than the bundle's."""
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
@@ -123,22 +127,22 @@ class BundleModule(nn.Module):
                 check_device(torch.device(f"cuda:{value}" if isinstance(value, int) else value), self.device, self.runtime)
         return self
 
-    def cuda(self: Own, device: Any = None) -> Own:
-        return self.to("cuda" if device is None else device)
+    def cuda(self, *args: Any, **kwargs: Any) -> Any:
+        return self.to(*(args or kwargs.values() or ("cuda",)))
 
-    def cpu(self: Own) -> Own:
+    def cpu(self) -> Any:
         return self.to("cpu")
 
-    def half(self: Own, *_: Any) -> Own:
+    def half(self, *_: Any) -> Any:
         return self.to(torch.float16)
 
-    def float(self: Own, *_: Any) -> Own:
+    def float(self, *_: Any) -> Any:
         return self.to(torch.float32)
 
-    def bfloat16(self: Own) -> Own:
+    def bfloat16(self) -> Any:
         return self.to(torch.bfloat16)
 
-    def double(self: Own) -> Own:
+    def double(self) -> Any:
         return self.to(torch.float64)
 
     def train(self: Own, mode: bool = True) -> Own:

@@ -38,9 +38,9 @@ class BundleTextEncoder(BundleModule, Gemma2Model):
         states = self._states(ids, input_ids.shape[1]).to(input_ids.device)
         return BaseModelOutputWithPast(last_hidden_state=states) if return_dict else (states,)
 
-    def set_attn_implementation(self, name: Any, *_: Any, **__: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
         """Raises UsageError for another implementation than the bundle's."""
-        if name != "eager":
+        if attn_implementation != "eager":
             raise refusal(
                 "set_attn_implementation()", '"eager", which the bundle computes: only it applies the soft capping of Gemma-2'
             )
@@ -61,8 +61,8 @@ class BundleTextEncoder(BundleModule, Gemma2Model):
             tokens.append(PromptTokens(own, shared, shared, max(length, shared)))
         embeddings = text.encode([tokens], self._run, self.runtime.backend.text_multiple)
         states = torch.zeros(len(ids), length, text.instruction.bos_row.size, device=self.device)
-        for index, own in enumerate(tokens):
-            states[index, 1 : own.shared] = torch.nan
+        for index, prompt in enumerate(tokens):
+            states[index, 1 : prompt.shared] = torch.nan
         for rows in embeddings.rows:
             _, index, first = rows.place
             source = rows.source

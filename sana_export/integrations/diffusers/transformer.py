@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import SanaControlNetModel, SanaTransformer2DModel
@@ -86,12 +86,12 @@ class BundleTransformer(_Step, SanaTransformer2DModel):
 
     def set_attn_processor(self, processor: Any) -> None:
         """As in diffusers, for the processors of PAG. Raises UsageError for others, and leaves the old ones."""
-        before = self.attn_processors
-        super().set_attn_processor(processor)
+        before, parent = self.attn_processors, cast(Any, super())
+        parent.set_attn_processor(processor)
         try:
             self.perturbed()
         except (ArtifactError, UsageError):
-            super().set_attn_processor(before)
+            parent.set_attn_processor(before)
             raise
 
     def perturbed(self) -> tuple[float, ...] | None:
@@ -218,7 +218,7 @@ class BundleControlNet(_Step, SanaControlNetModel):
         }
         residuals = self.exchange.take(self.runtime.run("controlnet", feeds)["residuals"])
         scale = NUMERICS[self.spec("controlnet").outputs[0].dtype].scale
-        samples = list((residuals.float() / scale).flatten(3, 4).flatten(1, 2).to(hidden_states.device))
+        samples: Any = list((residuals.float() / scale).flatten(3, 4).flatten(1, 2).to(hidden_states.device))
         return SanaControlNetOutput(controlnet_block_samples=samples) if return_dict else (samples,)
 
 

@@ -34,7 +34,7 @@ from sana_export.runtime.pipeline import SanaRuntime
 
 PIPELINES = (SanaPipeline, SanaPAGPipeline, SanaSprintPipeline, SanaSprintImg2ImgPipeline, SanaControlNetPipeline)
 #: The components that a bundle takes the place of: their class, and the stand-in's.
-STAND_INS: Mapping[str, tuple[type[nn.Module], type[BundleModule]]] = {
+STAND_INS: Mapping[str, tuple[Any, Any]] = {
     "text_encoder": (Gemma2Model, BundleTextEncoder),
     "transformer": (SanaTransformer2DModel, BundleTransformer),
     "vae": (AutoencoderDC, BundleVae),

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderDC
-from diffusers.models.autoencoders.autoencoder_dc import EncoderOutput
-from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from torch import Tensor
 
 from sana_export.commands import export_command
@@ -71,7 +70,7 @@ class BundleVae(BundleModule, AutoencoderDC):
         model = self.runtime.manifest.model
         factor, scale = model.vae_scale_factor, model.decoder_tile_scale
         tile = -(-self._tile(height * factor, width * factor) // scale) * scale
-        size = {"height": height * factor, "width": width * factor, "use_resolution_binning": False}
+        size: dict[str, Any] = {"height": height * factor, "width": width * factor, "use_resolution_binning": False}
         return self.runtime.plan(Request("", guidance_scale=1.0, num_inference_steps=2, seed=0, decoder_tile=tile, **size))
 
     def _taken(self, image: Any) -> Tensor:
