@@ -1,7 +1,8 @@
 """Which backends run on which NVIDIA GPUs, by compute capability. Nothing is loaded or asked to answer that.
 
 Sources: NVIDIA's support matrices of TensorRT-RTX and TensorRT. TensorRT-RTX 1.7.1 itself shows what a portable engine contains;
-it builds for 8.0, which the matrices of TensorRT-RTX up to 1.5 do not list.
+it builds for 8.0, which the matrices of TensorRT-RTX up to 1.5 do not list. ONNX Runtime's TensorRT-RTX provider 0.5 names its GPUs
+in the header of its options.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from sana_export.environment import release
 
 _ENGINES = ("tensorrt", "tensorrt-rtx")
-_OTHERS = ("onnxruntime", "onnxruntime-cuda-graphs", "torch", "torch-compile")
+_OTHERS = ("onnxruntime-tensorrt-rtx", "onnxruntime", "onnxruntime-cuda-graphs", "torch", "torch-compile")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class GpuSupport:
     cards: str
     #: TensorRT-RTX runs on them.
     rtx: bool = True
+    #: ONNX Runtime's TensorRT-RTX provider runs on them, if TensorRT-RTX does.
+    rtx_provider: bool = True
     #: A portable TensorRT-RTX engine contains them. Otherwise the compute capability has to be named when an engine is built.
     portable: bool = True
     #: No graphics card has this compute capability.
@@ -37,11 +40,13 @@ GPU_SUPPORT = {
     "9.0": GpuSupport("H100, H200", rtx=False, portable=False, datacenter=True),
     "8.9": GpuSupport("RTX 40, RTX Ada, L4, L40S"),
     "8.6": GpuSupport("RTX 30, RTX A series, A10, A40"),
-    "8.0": GpuSupport("A100", datacenter=True),
-    "7.5": GpuSupport("RTX 20, T4", portable=False),
+    "8.0": GpuSupport("A100", rtx_provider=False, datacenter=True),
+    "7.5": GpuSupport("RTX 20, T4", rtx_provider=False, portable=False),
 }
 #: The compute capabilities that TensorRT-RTX runs on.
 RTX_CAPABILITIES = tuple(sorted((name for name, row in GPU_SUPPORT.items() if row.rtx), key=release))
+#: Those that ONNX Runtime's TensorRT-RTX provider runs on.
+RTX_PROVIDER = tuple(name for name in RTX_CAPABILITIES if GPU_SUPPORT[name].rtx_provider)
 #: Those that a portable TensorRT-RTX engine contains.
 RTX_PORTABLE = tuple(name for name in RTX_CAPABILITIES if GPU_SUPPORT[name].portable)
 #: The oldest compute capability that TensorRT runs on.
@@ -56,6 +61,10 @@ def unsupported_reason(backend: str, capability: str) -> str | None:
     """
     if backend == "tensorrt-rtx" and capability not in RTX_CAPABILITIES:
         return f"TensorRT-RTX does not support compute capability {capability}, only {', '.join(RTX_CAPABILITIES)}"
+    if backend == "onnxruntime-tensorrt-rtx" and capability not in RTX_PROVIDER:
+        return (
+            f"ONNX Runtime's TensorRT-RTX provider does not support compute capability {capability}, only {', '.join(RTX_PROVIDER)}"
+        )
     if backend == "tensorrt" and release(capability) < release(OLDEST):
         return f"TensorRT does not support compute capability {capability}, only {OLDEST} and later"
     return None

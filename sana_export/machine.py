@@ -26,6 +26,7 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
+    "onnxruntime-ep-nv-tensorrt-rtx",
     "tensorrt",
     "tensorrt-rtx",
 )

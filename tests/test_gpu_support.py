@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sana_export.gpu_support import GPU_SUPPORT, RTX_CAPABILITIES, RTX_PORTABLE, backends_for, unsupported_reason
+from sana_export.gpu_support import GPU_SUPPORT, RTX_CAPABILITIES, RTX_PORTABLE, RTX_PROVIDER, backends_for, unsupported_reason
 from sana_export.runtime.backends import BACKENDS, ENGINE_BACKENDS
 
 ROOT = Path(__file__).parents[1]
@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 def test_compute_capabilities_of_tensorrt_rtx() -> None:
     assert RTX_CAPABILITIES == ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
     assert RTX_PORTABLE == ("8.0", "8.6", "8.9", "12.0", "12.1")
+    assert RTX_PROVIDER == ("8.6", "8.9", "12.0", "12.1")
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,9 @@ def test_compute_capabilities_of_tensorrt_rtx() -> None:
 def test_backends_of_a_gpu(capability: str, engines: set[str]) -> None:
     found = backends_for(capability)
     assert set(found) & set(ENGINE_BACKENDS) == engines
-    assert set(BACKENDS) - set(found) == set(ENGINE_BACKENDS) - engines  # the others run everywhere
+    assert ("onnxruntime-tensorrt-rtx" in found) == (capability in RTX_PROVIDER)
+    others = set(BACKENDS) - set(found) - {"onnxruntime-tensorrt-rtx"}
+    assert others == set(ENGINE_BACKENDS) - engines  # the others run everywhere
     assert [name for name in found if name in ENGINE_BACKENDS] == [name for name in ENGINE_BACKENDS if name in engines]
 
 

@@ -144,6 +144,7 @@ def optional(gpu: str | None) -> list[str]:
     datacenters, most of which TensorRT-RTX does not support.
     """
     names = [] if gpu and unsupported_reason("tensorrt-rtx", gpu) else ["tensorrt-rtx"]
+    names += ["onnxruntime-tensorrt-rtx"] if gpu and not unsupported_reason("onnxruntime-tensorrt-rtx", gpu) else []
     names += ["tensorrt"] if gpu and is_datacenter(gpu) else []
     extras = read_project()["optional-dependencies"]
     return list(dict.fromkeys(requirement for name in names for requirement in extras[name]))

@@ -99,13 +99,18 @@ def plan_engines(
     profile with another key is stale; the reason names the fields that differ. Engines with and without weights can both exist.
     Raises UsageError for a graph that is not in the bundle, and what `engine_spec` raises.
     """
-    ranges = profile.ranges(manifest.model, instruction_tokens=instruction_tokens, branches=_most_branches(manifest))
+    ranges = profile_ranges(manifest, profile, instruction_tokens)
     export = export_command(bundle, manifest)
     specs = (
         engine_spec(bundle, manifest.graphs[name], target, ranges, options, export=export)
         for name in _chosen(manifest, profile, graphs)
     )
     return [_planned(bundle, manifest, spec, profile.name) for spec in specs]
+
+
+def profile_ranges(manifest: Manifest, profile: Profile, instruction_tokens: int) -> dict[str, Range]:
+    """The range of every axis of `contract.DYNAMIC_AXES` in `profile` for this bundle."""
+    return profile.ranges(manifest.model, instruction_tokens=instruction_tokens, branches=_most_branches(manifest))
 
 
 def engine_spec(

@@ -98,7 +98,8 @@ def test_the_engines_packages_are_those_for_the_gpu() -> None:
     def names(gpu: str | None) -> set[str]:
         return {requirement.partition(">=")[0] for requirement in tool.optional(gpu)} - {"cuda-bindings", "cuda-core"}
 
-    assert names(None) == names("8.9") == names("12.0") == {"tensorrt-rtx"}
+    assert names(None) == {"tensorrt-rtx"}
+    assert names("8.9") == names("12.0") == {"tensorrt-rtx", "onnxruntime-ep-nv-tensorrt-rtx"}
     assert names("8.0") == {"tensorrt-rtx", "tensorrt"}
     assert names("9.0") == names("10.0") == {"tensorrt"}
 

@@ -29,6 +29,7 @@ QUESTIONS: dict[str, str] = {
     "onnx": "{'version': m.__version__}",
     "onnxscript": "{'version': m.__version__}",
     "onnxruntime": "{'version': m.__version__, 'providers': m.get_available_providers(), 'no_gpu': find.no_cuda_provider(m)}",
+    "onnxruntime_ep_nv_tensorrt_rtx": "{'version': m.__version__}",
     "tensorrt": "{'version': m.__version__}",
     "tensorrt_rtx": "{'version': m.__version__}",
     "cuda.core": "{'version': m.__version__}",

@@ -17,6 +17,7 @@ EXPORTED: dict[str, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt_rtx", "cuda.core"),
     "onnxruntime-cuda-graphs": ("onnxruntime",),
     "onnxruntime": ("onnxruntime",),
+    "onnxruntime-tensorrt-rtx": ("onnxruntime_ep_nv_tensorrt_rtx", "onnxruntime"),
 }
 MODELS = ("1600m", "600m")
 #: The files with the tests of the device, and of each backend.

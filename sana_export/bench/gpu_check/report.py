@@ -37,6 +37,7 @@ BACKENDS = {
     "torch-compile": "ours: torch.compile, one CUDA graph",
     "onnxruntime": "ours: ONNX Runtime CUDA",
     "onnxruntime-cuda-graphs": "ours: ONNX Runtime CUDA, CUDA graphs",
+    "onnxruntime-tensorrt-rtx": "ours: ONNX Runtime TensorRT-RTX",
     "tensorrt-rtx": "ours: TensorRT-RTX",
     "tensorrt": "ours: TensorRT",
 }

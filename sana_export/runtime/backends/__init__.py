@@ -24,6 +24,12 @@ def _onnxruntime(*, cuda_graphs: bool) -> BackendFactory:
     return load
 
 
+def _onnxruntime_rtx(bundle: Path, manifest: Manifest, settings: BackendSettings) -> Backend:
+    from sana_export.runtime.backends.onnxruntime_rtx import OnnxRuntimeRtxBackend
+
+    return OnnxRuntimeRtxBackend(bundle, manifest, settings)
+
+
 def _torch(*, compiled: bool) -> BackendFactory:
     def load(bundle: Path, manifest: Manifest, settings: BackendSettings) -> Backend:
         try:
@@ -53,6 +59,7 @@ def _engines(name: str) -> BackendFactory:
 BACKENDS: dict[str, BackendFactory] = {
     "onnxruntime": _onnxruntime(cuda_graphs=False),
     "onnxruntime-cuda-graphs": _onnxruntime(cuda_graphs=True),
+    "onnxruntime-tensorrt-rtx": _onnxruntime_rtx,
     "tensorrt": _engines("tensorrt"),
     "tensorrt-rtx": _engines("tensorrt-rtx"),
     "torch": _torch(compiled=False),

@@ -1,4 +1,7 @@
-"""ONNX Runtime: on its CUDA provider if onnxruntime-gpu is installed and there is a GPU, otherwise on the CPU."""
+"""ONNX Runtime: on its CUDA provider if onnxruntime-gpu is installed and there is a GPU, otherwise on the CPU.
+
+`onnxruntime_rtx.py` is the same on another provider.
+"""
 
 from __future__ import annotations
 
@@ -25,33 +28,24 @@ from sana_export.manifest import Manifest
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session, check_options
 from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
 from sana_export.runtime.backends.onnxruntime_provider import (
-    CPU,
     CUDA,
     DEVICES,
     INSTALL,
-    check_provider,
+    BuiltInProvider,
+    Provider,
     choose_provider,
     cuda_failures,
 )
 
 log = logging.getLogger(__name__)
 
-#: Neither provider can load a bundle in this precision. The CPU's has no bfloat16 kernels. CUDA's has none for Pad, Clip, and
-#: DepthToSpace, and ONNX allows bfloat16 in Conv from opset 22 on.
-MISSING_PRECISION = "bf16"
 _ERRORS_ONLY = 3
 #: The name of each device's memory arena in the run option that shrinks it.
 _ARENA = {"cpu": "cpu:0", "cuda": "gpu:{}"}
 #: The keys of `backend_options`.
-SESSION_OPTIONS, PROVIDER_OPTIONS_KEY = "session_options", "provider_options"
+OPTIONS = SESSION_OPTIONS, PROVIDER_OPTIONS_KEY = "session_options", "provider_options"
 #: Graphs whose memory is freed after each run: they run once per image and need more memory than the graphs after them.
 _FREED_AFTER_RUN = ("vae_decoder_head", "vae_encoder", "vae_encoder_head", "vae_encoder_tail")
-#: By default the CUDA provider rounds the factors of float32 products to TF32; our float32 is exact. And its memory arena grows by
-#: powers of two, so up to half of what it takes stays unused.
-_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
-    "cpu": {},
-    "cuda": {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"},
-}
 #: The graphs whose work is captured: they run in every step with the same shapes.
 _CAPTURED = ("denoiser", "sampler")
 
@@ -113,9 +107,9 @@ TEXT_MULTIPLE = 8
 class OnnxRuntimeBackend(Backend):
     """Loads the ONNX graphs of a bundle.
 
-    `cuda_graphs`: capture the two graphs of the sampling loop as CUDA graphs. `provider`: a name of `DEVICES`; by default CUDA's if
-    there is a GPU. Raises DependencyError if onnxruntime or CUDA is missing, UsageError for unknown options, ArtifactError for a
-    precision that it cannot run.
+    `cuda_graphs`: capture the two graphs of the sampling loop as CUDA graphs. `provider`: by default CUDA's if there is a GPU,
+    otherwise the CPU's. Raises DependencyError if onnxruntime or CUDA is missing, UsageError for unknown options, ArtifactError for
+    a precision that it cannot run.
     """
 
     name = "onnxruntime"
@@ -128,31 +122,21 @@ class OnnxRuntimeBackend(Backend):
         settings: BackendSettings = DEFAULT_SETTINGS,
         *,
         cuda_graphs: bool = False,
-        provider: str | None = None,
+        provider: Provider | None = None,
     ) -> None:
-        try:
-            with default_environment(NO_TELEMETRY):  # it reads this once, when it is imported
-                import onnxruntime
-        except ImportError as error:
-            raise DependencyError(
-                "the backend onnxruntime is not installed",
-                found=error,
-                wanted="onnxruntime, or onnxruntime-gpu with an NVIDIA GPU",
-                fix=install_command("cpu"),
-            ) from error
         self._settings, self._cuda_graphs = settings, cuda_graphs
         if cuda_graphs:
             self.name = "onnxruntime-cuda-graphs"
             self.text_multiple = 32  # so that prompts of similar length have the shapes of the captured graph
         self.bundle, self.manifest = bundle, manifest
         self._fix = export_command(bundle, manifest)
-        self._onnxruntime = onnxruntime
+        self._onnxruntime = import_onnxruntime()
         self._check_options()
-        self._provider = provider or choose_provider(onnxruntime, settings.device)
-        self.device = DEVICES[self._provider]
+        self._provider = provider or BuiltInProvider(choose_provider(self._onnxruntime, settings.device), settings.device or 0)
+        self.device = DEVICES[self._provider.name]
         self._check_device()
         self._check_precision()
-        self.index = settings.device or 0
+        self.index = self._provider.number
         self._place = Place(self.device, self.index)
 
     def load(self, graph: str) -> Session:
@@ -163,16 +147,13 @@ class OnnxRuntimeBackend(Backend):
     def _load_captured(self, graph: str) -> GraphedSession | None:
         """A session that captures its work. None if ONNX Runtime cannot create it; the log says why."""
         path, options, _maps = self._checked(graph)
-        providers = [(self._provider, {**self._provider_options(), **PROVIDER_OPTIONS}), CPU]
         try:
-            with cuda_failures(f"loading {graph}", self.device):
-                session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
+            session = self._open(graph, path, options, PROVIDER_OPTIONS)
         except DependencyError:
             raise
         except Exception as error:  # ONNX Runtime's errors have no common base
             log.warning("onnxruntime runs %s without a CUDA graph: %s", graph, first_line(error))
             return None
-        check_provider(self._onnxruntime, session, self._provider, f"loading {graph}")
         spec = self.manifest.graphs[graph].spec
         return GraphedSession(self._onnxruntime, session, spec, self._place, lambda: self._load_plain(graph))
 
@@ -189,22 +170,17 @@ class OnnxRuntimeBackend(Backend):
         values = [_as_initializer(value) for value in weights.values()]
         if weights:  # add_initializer makes ONNX Runtime 1.32 compute wrong results if weights are in another file
             options.add_external_initializers(list(weights), values)
-        providers: list[Any] = [(self._provider, self._provider_options())]
-        if self.device == "cuda":
-            providers.append(CPU)
         try:
-            with cuda_failures(f"loading {graph}", self.device):
-                session = self._onnxruntime.InferenceSession(str(path), options, providers=providers)
+            session = self._open(graph, path, options)
         except DependencyError:
             raise
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise ArtifactError(
                 f"onnxruntime {self._onnxruntime.__version__} cannot load {path}",
                 found=first_line(error),
-                wanted=f"a graph that its {self._provider} can run",
+                wanted=f"a graph that its {self._provider.name} can run",
                 fix=self._fix,
             ) from error
-        check_provider(self._onnxruntime, session, self._provider, f"loading {graph}")
         del maps  # the session has copied them
         return Loaded(session, values)
 
@@ -221,17 +197,17 @@ class OnnxRuntimeBackend(Backend):
                 setattr(options, name, value)
         return path, options, maps
 
-    def _provider_options(self) -> dict[str, str]:
-        index = {"device_id": str(self._place.number)} if self.device == "cuda" else {}
+    def _open(self, graph: str, path: Path, options: Any, extra: Mapping[str, str] | None = None) -> Any:
+        """A session of the ONNX file `path` on the provider, with `extra` among the provider's options."""
         given = self._settings.options.get(PROVIDER_OPTIONS_KEY, {})
-        return {**_PROVIDER_OPTIONS[self.device], **index, **{name: str(value) for name, value in given.items()}}
+        provider_options = {**{name: str(value) for name, value in given.items()}, **(extra or {})}
+        return self._provider.session(self._onnxruntime, self.manifest.graphs[graph], path, options, provider_options)
 
     def _check_options(self) -> None:
         """Raise UsageError for options that ONNX Runtime does not have."""
-        known = (SESSION_OPTIONS, PROVIDER_OPTIONS_KEY)
-        for name in known:
+        for name in OPTIONS:
             check_options(name, self._settings.options.get(name, {}))
-        unknown = [name for name in self._settings.options if name not in known]
+        unknown = [name for name in self._settings.options if name not in OPTIONS]
         attributes = vars(self._onnxruntime.SessionOptions)
         given = self._settings.options.get(SESSION_OPTIONS, {})
         unknown += [f"{SESSION_OPTIONS}.{name}" for name in given if "." not in name and name not in attributes]
@@ -264,13 +240,29 @@ class OnnxRuntimeBackend(Backend):
         )
 
     def _check_precision(self) -> None:
-        if self.manifest.options.precision == MISSING_PRECISION:
+        precision = self.manifest.options.precision
+        if precision not in self._provider.precisions:
             raise ArtifactError(
-                f"{self.bundle} cannot run on onnxruntime's {self._provider}",
-                found=f"a bundle in {MISSING_PRECISION}",
-                wanted="fp32 or fp16",
+                f"{self.bundle} cannot run on onnxruntime's {self._provider.name}",
+                found=f"a bundle in {precision}",
+                wanted=" or ".join(self._provider.precisions),
                 fix=export_command(self.bundle, self.manifest, precision="fp32"),
             )
+
+
+def import_onnxruntime() -> Any:
+    """The module. Raises DependencyError if it is not installed."""
+    try:
+        with default_environment(NO_TELEMETRY):  # it reads this once, when it is imported
+            import onnxruntime
+    except ImportError as error:
+        raise DependencyError(
+            "the backend onnxruntime is not installed",
+            found=error,
+            wanted="onnxruntime, or onnxruntime-gpu with an NVIDIA GPU",
+            fix=install_command("cpu"),
+        ) from error
+    return onnxruntime
 
 
 def session_options(onnxruntime: Any, threads: int | None = None) -> Any:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,16 @@ import numpy as np
 from sana_export.cuda_errors import find_failure
 from sana_export.errors import DependencyError, first_line
 from sana_export.machine import find_cuda_error, find_gpus, require_gpu
+from sana_export.records import GraphEntry
 
 log = logging.getLogger(__name__)
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CPU, CUDA, RTX = "CPUExecutionProvider", "CUDAExecutionProvider", "NvTensorRTRTXExecutionProvider"
 #: The device that each provider keeps its tensors on.
-DEVICES = {CUDA: "cuda", CPU: "cpu"}
+DEVICES = {RTX: "cuda", CUDA: "cuda", CPU: "cpu"}
+#: By default the CUDA provider rounds the factors of float32 products to TF32; our float32 is exact. And its memory arena grows by
+#: powers of two, so up to half of what it takes stays unused.
+_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}}
 #: What ONNX Runtime, CUDA, cuBLAS and cuDNN report when memory runs out, in lower case.
 _OUT_OF_MEMORY = (
     "failed to allocate memory",
@@ -33,6 +39,46 @@ _OUT_OF_MEMORY = (
     "the resource allocation failed",
 )
 INSTALL = 'pip uninstall -y onnxruntime && pip install --force-reinstall "onnxruntime-gpu[cuda,cudnn]"'
+
+
+class Provider(ABC):
+    """An execution provider, on one device."""
+
+    #: ONNX Runtime's name of it.
+    name: str
+    #: The index of its GPU; 0 on the CPU.
+    number: int
+    #: The precisions of the bundles that it can run.
+    precisions: tuple[str, ...]
+
+    @abstractmethod
+    def session(self, onnxruntime: Any, graph: GraphEntry, path: Path, options: Any, extra: Mapping[str, str]) -> Any:
+        """An InferenceSession of the ONNX file `path` of `graph` that runs on this provider and nothing else.
+
+        `options` are the SessionOptions, `extra` options of the provider that replace the defaults. Raises DependencyError if the
+        provider cannot start or memory runs out, and whatever ONNX Runtime raises if it cannot run the graph.
+        """
+
+
+class BuiltInProvider(Provider):
+    """CUDA's provider or the CPU's, which are parts of onnxruntime-gpu and onnxruntime."""
+
+    # The CPU's has no bfloat16 kernels. CUDA's has none for Pad, Clip, and DepthToSpace, and ONNX allows bfloat16 in Conv from
+    # opset 22 on.
+    precisions = ("fp32", "fp16")
+
+    def __init__(self, name: str, number: int = 0) -> None:
+        self.name, self.number = name, number
+
+    def session(self, onnxruntime: Any, graph: GraphEntry, path: Path, options: Any, extra: Mapping[str, str]) -> Any:
+        device = {"device_id": str(self.number)} if self.name == CUDA else {}
+        providers: list[Any] = [(self.name, {**_OPTIONS[self.name], **device, **extra})]
+        if self.name != CPU:
+            providers.append(CPU)
+        with cuda_failures(f"loading {graph.spec.name}", DEVICES[self.name]):
+            session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        check_provider(onnxruntime, session, self.name, f"loading {graph.spec.name}")
+        return session
 
 
 def choose_provider(onnxruntime: Any, device: int | None = None) -> str:

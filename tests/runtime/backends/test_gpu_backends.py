@@ -27,6 +27,7 @@ from sana_export.profiles import Profile
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.base import CapturingBackend
 from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from sana_export.runtime.backends.onnxruntime_provider import CPU, BuiltInProvider
 from sana_export.runtime.backends.torch import require_compiler
 from sana_export.trt.bundle import build_bundle
 from sana_export.trt.flavour import FLAVOURS
@@ -43,6 +44,7 @@ BACKENDS = {
     "torch-compile": ("torch", "triton"),
     "onnxruntime": ("onnxruntime",),
     "onnxruntime-cuda-graphs": ("onnxruntime",),
+    "onnxruntime-tensorrt-rtx": ("onnxruntime_ep_nv_tensorrt_rtx", "onnxruntime"),
     "tensorrt": ("tensorrt", "cuda.core"),
     "tensorrt-rtx": ("tensorrt_rtx", "cuda.core"),
 }
@@ -65,7 +67,7 @@ EXACT: dict[str, dict[str, Any]] = {"tensorrt-rtx": {"dynamic_shapes_kernel_spec
 
 
 def on_the_cpu(bundle: Path, manifest: Manifest) -> OnnxRuntimeBackend:
-    return OnnxRuntimeBackend(bundle, manifest, provider="CPUExecutionProvider")
+    return OnnxRuntimeBackend(bundle, manifest, provider=BuiltInProvider(CPU))
 
 
 @pytest.fixture(scope="module")

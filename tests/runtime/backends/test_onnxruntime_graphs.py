@@ -25,7 +25,7 @@ class Pretender(OnnxRuntimeBackend):
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
         super().__init__(bundle, manifest)
-        self._cuda_graphs, self._provider, self.sessions = True, "CPUExecutionProvider", []
+        self._cuda_graphs, self.sessions = True, []
 
     def _load_captured(self, graph: str) -> GraphedSession | None:
         session = super()._load_captured(graph)

@@ -160,7 +160,7 @@ def test_asking_for_a_gpu_without_one_is_an_error(tmp_path: Path, backend: str, 
 def test_no_provider_runs_bf16(tmp_path: Path, name: str) -> None:
     manifest = replace(write_bundle(tmp_path), options=Options("bf16", clamp=False, pag_layers=()))
     with pytest.raises(ArtifactError, match=f"cannot run on onnxruntime's {name}") as caught:
-        OnnxRuntimeBackend(tmp_path, manifest, provider=name)
+        OnnxRuntimeBackend(tmp_path, manifest, provider=provider.BuiltInProvider(name))
     assert caught.value.wanted == "fp32 or fp16"
     assert "--dtype fp32" in str(caught.value.fix)
 
