@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -87,7 +88,8 @@ def _check_latents(name: str, wanted: tuple[int, ...] | None, shape: tuple[int, 
 def loop_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, timestep_scale: float) -> LoopInputs:
     """The inputs that sample `plan`. Every call draws the same noise, in torch's order."""
     generators = [TorchGenerator(seed) for seed in plan.seeds]
-    start = randn_batch(plan.latents_shape, generators) if plan.latents is None else plan.latents
+    from_seeds = partial(randn_batch, plan.latents_shape, generators)
+    start = from_seeds() if plan.latents is None else plan.latents
     sets = {part.branches for part in plan.segments}
     latents = start * np.float32(plan.schedule.initial_noise_scale)
     blending = None
@@ -96,7 +98,7 @@ def loop_inputs(plan: Plan, conditioning: Conditioning, backend: Backend, timest
         blending = _blending(plan.image, conditioning.image_latents, start, backend)
     return LoopInputs(
         latents=latents,
-        noise=(randn_batch(plan.latents_shape, generators) for _ in plan.schedule.timesteps),
+        noise=((plan.draw_noise or from_seeds)() for _ in plan.schedule.timesteps),
         timesteps=plan.schedule.timesteps * np.float32(timestep_scale),
         coefficients=plan.schedule.coefficients,
         guidance_weights={

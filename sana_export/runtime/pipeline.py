@@ -32,7 +32,9 @@ from sana_export.runtime.control import CONDITIONING_SCALE
 from sana_export.runtime.decoding import check_finite, check_latents_shape, decode_latents, finish_images, one_by_one
 from sana_export.runtime.embeddings_cache import MOST_CACHE_BYTES, PROMPT_CACHE_BYTES, EmbeddingsCache
 from sana_export.runtime.encoded_prompts import EncodedPrompts, prompt_texts, to_arrays
+from sana_export.runtime.encoding import encode_image
 from sana_export.runtime.guidance import WHOLE, Interval
+from sana_export.runtime.images import encoder_graphs
 from sana_export.runtime.inputs import checked_latents
 from sana_export.runtime.loop_inputs import check_conditioning, loop_inputs
 from sana_export.runtime.loops import LoopCache, take_loop
@@ -562,6 +564,15 @@ class SanaRuntime(OfThisProcess):
             check_latents_shape(latents, plan)
             self.sessions.require(plan.decoder_graphs)
             return decode_latents(plan, latents, self.backend, self.sessions)
+
+    def encode_raw(self, image: Float32, tile: int = 0) -> Float32:
+        """The encoder's output for an image [1, 3, H, W] in [-1, 1]: the sampler's latents float32 [1, C, h, w], not checked.
+
+        `tile` is the side of the encoder's tiles in image pixels, 0 for one piece.
+        """
+        with self._using():
+            self.sessions.require(encoder_graphs(tile))
+            return encode_image(image, tile, self.backend, self.sessions)
 
     def run(self, graph: str, feeds: Mapping[str, DeviceTensor | Array]) -> dict[str, DeviceTensor]:
         """Run one graph on its inputs by name (contract.py), arrays or tensors on the device. The outputs stay on the device."""

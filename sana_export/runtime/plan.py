@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,6 +85,8 @@ class Plan:
     image: ImageStart | None = None
     #: What a ControlNet follows if the request has a control image.
     control: ControlImages | None = None
+    #: Draws the fresh noise of a step, float32 of `latents_shape`. None: it comes from the seeds.
+    draw_noise: Callable[[], Float32] | None = None
 
     @property
     def always_guided(self) -> bool:

@@ -119,6 +119,8 @@ class Backend(OfThisProcess, ABC):
     name: str
     #: "cpu" or "cuda".
     device: str
+    #: The index of the GPU.
+    index: int = 0
     bundle: Path
     manifest: Manifest
     #: The kept text tokens are padded to a multiple of this, so that shapes repeat from prompt to prompt.

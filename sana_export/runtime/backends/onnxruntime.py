@@ -136,7 +136,8 @@ class OnnxRuntimeBackend(Backend):
         self.device = DEVICES[self._provider.name]
         self._check_device()
         self._check_precision()
-        self._place = Place(self.device, self._provider.number)
+        self.index = self._provider.number
+        self._place = Place(self.device, self.index)
 
     def load(self, graph: str) -> Session:
         if self._cuda_graphs and graph in _CAPTURED and (session := self._load_captured(graph)) is not None:

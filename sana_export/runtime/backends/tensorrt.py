@@ -202,7 +202,8 @@ class TensorRTBackend(CapturingBackend):
         self.bundle, self.manifest, self.name = bundle, manifest, name
         self.engines = runnable(bundle, manifest, name, machine or detect_host(settings.device))
         self._module = load(name) if module is None else module
-        self.gpu = CudaDevice(settings.device or 0) if device is None else device
+        self.index = settings.device or 0
+        self.gpu = CudaDevice(self.index) if device is None else device
         self.shared = SharedMemory(self.gpu)
         self._stream_weights = False
 
