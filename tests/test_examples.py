@@ -175,6 +175,17 @@ def test_own_backend(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Pat
     assert (graphs.count("denoiser"), graphs.count("sampler"), graphs.count("vae_decoder")) == (steps, steps, 1)
 
 
+def test_diffusers_pipeline(tiny_bundle: Path, tiny_checkpoint: Any, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
+    words = ("--seed", 5, "--steps", 2, "--size", 96)
+    done = run("diffusers_pipeline.py", tiny_bundle, tiny_checkpoint.folder, PROMPT, "-o", tmp_path / "pandas", *words)
+    assert re.findall(r"^(\S+) +\d+\.\d\d s$", done.stdout, re.MULTILINE) == ["diffusers", "use_bundle", "bundle-alone"]
+    wanted = drawn(tiny_runtime, seed=5, height=96, width=96, use_resolution_binning=False)[0]
+    for name in ("diffusers", "use_bundle", "bundle-alone"):
+        difference = np.abs(pixels(tmp_path / "pandas" / f"{name}.png").astype(int) - wanted)
+        assert difference.max() <= 1
+        assert (difference == 0).mean() >= 0.999, name
+
+
 class Server:
     """A running web_handler.py."""
 
