@@ -7,6 +7,7 @@ CPU.
 from __future__ import annotations
 
 import gc
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,6 @@ class HostOrder:
 @pytest.fixture
 def engines(tiny_bundle: Path, tmp_path: Path) -> TensorRTBackend:
     """The engines of `tiny-random` on a device in host memory."""
-    import shutil
-
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, bundle)
     manifest: Manifest = with_engines(bundle, WIDE)
@@ -96,8 +95,8 @@ def test_engines_read_and_write_pytorch_tensors_by_address(engines: TensorRTBack
     assert engines.gpu.downloaded == 0  # type: ignore[attr-defined]
 
 
-def test_a_tensor_that_is_not_aligned_is_copied(engines: TensorRTBackend) -> None:
-    exchange = PointerExchange(CPU, HostOrder(engines.gpu))  # type: ignore[arg-type]
+def test_a_tensor_that_is_not_aligned_is_copied() -> None:
+    exchange = PointerExchange(CPU, HostOrder(SharedHostDevice()))
     whole = values(4 * 64 + 1)
     odd, strided = whole[1:].view(4, 64), values(6, 4).T
     for tensor in (odd, strided, values(2, 2).double()):
@@ -108,9 +107,9 @@ def test_a_tensor_that_is_not_aligned_is_copied(engines: TensorRTBackend) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int64"])
-def test_both_directions_share_memory_and_keep_it(dtype: str, engines: TensorRTBackend) -> None:
+def test_both_directions_share_memory_and_keep_it(dtype: str) -> None:
     kind = getattr(torch, dtype)
-    exchanges: list[Exchange] = [PointerExchange(CPU, HostOrder(engines.gpu)), TorchExchange("cpu")]  # type: ignore[arg-type]
+    exchanges: list[Exchange] = [PointerExchange(CPU, HostOrder(SharedHostDevice())), TorchExchange("cpu")]
     exchanges += [OrtExchange(CPU)] if dtype != "bfloat16" else []
     for exchange in exchanges:
         tensor = torch.arange(512).reshape(2, 256).to(kind)

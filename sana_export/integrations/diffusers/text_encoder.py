@@ -17,7 +17,7 @@ from sana_export.runtime.backends.base import DeviceTensor
 from sana_export.runtime.prompt import PromptTokens
 
 
-class BundleTextEncoder(BundleModule, Gemma2Model):
+class BundleTextEncoder(BundleModule, Gemma2Model):  # type: ignore[misc]  # its methods for devices have other signatures
     """input_ids and attention_mask [B, S] -> last_hidden_state float32 [B, S, C].
 
     A prompt runs alone and without padding, after the keys and values of the instruction that the bundle stores. The rows of
