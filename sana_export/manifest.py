@@ -21,6 +21,7 @@ from sana_export.contract import GraphSpec
 from sana_export.errors import ArtifactError
 from sana_export.files import FileEntry, check_inside, write_whole
 from sana_export.formats.recognize import not_what_was_wanted, recognize
+from sana_export.hub.names import may_be_hub_id
 from sana_export.json_records import record_from_json
 from sana_export.quantization import PARTS, SCHEMES
 from sana_export.records import (
@@ -180,7 +181,7 @@ def _read(bundle: Path) -> Any:
             f"{bundle} is not a bundle",
             found=f"no {FILE_NAME}" if bundle.is_dir() else "a file" if bundle.exists() else "no such folder",
             wanted="a folder made by `sana-export export`",
-            fix=_export_again(bundle, None) if bundle.is_dir() else "check the path, or export a checkpoint first",
+            fix=_export_again(bundle, None) if bundle.is_dir() else _other_place(bundle),
         )
     try:
         with path.open("rb") as file:
@@ -192,6 +193,14 @@ def _read(bundle: Path) -> Any:
         if recognize(path) is not None:
             raise not_what_was_wanted(path, "a manifest", error, fix=_export_again(bundle, None)) from error
         raise _damaged(bundle, error, None) from error
+
+
+def _other_place(bundle: Path) -> str:
+    """What to do if there is no folder `bundle`."""
+    fix = "check the path, or export a checkpoint first"
+    if not may_be_hub_id(name := bundle.as_posix()):
+        return fix
+    return f"{fix}; if it is a repository of the hub: {shlex.join(['sana-export', 'pull', name, '-o', bundle.name])}"
 
 
 def _check_version(bundle: Path, document: Any) -> object:

@@ -16,6 +16,13 @@ from tests.support.command_line import Cli
 DEFAULTS = {"backend": "auto", "device": None, "threads": None, "quality": False, "intervals": Intervals()}
 
 
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder has one of the name "bundle"."""
+    (tmp_path / "bundle").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
 @dataclass
 class Report:
     """A stand-in for both reports."""

@@ -59,6 +59,12 @@ def test_a_folder_wins_over_a_repository_of_its_name(bundle: Path, local_hub: Lo
     assert find_bundle(REPO).parts[-3] == "models--me--sana-bundle"
 
 
+def test_a_verb_that_writes_says_how_to_get_a_folder(local_hub: LocalHub, cli: Cli) -> None:
+    ran = cli("build", REPO, "--backend", "tensorrt-rtx")
+    assert ran.code == 4
+    assert f"sana-export pull {REPO} -o sana-bundle" in ran.err
+
+
 @pytest.mark.parametrize("name", [REPO, f"{REPO}@main", f"https://huggingface.co/{REPO}", f"huggingface.co/{REPO}/tree/main"])
 def test_names_of_a_repository(bundle: Path, local_hub: LocalHub, name: str) -> None:
     commit = push_bundle(bundle, REPO).commit
@@ -143,6 +149,9 @@ def test_a_hub_that_is_down(bundle: Path, local_hub: LocalHub, caplog: pytest.Lo
     folder = find_bundle(REPO)
     local_hub.status = 503
     assert find_bundle(REPO) == folder
+    (folder / "instruction.safetensors").unlink()
+    with pytest.raises(DependencyError, match=f"the hub refused to send {REPO}"):
+        find_bundle(REPO)
     assert f"The copy of {folder.name[:12]} in the cache is used" in caplog.text
 
 

@@ -110,9 +110,14 @@ def fetch_files(
     return missing
 
 
+def needed_files(manifest: Manifest) -> list[FileEntry]:
+    """The files of `manifest` that every machine needs: all but engines."""
+    return [*manifest.files, *(file for graph in manifest.graphs.values() for file in graph.files)]
+
+
 def _wanted_files(remote: RemoteBundle, engines: Sequence[EngineEntry]) -> list[FileEntry]:
     """The files of `remote` with those of `engines`, each once."""
-    every = [*remote.manifest.files, *(file for graph in remote.manifest.graphs.values() for file in graph.files)]
+    every = needed_files(remote.manifest)
     every += [engine.file for engine in engines if remote.files is not None or _is_at(remote.cached, engine.file)]
     return list({entry.path: entry for entry in every}.values())
 

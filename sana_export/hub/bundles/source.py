@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 from sana_export.errors import ArtifactError, DependencyError, UsageError
-from sana_export.hub.bundles.fetch import fetch_files, wanted_engines
+from sana_export.hub.bundles.fetch import fetch_files, needed_files, wanted_engines
 from sana_export.hub.bundles.remote import RemoteBundle, read_remote
 from sana_export.hub.client import Hub, is_offline
 from sana_export.hub.names import is_address, may_be_hub_id, split_address
@@ -99,5 +99,7 @@ def _reachable(repo: str, revision: str | None, hub: Hub) -> RemoteBundle:
             remote = read_remote(repo, revision, replace(hub, offline=True), names=names)
         except (ArtifactError, DependencyError, UsageError):
             raise error from None
+        if any(not (remote.cached / entry.path).is_file() for entry in needed_files(remote.manifest)):
+            raise
         log.warning("%s: %s. The copy of %s in the cache is used", error.message, error.found, remote.origin.commit[:12])
         return remote
