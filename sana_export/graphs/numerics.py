@@ -7,6 +7,7 @@ adds no operation and normal numbers lose no bit. docs/numerics.md derives each 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,8 +82,13 @@ class Conv(nn.Module):
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
-        padding = self.weight.shape[-1] // 2
-        return nn.functional.conv2d(x, self.weight, self.bias, padding=padding, groups=self.groups)
+        return self.part(x, lambda rows: rows)
+
+    def part(self, x: Tensor, select: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output channels whose rows `select` takes of weight and bias: whole groups. `x` has only the channels of those."""
+        weight, bias = select(self.weight), None if self.bias is None else select(self.bias)
+        groups = self.groups * weight.shape[0] // self.weight.shape[0]
+        return nn.functional.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=groups)
 
 
 def rms_norm(
@@ -116,35 +122,72 @@ def silu(x: Tensor, scale: float = 1.0) -> Tensor:
     return x * torch.sigmoid(x.float() * (1.0 / scale)).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class AttentionSums:
+    """What linear attention keeps of keys and values: a matrix for each head, whatever the number of tokens."""
+
+    #: sum_j v_j k_j [..., dim, dim]; with a narrow range the averages sum_j v_j k_jd / S_d, transposed and in half precision.
+    products: Tensor
+    #: S_d = sum_j k_jd, float32 [..., dim, 1].
+    total: Tensor
+
+
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, numerics: Numerics) -> Tensor:
     """ReLU linear attention: out_i = (sum_j v_j (k_j . q_i)) / (sum_j k_j . q_i), or 0 for 0 / 0, with k and q after ReLU.
 
     All tensors, including the result, are [..., dim, tokens]. Source: diffusers `SanaLinearAttnProcessor2_0` and
     `SanaMultiscaleLinearAttention`. They add 1e-15 to the denominator; this clamps it to at least 1e-15 (see `rms_norm`).
     """
-    query, key = query.relu(), key.relu()
+    return attend(query, attention_sums(key, value, numerics), numerics)
+
+
+def attention_sums(key: Tensor, value: Tensor, numerics: Numerics) -> AttentionSums:
+    """The sums over the tokens of `key` and `value`, [..., dim, tokens]."""
+    key = key.relu()
     if numerics.narrow_range:
-        return _normalized_linear_attention(query, key, value)
-    dtype = query.dtype
-    query, key, value = query.float(), key.float(), value.float()
-    numerator = (value @ key.transpose(-1, -2)) @ query
-    denominator = key.sum(-1, keepdim=True).transpose(-1, -2) @ query
+        return _normalized_sums(key, value)
+    key, value = key.float(), value.float()
+    return AttentionSums(value @ key.transpose(-1, -2), key.sum(-1, keepdim=True))
+
+
+def joined_sums(parts: Sequence[AttentionSums], numerics: Numerics) -> AttentionSums:
+    """The sums over the tokens of all `parts`."""
+    total = torch.stack([part.total for part in parts]).sum(0)
+    if not numerics.narrow_range:
+        return AttentionSums(torch.stack([part.products for part in parts]).sum(0), total)
+    # The average of all tokens is the average of the parts' averages, weighted by their totals.
+    shares = [part.products.float() * (part.total / total.clamp_min(1e-30)) for part in parts]
+    return AttentionSums(torch.stack(shares).sum(0).to(numerics.dtype), total)
+
+
+def attend(query: Tensor, sums: AttentionSums, numerics: Numerics) -> Tensor:
+    """`linear_attention` of `query` [..., dim, tokens] to the tokens of `sums`."""
+    query = query.relu()
+    if numerics.narrow_range:
+        return _normalized_attend(query, sums)
+    dtype, query = query.dtype, query.float()
+    numerator = sums.products @ query
+    denominator = sums.total.transpose(-1, -2) @ query
     return (numerator / denominator.clamp_min(1e-15)).to(dtype)
 
 
-def _normalized_linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`linear_attention` with both matrix products in half precision.
-
-    With S_d = sum_j k_jd the result is sum_d (sum_j v_j k_jd / S_d) * (q_id S_d / sum_e q_ie S_e). This is an average of averages
-    of v, so no value leaves v's range, for any number of tokens. `spread` moves a power of two from v to k, which keeps k / S
-    (about one over the number of tokens) out of the subnormals.
-    """
+def _normalized_sums(key: Tensor, value: Tensor) -> AttentionSums:
+    """The sums for `_normalized_attend`. `spread` moves a power of two from v to k, which keeps k / S (about one over the number of
+    tokens) out of the subnormals."""
     spread = 64.0
     dtype = value.dtype
     total = key.float().sum(-1, keepdim=True)
-    weights = query.float() * total
-    weights = (weights / weights.sum(-2, keepdim=True).clamp_min(1e-15)).to(dtype)
     shares = (key.float() * (spread / total.clamp_min(1e-30))).to(dtype)
     # v is transposed, not k: what makes k's shares then is one kernel, which stores nothing in float32 (docs/step.md).
-    averages = shares @ (value * (1.0 / spread)).transpose(-1, -2)
-    return averages.transpose(-1, -2) @ weights
+    return AttentionSums(shares @ (value * (1.0 / spread)).transpose(-1, -2), total)
+
+
+def _normalized_attend(query: Tensor, sums: AttentionSums) -> Tensor:
+    """`linear_attention` with both matrix products in half precision.
+
+    With S_d = sum_j k_jd the result is sum_d (sum_j v_j k_jd / S_d) * (q_id S_d / sum_e q_ie S_e). This is an average of averages
+    of v, so no value leaves v's range, for any number of tokens.
+    """
+    weights = query.float() * sums.total
+    weights = (weights / weights.sum(-2, keepdim=True).clamp_min(1e-15)).to(query.dtype)
+    return sums.products.transpose(-1, -2) @ weights

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,18 @@ from torch.nn.functional import conv2d, pad, pixel_shuffle
 
 from sana_export.checkpoint.vae_config import VaeStage
 from sana_export.graphs.gated_conv import gated_conv_halves
-from sana_export.graphs.numerics import Conv, Numerics, linear_attention, parameter, rms_norm, silu
+from sana_export.graphs.numerics import (
+    AttentionSums,
+    Conv,
+    Numerics,
+    attend,
+    attention_sums,
+    joined_sums,
+    linear_attention,
+    parameter,
+    rms_norm,
+    silu,
+)
 
 NORM_EPS = 1e-5
 #: For each output parity, which of the kernel's three taps read the first and which the second low-resolution pixel.
@@ -99,11 +111,11 @@ class ResBlock(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
-    """Multi-scale linear attention, then a gated convolution, each with a residual. `bands`: see `GatedConv`."""
+    """Multi-scale linear attention, then a gated convolution, each with a residual. Both run in `bands` bands of rows."""
 
     def __init__(self, stage: VaeStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
-        self.attention = MultiscaleAttention(stage, weights, f"{name}attn.", numerics)
+        self.attention = MultiscaleAttention(stage, weights, f"{name}attn.", numerics, bands)
         self.feed_forward = GatedConv(weights, f"{name}conv_out.", numerics, bands)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,39 +123,93 @@ class EfficientViTBlock(nn.Module):
         return x + self.feed_forward(x)
 
 
+class Aggregation(nn.Module):
+    """q, k and v of each pixel's neighborhood, [B, 3 C, H, W] -> the same: a depthwise convolution, then one over `dim` channels.
+
+    So q, k and v do not mix.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], name: str, numerics: Numerics, dim: int) -> None:
+        super().__init__()
+        channels = weights[f"{name}proj_in.weight"].shape[0]
+        self.depthwise = _conv(weights, f"{name}proj_in", numerics, groups=channels)
+        self.pointwise = _conv(weights, f"{name}proj_out", numerics, groups=channels // dim)
+        self.reach = self.depthwise.weight.shape[-1] // 2
+
+    def forward(self, x: Tensor, select: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor:
+        """`select`: see `Conv.part`."""
+        return self.pointwise.part(self.depthwise.part(x, select), select)
+
+
 class MultiscaleAttention(nn.Module):
     """ReLU linear attention over pixels, on q, k, v and on depthwise aggregations of them.
 
     For images of at most `head_dim` pixels diffusers computes the products in another order. The results differ only by rounding.
+
+    Of k and v, linear attention needs only sums over pixels. So to save memory the block runs in bands of rows, which must divide
+    the height: first it adds up the sums of all bands, then it applies them to each band's q. An aggregation also reads the
+    neighboring rows. A band has at least as many rows as that, so there may be fewer bands than `bands`.
     """
 
-    def __init__(self, stage: VaeStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics) -> None:
+    def __init__(self, stage: VaeStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
         self.numerics, self.dim = numerics, stage.head_dim
         self.qkv = parameter(torch.cat([weights[f"{name}to_{kind}.weight"] for kind in "qkv"]), numerics.dtype)
-        inner = self.qkv.shape[0]
         count = sum(key.startswith(f"{name}to_qkv_multiscale.") for key in weights) // 2
-        self.aggregations = nn.ModuleList(
-            nn.Sequential(
-                _conv(weights, f"{name}to_qkv_multiscale.{index}.proj_in", numerics, groups=inner),
-                _conv(weights, f"{name}to_qkv_multiscale.{index}.proj_out", numerics, groups=inner // self.dim),
-            )
-            for index in range(count)
-        )
+        aggregations = [Aggregation(weights, f"{name}to_qkv_multiscale.{index}.", numerics, self.dim) for index in range(count)]
+        self.aggregations = nn.ModuleList(aggregations)
+        self.halo = max((aggregation.reach for aggregation in aggregations), default=0)
+        # `bands` is at most the number of rows for each row of latents, and an image may have a single row of those.
+        self.bands = max(bands // max(self.halo, 1), 1)
         gain, self.norm = _norm(stage.norm, weights, f"{name}norm_out", numerics)
         self.out = parameter(gain(weights[f"{name}to_out.weight"]), numerics.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        size = x.shape[2:]
-        qkv = (self.qkv @ x.flatten(2)).unflatten(-1, size)
+        if self.bands > 1:
+            return self.in_bands(x)
+        qkv = (self.qkv @ x.flatten(2)).unflatten(-1, x.shape[2:])
         # Heads are independent, so each scale is finished before the next one is computed.
         scales = [self.attend(qkv), *(self.attend(aggregate(qkv)) for aggregate in self.aggregations)]
-        return self.norm((self.out @ torch.cat(scales, dim=1)).unflatten(-1, size))
+        return self.finish(scales, x.shape[2:])
 
     def attend(self, qkv: Tensor) -> Tensor:
         """[B, 3 C, H, W] -> [B, C, H W]. The channels of each head are its q, k and v."""
         query, key, value = qkv.flatten(2).unflatten(1, (-1, 3, self.dim)).unbind(2)
         return linear_attention(query, key, value, self.numerics).flatten(1, 2)
+
+    def finish(self, scales: list[Tensor], size: Sequence[int]) -> Tensor:
+        """[B, C, H W] for each scale -> [B, C, H, W]."""
+        return self.norm((self.out @ torch.cat(scales, dim=1)).unflatten(-1, size))
+
+    def in_bands(self, x: Tensor) -> Tensor:
+        rows = x.shape[2] // self.bands
+        parts = [self.sums(self.scales_of(x, band, slice(1, 3))) for band in range(self.bands)]
+        sums = [joined_sums(scale, self.numerics) for scale in zip(*parts, strict=True)]
+        done = []
+        for band in range(self.bands):
+            queries = [query.flatten(2).unflatten(1, (-1, self.dim)) for query in self.scales_of(x, band, slice(1))]
+            attended = [attend(query, part, self.numerics).flatten(1, 2) for query, part in zip(queries, sums, strict=True)]
+            done.append(self.finish(attended, (rows, x.shape[3])))
+        return torch.cat(done, dim=2)
+
+    def sums(self, scales: list[Tensor]) -> list[AttentionSums]:
+        """The sums of k and v [B, 2 C, h, W], for each scale."""
+        pairs = (scale.flatten(2).unflatten(1, (-1, 2, self.dim)).unbind(2) for scale in scales)
+        return [attention_sums(key, value, self.numerics) for key, value in pairs]
+
+    def scales_of(self, x: Tensor, band: int, kinds: slice) -> list[Tensor]:
+        """`kinds` of q, k and v (0, 1, 2) of one band at every scale, each [B, kinds C, h, W]."""
+        rows = x.shape[2] // self.bands
+        above, below = self.halo * (band > 0), self.halo * (band < self.bands - 1)
+        read = x[:, :, band * rows - above : (band + 1) * rows + below]
+        values = (self.kinds(self.qkv, kinds) @ read.flatten(2)).unflatten(-1, read.shape[2:])
+        select = partial(self.kinds, kinds=kinds)
+        scales = [values, *(aggregation(values, select) for aggregation in self.aggregations)]
+        return [scale[:, :, above : above + rows] for scale in scales]
+
+    def kinds(self, weight: Tensor, kinds: slice) -> Tensor:
+        """The rows of `weight` [3 C, ...] that belong to `kinds` of q, k and v."""
+        return weight.unflatten(0, (-1, 3, self.dim))[:, kinds].flatten(0, 2)
 
 
 class GatedConv(nn.Module):

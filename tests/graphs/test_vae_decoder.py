@@ -9,6 +9,7 @@ import torch
 from sana_export.architectures import AUTOENCODER, AUTOENCODER_DEFAULTS, LITE
 from sana_export.graphs import vae_blocks
 from sana_export.graphs.numerics import NUMERICS
+from sana_export.graphs.vae_blocks import MultiscaleAttention
 from sana_export.graphs.vae_decoder import VaeDecoder, VaeDecoderHead, VaeDecoderTail, feature_channels, tile_halo, tile_scale
 from sana_export.runtime.decoding import assemble, plan_windows
 from sana_export.supported import VAE_ACTIVATIONS, VAE_BLOCKS, unsupported
@@ -198,11 +199,24 @@ def test_the_halo_is_sufficient_and_minimal(name, corner):
 @torch.no_grad()
 def test_head_and_tail_equal_the_decoder_in_half_precision(precision, config, scale):
     vae = build_vae(config)
-    whole, head, tail = (
-        graph(dict(vae.config), vae.state_dict(), NUMERICS[precision]) for graph in (VaeDecoder, VaeDecoderHead, VaeDecoderTail)
-    )
+    parts = dict(vae.config), vae.state_dict(), NUMERICS[precision]
+    whole, head, tail = VaeDecoder(*parts), VaeDecoderHead(*parts, bands=1), VaeDecoderTail(*parts)
     latents = torch.randn(2, 32, 2, 3)
     features = head(latents)
     assert features.dtype == NUMERICS[precision].dtype
     sides = (2 * 32 // scale, 3 * 32 // scale)
     assert torch.equal(tail(features, *map(torch.arange, sides)), whole(latents))
+
+
+@pytest.mark.parametrize("height", [1, 3])
+@pytest.mark.parametrize("precision", NUMERICS)
+@torch.no_grad()
+def test_bands_change_only_the_order_of_sums(precision, height):
+    """Down to a single row of latents. In half precision, sums of another order are now and then rounded to the next number."""
+    vae = build_vae({})
+    parts = dict(vae.config), vae.state_dict(), NUMERICS[precision]
+    plain, banded = VaeDecoderHead(*parts, bands=1), VaeDecoderHead(*parts)
+    assert {module.bands for module in banded.modules() if isinstance(module, MultiscaleAttention)} == {1, 2}
+    latents = torch.randn(1, 32, height, 2)
+    wanted, found = plain(latents).float(), banded(latents).float()
+    assert (found - wanted).abs().max() <= 2 * torch.finfo(NUMERICS[precision].dtype).eps * wanted.abs().max()
