@@ -183,7 +183,9 @@ def test_names_that_are_no_repository(bundle: Path, cli: Cli, local_hub: LocalHu
     for name in ("name", "./name", "a/b/c", ""):
         for arguments in (("push", bundle, name), ("pull", name)):
             ran = cli(*arguments)
-            assert (ran.code, "is not a hub id\n  wanted: owner/name\n" in ran.err, "folder" in ran.err) == (2, True, False), ran.err
+            assert (ran.code, "is not a hub id\n  wanted: owner/name\n" in ran.err, "folder" in ran.err) == (2, True, False), (
+                ran.err
+            )
     assert "folder" not in cli("pull", "https://example.com/a/b").err
     assert cli("push", bundle, "me/a--b").code == 2
     assert cli("push", bundle, REPO, "--offline").code == 3

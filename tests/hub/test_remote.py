@@ -76,7 +76,20 @@ def test_engines_at_other_places_are_refused(engine_bundle: Path, path: str) -> 
     assert str(caught.value.wanted) == "engines/tensorrt-rtx/.../sampler.engine"
 
 
-@pytest.mark.parametrize("path", ["a", "COM", "console", "nul1/auxiliary.txt", "com10", "onnx/x y/model (1).onnx", "Größe/模型.data", "a,b;c&d='e'!#%+@~", "[a]"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a",
+        "COM",
+        "console",
+        "nul1/auxiliary.txt",
+        "com10",
+        "onnx/x y/model (1).onnx",
+        "Größe/模型.data",
+        "a,b;c&d='e'!#%+@~",
+        "[a]",
+    ],
+)
 def test_names_that_are_taken_as_they_are(bundle: Path, local_hub: LocalHub, tmp_path: Path, path: str) -> None:
     target = bundle / path
     target.parent.mkdir(parents=True, exist_ok=True)

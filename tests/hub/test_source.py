@@ -77,7 +77,7 @@ def test_a_folder_that_is_called_like_a_hub(bundle: Path, local_hub: LocalHub, t
 def test_a_mistyped_backend_is_refused_before_a_download(bundle: Path, local_hub: LocalHub, cli: Cli, backend: Any) -> None:
     push_bundle(bundle, REPO)
     local_hub.log.clear()
-    with pytest.raises(UsageError, match="no backend named|backend is not a name"):
+    with pytest.raises(UsageError, match=r"no backend named|backend is not a name"):
         SanaRuntime.from_pretrained(REPO, backend=backend)
     if backend:
         ran = cli("generate", REPO, "a red fox", "-o", "fox.png", "--backend", backend)

@@ -44,7 +44,7 @@ def make_card(repo: str, manifest: Manifest) -> str:
 
 
 def base_repository(checkpoint: Checkpoint) -> str | None:
-    """The hub id of the checkpoint that a bundle was made from. None for a local, embedded or synthetic one, and if it is not known.
+    """The hub id of the checkpoint that a bundle was made from. None: local, embedded, synthetic or unknown.
 
     The manifest does not tell a hub id from a folder such as models/sana, unless the checkpoint was exported from a revision.
     """

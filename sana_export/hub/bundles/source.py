@@ -76,7 +76,7 @@ def repository(name: str, revision: str | None = None) -> tuple[str, str | None]
 
 
 def _split(name: str, revision: str | None, *, wanted: str, fix: str) -> tuple[str, str | None]:
-    """What stands before the revision in `name`, and the revision. For errors: what is `wanted` in its place, and how to `fix` it."""
+    """What stands before the revision in `name`, and the revision. Errors say what is `wanted` there, and how to `fix` it."""
     whole = ["sana-export", "pull", "{repo}", "-o", "{name}"]
     repo, revision = split_address(name, revision, wanted=wanted, fix=fix, whole=whole)
     repo, at, named = repo.partition("@")
