@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sana_export.cli.verb import bundle_to_read
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
 from sana_export.hub.bundles.fetch import pull_bundle
 from sana_export.hub.bundles.push import push_bundle
@@ -239,6 +241,16 @@ def test_only_engines_that_the_chosen_backend_runs_here(engine_bundle: Path, loc
     assert engines(hub=Hub(offline=True)) == []  # not in the cache, and not needed
     assert engines(backend="tensorrt-rtx") == ["a1"]
     assert engines() == ["a1"]
+
+
+@pytest.mark.parametrize(("backend", "wanted"), [("auto", ["a1"]), (None, ["a1"]), ("onnxruntime", [])])
+def test_the_engines_of_a_command(
+    engine_bundle: Path, local_hub: LocalHub, monkeypatch: Any, backend: str | None, wanted: list[str]
+) -> None:
+    push_bundle(engine_bundle, REPO)
+    monkeypatch.setattr("sana_export.hub.bundles.source.detect_host", lambda device: THERE)
+    folder = bundle_to_read(Namespace(bundle=REPO, token=None, cache_dir=None, offline=False), backend=backend)
+    assert [path.parent.name for path in folder.glob("engines/*/*/*.engine")] == wanted
 
 
 def test_without_huggingface_hub(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,9 +66,9 @@ def pull_bundle(
     all_engines: download all engines. If not, those that run on `host` (None: this machine).
 
     Files that are here already are kept if they have the manifest's hashes. If `output` has the same export, with engines of its
-    own perhaps, it gets what it lacks. Raises UsageError if it has anything else, and for an unknown repository or revision;
-    ArtifactError if the repository is not a bundle, or its files are not those of its manifest; DependencyError if the hub cannot
-    be reached or refuses, or the disk is full.
+    own perhaps, it gets what it lacks. Raises UsageError if it has anything else, also at an engine's place, and for an unknown
+    repository or revision; ArtifactError if the repository is not a bundle, or its files are not those of its manifest;
+    DependencyError if the hub cannot be reached or refuses, or the disk is full.
     """
     started, hub = time.monotonic(), hub or Hub()
     remote = read_remote(repo, revision, hub)

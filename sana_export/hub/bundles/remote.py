@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _NOT_PORTABLE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 #: Names of devices on Windows, with any suffix.
 _DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)", re.IGNORECASE)
-#: Compiled kernels, which are no part of a manifest, and what a manifest's file may not be called because of that.
+#: The suffix of compiled kernels and a backend's folder of them. No manifest lists them.
 _KERNELS, _KERNEL_FOLDER = ".cache", "engines/onnxruntime-tensorrt-rtx/"
 #: What to do about a file in the cache that is damaged.
 RETRY_ONLINE = "run the same command once without --offline (and without HF_HUB_OFFLINE), or use another --cache-dir"
