@@ -149,6 +149,18 @@ def test_a_long_prompt_is_cut_as_in_the_runtime(sana: Any, tiny_bundle: Path, ti
     assert_same(pixels(tmp_path / "x.png"), np.asarray(tiny_runtime(prompt, num_inference_steps=2, seed=3).images[0]).astype(int))
 
 
+def test_files_may_be_links_as_in_the_cache_of_the_hub(sana: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    """The cache has the files in one folder, and a tree of links to them."""
+    bundle = copied(tiny_bundle, tmp_path)
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate([path for path in bundle.rglob("*") if path.is_file()]):
+        file.rename(tmp_path / f"blobs/{number}")
+        file.symlink_to(tmp_path / f"blobs/{number}")
+    for name, folder in (("linked", bundle), ("plain", tiny_bundle)):
+        sana(folder, PROMPT, tmp_path / f"{name}.png", "--seed", 7, "--steps", 1)
+    np.testing.assert_array_equal(pixels(tmp_path / "linked.png"), pixels(tmp_path / "plain.png"))
+
+
 @pytest.mark.slow
 def test_an_fp16_bundle_gives_the_image_of_the_runtime(sana: Any, build_cache: Path, tmp_path: Path) -> None:
     """The trained `tiny`; its context goes from one graph to the next in fp16."""
@@ -334,8 +346,9 @@ def test_a_prompt_that_is_not_utf8_is_refused(program: Path, tiny_bundle: Path, 
         assert (done.returncode, done.stderr) == (2, b"error: the prompt is not UTF-8\n")
 
 
-def test_the_readme_names_every_file() -> None:
+def test_the_readme_counts_the_lines_of_every_file() -> None:
     folder = ROOT / "examples/cpp"
     readme = (folder / "README.md").read_text("utf-8")
-    assert [path.name for path in sorted([*folder.glob("*.cpp"), *folder.glob("*.h")]) if f"`{path.name}`" not in readme] == []
+    for path in [*folder.glob("*.cpp"), *folder.glob("*.h")]:
+        assert f"| `{path.name}` | {len(path.read_text('utf-8').splitlines())} |" in readme
     assert f"kFormat = {FORMAT};" in (folder / "bundle.h").read_text("utf-8")

@@ -139,7 +139,10 @@ int main(int count, char** words) {
     } catch (const nlohmann::json::exception& error) {  // a key that is missing, a value of another type
         std::cerr << "error: the bundle is damaged: " << error.what() << "\n";
         return sana::kBundle;
-    } catch (const std::exception& error) {  // ONNX Runtime failed, no memory, a file that went away
+    } catch (const Ort::Exception& error) {
+        std::cerr << "error: ONNX Runtime: " << error.what() << "\n";
+        return sana::kMachine;
+    } catch (const std::exception& error) {  // no memory, a file that went away
         std::cerr << "error: " << error.what() << "\n";
         return sana::kMachine;
     }

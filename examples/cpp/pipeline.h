@@ -81,8 +81,7 @@ public:
         try {
             session_ = Ort::Session(env, path.c_str(), options);
         } catch (const Ort::Exception& error) {
-            const char* const hint = fs::is_symlink(path) ? ". It is a link: sana-export pull -o FOLDER makes files" : "";
-            throw Error(kBundle, "ONNX Runtime cannot load " + path.string() + ": " + error.what() + hint);
+            throw Error(kBundle, "ONNX Runtime cannot load " + path.string() + ": " + error.what());
         }
     }
 
