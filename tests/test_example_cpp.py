@@ -23,6 +23,7 @@ from sana_export.manifest import FORMAT, Manifest
 from sana_export.runtime.noise import TorchGenerator
 from sana_export.runtime.prompt import PromptEncoder
 from sana_export.runtime.schedule import make_schedule
+from tests.support.bundles import exported
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "A cute 🐼"
@@ -162,14 +163,12 @@ def test_files_may_be_links_as_in_the_cache_of_the_hub(sana: Any, tiny_bundle: P
 
 
 @pytest.mark.slow
-def test_an_fp16_bundle_gives_the_image_of_the_runtime(sana: Any, build_cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", [(), ("int4-weight",)], ids=["fp16", "int4"])
+def test_an_fp16_bundle_gives_the_image_of_the_runtime(
+    sana: Any, build_cache: Path, tmp_path: Path, quantize: tuple[str, ...]
+) -> None:
     """The trained `tiny`; its context goes from one graph to the next in fp16."""
-    from sana_export.checkpoint.checkpoint import open_checkpoint
-    from sana_export.export.bundle import export_bundle
-
-    bundle = build_cache / "tiny-trained-fp16"
-    if not bundle.exists():
-        export_bundle(open_checkpoint("tiny"), bundle, precision="fp16")
+    bundle = exported("tiny", build_cache / "-".join(["tiny-trained-fp16", *quantize]), "fp16", quantize=quantize)
     sana(bundle, PROMPT, tmp_path / "x.png", "--seed", 7)
     with SanaRuntime.from_pretrained(bundle, backend="onnxruntime") as runtime:
         assert_same(pixels(tmp_path / "x.png"), np.asarray(runtime(PROMPT, seed=7).images[0]).astype(int))

@@ -174,19 +174,21 @@ public:
         tensors_ = Json::parse(read_bytes(path, 8, header));
     }
 
+    std::string dtype(const std::string& name) const { return at(name).dtype; }
     std::vector<std::int64_t> shape(const std::string& name) const { return at(name).shape; }
     std::vector<float> floats(const std::string& name) const { return floats(name, 0, at(name).count); }
 
     /// `count` values from the one with the number `first`, as float.
     std::vector<float> floats(const std::string& name, std::uint64_t first, std::uint64_t count) const {
         const Tensor tensor = at(name);
-        require(tensor.dtype != "I64", path_.string() + " is damaged: " + name + " has integers");
+        require(tensor.dtype != "I64", path_.string() + " is damaged: " + name + " is I64");
         require(first <= tensor.count && count <= tensor.count - first, path_.string() + " is too small for " + name);
         const std::string stored = read_bytes(path_, tensor.offset + first * tensor.item, count * tensor.item);
         std::vector<float> values(count);
         for (std::uint64_t i = 0; i < count; ++i) {
-            std::uint16_t bits;
-            std::memcpy(&bits, &stored[i * tensor.item], 2);
+            std::uint16_t bits = 0;
+            if (tensor.item == 2) std::memcpy(&bits, &stored[i * 2], 2);
+            if (tensor.dtype == "I8") values[i] = static_cast<signed char>(stored[i]);
             if (tensor.dtype == "F32") std::memcpy(&values[i], &stored[i * 4], 4);
             if (tensor.dtype == "F16") values[i] = Ort::Float16_t::FromBits(bits).ToFloat();
             if (tensor.dtype == "BF16") values[i] = Ort::BFloat16_t::FromBits(bits).ToFloat();
@@ -212,7 +214,7 @@ private:
 
     /// A tensor whose values are in the file.
     Tensor at(const std::string& name) const {
-        static const std::map<std::string, std::uint64_t> item_bytes = {{"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}};
+        static const std::map<std::string, std::uint64_t> item_bytes = {{"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I8", 1}, {"I64", 8}};
         require(tensors_.contains(name), path_.string() + " is damaged: it has no " + name);
         const Json& entry = tensors_.at(name);
         const auto dtype = entry.at("dtype").get<std::string>();

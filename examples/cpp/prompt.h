@@ -124,13 +124,15 @@ public:
 
     /// The embedding rows [rows, C] of the tokens that are not shared, with zeros behind.
     std::vector<float> embeddings(const Tokens& tokens, std::size_t rows) const {
+        const std::size_t width = bos_row_.size();
+        const bool quantized = embeddings_.dtype(kTable) == "I8";  // integers, and a number for each row to multiply them with
         std::vector<float> values;
         for (std::size_t i = tokens.shared; i < tokens.ids.size(); ++i) {
-            const std::size_t width = bos_row_.size();
-            const std::vector<float> row = embeddings_.floats(kTable, static_cast<std::size_t>(tokens.ids[i]) * width, width);
-            values.insert(values.end(), row.begin(), row.end());
+            const auto id = static_cast<std::size_t>(tokens.ids[i]);
+            const float scale = quantized ? embeddings_.floats("embed_tokens.scale", id, 1)[0] : 1;
+            for (const float value : embeddings_.floats(kTable, id * width, width)) values.push_back(value * scale);
         }
-        values.resize(rows * bos_row_.size());
+        values.resize(rows * width);
         return values;
     }
 
