@@ -127,7 +127,7 @@ def _dtype(value: onnx.ValueInfoProto) -> str:
 
 def _command(folder: Path, report: LayerReport, second: SideChoice) -> str:
     """The command that runs the part with Polygraphy and compares it with the saved output."""
-    words = ["polygraphy", "run", str(folder / MODEL), second.runner]
+    words = ["polygraphy", "run", str(folder / MODEL), *second.runner]
     words += ["--load-inputs", str(folder / INPUTS), "--load-outputs", str(folder / OUTPUTS)]
     words += ["--compare", "snr", "--snr-threshold", f"{report.limit_db:.1f}"]
     return second.environment + shlex.join(words)

@@ -57,7 +57,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         parser,
         "--quantize",
         "SCHEME",
-        f"store weights in few bits: {' or '.join(AVAILABLE)} for all parts of the bundle that take it, or PART=SCHEME, for "
+        f"store quantized weights: {' or '.join(AVAILABLE)} for all parts of the bundle that take it, or PART=SCHEME, for "
         "example text_encoder=int4-weight,denoiser=none (default: none)",
     )
     parser.add_argument(
