@@ -140,9 +140,7 @@ def test_the_opset_in_the_error_is_that_of_an_export() -> None:
         (["--graphs", "img2img", "--controlnet", "c"], "--graphs, --controlnet with --layout optimum"),
     ],
 )
-def test_options_that_only_bundles_have_are_refused(
-    words: list[str], named: str, cli: Cli, optimum: Cli, tmp_path: Path
-) -> None:
+def test_options_that_only_bundles_have_are_refused(words: list[str], named: str, cli: Cli, optimum: Cli, tmp_path: Path) -> None:
     words = ["-o", str(tmp_path / "out"), "--layout", "optimum", *words]
     for ran in (cli("export", "tiny-random", *words), optimum("export", "sana", "--model", "tiny-random", *words)):
         assert ran.code == 2
