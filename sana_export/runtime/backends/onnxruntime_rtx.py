@@ -22,7 +22,7 @@ from sana_export.installation import install_command
 from sana_export.machine import find_cuda_error, find_gpus, require_gpu
 from sana_export.manifest import Manifest
 from sana_export.numeric import shown
-from sana_export.profiles import Profile, Range, explain_outside, profile_named
+from sana_export.profiles import PROFILES, Profile, Range, explain_outside, profile_named
 from sana_export.records import GraphEntry
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, BackendSettings
 from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend, import_onnxruntime
@@ -61,17 +61,18 @@ class RtxProvider(Provider):
             return onnxruntime.InferenceSession(str(path), options)
 
     def _cache(self, graph: GraphEntry) -> dict[str, str]:
-        """The option with the folder for compiled kernels. None if the bundle cannot be written or the folder is a link."""
+        """The option with the folder for compiled kernels. None if the bundle cannot be written, or if a link leads out of it."""
         folder = self._bundle / "engines" / NAME / onnx_sha256(graph)[:KEY_CHARACTERS]
-        folders = (folder, *folder.parents[:2])
-        if any(place.is_symlink() for place in folders):
-            return {}
         try:
+            if any(place.is_symlink() for place in (folder, *folder.parents[:2])):
+                return {}
             folder.mkdir(parents=True, exist_ok=True)
+            if any(place.is_symlink() for place in folder.rglob("*")) or not os.access(folder, os.W_OK):
+                return {}
         except OSError as error:
             log.info("kernels are not kept in %s: %s", folder, error)
             return {}
-        return {"nv_runtime_cache_path": str(folder)} if os.access(folder, os.W_OK) else {}
+        return {"nv_runtime_cache_path": str(folder)}
 
 
 class OnnxRuntimeRtxBackend(OnnxRuntimeBackend):
@@ -87,7 +88,8 @@ class OnnxRuntimeRtxBackend(OnnxRuntimeBackend):
     def __init__(self, bundle: Path, manifest: Manifest, settings: BackendSettings = DEFAULT_SETTINGS) -> None:
         options = dict(settings.options)
         self._profile = _profile(options.pop(PROFILE, DEFAULT_PROFILE))
-        self._ranges = profile_ranges(manifest, self._profile, read_instruction_tokens(bundle))
+        self._instruction_tokens = read_instruction_tokens(bundle)
+        self._ranges = profile_ranges(manifest, self._profile, self._instruction_tokens)
         provider = RtxProvider(import_onnxruntime(), bundle, self._ranges, settings.device or 0)
         super().__init__(bundle, manifest, replace(settings, options=options), provider=provider)
 
@@ -95,14 +97,24 @@ class OnnxRuntimeRtxBackend(OnnxRuntimeBackend):
         return {axis: self._ranges[axis] for axis in dynamic_axes(self.manifest.graphs[graph].spec)}
 
     def check_supported(self, graphs: Iterable[str], axes: Mapping[str, int]) -> None:
+        graphs = list(graphs)
         for graph in graphs:
             if (why := explain_outside(self.ranges(graph), axes)) is not None:
                 raise UsageError(
                     f"the profile {self._profile.name} does not cover this request",
                     found=f"{graph}: {why}",
                     wanted="a request within it, or another profile",
-                    fix=f"from_pretrained({str(self.bundle)!r}, backend={NAME!r}, backend_options={{{PROFILE!r}: 'datacenter'}})",
+                    fix=self._another_profile(graphs, axes),
                 )
+
+    def _another_profile(self, graphs: Iterable[str], axes: Mapping[str, int]) -> str:
+        """The call that covers a request, or what runs it without a profile."""
+        needed = {axis for graph in graphs for axis in dynamic_axes(self.manifest.graphs[graph].spec)}
+        for name, profile in PROFILES.items():
+            ranges = profile_ranges(self.manifest, profile, self._instruction_tokens)
+            if explain_outside({axis: ranges[axis] for axis in needed}, axes) is None:
+                return f"from_pretrained({str(self.bundle)!r}, backend={NAME!r}, backend_options={{{PROFILE!r}: {name!r}}})"
+        return "--backend onnxruntime"
 
 
 def shape_options(spec: GraphSpec, ranges: Mapping[str, Range]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import onnxruntime_provider, onnxruntime_rtx, open_backend
 from sana_export.runtime.backends.base import BackendSettings
 from sana_export.runtime.backends.onnxruntime_provider import RTX
+from sana_export.trt.plan import onnx_sha256
 
 ADA = Gpu("a GPU", "8.9")
 
@@ -36,15 +37,23 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *found: Gpu, error: str | None = None)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, str]]]:
     """A GPU, and a provider of that name which is the CPU's. What its sessions are given."""
     gpus(monkeypatch, ADA)
-    device, given = SimpleNamespace(ep_name=RTX), list[tuple[Any, dict[str, str]]]()
+    device, given, entries = SimpleNamespace(ep_name=RTX), list[tuple[Any, dict[str, str]]](), list[tuple[str, str]]()
     monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [device])
     monkeypatch.setattr(
         onnxruntime.SessionOptions,
         "add_provider_for_devices",
-        lambda self, devices, options: given.append((devices[0], options)),
+        lambda self, devices, options: given.append((devices[0], options | {"entries": dict(entries)})),
     )
     monkeypatch.setitem(onnxruntime_provider.DEVICES, RTX, "cpu")
-    monkeypatch.setattr(onnxruntime_rtx, "_NOTHING_ON_THE_CPU", ("session.disable_cpu_ep_fallback", "0"))
+    add_entry = onnxruntime.SessionOptions.add_session_config_entry
+
+    def add_allowed_entry(self: Any, name: str, value: str) -> None:
+        """Everything runs on the CPU here, so that must not be forbidden."""
+        entries.append((name, value))
+        if name != "session.disable_cpu_ep_fallback":
+            add_entry(self, name, value)
+
+    monkeypatch.setattr(onnxruntime.SessionOptions, "add_session_config_entry", add_allowed_entry)
     return given
 
 
@@ -62,6 +71,11 @@ def test_it_draws_what_onnxruntime_draws(own: Path, tiny_runtime: SanaRuntime, s
     np.testing.assert_allclose(got, tiny_runtime("a fox", **request).images, atol=1e-5)
     assert len(stand_in) == 6
     assert {id(device) for device, _ in stand_in} == {id(onnxruntime.get_ep_devices()[0])}
+
+
+def test_nothing_runs_on_the_cpu_instead(own: Path, stand_in: Any) -> None:
+    onnxruntime_rtx.OnnxRuntimeRtxBackend(own, Manifest.load(own)).load("sampler")
+    assert stand_in[0][1]["entries"]["session.disable_cpu_ep_fallback"] == "1"
 
 
 def test_graphs_are_compiled_for_the_shapes_of_the_profile(own: Path, stand_in: Any) -> None:
@@ -97,12 +111,15 @@ def test_kernels_are_kept_in_the_bundle(own: Path, stand_in: Any) -> None:
     assert Manifest.load(own) == backend.manifest  # and they are not part of it
 
 
-def test_a_link_in_the_place_of_the_kernels_is_not_followed(own: Path, tmp_path: Path, stand_in: Any) -> None:
-    outside = tmp_path / "outside"
+@pytest.mark.parametrize("place", [".", "HASH", "HASH/kernels.cache"])
+def test_a_link_in_the_place_of_the_kernels_is_not_followed(own: Path, tmp_path: Path, stand_in: Any, place: str) -> None:
+    manifest, outside = Manifest.load(own), tmp_path / "outside"
     outside.mkdir()
-    (own / "engines").mkdir(exist_ok=True)
-    (own / "engines" / "onnxruntime-tensorrt-rtx").symlink_to(outside)
-    onnxruntime_rtx.OnnxRuntimeRtxBackend(own, Manifest.load(own)).load("sampler")
+    kernels = own / "engines" / "onnxruntime-tensorrt-rtx"
+    link = kernels / place.replace("HASH", onnx_sha256(manifest.graphs["sampler"])[:12])
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(outside)
+    onnxruntime_rtx.OnnxRuntimeRtxBackend(own, manifest).load("sampler")
     assert "nv_runtime_cache_path" not in stand_in[0][1]
     assert list(outside.iterdir()) == []
 
@@ -113,6 +130,13 @@ def test_a_request_outside_the_profile_is_refused(own: Path, stand_in: Any) -> N
         runtime("a fox", num_images_per_prompt=5, num_inference_steps=1)
     assert "batch 5 (possible: 1 to 4)" in str(caught.value.found)
     assert "backend_options={'profile': 'datacenter'}" in str(caught.value.fix)
+
+
+def test_what_no_profile_covers_runs_without_one(own: Path, stand_in: Any) -> None:
+    runtime = SanaRuntime.from_pretrained(own, backend="onnxruntime-tensorrt-rtx")
+    with pytest.raises(UsageError) as caught:
+        runtime("a fox", num_images_per_prompt=9, num_inference_steps=1)
+    assert caught.value.fix == "--backend onnxruntime"
 
 
 @pytest.mark.parametrize(("profile", "found"), [(7, "7"), ("laptops", None)])
