@@ -164,7 +164,7 @@ def test_strong_typing_is_asked_for_if_the_version_is_not_known(monkeypatch: pyt
 def test_the_folder_is_written_whole_or_not_at_all(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="would be overwritten") as caught:
+    with pytest.raises(UsageError, match="holds something that is not files for Polygraphy") as caught:
         write_polygraphy_files(tiny_bundle, tmp_path / "mine", SHORT)
     assert caught.value.fix == f"--polygraphy {tmp_path / 'mine-2'}"
     with pytest.raises(UsageError, match="profile static-1024x512 does not cover the inputs") as caught:
