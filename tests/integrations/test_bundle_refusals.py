@@ -197,7 +197,6 @@ def change_nothing(*_: Any, **__: Any) -> None: ...
         ("text_encoder", lambda part: part.layers[0].register_forward_pre_hook(change_nothing), r"layers\.0 has a hook"),
         ("vae", lambda part: setattr(part, "decode", change_nothing), "it has a hook or a replaced method"),
     ],
-    ids=str,
 )
 def test_a_component_that_does_more_is_refused(
     cases: dict[str, Case], component: str, change: Callable[[Any], Any], message: str

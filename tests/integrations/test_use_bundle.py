@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -16,6 +18,7 @@ from diffusers import DPMSolverMultistepScheduler, SanaPAGPipeline, SanaPipeline
 from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.integrations.diffusers import SanaExportPipeline, restore, use_bundle
+from sana_export.integrations.diffusers.belonging import ComponentPair, check_controlnet
 from sana_export.integrations.diffusers.tensors import TorchExchange
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
@@ -220,6 +223,19 @@ def test_loras_on_the_runtime(cases: dict[str, Case], tiny_bundle: Path, tiny_ch
     assert_same(found, np.stack([np.asarray(image) for image in own]), "LoRA")
     with pytest.raises(UsageError, match="is closed"):
         use.runtime("a fox")
+
+
+def test_a_quantized_controlnet(quantized_bundle: Path, tiny_pipeline: Any) -> None:
+    """Its self-attentions are stored as the transformer's are, so the transformer's stand for them here."""
+    manifest = Manifest.load(quantized_bundle)
+    stored = replace(manifest, graphs={"controlnet": manifest.graphs["denoiser"]})
+    runtime: Any = SimpleNamespace(bundle=quantized_bundle, manifest=stored)
+    module = copy.deepcopy(tiny_pipeline.transformer)
+    pair = ComponentPair("controlnet", module, tiny_pipeline, runtime)
+    check_controlnet(pair)
+    module.transformer_blocks[1].attn1.to_v.weight.data *= 1.25
+    with pytest.raises(ArtifactError, match="different block 1"):
+        check_controlnet(pair)
 
 
 def test_a_lora_that_was_replaced_on_the_disk(
