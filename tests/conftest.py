@@ -126,6 +126,14 @@ def img2img_runtime(img2img_bundle: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def quantized_bundle(tiny_bundle: Path, tiny_checkpoint: Any, build_cache: Path) -> Path:
+    """The float32 bundle of `tiny-random`, with three parts quantized (tests/support/quantized.py)."""
+    from tests.support.quantized import quantized_bundle_in
+
+    return quantized_bundle_in(build_cache, tiny_bundle, tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
 def component_layout(own_cache: None, build_cache: Path) -> Path:
     """`tiny-random` in float32 in optimum's layout. Tests that change a layout copy it first."""
     from tests.support.component_layout import layout_in

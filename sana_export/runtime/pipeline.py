@@ -608,8 +608,17 @@ class SanaRuntime(OfThisProcess):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the current call stops after this step: a callback has set `_interrupt`, as in diffusers."""
+        """Whether the current call stops after this step. A callback sets it, or `_interrupt` as in diffusers."""
         return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, stop: bool) -> None:
+        self._interrupt = stop
+
+    @property
+    def weights_version(self) -> int:
+        """A number that grows whenever a LoRA may have changed the weights."""
+        return self._loras.version
 
     if not TYPE_CHECKING:  # a type checker would take every name
 

@@ -217,7 +217,7 @@ class PromptEncoder(OfThisProcess):
         if dropped := ids[limit:]:
             self._warn(text, dropped, max_sequence_length)
         ids = ids[:limit]
-        return PromptTokens(ids, first_kept, min(_common_length(ids, known), first_kept), limit)
+        return PromptTokens(ids, first_kept, min(common_length(ids, known), first_kept), limit)
 
     def tokenize_plan(self, texts: Sequence[tuple[Sequence[str], str]], max_sequence_length: int) -> list[list[PromptTokens]]:
         """The tokens of each branch's prompts; `texts` as in `Plan.texts`."""
@@ -357,7 +357,7 @@ def _padded_length(length: int, multiple: int, most: int) -> int:
     return max(length, min(-(-length // multiple) * multiple, most))
 
 
-def _common_length(left: Sequence[int], right: Sequence[int]) -> int:
+def common_length(left: Sequence[int], right: Sequence[int]) -> int:
     """How many of their first elements two sequences share."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -14,7 +17,8 @@ from diffusers import DPMSolverMultistepScheduler, SanaPAGPipeline, SanaPipeline
 
 from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.integrations.diffusers import restore, use_bundle
+from sana_export.integrations.diffusers import SanaExportPipeline, restore, use_bundle
+from sana_export.integrations.diffusers.belonging import ComponentPair, check_controlnet
 from sana_export.integrations.diffusers.tensors import TorchExchange
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
@@ -221,6 +225,79 @@ def test_loras_on_the_runtime(cases: dict[str, Case], tiny_bundle: Path, tiny_ch
         use.runtime("a fox")
 
 
+def test_a_quantized_controlnet(quantized_bundle: Path, tiny_pipeline: Any) -> None:
+    """Its self-attentions are stored as the transformer's are, so the transformer's stand for them here."""
+    manifest = Manifest.load(quantized_bundle)
+    stored = replace(manifest, graphs={"controlnet": manifest.graphs["denoiser"]})
+    runtime: Any = SimpleNamespace(bundle=quantized_bundle, manifest=stored)
+    module = copy.deepcopy(tiny_pipeline.transformer)
+    pair = ComponentPair("controlnet", module, tiny_pipeline, runtime)
+    check_controlnet(pair)
+    module.transformer_blocks[1].attn1.to_v.weight.data *= 1.25
+    with pytest.raises(ArtifactError, match="different block 1"):
+        check_controlnet(pair)
+
+
+def test_a_lora_that_was_replaced_on_the_disk(
+    cases: dict[str, Case], tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    """Another LoRA of the same path and scale: the context of the same prompt is made again."""
+    from tests.support.lora_files import diffusers_lora, load_transformer
+
+    pipe = SanaPipeline(**cases["SanaPipeline"].pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    first, second = (
+        diffusers_lora(load_transformer(tiny_checkpoint), tmp_path / str(seed), seed=seed, r=4, lora_alpha=7) for seed in (1, 2)
+    )
+    file = "pytorch_lora_weights.safetensors"
+    with use_bundle(pipe, tiny_bundle, "onnxruntime") as use:
+        use.runtime.load_lora(second)
+        wanted = draw(pipe, "a fox")
+        use.runtime.unload_lora()
+        use.runtime.load_lora(first)
+        other = draw(pipe, "a fox")
+        use.runtime.unload_lora()
+        shutil.copy(second / file, first / file)
+        use.runtime.load_lora(first)
+        np.testing.assert_array_equal(draw(pipe, "a fox"), wanted)
+    assert np.abs(other.astype(int) - wanted).mean() > 0.5
+
+
+def test_a_second_use_of_the_same_runtime(cases: dict[str, Case], tiny_bundle: Path) -> None:
+    """The runtime that the first use opened stays open, and is closed with the second."""
+    case = cases["SanaPipeline"]
+    wanted = draw(case.pipe, "a fox")
+    first = use_bundle(case.pipe, tiny_bundle, "onnxruntime")
+    with use_bundle(case.pipe, first.runtime) as second:
+        assert second.runtime is first.runtime
+        assert_same(draw(case.pipe, "a fox"), wanted, "the same runtime")
+    with pytest.raises(UsageError, match="is closed"):
+        second.runtime("a fox")
+
+
+def test_tiling_that_was_enabled_before(cases: dict[str, Case], controlnet_runtime: SanaRuntime) -> None:
+    case = cases["SanaPipeline"]
+    vae = copy.deepcopy(case.pipe.vae)
+    vae.enable_tiling(64, 32, 48, 16)
+    pipe = SanaPipeline(**{**case.pipe.components, "vae": vae})
+    with use_bundle(pipe, controlnet_runtime):
+        assert pipe.vae is not vae
+        names = [name for name in vars(vae) if name.startswith("tile_") or name == "use_tiling"]
+        assert {name: getattr(pipe.vae, name) for name in names} == {name: getattr(vae, name) for name in names}
+
+
+def test_pag_processors_that_were_set_before(cases: dict[str, Case]) -> None:
+    """The stand-in has the processors of the transformer, as after an interrupted call of SanaPAGPipeline."""
+    case = cases["SanaPAGPipeline"]
+    before = case.pipe.transformer.attn_processors
+    case.pipe._set_pag_attn_processor(case.pipe.pag_applied_layers, True)
+    try:
+        with use_bundle(case.pipe, case.runtime):
+            assert case.pipe.transformer.perturbed() == (0.0, 0.0, 1.0)
+    finally:
+        case.pipe.transformer.set_attn_processor(before)
+
+
 def test_a_second_bundle_replaces_the_first_and_pipelines_share_stand_ins(cases: dict[str, Case], tiny_bundle: Path) -> None:
     case = cases["SanaPipeline"]
     own = case.pipe.transformer
@@ -239,7 +316,29 @@ def test_a_second_bundle_replaces_the_first_and_pipelines_share_stand_ins(cases:
     assert_same(found, draw(cases["SanaPAGPipeline"].pipe, "a fox"), "PAG")
 
 
-@pytest.mark.parametrize("change", ["transformer", "text_encoder", "vae", "scaling", "controlnet", "sprint"])
+def test_a_quantized_bundle(cases: dict[str, Case], quantized_bundle: Path, tiny_pipeline: Any) -> None:
+    """Its weights may differ by half a step of their scales, and no more."""
+    prompt, layer = some_prompt(), tiny_pipeline.transformer.transformer_blocks[2].attn1.to_k
+    wanted = draw(cases["SanaPipeline"].pipe, prompt)
+    with SanaRuntime.from_pretrained(quantized_bundle, backend="onnxruntime", threads=1) as runtime:
+        with use_bundle(tiny_pipeline, runtime):
+            found = draw(tiny_pipeline, prompt)
+        own = SanaExportPipeline(runtime)
+        own.set_progress_bar_config(disable=True)
+        alone = draw(own, prompt)
+        kept = layer.weight.detach().clone()
+        layer.weight.data *= 1.25
+        try:
+            with pytest.raises(ArtifactError, match=r"different transformer_blocks\.2\.attn1\.to_k") as refused:
+                use_bundle(tiny_pipeline, runtime)
+        finally:
+            layer.weight.data.copy_(kept)
+    assert_same(found, alone, prompt)
+    assert np.abs(found.astype(int) - wanted).mean() > 0.5
+    assert f"sana-export export {tiny_pipeline.name_or_path}" in str(refused.value)
+
+
+@pytest.mark.parametrize("change", ["transformer", "text_encoder", "queries", "vae", "scaling", "controlnet", "sprint"])
 def test_another_checkpoint_is_refused(cases: dict[str, Case], change: str) -> None:
     case = cases["SanaControlNetPipeline"]
     pipe = diffusers.SanaControlNetPipeline(**case.pipe.components)
@@ -249,6 +348,7 @@ def test_another_checkpoint_is_refused(cases: dict[str, Case], change: str) -> N
     parameters = {
         "transformer": pipe.transformer.transformer_blocks[2].ff.conv_point.weight,
         "text_encoder": pipe.text_encoder.layers[-1].mlp.down_proj.weight,
+        "queries": pipe.text_encoder.layers[-1].self_attn.q_proj.weight,
         "vae": pipe.vae.decoder.conv_out.weight,
         "controlnet": pipe.controlnet.transformer_blocks[1].attn1.to_k.weight,
     }
@@ -262,15 +362,15 @@ def test_another_checkpoint_is_refused(cases: dict[str, Case], change: str) -> N
     else:
         parameters[change].data[::2] *= 1.1  # not all: a norm would undo it
     try:
-        with pytest.raises(ArtifactError, match="are not of one checkpoint") as refused:
+        with pytest.raises(ArtifactError, match="come from different checkpoints") as refused:
             use_bundle(pipe, runtime)
     finally:
         case.pipe.vae.register_to_config(scaling_factor=scaling)
         for name, parameter in parameters.items():
             parameter.data.copy_(kept[name])
     assert dict(pipe.components) == before
-    component = {"scaling": "vae", "sprint": "transformer"}.get(change, change)
-    assert f"the pipeline's {component} are not" in str(refused.value)
+    component = {"scaling": "vae", "sprint": "transformer", "queries": "text_encoder"}.get(change, change)
+    assert f"the pipeline's {component} come" in str(refused.value)
     assert "tiny-random" in str(refused.value)
 
 
@@ -293,7 +393,8 @@ def test_a_bundle_without_what_the_pipeline_needs_is_refused(
         pipe.pag_applied_layers = ["blocks.2"]
         with pytest.raises(ArtifactError, match="other PAG layers"):
             draw(pipe, "a fox")
-        pipe.pag_applied_layers = before
+        pipe.pag_applied_layers = before  # what the error says works: no processor is left behind
+        draw(pipe, "a fox")
         with pytest.raises(ArtifactError, match="without the graphs of image-to-image"):
             pipe.vae.encode(torch.zeros(1, 3, 64, 64))
 

@@ -34,7 +34,12 @@ def quantized_bundle_in(folder: Path, bundle: Path, checkpoint: Any) -> Path:
         write_text_files(checkpoint, own, quantized=True)
         files = tuple(file_entry(own, own / file.path) for file in manifest.files)
         replace(manifest, options=options, graphs=graphs, files=files).save(own)
-        own.rename(target)
+        try:
+            own.rename(target)
+        except OSError:  # another process of the test run has made it meanwhile
+            if not target.exists():
+                raise
+            shutil.rmtree(own)
     return target
 
 

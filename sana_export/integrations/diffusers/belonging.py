@@ -1,12 +1,13 @@
 """Whether a pipeline and a bundle are of one checkpoint, found by comparing weights and outputs, not names.
 
-Transformer and ControlNet: rows of every layer that the bundle can find in its files. Text encoder: the state of BOS alone, which
-every layer takes part in. Autoencoder: the image of a few latents.
+Transformer and ControlNet: rows of every layer that the bundle can find in its files. Text encoder: the states of a short text.
+Autoencoder: the image of a few latents. The weights of a quantized bundle may differ by half a step of their scales.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sana_export.commands import export_command
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.formats.arrays import Bytes, Float32
+from sana_export.formats.arrays import Float32
 from sana_export.formats.dtypes import WEIGHT_DTYPES
-from sana_export.formats.onnx_weights import read_tensors
-from sana_export.integrations.diffusers.transformer import check_pag_layers, pag_layers
-from sana_export.known_files import check_known_files
+from sana_export.integrations.diffusers.module import hooked, members
+from sana_export.integrations.diffusers.stored_weights import StoredWeights
+from sana_export.integrations.diffusers.transformer import attentions, check_pag_layers, pag_layers, unknown_processor
 from sana_export.manifest import LoraTarget
+from sana_export.quantization import SCHEMES
 from sana_export.runtime.pipeline import SanaRuntime
 
 LOG = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ LOG = logging.getLogger(__name__)
 WEIGHTS = 2.0**-7
 #: How far an output may be from the pipeline's, relative to its norm: in float32, and if one of them is in half precision.
 OUTPUTS, HALF_OUTPUTS = 0.005, 0.1
+#: The text whose states are compared.
+TEXT = "a red fox in the snow, oil painting"
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,13 @@ class ComponentPair:
     def other(self, what: str, found: object, wanted: object) -> ArtifactError:
         """The error for a bundle of another checkpoint."""
         return ArtifactError(
-            f"{self.runtime.bundle} and the pipeline's {self.name} are not of one checkpoint: {what} differs",
+            f"{self.runtime.bundle} and the pipeline's {self.name} come from different checkpoints: different {what}",
             found=f"{found} in the bundle, which was exported from {self.runtime.manifest.checkpoint.source}",
             wanted=f"{wanted}, as in the pipeline",
             fix="load the pipeline from the bundle's checkpoint, without LoRAs in its weights, or export the pipeline's: "
-            + shlex.join(["sana-export", "export", self.pipe.name_or_path or ".", "-o", f"{self.runtime.bundle}-of-the-pipeline"]),
+            + shlex.join(
+                ["sana-export", "export", str(self.pipe.name_or_path or "."), "-o", f"{self.runtime.bundle}-of-the-pipeline"]
+            ),
         )
 
 
@@ -68,7 +73,7 @@ def check_transformer(pair: ComponentPair) -> None:
     if (names := getattr(pair.pipe, "pag_applied_layers", None)) is not None:
         check_pag_layers(pag_layers(names, config.num_layers), pair.runtime)
     for graph in ("denoiser", "context"):
-        stored = _stored(pair.runtime, graph)
+        stored = StoredWeights(pair.runtime, graph)
         for target in pair.runtime.manifest.graphs[graph].lora_targets:
             if target.dtype in WEIGHT_DTYPES:
                 _check_layer(pair, target, stored)
@@ -77,34 +82,37 @@ def check_transformer(pair: ComponentPair) -> None:
 
 def check_controlnet(pair: ComponentPair) -> None:
     """Raise ArtifactError unless the weights of the ControlNet's self-attentions are the bundle's."""
-    stored, dtype = _stored(pair.runtime, "controlnet"), WEIGHT_DTYPES[pair.runtime.manifest.options.dtype]
+    stored = StoredWeights(pair.runtime, "controlnet")
     for index, block in enumerate(pair.module.transformer_blocks):
         wanted = torch.cat([layer.weight for layer in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)])
-        found = stored.get(f"blocks.{index}.qkv")
-        values = None if found is None else dtype.widen(found.view(dtype.numpy))
-        if values is None or values.size != wanted.numel():
+        name, shape = f"blocks.{index}.qkv", tuple(wanted.shape)
+        if stored.size(name) != wanted.numel():
             raise pair.other(f"block {index}", "no such block", "one with weights of its shape")
-        _compare(pair, f"block {index}", values.reshape(wanted.shape)[::64], wanted[::64])
+        own, distance = stored.rows(name, shape, range(0, len(wanted), 64))
+        _compare(pair, f"block {index}", own, wanted[::64], distance)
 
 
 def check_text_encoder(pair: ComponentPair) -> None:
-    """Raise ArtifactError unless tokenizer and text encoder give the bundle's ids and the bundle's state of BOS."""
-    known = pair.runtime.text.instruction
+    """Raise ArtifactError unless tokenizer and text encoder give the bundle's ids, and its states of a short text."""
+    text = pair.runtime.text
+    known, embeddings = text.instruction, text.embeddings
     if (tokenizer := getattr(pair.pipe, "tokenizer", None)) is not None:
         ids = tuple(tokenizer.encode(known.text))
         if ids != known.token_ids:
-            raise pair.other(
-                "the tokenizer", f"{len(known.token_ids)} tokens for the instruction", f"{len(ids)} tokens, or other ones"
-            )
+            raise pair.other("tokenizer", f"{len(known.token_ids)} tokens for the instruction", f"{len(ids)} tokens, or other ones")
     some = list(known.token_ids[:8])
     table = pair.module.get_input_embeddings().weight
     if table.shape[1] != known.bos_row.size or len(table) <= max(some):
-        raise pair.other("the embedding table", list(pair.runtime.text.embeddings.shape), list(table.shape))
-    _compare(pair, "the embedding table", pair.runtime.text.embeddings.rows(some), table[some])
-    bos = torch.tensor([[known.token_ids[0]]], device=_device(pair.module))
+        raise pair.other("embedding table", list(embeddings.shape), list(table.shape))
+    half = np.float32(0.5)
+    distance = np.float32(0) if embeddings.scales is None else embeddings.scales.rows(some)[:, None] * half
+    _compare(pair, "embedding table", embeddings.rows(some), table[some], distance)
+    encoded = pair.runtime.encode_prompt(TEXT, False, complex_human_instruction=None)
+    tokens = torch.tensor([text.tokenize(TEXT, max_sequence_length=300).ids], device=_device(pair.module))
     with torch.no_grad():
-        state = pair.module(bos, attention_mask=torch.ones_like(bos))[0][0, 0]
-    _compare_outputs(pair, "the state of the first token", torch.from_numpy(known.bos_row.copy()), state)
+        states = pair.module(tokens, attention_mask=torch.ones_like(tokens))[0]
+    own = torch.from_numpy(encoded.prompt_embeds[:, : tokens.shape[1]])
+    _compare_outputs(pair, "text_encoder", "states of a short text", own, states)
 
 
 def check_vae(pair: ComponentPair) -> None:
@@ -119,7 +127,7 @@ def check_vae(pair: ComponentPair) -> None:
     scaled = (latents / module.config.scaling_factor).to(_device(module), module.dtype)
     with torch.no_grad():
         wanted = module.decoder(scaled)
-    _compare_outputs(pair, "the decoder (its weights or scaling_factor)", found, wanted)
+    _compare_outputs(pair, "vae_decoder", "decoder (weights or scaling_factor)", found, wanted)
 
 
 #: How each component of a pipeline is compared with a bundle.
@@ -143,6 +151,10 @@ def check_plain(pair: ComponentPair, kind: type[nn.Module]) -> None:
         problem = "it has a LoRA", "pipe.unload_lora_weights() first, then use_bundle(...).runtime.load_lora(path, scale)"
     elif any(parameter.is_meta for parameter in module.parameters()):
         problem = "it has no weights", "a pipeline with its weights"
+    elif (changed := hooked(members(module))) is not None:
+        problem = f"{changed} has a hook or a replaced method", "a pipeline without; hooks on the component work after use_bundle"
+    elif hasattr(module, "transformer_blocks") and (strange := unknown_processor(attentions(module))) is not None:
+        problem = f"it has {strange}", "the processors of diffusers' Sana pipelines"
     if problem is not None:
         raise UsageError(
             f"a bundle cannot take the place of the pipeline's {pair.name}: {problem[0]}",
@@ -151,14 +163,7 @@ def check_plain(pair: ComponentPair, kind: type[nn.Module]) -> None:
         )
 
 
-def _stored(runtime: SanaRuntime, graph: str) -> Mapping[str, Bytes]:
-    """The weights of a graph in the bundle, memory-mapped, by name."""
-    fix = export_command(runtime.bundle, runtime.manifest)
-    onnx, *data = check_known_files(runtime.bundle, runtime.manifest.graphs[graph].files, fix=fix)
-    return read_tensors(onnx, data, fix=fix)
-
-
-def _check_layer(pair: ComponentPair, target: LoraTarget, stored: Mapping[str, Bytes]) -> None:
+def _check_layer(pair: ComponentPair, target: LoraTarget, stored: StoredWeights) -> None:
     """Compare a few rows of a layer's weight with the bundle's."""
     try:
         weight = pair.module.get_submodule(target.module).weight
@@ -169,24 +174,22 @@ def _check_layer(pair: ComponentPair, target: LoraTarget, stored: Mapping[str, B
         raise pair.other(target.module, list(target.shape), found)
     first, end = target.source_rows or (0, target.shape[0])
     rows = sorted({0, (end - first) // 2, end - first - 1})
-    dtype = WEIGHT_DTYPES[target.dtype]
-    array = stored[target.initializer].view(dtype.numpy).reshape(target.initializer_shape)
     places = [target.row_offset + row for row in rows]
-    part = array[:, places].T if target.transposed else array[places]
-    own = dtype.widen(np.ascontiguousarray(part)).reshape(len(rows), -1) / np.float32(target.factor)
-    _compare(pair, target.module, own, weight[[first + row for row in rows]].flatten(1))
+    own = stored.rows(target.initializer, target.initializer_shape, places, dtype=target.dtype, transposed=target.transposed)
+    numbers, distance = (array / np.float32(target.factor) for array in own)
+    _compare(pair, target.module, numbers, weight[[first + row for row in rows]].flatten(1), np.abs(distance))
 
 
-def _compare(pair: ComponentPair, what: str, own: Float32, weight: Tensor) -> None:
-    """Raise ArtifactError unless the bundle's weights are those of the pipeline, but for rounding."""
+def _compare(pair: ComponentPair, what: str, own: Float32, weight: Tensor, distance: Float32 | np.float32) -> None:
+    """Raise ArtifactError unless the bundle's weights are those of the pipeline, but for rounding and `distance`."""
     wanted = weight.detach().float().cpu().numpy()
     limit = WEIGHTS * max(float(np.abs(wanted).max()), 1e-6)
-    if not np.abs(own - wanted).max() <= limit:
+    if not (np.abs(own - wanted) <= limit + distance).all():
         raise pair.other(what, *(f"{array.reshape(-1)[:3].round(4).tolist()}..." for array in (own, wanted)))
 
 
-def _compare_outputs(pair: ComponentPair, what: str, own: Tensor, wanted: Tensor) -> None:
-    """Raise ArtifactError unless two outputs are equal but for rounding. Half precision that overflows proves nothing."""
+def _compare_outputs(pair: ComponentPair, graph: str, what: str, own: Tensor, wanted: Tensor) -> None:
+    """Raise ArtifactError unless an output of `graph` is the pipeline's, but for rounding. Overflow proves nothing."""
     wanted = wanted.detach().float().cpu()
     if not torch.isfinite(wanted).all():
         LOG.warning(
@@ -194,9 +197,17 @@ def _compare_outputs(pair: ComponentPair, what: str, own: Tensor, wanted: Tensor
         )
         return
     error = float((own - wanted).norm() / wanted.norm())
-    single = {_dtype(pair.module), pair.runtime.manifest.options.dtype} == {"float32"}
-    if not error <= (OUTPUTS if single else HALF_OUTPUTS):
+    if not error <= _output_limit(pair, graph):
         raise pair.other(what, f"an output that is {100 * error:.2g}% away", "the pipeline's output")
+
+
+def _output_limit(pair: ComponentPair, graph: str) -> float:
+    """How far an output of `graph` may be from the pipeline's, relative to its norm."""
+    options = pair.runtime.manifest.options
+    limit = OUTPUTS if {_dtype(pair.module), options.dtype} == {"float32"} else HALF_OUTPUTS
+    scheme = options.scheme(graph)
+    # Vectors of one norm whose cosine is c are sqrt(2 - 2 * c) of the norm apart.
+    return limit if scheme is None else max(limit, math.sqrt(2 - 2 * SCHEMES[scheme].cosine_limit))
 
 
 def _warn_about_precision(pair: ComponentPair) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana_export.adapters import Lora
 from sana_export.errors import UsageError
 from sana_export.integrations.diffusers.tensors import Exchange
 from sana_export.runtime.backends.base import DeviceTensor
@@ -35,8 +34,8 @@ class _Kept:
     embeds: Tensor
     mask: Tensor
     perturbed: tuple[float, ...]
-    #: The LoRAs that it was made with: they change the context too.
-    loras: tuple[Lora, ...]
+    #: The version of the weights that it was made with: LoRAs change the context too.
+    version: int
     made: PromptContext
 
 
@@ -50,8 +49,8 @@ class PromptContexts:
         self._runtime, self._exchange, self._graph = runtime, exchange, graph
         self._kept: _Kept | None = None
 
-    def of(self, embeds: Tensor, mask: Tensor | None, perturbed: tuple[float, ...]) -> tuple[PromptContext, bool]:
-        """The context of embeds [K * B, L, C] and mask [K * B, L] for branches with these flags, and whether it is new.
+    def of(self, embeds: Tensor, mask: Tensor | None, perturbed: tuple[float, ...]) -> PromptContext:
+        """The context of embeds [K * B, L, C] and mask [K * B, L] for branches with these flags.
 
         Raises UsageError for another mask, and for embeddings that are not finite.
         """
@@ -63,12 +62,13 @@ class PromptContexts:
                 wanted=f"{list(embeds.shape[:2])}, 1 for the tokens of a prompt",
             )
         kept = self._kept
-        same = kept is not None and (kept.perturbed, kept.loras) == (perturbed, self._runtime.loras)
+        version = self._runtime.weights_version
+        same = kept is not None and (kept.perturbed, kept.version) == (perturbed, version)
         if kept is not None and same and _equal(embeds, kept.embeds) and _equal(mask, kept.mask):
-            return kept.made, False
+            return kept.made
         made = self._make(embeds, mask, perturbed)
-        self._kept = _Kept(embeds.clone(), mask.clone(), perturbed, self._runtime.loras, made)
-        return made, True
+        self._kept = _Kept(embeds.clone(), mask.clone(), perturbed, version, made)
+        return made
 
     def _make(self, embeds: Tensor, mask: Tensor, perturbed: Sequence[float]) -> PromptContext:
         if not torch.isfinite(embeds).all():

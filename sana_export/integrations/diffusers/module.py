@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from sana_export.commands import export_command
-from sana_export.errors import UsageError
+from sana_export.errors import ArtifactError, UsageError
 from sana_export.integrations.diffusers.tensors import Exchange, exchange_with
 from sana_export.runtime.pipeline import SanaRuntime
 
 _LORA = "use.runtime.load_lora(path, scale), where `use = use_bundle(pipe, bundle)`; or at the export: sana-export export --lora"
+_UNLOAD = "use.runtime.unload_lora(), where `use = use_bundle(pipe, bundle)`"
 _GRADIENT = "train the pipeline's own modules"
 _COMPILE = "no torch.compile: the graphs are compiled already. backend='torch-compile' compiles them with PyTorch"
 _MEMORY = "use_bundle(pipe, bundle, memory='staged'), which keeps one stage at a time in memory"
@@ -32,6 +33,8 @@ REFUSED: dict[str, str] = {
         ("load_lora_adapter", "save_lora_adapter", "load_adapter", "add_adapter", "set_adapter", "set_adapters"), _LORA
     ),
     **dict.fromkeys(("fuse_lora", "unfuse_lora", "enable_lora", "disable_lora", "delete_adapters", "enable_lora_hotswap"), _LORA),
+    **dict.fromkeys(("enable_adapters", "disable_adapters"), _LORA),
+    "unload_lora": _UNLOAD,
     **dict.fromkeys(("enable_gradient_checkpointing", "gradient_checkpointing_enable"), _GRADIENT),
     **dict.fromkeys(("compile", "compile_repeated_blocks"), _COMPILE),
     **dict.fromkeys(("enable_group_offload", "enable_layerwise_casting", "enable_parallelism"), _MEMORY),
@@ -46,6 +49,8 @@ REFUSED_BY_PIPELINES: dict[str, str] = {
 }
 #: Where PyTorch and diffusers keep the hooks of a module.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_diffusers_hook")
+#: Methods that some libraries replace in an instance.
+_REPLACED = ("forward", "encode", "decode")
 Own = TypeVar("Own", bound="BundleModule")
 
 
@@ -56,6 +61,7 @@ def graph_call(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: BundleModule, *args: Any, **kwargs: Any) -> Any:
         self.check_call((*args, *kwargs.values()))
+        self.check_untouched()
         with torch.no_grad():
             return method(self, *args, **kwargs)
 
@@ -82,6 +88,19 @@ def refusing(name: str, instead: str) -> Callable[..., NoReturn]:
     return refuse
 
 
+def members(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """The name and the attributes of a module and of each of its submodules; the module is the first."""
+    return [(name or "it", vars(part)) for name, part in module.named_modules()]
+
+
+def hooked(parts: Iterable[tuple[str, dict[str, Any]]]) -> str | None:
+    """The name of the first of `parts` that has a hook or a replaced method; None if there is none."""
+    for name, own in parts:
+        if any(own.get(hook) for hook in _HOOKS) or any(method in own for method in _REPLACED):
+            return name
+    return None
+
+
 class BundleModule(nn.Module):
     """Base of the stand-ins, in front of the component's class."""
 
@@ -89,11 +108,14 @@ class BundleModule(nn.Module):
     exchange: Exchange
     #: What it stands in for, in a list so that PyTorch does not take it for a submodule.
     _original: list[nn.Module]
+    #: Its submodules, as `members` gives them: to find them anew in each call takes milliseconds.
+    _parts: list[tuple[str, dict[str, Any]]]
 
     def attach(self: Own, name: str, use: Any, original: nn.Module) -> Own:
         """Stand in for `original`, the component `name` of `use.pipe`, with the runtime of `use`. Returns itself."""
         self.component, self.use, self.runtime, self.exchange = name, use, use.runtime, exchange_with(use.runtime.backend)
         self._original = [original]
+        self._parts = members(self)[1:]
         self.eval()
         return self
 
@@ -118,13 +140,8 @@ class BundleModule(nn.Module):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Return itself. Raises UsageError for another device or precision than the bundle's."""
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor):
-                value = value.device
-            if isinstance(value, torch.dtype):
-                check_dtype(value, self.runtime)
-            elif isinstance(value, str | torch.device) or (isinstance(value, int) and not isinstance(value, bool)):
-                check_device(torch.device(f"cuda:{value}" if isinstance(value, int) else value), self.device, self.runtime)
+        load = f"use_bundle(pipe, {str(self.runtime.bundle)!r}"
+        check_moves((*args, *kwargs.values()), self.device, self.runtime, load)
         return self
 
     def cuda(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,42 +197,60 @@ class BundleModule(nn.Module):
                 raise refusal(f"{name}= of {self.component}", f"no {name}")
 
     def check_untouched(self) -> None:
-        """Raise UsageError if somebody put hooks into the submodules, which do not run."""
-        for name, module in self.named_modules():
-            if module is not self and any(getattr(module, hook, None) for hook in _HOOKS):
-                raise refusal(
-                    f"a hook in {self.component}.{name}", "a hook on the component itself, or on the pipeline's own modules"
-                )
+        """Raise UsageError if somebody put hooks into the submodules or replaced their methods, which do not run."""
+        if (name := hooked(self._parts)) is not None:
+            raise refusal(f"a hook in {self.component}.{name}", "a hook on the component itself, or on the pipeline's own modules")
 
 
 for _name, _instead in REFUSED.items():
     setattr(BundleModule, _name, refusing(_name, _instead))
 
 
-def check_dtype(dtype: torch.dtype, runtime: SanaRuntime) -> None:
-    """Raise UsageError for another precision than the bundle's."""
+def check_moves(values: Iterable[Any], own: torch.device, runtime: SanaRuntime, load: str) -> None:
+    """Raise UsageError if the parameters of a call of `to` ask for another device than `own` or another precision.
+
+    load: the beginning of the call that loads the bundle, with its first parameters, for the error.
+    """
+    for value in values:
+        if isinstance(value, Tensor):
+            value = value.device
+        if isinstance(value, torch.dtype):
+            check_dtype(value, runtime, f".to({value})")
+        elif isinstance(value, str | torch.device) or (isinstance(value, int) and not isinstance(value, bool)):
+            _check_device(torch.device(f"cuda:{value}" if isinstance(value, int) else value), own, runtime, load)
+
+
+def check_dtype(dtype: torch.dtype, runtime: SanaRuntime, word: str) -> None:
+    """Raise UsageError for another precision than the bundle's. `word` is what asks for it in the caller's script."""
     options = runtime.manifest.options
     if dtype != getattr(torch, options.dtype):
         precisions = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
         wanted = precisions.get(str(dtype).removeprefix("torch."))
+        export = "" if wanted is None else f", or {export_command(runtime.bundle, runtime.manifest, precision=wanted)}"
         raise UsageError(
             f"{runtime.bundle} cannot change its precision",
             found=str(dtype),
             wanted=f"torch.{options.dtype}, the precision that it was exported in",
-            fix=None
-            if wanted is None
-            else f"leave out .to({dtype}), or {export_command(runtime.bundle, runtime.manifest, precision=wanted)}",
+            fix=f"leave out {word}{export}",
         )
 
 
-def check_device(asked: torch.device, own: torch.device, runtime: SanaRuntime) -> None:
+def _check_device(asked: torch.device, own: torch.device, runtime: SanaRuntime, load: str) -> None:
     """Raise UsageError for another device than the one that the bundle runs on."""
     if asked.type != own.type or (asked.index is not None and asked.index != (own.index or 0)):
-        gpu = asked.type == "cuda"
         raise UsageError(
             f"{runtime.bundle} cannot be moved: it runs on the {own} with the backend {runtime.backend.name}",
             found=f"{asked}",
             wanted=f"{own}, or the bundle loaded for {asked}",
-            fix=f"use_bundle(pipe, {str(runtime.bundle)!r}"
-            + (f", device={asked.index or 0})" if gpu else ", backend='onnxruntime')"),
+            fix=load + (f", device={asked.index or 0})" if asked.type == "cuda" else ", backend='onnxruntime')"),
         )
+
+
+def no_encoder(runtime: SanaRuntime, found: str) -> ArtifactError:
+    """The error for an image that a bundle cannot encode. `found` says where it comes from."""
+    return ArtifactError(
+        f"{runtime.bundle} was exported without the graphs of image-to-image",
+        found=found,
+        wanted="a bundle with the graphs of the group img2img",
+        fix=export_command(runtime.bundle, runtime.manifest, groups=("img2img",)),
+    )

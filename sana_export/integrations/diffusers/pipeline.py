@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sana_export.errors import UsageError
 from sana_export.formats.arrays import Float32
-from sana_export.integrations.diffusers.module import check_device, check_dtype
+from sana_export.integrations.diffusers.module import check_dtype, check_moves
 from sana_export.integrations.diffusers.tensors import exchange_with
 from sana_export.profiles import DECODER_TILE
 from sana_export.runtime.backends.base import CapturingBackend, Loader
@@ -86,9 +86,9 @@ class SanaExportPipeline:
             bundle, backend=backend, device=device, threads=threads, memory=memory, backend_options=backend_options, **others
         )
         try:
-            for wanted in (torch_dtype, dtype):
+            for word, wanted in (("torch_dtype", torch_dtype), ("dtype", dtype)):
                 if wanted is not None:
-                    check_dtype(wanted, runtime)
+                    check_dtype(wanted, runtime, f"{word}={wanted}")
         except UsageError:
             runtime.close()
             raise
@@ -143,11 +143,8 @@ class SanaExportPipeline:
 
     def to(self, *args: Any, **kwargs: Any) -> SanaExportPipeline:
         """Return the pipeline. Raises UsageError for another device or precision than the bundle's."""
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.dtype):
-                check_dtype(value, self.runtime)
-            elif isinstance(value, str | torch.device):
-                check_device(torch.device(value), self.device, self.runtime)
+        load = f"SanaExportPipeline.from_pretrained({str(self.runtime.bundle)!r}"
+        check_moves((*args, *kwargs.values()), self.device, self.runtime, load)
         return self
 
     @property
@@ -205,6 +202,7 @@ class SanaExportPipeline:
         words.setdefault("decoder_tile", self._tile)
         request = Request(**_known(words), output_type={"pt": "np"}.get(output_type, output_type))
         plan = self.runtime.plan(request)
+        _check_generators(generator, plan.latents_shape[0], self.device)
 
         def noise() -> Float32:
             drawn: Float32 = (
@@ -253,7 +251,7 @@ class SanaExportPipeline:
                 return None
             given = {name: torch.from_numpy(tensors[name]).to(self.device) for name in inputs}
             returned = callback(self, index, torch.tensor(timestep), given)
-            runtime._interrupt = self._interrupt
+            runtime.interrupt = self._interrupt
             if not returned:
                 return None
             return {
@@ -300,6 +298,23 @@ class SanaExportSprintPipeline(SanaExportPipeline):
         """
         words = {name: value for name, value in locals().items() if name not in ("self", "others", "__class__")}
         return self._draw({**words, **others})
+
+
+def _check_generators(given: Generators, images: int, device: torch.device) -> None:
+    """Raise UsageError unless there is one generator for all images or for each, on the CPU or on `device`."""
+    generators = given if isinstance(given, list) else [given]
+    if len(generators) not in (1, images):
+        raise UsageError(
+            "generator is a list of another length than the images", found=len(generators), wanted=f"1 or {images} generators"
+        )
+    for generator in generators:
+        if generator is not None and generator.device.type not in ("cpu", device.type):
+            raise UsageError(
+                "the noise cannot be drawn with this generator",
+                found=f"a generator on the device {generator.device}",
+                wanted="one on the CPU" + ("" if device.type == "cpu" else f" or on {device}"),
+                fix="generator=torch.Generator().manual_seed(42)",
+            )
 
 
 def _known(words: Mapping[str, Any]) -> dict[str, Any]:

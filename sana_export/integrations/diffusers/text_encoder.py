@@ -14,7 +14,7 @@ from sana_export.errors import UsageError
 from sana_export.formats.arrays import Float32
 from sana_export.integrations.diffusers.module import BundleModule, graph_call, refusal
 from sana_export.runtime.backends.base import DeviceTensor
-from sana_export.runtime.prompt import PromptTokens
+from sana_export.runtime.prompt import PromptTokens, common_length
 
 
 class BundleTextEncoder(BundleModule, Gemma2Model):  # type: ignore[misc]  # its methods for devices have other signatures
@@ -83,10 +83,3 @@ class BundleTextEncoder(BundleModule, Gemma2Model):  # type: ignore[misc]  # its
             kept = (prefix.shape[3], self.runtime.backend.to_device(np.ascontiguousarray(prefix)))
             self.kept_prefix = kept
         return kept[1]
-
-
-def common_length(left: tuple[int, ...], right: tuple[int, ...]) -> int:
-    """How many of their first elements two sequences share."""
-    return next(
-        (index for index, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), min(len(left), len(right))
-    )

@@ -23,7 +23,7 @@ from sana_export.contract import GraphSpec
 from sana_export.controlnets import fitting
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.graphs.numerics import NUMERICS
-from sana_export.integrations.diffusers.contexts import PromptContext, PromptContexts, same_in_all
+from sana_export.integrations.diffusers.contexts import PromptContexts, same_in_all
 from sana_export.integrations.diffusers.module import BundleModule, graph_call, refusal
 from sana_export.runtime.backends.base import DeviceTensor
 from sana_export.runtime.pipeline import SanaRuntime
@@ -44,16 +44,11 @@ class _Step(BundleModule):
 
     def attach(self, name: str, use: Any, original: nn.Module) -> _Step:
         super().attach(name, use, original)
-        self.attentions = [(block.attn1, block.attn2) for block in self.transformer_blocks]
+        self.attentions = attentions(self)
+        for (own, cross), (theirs, their_cross) in zip(self.attentions, attentions(original), strict=True):
+            own.processor, cross.processor = theirs.processor, their_cross.processor  # PAG's may be set already
         self.contexts = PromptContexts(self.runtime, self.exchange, self.context_graph)
         return self
-
-    def context_of(self, embeds: Tensor, mask: Tensor | None, perturbed: tuple[float, ...]) -> PromptContext:
-        """The context of a call's prompts. Everything that is checked once per prompt is checked when it is new."""
-        made, new = self.contexts.of(embeds, mask, perturbed)
-        if new:
-            self.check_untouched()
-        return made
 
     def number(self, name: str, value: Tensor | float) -> DeviceTensor:
         """A number that is the same for the whole batch, float32 [1]. Raises UsageError if it is not."""
@@ -68,14 +63,10 @@ class _Step(BundleModule):
 
     def processors(self) -> Iterator[tuple[int, type]]:
         """The class of each self-attention's processor. Raises UsageError for one that the bundle cannot follow."""
-        for index, (own, cross) in enumerate(self.attentions):
-            kind, other = plain(own.processor), type(cross.processor)
-            if (kind is not SanaLinearAttnProcessor2_0 and kind not in PERTURBED) or other is not SanaAttnProcessor2_0:
-                strange = other if other is not SanaAttnProcessor2_0 else kind
-                raise refusal(
-                    f"the attention processor {strange.__name__} in block {index}", "the processors of diffusers' Sana pipelines"
-                )
-            yield index, kind
+        if (strange := unknown_processor(self.attentions)) is not None:
+            raise refusal(strange, "the processors of diffusers' Sana pipelines")
+        for index, (own, _) in enumerate(self.attentions):
+            yield index, plain(own.processor)
 
 
 class BundleTransformer(_Step, SanaTransformer2DModel):
@@ -106,6 +97,12 @@ class BundleTransformer(_Step, SanaTransformer2DModel):
             raise refusal("a mixture of PAG's processors", "one of them in all layers")
         return PERTURBED[kinds.pop()]
 
+    def remove_pag(self) -> None:
+        """Give all blocks plain processors: SanaPAGPipeline leaves its own behind if a call fails, and adds to them in the next."""
+        for own, _ in self.attentions:
+            if plain(own.processor) in PERTURBED:
+                own.processor = SanaLinearAttnProcessor2_0()
+
     @graph_call
     def forward(
         self,
@@ -121,7 +118,11 @@ class BundleTransformer(_Step, SanaTransformer2DModel):
     ) -> Any:
         self.check_neutral(attention_mask=attention_mask)
         check_attention_kwargs(attention_kwargs)
-        perturbed = self.perturbed()
+        try:
+            perturbed = self.perturbed()
+        except (ArtifactError, UsageError):
+            self.remove_pag()
+            raise
         if perturbed is None:
             guided = self.config.guidance_embeds is False and same_in_all(hidden_states, 2) and len(hidden_states) % 2 == 0
             perturbed = (0.0, 0.0) if guided else (0.0,)
@@ -133,7 +134,7 @@ class BundleTransformer(_Step, SanaTransformer2DModel):
             )
         batch = len(hidden_states) // len(perturbed)
         latents = hidden_states[:batch]
-        prompts = self.context_of(encoder_hidden_states, encoder_attention_mask, perturbed)
+        prompts = self.contexts.of(encoder_hidden_states, encoder_attention_mask, perturbed)
         feeds: dict[str, Any] = {
             "latents": self.exchange.give(latents),
             "timestep": self.number("timestep", timestep),
@@ -207,7 +208,7 @@ class BundleControlNet(_Step, SanaControlNetModel):
         guided = len(hidden_states) % 2 == 0 and same_in_all(hidden_states, 2) and same_in_all(controlnet_cond, 2)
         branches = 2 if guided else 1
         batch = len(hidden_states) // branches
-        prompts = self.context_of(encoder_hidden_states, encoder_attention_mask, (0.0,) * branches)
+        prompts = self.contexts.of(encoder_hidden_states, encoder_attention_mask, (0.0,) * branches)
         feeds = {
             "latents": self.exchange.give(hidden_states[:batch]),
             "timestep": self.number("timestep", timestep),
@@ -225,6 +226,21 @@ class BundleControlNet(_Step, SanaControlNetModel):
 def plain(processor: Any) -> type:
     """The class of a processor, without the clamp that the reference puts around it."""
     return type(processor.processor if isinstance(processor, ClampedLinearAttnProcessor) else processor)
+
+
+def attentions(module: Any) -> list[tuple[Any, Any]]:
+    """The self- and the cross-attention of each block of a transformer or ControlNet."""
+    return [(block.attn1, block.attn2) for block in module.transformer_blocks]
+
+
+def unknown_processor(blocks: Sequence[tuple[Any, Any]]) -> str | None:
+    """The first attention processor that a bundle cannot follow, in words; None if there is none."""
+    for index, (own, cross) in enumerate(blocks):
+        kind, other = plain(own.processor), type(cross.processor)
+        if (kind is not SanaLinearAttnProcessor2_0 and kind not in PERTURBED) or other is not SanaAttnProcessor2_0:
+            strange = other if other is not SanaAttnProcessor2_0 else kind
+            return f"the attention processor {strange.__name__} in block {index}"
+    return None
 
 
 def pag_layers(names: Sequence[str], blocks: int) -> tuple[int, ...]:

@@ -21,10 +21,9 @@ from diffusers import (
 from torch import nn
 from transformers import Gemma2Model
 
-from sana_export.commands import export_command
-from sana_export.errors import ArtifactError, UsageError
+from sana_export.errors import UsageError
 from sana_export.integrations.diffusers.belonging import CHECKS, ComponentPair, check_plain
-from sana_export.integrations.diffusers.module import REFUSED_BY_PIPELINES, BundleModule, refusing
+from sana_export.integrations.diffusers.module import REFUSED_BY_PIPELINES, BundleModule, no_encoder, refusing
 from sana_export.integrations.diffusers.text_encoder import BundleTextEncoder
 from sana_export.integrations.diffusers.transformer import BundleControlNet, BundleTransformer, no_controlnet
 from sana_export.integrations.diffusers.vae import BundleVae
@@ -102,6 +101,9 @@ def use_bundle(
         if owned:
             runtime.close()
         raise
+    for before in {stand_in.use for stand_in in _present(pipe).values()}:
+        if before.runtime is runtime:  # it stays open, and is closed with this use
+            use.owned, before.owned = use.owned or before.owned, False
     restore(pipe)
     for name, module in made.items():
         _put(pipe, name, module)
@@ -112,14 +114,24 @@ def use_bundle(
 
 def restore(pipe: Any) -> None:
     """Give `pipe` its own components back, and release the bundle that `use_bundle` loaded. Without a bundle nothing happens."""
-    found = {name: module for name in STAND_INS if isinstance(module := getattr(pipe, name, None), BundleModule)}
+    found = _present(pipe)
     for name, module in found.items():
-        _put(pipe, name, module.original)
+        if getattr(pipe, name) is module:
+            _put(pipe, name, module.original)
+        else:  # assigned by the user, which changed the pipeline's config too
+            setattr(pipe, name, module.original)
     for name in REFUSED_BY_PIPELINES if found else ():
         pipe.__dict__.pop(name, None)
     for use in {module.use for module in found.values()}:
         if use.owned:
             use.runtime.close()
+
+
+def _present(pipe: Any) -> dict[str, BundleModule]:
+    """The stand-ins in `pipe`, also those that torch.compile has wrapped."""
+    held = {name: getattr(pipe, name, None) for name in STAND_INS}
+    inner = {name: getattr(module, "_orig_mod", module) for name, module in held.items()}
+    return {name: module for name, module in inner.items() if isinstance(module, BundleModule)}
 
 
 def _put(pipe: Any, name: str, module: nn.Module) -> None:
@@ -131,11 +143,10 @@ def _stand_ins(use: BundleUse) -> dict[str, BundleModule]:
     """A stand-in for each component that `use.pipe` has, checked."""
     pipe, runtime = use.pipe, use.runtime
     _check_graphs(pipe, runtime)
-    made = {}
+    made: dict[str, BundleModule] = {}
+    present = _present(pipe)
     for name, (kind, stand_in) in STAND_INS.items():
-        module = getattr(pipe, name, None)
-        if isinstance(module, BundleModule):
-            module = module.original
+        module = present[name].original if name in present else getattr(pipe, name, None)
         if module is None:
             continue
         pair = ComponentPair(name, module, pipe, runtime)
@@ -161,9 +172,4 @@ def _check_graphs(pipe: Any, runtime: SanaRuntime) -> None:
     if isinstance(pipe, SanaControlNetPipeline) and "controlnet" not in graphs:
         raise no_controlnet(runtime)
     if isinstance(pipe, _ENCODING) and "vae_encoder" not in graphs:
-        raise ArtifactError(
-            f"{runtime.bundle} was exported without the graphs of image-to-image",
-            found=f"a {type(pipe).__name__}, which encodes an image",
-            wanted="a bundle with the graphs of the group img2img",
-            fix=export_command(runtime.bundle, runtime.manifest, groups=("img2img",)),
-        )
+        raise no_encoder(runtime, f"a {type(pipe).__name__}, which encodes an image")

@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
-from torch import Tensor
+from torch import Tensor, nn
 
-from sana_export.commands import export_command
-from sana_export.errors import ArtifactError
-from sana_export.integrations.diffusers.module import BundleModule, graph_call
+from sana_export.integrations.diffusers.module import BundleModule, graph_call, no_encoder
 from sana_export.runtime.plan import Plan, choose_tile
 from sana_export.runtime.request import Request
+
+#: What `enable_tiling` sets.
+_TILING = (
+    *("use_tiling", "tile_sample_min_height", "tile_sample_min_width", "tile_sample_stride_height", "tile_sample_stride_width"),
+    *("tile_latent_min_height", "tile_latent_min_width"),
+)
 
 
 class BundleVae(BundleModule, AutoencoderDC):
@@ -22,6 +26,12 @@ class BundleVae(BundleModule, AutoencoderDC):
     With `enable_tiling`, an image larger than a tile is coded in the bundle's tiles, which give the values of one piece, without
     diffusers' overlap and blending. Images of more than 2048x2048 pixels always are.
     """
+
+    def attach(self, name: str, use: Any, original: nn.Module) -> BundleVae:
+        super().attach(name, use, original)
+        for option in _TILING:  # enable_tiling() may have been called already
+            setattr(self, option, getattr(original, option))
+        return self
 
     @graph_call
     def decode(self, z: Tensor, return_dict: bool = True) -> Any:
@@ -36,12 +46,7 @@ class BundleVae(BundleModule, AutoencoderDC):
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """x [B, 3, H, W] in [-1, 1] -> latents float32 [B, C, h, w], not multiplied by the scaling factor."""
         if "vae_encoder" not in self.runtime.manifest.graphs:
-            raise ArtifactError(
-                f"{self.runtime.bundle} was exported without the graphs of image-to-image",
-                found="no vae_encoder",
-                wanted="a bundle with the graphs of the group img2img",
-                fix=export_command(self.runtime.bundle, self.runtime.manifest, groups=("img2img",)),
-            )
+            raise no_encoder(self.runtime, "no vae_encoder")
         encoded: list[Tensor] = []
         images = x.float().split(1)
         for index, image in enumerate(images):

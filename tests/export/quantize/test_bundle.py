@@ -37,15 +37,15 @@ from sana_export.verify.graph_checks import inputs_for
 from sana_export.verify.graph_file import open_graph
 from sana_export.verify.quantized import check_stored
 from tests.support.lora_files import pair, write
-from tests.support.quantized import SCHEMES, quantized_bundle_in, read_weights, replaced
+from tests.support.quantized import SCHEMES, read_weights, replaced
 
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 2}
 GRAPHS = ("text_encoder", "denoiser")
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_bundle: Path, tiny_checkpoint: Any, build_cache: Path) -> Path:
-    return quantized_bundle_in(build_cache, tiny_bundle, tiny_checkpoint)
+def quantized(quantized_bundle: Path) -> Path:
+    return quantized_bundle
 
 
 @pytest.fixture(scope="module")
