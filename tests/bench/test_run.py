@@ -177,6 +177,7 @@ def in_this_process(worker: Worker) -> dict[str, Any]:
     raise WorkerFailed("loaded, but not here")
 
 
+@pytest.mark.slow
 def test_a_point_of_the_sweep_is_a_run_of_its_own(tiny_bundle: Path, tiny_checkpoint: Any) -> None:
     sweep = ({"height": 96}, {"images_per_prompt": 3})
     work = Workload("sweep", 64, 64, 1, 4.5, ("x",), repeats=2, sweep=sweep)

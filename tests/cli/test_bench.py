@@ -36,6 +36,7 @@ def test_a_slowed_graph_is_caught(
     assert json.loads(files["slowed"].read_text())["agrees"] is True
 
 
+@pytest.mark.slow
 def test_the_last_line_names_the_report(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, cli: Cli) -> None:
     workload = tmp_path / "own.toml"
     workload.write_text(
