@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Protocol
 
@@ -39,6 +39,7 @@ def export_command(
     *,
     precision: str | None = None,
     pag_layers: tuple[int, ...] | None = None,
+    quantize: Mapping[str, str] | None = None,
     loras: Iterable[Lora] = (),
     groups: Iterable[str] = (),
     controlnet: str | None = None,
@@ -51,6 +52,7 @@ def export_command(
     """
     precision = exported.options.precision if precision is None else precision
     layers = exported.options.pag_layers if pag_layers is None else pag_layers
+    schemes = exported.options.quantize if quantize is None else quantize
     model, *model_options = model_words(exported.checkpoint)
     words = ["sana-export", "export", model, "-o", str(_own_folder(bundle)), *model_options]
     if precision != DEFAULT_PRECISION:
@@ -61,8 +63,8 @@ def export_command(
         words += ["--controlnet", controlnet]
     if layers:
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
-    if exported.options.quantize:
-        words += ["--quantize", quantization_words(exported.options.quantize)]
+    if schemes:
+        words += ["--quantize", quantization_words(schemes)]
     for lora in loras:
         words += ["--lora", f"{lora.path}:{scales_text(lora.scale, lora.layer_scales)}"]
     present = {*groups, *(OPTIONAL_GRAPHS[name] for name in exported.graphs if name in OPTIONAL_GRAPHS)}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sana_export.errors import UsageError
-from sana_export.files import real_path
+from sana_export.files import disk_errors, real_path
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,36 @@ class OutputFolder:
         if not self.folder.is_dir():
             return []
         return [path for path in self.folder.iterdir() if path not in (self.partial, self.old, self.lock)]
+
+    def check_replaceable(self, record: str, kind: str, option: str) -> None:
+        """Raise UsageError if there is anything but `kind`, which has the file `record`, or an empty folder.
+
+        `option` is the one that names the folder.
+        """
+        if not self.folder.exists() or (self.folder / record).is_file() or (self.folder.is_dir() and not self.content()):
+            return
+        raise UsageError(
+            f"{self.folder} holds something that is not {kind}",
+            found=f"no {record} in it" if self.folder.is_dir() else "a file",
+            wanted=f"a path that does not exist, an empty folder, or {kind} to replace",
+            fix=shlex.join([option, f"{self.folder}-2"]),
+        )
+
+    @contextlib.contextmanager
+    def written(self, last: str) -> Iterator[Path]:
+        """A new folder to write in. Its content replaces that of the folder at the end of the block, unless the block raises.
+
+        The block writes the file `last` (see `put`). Hold `lock` meanwhile. Raises DependencyError if the disk refuses.
+        """
+        with disk_errors(self.folder):
+            self.restore()
+            shutil.rmtree(self.partial, ignore_errors=True)  # of a process that was killed
+            try:
+                self.partial.mkdir(parents=True)
+                yield self.partial
+                self.put(last)
+            finally:
+                shutil.rmtree(self.partial, ignore_errors=True)
 
     def restore(self) -> None:
         """Undo a `put` that was killed after it had moved the old content away."""

@@ -1,6 +1,6 @@
 """Quantization: the schemes, which layers take one, and what a user may ask for. Tables, and the functions that read them.
 
-A scheme says how a layer's weights and activations are stored. A layer rule says how few bits a layer tolerates, and why not
+A scheme says how a layer's weights are stored. A layer rule says how few bits a layer tolerates, and why not
 fewer. An export applies one scheme to each part of a bundle: to a graph, or to the embedding table.
 """
 
@@ -30,18 +30,12 @@ class Scheme:
     name: str
     #: The type of the weights.
     weights: str
-    #: The type of the activations. None: the bundle's precision, so only the weights are quantized.
-    activations: str | None
-    #: What shares one scale: an output channel, or a block of inputs of one output channel.
-    granularity: str
-    #: The number of weights in a block. 0: no blocks.
+    #: How many inputs of one output channel share a scale. 0: all of them.
     block: int
     #: The first version of ONNX's operator set that can express it.
     opset: int
     #: The compute capabilities of the GPUs that TensorRT-RTX compiles it for.
     capabilities: tuple[str, ...]
-    #: ONNX Runtime has kernels for it.
-    onnxruntime: bool = True
     #: The least cosine of a graph's outputs with those of the same graph of diffusers.
     cosine_limit: float = 0.0
     #: The least PSNR in dB of an image against diffusers'.
@@ -59,11 +53,11 @@ _NEEDS_RANGES = "its activations need calibrated ranges"
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        Scheme("int8-weight", "int8", None, "channel", 0, 19, _ALL_RTX, cosine_limit=0.998, psnr_limit=25.0),
-        Scheme("int4-weight", "int4", None, "block", 32, 21, _ALL_RTX[1:], cosine_limit=0.95, psnr_limit=12.0),
-        Scheme("int8", "int8", "int8", "channel", 0, 19, _ALL_RTX[1:], missing=_NEEDS_RANGES),
-        Scheme("fp8", "fp8", "fp8", "channel", 0, 19, ("8.9", "12.0", "12.1"), missing=_NEEDS_RANGES),
-        Scheme("nvfp4", "fp4", "fp4", "block", 16, 23, ("12.0", "12.1"), onnxruntime=False, missing=_NEEDS_RANGES),
+        Scheme("int8-weight", "int8", 0, 19, _ALL_RTX, cosine_limit=0.998, psnr_limit=25.0),
+        Scheme("int4-weight", "int4", 32, 21, _ALL_RTX[1:], cosine_limit=0.95, psnr_limit=12.0),
+        Scheme("int8", "int8", 0, 19, _ALL_RTX[1:], missing=_NEEDS_RANGES),
+        Scheme("fp8", "fp8", 0, 19, ("8.9", "12.0", "12.1"), missing=_NEEDS_RANGES),
+        Scheme("nvfp4", "fp4", 16, 23, ("12.0", "12.1"), missing=_NEEDS_RANGES),
     )
 }
 #: The schemes that can be exported.
@@ -94,11 +88,14 @@ _TRANSFORMER = (
     LayerRule(r"time_embed\..*\.weight", 16, "its output scales and shifts every block"),
     LayerRule(r"(patch_embed|latents_embed|control_embed|control_in|proj_out|outputs\.\d+)\.weight", 16, _SMALL),
 )
+_CONTEXT = (LayerRule(r"\.weight", 16, "cross-attention's keys and values: published 4-bit Sana keeps them in 16 bits"),)
 _AUTOENCODER = (
     LayerRule(r"\.qkv|\.attention\.out|\.inverted\.weight|\.point\.weight|\.conv[12]\.weight", 8, "4 bits were never tried"),
     LayerRule(r"\.depthwise\.weight|\.aggregations\.\d+\.\w+\.weight", 16, "few weights for each channel"),
     LayerRule(
-        r"stages\.\d+\.\d+\.weight", 16, "contains the ones of its shortcut, which set a scale too coarse for its other weights"
+        r"stages\.\d+\.\d+\.weight",
+        16,
+        "contains the 1.0 weights of its shortcut, which set a scale too coarse for its other weights",
     ),
     LayerRule(r"conv_(in|out)\.weight", 16, "small, and the whole image depends on it"),
 )
@@ -106,10 +103,10 @@ _AUTOENCODER = (
 LAYERS: dict[str, tuple[LayerRule, ...]] = {
     EMBEDDINGS: (LayerRule("embed_tokens", 8, "rows are looked up, not multiplied: 8 bits with a scale for each row"),),
     "text_encoder": (LayerRule(r"\.(qkv|out|gate|up|down)\.weight", 4, "weight-only 4 bits are common for language models"),),
-    "context": (LayerRule(r"\.weight", 16, "cross-attention's keys and values: published 4-bit Sana keeps them in 16 bits"),),
+    "context": _CONTEXT,
     "denoiser": _TRANSFORMER,
     "controlnet": _TRANSFORMER,
-    "controlnet_context": (LayerRule(r"\.weight", 16, "as context"),),
+    "controlnet_context": _CONTEXT,
     "vae_decoder": _AUTOENCODER,
     "vae_encoder": _AUTOENCODER,
 }
@@ -152,13 +149,15 @@ def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[s
             what = f"for {part}" if part else "for all parts"
             raise UsageError(f"two quantization schemes {what}", found=f"{given[part]} and {scheme}", wanted="one of them")
         if part and part not in PARTS:
-            raise UsageError(
-                f"nothing of {part!r} can be quantized", found=word, wanted=f"SCHEME, or PART=SCHEME with {', '.join(PARTS)}"
-            )
+            why = f": {_reason(part)}" if part in LAYERS else ""
+            wanted = f"SCHEME, or PART=SCHEME with {', '.join(PARTS)}"
+            raise UsageError(f"nothing of {part!r} can be quantized{why}", found=word, wanted=wanted)
         _check_scheme(scheme)
         if part and scheme != NONE and (better := _tolerated(part, scheme)) != scheme:
             wanted, fix = f"at least {SCHEMES[better].bits} bits", f"--quantize {part}={better}"
-            raise UsageError(f"{part} does not take {scheme}", found=f"{SCHEMES[scheme].bits} bits", wanted=wanted, fix=fix)
+            raise UsageError(
+                f"{part} does not take {scheme}: {_reason(part)}", found=f"{SCHEMES[scheme].bits} bits", wanted=wanted, fix=fix
+            )
         given[part] = scheme
     present = {EMBEDDINGS, *map(part_of, graphs)}
     exported = [part for part in PARTS if part in present]
@@ -172,6 +171,11 @@ def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[s
 def _tolerated(part: str, scheme: str) -> str:
     """`scheme`, or `FALLBACK` if no layer of `part` tolerates so few bits."""
     return scheme if SCHEMES[scheme].bits >= min(rule.bits for rule in LAYERS[part]) else FALLBACK.name
+
+
+def _reason(part: str) -> str:
+    """Why no layer of `part` tolerates fewer bits than its most tolerant one."""
+    return min(LAYERS[part], key=lambda rule: rule.bits).reason
 
 
 def quantization_words(chosen: Mapping[str, str]) -> str:
@@ -193,11 +197,11 @@ def _check_scheme(name: str) -> None:
         )
 
 
-def check_target(part: str, name: str, backend: str, capabilities: Collection[str], command: str) -> None:
+def check_target(part: str, name: str, backend: str, capabilities: Collection[str], *, fix: str) -> None:
     """Raise UsageError unless engines of `backend` for these compute capabilities can have the scheme `name` of `part`.
 
-    No compute capability means a portable engine. `command` builds for others: it ends before their names. For TensorRT the table
-    is an assumption: it was never run.
+    No compute capability means a portable engine. `fix` is the command that exports `part` with `FALLBACK`, which has every target.
+    For TensorRT the table is an assumption: it was never run.
     """
     possible = SCHEMES[name].capabilities
     refused = [capability for capability in capabilities if capability in _ALL_RTX and capability not in possible]
@@ -206,5 +210,5 @@ def check_target(part: str, name: str, backend: str, capabilities: Collection[st
             f"{backend} has no {SCHEMES[name].weights} for compute capability {', '.join(refused)}",
             found=f"{part} quantized with {name}",
             wanted=f"compute capability {', '.join(possible)}, or another scheme for {part}",
-            fix=f"{command} --compute-capability {possible[-1]}",
+            fix=fix,
         )

@@ -328,10 +328,11 @@ def browser(packages: None) -> str:
     return found
 
 
-@pytest.fixture(scope="session", params=["fp32", "fp16"])
+@pytest.fixture(scope="session", params=["fp32", "fp16", "fp16-int4-weight"])
 def drawing_bundle(request: pytest.FixtureRequest, build_cache: Path) -> Path:
     """A bundle of `tiny`, which draws."""
-    return exported("tiny", build_cache / f"tiny-trained-{request.param}", request.param)
+    precision, _, scheme = request.param.partition("-")
+    return exported("tiny", build_cache / f"tiny-trained-{request.param}", precision, quantize=(scheme,) if scheme else ())
 
 
 @pytest.fixture(scope="session")

@@ -72,9 +72,12 @@ def test_words_choose_schemes(words: list[str], chosen: dict[str, str]) -> None:
         (["fp8"], ["fp8 is not available yet: its activations need calibrated ranges", "--quantize int8-weight"]),
         (["denoiser=nvfp4"], ["nvfp4 is not available yet"]),
         (["unet=int8-weight"], ["nothing of 'unet' can be quantized", "embeddings, text_encoder, denoiser"]),
-        (["context=int8-weight"], ["nothing of 'context' can be quantized"]),
+        (["context=int8-weight"], ["nothing of 'context' can be quantized: cross-attention's keys and values"]),
         (["vae_encoder=int8-weight"], ["the graph vae_encoder is not exported", "--graphs"]),
-        (["vae_decoder=int4-weight"], ["vae_decoder does not take int4-weight", "--quantize vae_decoder=int8-weight"]),
+        (
+            ["vae_decoder=int4-weight"],
+            ["vae_decoder does not take int4-weight: 4 bits were never tried", "--quantize vae_decoder=int8-weight"],
+        ),
         (["int8-weight", "int4-weight"], ["two quantization schemes for all parts", "int8-weight and int4-weight"]),
         (["denoiser=none", "denoiser=int8-weight"], ["two quantization schemes for denoiser"]),
     ],
@@ -122,14 +125,14 @@ def test_a_layer_that_the_blocks_do_not_fit_takes_8_bits() -> None:
 
 
 def test_a_target_without_the_type_is_refused() -> None:
-    check_target("denoiser", "int8-weight", "tensorrt-rtx", ("7.5", "12.0"), "build")
-    check_target("denoiser", "int4-weight", "tensorrt-rtx", (), "build")
-    with pytest.raises(UsageError) as error:
-        check_target("denoiser", "int4-weight", "tensorrt-rtx", ("7.5", "8.9"), "sana-export build b --backend tensorrt-rtx")
-    assert "tensorrt-rtx has no int4 for compute capability 7.5" in str(error.value)
-    assert error.value.fix == "sana-export build b --backend tensorrt-rtx --compute-capability 12.1"
+    check_target("denoiser", "int8-weight", "tensorrt-rtx", ("7.5", "12.0"), fix="")
+    check_target("denoiser", "int4-weight", "tensorrt-rtx", (), fix="")
+    with pytest.raises(UsageError, match=r"tensorrt-rtx has no int4 for compute capability 7\.5") as error:
+        check_target("denoiser", "int4-weight", "tensorrt-rtx", ("7.5", "8.9"), fix="export it again")
+    assert error.value.fix == "export it again"
     with pytest.raises(UsageError, match=r"no fp4 for compute capability 8\.9"):
-        check_target("denoiser", "nvfp4", "tensorrt-rtx", ("8.9",), "build")
+        check_target("denoiser", "nvfp4", "tensorrt-rtx", ("8.9",), fix="")
+    assert set(FALLBACK.capabilities) == set(RTX_CAPABILITIES), "the fix has every target"
 
 
 def test_the_export_command_repeats_the_schemes() -> None:

@@ -28,7 +28,16 @@ FOLDER = Path(__file__).parents[1] / "tests" / "trt" / "interfaces"
 CLASSES = (
     *("Builder", "BuilderFlag", "ComputeCapability", "CudaGraphStrategy", "DataType", "DynamicShapesKernelSpecializationStrategy"),
     *("EngineInvalidityDiagnostics", "EngineValidity", "ExecutionContextAllocationStrategy", "HardwareCompatibilityLevel"),
-    *("EngineInspector", "IBuilderConfig", "ICudaEngine", "IExecutionContext", "IHostMemory", "ILogger", "INetworkDefinition"),
+    *(
+        "EngineInspector",
+        "IBuilderConfig",
+        "ICudaEngine",
+        "IExecutionContext",
+        "IHostMemory",
+        "ILayer",
+        "ILogger",
+        "INetworkDefinition",
+    ),
     *("IOptimizationProfile", "IProfiler", "IProgressMonitor", "IRuntimeCache", "IRuntimeConfig", "IStreamWriter", "ITensor"),
     *("ITimingCache", "LayerInformationFormat", "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "PreviewFeature"),
     *("ProfilingVerbosity", "Refitter", "Runtime", "Weights"),

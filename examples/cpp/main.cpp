@@ -1,142 +1,149 @@
 // sana: draws an image with a bundle. See README.md.
 
-#include <cctype>
-#include <cerrno>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <functional>
 #include <iostream>
-#include <map>
-#include <nlohmann/json.hpp>
-#include <optional>
+#include <iterator>
 #include <random>
-#include <string>
-#include <vector>
 
-#include "errors.h"
 #include "pipeline.h"
+#include "png.h"
 
-namespace {
+namespace sana {
 
-constexpr long kMostSide = 8192, kMostSteps = 1000;
-constexpr double kMostGuidance = 1000;
-const char* const kUsage =
-    "usage: sana BUNDLE PROMPT OUT.png|OUT.ppm [options]\n"
+using Words = std::vector<std::string>;
+
+const char* const kHelp =
+    "usage: sana BUNDLE PROMPT OUT.png [options]\n"
     "\n"
-    "  --seed N             a number from -2**63 to 2**64 - 1 (default: drawn)\n"
-    "  --steps N            steps (default: the bundle's)\n"
-    "  --guidance X         classifier-free guidance; 1 or less: none (default: the bundle's)\n"
-    "  --negative TEXT      negative prompt\n"
+    "  --seed N                a number from -2**63 to 2**64 - 1 (default: drawn)\n"
+    "  --steps N               steps (default: the bundle's)\n"
+    "  --guidance X            classifier-free guidance; 1 or less: none (default: the bundle's)\n"
+    "  --negative TEXT         negative prompt\n"
     "  --width N, --height N   pixels (default: the bundle's native size)\n";
 
-struct Arguments {
-    std::vector<std::string> positional;
-    std::string negative;
-    std::optional<std::uint64_t> seed;
-    std::optional<long> steps, width, height;
-    std::optional<double> guidance;
-};
-
-/// `text` as `convert` reads it. Throws UsageError unless `convert` reads all of it.
-template <typename Convert>
-auto parsed(const std::string& option, const std::string& text, Convert convert) {
-    char* end = nullptr;
-    errno = 0;
-    const auto value = convert(text.c_str(), &end);
-    if (errno != 0 || text.empty() || std::isspace(static_cast<unsigned char>(text[0])) || *end != '\0')
-        throw sana::UsageError(option + " is not a number in its range: " + text);
+/// A number as JSON writes it, which has 64 bits for seeds.
+Json parsed(const std::string& option, const std::string& text) {
+    const Json value = Json::parse(text, nullptr, false);
+    if (!value.is_number()) throw Error(kUsage, option + " is not a number: " + text);
     return value;
 }
 
-long whole(const std::string& option, const std::string& text, long most) {
-    const long value = parsed(option, text, [](const char* start, char** end) { return std::strtol(start, end, 10); });
-    if (value < 1 || value > most) throw sana::UsageError(option + " is " + text + ", wanted: 1 to " + std::to_string(most));
-    return value;
+std::uint64_t parsed_seed(const std::string& text) {
+    const Json seed = parsed("--seed", text);
+    if (!seed.is_number_integer()) throw Error(kUsage, "--seed is out of range: " + text + ", wanted: -2**63 to 2**64 - 1");
+    return seed.get<std::uint64_t>();  // modulo 2**64
 }
 
-double real(const std::string& option, const std::string& text) {
-    const double value = parsed(option, text, [](const char* start, char** end) { return std::strtod(start, end); });
-    if (!(std::abs(value) <= kMostGuidance)) throw sana::UsageError(option + " is " + text + ", wanted: at most 1000");
-    return value;
-}
-
-std::uint64_t seed(const std::string& option, const std::string& text) {
-    if (!text.empty() && text[0] == '-')
-        return static_cast<std::uint64_t>(
-            parsed(option, text, [](const char* start, char** end) { return std::strtoll(start, end, 10); }));
-    return parsed(option, text, [](const char* start, char** end) { return std::strtoull(start, end, 10); });
-}
-
-Arguments parse(const std::vector<std::string>& words) {
-    Arguments arguments;
-    const std::map<std::string, std::function<void(const std::string&, const std::string&)>> options = {
-        {"--seed", [&](auto& option, auto& text) { arguments.seed = seed(option, text); }},
-        {"--steps", [&](auto& option, auto& text) { arguments.steps = whole(option, text, kMostSteps); }},
-        {"--guidance", [&](auto& option, auto& text) { arguments.guidance = real(option, text); }},
-        {"--negative", [&](auto&, auto& text) { arguments.negative = text; }},
-        {"--width", [&](auto& option, auto& text) { arguments.width = whole(option, text, kMostSide); }},
-        {"--height", [&](auto& option, auto& text) { arguments.height = whole(option, text, kMostSide); }},
-    };
+void run(const Words& words) {
+    Words places;
+    std::map<std::string, std::string> options;
     for (std::size_t i = 0; i < words.size(); ++i) {
-        if (const auto option = options.find(words[i]); option != options.end()) {
-            if (i + 1 == words.size()) throw sana::UsageError(words[i] + " needs a value");
-            option->second(words[i], words[i + 1]);
-            ++i;
-        } else if (words[i].rfind("--", 0) == 0) {
-            throw sana::UsageError("unknown option " + words[i] + "\n" + kUsage);
-        } else {
-            arguments.positional.push_back(words[i]);
+        if (words[i].rfind("--", 0) != 0) {
+            places.push_back(words[i]);
+            continue;
         }
+        const Words known = {"--seed", "--steps", "--guidance", "--negative", "--width", "--height"};
+        if (std::find(known.begin(), known.end(), words[i]) == known.end())
+            throw Error(kUsage, "unknown option " + words[i] + "\n" + kHelp);
+        if (i + 1 == words.size()) throw Error(kUsage, words[i] + " needs a value");
+        options[words[i]] = words[i + 1];
+        ++i;
     }
-    if (arguments.positional.size() != 3) throw sana::UsageError(kUsage);
-    return arguments;
-}
+    if (places.size() != 3) throw Error(kUsage, kHelp);
+    const fs::path output = fs::u8path(places[2]);
+    if (output.extension() != ".png")
+        throw Error(kUsage, "unsupported image format: " + places[2] + ", wanted: a name that ends in .png");
 
-void run(const Arguments& arguments) {
-    const std::filesystem::path output = std::filesystem::u8path(arguments.positional[2]);
-    sana::check_image_path(output);
-    const std::string version = sana::onnxruntime_version();
-    const sana::Bundle bundle(std::filesystem::u8path(arguments.positional[0]), sana::graphs_of_a_drawing());
-    const sana::Model& model = bundle.model();
-    const auto native = static_cast<long>(model.sample_size * model.vae_scale_factor);
+    const Bundle bundle(fs::u8path(places[0]));
+    const auto given = [&](const std::string& option, const Json& otherwise) {
+        return options.count(option) ? parsed(option, options.at(option)) : otherwise;
+    };
+    const auto whole = [&](const std::string& option, std::int64_t otherwise, std::int64_t most) {
+        return integer(given(option, otherwise), option, 1, most, kUsage);
+    };
+    const std::int64_t native = bundle.sample_size * bundle.vae_scale_factor;
+    Request request{};
+    request.prompt = places[1];
+    request.negative_prompt = options["--negative"];
+    request.seed = options.count("--seed") ? parsed_seed(options.at("--seed")) : std::random_device()();
+    request.steps = static_cast<int>(whole("--steps", bundle.default_steps, 1000));
+    request.guidance_scale = number(given("--guidance", bundle.default_guidance_scale), "--guidance", -1000, 1000, kUsage);
+    request.width = whole("--width", native, 8192);
+    request.height = whole("--height", native, 8192);
 
-    sana::Request request{};
-    request.prompt = arguments.positional[1];
-    request.negative_prompt = arguments.negative;
-    request.seed = arguments.seed ? *arguments.seed : std::random_device()();
-    request.steps = static_cast<int>(arguments.steps.value_or(static_cast<long>(model.default_steps)));
-    request.guidance_scale = arguments.guidance.value_or(model.default_guidance_scale);
-    request.width = static_cast<std::size_t>(arguments.width.value_or(native));
-    request.height = static_cast<std::size_t>(arguments.height.value_or(native));
-
-    const sana::Drawing drawing = sana::draw(bundle, request);
-    sana::save(drawing.image, output);
+    const Drawing drawing = draw(bundle, request);
+    save_png(drawing.rgb, request.width, output);
     if (drawing.dropped) std::cerr << "the prompt is too long: its last " << drawing.dropped << " tokens were dropped\n";
-    std::cout << output.string() << ": " << request.width << "x" << request.height << ", seed " << request.seed << ", "
-              << request.steps << " steps, ONNX Runtime " << version << "\n"
-              << "text encoder " << drawing.encoding << " s, denoising " << drawing.denoising << " s, decoder " << drawing.decoding
-              << " s\n";
+    std::cout << output.string() << ": " << request.width << "x" << request.height << ", seed " << request.seed << ", " << request.steps
+              << " steps\n";
 }
 
-}  // namespace
+template <typename Values>
+void print(const Values& values) {
+    for (const auto value : values) std::cout << value << ' ';
+    std::cout << '\n';
+}
+
+/// `sana --parts`: prints what this program computes itself. For tests, and for whoever writes another reader.
+/// Floating-point numbers are hexadecimal, so that no bit is lost.
+///
+///   tokens BUNDLE PROMPT      ids of the prompt after the instruction, then of the prompt alone
+///   encode TOKENIZER TEXT...  ids of each text as it is
+///   lower                     the text on standard input as a prompt is tokenized: in lower case and stripped
+///   noise SEED COUNT          as many values
+///   schedule BUNDLE STEPS     a line for each step: timestep, 8 coefficients
+void print_part(Words words) {
+    words.resize(std::max<std::size_t>(words.size(), 3));
+    const fs::path path = fs::u8path(words[1]);
+    std::cout << std::hexfloat;
+    if (words[0] == "tokens") {
+        const Bundle bundle(path);
+        const PromptReader reader(bundle);
+        for (const bool after_instruction : {true, false}) print(reader.tokenize(words[2], after_instruction).ids);
+    } else if (words[0] == "encode") {
+        const Tokenizer tokenizer(path);
+        for (std::size_t i = 2; i < words.size(); ++i) print(tokenizer.encode(words[i]));
+    } else if (words[0] == "lower") {
+        std::cout << normalized_prompt({std::istreambuf_iterator<char>(std::cin), {}});
+    } else if (words[0] == "noise") {
+        print(draw_noise(parsed_seed(words[1]), parsed("COUNT", words[2])));
+    } else if (words[0] == "schedule") {
+        for (const Step& step : make_schedule(Bundle(path).scheduler, parsed("STEPS", words[2]))) {
+            std::cout << step.timestep << ' ';
+            print(step.coefficients);
+        }
+    } else {
+        throw Error(kUsage, "main.cpp lists the parts");
+    }
+}
+
+}  // namespace sana
 
 int main(int count, char** words) {
-    if (count == 2 && std::string(words[1]) == "--help") {
-        std::cout << kUsage;
-        return 0;
-    }
+    const std::vector<std::string> arguments(words + std::min(count, 1), words + count);
+    const std::string first = arguments.empty() ? "" : arguments[0];
     try {
-        run(parse({words + 1, words + count}));
+        if (!OrtGetApiBase()->GetApi(ORT_API_VERSION))
+            throw sana::Error(sana::kMachine, "ONNX Runtime " + std::string(OrtGetApiBase()->GetVersionString()) +
+                                                  " is older than the headers that this program was built with");
+        if (first == "--help") {
+            std::cout << sana::kHelp;
+        } else if (first == "--parts") {
+            sana::print_part({arguments.begin() + 1, arguments.end()});
+        } else {
+            sana::run(arguments);
+        }
         return 0;
     } catch (const sana::Error& error) {
         std::cerr << "error: " << error.what() << "\n";
         return error.code;
-    } catch (const nlohmann::json::exception& error) {
+    } catch (const nlohmann::json::exception& error) {  // a key that is missing, a value of another type
         std::cerr << "error: the bundle is damaged: " << error.what() << "\n";
-        return 4;
+        return sana::kBundle;
+    } catch (const Ort::Exception& error) {
+        std::cerr << "error: ONNX Runtime: " << error.what() << "\n";
+        return sana::kMachine;
     } catch (const std::exception& error) {  // no memory, a file that went away
         std::cerr << "error: " << error.what() << "\n";
-        return 3;
+        return sana::kMachine;
     }
 }

@@ -16,12 +16,14 @@ export async function openPipeline(bundle, ort, Tokenizer, provider) {
   }
   const text = await openText(bundle, Tokenizer);
   const graphs = {};
+  // ONNX Runtime rounds the activations before 4-bit weights to 8 bits otherwise.
+  const extra = { session: { qdq_matmulnbits_accuracy_level: "1" } };
   for (const name of GRAPHS) {
     const { spec, onnx, data } = bundle.graph(name);
     const file = await bundle.read(onnx);
     const externalData = [];
     for (const entry of data) externalData.push({ path: entry.path.split("/").pop(), data: await bundle.read(entry) });
-    graphs[name] = { spec, session: await ort.InferenceSession.create(file, { executionProviders: [provider], externalData }) };
+    graphs[name] = { spec, session: await ort.InferenceSession.create(file, { executionProviders: [provider], externalData, extra }) };
   }
   return new Pipeline(model, text, graphs, ort);
 }

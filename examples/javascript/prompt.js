@@ -17,13 +17,15 @@ export async function openText(bundle, Tokenizer) {
   const tokenizer = new Tokenizer(JSON.parse(new TextDecoder().decode(await read(0, Infinity))), {});
   const stored = await bundle.open("instruction.safetensors");
   const [tokenIds, prefix, bosRow] = await Promise.all(["token_ids", "prefix", "bos_row"].map((name) => openTensor(stored, name)));
-  const table = await openTensor(await bundle.open("embeddings.safetensors"), "embed_tokens.weight");
+  const embeddings = await bundle.open("embeddings.safetensors");
+  const table = await openTensor(embeddings, "embed_tokens.weight");
+  const scales = table.dtype === "I8" ? await openTensor(embeddings, "embed_tokens.scale") : null;
   const ids = await tokenIds.values();
   if (String(tokenizer.encode(instruction).ids) !== String(ids)) {
     throw new UserError("The bundle's tokenizer does not belong to its instruction. Export the bundle again.");
   }
   const [prefixValues, bosValues] = [await prefix.values(), await bosRow.values()];
-  return new Text({ maxRows, tokenizer, tokenIds: ids, table, prefixShape: prefix.shape, prefixValues, bosRow: bosValues });
+  return new Text({ maxRows, tokenizer, tokenIds: ids, table, scales, prefixShape: prefix.shape, prefixValues, bosRow: bosValues });
 }
 
 class Text {
@@ -46,10 +48,17 @@ class Text {
   /** The rows [ids, C] of the embedding table. Each is read once. */
   async embed(ids) {
     const channels = this.table.shape[1];
-    for (const id of ids) if (!this.rows.has(id)) this.rows.set(id, this.table.values(id * channels, channels));
+    for (const id of ids) if (!this.rows.has(id)) this.rows.set(id, this.row(id, channels));
     const values = new Float32Array(ids.length * channels);
     for (const [i, id] of ids.entries()) values.set(await this.rows.get(id), i * channels);
     return values;
+  }
+
+  /** One row. A quantized one is integers, and a number to multiply them with. */
+  async row(id, channels) {
+    const values = await this.table.values(id * channels, channels);
+    const [scale] = this.scales ? await this.scales.values(id, 1) : [1];
+    return values.map((value) => value * scale);
   }
 
   /** The instruction's keys and values for its first `shared` tokens, and their shape [layers, 2, heads, shared, dim]. */

@@ -7,10 +7,11 @@ const DTYPES = {
   F32: [4, (bytes) => new Float32Array(bytes.buffer)],
   F16: [2, (bytes) => Float32Array.from(new Uint16Array(bytes.buffer), fromHalf)],
   BF16: [2, (bytes) => new Float32Array(Uint32Array.from(new Uint16Array(bytes.buffer), (bits) => bits << 16).buffer)],
+  I8: [1, (bytes) => Float32Array.from(new Int8Array(bytes.buffer))],
   I64: [8, (bytes) => Array.from(new BigInt64Array(bytes.buffer), Number)],
 };
 
-/** The tensor `name` of a file that `read(start, stop)` gives bytes of: its `shape`, and `values(first, count)` in flat order. */
+/** The tensor `name` of a file that `read(start, stop)` gives bytes of: its `dtype`, its `shape`, and `values(first, count)` in flat order. */
 export async function openTensor(read, name) {
   const length = Number(new DataView((await read(0, 8)).buffer).getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(await read(8, 8 + length)));
@@ -20,7 +21,7 @@ export async function openTensor(read, name) {
   const start = 8 + length + tensor.data_offsets[0];
   const total = tensor.shape.reduce((product, side) => product * side, 1);
   const values = async (first = 0, count = total) => decode(await read(start + first * size, start + (first + count) * size));
-  return { shape: tensor.shape, values };
+  return { dtype: tensor.dtype, shape: tensor.shape, values };
 }
 
 function fromHalf(bits) {

@@ -221,7 +221,7 @@ def open_checkpoint(
     elif named is not None and named.embedded:
         folder = EMBEDDED / named.alias
     elif local:
-        folder, named = Path(model), None
+        folder, named, revision = Path(model), None, None
     elif Path(model).is_file():
         raise a_file(Path(model))
     elif named is not None or may_be_hub_id(model):

@@ -18,6 +18,7 @@ from sana_export.hub.client import Hub
 from sana_export.hub.names import is_address
 from sana_export.manifest import Manifest
 from sana_export.numeric import MOST_DEVICES, MOST_THREADS, shown
+from sana_export.runtime.memory import AUTO
 from sana_export.user_paths import user_path
 
 #: No option takes a number with more digits.
@@ -96,10 +97,16 @@ def _bundle_name(text: str) -> str:
 
 
 def bundle_to_read(options: argparse.Namespace, *, backend: str | None = None) -> Path:
-    """The folder of BUNDLE (`find_bundle`). `backend`: what runs it; None: anything may."""
-    from sana_export.hub.bundles.source import find_bundle
+    """The folder of BUNDLE (`find_bundle`). `backend`: what runs it; None or "auto": anything may.
 
-    return find_bundle(options.bundle, hub=hub_options(options), backend=backend, device=getattr(options, "device", None))
+    Raises UsageError for an unknown backend, before anything is downloaded.
+    """
+    from sana_export.hub.bundles.source import find_bundle
+    from sana_export.runtime.backends import check_backend
+
+    check_backend(backend or AUTO)
+    named = None if backend == AUTO else backend
+    return find_bundle(options.bundle, hub=hub_options(options), backend=named, device=getattr(options, "device", None))
 
 
 def hub_options(options: Any) -> Hub:

@@ -46,6 +46,8 @@ from sana_export.variants import SPRINT_STEPS, STEPS
 log = logging.getLogger(__name__)
 
 JOURNAL = "export.json"
+#: What an export replaces (`OutputFolder.check_replaceable`).
+_REPLACEABLE = FILE_NAME, "a bundle", "-o"
 MAX_SEQUENCE_LENGTH = 300
 
 
@@ -83,7 +85,7 @@ def export_bundle(
     options = dataclasses.replace(options, quantize=choose_quantization(quantize, names))
     if uses_encoder(names):
         check_encoder(checkpoint)
-    check_replaceable(place)  # before anything is written into it
+    place.check_replaceable(*_REPLACEABLE)  # before anything is written into it
     with locked(place.lock, lambda: log.warning("another process exports to %s: waiting for it", output), remove=True):
         return _export(checkpoint, place, options, names, on_progress)
 
@@ -208,25 +210,12 @@ def export_key(checkpoint: SanaCheckpoint, options: Options, names: Iterable[str
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def check_replaceable(place: OutputFolder) -> None:
-    """Raise UsageError if there is anything at `place` but a bundle or an empty folder."""
-    output = place.folder
-    empty = output.is_dir() and not place.content()
-    if output.exists() and not empty and not (output / FILE_NAME).is_file():
-        raise UsageError(
-            f"{output} holds something that is not a bundle",
-            found="no manifest.json in it",
-            wanted="a path that does not exist, an empty folder or an older bundle",
-            fix="choose another output folder with -o",
-        )
-
-
 def existing_bundle(place: OutputFolder) -> Manifest | None:
     """The manifest of the bundle at `place`. None if there is nothing, an empty folder or a damaged bundle.
 
     Raises UsageError if there is anything else.
     """
-    check_replaceable(place)
+    place.check_replaceable(*_REPLACEABLE)
     output = place.folder
     if not place.content():
         return None

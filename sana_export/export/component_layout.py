@@ -31,7 +31,7 @@ from sana_export.export.bundle import choose_options, export_key
 from sana_export.export.meter import ExportMeter
 from sana_export.export.onnx import check_onnx, check_values, export_onnx, run_module
 from sana_export.export.size import OVERHEAD, graph_bytes
-from sana_export.files import FileEntry, check_files, disk_errors, file_entry, locked, require_free, write_whole
+from sana_export.files import FileEntry, check_files, file_entry, locked, require_free, write_whole
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.graphs.components import TextEncoderComponent, TransformerComponent, VaeDecoderComponent, VaeEncoderComponent
 from sana_export.graphs.numerics import NUMERICS
@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 #: The file that says what a layout was made from.
 RECORD = "sana_layout.json"
+#: What an export replaces (`OutputFolder.check_replaceable`).
+_REPLACEABLE = RECORD, "an exported layout", "-o"
 ONNX = "model.onnx"
 #: The name that optimum gives to a file of weights.
 WEIGHTS = "model.onnx_data"
@@ -139,7 +141,7 @@ def export_components(
         )
     options = choose_options(checkpoint, precision, (), clamp)
     specs = component_specs(checkpoint)
-    check_replaceable(place)
+    place.check_replaceable(*_REPLACEABLE)
     with locked(place.lock, lambda: log.warning("another process exports to %s: waiting for it", output), remove=True):
         return _export(checkpoint, place, options, specs, on_progress)
 
@@ -149,27 +151,22 @@ def _export(
 ) -> ComponentLayout:
     """`export_components` while this process holds the lock on the place."""
     key = export_key(checkpoint, options, specs, __name__)
-    output, partial = place.folder, place.partial
+    output = place.folder
     place.restore()
     if (existing := existing_layout(place)) is not None and existing.export_key == key:
         log.info("%s is up to date", output)
         return existing
     sizes = {name: component_bytes(name, checkpoint, options) for name in specs}
     meter = ExportMeter(sizes, on_progress)
-    with disk_errors(output):
-        require_free(output.parent, sum(sizes.values()) + OVERHEAD, f"the layout {output}")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-            for name, spec in specs.items():
-                with meter.step(name, name):
-                    export_component(name, spec, checkpoint, options, partial / name)
-            _copy_files(checkpoint, partial)
-            files = tuple(file_entry(partial, path) for path in sorted(partial.rglob("*")) if path.is_file())
-            layout = ComponentLayout(checkpoint.record(), options, specs, files, key)
-            write_whole(partial / RECORD, json.dumps(dataclasses.asdict(layout), indent=2))
-            place.put(last=RECORD)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    require_free(output.parent, sum(sizes.values()) + OVERHEAD, f"the layout {output}")
+    with place.written(last=RECORD) as partial:
+        for name, spec in specs.items():
+            with meter.step(name, name):
+                export_component(name, spec, checkpoint, options, partial / name)
+        _copy_files(checkpoint, partial)
+        files = tuple(file_entry(partial, path) for path in sorted(partial.rglob("*")) if path.is_file())
+        layout = ComponentLayout(checkpoint.record(), options, specs, files, key)
+        write_whole(partial / RECORD, json.dumps(dataclasses.asdict(layout), indent=2))
     meter.done()
     log.info("exported in %.0f s with a peak of %.2f GB of memory", meter.seconds, peak_rss_bytes() / 1e9)
     return layout
@@ -285,22 +282,9 @@ def component_bytes(name: str, checkpoint: SanaCheckpoint, options: Options) -> 
     return own + (table if name == "text_encoder" else 0)
 
 
-def check_replaceable(place: OutputFolder) -> None:
-    """Raise UsageError if there is anything at `place` but a layout that an export wrote, or an empty folder."""
-    output = place.folder
-    empty = output.is_dir() and not place.content()
-    if output.exists() and not empty and not (output / RECORD).is_file():
-        raise UsageError(
-            f"{output} holds something that is not an exported layout",
-            found=f"no {RECORD} in it",
-            wanted="a path that does not exist, an empty folder or an older layout",
-            fix="choose another output folder with -o",
-        )
-
-
 def existing_layout(place: OutputFolder) -> ComponentLayout | None:
     """The layout at `place`. None if there is none or it is damaged."""
-    check_replaceable(place)
+    place.check_replaceable(*_REPLACEABLE)
     if not place.content():
         return None
     try:

@@ -37,7 +37,7 @@ class DType:
         return widen_bfloat16(stored) if self.name == "bfloat16" else stored.astype(np.float32, copy=False)
 
     def round(self, values: Float32) -> Array:
-        """The values of this floating-point dtype nearest to `values`, as they are stored. bfloat16 needs finite `values`."""
+        """The values of this floating-point dtype nearest to `values`, as they are stored."""
         return round_to_bfloat16(values) if self.name == "bfloat16" else values.astype(self.numpy, copy=False)
 
 
@@ -66,7 +66,8 @@ def widen_bfloat16(bits: Array) -> Float32:
 
 
 def round_to_bfloat16(values: Float32) -> npt.NDArray[np.uint16]:
-    """The bits of the bfloat16 numbers nearest to finite float32 `values`. Ties go to the number whose last bit is 0."""
+    """The bits of the bfloat16 numbers nearest to float32 `values`. Ties go to the number whose last bit is 0."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     carry = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return ((bits + carry) >> np.uint32(16)).astype(np.uint16)
+    rounded = ((bits + carry) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)  # the carry turns some NaNs into numbers

@@ -15,6 +15,8 @@ from sana_export.user_paths import user_path
 
 #: Where the names of published checkpoints are.
 LIST_VARIANTS = "sana-export variants  (lists the published checkpoints)"
+#: The branch of a repository that is used if none is named.
+MAIN = "main"
 
 
 @dataclass(frozen=True)
@@ -222,8 +224,25 @@ _NOT_WRITABLE = _Refusal(
     "a token that may write to it",
     "run `hf auth login` with a token that may write to {repo}, or pass it with --token",
 )
+_PUSHED_MEANWHILE = _Refusal(
+    DependencyError,
+    "somebody else pushed to {repo} meanwhile",
+    "a repository that nobody else changes during the push",
+    "run the same command again: large files that are already on the hub are not sent again",
+)
+_BUSY = _Refusal(
+    DependencyError,
+    "the hub cannot take what is pushed to {repo} now",
+    "a hub that answers",
+    "try again later: large files that are already on the hub are not sent again",
+)
+_NOT_ACCEPTED = _Refusal(
+    DependencyError, "the hub refused what is pushed to {repo}", "a name and files that it accepts", "see what was found"
+)
 #: Those of `_REFUSALS` that mean something else when files are sent.
-_REFUSALS_OF_PUSH = {"GatedRepoError": _NOT_WRITABLE, "RepositoryNotFoundError": _NOT_WRITABLE, "HfHubHTTPError": _NOT_WRITABLE}
+_REFUSALS_OF_PUSH = {"GatedRepoError": _NOT_WRITABLE, "RepositoryNotFoundError": _NOT_WRITABLE}
+#: What an HfHubHTTPError means then, by its status. Those from 500 on mean `_BUSY`, all others `_NOT_ACCEPTED`.
+_STATUS_OF_PUSH = {401: _NOT_WRITABLE, 403: _NOT_WRITABLE, 404: _NOT_WRITABLE, 412: _PUSHED_MEANWHILE, 429: _BUSY}
 #: How huggingface_hub says that fewer bytes came than the file has. It is a plain OSError.
 _TOO_SHORT = "Consistency check failed"
 
@@ -279,7 +298,13 @@ def _refusal(error: BaseException, offline: bool, pushing: bool) -> _Refusal:
     ancestors = [kind.__name__ for kind in type(error).__mro__]
     for name, row in {**_REFUSALS, **(_REFUSALS_OF_PUSH if pushing else {})}.items():
         if name in ancestors:
-            return row
+            return _refusal_of_push(error) if pushing and name == "HfHubHTTPError" else row
     if isinstance(error, RuntimeError) or first_line(error).startswith(_TOO_SHORT):
         return _BROKEN_OFF
     return _OFFLINE if offline else _UNREACHABLE
+
+
+def _refusal_of_push(error: Any) -> _Refusal:
+    """What an HfHubHTTPError means when files are sent."""
+    status = error.response.status_code
+    return _STATUS_OF_PUSH.get(status, _BUSY if status >= 500 else _NOT_ACCEPTED)

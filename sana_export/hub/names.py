@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from urllib.parse import unquote, urlsplit
 
@@ -16,8 +17,8 @@ def may_be_hub_id(name: str) -> bool:
 
 
 def is_address(name: str) -> bool:
-    """Whether `name` is an address, with or without https://."""
-    return "://" in name or name.startswith(HUBS)
+    """Whether `name` is an address, with or without https://. Without it, a folder here of that name comes first."""
+    return "://" in name or (name.partition("/")[0].lower() in HUBS and not os.path.lexists(name))
 
 
 def split_address(name: str, revision: str | None, *, wanted: str, fix: str, whole: list[str]) -> tuple[str, str | None]:

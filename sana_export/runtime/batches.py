@@ -43,7 +43,7 @@ EQUAL = (
     "decoder_tile",
 )
 #: With one of these, a request is drawn alone.
-ALONE = ("image", "control")
+ALONE = ("image", "control", "draw_noise")
 
 
 @dataclass(frozen=True, eq=False)

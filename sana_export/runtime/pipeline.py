@@ -26,7 +26,7 @@ from sana_export.hub.client import Hub
 from sana_export.known_files import check_known_files
 from sana_export.manifest import Manifest
 from sana_export.numeric import MAX_IMAGES, MOST_DEVICES, MOST_THREADS, integer, shown
-from sana_export.runtime.backends import open_backend
+from sana_export.runtime.backends import check_backend, open_backend
 from sana_export.runtime.backends.base import Backend, BackendSettings, DeviceTensor, Loader
 from sana_export.runtime.batches import OWN_ERRORS, BatchLimit, RequestJob, draw_in_batches, joined
 from sana_export.runtime.callbacks import IsCancelled, StepCallback, call_back, check_callbacks, check_cancelled
@@ -136,6 +136,7 @@ class SanaRuntime(OfThisProcess):
         threads = None if threads is None else integer("threads", threads, 1, MOST_THREADS)
         prompt_cache_bytes = integer("prompt_cache_bytes", prompt_cache_bytes, 0, MOST_CACHE_BYTES)
         cache = None if cache_dir is None else user_path(cache_dir, "cache_dir")
+        check_backend(backend)
         named = backend if isinstance(backend, str) and backend != AUTO else None
         bundle = find_bundle(bundle, revision, Hub(token, cache, local_files_only), backend=named, device=device)
         manifest = Manifest.load(bundle)

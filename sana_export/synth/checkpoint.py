@@ -256,13 +256,7 @@ def shapes_of(network: Any) -> dict[str, tuple[int, ...]]:
 def _check_request(folder: Path, dtype: str) -> None:
     if dtype not in WEIGHT_DTYPES:
         raise UsageError("unsupported dtype", found=dtype, wanted=", ".join(WEIGHT_DTYPES))
-    if folder.exists() and not (folder / MARKER).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(
-            f"{folder} is not a synthetic checkpoint, and was not changed",
-            found="an existing file or folder",
-            wanted="a new name, an empty folder or an older synthetic checkpoint",
-            fix="choose another name, or remove it yourself",
-        )
+    OutputFolder.of(folder).check_replaceable(MARKER, "a synthetic checkpoint", "-o")
 
 
 def _stored(network: Any, component: str, dtype: str, values: Mapping[str, Values] | None) -> StoredWeights:

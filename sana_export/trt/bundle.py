@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from sana_export.commands import engines_command, repair_command
+from sana_export.commands import engines_command, export_command, repair_command
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import FileEntry, check_files, disk_errors, locked, manifest_lock, require_free
 from sana_export.formats.onnx_weights import check_external_data
@@ -21,7 +21,7 @@ from sana_export.machine import find_gpus
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import Profile, Range
 from sana_export.progress import OnProgress, Progress
-from sana_export.quantization import check_target
+from sana_export.quantization import FALLBACK, check_target, part_of
 from sana_export.trt.build import Built
 from sana_export.trt.compatibility import not_for_here
 from sana_export.trt.flavour import flavour_of, load, target_for
@@ -108,18 +108,18 @@ def plan_bundle(
 
 def _check_quantized(bundle: Path, manifest: Manifest, engine: PlannedEngine) -> None:
     """Raise UsageError if a graph's quantization scheme does not exist for the engine's target, or the engine is refittable."""
-    spec = engine.spec
+    spec, part = engine.spec, part_of(engine.spec.graph)
     if (scheme := manifest.options.scheme(spec.graph)) is None:
         return
-    command = engines_command(bundle, spec.backend)
     if spec.options.get("refittable"):
         raise UsageError(
             "quantized graphs have no refittable engines: other weights would need other scales",
             found=f"{spec.graph} in {scheme}",
             wanted="engines with fixed weights",
-            fix=command,
+            fix=engines_command(bundle, spec.backend),
         )
-    check_target(spec.graph, scheme, spec.backend, spec.compute_capabilities, command)
+    again = export_command(bundle, manifest, quantize={**manifest.options.quantize, part: FALLBACK.name})
+    check_target(part, scheme, spec.backend, spec.compute_capabilities, fix=again)
 
 
 def read_instruction_tokens(bundle: Path) -> int:

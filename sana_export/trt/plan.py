@@ -119,10 +119,12 @@ def engine_spec(
     """What the engine of `graph` is made from. Of `ranges` it uses the axes of the graph's inputs.
 
     `export` is the command that exports the bundle again, for the error of a damaged file. A graph without external weights has
-    nothing to refit, so `refittable` does not change its engine. For a refittable engine, raises ArtifactError if the ONNX file is
-    damaged, and DependencyError if this version of the backend may build a wrong one.
+    nothing to refit, and one with quantized weights cannot be refitted. So `refittable` does not change their engines, unless
+    LoRAs have targets in the quantized graph: whoever asks for it wants those. For a refittable engine, raises ArtifactError if
+    the ONNX file is damaged, and DependencyError if this version of the backend may build a wrong one.
     """
-    options = dataclasses.replace(options, refittable=options.refittable and bool(graph.data))
+    fixed = not graph.data or (graph.quantized and not graph.lora_targets)
+    options = dataclasses.replace(options, refittable=options.refittable and not fixed)
     if options.refittable:
         check_refittable(target)
     return EngineSpec(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from sana_export.commands import export_command
+from sana_export.commands import repair_command
 from sana_export.errors import UsageError
 from sana_export.export.evaluator import typed_model
 from sana_export.files import check_files
@@ -36,7 +36,7 @@ def open_graph(bundle: Path, graph: str) -> GraphFile:
     manifest = Manifest.load(bundle)
     if graph not in manifest.graphs:
         raise UsageError(f"{bundle} has no graph named {graph}", wanted=", ".join(sorted(manifest.graphs)))
-    entry, fix = manifest.graphs[graph], export_command(bundle, manifest)
+    entry, fix = manifest.graphs[graph], repair_command(bundle, manifest)
     with hash_always():
         path, *data = check_files(bundle, entry.files, fix=fix)
     check_external_data(path, data, fix=fix)

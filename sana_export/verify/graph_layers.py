@@ -1,7 +1,8 @@
 """Which layer of the model each tensor of an ONNX file belongs to.
 
 The names of the weights in a file are those of the deployment graph's modules. A node without weights of its own belongs to the
-layer whose weights were last used on the way to it.
+layer whose weights were last used on the way to it. What nodes compute from weights alone is a weight too, such as the numbers of
+a quantized matrix.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def tensor_origins(model: onnx.ModelProto, targets: Iterable[LoraTarget] = ()) -
     `model` has the dtype of every value. `targets` are the manifest's, for the names in diffusers.
     """
     graph = model.graph
-    weights = {tensor.name: _module(tensor.name) for tensor in graph.initializer if "." in tensor.name or tensor.external_data}
+    weights = _weights(graph)
     dtypes = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
     own = [next((weights[name] for name in node.input if name in weights), None) for node in graph.node]
     after, before = _after(graph, own), _before(graph, own)
@@ -78,6 +79,18 @@ def tensor_origins(model: onnx.ModelProto, targets: Iterable[LoraTarget] = ()) -
         for name in node.output
         if dtypes.get(name) in _FLOATS
     ]
+
+
+def _weights(graph: onnx.GraphProto) -> dict[str, str]:
+    """Weight to its module: those that are stored, and those that nodes compute from these and from constants."""
+    weights = {tensor.name: _module(tensor.name) for tensor in graph.initializer if "." in tensor.name or tensor.external_data}
+    constants = {"", *(tensor.name for tensor in graph.initializer)}
+    for node in graph.node:
+        if constants.issuperset(node.input):
+            constants |= set(node.output)
+            module = next((weights[name] for name in node.input if name in weights), None)
+            weights |= dict.fromkeys(node.output, module) if module else {}
+    return weights
 
 
 def _after(graph: onnx.GraphProto, own: list[str | None]) -> dict[str, str | None]:
@@ -117,7 +130,8 @@ def _common_beginning(names: list[list[str]]) -> list[str]:
 
 
 def _module(weight: str) -> str:
-    return re.sub(r"\.(weight|bias)$", "", weight)
+    """`weight` without its own name. A quantized one is stored as two (docs/bundle.md)."""
+    return re.sub(r"\.(weight|bias)$", "", re.sub(r"\.(quantized|scale)$", "", weight))
 
 
 def _layer(module: str | None) -> str | None:

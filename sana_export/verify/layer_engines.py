@@ -13,7 +13,7 @@ import numpy as np
 
 from sana_export.contract import GraphSpec
 from sana_export.formats.arrays import Array
-from sana_export.verify.polygraphy_package import as_polygraphy, comparator, polygraphy_failures, quiet
+from sana_export.verify.polygraphy_package import as_polygraphy, comparator, needs_strong_typing, polygraphy_failures, quiet
 
 
 def polygraphy_trt(*, rtx: bool) -> Any:
@@ -32,6 +32,7 @@ class MarkedEngine:
 
     def __init__(self, path: Path, spec: GraphSpec, inputs: Mapping[str, Array], tensors: Sequence[str], *, rtx: bool) -> None:
         self._trt, self._spec = polygraphy_trt(rtx=rtx), spec
+        self._strongly_typed = needs_strong_typing("tensorrt-rtx" if rtx else "tensorrt")
         self.engine = self._build(path, inputs, set(tensors))
 
     def _build(self, path: Path, inputs: Mapping[str, Array], tensors: set[str]) -> Any:
@@ -39,8 +40,7 @@ class MarkedEngine:
         for name, value in inputs.items():
             profile.add(name, *[value.shape] * 3)
         with quiet(), polygraphy_failures("build an engine"):
-            # TensorRT-RTX and TensorRT 11 have only strongly typed networks, and no flag for it.
-            builder, network, parser = self._trt.network_from_onnx_path(str(path), strongly_typed=self._needs_flag())
+            builder, network, parser = self._trt.network_from_onnx_path(str(path), strongly_typed=self._strongly_typed)
             for index in range(network.num_outputs - 1, -1, -1):
                 network.unmark_output(network.get_output(index))
             for layer in network:
@@ -49,11 +49,6 @@ class MarkedEngine:
                         network.mark_output(layer.get_output(index))
             config = self._trt.create_config(builder, network, profiles=[profile])
             return self._trt.engine_from_network((builder, network, parser), config)
-
-    def _needs_flag(self) -> bool:
-        from polygraphy.mod.trt_importer import lazy_import_trt
-
-        return hasattr(lazy_import_trt().NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors as float32 arrays by name."""

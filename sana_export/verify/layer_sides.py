@@ -14,7 +14,7 @@ from sana_export.export.evaluator import TensorEvaluator
 from sana_export.formats.arrays import Array
 from sana_export.runtime.backends.onnxruntime_provider import CPU, CUDA, check_provider, choose_provider
 from sana_export.runtime.memory import AUTO
-from sana_export.verify.polygraphy_package import RTX_VARIABLE
+from sana_export.verify.polygraphy_package import RTX_VARIABLE, build_options
 
 #: The dtype that ONNX Runtime has too few kernels for.
 MISSING_DTYPE = "bfloat16"
@@ -67,9 +67,11 @@ class SideChoice:
             )
 
     @property
-    def runner(self) -> str:
-        """The option of `polygraphy run` that is nearest to it."""
-        return "--trt" if self.backend in ENGINES or self.dtype == MISSING_DTYPE else "--onnxrt"
+    def runner(self) -> list[str]:
+        """The options of `polygraphy run` that are nearest to it."""
+        if self.backend in ENGINES:
+            return build_options(self.backend)
+        return build_options("tensorrt") if self.dtype == MISSING_DTYPE else ["--onnxrt"]
 
     @property
     def environment(self) -> str:

@@ -37,8 +37,7 @@ from sana_export.verify.layer_sides import ENGINES, Side, SideChoice, float32_si
 from sana_export.verify.layer_tensors import CHUNK_BYTES, chunks, compare
 from sana_export.verify.polygraphy_package import comparator
 from sana_export.verify.recorded_inputs import DEFAULT_SAMPLING, drawn_inputs, record_inputs
-from sana_export.verify.reproducer import REPORT, save_reproducer
-from sana_export.verify.written_folder import check_replaceable
+from sana_export.verify.reproducer import reproducer_folder, save_reproducer
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def compare_layers(
     manifest = Manifest.load(bundle)
     second = SideChoice(check.backend, manifest.options.dtype, device, threads)
     folder = check.reproducer or Path(f"{check.graph}-drift")
-    check_replaceable(folder, REPORT, "--reproducer")
+    reproducer_folder(folder)  # before the long work
     graph = open_graph(bundle, check.graph)
     reference = graph if check.against is None else _reference(bundle, graph, user_path(check.against, "--against"))
     on_progress(Progress("recording the inputs", 0, 1))

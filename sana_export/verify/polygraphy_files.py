@@ -11,8 +11,10 @@ from typing import Any
 
 from sana_export.errors import UsageError
 from sana_export.export.evaluator import TensorEvaluator
+from sana_export.files import locked
 from sana_export.formats.arrays import Array
 from sana_export.manifest import Manifest, ModelInfo
+from sana_export.output_folder import OutputFolder
 from sana_export.profiles import Profile, profile_named
 from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.trt.build import input_shapes
@@ -25,7 +27,6 @@ from sana_export.verify.layers import snr_limit
 from sana_export.verify.polygraphy_package import comparator, save_inputs, save_outputs
 from sana_export.verify.polygraphy_scripts import INPUTS, OUTPUTS, GraphCommands, scripts
 from sana_export.verify.recorded_inputs import DEFAULT_SAMPLING, record_inputs
-from sana_export.verify.written_folder import check_replaceable, written_folder
 
 #: The file that says what is in the folder.
 CONTENT = "polygraphy.json"
@@ -77,7 +78,8 @@ def write_polygraphy_files(
     """
     comparator()  # before the long work
     bundle = user_path(bundle, "the bundle")
-    check_replaceable(user_path(folder, _OPTION), CONTENT, _OPTION)
+    place = OutputFolder.of(user_path(folder, _OPTION))
+    place.check_replaceable(CONTENT, "files for Polygraphy", _OPTION)
     manifest = Manifest.load(bundle)
     chosen = profile_named(profile)
     ranges = profile_ranges(manifest, chosen, read_instruction_tokens(bundle))
@@ -86,7 +88,7 @@ def write_polygraphy_files(
     shapes = {graph: input_shapes(entry.spec, ranges) for graph, entry in manifest.graphs.items()}
     for graph, feeds in inputs.items():
         _check_covered(graph, feeds, shapes[graph], chosen, manifest.model)
-    with written_folder(folder, CONTENT, _OPTION) as partial:
+    with locked(place.lock, remove=True), place.written(last=CONTENT) as partial:
         commands = []
         for done, (graph, entry) in enumerate(manifest.graphs.items(), 1):
             on_progress(Progress(graph, done, len(manifest.graphs) + 1))

@@ -16,9 +16,12 @@ from sana_export.environment import default_environment
 from sana_export.errors import DependencyError, UsageError, first_line
 from sana_export.formats.arrays import Array
 from sana_export.installation import install_command
+from sana_export.trt.flavour import load, network_flags
 
 #: The environment variable that Polygraphy reads when it is imported: "1" for TensorRT-RTX in place of TensorRT.
 RTX_VARIABLE = "POLYGRAPHY_USE_TENSORRT_RTX"
+#: Backend to the options for its engines that the other one's have not. An engine for the GPU that is there needs no list of GPUs.
+_OWN_OPTIONS = {"tensorrt": [], "tensorrt-rtx": ["--use-gpu"]}
 
 
 def comparator(*, rtx: bool | None = None) -> ModuleType:
@@ -45,6 +48,22 @@ def comparator(*, rtx: bool | None = None) -> ModuleType:
             fix="use the other one in a process of its own",
         )
     return module
+
+
+def needs_strong_typing(backend: str) -> bool:
+    """Whether `backend` has to be asked for a strongly typed network, as all our engines are. If it is not installed here: yes.
+
+    TensorRT-RTX 1.7 and TensorRT 10 have a flag for it. TensorRT 11 has none, and Polygraphy refuses to ask for it there.
+    """
+    try:
+        return network_flags(load(backend)) != 0
+    except DependencyError:
+        return True
+
+
+def build_options(backend: str) -> list[str]:
+    """The options of `polygraphy run` that build an engine of `backend`."""
+    return ["--trt", *(["--strongly-typed"] if needs_strong_typing(backend) else []), *_OWN_OPTIONS[backend]]
 
 
 @contextlib.contextmanager

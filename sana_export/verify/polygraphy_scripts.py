@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
 
-from sana_export.verify.polygraphy_package import RTX_VARIABLE
+from sana_export.verify.polygraphy_package import RTX_VARIABLE, build_options
 
 #: The files of each graph.
 INPUTS, OUTPUTS = "inputs.json", "outputs.json"
 #: Backend to the environment variables of its commands.
 BACKENDS: dict[str, Mapping[str, str]] = {"tensorrt": {}, "tensorrt-rtx": {RTX_VARIABLE: "1"}}
-#: Backend to the options that only its commands have. An engine for the GPU that is there needs no list of GPUs.
-_BUILD = {"tensorrt": ["--strongly-typed"], "tensorrt-rtx": ["--strongly-typed", "--use-gpu"]}
+#: How a bundle's engine is run. Our engines may not allocate while they run, so their memory comes from outside.
+_RUN = ("--trt", "--model-type", "engine", "--allocation-strategy", "runtime")
 
 #: The first lines of each script.
 _USE = (
@@ -56,7 +56,7 @@ class GraphCommands:
 
     def compare_engine(self, build: Sequence[str], options: Sequence[str]) -> list[str]:
         """The same with an engine that is built for the profile with the options `build`."""
-        words = ["--trt", *build]
+        words = [*build]
         for index, kind in enumerate(("min", "opt", "max")):
             if self.profile:
                 words += [f"--trt-{kind}-shapes", *(_shape(name, shapes[index]) for name, shapes in self.profile.items())]
@@ -85,10 +85,14 @@ class Script:
     #: Graph to the words of its command.
     commands: Mapping[str, Sequence[str]]
 
+    def _unknown(self, name: str) -> str:
+        return f"no command for {name}, only for {', '.join(self.commands)}"
+
     def posix(self, bundle: Path) -> str:
         lines = ["#!/bin/sh", f"# {self.purpose}", *(f"# {line}" for line in _USE), 'cd "$(dirname "$0")" || exit 2']
         lines += [f"BUNDLE=${{BUNDLE:-{shlex.quote(str(bundle))}}}"]
         lines += [f"export {name}={value}" for name, value in self.environment.items()]
+        lines += [f'case ${{1:-}} in ""|{"|".join(self.commands)}) ;; *) echo "{self._unknown("$1")}" >&2; exit 2 ;; esac']
         lines += ["status=0"]
         for graph, words in self.commands.items():
             lines += [f"case ${{1:-{graph}}} in {graph}) {' '.join(map(_posix, words))} || status=1 ;; esac"]
@@ -98,7 +102,8 @@ class Script:
         lines = ["@echo off", f"rem {self.purpose}", *(f"rem {line}" for line in _USE), 'cd /d "%~dp0"']
         lines += [f'if not defined BUNDLE set "BUNDLE={bundle}"']
         lines += [f"set {name}={value}" for name, value in self.environment.items()]
-        lines += ["set STATUS=0"]
+        lines += ["set KNOWN=", *(f'if "%~1"=="{name}" set KNOWN=1' for name in ("", *self.commands))]
+        lines += [f"if not defined KNOWN echo {self._unknown('%~1')} 1>&2 & exit /b 2", "set STATUS=0"]
         for graph, words in self.commands.items():
             lines += ['set "GRAPH=%~1"', f'if "%GRAPH%"=="" set "GRAPH={graph}"']
             lines += [f'if "%GRAPH%"=="{graph}" {" ".join(map(_windows, words))} || set STATUS=1']
@@ -136,7 +141,8 @@ def scripts(bundle: Path, graphs: Iterable[GraphCommands], limit: float, dtype: 
             "",
             lambda graph: graph.reduce(("--onnxrt", "--validate")),
         )
-    for backend, build in _BUILD.items():
+    for backend in BACKENDS:
+        build = build_options(backend)
         table[backend] = script(
             "Builds an engine of each graph and compares it with the graph's saved outputs.",
             backend,
@@ -145,14 +151,11 @@ def scripts(bundle: Path, graphs: Iterable[GraphCommands], limit: float, dtype: 
         table[f"reduce-{backend}"] = script(
             f"Bisects each graph down to the first node for which an engine differs from ONNX Runtime. {_SURGEON}",
             backend,
-            partial(GraphCommands.reduce, check=("--trt", *build, "--onnxrt", *snr)),
+            partial(GraphCommands.reduce, check=(*build, "--onnxrt", *snr)),
         )
         built = {name: graph.engines[backend] for name, graph in by_name.items() if backend in graph.engines}
         if built:
-            commands = {
-                name: by_name[name].compare(BundleFile(path), "--trt", "--model-type", "engine", *snr)
-                for name, path in built.items()
-            }
+            commands = {name: by_name[name].compare(BundleFile(path), *_RUN, *snr) for name, path in built.items()}
             purpose = "Compares the bundle's engines with the saved outputs."
             table[f"engines-{backend}"] = Script(purpose, BACKENDS[backend], commands)
     kinds = {".sh": Script.posix, ".cmd": Script.windows}

@@ -21,6 +21,7 @@ from sana_export.errors import ParityError, UsageError
 from sana_export.export.evaluator import TensorEvaluator
 from sana_export.export.example_inputs import CHECK_SIZES, random_inputs
 from sana_export.formats.arrays import Array
+from sana_export.formats.dtypes import DTYPES
 from sana_export.known_files import hash_always
 from sana_export.manifest import Manifest
 from sana_export.profiles import DECODER_TILE
@@ -102,10 +103,10 @@ def drawn_inputs(spec: GraphSpec, seed: int) -> dict[str, Array]:
 
 def stored(values: Array, dtype: str) -> Array:
     """`values` rounded to `dtype`, a name of formats/dtypes.py. bfloat16 comes as float32, because numpy does not have it."""
-    if dtype == "bfloat16":
-        return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().float().numpy()
+    kind = DTYPES[dtype]
     with np.errstate(over="ignore"):
-        return np.asarray(values).astype(dtype)
+        rounded = kind.round(np.asarray(values))
+    return kind.widen(rounded) if dtype == "bfloat16" else rounded
 
 
 def _stored_inputs(bundle: Path, spec: GraphSpec, feeds: Mapping[str, Array]) -> dict[str, Array]:

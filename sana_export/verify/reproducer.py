@@ -13,8 +13,11 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.export.evaluator import TensorEvaluator
+from sana_export.files import locked
 from sana_export.formats.arrays import Array
 from sana_export.formats.dtypes import DTYPES
+from sana_export.output_folder import OutputFolder
+from sana_export.user_paths import user_path
 from sana_export.verify.graph_file import GraphFile
 from sana_export.verify.graph_layers import TensorOrigin
 from sana_export.verify.layer_report import LayerReport, Reproducer
@@ -22,9 +25,15 @@ from sana_export.verify.layer_sides import SideChoice, float32_side
 from sana_export.verify.layer_tensors import compare
 from sana_export.verify.polygraphy_package import save_inputs, save_outputs
 from sana_export.verify.recorded_inputs import stored
-from sana_export.verify.written_folder import written_folder
 
 MODEL, REFERENCE, INPUTS, OUTPUTS, REPORT = "model.onnx", "reference.onnx", "inputs.json", "outputs.json", "report.json"
+
+
+def reproducer_folder(folder: Path) -> OutputFolder:
+    """Where a reproducer is written. Raises UsageError if the folder has other files in it."""
+    place = OutputFolder.of(user_path(folder, "--reproducer"))
+    place.check_replaceable(REPORT, "a reproducer", "--reproducer")
+    return place
 
 
 def save_reproducer(
@@ -43,13 +52,14 @@ def save_reproducer(
     Raises UsageError if the folder has other files in it.
     """
     assert report.first is not None
+    place = reproducer_folder(folder)
     origin = report.first.origin
     borders = layer_borders(graph.model, {item.tensor: item for item in origins}, origin.tensor)
     values = _values(reference, borders, feeds, second.threads)
     part = extract(graph, values, origin.tensor)
     spec = GraphSpec("part", tuple(TensorSpec(item.name, _dtype(item), values[item.name].shape) for item in part.graph.input), ())
     inputs = {tensor.name: stored(values[tensor.name], tensor.dtype) for tensor in spec.inputs}
-    with written_folder(folder, REPORT, "--reproducer") as partial:
+    with locked(place.lock, remove=True), place.written(last=REPORT) as partial:
         _save(part, partial / MODEL)
         if reference is not graph:
             _save(extract(reference, values, origin.tensor), partial / REFERENCE)
@@ -127,7 +137,7 @@ def _dtype(value: onnx.ValueInfoProto) -> str:
 
 def _command(folder: Path, report: LayerReport, second: SideChoice) -> str:
     """The command that runs the part with Polygraphy and compares it with the saved output."""
-    words = ["polygraphy", "run", str(folder / MODEL), second.runner]
+    words = ["polygraphy", "run", str(folder / MODEL), *second.runner]
     words += ["--load-inputs", str(folder / INPUTS), "--load-outputs", str(folder / OUTPUTS)]
     words += ["--compare", "snr", "--snr-threshold", f"{report.limit_db:.1f}"]
     return second.environment + shlex.join(words)

@@ -238,6 +238,10 @@ def test_a_missing_tokenizer_is_named(folder):
         open_checkpoint(str(folder))
 
 
+def test_a_folder_has_no_revision(folder):
+    assert open_checkpoint(str(folder), revision="v1").record().revision is None
+
+
 def test_an_unknown_alias_lists_similar_ones():
     with pytest.raises(UsageError, match=r"sana-1600m-1024px") as caught:
         open_checkpoint("sana-1600m-1024")

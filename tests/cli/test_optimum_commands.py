@@ -136,11 +136,13 @@ def test_the_opset_in_the_error_is_that_of_an_export() -> None:
     ("words", "named"),
     [
         (["--pag-layers", "1"], "--pag-layers with --layout optimum"),
+        (["--quantize", "int8-weight"], "--quantize with --layout optimum"),
         (["--graphs", "img2img", "--controlnet", "c"], "--graphs, --controlnet with --layout optimum"),
     ],
 )
-def test_options_that_only_bundles_have_are_refused(words: list[str], named: str, cli: Cli, tmp_path: Path) -> None:
-    ran = cli("export", "tiny-random", "-o", tmp_path / "out", "--layout", "optimum", *words)
-    assert ran.code == 2
-    assert named in ran.err
+def test_options_that_only_bundles_have_are_refused(words: list[str], named: str, cli: Cli, optimum: Cli, tmp_path: Path) -> None:
+    words = ["-o", str(tmp_path / "out"), "--layout", "optimum", *words]
+    for ran in (cli("export", "tiny-random", *words), optimum("export", "sana", "--model", "tiny-random", *words)):
+        assert ran.code == 2
+        assert named in ran.err
     assert not any(tmp_path.iterdir())

@@ -17,7 +17,6 @@ from sana_export import SanaRuntime
 from sana_export.checkpoint.checkpoint import EMBEDDED
 from sana_export.errors import DependencyError, UsageError
 from sana_export.manifest import FILE_NAME, Manifest
-from sana_export.output_folder import OutputFolder
 from sana_export.user_paths import user_path
 from tests.support.command_line import Cli, command
 
@@ -163,14 +162,6 @@ def test_the_target_of_a_link_is_filled(tmp_path: Path, cli: Cli) -> None:
     assert cli("export", "tiny", "-o", tmp_path / "link", *QUICK).code == 0
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / FILE_NAME).is_file()
-
-
-def test_an_interrupted_replacement_is_undone(tmp_path: Path) -> None:
-    place = OutputFolder.of(tmp_path / "b")
-    place.old.mkdir()
-    (place.old / "x").write_text("kept")
-    place.restore()
-    assert (tmp_path / "b" / "x").read_text() == "kept"
 
 
 @pytest.mark.parametrize("name", ["SANA_EXPORT_CACHE", "XDG_CACHE_HOME"])

@@ -53,5 +53,6 @@ def test_build_refuses_a_target_before_it_compiles(cli: Cli, quantized: Path) ->
     ran = cli("build", quantized, "--backend", "tensorrt-rtx", "--compute-capability", "7.5")
     assert ran.code == 2
     assert "tensorrt-rtx has no int4 for compute capability 7.5" in ran.err
-    assert f"sana-export build {quantized} --backend tensorrt-rtx --compute-capability 12.1" in ran.err
+    assert f"fix:    sana-export export tiny-random -o {quantized} --dtype fp32" in ran.err
+    assert "--quantize embeddings=int8-weight,text_encoder=int8-weight,denoiser=int8-weight" in ran.err
     assert not (quantized / "engines").exists()

@@ -176,7 +176,7 @@ def test_a_full_disk_is_reported_and_keeps_the_old_bundle(tiny_checkpoint, tmp_p
     small_export(tiny_checkpoint, output)
     before = snapshot(output)
 
-    def full(*arguments):
+    def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(graph_files, "export_onnx", full)
@@ -198,7 +198,7 @@ def test_too_little_disk_space_is_reported_before_anything_is_written(tiny_check
     assert "1000000 bytes free" in raised.value.found
     options = bundle_module.choose_options(tiny_checkpoint, "fp32", (), None)
     graphs = sum(graph_bytes(name, tiny_checkpoint, options) for name in GRAPH_GROUPS["default"])
-    wanted = text_bytes(tiny_checkpoint) + OVERHEAD + graphs
+    wanted = text_bytes(tiny_checkpoint, options) + OVERHEAD + graphs
     assert raised.value.wanted == f"{wanted} bytes"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -220,7 +220,8 @@ def test_progress_reports_bytes_and_time(tiny_checkpoint, tmp_path):
     assert [progress.done for progress in reports] == [0, 1, 2, 3]
     assert reports[0].bytes_done == 0
     assert reports[0].seconds_left is None
-    assert reports[1].bytes_done == text_bytes(tiny_checkpoint)
+    options = bundle_module.choose_options(tiny_checkpoint, "fp32", (), None)
+    assert reports[1].bytes_done == text_bytes(tiny_checkpoint, options)
     assert reports[1].seconds_left > 0
     assert reports[2].bytes_done == reports[2].bytes_total
 

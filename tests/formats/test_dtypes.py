@@ -45,7 +45,12 @@ def test_weights_are_floating_point() -> None:
 @pytest.mark.parametrize("name", WEIGHT_DTYPES)
 def test_values_are_rounded_and_widened_as_torch_does(name: str) -> None:
     values = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 3
+    special = torch.tensor([0x7F800000, -0x800000, 0x7FC00000, 0x7FFFFFFF, -1, 0x7F7FFFFF, 1], dtype=torch.int32).view(
+        torch.float32
+    )
+    values = torch.cat([values, special])
     row, wanted = DTYPES[name], values.to(getattr(torch, name))
-    stored = row.round(values.numpy())
+    with np.errstate(over="ignore"):
+        stored = row.round(values.numpy())
     assert stored.dtype == np.dtype(row.numpy)
-    assert np.array_equal(row.widen(stored), wanted.float().numpy())
+    assert np.array_equal(row.widen(stored), wanted.float().numpy(), equal_nan=True)

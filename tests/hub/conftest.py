@@ -1,4 +1,4 @@
-"""A hub of our own on this machine, and a small bundle with engines for two kinds of machines."""
+"""A local test server as the hub, and a small bundle with engines for two kinds of machines."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def add_engine(bundle: Path, name: str, content: bytes = b"engine", **fields: ob
     path = bundle / "engines" / "tensorrt-rtx" / name / "sampler.engine"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content + name.encode())
-    entry = dataclasses.replace(ENGINE, key=name.ljust(64, "0"), file=file_entry(bundle, path), **fields)  # type: ignore[arg-type]
+    fields = {"key": name.ljust(64, "0"), "file": file_entry(bundle, path), **fields}
+    entry = dataclasses.replace(ENGINE, **fields)  # type: ignore[arg-type]
     manifest = Manifest.load(bundle).with_engine(entry)
     manifest.save(bundle)
     return manifest

@@ -26,10 +26,10 @@ PARITY = {
 }
 
 
-def card(bundle: Path, source: str, **fields: Any) -> tuple[str, dict[str, Any]]:
+def card(bundle: Path, source: str, revision: str | None = None, **fields: Any) -> tuple[str, dict[str, Any]]:
     """The text of a card, and its metadata."""
     manifest = Manifest.load(bundle)
-    checkpoint = dataclasses.replace(manifest.checkpoint, source=source, synthetic=False)
+    checkpoint = dataclasses.replace(manifest.checkpoint, source=source, revision=revision, synthetic=False)
     text = make_card(REPO, dataclasses.replace(manifest, checkpoint=checkpoint, **fields))
     return text, ModelCard(text).data.to_dict()
 
@@ -48,17 +48,20 @@ def test_of_a_published_checkpoint(bundle: Path) -> None:
 
 
 def test_of_other_checkpoints(bundle: Path) -> None:
-    text, data = card(bundle, "someone/fine-tune@v1")
-    assert data["base_model"] == "someone/fine-tune"
+    text, data = card(bundle, "someone/fine-tune", "v1")
+    assert (data["base_model"], data["license_link"]) == ("someone/fine-tune", "https://huggingface.co/someone/fine-tune")
+    assert "at revision v1" in text
     assert "base_model" not in card(bundle, "a/b](http://evil)")[1]
     text, data = card(bundle, "tiny")
     assert (data["license"], data.get("base_model")) == ("apache-2.0", None)
     text, data = card(bundle, "/home/alice/my checkpoint")
     assert "license" not in data
-    assert "a local checkpoint" in text
+    assert "a custom checkpoint" in text
     assert "alice" not in text
-    text, data = card(bundle, "models/mine")
-    assert data["base_model"] == "models/mine"  # it cannot be told from a hub id
+    text, data = card(bundle, "models/sana")  # a folder, or a hub id
+    assert data.keys() & {"base_model", "license", "license_link"} == set()
+    assert "models/sana" not in text
+    assert "a custom checkpoint" in text
 
 
 def test_tables_of_graphs_engines_and_parity(engine_bundle: Path) -> None:
@@ -81,6 +84,9 @@ def test_paths_that_a_manifest_gives_away(bundle: Path) -> None:
     found = private_paths(dataclasses.replace(manifest, checkpoint=checkpoint, parity=PARITY))
     assert found == ["/home/alice/sana", "~/loras/x.safetensors", "/home/alice/bundle"]
     assert private_paths(manifest) == []
+    for source in ("C:/Users/alice/sana", "c:\\sana", "..\\sana", "../sana", "models\\sana", "\\\\host\\sana", "~alice/sana"):
+        checkpoint = dataclasses.replace(manifest.checkpoint, source=source)
+        assert private_paths(dataclasses.replace(manifest, checkpoint=checkpoint)) == [source]
 
 
 @pytest.mark.parametrize("parity", [{}, {"graphs": None, "passed": True}, {"graphs": ["x"], "images": [{}]}])

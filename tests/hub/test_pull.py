@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from sana_export.errors import ArtifactError, DependencyError, UsageError
-from sana_export.hub.bundles.fetch import pull_bundle
+from sana_export.files import check_files
+from sana_export.hub.bundles.fetch import fetch_files, pull_bundle
 from sana_export.hub.bundles.push import push_bundle
 from sana_export.hub.client import Hub
 from sana_export.hub.origin import HubOrigin, origin_of
@@ -227,6 +228,84 @@ def test_engines_that_were_built_here_stay(engine_bundle: Path, local_hub: Local
     assert {entry.key[:2] for entry in manifest.engines} == {"a1", "b2", "c3", "d4"}
 
 
+def test_a_file_of_the_users_is_not_replaced_by_an_engine(engine_bundle: Path, local_hub: LocalHub, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(engine_bundle, folder)
+    unlisted = folder / "engines/tensorrt-rtx/d4/sampler.engine"
+    unlisted.parent.mkdir()
+    unlisted.write_text("mine")
+    add_engine(engine_bundle, "d4")
+    push_bundle(engine_bundle, REPO)
+    before = content(folder)
+    for options in ({"all_engines": True}, {"host": dataclasses.replace(THERE, gpus=())}):
+        with pytest.raises(UsageError, match=f"{unlisted} would be replaced by an engine of {REPO}") as caught:
+            pull_bundle(REPO, folder, **options)
+        assert "move it away" in str(caught.value)
+        assert content(folder) == before
+    unlisted.write_bytes((engine_bundle / unlisted.relative_to(folder)).read_bytes())  # of a pull that was interrupted
+    pull_bundle(REPO, folder, all_engines=True)
+    assert content(folder).keys() - {"hub.json"} == content(engine_bundle).keys()
+
+
+def test_an_engine_of_another_key_at_the_same_place_stays(engine_bundle: Path, local_hub: LocalHub, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(engine_bundle, folder)
+    manifest = Manifest.load(folder)
+    dataclasses.replace(manifest, engines=()).save(folder)
+    add_engine(folder, "a1", b"built here ", key="f" * 64)
+    push_bundle(engine_bundle, REPO)
+    before = content(folder)
+    with pytest.raises(UsageError, match="would be replaced by an engine"):
+        pull_bundle(REPO, folder, all_engines=True)
+    assert content(folder) == before
+
+
+def test_an_engine_that_is_not_here_is_replaced_by_a_rebuilt_one(engine_bundle: Path, local_hub: LocalHub, tmp_path: Path) -> None:
+    push_bundle(engine_bundle, REPO)
+    folder = pull_bundle(REPO, tmp_path / "out", host=TURING).folder
+    add_engine(engine_bundle, "a1", b"rebuilt ")
+    push_bundle(engine_bundle, REPO)
+    pulled = pull_bundle(REPO, folder, all_engines=True)
+    assert [entry.path for entry in pulled.downloaded] == ["engines/tensorrt-rtx/a1/sampler.engine"]
+    assert pulled.left == ()
+    assert {entry.file.sha256 for entry in pulled.manifest.engines} == {
+        entry.file.sha256 for entry in Manifest.load(engine_bundle).engines
+    }
+    assert content(folder).keys() - {"hub.json"} == content(engine_bundle).keys()
+
+
+@pytest.mark.parametrize("change", ["build", "export"])
+def test_what_changes_during_the_download_is_seen(
+    engine_bundle: Path, local_hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    from tests.support.small_bundles import write_bundle
+
+    push_bundle(engine_bundle, REPO)
+    folder = pull_bundle(REPO, tmp_path / "out", host=TURING).folder
+    add_engine(engine_bundle, "d4")
+    push_bundle(engine_bundle, REPO)
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        downloaded = fetch_files(*arguments, **options)
+        if change == "build":
+            add_engine(folder, "d4", b"built here ")
+        else:
+            shutil.rmtree(folder)
+            write_bundle(folder, seed=1)
+        return downloaded
+
+    monkeypatch.setattr("sana_export.hub.bundles.fetch.fetch_files", meanwhile)
+    if change == "export":
+        with pytest.raises(UsageError, match="is not an export of the same bundle"):
+            pull_bundle(REPO, folder, all_engines=True)
+        assert Manifest.load(folder).engines == ()
+        return
+    manifest = pull_bundle(REPO, folder, all_engines=True).manifest
+    assert manifest == Manifest.load(folder)
+    assert sorted(entry.key[:2] for entry in manifest.engines) == ["a1", "b2", "d4"]
+    check_files(folder, [entry.file for entry in manifest.engines], fix="")
+
+
 @pytest.mark.parametrize("what", ["file", "folder", "bundle"])
 def test_something_else_at_the_place_is_refused_and_kept(bundle: Path, local_hub: LocalHub, tmp_path: Path, what: str) -> None:
     from tests.support.small_bundles import write_bundle
@@ -241,7 +320,7 @@ def test_something_else_at_the_place_is_refused_and_kept(bundle: Path, local_hub
     else:
         write_bundle(place, seed=1)
     before = place.read_text() if what == "file" else content(place)
-    with pytest.raises(UsageError, match=f"{place} holds something else than {REPO}"):
+    with pytest.raises(UsageError, match=f"{place} is not an export of the same bundle as {REPO}"):
         pull_bundle(REPO, place)
     assert (place.read_text() if what == "file" else content(place)) == before
 
@@ -277,3 +356,20 @@ def test_offline_a_cached_bundle_becomes_a_folder(bundle: Path, local_hub: Local
     pull_bundle(REPO, tmp_path / "out", hub=Hub(offline=True))
     assert local_hub.log == []
     assert content(tmp_path / "out").keys() - {"hub.json"} == content(bundle).keys()
+
+
+@pytest.mark.parametrize("output", [True, False], ids=["folder", "cache"])
+@pytest.mark.parametrize("name", [DATA, "manifest.json"])
+def test_offline_a_damaged_file_is_named(bundle: Path, local_hub: LocalHub, tmp_path: Path, output: bool, name: str) -> None:
+    push_bundle(bundle, REPO)
+    cached = pull_bundle(REPO).folder / name
+    damaged = cached.read_bytes()[:-1] + b"x"
+    cached.resolve().write_bytes(damaged)
+    with pytest.raises(ArtifactError, match=name) as caught:
+        pull_bundle(REPO, tmp_path / "out" if output else None, hub=Hub(offline=True))
+    assert "damaged" in str(caught.value)
+    assert "run the same command once without --offline" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert cached.read_bytes() == damaged
+    pull_bundle(REPO)
+    pull_bundle(REPO, tmp_path / "out" if output else None, hub=Hub(offline=True))

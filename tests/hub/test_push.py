@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sana_export.errors import ArtifactError, DependencyError, UsageError
+from sana_export.hub.bundles.card import make_card
 from sana_export.hub.bundles.push import push_bundle
 from sana_export.hub.client import Hub
 from sana_export.manifest import Manifest
@@ -105,12 +106,34 @@ def test_an_interrupted_push_leaves_the_old_bundle_and_continues(bundle: Path, l
     assert local_hub.received == sum(len(data) for data in local_hub.lfs.values())  # each once
 
 
-@pytest.mark.parametrize("files", [{"model_index.json": b"{}"}, {"model.safetensors": b"x", "README.md": b"# A model"}])
-def test_a_repository_with_something_else_is_refused(bundle: Path, local_hub: LocalHub, files: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("branch", [None, "main", "new"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"model_index.json": b"{}"},
+        {"model.safetensors": b"x", "README.md": b"# A model"},
+        {"manifest.json": b'{"name": "app", "start_url": "/"}', "app.js": b"x"},
+        {"manifest.json": b'{"format": "x", "tool_version": "1"}'},
+        {"manifest.json": b"[]"},
+        {"manifest.json": b"not JSON"},
+    ],
+    ids=["checkpoint", "weights", "web app", "other format", "list", "text"],
+)
+def test_a_repository_with_something_else_is_refused(
+    bundle: Path, local_hub: LocalHub, files: dict[str, bytes], branch: str | None
+) -> None:
     local_hub.put(REPO, files)
+    before = dict(local_hub.repos[REPO].branches)
     with pytest.raises(UsageError, match="holds something that is not a bundle"):
-        push_bundle(bundle, REPO)
+        push_bundle(bundle, REPO, branch=branch)
     assert local_hub.files(REPO) == files
+    assert local_hub.repos[REPO].branches == before
+
+
+def test_a_bundle_of_another_version_is_replaced(bundle: Path, local_hub: LocalHub) -> None:
+    local_hub.put(REPO, {"manifest.json": b'{"format": 2, "tool_version": "0.1.0"}', "old.onnx": b"x"})
+    push_bundle(bundle, REPO)
+    assert local_hub.files(REPO)["manifest.json"] == (bundle / "manifest.json").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -118,9 +141,13 @@ def test_a_repository_with_something_else_is_refused(bundle: Path, local_hub: Lo
     [
         ("", None, ("does not accept", "hf auth login", REPO)),
         ("hf_other", None, ("does not accept", "don't have the rights")),
-        ("hf_owner", 503, ("does not accept", "503")),
+        ("hf_owner", 401, ("does not accept", "hf auth login")),
+        ("hf_owner", 404, ("does not accept", "hf auth login")),
+        ("hf_owner", 503, ("cannot take what is pushed to me/sana-bundle now", "503", "try again later")),
+        ("hf_owner", 429, ("cannot take what is pushed to me/sana-bundle now", "429", "try again later")),
+        ("hf_owner", 413, ("refused what is pushed to me/sana-bundle", "413", "see what was found")),
     ],
-    ids=["no token", "another's repository", "out of order"],
+    ids=["no token", "another's repository", "token", "unknown", "out of order", "too often", "too much"],
 )
 def test_what_the_hub_refuses(
     bundle: Path, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch, token: str, status: int | None, words: tuple[str, ...]
@@ -132,6 +159,19 @@ def test_what_the_hub_refuses(
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_somebody_else_pushes_meanwhile(bundle: Path, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def card(repo: str, manifest: Manifest) -> str:
+        local_hub.put(REPO, {"LICENSE": b"terms"})
+        return make_card(repo, manifest)
+
+    monkeypatch.setattr("sana_export.hub.bundles.push.make_card", card)
+    with pytest.raises(DependencyError, match="somebody else pushed to me/sana-bundle meanwhile") as caught:
+        push_bundle(bundle, REPO)
+    assert "run the same command again" in str(caught.value)
+    assert "auth login" not in str(caught.value)
+    assert local_hub.files(REPO) == {"LICENSE": b"terms"}
+
+
 def test_a_full_account(bundle: Path, local_hub: LocalHub) -> None:
     local_hub.quota = "Storage limit reached"
     with pytest.raises(DependencyError, match="cannot transfer the files of me/sana-bundle") as caught:
@@ -140,7 +180,13 @@ def test_a_full_account(bundle: Path, local_hub: LocalHub) -> None:
 
 
 def test_names_that_are_no_repository(bundle: Path, cli: Cli, local_hub: LocalHub) -> None:
-    assert cli("push", bundle, "name").code == 4
+    for name in ("name", "./name", "a/b/c", ""):
+        for arguments in (("push", bundle, name), ("pull", name)):
+            ran = cli(*arguments)
+            assert (ran.code, "is not a hub id\n  wanted: owner/name\n" in ran.err, "folder" in ran.err) == (2, True, False), (
+                ran.err
+            )
+    assert "folder" not in cli("pull", "https://example.com/a/b").err
     assert cli("push", bundle, "me/a--b").code == 2
     assert cli("push", bundle, REPO, "--offline").code == 3
     assert "POST /api/repos/create" not in local_hub.log

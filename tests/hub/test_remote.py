@@ -29,6 +29,8 @@ def with_file(manifest: Manifest, *paths: str) -> Manifest:
     "path",
     [
         *("a\\b", "C:x", "a:b", "a*", "a?", "[a]\n", "a\tb", 'a"b', "a<b", "a|b", "a\x7f", "\u202eexe.txt"),
+        *("NUL", "con", "onnx/COM1", "aux.txt", "CON.data", "a/prn/b", "lpt9 .x", "Com\u00b2", "CONIN$"),
+        *("kernels.cache", "engines/tensorrt-rtx/a/sampler.gpu.Cache", "engines/onnxruntime-tensorrt-rtx/a/x", "Onnx/x"),
         *("a//b", "./a", "a/./b", "a/", ".git/config", "onnx/.hidden", ".cache/x", "end.", "end ", "a/end./b", "x" * 256),
         *(
             "manifest.json",
@@ -46,7 +48,48 @@ def test_names_that_are_refused(bundle: Path, path: str) -> None:
         check_names(REPO, with_file(Manifest.load(bundle), path))
 
 
-@pytest.mark.parametrize("path", ["a", "onnx/x y/model (1).onnx", "Größe/模型.data", "a,b;c&d='e'!#%+@~", "[a]"])
+@pytest.mark.parametrize(
+    "paths", [("Gr\u00f6\u00dfe", "Gro\u0308\u00dfe"), ("a/\u00e9", "a/E\u0301"), ("stra\u00dfe", "STRASSE"), ("b/x", "B/y")]
+)
+def test_two_names_that_some_system_takes_for_one(bundle: Path, paths: tuple[str, str]) -> None:
+    manifest = Manifest.load(bundle)
+    for path in paths:
+        check_names(REPO, with_file(manifest, path))
+    with pytest.raises(ArtifactError, match="in two spellings"):
+        check_names(REPO, with_file(manifest, *paths))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("notes.txt", "sampler.engine", "engines/sampler.engine", "engines/tensorrt-rtx/sampler.engine"),
+        *("engines/tensorrt/a/sampler.engine", "engines/tensorrt-rtx/a/denoiser.engine", "engines/tensorrt-rtx/a/sampler.engine/x"),
+    ],
+)
+def test_engines_at_other_places_are_refused(engine_bundle: Path, path: str) -> None:
+    manifest = Manifest.load(engine_bundle)
+    check_names(REPO, manifest)
+    first, *others = manifest.engines
+    engine = dataclasses.replace(first, file=dataclasses.replace(first.file, path=path))
+    with pytest.raises(ArtifactError, match="lists files that cannot be downloaded") as caught:
+        check_names(REPO, dataclasses.replace(manifest, engines=(engine, *others)))
+    assert str(caught.value.wanted) == "engines/tensorrt-rtx/.../sampler.engine"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a",
+        "COM",
+        "console",
+        "nul1/auxiliary.txt",
+        "com10",
+        "onnx/x y/model (1).onnx",
+        "Größe/模型.data",
+        "a,b;c&d='e'!#%+@~",
+        "[a]",
+    ],
+)
 def test_names_that_are_taken_as_they_are(bundle: Path, local_hub: LocalHub, tmp_path: Path, path: str) -> None:
     target = bundle / path
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sana_export.cli.verb import bundle_to_read
 from sana_export.errors import ArtifactError, DependencyError, SanaExportError, UsageError
+from sana_export.hub.bundles.fetch import pull_bundle
 from sana_export.hub.bundles.push import push_bundle
 from sana_export.hub.bundles.source import find_bundle
 from sana_export.hub.client import Hub
@@ -21,6 +24,7 @@ from sana_export.runtime import SanaRuntime
 from tests.support.command_line import Cli
 from tests.support.engine_entries import THERE
 from tests.support.hub_server import LocalHub
+from tests.support.small_bundles import write_bundle
 
 REPO = "me/sana-bundle"
 SMALL: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 2, "seed": 1}
@@ -57,6 +61,30 @@ def test_a_folder_wins_over_a_repository_of_its_name(bundle: Path, local_hub: Lo
     assert find_bundle(Path(REPO)) == Path(REPO)  # a Path is always a folder
     assert local_hub.log == []
     assert find_bundle(REPO).parts[-3] == "models--me--sana-bundle"
+
+
+def test_a_folder_that_is_called_like_a_hub(bundle: Path, local_hub: LocalHub, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf.company/bundle", "hf.co/bundle", "huggingface.co/me/sana-bundle"):
+        shutil.copytree(bundle, tmp_path / name)
+        assert find_bundle(name) == Path(name)
+    assert find_bundle(Path("hf.co/me/none")) == Path("hf.co/me/none")
+    assert local_hub.log == []
+    commit = push_bundle(bundle, REPO).commit
+    assert find_bundle(f"https://huggingface.co/{REPO}").name == commit  # an address is never a folder
+    assert find_bundle(f"HuggingFace.co/{REPO}/tree/main").name == commit
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtxx", "", 5])
+def test_a_mistyped_backend_is_refused_before_a_download(bundle: Path, local_hub: LocalHub, cli: Cli, backend: Any) -> None:
+    push_bundle(bundle, REPO)
+    local_hub.log.clear()
+    with pytest.raises(UsageError, match=r"no backend named|backend is not a name"):
+        SanaRuntime.from_pretrained(REPO, backend=backend)
+    if backend:
+        ran = cli("generate", REPO, "a red fox", "-o", "fox.png", "--backend", backend)
+        assert (ran.code, "there is no backend named" in ran.err) == (2, True)
+    assert local_hub.log == []
 
 
 def test_a_verb_that_writes_says_how_to_get_a_folder(local_hub: LocalHub, cli: Cli) -> None:
@@ -155,6 +183,30 @@ def test_a_hub_that_is_down(bundle: Path, local_hub: LocalHub, caplog: pytest.Lo
     assert f"The copy of {folder.name[:12]} in the cache is used" in caplog.text
 
 
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_a_download_that_stopped_leaves_the_former_commit_in_use(
+    bundle: Path, local_hub: LocalHub, tmp_path: Path, revision: str | None
+) -> None:
+    old = push_bundle(bundle, REPO, branch=revision).commit
+    assert find_bundle(REPO, revision).name == old
+    write_bundle(tmp_path / "new", seed=1)
+    new = push_bundle(tmp_path / "new", REPO, branch=revision).commit
+    local_hub.cut["onnx/vae_decoder/model.onnx.data"] = (0, 99)
+    for _ in range(2):
+        with pytest.raises(DependencyError, match="broke off"):
+            find_bundle(REPO, revision)
+        assert find_bundle(REPO, revision, Hub(offline=True)).name == old
+    local_hub.status = 503
+    assert find_bundle(REPO, revision).name == old
+    local_hub.status = None
+    pull_bundle(REPO, tmp_path / "elsewhere", revision=old)  # a folder is not the cache
+    local_hub.cut.clear()
+    assert find_bundle(REPO, revision).name == new == find_bundle(REPO, revision, Hub(offline=True)).name
+    requests = len(local_hub.log)
+    find_bundle(REPO, revision)
+    assert len(local_hub.log) == requests + 1
+
+
 def test_a_server_that_is_no_hub(local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.support.hub_server.Handler.info", None, raising=False)
     monkeypatch.setattr("tests.support.hub_server.ROUTES", [(r".*", lambda self, *_: self._send(200, b"<html>log in</html>"))])
@@ -191,13 +243,23 @@ def test_only_engines_that_the_chosen_backend_runs_here(engine_bundle: Path, loc
     assert engines() == ["a1"]
 
 
+@pytest.mark.parametrize(("backend", "wanted"), [("auto", ["a1"]), (None, ["a1"]), ("onnxruntime", [])])
+def test_the_engines_of_a_command(
+    engine_bundle: Path, local_hub: LocalHub, monkeypatch: Any, backend: str | None, wanted: list[str]
+) -> None:
+    push_bundle(engine_bundle, REPO)
+    monkeypatch.setattr("sana_export.hub.bundles.source.detect_host", lambda device: THERE)
+    folder = bundle_to_read(Namespace(bundle=REPO, token=None, cache_dir=None, offline=False), backend=backend)
+    assert [path.parent.name for path in folder.glob("engines/*/*/*.engine")] == wanted
+
+
 def test_without_huggingface_hub(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.setitem(sys.modules, "huggingface_hub.constants", None)
     assert find_bundle(str(bundle)) == bundle
-    with pytest.raises(DependencyError, match="me/x is not a folder here, and a repository needs a package") as caught:
+    with pytest.raises(DependencyError, match="loading me/x from the hub needs a package that is not installed") as caught:
         find_bundle("me/x")
     assert "[hub]" in str(caught.value)
 

@@ -274,6 +274,31 @@ def test_comfyui_unloads_the_bundle_and_it_is_loaded_again(engine: Any, runtime:
     assert equal(run.images, expected(runtime, seed=50))
 
 
+@pytest.mark.parametrize("computes_on", ["cpu", "cuda"])
+def test_a_bundle_takes_part_in_the_memory_of_the_device_that_it_computes_on(
+    engine: Any, computes_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI is on a GPU. Its own model has to go, or is safe, and the bundle too when the next model comes."""
+    if engine.real:
+        pytest.skip("needs a GPU")
+    import comfy.model_patcher
+
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(engine, "device", gpu)
+    if computes_on == "cuda":  # it says so, and runs here
+        monkeypatch.setattr("sana_export.integrations.comfyui.bundle.open_backend", lambda *_: SimpleNamespace(device="cuda"))
+    other = comfy.model_patcher.ModelPatcher(torch.nn.Identity(), gpu, cpu)
+    engine.loaded.append(other)
+    (loaded,) = engine.nodes["SanaExportBundle"]().load("tiny", "onnxruntime", "auto")
+    runtime = loaded.open()
+    assert (other in engine.loaded) == (computes_on == "cpu")
+    engine.free_memory(gpu)
+    assert other not in engine.loaded
+    assert (loaded.model.loaded_size() > 0) == (computes_on == "cpu")
+    assert (loaded.open() is runtime) == (computes_on == "cpu")
+    engine.free_memory(gpu)
+
+
 def test_an_unknown_bundle_is_refused_before_the_run(engine: Any, tmp_path: Path) -> None:
     sana = engine.root / "models/sana"
     run = engine.run(workflow(kind="SanaExportBundle", bundle="sana-600m-512px"))

@@ -47,6 +47,7 @@ OBJECTS: dict[str, dict[str, str]] = {
         "prototypes[name]": "Weights",
     },
     "runtime/backends/weight_streaming.py": {"engine": "ICudaEngine"},
+    "verify/layer_engines.py": {"network": "INetworkDefinition", "layer": "ILayer"},
     "bench/profile/tensorrt.py": {
         "trt": MODULE,
         "self._trt": MODULE,
@@ -69,7 +70,7 @@ OBJECTS: dict[str, dict[str, str]] = {
     },
 }
 #: Members of TensorRT's classes with an underscore that objects of other packages have too.
-COMMON = {"get_shape", "infer_shapes"}
+COMMON = {"get_shape", "infer_shapes", "num_layers"}
 #: The backend's own options, which have the names of TensorRT-RTX's.
 COMMON |= {"cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"}
 #: Objects of our own classes in the same variables as TensorRT's elsewhere in a file: the file, the variable and its members.

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sana_export.records import LoraTarget
+from sana_export.verify.graph_file import GraphFile, open_graph
 from sana_export.verify.graph_layers import tensor_origins
+from sana_export.verify.reproducer import layer_borders
+from tests.support.quantized import quantized_bundle_in
 
 
 def test_origins() -> None:
@@ -47,3 +53,25 @@ def test_origins() -> None:
         "after blocks.12.halves.gate",
     ]
     assert (found["a"].node, found["a"].operator, found["a"].dtype) == ("first", "Neg", "float32")
+
+
+def products(file: GraphFile) -> list[tuple[str | None, str | None]]:
+    """Layer and module of each node that multiplies with a weight, in the order of the file."""
+    kinds = ("MatMul", "Conv", "Gemm")
+    return [(item.layer, item.module) for item in tensor_origins(file.model) if item.operator in kinds and item.module]
+
+
+def test_quantized_weights_belong_to_the_nodes_that_read_them(tiny_bundle: Path, tiny_checkpoint: Any, build_cache: Path) -> None:
+    """Its text encoder has matrices in 8 bits, its denoiser in 4, transposed and with other shapes."""
+    quantized = quantized_bundle_in(build_cache, tiny_bundle, tiny_checkpoint)
+    for graph, module in (("text_encoder", "layers.1.qkv"), ("denoiser", "blocks.1.point")):
+        file, whole = open_graph(quantized, graph), open_graph(tiny_bundle, graph)
+        assert file.entry.quantized
+        assert products(file) == products(whole)
+        assert (module.rpartition(".")[0], module) in products(file)
+        origins = {item.tensor: item for item in tensor_origins(file.model)}
+        tensor = next(name for name, item in origins.items() if item.module == module and item.operator in ("MatMul", "Conv"))
+        layer = str(origins[tensor].layer)
+        borders = layer_borders(file.model, origins, tensor)
+        assert borders
+        assert not any(name.startswith(layer) for name in borders), "the layer's own weights do not enter it"

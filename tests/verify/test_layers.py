@@ -147,7 +147,7 @@ def test_what_cannot_be_compared(change: dict[str, Any], message: str, tiny_bund
 def test_nothing_of_the_user_is_overwritten(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/picture.png").write_bytes(b"")
-    with pytest.raises(UsageError, match="would be overwritten"):
+    with pytest.raises(UsageError, match="holds something that is not a reproducer"):
         compare_layers(tiny_bundle, LayerCheck("denoiser", reproducer=tmp_path / "mine"), SHORT)
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,17 @@ import pytest
 from polygraphy.comparator import RunResults
 from polygraphy.json import load_json
 
-from sana_export.errors import UsageError
+from sana_export.contract import GraphSpec
+from sana_export.errors import DependencyError, UsageError
 from sana_export.manifest import Manifest
 from sana_export.profiles import PROFILES
 from sana_export.trt.build import input_shapes
 from sana_export.trt.plan import profile_ranges
-from sana_export.verify import polygraphy_files
+from sana_export.verify import layer_engines, polygraphy_files, polygraphy_package
 from sana_export.verify.bundle import Sampling
+from sana_export.verify.layer_sides import SideChoice
 from sana_export.verify.polygraphy_files import write_polygraphy_files
+from sana_export.verify.polygraphy_package import build_options
 from sana_export.verify.polygraphy_scripts import GraphCommands, scripts
 
 SHORT = Sampling(("a red apple",), 128, 128, 2)
@@ -100,16 +104,67 @@ def test_scripts_of_the_bundles_engines_and_of_bfloat16() -> None:
     assert "engines-tensorrt-rtx.sh" not in found
     command = 'polygraphy run "$BUNDLE"/engines/tensorrt/key/sampler.engine --load-inputs sampler/inputs.json'
     assert f"case ${{1:-sampler}} in sampler) {command}" in found["engines-tensorrt.sh"]
+    # Our engines have no memory of their own: polygraphy_runner in bench/gpu_check/judge.py says the same.
+    assert " --trt --model-type engine --allocation-strategy runtime " in found["engines-tensorrt.sh"]
     assert "BUNDLE=${BUNDLE:-'/x y'}" in found["engines-tensorrt.sh"]
     windows = found["engines-tensorrt.cmd"].split("\r\n")
     assert r'if "%GRAPH%"=="sampler" polygraphy run "%BUNDLE%\engines\tensorrt\key\sampler.engine"' in windows[-3]
     assert "onnxruntime.sh" not in scripts(Path("/b"), [graph], 24.0, "bfloat16")
 
 
+@pytest.mark.skipif(sys.platform == "win32" or shutil.which("sh") is None, reason="needs a POSIX shell")
+def test_a_graph_without_a_command_is_an_error(tmp_path: Path) -> None:
+    graphs = [GraphCommands(name, f"onnx/{name}/model.onnx", {}, {}, {}) for name in ("sampler", "denoiser")]
+    texts = scripts(tmp_path, graphs, 37.0, "float16")
+    (tmp_path / "inspect.sh").write_text(texts["inspect.sh"])
+    for name in ("denoisr", "denoiser sampler", "*"):
+        ran = run_script(tmp_path / "inspect.sh", name)
+        assert ran.returncode == 2
+        assert ran.stderr == f"no command for {name}, only for sampler, denoiser\n"
+    windows = texts["inspect.cmd"].split("\r\n")
+    assert windows.index('if "%~1"=="denoiser" set KNOWN=1') < windows.index(
+        "if not defined KNOWN echo no command for %~1, only for sampler, denoiser 1>&2 & exit /b 2"
+    )
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_all_networks_are_strongly_typed(flag: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT 11 has no flag for it, and Polygraphy ends with an error if it is asked for one that does not exist."""
+    flags = SimpleNamespace(**({"STRONGLY_TYPED": 1} if flag else {}))
+    monkeypatch.setattr(polygraphy_package, "load", lambda backend: SimpleNamespace(NetworkDefinitionCreationFlag=flags))
+    asked: list[bool] = []
+
+    class Trt:
+        Profile = SimpleNamespace
+
+        @staticmethod
+        def network_from_onnx_path(path: str, *, strongly_typed: bool) -> Any:
+            asked.append(strongly_typed)
+            raise DependencyError("no GPU")
+
+    monkeypatch.setattr(layer_engines, "polygraphy_trt", lambda **_: Trt)
+    found = scripts(Path("/b"), [GraphCommands("sampler", "onnx/sampler/model.onnx", {}, {}, {})], 37.0, "float16")
+    for backend in ("tensorrt", "tensorrt-rtx"):
+        own = ["--use-gpu"] if backend == "tensorrt-rtx" else []
+        words = ["--trt", *(["--strongly-typed"] if flag else []), *own]
+        assert SideChoice(backend, "float16").runner == words
+        assert f" {' '.join(words)} " in found[f"{backend}.sh"]
+        assert f" {' '.join(words)} " in found[f"reduce-{backend}.sh"]
+        with pytest.raises(DependencyError, match="no GPU"):
+            layer_engines.MarkedEngine(Path("x"), GraphSpec("x", (), ()), {}, [], rtx=backend == "tensorrt-rtx")
+    assert asked == [flag, flag]
+    assert SideChoice("auto", "bfloat16").runner == SideChoice("tensorrt", "bfloat16").runner
+
+
+def test_strong_typing_is_asked_for_if_the_version_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert build_options("tensorrt") == ["--trt", "--strongly-typed"]
+
+
 def test_the_folder_is_written_whole_or_not_at_all(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="would be overwritten") as caught:
+    with pytest.raises(UsageError, match="holds something that is not files for Polygraphy") as caught:
         write_polygraphy_files(tiny_bundle, tmp_path / "mine", SHORT)
     assert caught.value.fix == f"--polygraphy {tmp_path / 'mine-2'}"
     with pytest.raises(UsageError, match="profile static-1024x512 does not cover the inputs") as caught:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sana_export.bench.nvtx_ranges import nvtx_range
 from sana_export.bench.profile.profile import GraphRun, LayerTime
-from sana_export.runtime.backends.torch import cpu_threads
+from sana_export.runtime.backends.torch import cpu_threads, stored_graph
 
 
 def layers(run: GraphRun) -> list[LayerTime]:
@@ -14,11 +14,9 @@ def layers(run: GraphRun) -> list[LayerTime]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from sana_export.graphs.builders import build_graph
-
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
-    module = build_graph(run.graph, run.checkpoint, run.manifest.options).to(device)
+    module = stored_graph(run.bundle, run.manifest, run.checkpoint, run.graph).to(device)
     inputs = {name: tensor.to(device) for name, tensor in run.inputs.items()}
     with cpu_threads(run.threads), torch.inference_mode():
         module(**inputs)

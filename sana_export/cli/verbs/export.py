@@ -21,7 +21,12 @@ from sana_export.quantization import AVAILABLE
 #: What MODEL may be.
 MODEL_HELP = "alias (see variants), hub id, or local folder in diffusers' format"
 #: The options that only a bundle has, and their attributes.
-_OF_BUNDLES = {"--pag-layers": "pag_layers", "--graphs": "graphs", "--controlnet": "controlnet"}
+_OF_BUNDLES = {
+    "--pag-layers": "pag_layers",
+    "--graphs": "graphs",
+    "--quantize": "quantize",
+    "--controlnet": "controlnet",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +62,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         parser,
         "--quantize",
         "SCHEME",
-        f"store weights in few bits: {' or '.join(AVAILABLE)} for all parts of the bundle that take it, or PART=SCHEME, for "
+        f"store quantized weights: {' or '.join(AVAILABLE)} for all parts of the bundle that take it, or PART=SCHEME, for "
         "example text_encoder=int4-weight,denoiser=none (default: none)",
     )
     parser.add_argument(
@@ -106,9 +111,9 @@ def _export_components(options: argparse.Namespace, console: Console) -> Answer:
     """The same for `--layout optimum`."""
     if given := [option for option, name in _OF_BUNDLES.items() if getattr(options, name)]:
         raise UsageError(
-            "optimum's layout has one graph for each component",
+            "optimum's layout does not take every option of a bundle",
             found=f"{', '.join(given)} with --layout optimum",
-            wanted="the layout of a bundle for these, or neither of them",
+            wanted="a bundle with these options, or optimum's layout without them",
             fix=f"omit {', '.join(given)}, or --layout optimum",
         )
     require("", "export")

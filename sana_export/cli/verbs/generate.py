@@ -178,7 +178,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
 
     @cache
     def bundle() -> Path:
-        return bundle_to_read(options, backend=None if options.backend == AUTO else options.backend)
+        return bundle_to_read(options, backend=options.backend)
 
     @contextlib.contextmanager
     def load() -> Iterator[SanaRuntime]:

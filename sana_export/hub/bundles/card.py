@@ -6,6 +6,7 @@ The card states nothing that the manifest does not say, and no path of this mach
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,12 @@ from sana_export.variants import Variant, find_variant
 
 FILE_NAME = "README.md"
 #: A card with this line is ours: the next push replaces it.
-MARKER = "<!-- Written by sana-export push. Remove this line to keep the page as it is at the next push. -->"
+MARKER = "<!-- Written by sana-export push. Delete this line to keep your own text at the next push. -->"
 #: The largest card that is read.
 MAX_BYTES = 1 << 20
 _GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
+#: How paths on somebody's machine begin, on any system, or what they contain.
+_PRIVATE = re.compile(r"[/~]|\.\.|[A-Za-z]:[\\/]|.*\\", re.DOTALL)
 
 
 def make_card(repo: str, manifest: Manifest) -> str:
@@ -41,12 +44,14 @@ def make_card(repo: str, manifest: Manifest) -> str:
 
 
 def base_repository(checkpoint: Checkpoint) -> str | None:
-    """The hub id of the checkpoint that a bundle was made from. None for a local, embedded or synthetic one."""
+    """The hub id of the checkpoint that a bundle was made from. None: local, embedded, synthetic or unknown.
+
+    The manifest does not tell a hub id from a folder such as models/sana, unless the checkpoint was exported from a revision.
+    """
     row = find_variant(checkpoint.source)
     if row is not None:
         return row.repo
-    repo = checkpoint.source.partition("@")[0]
-    return repo if REPO.fullmatch(repo) and not checkpoint.synthetic else None
+    return checkpoint.source if checkpoint.revision and REPO.fullmatch(checkpoint.source) and not checkpoint.synthetic else None
 
 
 def private_paths(manifest: Manifest) -> list[str]:
@@ -56,7 +61,7 @@ def private_paths(manifest: Manifest) -> list[str]:
     named = [checkpoint.source, *(overlay.path for overlay in overlays if overlay is not None)]
     if manifest.parity is not None:
         named += [str(manifest.parity.get(key, "")) for key in ("bundle", "reference")]
-    return [text for text in dict.fromkeys(named) if text.startswith(("/", "~", "..")) or "\\" in text]
+    return [text for text in dict.fromkeys(named) if _PRIVATE.match(text)]
 
 
 def _metadata(manifest: Manifest, base: str | None, row: Variant | None) -> str:
@@ -81,7 +86,7 @@ def _origin(manifest: Manifest, base: str | None) -> str:
     elif row is not None:
         source = f"`{row.alias}`, a checkpoint of sana_export" + (" with random weights" if checkpoint.synthetic else "")
     else:
-        source = "a local checkpoint"
+        source = "a custom checkpoint"
     extras = [
         text
         for text, overlay in (
@@ -112,7 +117,11 @@ def _usage(repo: str, manifest: Manifest) -> str:
     python += 'runtime("a red apple", seed=42).images[0].save("apple.png")'
     shell = f'# sana_export with the extras cpu (or cuda) and hub\nsana-export generate {repo} "a red apple" -o apple.png\n'
     shell += f"sana-export pull {repo} -o {repo.partition('/')[2]}    # the whole bundle as a folder"
-    note = "Every file is checked against the hashes in `manifest.json` before it is used, and loading runs no code of it."
+    note = (
+        "Every file is checked against the hashes in `manifest.json` before it is used. ONNX graphs and weights contain no code. "
+        "Engines, if there are any, are compiled GPU programs, which TensorRT loads; "
+        '`backend="onnxruntime"` does not download or load them.'
+    )
     return f"```bash\n{shell}\n```\n\n```python\n{python}\n```\n\n{note}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.files import FileEntry, disk_errors, locked, manifest_lock, real_path, require_free, write_whole
-from sana_export.hub.bundles.remote import RemoteBundle, ask_owner, check_offered, read_remote
+from sana_export.files import FileEntry, disk_errors, file_entry, locked, manifest_lock, real_path, require_free, write_whole
+from sana_export.hub.bundles.remote import RETRY_ONLINE, RemoteBundle, ask_owner, check_offered, move_revision, read_remote
 from sana_export.hub.client import Hub, download
 from sana_export.hub.origin import HubOrigin, origin_of
 from sana_export.known_files import check_known_files
@@ -65,9 +66,9 @@ def pull_bundle(
     all_engines: download all engines. If not, those that run on `host` (None: this machine).
 
     Files that are here already are kept if they have the manifest's hashes. If `output` has the same export, with engines of its
-    own perhaps, it gets what it lacks. Raises UsageError if it has anything else, and for an unknown repository or revision;
-    ArtifactError if the repository is not a bundle, or its files are not those of its manifest; DependencyError if the hub cannot
-    be reached or refuses, or the disk is full.
+    own perhaps, it gets what it lacks. Raises UsageError if it has anything else, also at an engine's place, and for an unknown
+    repository or revision; ArtifactError if the repository is not a bundle, or its files are not those of its manifest;
+    DependencyError if the hub cannot be reached or refuses, or the disk is full.
     """
     started, hub = time.monotonic(), hub or Hub()
     remote = read_remote(repo, revision, hub)
@@ -96,7 +97,7 @@ def fetch_files(
     """Download the files of `remote` that `folder` lacks: all but engines, and `engines`. Returns their entries.
 
     `folder` is that of the commit in the hub's cache, or any other. Files that are there are hashed (`check`), and replaced if they
-    are damaged. Offline, engines that are not in the cache are left out.
+    are damaged. Offline, engines that are not in the cache are left out. When the cache has all files, its revision is this commit.
     """
     entries = _wanted_files(remote, engines)
     missing = [entry for entry in entries if not (_is_intact(folder, entry) if check else _is_at(folder, entry))]
@@ -107,6 +108,8 @@ def fetch_files(
         log.info("%s (file %d of %d, %.1f of %.1f MB done)", entry.path, number, len(missing), done / 1e6, total / 1e6)
         _get(remote, folder, entry, hub)
         done += entry.bytes
+    if folder == remote.cached:
+        move_revision(remote)
     return missing
 
 
@@ -132,6 +135,14 @@ def _get(remote: RemoteBundle, folder: Path, entry: FileEntry, hub: Hub) -> None
         with (remote.cached / entry.path).open("rb") as source:
             write_whole(target, lambda file: shutil.copyfileobj(source, file, 1 << 20))
         return
+    damaged = [place / entry.path for place in (remote.cached, folder) if _is_at(place, entry)]
+    if remote.files is None and damaged:
+        raise ArtifactError(
+            f"{damaged[0]} is damaged, and offline mode is on",
+            found="other content than the manifest's",
+            wanted=f"sha256 {entry.sha256}",
+            fix=RETRY_ONLINE,
+        )
     download(origin.repo, entry.path, origin.commit, hub, folder=own, anew=(folder / entry.path).exists())
     try:
         check_known_files(folder, [entry], fix="")
@@ -188,31 +199,60 @@ def _into_folder(remote: RemoteBundle, output: Path, engines: Sequence[EngineEnt
 
 def _complete(remote: RemoteBundle, folder: Path, engines: Sequence[EngineEntry], hub: Hub) -> tuple[list[FileEntry], Manifest]:
     """Add to the bundle in `folder` what it lacks. Raises UsageError unless it is the same export."""
+    found = _same_export(remote, folder)
+    absent = [entry for entry in found.engines if not _is_at(folder, entry.file)]
+    merged = _merged(found, remote.manifest, absent)
+    for entry in merged:
+        if entry not in found.engines:
+            _check_free(remote, folder, entry.file)
+    try:
+        downloaded = fetch_files(remote, folder, [entry for entry in engines if entry in merged], hub)
+    finally:
+        shutil.rmtree(folder / _NOTES / "huggingface", ignore_errors=True)
+    with locked(manifest_lock(folder)):
+        manifest = _same_export(remote, folder)  # a build, or another export, may have written it meanwhile
+        merged = _merged(manifest, remote.manifest, absent)
+        if merged != manifest.engines:
+            manifest = replace(manifest, engines=merged)
+            manifest.save(folder)
+        replace(remote.origin, folder=folder, cache=None).save(folder)
+    return downloaded, manifest
+
+
+def _same_export(remote: RemoteBundle, folder: Path) -> Manifest:
+    """The manifest in `folder`. Raises UsageError unless it is of the same export as `remote`."""
     try:
         found = Manifest.load(folder)
         what = f"the bundle of {found.checkpoint.source} with the export key {found.export_key[:16]}"
     except ArtifactError as error:
         found, what = None, str(error.found)
-    if found is None or _export(found) != _export(remote.manifest):
+    if found is not None and _export(found) == _export(remote.manifest):
+        return found
+    raise UsageError(
+        f"{folder} is not an export of the same bundle as {remote.origin.repo}",
+        found=what,
+        wanted="a path that does not exist, an empty folder, or the same bundle",
+        fix=f"choose another output folder with -o, for example -o {folder}-{remote.origin.commit[:8]}",
+    )
+
+
+def _merged(own: Manifest, remote: Manifest, absent: Sequence[EngineEntry]) -> tuple[EngineEntry, ...]:
+    """The engines of both. Of two with the same identity, the own one stays, unless it is one of `absent`: its file is not here."""
+    theirs = {_identity(entry): entry for entry in remote.engines}
+    kept = {_identity(entry): entry for entry in own.engines if entry not in absent}
+    return tuple(({_identity(entry): entry for entry in own.engines} | theirs | kept).values())
+
+
+def _check_free(remote: RemoteBundle, folder: Path, entry: FileEntry) -> None:
+    """Raise UsageError if something else than the file `entry` is at its place."""
+    path = folder / entry.path
+    if os.path.lexists(path) and not (path.is_file() and file_entry(folder, path) == entry):
         raise UsageError(
-            f"{folder} holds something else than {remote.origin.repo}",
-            found=what,
-            wanted="a path that does not exist, an empty folder, or the same bundle",
-            fix=f"choose another output folder with -o, for example -o {folder}-{remote.origin.commit[:8]}",
+            f"{path} would be replaced by an engine of {remote.origin.repo}",
+            found="a file that the manifest does not list, or another engine",
+            wanted="no file of that name",
+            fix=f"move it away, or choose another output folder with -o, for example -o {folder}-{remote.origin.commit[:8]}",
         )
-    # An engine that was built here may differ from one of the same key in the repository. Then it stays.
-    own = {_identity(entry): entry for entry in found.engines}
-    try:
-        downloaded = fetch_files(remote, folder, [entry for entry in engines if own.get(_identity(entry), entry) == entry], hub)
-    finally:
-        shutil.rmtree(folder / _NOTES / "huggingface", ignore_errors=True)
-    with locked(manifest_lock(folder)):
-        manifest = Manifest.load(folder)
-        if new := [entry for entry in remote.manifest.engines if _identity(entry) not in own]:
-            manifest = replace(manifest, engines=(*manifest.engines, *new))
-            manifest.save(folder)
-        replace(remote.origin, folder=folder, cache=None).save(folder)
-    return downloaded, manifest
 
 
 def _identity(engine: EngineEntry) -> tuple[str, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from sana_export.hub.client import Hub, Repository, download, hub_errors, is_off
 from sana_export.hub.origin import origin_of
 from sana_export.known_files import check_known_files, hash_always
 from sana_export.manifest import FILE_NAME, Manifest
+from sana_export.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
 from sana_export.user_paths import user_path
 
 log = logging.getLogger(__name__)
@@ -99,10 +101,9 @@ def push_bundle(
     api = huggingface_hub.HfApi(token=hub.token)
     with hub_errors(repo, branch, False, (), names="write the name as owner/name", pushing=True):
         api.create_repo(repo, private=private or None, exist_ok=True)
-        if branch is not None:
-            api.create_branch(repo, branch=branch, exist_ok=True)
-    there = look_up(repo, branch, hub)
-    _check_replaceable(repo, there)
+        new_branch = branch is not None and not api.revision_exists(repo, branch)
+    there = look_up(repo, None if new_branch else branch, hub)  # a new branch begins as the main one
+    _check_replaceable(repo, there, hub)
     stale = sorted(_files_of_former(repo, there, hub) - {entry.path for entry in entries} - set(_BESIDE))
     card = None if _has_own_card(repo, there, hub) else make_card(repo, manifest)
     additions: list[Any] = [huggingface_hub.CommitOperationAdd(entry.path, str(bundle / entry.path)) for entry in entries]
@@ -112,6 +113,8 @@ def push_bundle(
     total = sum(operation.upload_info.size for operation in additions)
     log.info("pushing %d files, %.1f MB, to %s", len(additions), total / 1e6, repo)
     with hub_errors(repo, branch, False, (), pushing=True, transfer=True):
+        if branch is not None and new_branch:
+            api.create_branch(repo, branch=branch, revision=there.commit)
         done = api.create_commit(
             repo,
             [*additions, *(huggingface_hub.CommitOperationDelete(path) for path in stale)],
@@ -123,16 +126,27 @@ def push_bundle(
     return Pushed(repo, done.oid, names, total, tuple(stale), card is None, time.monotonic() - started)
 
 
-def _check_replaceable(repo: str, there: Repository) -> None:
+def _check_replaceable(repo: str, there: Repository, hub: Hub) -> None:
     """Raise UsageError if the repository has files, but no bundle."""
     others = [name for name in there.files if name not in _BESIDE]
-    if FILE_NAME not in there.files and others:
+    if others and not _has_bundle(repo, there, hub):
         raise UsageError(
             f"{repo} holds something that is not a bundle",
             found=_some(others),
             wanted="a repository that does not exist, an empty one, or one with a bundle",
             fix=f"push to another repository, for example {repo}-bundle",
         )
+
+
+def _has_bundle(repo: str, there: Repository, hub: Hub) -> bool:
+    """Whether the repository has a manifest of ours, of any version. Other programs have files of that name too."""
+    if FILE_NAME not in there.files or (there.files[FILE_NAME].bytes or 0) > MAX_MANIFEST_BYTES:
+        return False
+    try:
+        document = json.loads(download(repo, FILE_NAME, there.commit, hub).read_text("utf-8"))
+        return isinstance(document["format"], int) and isinstance(document["tool_version"], str)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def _files_of_former(repo: str, there: Repository, hub: Hub) -> set[str]:

@@ -41,13 +41,20 @@ def find_bundle(
     nor a repository and for a repository without a bundle, and DependencyError if the hub cannot be reached or refuses.
     """
     text = os.fspath(bundle) if isinstance(bundle, str | os.PathLike) else bundle
-    if not isinstance(text, str) or not is_address(text):
+    if isinstance(bundle, PurePath) or not isinstance(text, str) or not is_address(text):
         folder = user_path(text, "the bundle")
         if isinstance(bundle, PurePath) or os.path.lexists(folder):
             return _a_folder(folder, revision)
-    repo, revision = repository(str(text), revision)
+    repo, revision = _split(str(text), revision, wanted=WANTED, fix="download the bundle, and give its folder")
+    if not may_be_hub_id(repo):
+        raise ArtifactError(
+            f"{text} is not a bundle",
+            found="no such folder, and not a hub id (owner/name)",
+            wanted=WANTED,
+            fix="check the path, or export a checkpoint first",
+        )
     hub = hub or Hub()
-    is_offline(hub, f"{repo} is not a folder here, and a repository")
+    is_offline(hub, f"loading {repo} from the hub")
     remote = _reachable(repo, revision, hub)
     engines = []
     if remote.manifest.engines and (backend is None or backend in FLAVOURS):
@@ -59,18 +66,20 @@ def find_bundle(
 def repository(name: str, revision: str | None = None) -> tuple[str, str | None]:
     """The repository and the revision that a user means by `name`: owner/name, owner/name@revision, or the address of its page.
 
-    Raises ArtifactError for anything else, and UsageError for an address elsewhere and for two revisions.
+    Raises UsageError for anything else, for an address elsewhere and for two revisions.
     """
-    whole = ["sana-export", "pull", "{repo}", "-o", "{name}"]
-    repo, revision = split_address(name, revision, wanted=WANTED, fix="download the bundle, and give its folder", whole=whole)
-    repo, at, named = repo.partition("@")
+    fix = "check the name at https://huggingface.co/models"
+    repo, revision = _split(name, revision, wanted="owner/name", fix=fix)
     if not may_be_hub_id(repo):
-        raise ArtifactError(
-            f"{name} is not a bundle",
-            found="no such folder, and not a hub id (owner/name)",
-            wanted=WANTED,
-            fix="check the path, or export a checkpoint first",
-        )
+        raise UsageError(f"{name or repr(name)} is not a hub id", wanted="owner/name", fix=fix)
+    return repo, revision
+
+
+def _split(name: str, revision: str | None, *, wanted: str, fix: str) -> tuple[str, str | None]:
+    """What stands before the revision in `name`, and the revision. Errors say what is `wanted` there, and how to `fix` it."""
+    whole = ["sana-export", "pull", "{repo}", "-o", "{name}"]
+    repo, revision = split_address(name, revision, wanted=wanted, fix=fix, whole=whole)
+    repo, at, named = repo.partition("@")
     if at and revision not in (None, named):
         raise UsageError(f"{name} and --revision name two revisions", found=f"{named} and {revision}", wanted="one of them")
     return repo, named or revision

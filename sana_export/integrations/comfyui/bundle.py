@@ -13,6 +13,7 @@ import torch
 
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
+from sana_export.runtime.backends import open_backend
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,17 @@ class ManagedBundle(comfy.model_patcher.ModelPatcher):
     user asked for it. A bundle that was unloaded is loaded again when the next node needs it.
     """
 
-    def __init__(self, bundle: Path, options: Mapping[str, Any], size: int) -> None:
-        """`options` are those of `SanaRuntime.from_pretrained`, `size` is that of the weights in bytes."""
+    def __init__(self, bundle: Path, options: Mapping[str, Any], size: int, device: str) -> None:
+        """`options` are those of `SanaRuntime.from_pretrained`, `size` is that of the weights in bytes.
+
+        `device` is where the backend computes, "cpu" or "cuda". On the CPU the bundle claims no memory of ComfyUI's GPU.
+        """
         self.runtime: SanaRuntime | None = None
         self._bundle, self._options = bundle, options
         #: Those that are loaded. None: unknown, because one could not be loaded.
         self._loras: tuple[ChosenLora, ...] | None = ()
-        super().__init__(SanaWeights(), comfy.model_management.get_torch_device(), torch.device("cpu"), size=size)
+        cpu = torch.device("cpu")
+        super().__init__(SanaWeights(), cpu if device == "cpu" else comfy.model_management.get_torch_device(), cpu, size=size)
 
     def open(self, loras: tuple[ChosenLora, ...]) -> SanaRuntime:
         """The runtime with these LoRAs. ComfyUI unloads other models first if they are in its way.
@@ -95,11 +100,12 @@ class SanaBundle:
     loras: tuple[ChosenLora, ...] = ()
 
     @classmethod
-    def load(cls, bundle: Path, **options: Any) -> SanaBundle:
-        """Load the bundle in a folder. `options` are those of `SanaRuntime.from_pretrained`, and so are the errors."""
-        graphs = Manifest.load(bundle).graphs.values()
-        weights = {file.path: file.bytes for graph in graphs for file in graph.files}  # graphs share files
-        loaded = cls(ManagedBundle(bundle, options, sum(weights.values())))
+    def load(cls, bundle: Path, backend: str, memory: str) -> SanaBundle:
+        """Load the bundle in a folder. `backend` and `memory` are those of `SanaRuntime.from_pretrained`, and so are the errors."""
+        manifest = Manifest.load(bundle)
+        weights = {file.path: file.bytes for graph in manifest.graphs.values() for file in graph.files}  # graphs share files
+        device = open_backend(backend, bundle, manifest).device  # this loads no graph
+        loaded = cls(ManagedBundle(bundle, {"backend": backend, "memory": memory}, sum(weights.values()), device))
         loaded.open()
         return loaded
 

@@ -80,7 +80,7 @@ class SanaBundleLoader:
             return 0, 0
 
     def load(self, bundle: str, backend: str, memory: str) -> tuple[SanaBundle]:
-        return (SanaBundle.load(bundle_folder(bundle), backend=backend, memory=memory),)
+        return (SanaBundle.load(bundle_folder(bundle), backend, memory),)
 
 
 class SanaLoraLoader:

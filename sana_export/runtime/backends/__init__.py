@@ -69,15 +69,23 @@ BACKENDS: dict[str, BackendFactory] = {
 ENGINE_BACKENDS, FALLBACK = ("tensorrt", "tensorrt-rtx"), "onnxruntime"
 
 
+def check_backend(backend: str | Loader) -> None:
+    """Raise UsageError unless `backend` is the name of a backend, "auto" or a loader."""
+    wanted = ", ".join((AUTO, *BACKENDS))
+    if not isinstance(backend, str) and not callable(backend):
+        raise UsageError("backend is not a name", found=shown(backend), wanted=f"{wanted}, or a loader")
+    if isinstance(backend, str) and backend not in (AUTO, *BACKENDS):
+        raise UsageError(f"there is no backend named {backend!r}", wanted=wanted, fix=f"--backend {AUTO}")
+
+
 def open_backend(backend: str | Loader, bundle: Path, manifest: Manifest, settings: BackendSettings = DEFAULT_SETTINGS) -> Backend:
     """The backend of that name, for "auto" the best one that can run here, or what the loader returns; ready to load graphs.
 
     Raises UsageError for an unknown name or settings that the backend does not take, DependencyError if its package or GPU is
     missing, and ArtifactError if it cannot run the bundle's precision.
     """
+    check_backend(backend)
     if not isinstance(backend, str):
-        if not callable(backend):
-            raise UsageError("backend is not a name", found=shown(backend), wanted=", ".join((AUTO, *BACKENDS)) + ", or a loader")
         if settings != DEFAULT_SETTINGS:
             raise UsageError(
                 "device, threads and backend_options are for backends named by a string",
@@ -86,8 +94,6 @@ def open_backend(backend: str | Loader, bundle: Path, manifest: Manifest, settin
             )
         return backend(bundle, manifest)
     name = _best(bundle, manifest, settings.device) if backend == AUTO else backend
-    if name not in BACKENDS:
-        raise UsageError(f"there is no backend named {name!r}", wanted=", ".join((AUTO, *BACKENDS)), fix=f"--backend {AUTO}")
     return BACKENDS[name](bundle, manifest, settings)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sana_export.adapters import Lora
 from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
-from sana_export.commands import export_command
+from sana_export.commands import export_command, repair_command
 from sana_export.contract import GraphSpec
 from sana_export.errors import ArtifactError, DependencyError, UsageError, first_line
 from sana_export.formats.arrays import Array
@@ -140,25 +140,13 @@ class TorchBackend(Backend):
 
     def load(self, graph: str) -> TorchSession:
         try:
-            module = build_graph(graph, self.checkpoint, self.manifest.options)
-            self._quantize(graph, module)
-            module = module.to(self.torch_device)
+            module = stored_graph(self.bundle, self.manifest, self.checkpoint, graph).to(self.torch_device)
         except RuntimeError as error:
             raise_out_of_memory(error, f"loading {graph}", self.device)
             raise
         if self.compiled:
             compile_blocks(module)
         return TorchSession(self.manifest.graphs[graph].spec, module, self.torch_device, self._threads, compiled=self.compiled)
-
-    def _quantize(self, graph: str, module: nn.Module) -> None:
-        """Give `module` the numbers that the bundle's quantized weights stand for."""
-        entry, parameters = self.manifest.graphs[graph], dict(module.named_parameters(remove_duplicate=False))
-        if not entry.quantized:
-            return
-        shapes = {weight.name: tuple(parameters[weight.name].shape) for weight in entry.quantized}
-        fix = export_command(self.bundle, self.manifest)
-        for name, numbers in read_quantized(self.bundle, entry, self.manifest.options.dtype, shapes, fix=fix):
-            parameters[name].data.copy_(torch.from_numpy(numbers))
 
     def to_device(self, array: Array) -> Tensor:
         return place(array, self.torch_device)
@@ -231,6 +219,21 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
     def seconds(self, start: Any, end: Any) -> float:
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
+
+
+def stored_graph(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, graph: str) -> nn.Module:
+    """A graph of the checkpoint, on the CPU, with the numbers that the bundle's quantized weights stand for.
+
+    Raises ArtifactError if the files with these weights are damaged.
+    """
+    module, entry = build_graph(graph, checkpoint, manifest.options), manifest.graphs[graph]
+    if entry.quantized:
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        shapes = {weight.name: tuple(parameters[weight.name].shape) for weight in entry.quantized}
+        fix = repair_command(bundle, manifest)
+        for name, numbers in read_quantized(bundle, entry, manifest.options.dtype, shapes, fix=fix):
+            parameters[name].data.copy_(torch.from_numpy(numbers))
+    return module
 
 
 def open_torch(bundle: Path, manifest: Manifest, settings: BackendSettings = DEFAULT_SETTINGS, *, compiled: bool) -> TorchBackend:

@@ -14,22 +14,27 @@ import onnxruntime
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sana_export.bench.profile.profile import run_profile
+from sana_export.bench.workload import Workload
 from sana_export.cli.bundle_text import bundle_summary
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.bundle import export_bundle
 from sana_export.export.quantize.plan import stored_bytes
 from sana_export.files import file_entry
 from sana_export.graphs.storage import ALIGNMENT
+from sana_export.hub.origin import HubOrigin
 from sana_export.manifest import FILE_NAME, Manifest, seal
 from sana_export.profiles import custom_profile, profile_named
 from sana_export.quantization import AVAILABLE
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import quantized_weights
+from sana_export.runtime.backends.torch import TorchBackend
 from sana_export.runtime.prompt import PromptEncoder
 from sana_export.trt.bundle import build_bundle, plan_bundle
 from sana_export.trt.options import BuildOptions
 from sana_export.verify.bundle import Sampling, verify_bundle
 from sana_export.verify.graph_checks import inputs_for
+from sana_export.verify.graph_file import open_graph
 from sana_export.verify.quantized import check_stored
 from tests.support.lora_files import pair, write
 from tests.support.quantized import SCHEMES, read_weights, replaced
@@ -185,6 +190,28 @@ def test_the_manifest_records_the_schemes(quantized: Path, tiny_bundle: Path, tm
         Manifest.load(tmp_path)
 
 
+def test_a_damaged_file_of_a_pulled_bundle_is_pulled_again(quantized: Path, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    """What reads stored weights outside ONNX Runtime: the file of `verify --layers`, the torch backend, and its profile."""
+    bundle = shutil.copytree(quantized, tmp_path / "bundle")
+    HubOrigin("me/sana", "0" * 40).save(bundle)
+    manifest = Manifest.load(bundle)
+    pull = f"sana-export pull me/sana --revision {'0' * 40} -o {bundle}"
+    (data,) = manifest.graphs["denoiser"].data
+    with (bundle / data.path).open("r+b") as file:
+        file.write(b"damaged")
+    with pytest.raises(ArtifactError) as error:
+        open_graph(bundle, "denoiser")
+    assert error.value.fix == pull
+    with pytest.raises(ArtifactError) as error:
+        TorchBackend(bundle, manifest, tiny_checkpoint, compiled=False).load("denoiser")
+    assert error.value.fix == pull
+    work = Workload("test", 64, 64, 1, 4.5, ("a",), threads=1)
+    profile = run_profile(bundle, tiny_checkpoint, backend="torch", workload=work, graphs=["denoiser", "context"], runs=1)
+    failed = {graph.graph: graph.failed or "" for graph in profile.graphs}
+    assert pull in failed["denoiser"], "the profile runs the stored weights"
+    assert not failed["context"]
+
+
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_the_size_is_known_before_the_export(quantized: Path, tiny_checkpoint: Any, graph: str) -> None:
     manifest = Manifest.load(quantized)
@@ -195,20 +222,40 @@ def test_the_size_is_known_before_the_export(quantized: Path, tiny_checkpoint: A
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "options", "text"),
+    ("capabilities", "options", "text", "fix"),
     [
-        (("7.5",), BuildOptions(), "tensorrt-rtx has no int4 for compute capability 7.5"),
-        (("8.9",), BuildOptions(refittable=True), "quantized graphs have no refittable engines"),
+        (
+            ("7.5",),
+            BuildOptions(),
+            "tensorrt-rtx has no int4 for compute capability 7.5",
+            "--quantize embeddings=int8-weight,text_encoder=int8-weight,denoiser=int8-weight",
+        ),
+        (("8.9",), BuildOptions(refittable=True), "quantized graphs have no refittable engines", "--backend tensorrt-rtx"),
     ],
 )
 def test_engines_that_cannot_exist_are_refused_before_a_build(
-    quantized: Path, capabilities: tuple[str, ...], options: BuildOptions, text: str
+    quantized: Path, capabilities: tuple[str, ...], options: BuildOptions, text: str, fix: str
 ) -> None:
     settings: dict[str, Any] = {"backend": "tensorrt-rtx", "profile": profile_named("default")}
-    with pytest.raises(UsageError, match=text):
+    with pytest.raises(UsageError, match=text) as error:
         plan_bundle(quantized, compute_capabilities=capabilities, options=options, graphs=["denoiser"], **settings)
+    assert fix in str(error.value.fix)
     assert len(plan_bundle(quantized, compute_capabilities=("7.5",), graphs=["text_encoder"], **settings)) == 1
     assert len(plan_bundle(quantized, compute_capabilities=("8.9", "12.0"), **settings)) == 6
+
+
+def test_quantized_graphs_that_no_lora_changes_need_no_refittable_engines(quantized: Path, tmp_path: Path) -> None:
+    """The text encoder is quantized, the denoiser is not."""
+    manifest = Manifest.load(quantized)
+    graphs = {
+        name: replace(graph, quantized=() if name == "denoiser" else graph.quantized) for name, graph in manifest.graphs.items()
+    }
+    bundle = shutil.copytree(quantized, tmp_path / "bundle")
+    options = replace(manifest.options, quantize={"text_encoder": "int8-weight"})
+    replace(manifest, options=options, graphs=graphs).save(bundle)
+    planned = plan_bundle(bundle, backend="tensorrt-rtx", profile=profile_named("default"), options=BuildOptions(refittable=True))
+    refittable = {engine.spec.graph: bool(engine.spec.options.get("refittable")) for engine in planned}
+    assert (refittable["text_encoder"], refittable["denoiser"], refittable["context"]) == (False, True, True)
 
 
 @pytest.mark.slow

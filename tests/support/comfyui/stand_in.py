@@ -54,6 +54,8 @@ class StandIn:
     """The engine, and the state behind its modules."""
 
     real = False
+    #: Where models are loaded. If it is a GPU, it has room for one model.
+    device = torch.device("cpu")
 
     def __init__(self, root: Path) -> None:
         for kind in KINDS:
@@ -73,8 +75,13 @@ class StandIn:
         self.args.preview_method = LatentPreviewMethod.Auto if shown else LatentPreviewMethod.NoPreviews
 
     def unload_models(self) -> None:
-        while self.loaded:
-            self.loaded.pop().detach(True)
+        self.free_memory(self.device)
+
+    def free_memory(self, device: torch.device) -> None:
+        """Unload the models of a device."""
+        for model in [model for model in self.loaded if model.load_device == device]:
+            self.loaded.remove(model)
+            model.detach(True)
 
     def load_models_gpu(self, models: list[Any]) -> None:
         """Load models. One that is loaded is detached from its place in the list, and stays."""
@@ -82,6 +89,8 @@ class StandIn:
             if model in self.loaded:
                 self.loaded.remove(model)
                 model.detach(unpatch_all=False)
+            if model.load_device.type != "cpu":
+                self.free_memory(model.load_device)
             model.partially_load(model.load_device, 1e32, force_patch_weights=False)
             self.loaded.insert(0, model)
 
@@ -113,7 +122,7 @@ class StandIn:
             "comfy.model_management": {
                 "load_models_gpu": self.load_models_gpu,
                 "throw_exception_if_processing_interrupted": self.throw_exception_if_processing_interrupted,
-                "get_torch_device": lambda: torch.device("cpu"),
+                "get_torch_device": lambda: self.device,
                 "intermediate_device": lambda: torch.device("cpu"),
                 "soft_empty_cache": lambda: None,
             },
