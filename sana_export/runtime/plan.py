@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from sana_export.commands import export_command
-from sana_export.controlnets import fitting
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Float32
 from sana_export.manifest import Manifest, ModelInfo
@@ -31,6 +30,7 @@ from sana_export.runtime.inputs import (
     texts,
 )
 from sana_export.runtime.memory import DENOISING_STAGE
+from sana_export.runtime.missing_graphs import no_controlnet, no_encoder
 from sana_export.runtime.prompt import GivenEmbeddings
 from sana_export.runtime.request import Request, bins_resolution
 from sana_export.runtime.resolution import ResizePlan, check_size, choose_bin, make_resize_plan
@@ -223,22 +223,10 @@ def _check_image_graphs(plan: Plan, bundle: Path, manifest: Manifest) -> None:
             wanted="no control image",
             fix="leave out control_image (--control-image)",
         )
-    if plan.control is not None and any(name not in manifest.graphs for name in CONTROLNET_GRAPHS):
-        *_, heads, _, dim = manifest.graphs["context"].spec.outputs[0].shape
-        alias = next(iter(fitting(int(heads), int(dim))), "CONTROLNET")
-        raise ArtifactError(
-            f"{bundle} was exported without a ControlNet",
-            found=f"no {', '.join(name for name in CONTROLNET_GRAPHS if name not in manifest.graphs)}",
-            wanted="a bundle that was exported with --controlnet",
-            fix=export_command(bundle, manifest, controlnet=alias, groups=("control", "img2img")),
-        )
+    if plan.control is not None and (missing := [name for name in CONTROLNET_GRAPHS if name not in manifest.graphs]):
+        raise no_controlnet(bundle, manifest, f"no {', '.join(missing)}")
     if missing := [name for name in plan.image_graphs if name not in manifest.graphs]:
-        raise ArtifactError(
-            f"{bundle} was exported without the graphs of image-to-image",
-            found=f"no {', '.join(missing)}",
-            wanted="a bundle with the graphs of the group img2img",
-            fix=export_command(bundle, manifest, groups=("img2img",)),
-        )
+        raise no_encoder(bundle, manifest, f"no {', '.join(missing)}")
 
 
 def request_axes(plan: Plan, manifest: Manifest) -> dict[str, int]:

@@ -397,6 +397,9 @@ def test_a_bundle_without_what_the_pipeline_needs_is_refused(
         draw(pipe, "a fox")
         with pytest.raises(ArtifactError, match="without the graphs of image-to-image"):
             pipe.vae.encode(torch.zeros(1, 3, 64, 64))
+        prompt = torch.ones(1, 3, pipe.transformer.config.caption_channels)
+        with pytest.raises(ArtifactError, match="without a ControlNet"):
+            pipe.transformer(torch.zeros(1, 32, 2, 2), prompt, torch.ones(1), controlnet_block_samples=[torch.zeros(1, 4, 4)])
 
 
 def test_an_unknown_object_and_a_missing_bundle_are_refused(cases: dict[str, Case], tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.formats.arrays import Float32
 from sana_export.formats.dtypes import WEIGHT_DTYPES
+from sana_export.integrations.diffusers.bundle_weights import BundleWeights
 from sana_export.integrations.diffusers.module import hooked, members
-from sana_export.integrations.diffusers.stored_weights import StoredWeights
 from sana_export.integrations.diffusers.transformer import attentions, check_pag_layers, pag_layers, unknown_processor
 from sana_export.manifest import LoraTarget
 from sana_export.quantization import SCHEMES
@@ -73,7 +73,7 @@ def check_transformer(pair: ComponentPair) -> None:
     if (names := getattr(pair.pipe, "pag_applied_layers", None)) is not None:
         check_pag_layers(pag_layers(names, config.num_layers), pair.runtime)
     for graph in ("denoiser", "context"):
-        stored = StoredWeights(pair.runtime, graph)
+        stored = BundleWeights(pair.runtime, graph)
         for target in pair.runtime.manifest.graphs[graph].lora_targets:
             if target.dtype in WEIGHT_DTYPES:
                 _check_layer(pair, target, stored)
@@ -82,7 +82,7 @@ def check_transformer(pair: ComponentPair) -> None:
 
 def check_controlnet(pair: ComponentPair) -> None:
     """Raise ArtifactError unless the weights of the ControlNet's self-attentions are the bundle's."""
-    stored = StoredWeights(pair.runtime, "controlnet")
+    stored = BundleWeights(pair.runtime, "controlnet")
     for index, block in enumerate(pair.module.transformer_blocks):
         wanted = torch.cat([layer.weight for layer in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)])
         name, shape = f"blocks.{index}.qkv", tuple(wanted.shape)
@@ -163,7 +163,7 @@ def check_plain(pair: ComponentPair, kind: type[nn.Module]) -> None:
         )
 
 
-def _check_layer(pair: ComponentPair, target: LoraTarget, stored: StoredWeights) -> None:
+def _check_layer(pair: ComponentPair, target: LoraTarget, stored: BundleWeights) -> None:
     """Compare a few rows of a layer's weight with the bundle's."""
     try:
         weight = pair.module.get_submodule(target.module).weight

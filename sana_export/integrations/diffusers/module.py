@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sana_export.commands import export_command
-from sana_export.errors import ArtifactError, UsageError
+from sana_export.errors import UsageError
 from sana_export.integrations.diffusers.tensors import Exchange, exchange_with
 from sana_export.runtime.pipeline import SanaRuntime
 
@@ -244,13 +244,3 @@ def _check_device(asked: torch.device, own: torch.device, runtime: SanaRuntime, 
             wanted=f"{own}, or the bundle loaded for {asked}",
             fix=load + (f", device={asked.index or 0})" if asked.type == "cuda" else ", backend='onnxruntime')"),
         )
-
-
-def no_encoder(runtime: SanaRuntime, found: str) -> ArtifactError:
-    """The error for an image that a bundle cannot encode. `found` says where it comes from."""
-    return ArtifactError(
-        f"{runtime.bundle} was exported without the graphs of image-to-image",
-        found=found,
-        wanted="a bundle with the graphs of the group img2img",
-        fix=export_command(runtime.bundle, runtime.manifest, groups=("img2img",)),
-    )

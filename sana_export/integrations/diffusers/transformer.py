@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from sana_export.commands import export_command
 from sana_export.contract import GraphSpec
-from sana_export.controlnets import fitting
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.integrations.diffusers.contexts import PromptContexts, same_in_all
 from sana_export.integrations.diffusers.module import BundleModule, graph_call, refusal
 from sana_export.runtime.backends.base import DeviceTensor
+from sana_export.runtime.missing_graphs import no_controlnet
 from sana_export.runtime.pipeline import SanaRuntime
 from sana_export.verify.reference import ClampedLinearAttnProcessor
 
@@ -161,7 +161,7 @@ class BundleTransformer(_Step, SanaTransformer2DModel):
         spec = next((tensor for tensor in self.spec("denoiser").inputs if tensor.name == "residuals"), None)
         if spec is None:
             if samples is not None:
-                raise no_controlnet(self.runtime)
+                raise no_controlnet(self.runtime.bundle, self.runtime.manifest, "controlnet_block_samples")
             return {}
         batch, _, height, width = latents.shape
         layers, channels = spec.shape[0], spec.shape[-1]
@@ -265,16 +265,3 @@ def check_attention_kwargs(given: dict[str, Any] | None) -> None:
     """Raise UsageError for anything but a scale of 1, which has no effect."""
     if given and given != {"scale": 1.0}:
         raise refusal("attention_kwargs", "use.runtime.load_lora(path, scale) for the scale of a LoRA")
-
-
-def no_controlnet(runtime: SanaRuntime) -> ArtifactError:
-    """The error for a pipeline with a ControlNet and a bundle without."""
-    manifest = runtime.manifest
-    *_, heads, _, dim = manifest.graphs["context"].spec.outputs[0].shape
-    alias = next(iter(fitting(int(heads), int(dim))), manifest.checkpoint.source)
-    return ArtifactError(
-        f"{runtime.bundle} was exported without a ControlNet",
-        found="a pipeline with one",
-        wanted="a bundle that was exported with --controlnet",
-        fix=export_command(runtime.bundle, manifest, controlnet=alias, groups=("control", "img2img")),
-    )

@@ -23,12 +23,13 @@ from transformers import Gemma2Model
 
 from sana_export.errors import UsageError
 from sana_export.integrations.diffusers.belonging import CHECKS, ComponentPair, check_plain
-from sana_export.integrations.diffusers.module import REFUSED_BY_PIPELINES, BundleModule, no_encoder, refusing
+from sana_export.integrations.diffusers.module import REFUSED_BY_PIPELINES, BundleModule, refusing
 from sana_export.integrations.diffusers.text_encoder import BundleTextEncoder
-from sana_export.integrations.diffusers.transformer import BundleControlNet, BundleTransformer, no_controlnet
+from sana_export.integrations.diffusers.transformer import BundleControlNet, BundleTransformer
 from sana_export.integrations.diffusers.vae import BundleVae
 from sana_export.runtime.backends.base import Loader
 from sana_export.runtime.memory import AUTO
+from sana_export.runtime.missing_graphs import no_controlnet, no_encoder
 from sana_export.runtime.pipeline import SanaRuntime
 
 PIPELINES = (SanaPipeline, SanaPAGPipeline, SanaSprintPipeline, SanaSprintImg2ImgPipeline, SanaControlNetPipeline)
@@ -170,6 +171,6 @@ def _check_graphs(pipe: Any, runtime: SanaRuntime) -> None:
     """Raise ArtifactError if the bundle lacks graphs that the pipeline needs."""
     graphs = runtime.manifest.graphs
     if isinstance(pipe, SanaControlNetPipeline) and "controlnet" not in graphs:
-        raise no_controlnet(runtime)
+        raise no_controlnet(runtime.bundle, runtime.manifest, f"a {type(pipe).__name__}")
     if isinstance(pipe, _ENCODING) and "vae_encoder" not in graphs:
-        raise no_encoder(runtime, f"a {type(pipe).__name__}, which encodes an image")
+        raise no_encoder(runtime.bundle, runtime.manifest, f"a {type(pipe).__name__}, which encodes an image")

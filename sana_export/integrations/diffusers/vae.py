@@ -9,7 +9,8 @@ from diffusers import AutoencoderDC
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from torch import Tensor, nn
 
-from sana_export.integrations.diffusers.module import BundleModule, graph_call, no_encoder
+from sana_export.integrations.diffusers.module import BundleModule, graph_call
+from sana_export.runtime.missing_graphs import no_encoder
 from sana_export.runtime.plan import Plan, choose_tile
 from sana_export.runtime.request import Request
 
@@ -46,7 +47,7 @@ class BundleVae(BundleModule, AutoencoderDC):
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """x [B, 3, H, W] in [-1, 1] -> latents float32 [B, C, h, w], not multiplied by the scaling factor."""
         if "vae_encoder" not in self.runtime.manifest.graphs:
-            raise no_encoder(self.runtime, "no vae_encoder")
+            raise no_encoder(self.runtime.bundle, self.runtime.manifest, "no vae_encoder")
         encoded: list[Tensor] = []
         images = x.float().split(1)
         for index, image in enumerate(images):

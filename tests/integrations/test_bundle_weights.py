@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from sana_export.integrations.diffusers.stored_weights import StoredWeights
+from sana_export.integrations.diffusers.bundle_weights import BundleWeights
 from sana_export.manifest import Manifest
 from sana_export.runtime import SanaRuntime
 from tests.support.quantized import read_weights
 
 
-def test_stored_weights_of_a_quantized_graph(quantized_bundle: Path, tiny_bundle: Path) -> None:
+def test_weights_of_a_quantized_graph(quantized_bundle: Path, tiny_bundle: Path) -> None:
     """Every layout: rows and columns, 4 bits in blocks and 8 bits with a scale for each channel."""
     entries = [Manifest.load(bundle).graphs for bundle in (quantized_bundle, tiny_bundle)]
     runtimes = [SanaRuntime.from_pretrained(bundle, backend="onnxruntime") for bundle in (quantized_bundle, tiny_bundle)]
     for graph in ("denoiser", "text_encoder"):
-        stored, whole = (StoredWeights(runtime, graph) for runtime in runtimes)
+        stored, whole = (BundleWeights(runtime, graph) for runtime in runtimes)
         numbers = read_weights(quantized_bundle / entries[0][graph].onnx.path)
         for weight in entries[0][graph].quantized:
             shape = weight.shape[::-1] if weight.transposed else weight.shape

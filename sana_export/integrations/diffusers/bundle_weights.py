@@ -16,7 +16,7 @@ from sana_export.records import QuantizedWeight
 from sana_export.runtime.pipeline import SanaRuntime
 
 
-class StoredWeights:
+class BundleWeights:
     """The weights of one graph in the bundle, memory-mapped."""
 
     def __init__(self, runtime: SanaRuntime, graph: str) -> None:
