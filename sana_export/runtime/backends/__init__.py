@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def check_backend(backend: str | Loader) -> None:
     if not isinstance(backend, str) and not callable(backend):
         raise UsageError("backend is not a name", found=shown(backend), wanted=f"{wanted}, or a loader")
     if isinstance(backend, str) and backend not in (AUTO, *BACKENDS):
-        raise UsageError(f"there is no backend named {backend!r}", wanted=wanted, fix=f"--backend {AUTO}")
+        near = difflib.get_close_matches(backend, BACKENDS, n=1)
+        raise UsageError(f"there is no backend named {backend!r}", wanted=wanted, fix=f"--backend {near[0] if near else AUTO}")
 
 
 def open_backend(backend: str | Loader, bundle: Path, manifest: Manifest, settings: BackendSettings = DEFAULT_SETTINGS) -> Backend:
