@@ -16,6 +16,7 @@ import pytest
 from sana_export.environment import import_digest
 from tests.support import cuda_driver
 from tests.support.bundles import sprint_bundle_in, tiny_bundle_in
+from tests.support.command_line import Cli, Ran
 from tests.support.hashes import Hashes
 from tests.support.small_bundles import write_bundle
 
@@ -185,6 +186,20 @@ def sprint_pipeline(sprint_checkpoint: Any) -> Any:
     pipeline = SanaSprintPipeline.from_pretrained(sprint_checkpoint.folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs `sana-export ARGUMENTS...` in this process."""
+
+    from sana_export.cli.main import main
+
+    def run(*arguments: object) -> Ran:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Ran(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

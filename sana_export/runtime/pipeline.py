@@ -238,8 +238,8 @@ class SanaRuntime(OfThisProcess):
     ) -> SanaResult:
         """Draw images for one or more prompts. `Request` documents the parameters.
 
-        callback_on_step_end: called after every step (`StepCallback`). It may set `runtime._interrupt = True`, as in diffusers: no
-        further step runs, and the call returns the images as they are.
+        callback_on_step_end: called after every step (`StepCallback`). It may set `runtime.interrupt = True` (or, as
+        in diffusers, `_interrupt`): no further step runs, and the call returns the images as they are.
         cancelled: called between stages, steps and tiles, from the thread that makes the call. If it returns True, the call raises
         Cancelled. It may look at a `threading.Event` that another thread sets.
         return_dict: False returns the tuple (images,), as in diffusers.

@@ -1,4 +1,4 @@
-"""Fixtures: the command line in this process, a bundle to damage, and the threads of ONNX Runtime's sessions."""
+"""Fixtures: a bundle to damage, and the threads of ONNX Runtime's sessions."""
 
 from __future__ import annotations
 
@@ -8,21 +8,6 @@ from typing import Any
 
 import onnxruntime
 import pytest
-
-from sana_export.cli.main import main
-from tests.support.command_line import Cli, Ran
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs `sana-export ARGUMENTS...` in this process."""
-
-    def run(*arguments: object) -> Ran:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return Ran(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

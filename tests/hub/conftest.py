@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sana_export.cli.main import main
 from sana_export.files import file_entry
 from sana_export.manifest import Manifest
-from tests.support.command_line import Cli, Ran
 from tests.support.engine_entries import ENGINE
 from tests.support.hub_server import LocalHub, connect, running
 
@@ -24,18 +22,6 @@ def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Local
     with running() as hub:
         connect(hub, tmp_path / "hf-cache", monkeypatch, "hf_owner")
         yield hub
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs `sana-export ARGUMENTS...` in this process."""
-
-    def run(*arguments: object) -> Ran:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return Ran(code, *capsys.readouterr())
-
-    return run
 
 
 def add_engine(bundle: Path, name: str, content: bytes = b"engine", **fields: object) -> Manifest:

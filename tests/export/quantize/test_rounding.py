@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -40,12 +42,12 @@ def test_each_weight_is_rounded_to_the_nearest_multiple(
         assert (np.abs(own - numbers)[inside] <= scale * 0.5000001).all()
 
 
-@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-@pytest.mark.parametrize("largest", [0.4, 1.4, 1.6, 3.0, 100.0])
+# The smallest one is below all float32 numbers.
+@pytest.mark.parametrize(
+    ("dtype", "largest"), sorted({*itertools.product(WEIGHT_DTYPES, [0.4, 1.4, 1.6, 3.0, 100.0])} - {("float32", 0.4)})
+)
 def test_a_scale_among_the_smallest_numbers_is_not_too_small(dtype: str, largest: float) -> None:
     weight = np.full((1, 4), largest * FINEST[dtype] * 127, np.float64).astype(np.float32)
-    if not weight.any():
-        pytest.skip("smaller than any float32")
     rounded = round_to_nearest(weight, 8, 0, 0, WEIGHT_DTYPES[dtype])
     scale = WEIGHT_DTYPES[dtype].widen(rounded.scales)[0]
     assert scale >= FINEST[dtype]
