@@ -13,7 +13,6 @@ import numpy as np
 
 from sana_export.formats.arrays import Float32
 
-
 #: The largest number of E4M3, and the least one with three bits of mantissa.
 _FP8_MOST, _FP8_NORMAL = np.float32(448), np.float32(2.0**-6)
 #: The float32 numbers around this one are multiples of 2^-9.
