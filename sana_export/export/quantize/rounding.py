@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from sana_export.formats.arrays import Array, Float32
 from sana_export.formats.dtypes import DType
-from sana_export.formats.quantized import dequantize, scale_shape, spread
+from sana_export.formats.quantized import FP8_MAX, decode_fp8, dequantize, scale_shape, spread
 
 #: The shares of the largest magnitude that a search of scales tries, from the one of `round_to_nearest` on.
 SHARES = tuple(1 - step / 40 for step in range(25))
@@ -21,7 +22,7 @@ _PIECE = 1 << 18
 class Rounded:
     """A rounded array."""
 
-    #: Integers in the shape of the array.
+    #: Integers in the shape of the array, or the bits of FP8 numbers.
     values: npt.NDArray[np.int8]
     #: As they are stored, in the dtype of the graph (formats/dtypes.py).
     scales: Array
@@ -112,3 +113,12 @@ def _at_least(largest: Float32, most: int, dtype: DType) -> Array:
     bits = np.ascontiguousarray(stored).view(f"<u{dtype.bytes}")  # the next larger positive number has the next bits
     short = dtype.widen(stored) * np.float32(most + 0.5) < largest
     return (bits + short.astype(bits.dtype)).view(dtype.numpy)
+
+
+def round_to_fp8(weight: Float32, dtype: DType) -> Rounded:
+    """`weight` [in, out] in FP8 (E4M3), with one scale for each output channel: its largest magnitude over FP8's."""
+    largest = np.abs(weight).max(axis=0)
+    stored = dtype.round(np.where(largest > 0, largest / np.float32(FP8_MAX), np.float32(1)))
+    scales = dtype.widen(stored)
+    codes = (weight / scales).clip(-FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn).view(np.int8)
+    return Rounded(codes, stored, dequantize(decode_fp8(codes), scales, axis=1, block=0))
