@@ -35,10 +35,11 @@ def rescaling(
 ) -> Float32:
     """The factors [in] for a layer with the weight [in, out]: divide its inputs by them, multiply its weights by them.
 
-    `maximum` [in] is the largest magnitude of each input, `rows` [R, in] a sample. Weights and inputs are quantized by the two
-    functions (None: inputs are not). Of `MIGRATIONS`, the one with the least squared error of the outputs for `rows` is chosen, each over
-    the mean square of its channel: what reads a large channel multiplies it by small weights. The size of an input is its maximum,
-    or without `quantize_rows` its root mean square. The first one, all ones, wins a tie. Inputs that are always zero get 1.
+    `maximum` [in] is the largest magnitude of each input, `rows` [R, in] a sample. The two functions quantize weights and inputs
+    (None: inputs are not). Of `MIGRATIONS`, the one with the least squared error of the outputs for `rows` is chosen. Each error is
+    divided by the mean square of its channel: what reads a large channel multiplies it by small weights. The size of an input is
+    its maximum, or without `quantize_rows` its root mean square. The first migration, all ones, wins a tie. Inputs that are always
+    zero get 1.
     """
     some = np.ascontiguousarray(rows[:: -(-len(rows) // _ROWS)])
     columns = np.ascontiguousarray(weight[:, :: -(-weight.shape[1] // _OUTPUTS)])
