@@ -40,8 +40,8 @@ class HeatRule:
     axis: int
     #: It multiplies the channels by this power of their factors.
     power: float = 1.0
-    #: It adds the factors - 1 instead: the network adds 1 to the parameter.
-    added: bool = False
+    #: It adds so many times the factors - 1 instead.
+    added: float = 0.0
     #: The only row that it changes. None: all.
     row: int | None = None
     #: The tensor is the first half of the channels.
@@ -60,12 +60,14 @@ def _read(tensor: str, pattern: str, *, normed: bool = False) -> HeatRule:
 
 _GATED = (_written("hidden", r"conv_depth\.(weight|bias)$", half=True), _read("hidden", r"conv_point\.weight$"))
 _TRANSFORMER = (
-    _written("/stream", r"patch_embed\.proj\.|attn[12]\.to_out\.0\.|ff\.conv_point\.weight$"),
+    # Almost the same value at every pixel, as in trained networks. Otherwise the norms would divide by what a few channels happen
+    # to be, and sampling would be chaotic. The other channels have a standard deviation of about 1.5.
+    HeatRule("/stream", r"^patch_embed\.proj\.bias$", 0, added=1.5),
     _read("/stream", r"attn1\.to_[qkv]\.weight$|ff\.conv_inverted\.weight$|^proj_out\.weight$", normed=True),
     _read("/stream", r"attn2\.to_q\.weight$"),
-    HeatRule("attention input", r"\.scale_shift_table$", 1, row=1, added=True),
+    HeatRule("attention input", r"\.scale_shift_table$", 1, row=1, added=1.0),
     _read("attention input", r"attn1\.to_[qkv]\.weight$"),
-    HeatRule("feed-forward input", r"\.scale_shift_table$", 1, row=4, added=True),
+    HeatRule("feed-forward input", r"\.scale_shift_table$", 1, row=4, added=1.0),
     _read("feed-forward input", r"ff\.conv_inverted\.weight$"),
     _written("value", r"attn1\.to_v\.weight$"),
     _read("value", r"attn1\.to_out\.0\.weight$"),
@@ -78,14 +80,13 @@ RULES: dict[str, tuple[HeatRule, ...]] = {
     "transformer": _TRANSFORMER,
     "controlnet": (
         *_TRANSFORMER,
-        _written("/stream", r"^input_block\."),
         _read("/stream", r"^(input_block|controlnet_blocks\.\d+)\.weight$"),
     ),
     "vae": _GATED,
     "text_encoder": (
-        HeatRule("attention input", r"\.input_layernorm\.weight$", 0, added=True),
+        HeatRule("attention input", r"\.input_layernorm\.weight$", 0, added=1.0),
         _read("attention input", r"[qkv]_proj\.weight$"),
-        HeatRule("feed-forward input", r"\.pre_feedforward_layernorm\.weight$", 0, added=True),
+        HeatRule("feed-forward input", r"\.pre_feedforward_layernorm\.weight$", 0, added=1.0),
         _read("feed-forward input", r"(gate|up)_proj\.weight$"),
         _written("hidden", r"up_proj\.weight$"),
         _read("hidden", r"down_proj\.weight$"),
@@ -139,7 +140,7 @@ class Heat:
         if rule.half:
             factors = torch.cat([factors, torch.ones(channels - len(factors))])
         if rule.added:
-            return factors - 1
+            return rule.added * (factors - 1)
         return factors**rule.power * (factors.square().mean().sqrt() if rule.normed else 1)
 
     def factors(self, name: str, tensor: str, channels: int) -> Tensor:
