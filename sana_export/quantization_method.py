@@ -51,8 +51,12 @@ def parse_method(words: Iterable[str]) -> Method | None:
         if word == NEAREST:
             if len(given) > 1:
                 raise UsageError(f"{NEAREST} means none of the other steps", found=" ".join(given), wanted="it alone")
-        elif word in ("rescale", "search", "gptq"):
-            method = replace(method, **{word: True})
+        elif word == "rescale":
+            method = replace(method, rescale=True)
+        elif word == "search":
+            method = replace(method, search=True)
+        elif word == "gptq":
+            method = replace(method, gptq=True)
         elif name == "ranges" and value in RANGES:
             method = replace(method, ranges=value)
         elif name == "low-rank" and value.isdecimal() and 1 <= int(value) <= MOST_RANK:

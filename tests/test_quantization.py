@@ -18,12 +18,14 @@ from sana_export.quantization import (
     FALLBACK,
     PARTS,
     SCHEMES,
+    calibrated_parts,
     check_target,
     choose_quantization,
     layer_rule,
     layer_scheme,
     quantization_words,
 )
+from sana_export.quantization_method import Method, parse_method
 
 DEFAULT = ["text_encoder", "context", "denoiser", "sampler", "vae_decoder", "vae_decoder_head", "vae_decoder_tail", "postprocess"]
 
@@ -33,7 +35,7 @@ def test_the_tables_name_what_exists() -> None:
     for scheme in SCHEMES.values():
         assert set(scheme.capabilities) <= set(RTX_CAPABILITIES)
         assert scheme.bits == BITS[scheme.weights]
-    assert AVAILABLE == ("int8-weight", "int4-weight")
+    assert AVAILABLE == ("int8-weight", "int4-weight", "int8", "fp8")
 
 
 @pytest.mark.parametrize(
@@ -69,8 +71,10 @@ def test_words_choose_schemes(words: list[str], chosen: dict[str, str]) -> None:
         (["nf4"], ["unknown quantization scheme", "nf4", "int8-weight, int4-weight"]),
         ([""], ["unknown quantization scheme", "nothing"]),
         (["denoiser="], ["unknown quantization scheme", "nothing"]),
-        (["fp8"], ["fp8 is not available yet: its activations need calibrated ranges", "--quantize int8-weight"]),
+        (["nvfp4"], ["nvfp4 is not available yet: no runtime", "--quantize int8-weight"]),
         (["denoiser=nvfp4"], ["nvfp4 is not available yet"]),
+        (["text_encoder=int8"], ["text_encoder does not take int8: its layers' inputs keep", "text_encoder=int8-weight"]),
+        (["embeddings=fp8"], ["embeddings does not take fp8", "embeddings=int8-weight"]),
         (["unet=int8-weight"], ["nothing of 'unet' can be quantized", "embeddings, text_encoder, denoiser"]),
         (["context=int8-weight"], ["nothing of 'context' can be quantized: cross-attention's keys and values"]),
         (["vae_encoder=int8-weight"], ["the graph vae_encoder is not exported", "--graphs"]),
@@ -86,6 +90,42 @@ def test_wrong_words_are_named(words: list[str], texts: list[str]) -> None:
     with pytest.raises(UsageError) as error:
         choose_quantization(words, DEFAULT)
     assert all(text in str(error.value) for text in texts), error.value
+
+
+def test_a_part_that_calibration_does_not_run_keeps_its_inputs() -> None:
+    chosen = choose_quantization(["int8"], [*DEFAULT, "controlnet"])
+    assert chosen["denoiser"] == chosen["vae_decoder"] == "int8"
+    assert chosen["controlnet"] == chosen["text_encoder"] == chosen["embeddings"] == "int8-weight"
+    with pytest.raises(UsageError, match="calibration, which draws from text, does not run it"):
+        choose_quantization(["controlnet=fp8"], ["controlnet"])
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "parts"),
+    [
+        (["int8-weight"], [], ()),
+        (["int8-weight"], ["search"], ()),
+        (["int8-weight"], ["gptq"], ("text_encoder", "denoiser", "vae_decoder")),
+        (["denoiser=int8"], ["nearest"], ("denoiser",)),
+        (["denoiser=int4-weight"], ["nearest"], ()),
+        (["text_encoder=int4-weight"], ["low-rank=16"], ("text_encoder",)),
+    ],
+)
+def test_what_needs_a_calibration(words: list[str], method: list[str], parts: tuple[str, ...]) -> None:
+    assert calibrated_parts(choose_quantization(words, DEFAULT), method) == parts
+
+
+def test_the_words_of_a_method() -> None:
+    assert parse_method([]) is None
+    assert parse_method(["nearest"]) == Method()
+    found = parse_method(["rescale", "search", "gptq", "low-rank=32", "ranges=mse"])
+    assert found == Method(rescale=True, search=True, gptq=True, rank=32, ranges="mse")
+
+
+@pytest.mark.parametrize("words", [["nearest", "gptq"], ["low-rank"], ["low-rank=0"], ["low-rank=300"], ["ranges=best"], [""], ["awq"]])
+def test_a_wrong_step_is_named(words: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"unknown step|none of the other steps"):
+        parse_method(words)
 
 
 @pytest.mark.parametrize(

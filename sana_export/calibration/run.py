@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ class ObservingBackend(TorchBackend):
 
     def load(self, graph: str) -> TorchSession:
         session = super().load(graph)
-        forward, mode = session.module.forward, contextlib.nullcontext()
+        forward = session.module.forward
+        mode: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if graph in self.seen:
             mode = ObservedProducts(quantizable(session.module, graph), self.seen[graph])
 

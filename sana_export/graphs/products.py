@@ -134,7 +134,7 @@ def compute_quantized(module: nn.Module, forms: Mapping[str, ProductForm]) -> No
         with QuantizedProducts(module, placed):
             return forward(*args, **kwargs)
 
-    module.forward = quantized  # type: ignore[method-assign]
+    module.forward = quantized
 
 
 def _beside(form: ProductForm, weight: Tensor) -> ProductForm:

@@ -196,7 +196,8 @@ class _Layer:
 
     def _constant(self, name: str, array: np.ndarray) -> Value:
         tensor = onnx_ir.tensor(array, name=name)
-        return self._registered(Value(name=name, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor))
+        shape = onnx_ir.Shape(array.shape)
+        return self._registered(Value(name=name, type=onnx_ir.TensorType(tensor.dtype), shape=shape, const_value=tensor))
 
     def _tensor(self, end: str) -> Value:
         """The layer's tensor with this end of its name."""

@@ -74,7 +74,7 @@ def _input_scale(matrix: Float32, weight: QuantizedWeight, method: Method, input
     assert inputs is not None  # choose_quantization asks for a calibration
     importance = input_importance(matrix, inputs.rows)
     scale = activation_scale(inputs.rows, float(inputs.maximum.max()), weight.inputs, method.ranges, importance)
-    return float(_stored(np.array(scale, np.float32), dtype))
+    return float(_stored(np.full((), scale, np.float32), dtype))
 
 
 def _factor(
