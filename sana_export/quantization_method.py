@@ -35,7 +35,7 @@ class Method:
     @property
     def looks_at_data(self) -> bool:
         """Whether a step needs calibration, apart from the ranges of activations."""
-        return self.rescale or self.gptq or bool(self.rank)
+        return self.rescale or self.gptq
 
     @property
     def moves_weights(self) -> bool:

@@ -108,7 +108,8 @@ def test_a_part_that_calibration_does_not_run_keeps_its_inputs() -> None:
         (["int8-weight"], ["gptq"], ("text_encoder", "denoiser", "vae_decoder")),
         (["denoiser=int8"], ["nearest"], ("denoiser",)),
         (["denoiser=int4-weight"], ["nearest"], ()),
-        (["text_encoder=int4-weight"], ["low-rank=16"], ("text_encoder",)),
+        (["text_encoder=int4-weight"], ["low-rank=16"], ()),
+        (["text_encoder=int4-weight"], ["rescale"], ("text_encoder",)),
     ],
 )
 def test_what_needs_a_calibration(words: list[str], method: list[str], parts: tuple[str, ...]) -> None:
@@ -122,7 +123,9 @@ def test_the_words_of_a_method() -> None:
     assert found == Method(rescale=True, search=True, gptq=True, rank=32, ranges="mse")
 
 
-@pytest.mark.parametrize("words", [["nearest", "gptq"], ["low-rank"], ["low-rank=0"], ["low-rank=300"], ["ranges=best"], [""], ["awq"]])
+@pytest.mark.parametrize(
+    "words", [["nearest", "gptq"], ["low-rank"], ["low-rank=0"], ["low-rank=300"], ["ranges=best"], [""], ["awq"]]
+)
 def test_a_wrong_step_is_named(words: list[str]) -> None:
     with pytest.raises(UsageError, match=r"unknown step|none of the other steps"):
         parse_method(words)

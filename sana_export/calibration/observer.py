@@ -18,13 +18,16 @@ class InputSample:
     def __init__(self, channels: int, most_rows: int) -> None:
         self.maximum: Float32 = np.zeros(channels, np.float32)
         self._rows: Float32 = np.empty((most_rows, channels), np.float32)
+        #: When each row was seen.
+        self._order = np.zeros(most_rows, np.int64)
         self._seen = 0
         self._random = np.random.default_rng(0)
 
     @property
     def rows(self) -> Float32:
-        """The sample [R, channels]; fewer rows than asked for if there were fewer."""
-        return self._rows[: self._seen]
+        """The sample [R, channels] in the order in which it was seen; fewer rows than asked for if there were fewer."""
+        count = min(self._seen, len(self._rows))
+        return self._rows[:count][np.argsort(self._order[:count], kind="stable")]
 
     def add(self, rows: Tensor) -> None:
         """See `rows` [N, channels]."""
@@ -32,11 +35,13 @@ class InputSample:
         room = max(len(self._rows) - self._seen, 0)
         first = rows[:room]
         self._rows[self._seen : self._seen + len(first)] = first.float().numpy()
+        self._order[self._seen : self._seen + len(first)] = np.arange(self._seen, self._seen + len(first))
         # Reservoir sampling: of k rows seen, each is kept with the same probability.
         order = np.arange(self._seen + len(first), self._seen + len(rows))
         places = (self._random.random(len(order)) * (order + 1)).astype(np.int64)
         kept = np.flatnonzero(places < len(self._rows))
         self._rows[places[kept]] = rows[torch.from_numpy(kept + len(first))].float().numpy()
+        self._order[places[kept]] = order[kept]
         self._seen += len(rows)
 
 

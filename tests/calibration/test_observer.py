@@ -18,6 +18,7 @@ def test_the_sample_is_uniform_and_the_maximum_is_of_everything() -> None:
     kept = sample.rows[:, 0] / 2
     assert len(set(kept)) == 50  # no row twice
     assert abs(kept.mean() - 500) < 150  # standard error: 41
+    assert (np.diff(kept) > 0).all()  # in the order in which they were seen
     again = InputSample(2, 50)
     for first in range(0, 1000, 130):
         again.add(rows[first : first + 130])
