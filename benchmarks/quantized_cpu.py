@@ -162,7 +162,9 @@ def main() -> None:
                     likeness.setdefault(name, []).append(psnr(images[name], images["eager"], peak=255.0))
             shown = (f"{name} {all_[-1]['whole']:.1f} s" for name, all_ in times.items())
             print(f"round {number}: {', '.join(shown)}", flush=True)
-    write(args, words, times, likeness, meter.other_load())
+            if number:  # the report is complete after each round, and the next one adds to it
+                write(args, number, words, times, likeness, meter.other_load())
+    print(args.output.with_suffix(".md").read_text("utf-8"))
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -173,9 +175,14 @@ def _named(text: str) -> tuple[str, Path]:
 
 
 def write(
-    args: argparse.Namespace, words: dict[str, Any], times: dict[str, Any], likeness: dict[str, Any], load: float | None
+    args: argparse.Namespace,
+    rounds: int,
+    words: dict[str, Any],
+    times: dict[str, Any],
+    likeness: dict[str, Any],
+    load: float | None,
 ) -> None:
-    """Write the report as JSON and as a page."""
+    """Write the report of so many rounds as JSON and as a page."""
     middle = {name: {stage: statistics.median(own[stage] for own in all_) for stage in STAGES} for name, all_ in times.items()}
     machine, versions = describe_machine(), describe_versions()
     for package in ("openvino", "nncf"):
@@ -190,7 +197,7 @@ def write(
         "quantized": bundles,
         "words": words,
         "threads": 1,
-        "rounds": args.rounds,
+        "rounds": rounds,
         "calibration": args.calibration,
         "clock": "CPU seconds of the process",
         "other_load": load,
@@ -202,7 +209,7 @@ def write(
     lines = [
         f"# Quantized on a CPU: {args.checkpoint}, {args.size} px, {args.steps} steps",
         "",
-        f"Medians of {args.rounds} rounds after one that does not count, in turns in one process, a new prompt and seed each.",
+        f"Medians of {rounds} rounds after one that does not count, in turns in one process, a new prompt and seed each.",
         f"CPU seconds of the process, one thread each. {machine['cpu']}; other programs took"
         f" {'an unknown share' if load is None else f'{load:.0%}'} of the machine meanwhile. All versions are in the JSON file.",
         "",
@@ -218,7 +225,6 @@ def write(
         + ".",
     ]
     args.output.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
 
 
 def _row(name: str, times: dict[str, Any], middle: dict[str, Any], base: str) -> str:
