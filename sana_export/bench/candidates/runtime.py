@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sana_export.bench.candidates.table import Generated, Job
 from sana_export.bench.stages import StageTimes
 from sana_export.errors import DependencyError
+from sana_export.runtime.backends.base import Loader
 from sana_export.runtime.pipeline import SanaRuntime
 from sana_export.runtime.results import Timings
 
@@ -15,12 +18,16 @@ class WrongDevice(DependencyError):
 
 def load(job: Job) -> RuntimeCandidate:
     """The bundle on the job's backend. Raises WrongDevice if it does not compute on the workload's device."""
+    return open_candidate(job, job.backend, device=job.device, threads=job.threads)
+
+
+def open_candidate(job: Job, backend: str | Loader, **settings: Any) -> RuntimeCandidate:
+    """The bundle on `backend` with these `settings` of `from_pretrained`. Raises WrongDevice as `load` does."""
     runtime = SanaRuntime.from_pretrained(
         job.bundle,
-        backend=job.backend,
-        device=job.device,
-        threads=job.threads,
+        backend=backend,
         prompt_cache_bytes=0,  # the rounds draw the same prompts, and eager diffusers encodes them each time
+        **settings,
     )
     if (device := runtime.backend.device) != job.workload.device:
         runtime.close()

@@ -123,6 +123,7 @@ ROWS: dict[str, Row] = {
         work=REFERENCE,
         fixed_shapes=True,
     ),
+    "openvino": Row("sana_export.bench.candidates.openvino:load", work=BUNDLE),
     **{name: Row("sana_export.bench.candidates.runtime:load", work=BUNDLE) for name in BACKENDS},
 }
 
