@@ -58,7 +58,7 @@ bench: $(STAMP) ## latency against eager diffusers, on a checkpoint with 100 mil
 	$(BIN)/sana-export engines $(BENCH_RECIPE)
 
 test: $(STAMP) ## run every test that needs no GPU and is not slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --dist loadfile $(TEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
 
 test-slow: $(STAMP) ## run the slowest tests (4 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(TEST_FLAGS)

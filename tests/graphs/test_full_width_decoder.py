@@ -13,10 +13,10 @@ from sana_export.graphs.vae_decoder import VaeDecoder
 from tests.support.full_width import assert_equal, assert_near, build, run_half, seeded
 from tests.support.heat import cool_decoder, heat_decoder
 
-#: The config, the change to normal weights, and height and width of the latents: 256 px, or so small that diffusers' attention
+#: The config, the change to normal weights, and height and width of the latents: 192 px, or so small that diffusers' attention
 #: computes its products in another order.
 KINDS = {
-    "normal": (AUTOENCODER, None, (8, 8)),
+    "normal": (AUTOENCODER, None, (6, 6)),
     "hot": (AUTOENCODER, heat_decoder, (3, 4)),
     "quiet": (AUTOENCODER, cool_decoder, (4, 3)),
     "normal Lite": (AUTOENCODER | LITE, None, (5, 4)),
