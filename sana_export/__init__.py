@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sana_export import errors as errors
+    from sana_export.calibration.run import Calibration as Calibration
+    from sana_export.calibration.run import calibrate as calibrate
     from sana_export.checkpoint.checkpoint import open_checkpoint as open_checkpoint
     from sana_export.export.bundle import export_bundle as export_bundle
     from sana_export.hub.bundles.fetch import pull_bundle as pull_bundle
@@ -26,9 +28,11 @@ __version__ = "0.1.0"
 
 #: The module that defines each public name.
 _MODULES = {
+    "Calibration": "sana_export.calibration.run",
     "Request": "sana_export.runtime.request",
     "SanaRuntime": "sana_export.runtime.pipeline",
     "build_bundle": "sana_export.trt.bundle",
+    "calibrate": "sana_export.calibration.run",
     "export_bundle": "sana_export.export.bundle",
     "open_checkpoint": "sana_export.checkpoint.checkpoint",
     "pull_bundle": "sana_export.hub.bundles.fetch",
@@ -38,10 +42,12 @@ _MODULES = {
     "verify_bundle": "sana_export.verify.bundle",
 }
 __all__ = [
+    "Calibration",
     "Request",
     "SanaRuntime",
     "__version__",
     "build_bundle",
+    "calibrate",
     "errors",
     "export_bundle",
     "open_checkpoint",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sana_export.contract import WEIGHTS_OF
 from sana_export.errors import UsageError
+from sana_export.quantization_method import Method, parse_method
 
 _ALL_RTX = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 #: The bits of one value of each type.
@@ -36,6 +37,10 @@ class Scheme:
     opset: int
     #: The compute capabilities of the GPUs that TensorRT-RTX compiles it for.
     capabilities: tuple[str, ...]
+    #: The type of the layers' inputs. "": the bundle's precision.
+    inputs: str = ""
+    #: How its numbers are chosen if the user does not say.
+    method: Method = Method()
     #: The least cosine of a graph's outputs with those of the same graph of diffusers.
     cosine_limit: float = 0.0
     #: The least PSNR in dB of an image against diffusers'.
@@ -48,16 +53,22 @@ class Scheme:
         """Bits of one weight."""
         return BITS[self.weights]
 
+    @property
+    def input_bits(self) -> int:
+        """Bits of one number of the layers' inputs."""
+        return BITS.get(self.inputs, 16)
 
-_NEEDS_RANGES = "its activations need calibrated ranges"
+
+_NO_KERNELS = "no runtime that its files could be checked with has kernels for it"
+_CALIBRATED = Method(rescale=True, ranges="mse")
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("int8-weight", "int8", 0, 19, _ALL_RTX, cosine_limit=0.998, psnr_limit=25.0),
         Scheme("int4-weight", "int4", 32, 21, _ALL_RTX[1:], cosine_limit=0.95, psnr_limit=12.0),
-        Scheme("int8", "int8", 0, 19, _ALL_RTX[1:], missing=_NEEDS_RANGES),
-        Scheme("fp8", "fp8", 0, 19, ("8.9", "12.0", "12.1"), missing=_NEEDS_RANGES),
-        Scheme("nvfp4", "fp4", 16, 23, ("12.0", "12.1"), missing=_NEEDS_RANGES),
+        Scheme("int8", "int8", 0, 19, _ALL_RTX, "int8", _CALIBRATED, cosine_limit=0.99, psnr_limit=15.0),
+        Scheme("fp8", "fp8", 0, 19, ("8.9", "12.0", "12.1"), "fp8", _CALIBRATED, cosine_limit=0.99, psnr_limit=15.0),
+        Scheme("nvfp4", "fp4", 16, 23, ("12.0", "12.1"), "fp4", missing=_NO_KERNELS),
     )
 }
 #: The schemes that can be exported.
@@ -76,21 +87,27 @@ class LayerRule:
     bits: int
     #: Why not fewer.
     reason: str
+    #: The fewest bits of the layers' inputs.
+    inputs: int = 16
 
 
 _TOLERATES = "published 4-bit Sana stores it in 4 bits (deepcompressor)"
 _SMALL = "small, and every step depends on it"
 _EVERYTHING_ELSE = LayerRule("", 16, "no matrix: biases, norms and tables are small")
 _TRANSFORMER = (
-    LayerRule(r"blocks\.\d+\.qkv|\.out\.weight|\.cross_query\.weight|\.cross_out\.weight", 4, _TOLERATES),
-    LayerRule(r"\.inverted\.weight|\.point\.weight", 4, _TOLERATES),
+    LayerRule(r"blocks\.\d+\.qkv|\.out\.weight|\.cross_query\.weight|\.cross_out\.weight", 4, _TOLERATES, inputs=4),
+    LayerRule(r"\.inverted\.weight|\.point\.weight", 4, _TOLERATES, inputs=4),
     LayerRule(r"\.depthwise\.weight", 16, "nine weights for each channel: little to save, and published 4-bit Sana keeps it"),
     LayerRule(r"time_embed\..*\.weight", 16, "its output scales and shifts every block"),
     LayerRule(r"(patch_embed|latents_embed|control_embed|control_in|proj_out|outputs\.\d+)\.weight", 16, _SMALL),
 )
 _CONTEXT = (LayerRule(r"\.weight", 16, "cross-attention's keys and values: published 4-bit Sana keeps them in 16 bits"),)
 _AUTOENCODER = (
-    LayerRule(r"\.qkv|\.attention\.out|\.inverted\.weight|\.point\.weight|\.conv[12]\.weight", 8, "4 bits were never tried"),
+    LayerRule(
+        r"\.qkv|\.attention\.out", 8, "4 bits were never tried; few operations, so there is little to gain from rounded inputs"
+    ),
+    LayerRule(r"\.inverted\.weight|\.point\.weight", 8, "4 bits were never tried", inputs=8),
+    LayerRule(r"\.conv[12]\.weight", 8, "4 bits were never tried; on a CPU, rounded inputs make 3x3 convolutions slower"),
     LayerRule(r"\.depthwise\.weight|\.aggregations\.\d+\.\w+\.weight", 16, "few weights for each channel"),
     LayerRule(
         r"stages\.\d+\.\d+\.weight",
@@ -112,6 +129,8 @@ LAYERS: dict[str, tuple[LayerRule, ...]] = {
 }
 #: The parts of a bundle that take a scheme.
 PARTS = tuple(part for part, rules in LAYERS.items() if any(rule.bits < 16 for rule in rules))
+#: The parts whose inputs calibration sees, because it draws images from text.
+CALIBRATED_PARTS = ("text_encoder", "denoiser", "vae_decoder")
 
 
 def part_of(graph: str) -> str:
@@ -132,8 +151,12 @@ def layer_scheme(scheme: Scheme, rule: LayerRule, inputs: int) -> Scheme | None:
     """
     if rule.bits > FALLBACK.bits:
         return None
-    fits = scheme.bits >= rule.bits and (not scheme.block or inputs % scheme.block == 0)
+    fits = _tolerates(rule, scheme) and (not scheme.block or inputs % scheme.block == 0)
     return scheme if fits else FALLBACK
+
+
+def _tolerates(rule: LayerRule, scheme: Scheme) -> bool:
+    return scheme.bits >= rule.bits and scheme.input_bits >= rule.inputs
 
 
 def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[str, str]:
@@ -149,15 +172,13 @@ def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[s
             what = f"for {part}" if part else "for all parts"
             raise UsageError(f"two quantization schemes {what}", found=f"{given[part]} and {scheme}", wanted="one of them")
         if part and part not in PARTS:
-            why = f": {_reason(part)}" if part in LAYERS else ""
+            why = f": {_reason(part, FALLBACK)}" if part in LAYERS else ""
             wanted = f"SCHEME, or PART=SCHEME with {', '.join(PARTS)}"
             raise UsageError(f"nothing of {part!r} can be quantized{why}", found=word, wanted=wanted)
         _check_scheme(scheme)
         if part and scheme != NONE and (better := _tolerated(part, scheme)) != scheme:
-            wanted, fix = f"at least {SCHEMES[better].bits} bits", f"--quantize {part}={better}"
-            raise UsageError(
-                f"{part} does not take {scheme}: {_reason(part)}", found=f"{SCHEMES[scheme].bits} bits", wanted=wanted, fix=fix
-            )
+            why, fix = _reason(part, SCHEMES[scheme]), f"--quantize {part}={better}"
+            raise UsageError(f"{part} does not take {scheme}: {why}", found=word, wanted=better, fix=fix)
         given[part] = scheme
     present = {EMBEDDINGS, *map(part_of, graphs)}
     exported = [part for part in PARTS if part in present]
@@ -168,14 +189,34 @@ def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[s
     return {part: _tolerated(part, scheme) for part, scheme in chosen.items() if scheme != NONE}
 
 
-def _tolerated(part: str, scheme: str) -> str:
-    """`scheme`, or `FALLBACK` if no layer of `part` tolerates so few bits."""
-    return scheme if SCHEMES[scheme].bits >= min(rule.bits for rule in LAYERS[part]) else FALLBACK.name
+def _tolerated(part: str, name: str) -> str:
+    """The scheme `name`, or `FALLBACK` if no layer of `part` takes it."""
+    scheme = SCHEMES[name]
+    seen = not scheme.inputs or part in CALIBRATED_PARTS
+    return name if seen and any(_tolerates(rule, scheme) for rule in LAYERS[part]) else FALLBACK.name
 
 
-def _reason(part: str) -> str:
-    """Why no layer of `part` tolerates fewer bits than its most tolerant one."""
-    return min(LAYERS[part], key=lambda rule: rule.bits).reason
+def _reason(part: str, scheme: Scheme) -> str:
+    """Why no layer of `part` takes `scheme`."""
+    rule = min(LAYERS[part], key=lambda rule: rule.bits)
+    if scheme.bits >= rule.bits and scheme.inputs:
+        seen = part in CALIBRATED_PARTS
+        return "its layers' inputs keep the bundle's precision" if seen else "calibration, which draws from text, does not run it"
+    return rule.reason
+
+
+def calibrated_parts(chosen: Mapping[str, str], words: Iterable[str]) -> tuple[str, ...]:
+    """The parts among `chosen`, by scheme, that cannot be quantized without calibration. `words`: as for `method_of`."""
+    return tuple(
+        part
+        for part in CALIBRATED_PARTS
+        if part in chosen and (SCHEMES[chosen[part]].inputs or method_of(SCHEMES[chosen[part]], words).looks_at_data)
+    )
+
+
+def method_of(scheme: Scheme, words: Iterable[str]) -> Method:
+    """What `--quantize-method` says in `words`, or without words the scheme's own method. Raises UsageError."""
+    return parse_method(words) or scheme.method
 
 
 def quantization_words(chosen: Mapping[str, str]) -> str:

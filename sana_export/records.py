@@ -43,20 +43,31 @@ class LoraTarget:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight that a graph stores as integers `<name>.quantized` and scales `<name>.scale`."""
+    """A weight that a graph stores as numbers of a small type, `<name>.quantized`, and scales, `<name>.scale`.
+
+    The other fields say what its layer has besides. The layer's tensors are in the graph's precision (docs/bundle.md).
+    """
 
     #: Its name in the graph, where it is the output of the dequantization.
     name: str
-    #: The type of the integers: "int8" or "int4".
+    #: The type of the small numbers: "int8", "int4" or "fp8".
     dtype: str
-    #: The shape of the integers.
+    #: The shape of the small numbers.
     shape: tuple[int, ...]
-    #: The axis of the integers that the scales go along.
+    #: The axis of the small numbers that the scales go along.
     axis: int
-    #: How many integers along the axis share a scale. 0: each index of the axis has one scale.
+    #: How many small numbers along the axis share a scale. 0: each index of the axis has one scale.
     block: int = 0
-    #: The integers are stored as [in, out], and the weight is [out, in] or [out, in, 1, 1].
+    #: The small numbers are stored as [in, out], and the weight is [out, in] or [out, in, 1, 1].
     transposed: bool = False
+    #: Whether each number is the nearest one to the checkpoint's. If not, it may be further away than half a step of its scale.
+    nearest: bool = True
+    #: The type that the layer's input is rounded to, with the scale `<name>.input.scale`. "": the graph's precision.
+    inputs: str = ""
+    #: Whether the layer's input is multiplied by the factors `<name>.input.factor` first.
+    rescaled: bool = False
+    #: Rank of the branch that is added to the layer's output, `<name>.low_rank.down` and `.up`. 0: none.
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class GraphEntry:
     parameters: int
     #: Where the transformer's layers are stored in it. Empty if the graph cannot take a LoRA.
     lora_targets: tuple[LoraTarget, ...] = ()
-    #: The weights that it stores in few bits.
+    #: The weights that it stores quantized.
     quantized: tuple[QuantizedWeight, ...] = ()
 
     @property
@@ -181,6 +192,10 @@ class Options:
     pag_layers: tuple[int, ...] = ()
     #: The quantization scheme of each part that has one (quantization.py).
     quantize: Mapping[str, str] = field(default_factory=dict)
+    #: How quantized numbers were chosen, in the words of `--quantize-method`. Empty: by each scheme's own method.
+    quantize_method: tuple[str, ...] = ()
+    #: Hash of the calibration that they were chosen with. "": none.
+    calibration: str = ""
 
     def scheme(self, graph: str) -> str | None:
         """The scheme of a graph's weights. None: the precision."""

@@ -29,6 +29,7 @@ from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.graph_files import export_graphs, groups
 from sana_export.export.meter import ExportMeter
 from sana_export.export.onnx import OPSET
+from sana_export.export.quantize.statistics import MEASURED, CalibrationFile, CalibrationSource
 from sana_export.export.size import OVERHEAD, graph_bytes, temporary_bytes, text_bytes
 from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
 from sana_export.files import check_files, disk_errors, file_entry, locked, require_free, write_whole
@@ -39,7 +40,7 @@ from sana_export.manifest import FILE_NAME, PRECISIONS, GraphEntry, Manifest, Mo
 from sana_export.output_folder import OutputFolder
 from sana_export.progress import OnProgress, ignore_progress
 from sana_export.quantization import EMBEDDINGS as QUANTIZED_EMBEDDINGS
-from sana_export.quantization import choose_quantization
+from sana_export.quantization import calibrated_parts, choose_quantization
 from sana_export.user_paths import user_path
 from sana_export.variants import SPRINT_STEPS, STEPS
 
@@ -60,6 +61,8 @@ def export_bundle(
     clamp: bool | None = None,
     graphs: Iterable[str] = (),
     quantize: Iterable[str] = (),
+    quantize_method: Iterable[str] = (),
+    calibration: CalibrationSource | Path | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Manifest:
     """Export `checkpoint` to the bundle `output` and return its manifest.
@@ -82,16 +85,21 @@ def export_bundle(
     place = OutputFolder.of(user_path(output, "the output folder"))
     options = choose_options(checkpoint, precision, pag_layers, clamp)
     names = choose_graphs(graphs, checkpoint)
-    options = dataclasses.replace(options, quantize=choose_quantization(quantize, names))
+    options, source = _quantized(options, names, checkpoint, quantize, quantize_method, calibration)
     if uses_encoder(names):
         check_encoder(checkpoint)
     place.check_replaceable(*_REPLACEABLE)  # before anything is written into it
     with locked(place.lock, lambda: log.warning("another process exports to %s: waiting for it", output), remove=True):
-        return _export(checkpoint, place, options, names, on_progress)
+        return _export(checkpoint, place, options, names, source, on_progress)
 
 
 def _export(
-    checkpoint: SanaCheckpoint, place: OutputFolder, options: Options, names: Sequence[str], on_progress: OnProgress
+    checkpoint: SanaCheckpoint,
+    place: OutputFolder,
+    options: Options,
+    names: Sequence[str],
+    source: CalibrationSource | None,
+    on_progress: OnProgress,
 ) -> Manifest:
     """`export_bundle` while this process holds the lock on the place."""
     key = export_key(checkpoint, options, names)
@@ -113,11 +121,13 @@ def _export(
         meter = ExportMeter(sizes, on_progress)
         with meter.step("", "tokenizer, instruction and embeddings"):
             instruction = write_text_files(checkpoint, partial, quantized=QUANTIZED_EMBEDDINGS in options.quantize)
+        parts = calibrated_parts(options.quantize, options.quantize_method)
+        calibration = None if source is None else source.open(checkpoint, options, parts, partial, on_progress)
         entries: dict[str, GraphEntry] = {}
         for owner, group in grouped.items():
             if owner not in finished:
                 with meter.step(owner, ", ".join(group)):
-                    finished[owner] = export_graphs(owner, group, checkpoint, options, partial)
+                    finished[owner] = export_graphs(owner, group, checkpoint, options, partial, calibration)
                 journal.add(finished[owner])
             entries |= finished[owner]
         manifest = Manifest(
@@ -130,10 +140,36 @@ def _export(
         )
         manifest.save(partial)
         journal.path.unlink()
+        (partial / MEASURED).unlink(missing_ok=True)
         place.put(last=FILE_NAME)
     meter.done()
     log.info("exported in %.0f s with a peak of %.2f GB of memory", meter.seconds, peak_rss_bytes() / 1e9)
     return manifest
+
+
+def _quantized(
+    options: Options,
+    names: Sequence[str],
+    checkpoint: SanaCheckpoint,
+    quantize: Iterable[str],
+    method: Iterable[str],
+    calibration: CalibrationSource | Path | None,
+) -> tuple[Options, CalibrationSource | None]:
+    """`options` with what is quantized and how, and the calibration if it takes one. Raises UsageError if there is none for it."""
+    chosen, words = choose_quantization(quantize, names), tuple(method)
+    parts = calibrated_parts(chosen, words)
+    options = dataclasses.replace(options, quantize=chosen, quantize_method=words if chosen else ())
+    if not parts:
+        return options, None
+    if calibration is None:
+        raise UsageError(
+            f"{', '.join(parts)} cannot be quantized like this without a calibration",
+            found=", ".join(f"{part}={chosen[part]}" for part in parts),
+            wanted="calibration=sana_export.Calibration(), or a file of `sana-export calibrate`",
+            fix="quantize_method=['nearest'] stores weights in 8 or 4 bits without one",
+        )
+    source = CalibrationFile(user_path(calibration, "the calibration file")) if isinstance(calibration, str | Path) else calibration
+    return dataclasses.replace(options, calibration=source.key(checkpoint, options, parts)), source
 
 
 def choose_options(checkpoint: SanaCheckpoint, precision: str, pag_layers: Iterable[str | int], clamp: bool | None) -> Options:

@@ -56,17 +56,26 @@ class StorageEvaluator:
     """Runs one ONNX file on the CPU with every half-precision intermediate rounded to its declared dtype.
 
     Feeds and results are numpy arrays: float16 for tensors that the graph declares as float16, and float32 with the same values for
-    bfloat16, which numpy does not have. A graph without half precision runs unchanged.
+    bfloat16, which numpy does not have. A graph without half precision runs unchanged. Without `round_inputs`, layers whose inputs
+    the graph rounds to 8 bits read them as they are.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, *, round_inputs: bool = True) -> None:
         model = typed_model(path)
+        #: Whether the graph rounds inputs of layers.
+        self.rounds_inputs = round_inputs and any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+        if not round_inputs:
+            _read_whole_inputs(model)
+        if not _half_values(model) and not round_inputs:
+            self._dtypes: Mapping[str, int] = {}
+            self._session = _session(model, path.parent, threads, optimized=True)
+            return
         if not _half_values(model):
             options = _options(threads)
             maps = pass_linked_files(options, path.read_bytes(), path.parent, path.resolve().parent)
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             del maps  # the session has copied them
-            self._dtypes: Mapping[str, int] = {}
+            self._dtypes = {}
             return
         self._dtypes = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
         self._session = _session(_widen(model, store=True), path.parent, threads)
@@ -185,6 +194,17 @@ def typed_model(path: Path) -> onnx.ModelProto:
     """The model with the dtype of every value inferred. Its weights stay on disk."""
     model = onnx.load(path, load_external_data=False)
     return onnx.shape_inference.infer_shapes(model)
+
+
+def _read_whole_inputs(model: onnx.ModelProto) -> None:
+    """Remove every pair of QuantizeLinear and DequantizeLinear from `model`."""
+    rounded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    whole = {node.output[0]: rounded[node.input[0]] for node in model.graph.node if node.input and node.input[0] in rounded}
+    kept = [node for node in model.graph.node if not {*rounded, *whole}.intersection(node.output)]
+    for node in kept:
+        node.input[:] = [whole.get(name, name) for name in node.input]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
 
 
 def _half_values(model: onnx.ModelProto) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx
@@ -20,7 +20,8 @@ from sana_export.export.onnx import (
     parameter_count,
     run_module,
 )
-from sana_export.export.quantize.weights import built
+from sana_export.export.quantize.statistics import CalibrationFile
+from sana_export.export.quantize.weights import StoredWeight, built, compute_stored
 from sana_export.files import file_entry
 from sana_export.formats.onnx_weights import external_locations
 from sana_export.graphs.builders import lora_targets
@@ -38,7 +39,12 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def export_graphs(
-    owner: str, names: Iterable[str], checkpoint: SanaCheckpoint, options: Options, bundle: Path
+    owner: str,
+    names: Iterable[str],
+    checkpoint: SanaCheckpoint,
+    options: Options,
+    bundle: Path,
+    calibration: CalibrationFile | None = None,
 ) -> dict[str, GraphEntry]:
     """Export graphs that share the weight file of `owner` into `bundle`, check each, and return their entries."""
     folder = bundle / "onnx" / owner
@@ -48,15 +54,19 @@ def export_graphs(
     with WeightFile(folder / "model.onnx.data") as weights:
         for name in names:
             spec, path = graph_spec(name, checkpoint, options), folder / onnx_name(name)
-            with built(name, checkpoint, options, weights) as (module, stored):
+            with built(name, checkpoint, options, weights, calibration) as (module, stored):
                 opset = OPSET if scheme is None else SCHEMES[scheme].opset
                 export_onnx(module, spec, path, weights, fitting(TRACE_SIZES, name, checkpoint), quantized=stored, opset=opset)
                 model, targets = check_onnx(path, spec), lora_targets(name, checkpoint, options)
                 check_targets(path, model, targets, stored)
                 exported[name] = spec, model, targets, tuple(place.weight for place in stored.values())
-                examples = run_module(module, spec, fitting(CHECK_SIZES, name, checkpoint))
+                examples = {}
+                for rounding in _roundings(stored):
+                    compute_stored(module, stored, weights, round_inputs=rounding)
+                    examples[rounding] = run_module(module, spec, fitting(CHECK_SIZES, name, checkpoint))
                 weights.release()
-            check_values(path, spec, examples, options.precision)
+            for rounding, computed in examples.items():
+                check_values(path, spec, computed, options.precision, round_inputs=rounding)
     data = (file_entry(bundle, weights.path),) if weights.bytes else ()
     if not data:
         weights.path.unlink()
@@ -72,6 +82,15 @@ def export_graphs(
         )
         for name, (spec, model, targets, quantized) in exported.items()
     }
+
+
+def _roundings(stored: Mapping[str, StoredWeight]) -> tuple[bool, ...]:
+    """Whether to round inputs of layers in the checks of a file with these weights.
+
+    Without rounding, the file has to equal its module as any other does. With rounding, an error of the last bit moves a value
+    at the border between two steps by a whole step.
+    """
+    return (False, True) if any(place.weight.inputs for place in stored.values()) else (True,)
 
 
 def onnx_name(graph: str) -> str:

@@ -72,17 +72,19 @@ class WeightFile:
 
     def keep(self, value: Tensor) -> Tensor:
         """A tensor with the shape, dtype and numbers of `value` whose memory is the file."""
-        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        place = self.append(data)
+        place = self.append(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        kept = self.read(place, value.dtype).view(value.shape)
+        self._places[kept.data_ptr()] = place
+        return kept
+
+    def read(self, place: Slice, dtype: torch.dtype) -> Tensor:
+        """The numbers at `place`, as one row, mapped from the file."""
         start = place.offset - place.offset % mmap.ALLOCATIONGRANULARITY
         with self.path.open("rb") as file:
             length = place.offset - start + place.length
             mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
         self._maps.append(mapped)
-        bytes_ = np.frombuffer(mapped, np.uint8, place.length, place.offset - start)
-        kept = torch.from_numpy(bytes_).view(value.dtype).view(value.shape)
-        self._places[kept.data_ptr()] = place
-        return kept
+        return torch.from_numpy(np.frombuffer(mapped, np.uint8, place.length, place.offset - start)).view(dtype)
 
     def place(self, value: Tensor) -> Slice | None:
         """Where the file has a tensor that `keep` returned; None for any other tensor."""

@@ -1,8 +1,11 @@
-"""Puts the quantized weights into an ONNX graph: `DequantizeLinear` nodes before the layers that read them."""
+"""Puts quantized layers into an ONNX graph: `DequantizeLinear` nodes before the layers that read the weights, and what rounds the
+layers' inputs, multiplies them by factors, and adds the branch to the outputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,88 +14,241 @@ import onnx_ir
 from onnx_ir import Node, Value
 
 from sana_export.export.quantize.weights import StoredWeight
-from sana_export.formats.quantized import ONNX_TYPES, scale_shape
+from sana_export.formats.quantized import ONNX_TYPES
 from sana_export.graphs.storage import Slice
+
+#: [B, C, H, W] to [B, H, W, C], and back.
+_CHANNELS_LAST, _CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
+#: The operators between a dequantized weight and its products: they take parts of it.
+_PARTS = ("Reshape", "Slice", "Split", "Gather", "Squeeze", "Unsqueeze", "Transpose")
 
 
 def insert_dequantize(model: onnx_ir.Model, stored: Mapping[str, StoredWeight], data: Path) -> None:
-    """Replace the initializers in `stored` by integers and scales in the file `data`, and by the nodes that multiply them."""
-    graph = model.graph
+    """Replace the initializers in `stored` by small numbers and scales in the file `data`, and add what their layers have besides."""
     for name, place in stored.items():
+        _Layer(model.graph, name, place, data).insert()
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """One product of a weight."""
+
+    node: Node
+    #: The index of the other factor among its inputs.
+    other: int
+
+
+class _Layer:
+    """One quantized weight of a graph, and its products."""
+
+    def __init__(self, graph: onnx_ir.Graph, name: str, place: StoredWeight, data: Path) -> None:
         given = graph.initializers.pop(name)
         assert given.dtype is not None
-        assert given.shape is not None
-        weight = place.weight
-        shape = scale_shape(weight.shape, weight.axis, weight.block)
-        integers = onnx_ir.DataType(ONNX_TYPES[weight.dtype])
-        values = _initializer(graph, f"{name}.quantized", integers, weight.shape, place.values, data)
-        scales = _initializer(graph, f"{name}.scale", given.dtype, shape, place.scales, data)
-        attributes = {"axis": weight.axis, **({"block_size": weight.block} if weight.block else {})}
-        dequantize = onnx_ir.node("DequantizeLinear", [values, scales], attributes, name=f"{name}.dequantize")
-        (out,) = dequantize.outputs
-        out.type, out.shape = given.type, onnx_ir.Shape(weight.shape)
-        graph.insert_before(graph[0], dequantize)
-        given.name, out.name = None, name
-        if weight.transposed:
-            for user, index in tuple(given.uses()):
-                _read_transposed(graph, user, index, out, given.shape.numpy())
+        self._graph, self._name, self._place, self._data = graph, name, place, data
+        self._given, self._dtype, self._weight = given, given.dtype, place.weight
+
+    def insert(self) -> None:
+        """Put the layer into the graph."""
+        shape, out = _shape(self._given).numpy(), self._dequantize()
+        if self._weight.transposed:
+            for user, index in tuple(self._given.uses()):
+                self._read_transposed(user, index, out, shape)
         else:
-            given.replace_all_uses_with(out)
+            self._given.replace_all_uses_with(out)
+        if self._weight.inputs or self._weight.rescaled or self._weight.rank:
+            known: dict[Value, tuple[Value, Value]] = {}
+            for product in _products(out):
+                self._complete(product, known)
+
+    def _dequantize(self) -> Value:
+        """The numbers that the stored ones stand for. They get the name of the weight."""
+        weight = self._weight
+        kind = onnx_ir.DataType(ONNX_TYPES[weight.dtype])
+        values = self._initializer("quantized", kind, weight.shape, self._place.values)
+        attributes = {"axis": weight.axis, **({"block_size": weight.block} if weight.block else {})}
+        node = onnx_ir.node("DequantizeLinear", [values, self._tensor("scale")], attributes, name=f"{self._name}.dequantize")
+        (out,) = node.outputs
+        out.type, out.shape = self._given.type, onnx_ir.Shape(weight.shape)
+        self._graph.insert_before(self._graph[0], node)
+        self._given.name, out.name = None, self._name
+        return out
+
+    def _complete(self, product: _Product, known: dict[Value, tuple[Value, Value]]) -> None:
+        """Give `product` the layer's own input, and its output the branch. `known`: inputs that have been made already."""
+        node, given = product.node, product.node.inputs[product.other]
+        assert given is not None
+        if given not in known:
+            known[given] = self._input(node, given)
+        multiplied, rounded = known[given]
+        node.replace_input_with(product.other, rounded)
+        if self._weight.rank:
+            self._add_branch(node, multiplied)
+
+    def _input(self, before: Node, given: Value) -> tuple[Value, Value]:
+        """The layer's input multiplied by its factors, and rounded after that.
+
+        Each layer has nodes and constants of its own, even if another one reads the same input: ONNX Runtime takes integer kernels
+        only if one layer reads the rounded numbers.
+        """
+        prefix, shape = f"{given.name}.{self._name}", _shape(given)
+        multiplied = given
+        if self._weight.rescaled:
+            multiplied = self._node(before, "Mul", [given, self._tensor("input.factor")], f"{prefix}.multiplied", shape)
+        if not self._weight.inputs:
+            return multiplied, multiplied
+        scale, zero = self._tensor("input.scale"), self._zero()
+        steps = self._node(before, "QuantizeLinear", [multiplied, scale, zero], f"{prefix}.steps", shape, zero.dtype)
+        return multiplied, self._node(before, "DequantizeLinear", [steps, scale, zero], f"{prefix}.rounded", shape, self._dtype)
+
+    def _add_branch(self, node: Node, x: Value) -> None:
+        """Add x down up to the output of `node`."""
+        (out,), rank = node.outputs, self._weight.rank
+        users, before = tuple(out.uses()), self._graph[self._graph.index(node) + 1]
+        kind, down, up, axis = "MatMul", self._tensor("low_rank.down"), self._tensor("low_rank.up"), -1
+        if node.op_type == "Conv":
+            inputs, outputs = self._weight.shape
+            kind, axis = "Conv", 1
+            down, up = self._kernel(before, down, (rank, inputs, 1, 1)), self._kernel(before, up, (outputs, rank, 1, 1))
+        shape = list(_shape(x))
+        shape[axis] = rank
+        low = self._node(before, kind, [x, down], f"{node.name}.{self._name}.low", onnx_ir.Shape(shape))
+        branch = self._node(before, kind, [low, up], f"{node.name}.{self._name}.branch", _shape(out))
+        total = self._node(before, "Add", [out, branch], f"{node.name}.{self._name}.sum", _shape(out))
+        for user, index in users:
+            user.replace_input_with(index, total)
+
+    def _read_transposed(self, user: Node, index: int, matrix: Value, shape: tuple[int, ...]) -> None:
+        """Let input `index` of `user` read a weight [out, in, ...] of `shape` from `matrix` [in, out]."""
+        if (user.op_type, index) == ("MatMul", 0):
+            self._swap_factors(user, matrix)
+        elif (user.op_type, index) == ("Conv", 1) and self._weight.inputs:
+            self._replace_convolution(user, matrix)
+        elif (user.op_type, index) == ("Conv", 1):
+            user.replace_input_with(index, self._kernel(user, matrix, shape))
+        else:
+            raise AssertionError(f"{matrix.name} is read by input {index} of {user.op_type}")
+
+    def _swap_factors(self, product: Node, matrix: Value) -> None:
+        """A product W y of matrices becomes (y^T W^T)^T: TensorRT-RTX 1.7 compiles no 4-bit matrix as a left factor."""
+        other, result = product.inputs[1], product.outputs[0]
+        assert other is not None
+        rank = len(_shape(result))
+        order = [*range(rank - 2), rank - 1, rank - 2]
+        flipped = self._node(product, "Transpose", [other], f"{product.name}.input", _permuted(_shape(other), order), perm=order)
+        swapped = self._node(product, "MatMul", [flipped, matrix], f"{product.name}.product", _permuted(_shape(result), order))
+        back = self._node(product, "Transpose", [swapped], f"{product.name}.output", _shape(result), perm=order)
+        result.replace_all_uses_with(back, replace_graph_outputs=True)
+        self._graph.remove(product, safe=True)
+
+    def _replace_convolution(self, conv: Node, matrix: Value) -> None:
+        """A 1x1 convolution becomes a product over the last axis: ONNX Runtime has integer products, but convolutions with integers
+        only if their outputs are rounded too.
+        """
+        given, result = conv.inputs[0], conv.outputs[0]
+        assert given is not None
+        last = _undone(given, _CHANNELS_FIRST)
+        if last is None:
+            shape = _permuted(_shape(given), _CHANNELS_LAST)
+            last = self._node(conv, "Transpose", [given], f"{conv.name}.pixels", shape, perm=_CHANNELS_LAST)
+        shape = _permuted(_shape(result), _CHANNELS_LAST)
+        y = self._node(conv, "MatMul", [last, matrix], f"{conv.name}.product", shape)
+        if len(conv.inputs) > 2 and (bias := conv.inputs[2]) is not None:
+            y = self._node(conv, "Add", [y, bias], f"{conv.name}.biased", shape)
+        for user, _ in tuple(result.uses()):
+            if user.op_type == "Transpose" and _permutation(user) == _CHANNELS_LAST:
+                user.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)
+                self._graph.remove(user, safe=True)
+        if result.uses() or result.is_graph_output():
+            back = self._node(conv, "Transpose", [y], f"{conv.name}.channels", _shape(result), perm=_CHANNELS_FIRST)
+            result.replace_all_uses_with(back, replace_graph_outputs=True)
+        self._graph.remove(conv, safe=True)
+        if (producer := given.producer()) is not None and not given.uses() and not given.is_graph_output():
+            self._graph.remove(producer, safe=True)
+
+    def _kernel(self, before: Node, matrix: Value, shape: tuple[int, ...]) -> Value:
+        """`matrix` [in, out] as the kernel of a convolution, of `shape` [out, in, 1, 1]."""
+        sizes = self._constant(f"{matrix.name}.shape", np.array(shape, np.int64))
+        rows = self._node(before, "Transpose", [matrix], f"{matrix.name}.rows", onnx_ir.Shape(shape[:2]), perm=[1, 0])
+        return self._node(before, "Reshape", [rows, sizes], f"{matrix.name}.kernel", onnx_ir.Shape(shape))
+
+    def _node(
+        self,
+        before: Node,
+        kind: str,
+        inputs: list[Value],
+        name: str,
+        shape: onnx_ir.Shape,
+        dtype: onnx_ir.DataType | None = None,
+        **attributes: Any,
+    ) -> Value:
+        """The output of a new node before another one, of `dtype` or the type of its first input. Both have the same name."""
+        node = onnx_ir.node(kind, inputs, attributes, name=name)
+        (out,) = node.outputs
+        out.name, out.shape = name, shape
+        out.type = inputs[0].type if dtype is None else onnx_ir.TensorType(dtype)
+        self._graph.insert_before(before, node)
+        return out
+
+    def _zero(self) -> Value:
+        """The zero point, whose type is that of the rounded numbers."""
+        kind = onnx_ir.DataType(ONNX_TYPES[self._weight.inputs])
+        return self._constant(f"{self._name}.input.zero", np.zeros((), kind.numpy()))
+
+    def _constant(self, name: str, array: np.ndarray) -> Value:
+        tensor = onnx_ir.tensor(array, name=name)
+        return self._registered(Value(name=name, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor))
+
+    def _tensor(self, end: str) -> Value:
+        """The layer's tensor with this end of its name."""
+        place, shape = self._place.tensors[end]
+        return self._initializer(end, self._dtype, shape, place)
+
+    def _initializer(self, end: str, dtype: onnx_ir.DataType, shape: tuple[int, ...], place: Slice) -> Value:
+        name = f"{self._name}.{end}"
+        tensor = onnx_ir.ExternalTensor(
+            self._data.name, place.offset, place.length, dtype, shape=onnx_ir.Shape(shape), name=name, base_dir=self._data.parent
+        )
+        return self._registered(Value(name=name, type=onnx_ir.TensorType(dtype), shape=onnx_ir.Shape(shape), const_value=tensor))
+
+    def _registered(self, value: Value) -> Value:
+        """`value` as an initializer, or the one of its name that is there already."""
+        assert value.name is not None
+        if (known := self._graph.initializers.get(value.name)) is not None:
+            return known
+        self._graph.register_initializer(value)
+        return value
 
 
-def _read_transposed(graph: onnx_ir.Graph, user: Node, index: int, matrix: Value, shape: tuple[int, ...]) -> None:
-    """Let input `index` of `user` read a weight [out, in, ...] of `shape` from `matrix` [in, out]."""
-    if (user.op_type, index) == ("MatMul", 0):
-        _swap_factors(graph, user, matrix)
-    elif (user.op_type, index) == ("Conv", 1):
-        user.replace_input_with(index, _kernel(graph, user, matrix, shape))
-    else:
-        raise AssertionError(f"{matrix.name} is read by input {index} of {user.op_type}")
+def _products(weight: Value) -> Iterator[_Product]:
+    """The matrix products and convolutions that read `weight`, or a part of it."""
+    for user, index in tuple(weight.uses()):
+        if user.op_type == "MatMul":
+            yield _Product(user, 1 - index)
+        elif user.op_type == "Conv" and index == 1:
+            yield _Product(user, 0)
+        elif user.op_type in _PARTS and index == 0:
+            for part in user.outputs:
+                yield from _products(part)
+        else:
+            raise AssertionError(f"{weight.name} is read by input {index} of {user.op_type}")
 
 
-def _swap_factors(graph: onnx_ir.Graph, product: Node, matrix: Value) -> None:
-    """A product W y of matrices becomes (y^T W^T)^T: TensorRT-RTX 1.7 compiles no 4-bit matrix as a left factor."""
-    other, result = product.inputs[1], product.outputs[0]
-    assert other is not None
-    assert other.shape is not None
-    assert result.shape is not None
-    order = [*range(len(result.shape) - 2), len(result.shape) - 1, len(result.shape) - 2]
-    flipped = _node(graph, product, "Transpose", [other], f"{product.name}.input", _permuted(other.shape, order), perm=order)
-    swapped = _node(graph, product, "MatMul", [flipped, matrix], f"{product.name}.product", _permuted(result.shape, order))
-    back = _node(graph, product, "Transpose", [swapped], f"{product.name}.output", result.shape, perm=order)
-    result.replace_all_uses_with(back, replace_graph_outputs=True)
-    graph.remove(product, safe=True)
+def _undone(value: Value, permutation: list[int]) -> Value | None:
+    """What `value` is without the permutation that computed it. None: another operator computes it."""
+    node = value.producer()
+    if node is None or node.op_type != "Transpose" or _permutation(node) != permutation:
+        return None
+    return node.inputs[0]
 
 
-def _kernel(graph: onnx_ir.Graph, conv: Node, matrix: Value, shape: tuple[int, ...]) -> Value:
-    """`matrix` [in, out] as the kernel of `conv`, of `shape` [out, in, 1, 1]."""
-    sizes = Value(name=f"{matrix.name}.shape", const_value=onnx_ir.tensor(np.array(shape, np.int64), name=f"{matrix.name}.shape"))
-    graph.register_initializer(sizes)
-    rows = _node(graph, conv, "Transpose", [matrix], f"{matrix.name}.rows", onnx_ir.Shape(shape[:2]), perm=[1, 0])
-    return _node(graph, conv, "Reshape", [rows, sizes], f"{matrix.name}.kernel", onnx_ir.Shape(shape))
+def _permutation(node: Node) -> list[int]:
+    return list(node.attributes["perm"].as_ints())
 
 
-def _node(
-    graph: onnx_ir.Graph, before: Node, kind: str, inputs: list[Value], name: str, shape: onnx_ir.Shape, **attributes: Any
-) -> Value:
-    """The output of a new node before another one, of the type of its first input. Node and output have the same name."""
-    node = onnx_ir.node(kind, inputs, attributes, name=name)
-    (out,) = node.outputs
-    out.name, out.type, out.shape = name, inputs[0].type, shape
-    graph.insert_before(before, node)
-    return out
+def _shape(value: Value) -> onnx_ir.Shape:
+    assert value.shape is not None
+    return value.shape
 
 
 def _permuted(shape: onnx_ir.Shape, order: list[int]) -> onnx_ir.Shape:
     return onnx_ir.Shape([shape[axis] for axis in order])
-
-
-def _initializer(
-    graph: onnx_ir.Graph, name: str, dtype: onnx_ir.DataType, shape: tuple[int, ...], place: Slice, data: Path
-) -> Value:
-    tensor = onnx_ir.ExternalTensor(
-        data.name, place.offset, place.length, dtype, shape=onnx_ir.Shape(shape), name=name, base_dir=data.parent
-    )
-    value = Value(name=name, type=onnx_ir.TensorType(dtype), shape=onnx_ir.Shape(shape), const_value=tensor)
-    graph.register_initializer(value)
-    return value

@@ -12,36 +12,54 @@ from sana_export.formats.quantized import scale_shape
 from sana_export.graphs.builders import shape_graph
 from sana_export.graphs.numerics import Linear
 from sana_export.manifest import Options, QuantizedWeight
-from sana_export.quantization import BITS, SCHEMES, Scheme, layer_rule, layer_scheme, part_of
+from sana_export.quantization import BITS, FALLBACK, SCHEMES, Scheme, layer_rule, layer_scheme, method_of, part_of
+from sana_export.quantization_method import Method
+
+
+def quantizable(module: nn.Module, graph: str) -> dict[str, Tensor]:
+    """The weights of `module`, which is the graph `graph`, that some scheme quantizes, by name."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name: value for name, value in parameters if layer_rule(part_of(graph), name).bits < 16}
 
 
 def plan_weights(module: nn.Module, graph: str, options: Options) -> dict[str, QuantizedWeight]:
     """The weights of `module`, which is the graph `graph`, that its scheme quantizes, by name."""
-    scheme = options.scheme(graph)
-    if scheme is None:
+    name = options.scheme(graph)
+    if name is None:
         return {}
-    planned: dict[str, QuantizedWeight] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        linear = isinstance(module.get_submodule(name.rpartition(".")[0]), Linear)
-        rule = layer_rule(part_of(graph), name)
+    scheme, planned = SCHEMES[name], dict[str, QuantizedWeight]()
+    method = method_of(scheme, options.quantize_method)
+    for weight, parameter in module.named_parameters(remove_duplicate=False):
+        linear = isinstance(module.get_submodule(weight.rpartition(".")[0]), Linear)
+        rule = layer_rule(part_of(graph), weight)
         inputs = parameter.shape[0] if linear else math.prod(parameter.shape[1:])
-        if (own := layer_scheme(SCHEMES[scheme], rule, inputs)) is not None:
-            planned[name] = _layout(name, parameter, own, linear)
+        if (own := layer_scheme(scheme, rule, inputs)) is not None:
+            planned[weight] = _layout(weight, parameter, own, linear, method)
     return planned
 
 
-def _layout(name: str, parameter: Tensor, scheme: Scheme, linear: bool) -> QuantizedWeight:
-    """How a weight is stored: as it is with a scale for each output channel, or as blocks of inputs.
+def _layout(name: str, parameter: Tensor, scheme: Scheme, linear: bool, method: Method) -> QuantizedWeight:
+    """How a weight may be stored: as it is with a scale for each output channel, or as blocks of inputs.
 
     A `linear` layer's weight is [in, out], every other one [out, in, ...]. TensorRT-RTX 1.7 takes blocks along the first axis of
-    a right factor only, so blocks are stored as [in, out] in either case.
+    a right factor only, so blocks are stored as [in, out] in either case. So are the weights of layers with rounded inputs: ONNX
+    Runtime has integer products for right factors only.
     """
-    shape = tuple(parameter.shape)
-    if not scheme.block:
-        return QuantizedWeight(name, scheme.weights, shape, axis=1 if linear else 0)
-    if not linear:
-        shape = (math.prod(shape[1:]), shape[0])
-    return QuantizedWeight(name, scheme.weights, shape, axis=0, block=scheme.block, transposed=not linear)
+    shape, transposed = tuple(parameter.shape), False
+    if not linear and (scheme.block or scheme.inputs):
+        shape, transposed = (math.prod(shape[1:]), shape[0]), True
+    return QuantizedWeight(
+        name,
+        scheme.weights,
+        shape,
+        axis=0 if scheme.block or not (linear or transposed) else 1,
+        block=scheme.block,
+        transposed=transposed,
+        nearest=not method.moves_weights,
+        inputs=scheme.inputs,
+        rescaled=method.rescale and scheme is not FALLBACK,
+        rank=min(method.rank, *shape[:2]) if scheme.block else 0,
+    )
 
 
 def stored_bytes(name: str, checkpoint: SanaCheckpoint, options: Options) -> int:
@@ -54,4 +72,5 @@ def stored_bytes(name: str, checkpoint: SanaCheckpoint, options: Options) -> int
         else:
             scales = math.prod(scale_shape(weight.shape, weight.axis, weight.block))
             total += value.numel() * BITS[weight.dtype] // 8 + scales * wide
+            total += weight.rank * sum(weight.shape[:2]) * wide
     return total

@@ -1,16 +1,16 @@
-"""Builds a deployment graph with quantized weights.
+"""Builds a deployment graph with quantized layers.
 
-The module gets the numbers that its quantized weights stand for, so it is the reference for the ONNX file, which stores integers
-and scales. The weight file gets only what the ONNX file reads. What the module itself needs lies in temporary files beside it, so
-the weights are never in memory as a whole.
+The module gets the numbers that its quantized weights stand for, and the layers' forms (graphs/products.py), so it is the
+reference for the ONNX file, which stores small numbers and scales. The weight file gets only what the ONNX file reads. What the
+module itself needs lies in temporary files beside it, so the weights are never in memory as a whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,34 +18,39 @@ import torch
 from torch import nn
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.export.quantize.layers import QuantizedLayer, quantize_layers
 from sana_export.export.quantize.plan import plan_weights
-from sana_export.export.quantize.rounding import round_to_nearest
+from sana_export.export.quantize.statistics import CalibrationFile
+from sana_export.formats.arrays import Array, Float32
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.formats.quantized import as_stored, as_used, pack
 from sana_export.graphs.builders import build_graph
+from sana_export.graphs.numerics import Linear
+from sana_export.graphs.products import compute_quantized, product_form
 from sana_export.graphs.storage import Slice, WeightFile, stored_in
 from sana_export.manifest import Options, QuantizedWeight
-from sana_export.quantization import BITS
+from sana_export.quantization import SCHEMES, method_of
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Where the weight file has a quantized weight."""
+    """Where the weight file has a quantized weight, and what its layer has besides (records.QuantizedWeight)."""
 
     weight: QuantizedWeight
-    #: Its integers, as `formats.quantized.pack` stores them.
+    #: Its small numbers, as `formats.quantized.pack` stores them.
     values: Slice
-    #: Its scales, in the graph's precision.
-    scales: Slice
+    #: The place and shape of each other tensor of the layer, by the end of its name, such as "scale". In the graph's precision.
+    tensors: Mapping[str, tuple[Slice, tuple[int, ...]]]
 
 
 @contextlib.contextmanager
 def built(
-    name: str, checkpoint: SanaCheckpoint, options: Options, weights: WeightFile
+    name: str, checkpoint: SanaCheckpoint, options: Options, weights: WeightFile, calibration: CalibrationFile | None = None
 ) -> Iterator[tuple[nn.Module, dict[str, StoredWeight]]]:
     """The graph `name` with its weights in `weights`, and its quantized weights by name.
 
-    Use the module inside the block only: what it reads is deleted then.
+    The module computes without its layers' forms until `compute_stored` has been called. Use it inside the block only: what it
+    reads is deleted then.
     """
     if options.scheme(name) is None:
         with stored_in(weights):
@@ -59,30 +64,95 @@ def built(
         with WeightFile(Path(folder) / "whole") as whole:
             with stored_in(whole):
                 module = build_graph(name, checkpoint, options)
-            stored = _quantize(module, name, options, whole, rounded, weights)
+            stored = _Quantizer(module, name, options, rounded, weights, calibration).run(whole)
         with contextlib.suppress(OSError):  # Windows keeps mapped files
             whole.path.unlink()
         yield module, stored
         rounded.release()
 
 
-def _quantize(
-    module: nn.Module, graph: str, options: Options, whole: WeightFile, rounded: WeightFile, weights: WeightFile
-) -> dict[str, StoredWeight]:
-    """Move the parameters of `module` from `whole` to `rounded` if they are quantized, otherwise to `weights`."""
-    plan, dtype = plan_weights(module, graph, options), WEIGHT_DTYPES[options.dtype]
-    stored: dict[str, StoredWeight] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if (weight := plan.get(name)) is None:
-            parameter.data = weights.keep(parameter.data)
-        else:
-            matrix = as_stored(parameter.data.float().numpy(), weight.transposed)
-            found = round_to_nearest(matrix, BITS[weight.dtype], weight.axis, weight.block, dtype)
-            values = weights.append(pack(found.values, weight.dtype))
-            scales = weights.append(np.ascontiguousarray(found.scales).reshape(-1).view(np.uint8))
-            stored[name] = StoredWeight(weight, values, scales)
-            numbers = torch.from_numpy(as_used(found.numbers, weight.transposed, tuple(parameter.shape)))
-            parameter.data = rounded.keep(numbers.to(parameter.dtype))
-        whole.release()
-        rounded.release()
-    return stored
+class _Quantizer:
+    """Moves the parameters of a module to the file `rounded` if they are quantized, otherwise to `weights`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        graph: str,
+        options: Options,
+        rounded: WeightFile,
+        weights: WeightFile,
+        calibration: CalibrationFile | None,
+    ) -> None:
+        self._module, self._graph, self._rounded, self._weights = module, graph, rounded, weights
+        self._dtype, self._calibration = WEIGHT_DTYPES[options.dtype], calibration
+        self._plan = plan_weights(module, graph, options)
+        scheme = options.scheme(graph)
+        assert scheme is not None  # otherwise nothing is quantized
+        self._method = method_of(SCHEMES[scheme], options.quantize_method)
+
+    def run(self, whole: WeightFile) -> dict[str, StoredWeight]:
+        """The quantized weights. The parameters are in `whole`."""
+        stored: dict[str, StoredWeight] = {}
+        for name, parameter in self._module.named_parameters(remove_duplicate=False):
+            if name not in self._plan:
+                parameter.data = self._weights.keep(parameter.data)
+            elif name not in stored:
+                stored |= self._quantize(self._together(name))
+            whole.release()
+            self._rounded.release()
+        return {name: stored[name] for name in self._plan}
+
+    def _together(self, name: str) -> list[str]:
+        """The weights whose layers read the same tensor as the layer with the weight `name`."""
+        if self._calibration is None or (index := self._calibration.index(self._graph, name)) is None:
+            return [name]
+        return [other for other in self._plan if self._calibration.index(self._graph, other) == index]
+
+    def _quantize(self, names: list[str]) -> dict[str, StoredWeight]:
+        matrices = {name: self._matrix(name) for name in names}
+        inputs = None if self._calibration is None else self._calibration.inputs(self._graph, names[0])
+        layers = quantize_layers(matrices, self._plan, self._method, inputs, self._dtype)
+        return {name: self._store(name, layer) for name, layer in layers.items()}
+
+    def _matrix(self, name: str) -> Float32:
+        """A weight as [in, out]."""
+        numbers: Float32 = self._module.get_parameter(name).data.float().numpy()
+        return numbers if self._linear(name) else as_stored(numbers, True)
+
+    def _linear(self, name: str) -> bool:
+        return isinstance(self._module.get_submodule(name.rpartition(".")[0]), Linear)
+
+    def _store(self, name: str, layer: QuantizedLayer) -> StoredWeight:
+        weight, parameter, linear = self._plan[name], self._module.get_parameter(name), self._linear(name)
+        numbers = torch.from_numpy(as_used(layer.rounded.numbers, not linear, tuple(parameter.shape)))
+        parameter.data = self._rounded.keep(numbers.to(parameter.dtype))
+        values = layer.rounded.values if linear or weight.transposed else layer.rounded.values.T
+        tensors: dict[str, Array] = {"scale": layer.rounded.scales}
+        if layer.input_scale is not None:
+            tensors["input.scale"] = self._dtype.round(np.array(layer.input_scale, np.float32))
+        if layer.factor is not None:
+            # For products with the weight on the right, [..., in]; the others read [B, in, H, W] or [B, in, N].
+            right = linear or (weight.transposed and (weight.inputs or parameter.dim() == 2))
+            after = 0 if right else 2 if parameter.dim() == 4 else 1
+            tensors["input.factor"] = self._dtype.round(layer.factor).reshape(-1, *[1] * after)
+        if layer.branch is not None:
+            tensors["low_rank.down"], tensors["low_rank.up"] = map(self._dtype.round, layer.branch)
+        places = {key: (self._append(array), array.shape) for key, array in tensors.items()}
+        weight = replace(weight, rescaled=layer.factor is not None)
+        return StoredWeight(weight, self._weights.append(pack(values, weight.dtype)), places)
+
+    def _append(self, array: Array) -> Slice:
+        return self._weights.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def compute_stored(
+    module: nn.Module, stored: Mapping[str, StoredWeight], weights: WeightFile, *, round_inputs: bool = True
+) -> None:
+    """Make `module`, of `built`, compute as the ONNX file does: with rounded inputs, factors and branches."""
+    forms = {}
+    for name, place in stored.items():
+        dtype = module.get_parameter(name).dtype
+        tensors = {key: weights.read(where, dtype).view(shape) for key, (where, shape) in place.tensors.items()}
+        weight = place.weight if round_inputs else replace(place.weight, inputs="")
+        forms[name] = product_form(weight, tensors)
+    compute_quantized(module, {name: form for name, form in forms.items() if form is not None})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from sana_export.formats.arrays import Float32
@@ -10,21 +11,43 @@ from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.formats.onnx_weights import read_tensors
 from sana_export.formats.quantized import as_used, dequantize, scale_shape, unpack
 from sana_export.known_files import check_known_files
-from sana_export.manifest import GraphEntry
+from sana_export.manifest import GraphEntry, QuantizedWeight
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLayer:
+    """A quantized layer of a bundle."""
+
+    #: Its entry in the manifest.
+    weight: QuantizedWeight
+    #: The numbers that its weight stands for, in the shape in which the graph uses it.
+    numbers: Float32
+    #: Its other tensors, such as "input.scale", by the end of their names. Each is one row.
+    tensors: Mapping[str, Float32]
 
 
 def read_quantized(
     bundle: Path, graph: GraphEntry, dtype: str, shapes: dict[str, tuple[int, ...]], *, fix: str
-) -> Iterator[tuple[str, Float32]]:
-    """The name of each quantized weight of `graph`, and its numbers in the shape that `shapes` has for it.
+) -> Iterator[StoredLayer]:
+    """The quantized layers of `graph`. `shapes` has the shape of each weight, by name.
 
-    Its scales are stored in `dtype`. Raises ArtifactError, with `fix`, for damaged files.
+    Scales and other tensors are stored in `dtype`. Raises ArtifactError, with `fix`, for damaged files.
     """
     onnx, *data = check_known_files(bundle, graph.files, fix=fix)
-    tensors = read_tensors(onnx, data, fix=fix)
+    tensors, kind = read_tensors(onnx, data, fix=fix), WEIGHT_DTYPES[dtype]
     for weight in graph.quantized:
         values = unpack(tensors[f"{weight.name}.quantized"], weight.dtype, weight.shape)
-        stored = tensors[f"{weight.name}.scale"].view(WEIGHT_DTYPES[dtype].numpy)
-        scales = WEIGHT_DTYPES[dtype].widen(stored).reshape(scale_shape(weight.shape, weight.axis, weight.block))
+        own = {end: kind.widen(tensors[f"{weight.name}.{end}"].view(kind.numpy)) for end in ("scale", *layer_tensors(weight))}
+        scales = own["scale"].reshape(scale_shape(weight.shape, weight.axis, weight.block))
         numbers = dequantize(values, scales, weight.axis, weight.block)
-        yield weight.name, as_used(numbers, weight.transposed, shapes[weight.name])
+        yield StoredLayer(weight, as_used(numbers, weight.transposed, shapes[weight.name]), own)
+
+
+def layer_tensors(weight: QuantizedWeight) -> tuple[str, ...]:
+    """The ends of the names of the tensors that the layer has besides its weight."""
+    ends = (
+        (("input.scale",), bool(weight.inputs)),
+        (("input.factor",), weight.rescaled),
+        (("low_rank.down", "low_rank.up"), weight.rank),
+    )
+    return tuple(end for names, present in ends if present for end in names)

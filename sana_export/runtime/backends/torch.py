@@ -28,6 +28,7 @@ from sana_export.errors import ArtifactError, DependencyError, UsageError, first
 from sana_export.formats.arrays import Array
 from sana_export.graphs.builders import build_graph
 from sana_export.graphs.denoiser import Block
+from sana_export.graphs.products import compute_quantized, product_form
 from sana_export.graphs.vae_blocks import EfficientViTBlock, ResBlock, Upsample
 from sana_export.manifest import Checkpoint, Manifest
 from sana_export.runtime.backends.base import (
@@ -222,7 +223,7 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
 
 
 def stored_graph(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, graph: str) -> nn.Module:
-    """A graph of the checkpoint, on the CPU, with the numbers that the bundle's quantized weights stand for.
+    """A graph of the checkpoint, on the CPU, with the bundle's quantized layers.
 
     Raises ArtifactError if the files with these weights are damaged.
     """
@@ -231,8 +232,14 @@ def stored_graph(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, g
         parameters = dict(module.named_parameters(remove_duplicate=False))
         shapes = {weight.name: tuple(parameters[weight.name].shape) for weight in entry.quantized}
         fix = repair_command(bundle, manifest)
-        for name, numbers in read_quantized(bundle, entry, manifest.options.dtype, shapes, fix=fix):
-            parameters[name].data.copy_(torch.from_numpy(numbers))
+        forms = {}
+        for layer in read_quantized(bundle, entry, manifest.options.dtype, shapes, fix=fix):
+            name, parameter = layer.weight.name, parameters[layer.weight.name]
+            parameter.data.copy_(torch.from_numpy(layer.numbers))
+            tensors = {end: torch.from_numpy(np.array(values)).to(parameter.dtype) for end, values in layer.tensors.items()}
+            if (form := product_form(layer.weight, tensors)) is not None:
+                forms[name] = form
+        compute_quantized(module, forms)
     return module
 
 

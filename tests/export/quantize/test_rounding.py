@@ -1,4 +1,4 @@
-"""Rounding to nearest against a loop over every scale."""
+"""Rounding to nearest, and the search of scales, against loops over every scale."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sana_export.export.quantize.rounding import round_to_nearest
+from sana_export.export.quantize.rounding import SHARES, round_to_nearest, round_with_search
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 
 FINEST = {"float32": np.finfo(np.float32).smallest_subnormal, "float16": 2.0**-24, "bfloat16": 2.0**-133}
@@ -58,3 +58,62 @@ def test_rows_of_zeros_stay_zeros() -> None:
     rounded = round_to_nearest(np.zeros((2, 32), np.float32), 8, 0, 0, WEIGHT_DTYPES["float16"])
     assert not rounded.values.any()
     assert (rounded.scales == 1).all()
+
+
+CASES = [(8, 48, 1, 0), (4, 96, 0, 32), (4, 64, 1, 0)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("bits", "inputs", "axis", "block"), CASES)
+def test_a_search_finds_the_scale_with_the_least_error(
+    bits: int, inputs: int, axis: int, block: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "sana_export.export.quantize.rounding._PIECE", 7 * (block or inputs)
+    )  # several pieces, the last one shorter
+    random = np.random.default_rng(1)
+    weight = random.standard_t(3, (inputs, 20)).astype(np.float32)
+    importance = np.exp(2 * random.standard_normal(inputs)).astype(np.float32)
+    rounded = round_with_search(weight, bits, axis, block, WEIGHT_DTYPES[dtype], importance)
+    most = 2 ** (bits - 1) - 1
+    scales = WEIGHT_DTYPES[dtype].widen(rounded.scales).ravel()
+    every = np.broadcast_to(importance[:, None], weight.shape)
+    parts = [groups(array, axis, block) for array in (weight, rounded.numbers, every)]
+    for scale, own, numbers, weigh in zip(scales, *parts, strict=True):
+        exact = np.array([np.abs(own).max() * share / most for share in SHARES], np.float32)
+        tried = WEIGHT_DTYPES[dtype].widen(WEIGHT_DTYPES[dtype].round(exact))
+        errors = [(weigh * (np.rint(own / one).clip(-most, most) * one - own) ** 2).sum(dtype=np.float64) for one in tried]
+        assert (weigh * (numbers - own) ** 2).sum(dtype=np.float64) <= min(errors) * (1 + 1e-5)
+        assert np.abs(scale / tried - 1).min() < 1e-6
+        assert len(np.unique(np.rint(numbers / scale))) > 1
+
+
+@pytest.mark.parametrize(("bits", "inputs", "axis", "block"), CASES)
+def test_a_search_lowers_the_error_of_the_outputs(bits: int, inputs: int, axis: int, block: int) -> None:
+    """Without importance, the error of the weights. With it, the error of the outputs, which can fall while the former rises."""
+    random = np.random.default_rng(2)
+    weight = random.standard_t(3, (inputs, 200)).astype(np.float32)
+    rows = (random.standard_normal((400, inputs)) * np.exp(1.5 * random.standard_normal(inputs))).astype(np.float32)
+    importance = np.square(rows).mean(axis=0)
+    dtype = WEIGHT_DTYPES["float16"]
+    nearest = round_to_nearest(weight, bits, axis, block, dtype)
+    plain = round_with_search(weight, bits, axis, block, dtype)
+    weighed = round_with_search(weight, bits, axis, block, dtype, importance)
+    same = round_with_search(weight, bits, axis, block, dtype, np.ones(inputs, np.float32))
+    assert (same.values == plain.values).all()
+    changes = [np.square(one.numbers - weight).sum() for one in (plain, nearest)]
+    assert changes[0] <= (0.97 if bits == 4 else 1.0) * changes[1]
+    errors = [np.square(rows @ (one.numbers - weight)).sum() for one in (weighed, plain, nearest)]
+    assert errors[0] < (0.75 if bits == 4 else 0.97) * min(errors[1:])
+
+
+def test_a_search_keeps_zeros_and_works_with_any_unit() -> None:
+    dtype = WEIGHT_DTYPES["float32"]
+    weight = np.random.default_rng(3).standard_normal((64, 8)).astype(np.float32)
+    weight[:32, 2] = 0
+    plain = round_with_search(weight, 4, 0, 32, dtype, np.full(64, 1e-35, np.float32))
+    large = round_with_search(weight * np.float32(2.0**100), 4, 0, 32, dtype, np.full(64, 1e35, np.float32))
+    assert (plain.values == large.values).all()
+    assert not plain.values[:32, 2].any()
+    assert plain.scales[0, 2] == 1
+    assert round_with_search(weight, 4, 0, 32, dtype, np.zeros(64, np.float32)).scales.all()

