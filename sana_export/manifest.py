@@ -18,12 +18,13 @@ from typing import Any
 from sana_export import __version__
 from sana_export.commands import export_command, first_export_command
 from sana_export.contract import GraphSpec
-from sana_export.errors import ArtifactError
+from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import FileEntry, check_inside, write_whole
 from sana_export.formats.recognize import not_what_was_wanted, recognize
 from sana_export.hub.names import may_be_hub_id
 from sana_export.json_records import record_from_json
 from sana_export.quantization import PARTS, SCHEMES
+from sana_export.quantization_method import parse_method
 from sana_export.records import (
     PRECISIONS,
     Checkpoint,
@@ -34,6 +35,7 @@ from sana_export.records import (
     Options,
     Overlay,
     QuantizedWeight,
+    check_weight,
 )
 from sana_export.variants import INDEX
 
@@ -270,6 +272,13 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
     for part, scheme in manifest.options.quantize.items():
         if part not in PARTS or scheme not in SCHEMES:
             raise ValueError(f"manifest.options.quantize has {part!r}: {scheme!r}")
+    try:
+        parse_method(manifest.options.quantize_method)
+    except UsageError as error:
+        raise ValueError(f"manifest.options.quantize_method has {error.found}") from error
+    for graph in manifest.graphs.values():
+        for weight in graph.quantized:
+            check_weight(weight)
     for scale in (manifest.model.decoder_tile_scale, manifest.model.encoder_tile_scale):
         if manifest.model.vae_scale_factor % scale:
             raise ValueError(f"manifest.model has tiles of {scale} pixels that do not divide {manifest.model.vae_scale_factor}")

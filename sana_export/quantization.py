@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sana_export.contract import WEIGHTS_OF
 from sana_export.errors import UsageError
@@ -40,7 +40,7 @@ class Scheme:
     #: The type of the layers' inputs. "": the bundle's precision.
     inputs: str = ""
     #: How its numbers are chosen if the user does not say.
-    method: Method = Method()
+    method: Method = field(default_factory=Method)
     #: The least cosine of a graph's outputs with those of the same graph of diffusers.
     cosine_limit: float = 0.0
     #: The least PSNR in dB of an image against diffusers'.
@@ -96,7 +96,8 @@ _SMALL = "small, and every step depends on it"
 _EVERYTHING_ELSE = LayerRule("", 16, "no matrix: biases, norms and tables are small")
 _TRANSFORMER = (
     LayerRule(r"blocks\.\d+\.qkv|\.out\.weight|\.cross_query\.weight|\.cross_out\.weight", 4, _TOLERATES, inputs=4),
-    LayerRule(r"\.inverted\.weight|\.point\.weight", 4, _TOLERATES, inputs=4),
+    LayerRule(r"\.inverted\.weight", 4, _TOLERATES, inputs=4),
+    LayerRule(r"\.point\.weight", 4, f"{_TOLERATES}; its input has outliers of 50 times its root mean square"),
     LayerRule(r"\.depthwise\.weight", 16, "nine weights for each channel: little to save, and published 4-bit Sana keeps it"),
     LayerRule(r"time_embed\..*\.weight", 16, "its output scales and shifts every block"),
     LayerRule(r"(patch_embed|latents_embed|control_embed|control_in|proj_out|outputs\.\d+)\.weight", 16, _SMALL),

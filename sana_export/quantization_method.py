@@ -13,7 +13,8 @@ RANGES = ("max", "percentile", "mse")
 MOST_RANK = 256
 #: The word for no step at all.
 NEAREST = "nearest"
-_WORDS = (NEAREST, "rescale", "search", "gptq", "low-rank=RANK", *(f"ranges={name}" for name in RANGES))
+#: What `--quantize-method` takes.
+WORDS = (NEAREST, "rescale", "search", "gptq", "low-rank=RANK", *(f"ranges={name}" for name in RANGES))
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,6 @@ def parse_method(words: Iterable[str]) -> Method | None:
         elif name == "low-rank" and value.isdecimal() and 1 <= int(value) <= MOST_RANK:
             method = replace(method, rank=int(value))
         else:
-            wanted = f"{', '.join(_WORDS)}; RANK from 1 to {MOST_RANK}"
+            wanted = f"{', '.join(WORDS)}; RANK from 1 to {MOST_RANK}"
             raise UsageError("unknown step of quantization", found=word or "nothing", wanted=wanted)
     return method if given else None

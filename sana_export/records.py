@@ -8,7 +8,7 @@ from typing import Any
 
 from sana_export.contract import GraphSpec
 from sana_export.files import FileEntry
-from sana_export.quantization import part_of
+from sana_export.quantization import BITS, part_of
 
 #: The precisions that a bundle can be exported in, with the dtype of each.
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -68,6 +68,20 @@ class QuantizedWeight:
     rescaled: bool = False
     #: Rank of the branch that is added to the layer's output, `<name>.low_rank.down` and `.up`. 0: none.
     rank: int = 0
+
+
+def check_weight(weight: QuantizedWeight) -> None:
+    """Raise ValueError unless a layer can be stored like this."""
+    fits = (
+        weight.dtype in BITS
+        and weight.inputs in ("", "int8", "fp8")
+        and 0 <= weight.axis < len(weight.shape)
+        and all(size > 0 for size in weight.shape)
+        and (weight.block == 0 or (weight.block > 0 and weight.shape[weight.axis] % weight.block == 0))
+        and (weight.rank == 0 or (weight.rank > 0 and len(weight.shape) == 2))
+    )
+    if not fits:
+        raise ValueError(f"{weight.name} is stored as {weight}")
 
 
 @dataclass(frozen=True)

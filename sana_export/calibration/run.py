@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,8 +37,8 @@ from sana_export.user_paths import user_path
 #: Rows of each layer's input that are kept. More rows than that hardly change the result (docs/quantization.md).
 ROWS = 1024
 MOST_ROWS = 1 << 16
-#: What is drawn if the user names no prompts.
-PROMPTS = tuple(line for line in ENGLISH.strip().splitlines() if "quality" not in line)[:16]
+#: What is drawn if the user names no prompts. What cross-attention reads depends on the prompt, so it takes some.
+PROMPTS = tuple(ENGLISH.strip().splitlines()[:32])
 
 
 class ObservingBackend(TorchBackend):
@@ -190,4 +189,4 @@ def _write(path: Path, record: CalibrationRecord, seen: dict[str, GraphInputs]) 
     partial, stated = partial_path(path), {"record": asdict(record), "layers": _numbered(seen)}
     save_file(tensors, partial, metadata={METADATA: json.dumps(stated)})
     partial.chmod(0o644)  # save_file makes it readable for the owner only
-    os.replace(partial, path)
+    partial.replace(path)

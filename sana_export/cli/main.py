@@ -26,14 +26,28 @@ from sana_export.cli.terminal.interrupt import EXIT_CODE as INTERRUPTED
 from sana_export.cli.terminal.interrupt import interruptible
 from sana_export.cli.terminal.stdout import Stdout, open_streams
 from sana_export.cli.verb import Answer, Verb
-from sana_export.cli.verbs import bench, build, doctor, engines, export, generate, inspect, pull, push, synth, variants, verify
+from sana_export.cli.verbs import (
+    bench,
+    build,
+    calibrate,
+    doctor,
+    engines,
+    export,
+    generate,
+    inspect,
+    pull,
+    push,
+    synth,
+    variants,
+    verify,
+)
 from sana_export.environment import NO_TELEMETRY, default_environment
 from sana_export.errors import UsageError
 from sana_export.user_paths import check_unicode
 
 VERBS: dict[str, Verb] = {
     module.VERB.name: module.VERB
-    for module in (engines, export, build, verify, generate, bench, inspect, push, pull, doctor, variants, synth)
+    for module in (engines, export, calibrate, build, verify, generate, bench, inspect, push, pull, doctor, variants, synth)
 }
 #: Log level by the number of -v minus the number of -q. 0 is the verb's own level.
 LEVELS = {-1: SILENT, 1: VERBOSE, 2: EVERYTHING}

@@ -14,6 +14,7 @@ from sana_export.manifest import PRECISIONS
 from sana_export.numeric import MAX_IMAGES, MAX_SIDE, MOST_DEVICES, MOST_THREADS, integer
 from sana_export.profiles import profile_named
 from sana_export.quantization import PARTS, choose_quantization
+from sana_export.quantization_method import parse_method
 from sana_export.toml_tables import parse_table, read_toml
 from sana_export.trt.flavour import flavour_of
 from sana_export.trt.options import BUILD_OPTIONS, BuildOptions
@@ -131,6 +132,9 @@ class Recipe:
     clamp: bool | None = None
     graphs: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
+    quantize_method: tuple[str, ...] = ()
+    #: Relative to the current folder.
+    calibration: Path | None = None
     revision: str | None = None
     variant: str | None = None
     transformer: Path | None = None
@@ -177,6 +181,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.precision not in PRECISIONS:
         raise UsageError(f"unknown precision in {recipe.path}", found=recipe.precision, wanted=", ".join(PRECISIONS))
     choose_quantization(recipe.quantize, PARTS)
+    parse_method(recipe.quantize_method)
     for build in recipe.build:
         flavour_of(build.backend)
         if build.profile is not None:

@@ -65,7 +65,7 @@ def _multiply(function: Callable[..., Any], args: Sequence[Any], place: int, kwa
 
 @dataclass(frozen=True, eq=False)
 class ProductForm:
-    """How a quantized layer computes: y = round(x * factor) W + (x * factor) down up. The weight itself is in the graph's module."""
+    """How a quantized layer computes: y = round(x * factor) W + (x * factor) down up. The weight W is in the graph's module."""
 
     #: The type that the input is rounded to, "int8" or "fp8". "": it is not rounded.
     inputs: str = ""

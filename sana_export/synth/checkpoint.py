@@ -62,14 +62,14 @@ def find_recipe(name: str) -> SyntheticRecipe:
     return RECIPES[variant.alias]
 
 
-def build_pipeline(recipe: SyntheticRecipe, seed: int = 0) -> Any:
-    """The recipe's pipeline in float32, in memory. torch's global random state does not change."""
+def build_pipeline(recipe: SyntheticRecipe, seed: int = 0, *, hot: bool = False) -> Any:
+    """The recipe's pipeline in float32, in memory. `hot`: as in `make_checkpoint`. torch's global random state does not change."""
     import torch
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         pipeline = _assemble(recipe, "cpu")
         for component in STEMS:
-            fill(getattr(pipeline, component).eval(), component, seed)
+            fill(getattr(pipeline, component).eval(), component, seed, hot=hot)
     return pipeline
 
 
@@ -102,21 +102,25 @@ def make_checkpoint(
     variant: str | None = None,
     shard_size: int = SHARD_SIZE,
     vae: str | None = None,
+    hot: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> Path:
     """Write the synthetic checkpoint `recipe` to `folder` in diffusers' layout and return `folder`.
 
     The same recipe, dtype, seed and shard size give the same bytes. `dtype` is that of the stored weights ("float32", "float16",
     "bfloat16"). `variant` ("fp16") becomes part of the weight files' names. `vae` is the autoencoder's decoder (a row of
-    autoencoders.DECODERS; None: the published one). A weight file has at most `shard_size` bytes, unless a
-    single tensor is larger. This needs the memory of a few pieces of `weights.PIECE` values. An existing folder is treated as by
-    `write_pipeline`, which also has the errors.
+    autoencoders.DECODERS; None: the published one). `hot` gives the weights heavy tails and the activations outlier channels, as
+    published ones have (synth/heat.py). A weight file has at most `shard_size` bytes, unless a single tensor is larger. This needs
+    the memory of a few pieces of `weights.PIECE` values. An existing folder is treated as by `write_pipeline`, which also has the
+    errors.
     """
     recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
     _check_request(folder, dtype)
     pipeline = _assemble(recipe if vae is None else recipe_with_decoder(recipe, vae), "meta")
-    values = {component: RandomWeights(component, shapes_of(getattr(pipeline, component)), seed).pieces for component in STEMS}
-    marker = {"synthetic": True, "variant": recipe.name, "dtype": dtype, "seed": seed} | ({"vae": vae} if vae else {})
+    shapes = {component: shapes_of(getattr(pipeline, component)) for component in STEMS}
+    values = {component: RandomWeights(component, shapes[component], seed, hot).pieces for component in STEMS}
+    marker = {"synthetic": True, "variant": recipe.name, "dtype": dtype, "seed": seed}
+    marker |= ({"vae": vae} if vae else {}) | ({"hot": True} if hot else {})
     return write_pipeline(
         pipeline, folder, marker, dtype=dtype, variant=variant, shard_size=shard_size, values=values, on_progress=on_progress
     )
@@ -129,6 +133,7 @@ def make_autoencoder(
     dtype: str = "float32",
     seed: int = 0,
     shard_size: int = SHARD_SIZE,
+    hot: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> Path:
     """Write the autoencoder `alias` (a row of autoencoders.AUTOENCODERS) to `folder`, for `--vae`, and return `folder`.
@@ -137,7 +142,16 @@ def make_autoencoder(
     other parameters and the errors are those of `make_checkpoint`.
     """
     return _make_network(
-        "vae", "AutoencoderDC", AUTOENCODER_RECIPES[alias], {"autoencoder": alias}, folder, dtype, seed, shard_size, on_progress
+        "vae",
+        "AutoencoderDC",
+        AUTOENCODER_RECIPES[alias],
+        {"autoencoder": alias},
+        folder,
+        dtype,
+        seed,
+        shard_size,
+        hot,
+        on_progress,
     )
 
 
@@ -148,6 +162,7 @@ def make_controlnet(
     dtype: str = "float32",
     seed: int = 0,
     shard_size: int = SHARD_SIZE,
+    hot: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> Path:
     """Write the ControlNet `alias` (a row of controlnets.CONTROLNETS) to `folder`, for `--controlnet`, and return `folder`.
@@ -157,7 +172,7 @@ def make_controlnet(
     """
     config = CONTROLNETS[alias].config
     return _make_network(
-        "controlnet", "SanaControlNetModel", config, {"controlnet": alias}, folder, dtype, seed, shard_size, on_progress
+        "controlnet", "SanaControlNetModel", config, {"controlnet": alias}, folder, dtype, seed, shard_size, hot, on_progress
     )
 
 
@@ -170,6 +185,7 @@ def _make_network(
     dtype: str,
     seed: int,
     shard_size: int,
+    hot: bool,
     on_progress: OnProgress,
 ) -> Path:
     """Write a network of diffusers to `folder`: config.json and the weights."""
@@ -180,8 +196,8 @@ def _make_network(
     _check_request(folder, dtype)
     with torch.device("meta"):
         network = getattr(diffusers, class_name)(**config)
-    values = {component: RandomWeights(component, shapes_of(network), seed).pieces}
-    marker = {"synthetic": True, **marker, "dtype": dtype, "seed": seed}
+    values = {component: RandomWeights(component, shapes_of(network), seed, hot).pieces}
+    marker = {"synthetic": True, **marker, "dtype": dtype, "seed": seed} | ({"hot": True} if hot else {})
     stored = {"": _stored(network, component, dtype, values)}
     return _write(folder, marker, stored, network.save_config, "config.json", shard_size, None, on_progress)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sana_export.errors import UsageError
+from sana_export.synth.heat import Heat, heavy_tailed
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -102,14 +103,14 @@ class RandomWeights:
     shapes: Mapping[str, tuple[int, ...]]
     #: The seed of all of them.
     seed: int
+    #: Whether they behave like trained ones under quantization (heat.py).
+    hot: bool = False
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The values of the parameter `name`, flat, in pieces of about `PIECE`. Raises UsageError if no rule matches its name."""
         finish = _FINISH.get((self.component, name))
-        if finish is None:
-            yield from self._drawn(name)
-        else:
-            yield finish(self, self._whole(name)).flatten()
+        pieces = self._drawn(name) if finish is None else iter([finish(self, self._whole(name)).flatten()])
+        yield from Heat(self.component, self.shapes, self.seed).applied(name, pieces) if self.hot else pieces
 
     def _whole(self, name: str) -> Tensor:
         import torch
@@ -124,7 +125,10 @@ class RandomWeights:
         share = self._layers() ** -0.5 if rule.branch else 1.0
         generator = _generator(self.seed, self.component, name)
         for count in _piece_sizes(math.prod(shape)):
-            yield torch.randn(count, generator=generator).mul_(std).add_(rule.mean).mul_(share)
+            drawn = torch.randn(count, generator=generator)
+            if self.hot and rule.fan_in:
+                heavy_tailed(drawn)
+            yield drawn.mul_(std).add_(rule.mean).mul_(share)
 
     def _rule(self, name: str) -> Rule:
         rules = RULES[self.component]
@@ -176,11 +180,11 @@ _FINISH: dict[tuple[str, str], Callable[[RandomWeights, Tensor], Tensor]] = {
 }
 
 
-def fill(model: Any, component: str, seed: int) -> None:
-    """Overwrite every parameter of the network `model`."""
+def fill(model: Any, component: str, seed: int, *, hot: bool = False) -> None:
+    """Overwrite every parameter of the network `model`. `hot`: as in `RandomWeights`."""
     import torch
 
     parameters = dict(model.named_parameters())
-    weights = RandomWeights(component, {name: tuple(value.shape) for name, value in parameters.items()}, seed)
+    weights = RandomWeights(component, {name: tuple(value.shape) for name, value in parameters.items()}, seed, hot)
     for name, parameter in parameters.items():
         parameter.data.copy_(torch.cat(list(weights.pieces(name))).view(parameter.shape))

@@ -39,6 +39,20 @@ def test_it_writes_a_checkpoint_that_opens_as_synthetic(cli: Cli, tmp_path: Path
     assert checkpoint.weights("transformer")["patch_embed.proj.weight"].shape == (128, 32, 1, 1)
 
 
+def test_hot_weights_have_their_own_values_and_say_so(cli: Cli, tmp_path: Path) -> None:
+    ran = {
+        kind: cli("synth", "tiny-random", "-o", tmp_path / kind, *([f"--{kind}"] if kind == "hot" else []))
+        for kind in ("hot", "normal")
+    }
+    assert [run.code for run in ran.values()] == [0, 0]
+    assert "synthetic: hot random weights of seed 0" in ran["hot"].out
+    assert "hot" not in ran["normal"].out.replace(str(tmp_path), "")
+    name = "transformer_blocks.0.attn1.to_v.weight"
+    weights = {kind: open_checkpoint(str(tmp_path / kind)).weights("transformer")[name] for kind in ran}
+    rows = {kind: weight.float().norm(dim=1) for kind, weight in weights.items()}
+    assert rows["hot"].max() > 5 * rows["normal"].max()
+
+
 @pytest.mark.parametrize(("alias", "dtype"), [("tiny-random", "F32"), ("tiny-sprint", "F32")])
 def test_the_small_checkpoints_have_the_dtype_of_their_aliases(cli: Cli, tmp_path: Path, alias: str, dtype: str) -> None:
     ran = cli("synth", alias, "-o", tmp_path / alias)

@@ -102,6 +102,8 @@ def _export(recipe: Recipe, opening: Mapping[str, Any], console: Console) -> tup
         clamp=recipe.clamp,
         graphs=recipe.graphs,
         quantize=recipe.quantize,
+        quantize_method=recipe.quantize_method,
+        calibration=recipe.calibration,
     )
     answer = Answer(bundle_document(recipe.output, manifest), plural(len(manifest.graphs), "graph"))
     return answer, "" if manifest.export_key == before else None

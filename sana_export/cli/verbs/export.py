@@ -17,6 +17,7 @@ from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS, Manifest
 from sana_export.progress import Progress
 from sana_export.quantization import AVAILABLE
+from sana_export.quantization_method import WORDS
 
 #: What MODEL may be.
 MODEL_HELP = "alias (see variants), hub id, or local folder in diffusers' format"
@@ -25,6 +26,8 @@ _OF_BUNDLES = {
     "--pag-layers": "pag_layers",
     "--graphs": "graphs",
     "--quantize": "quantize",
+    "--quantize-method": "quantize_method",
+    "--calibration": "calibration",
     "--controlnet": "controlnet",
 }
 
@@ -65,6 +68,18 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         f"store quantized weights: {' or '.join(AVAILABLE)} for all parts of the bundle that take it, or PART=SCHEME, for "
         "example text_encoder=int4-weight,denoiser=none (default: none)",
     )
+    add_names(
+        parser,
+        "--quantize-method",
+        "STEP",
+        f"how quantized numbers are chosen: {', '.join(WORDS)} (default: each scheme's own)",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=path_named("--calibration"),
+        help="a file of `sana-export calibrate` (default: if --quantize needs one, it is measured now)",
+    )
     parser.add_argument(
         "--clamp",
         action=argparse.BooleanOptionalAction,
@@ -87,6 +102,8 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         clamp=options.clamp,
         graphs=options.graphs,
         quantize=options.quantize,
+        quantize_method=options.quantize_method,
+        calibration=options.calibration,
     )
     return Answer(bundle_document(output, manifest), bundle_summary(output, manifest))
 
@@ -98,12 +115,16 @@ def export_model(
     opening: Mapping[str, Any],
     **options: Any,
 ) -> Manifest:
-    """Open the checkpoint `model` with `opening` (`model_options`) and export it with `options` (those of `export_bundle`)."""
+    """Open the checkpoint `model` with `opening` (`model_options`) and export it with `options` (those of `export_bundle`).
+
+    Without a calibration, one is measured if the export takes one.
+    """
     require("", "export")
+    from sana_export.calibration.run import Calibration
     from sana_export.checkpoint.checkpoint import open_checkpoint
     from sana_export.export.bundle import export_bundle
 
-    checkpoint = open_checkpoint(model, **opening)
+    checkpoint, options["calibration"] = open_checkpoint(model, **opening), options["calibration"] or Calibration()
     return export_bundle(checkpoint, output, on_progress=lambda progress: _show(console, progress), **options)
 
 
@@ -146,6 +167,9 @@ def _export_components(options: argparse.Namespace, console: Console) -> Answer:
 
 
 def _show(console: Console, progress: Progress) -> None:
+    if not progress.bytes_total:  # calibration writes little
+        console.show(progress)
+        return
     written = f"{size(progress.bytes_done)} of {size(progress.bytes_total)} written"
     left = "" if progress.seconds_left is None else f", about {seconds(progress.seconds_left)} left"
     console.show(replace(progress, doing=f"{progress.doing} ({written}{left})"))

@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=index, default=0, metavar="N", help="seed of the weights (default: 0)")
     parser.add_argument(
+        "--hot",
+        action="store_true",
+        help="weights with heavy tails and activations with outlier channels, as published checkpoints have: for quantization",
+    )
+    parser.add_argument(
         "--shard-size",
         type=_bytes,
         default=_bytes(_DEFAULT_SHARD),
@@ -59,7 +64,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
     from sana_export.synth.checkpoint import find_recipe, make_autoencoder, make_checkpoint, make_controlnet
 
     folder, row, controlnet = options.output, find_autoencoder(options.model), find_controlnet(options.model)
-    settings = {"seed": options.seed, "shard_size": options.shard_size, "on_progress": console.show}
+    settings = {"seed": options.seed, "shard_size": options.shard_size, "hot": options.hot, "on_progress": console.show}
     if options.vae is not None and (controlnet is not None or row is not None):
         what = "a ControlNet" if row is None else "an autoencoder itself"
         raise UsageError(f"{options.model} is {what}", found=f"--vae {options.vae}", fix="omit --vae")
@@ -87,12 +92,10 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         "files": len(files),
         "bytes": sum(file.stat().st_size for file in files),
     }
-    document |= {"vae": options.vae} if options.vae else {}
+    document |= ({"vae": options.vae} if options.vae else {}) | ({"hot": True} if options.hot else {})
     full_name = name if options.vae is None else f"{name} with {options.vae}"
-    text = (
-        f"{folder}: {full_name}, synthetic: random weights of seed {options.seed}, {dtype}, {size(document['bytes'])}\n"
-        f"next: {following}"
-    )
+    weights = f"{'hot ' if options.hot else ''}random weights of seed {options.seed}"
+    text = f"{folder}: {full_name}, synthetic: {weights}, {dtype}, {size(document['bytes'])}\nnext: {following}"
     return Answer(document, text)
 
 

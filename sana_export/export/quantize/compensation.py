@@ -4,9 +4,9 @@ This is GPTQ (arXiv 2210.17323). With the inputs x of a layer and H = mean x x^T
 error after a change D of the weights is trace(D^T H D). After input i is rounded, the change of the later weights that makes up
 most for it is a multiple of row i of the upper factor U of H^-1 = U^T U.
 
-Three choices were measured on inputs with correlations and outliers, on rows that were not in the sample. Inputs with a large mean
-square come first: 5 to 25% less error than the order of the inputs. Scales are searched before, in the order of the inputs.
-The damping is a share of each diagonal entry, not of their mean, which outliers raise far above the other entries: up to 25% less.
+Inputs with a large mean square come first, which measured 5 to 25% less error than the order of the inputs. So scales are searched
+before anything is rounded. Damping adds a share of each diagonal entry of H to it, not a share of their mean, which outliers raise
+far above the other entries. How large it must be depends on how well the sample stands for other inputs: the last rows decide.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from sana_export.export.quantize.rounding import Rounded, round_to_nearest, search_scales
-from sana_export.formats.arrays import Float32, Index
+from sana_export.formats.arrays import Float32
 from sana_export.formats.dtypes import DType
 from sana_export.formats.quantized import dequantize
 
 Float64 = npt.NDArray[np.float64]
 
-#: What is added to each diagonal entry of H, as a share of it. It bounds what the sample's chance correlations do.
-DAMPING = 0.1
+#: The shares of each diagonal entry of H that are tried as damping. The last one leaves little of the compensation.
+DAMPINGS = (0.1, 1.0, 10.0)
+#: The share of the rows, from the end, that chooses one of them.
+_HELD_OUT = 0.25
+#: So many output channels at most, at equal distances, take part in the choice.
+_CHOOSING = 256
 #: Inputs after which the changes of all later ones are applied, in one product.
 BATCH = 64
 #: Output channels that are rounded at a time: their part of a batch fits into caches.
@@ -36,27 +40,50 @@ _SMALL = 64
 def round_with_compensation(weight: Float32, rows: Float32, bits: int, block: int, dtype: DType) -> Rounded:
     """`weight` [in, out] in `bits` bits, so that the layer's outputs for inputs like `rows` [R, in] change little.
 
-    A scale belongs to an output channel (`block` 0), or to `block` inputs of one. An output channel whose error on `rows` would be
-    larger than with `round_to_nearest` gets the latter. Inputs that are zero in all rows are rounded to the nearest multiple.
-    Needs the memory of three float64 arrays [in, in] and of four arrays like `weight`.
+    A scale belongs to an output channel (`block` 0), or to `block` inputs of one. The damping is chosen on the last rows, for which
+    the rows should be in the order of the calls that they come from. An output channel whose error on `rows` would be larger than
+    with `round_to_nearest` gets the latter. Inputs that are zero in all rows are rounded to the nearest multiple. Needs the memory
+    of three float64 arrays [in, in] and of four arrays like `weight`.
     """
-    axis = 0 if block else 1
-    moments = second_moments(rows)
+    damping = _chosen_damping(weight, rows, bits, block, dtype)
+    found = _compensated(weight, rows, damping, bits, block, dtype)
+    nearest = round_to_nearest(weight, bits, 0 if block else 1, block, dtype)
+    better = _errors(weight, found.numbers, rows) <= _errors(weight, nearest.numbers, rows)
+    return Rounded(
+        np.where(better, found.values, nearest.values),
+        np.where(better, found.scales, nearest.scales),
+        np.where(better, found.numbers, nearest.numbers),
+    )
+
+
+def _chosen_damping(weight: Float32, rows: Float32, bits: int, block: int, dtype: DType) -> float:
+    """The one of `DAMPINGS` with the least relative error on the last rows, if the compensation knows only the others."""
+    known = len(rows) - int(len(rows) * _HELD_OUT)
+    if len(DAMPINGS) == 1 or not 0 < known < len(rows):
+        return DAMPINGS[0]
+    some = np.ascontiguousarray(weight[:, :: -(-weight.shape[1] // _CHOOSING)])
+    wanted = np.square(rows[known:] @ some).sum(axis=0, dtype=np.float64)
+    errors = []
+    for damping in DAMPINGS:
+        numbers = _compensated(some, rows[:known], damping, bits, block, dtype).numbers
+        errors.append((_errors(some, numbers, rows[known:])[wanted > 0] / wanted[wanted > 0]).sum())
+    return DAMPINGS[int(np.argmin(errors))]
+
+
+def _compensated(weight: Float32, rows: Float32, damping: float, bits: int, block: int, dtype: DType) -> Rounded:
+    """`weight`, rounded in the order of the mean squares of its inputs."""
+    axis, moments = (0 if block else 1), second_moments(rows)
     order = np.argsort(-moments.diagonal(), kind="stable")
-    factor = inverse_factor(moments[np.ix_(order, order)])
-    del moments
+    factor = inverse_factor(moments[np.ix_(order, order)], damping)
     importance = np.empty(len(weight), np.float32)
     importance[order] = np.square(1 / factor.diagonal())  # what an error costs after the later inputs made up for it
-    scales = search_scales(weight, bits, axis, block, dtype, importance)
-    values = _compensated(weight, factor, order, dtype.widen(scales), bits, block)
-    numbers = dequantize(values, dtype.widen(scales), axis, block)
-    nearest = round_to_nearest(weight, bits, axis, block, dtype)
-    better = _errors(weight, numbers, rows) <= _errors(weight, nearest.numbers, rows)
-    return Rounded(
-        np.where(better, values, nearest.values),
-        np.where(better, scales, nearest.scales),
-        np.where(better, numbers, nearest.numbers),
-    )
+    stored = search_scales(weight, bits, axis, block, dtype, importance)
+    scales, values = dtype.widen(stored), np.empty(weight.shape, np.int8)
+    for first in range(0, weight.shape[1], _COLUMNS):
+        some = slice(first, first + _COLUMNS)
+        scale = np.repeat(scales[:, some], block, axis=0)[order] if block else np.broadcast_to(scales[some], weight[:, some].shape)
+        values[order, some] = _round_in_order(weight[order, some], factor, scale, 2 ** (bits - 1) - 1)
+    return Rounded(values, stored, dequantize(values, scales, axis, block))
 
 
 def second_moments(rows: Float32) -> Float64:
@@ -68,8 +95,8 @@ def second_moments(rows: Float32) -> Float64:
     return total / max(len(rows), 1)
 
 
-def inverse_factor(moments: Float64) -> Float32:
-    """The upper triangle U [in, in] with U^T U = (`moments` + damping)^-1. Overwrites `moments`.
+def inverse_factor(moments: Float64, damping: float) -> Float32:
+    """The upper triangle U [in, in] with U^T U = H^-1. H are the `moments`, which it overwrites, with a damped diagonal.
 
     An input whose mean square is zero counts as uncorrelated, with a mean square of 1.
     """
@@ -77,7 +104,7 @@ def inverse_factor(moments: Float64) -> Float32:
     dead = diagonal <= 0
     moments[dead] = 0
     moments[:, dead] = 0
-    np.fill_diagonal(moments, np.where(dead, 1.0, diagonal * (1 + DAMPING)))
+    np.fill_diagonal(moments, np.where(dead, 1.0, diagonal * (1 + damping)))
     # With both axes reversed, a lower factor L L^T becomes an upper one, V V^T. Then U is the inverse of V.
     upper = np.ascontiguousarray(np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1])
     return _inverse(upper).astype(np.float32)
@@ -93,16 +120,6 @@ def _inverse(upper: Float64) -> Float64:
     found[:half, :half], found[half:, half:] = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
     found[:half, half:] = -(found[:half, :half] @ upper[:half, half:]) @ found[half:, half:]
     return found
-
-
-def _compensated(weight: Float32, factor: Float32, order: Index, scales: Float32, bits: int, block: int) -> npt.NDArray[np.int8]:
-    """The integers [in, out] of `weight`, rounded in the `order` of the inputs. `factor` is U in that order."""
-    values = np.empty(weight.shape, np.int8)
-    for first in range(0, weight.shape[1], _COLUMNS):
-        some = slice(first, first + _COLUMNS)
-        scale = np.repeat(scales[:, some], block, axis=0)[order] if block else np.broadcast_to(scales[some], weight[:, some].shape)
-        values[order, some] = _round_in_order(weight[order, some], factor, scale, 2 ** (bits - 1) - 1)
-    return values
 
 
 def _round_in_order(rest: Float32, factor: Float32, scales: Float32, most: int) -> npt.NDArray[np.int8]:

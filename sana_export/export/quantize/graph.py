@@ -24,7 +24,7 @@ _PARTS = ("Reshape", "Slice", "Split", "Gather", "Squeeze", "Unsqueeze", "Transp
 
 
 def insert_dequantize(model: onnx_ir.Model, stored: Mapping[str, StoredWeight], data: Path) -> None:
-    """Replace the initializers in `stored` by small numbers and scales in the file `data`, and add what their layers have besides."""
+    """Replace the initializers in `stored` by small numbers and scales in the file `data`, and add what the layers have besides."""
     for name, place in stored.items():
         _Layer(model.graph, name, place, data).insert()
 

@@ -6,7 +6,6 @@ factors and multiply W by them, take the branch out of W, round what remains, ch
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +14,8 @@ import numpy as np
 
 from sana_export.export.quantize.compensation import round_with_compensation
 from sana_export.export.quantize.low_rank import low_rank_branch
-from sana_export.export.quantize.ranges import activation_scale, quantized
-from sana_export.export.quantize.rescaling import rescaling
+from sana_export.export.quantize.ranges import activation_scale, input_importance, quantized
+from sana_export.export.quantize.rescaling import HEADROOM, rescaling
 from sana_export.export.quantize.rounding import Rounded, round_to_fp8, round_to_nearest, round_with_search
 from sana_export.export.quantize.statistics import LayerInputs
 from sana_export.formats.arrays import Float32
@@ -55,7 +54,7 @@ def quantize_layers(
     if inputs is not None and all(weights[name].rescaled for name in matrices):
         factor = _factor(matrices, weights, inputs, dtype)
         if factor is not None:
-            inputs = LayerInputs(inputs.index, inputs.maximum * factor, inputs.rows * factor)
+            inputs = LayerInputs(inputs.index, inputs.maximum * factor * np.float32(HEADROOM), inputs.rows * factor)
     found = {}
     for name, matrix in matrices.items():
         weight = weights[name]
@@ -65,14 +64,17 @@ def quantize_layers(
             down, up = low_rank_branch(rest, None if inputs is None else inputs.rows, weight.rank)
             branch = _stored(down, dtype), _stored(up, dtype)
             rest = rest - branch[0] @ branch[1]
-        scale = None
-        if weight.inputs:
-            assert inputs is not None  # choose_quantization asks for a calibration
-            scale = float(
-                _stored(np.float32(activation_scale(inputs.rows, inputs.maximum.max(), weight.inputs, method.ranges)), dtype)
-            )
+        scale = None if not weight.inputs else _input_scale(rest, weight, method, inputs, dtype)
         found[name] = QuantizedLayer(_rounded(rest, weight, method, inputs, dtype), factor, branch, scale)
     return found
+
+
+def _input_scale(matrix: Float32, weight: QuantizedWeight, method: Method, inputs: LayerInputs | None, dtype: DType) -> float:
+    """The step of the rounded inputs."""
+    assert inputs is not None  # choose_quantization asks for a calibration
+    importance = input_importance(matrix, inputs.rows)
+    scale = activation_scale(inputs.rows, float(inputs.maximum.max()), weight.inputs, method.ranges, importance)
+    return float(_stored(np.array(scale, np.float32), dtype))
 
 
 def _factor(
@@ -125,8 +127,3 @@ def _summed_taps(matrix: Float32, inputs: LayerInputs) -> Float32:
 def _stored(numbers: Float32, dtype: DType) -> Float32:
     """The numbers as the graph stores them."""
     return dtype.widen(dtype.round(numbers))
-
-
-def matrix_shape(shape: tuple[int, ...], linear: bool) -> tuple[int, int]:
-    """[in, out] of a weight of `shape`: [in, out] of a linear layer, otherwise [out, in, ...]."""
-    return (shape[0], shape[1]) if linear else (math.prod(shape[1:]), shape[0])

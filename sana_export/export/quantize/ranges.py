@@ -6,7 +6,7 @@ level, ties to even, saturate, multiply.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,8 @@ class Levels:
     most: float
     #: The level nearest to each number.
     round: Callable[[Float32], Float32]
+    #: The range is so many times what was seen. Other inputs may be larger, and a saturated outlier costs much.
+    headroom: float
 
 
 def round_int8(values: Float32) -> Float32:
@@ -47,7 +49,9 @@ def round_fp8(values: Float32) -> Float32:
     return np.where(np.abs(inside) < _FP8_NORMAL, np.copysign(small, inside), np.where(np.isnan(inside), inside, normal))
 
 
-LEVELS = {"int8": Levels(127.0, round_int8), "fp8": Levels(448.0, round_fp8)}
+#: A range four times as large costs FP8 two of the 15 powers of two that it covers, and no precision within the others. It would
+#: cost INT8 two bits.
+LEVELS = {"int8": Levels(127.0, round_int8, headroom=1.0), "fp8": Levels(448.0, round_fp8, headroom=4.0)}
 #: The percentile of the magnitudes that "percentile" takes as the range. What exceeds it saturates.
 PERCENTILE = 99.99
 #: The shares of the largest magnitude that "mse" tries. An outlier may be 100 times as large as the other values.
@@ -56,15 +60,25 @@ SHARES = tuple(2.0 ** (-step / 8) for step in range(49))
 _PIECE = 1 << 20
 
 
-def activation_scale(rows: Float32, maximum: float, dtype: str, method: str) -> float:
+def activation_scale(rows: Float32, maximum: float, dtype: str, method: str, importance: Float32 | None = None) -> float:
     """The scale of a layer's inputs in `dtype` ("int8" or "fp8").
 
     `rows` [R, in] is a sample of them, and `maximum` the largest magnitude of all that were seen. `method` chooses the range:
     "max" takes `maximum`, "percentile" the `PERCENTILE` of the magnitudes of `rows`, and "mse" the one of `SHARES` of `maximum`
-    whose rounding changes `rows` least in the mean square. The largest range wins a tie. 1 if all inputs are zero.
+    whose rounding changes `rows` least in the mean square. The largest range wins a tie. `importance` [in] weighs the changes
+    (`input_importance`; None: all the same). The range of FP8 gets a headroom. 1 if all inputs are zero.
     """
-    largest = METHODS[method](rows, float(maximum), LEVELS[dtype])
-    return largest / LEVELS[dtype].most if largest > 0 else 1.0
+    weights = np.ones(rows.shape[1], np.float32) if importance is None else importance
+    levels = LEVELS[dtype]
+    largest = METHODS[method](rows, float(maximum), levels, weights)
+    return largest * levels.headroom / levels.most if largest > 0 else 1.0
+
+
+def input_importance(weight: Float32, rows: Float32) -> Float32:
+    """How much a change of each input [in] matters: the sum over the output channels of its squared weight [in, out] over the mean
+    square of the channel for `rows` [R, in]."""
+    squares = np.square(rows @ weight).mean(axis=0)
+    return np.square(weight) @ np.divide(1, squares, where=squares > 0, out=np.zeros_like(squares))
 
 
 def quantized(rows: Float32, scale: float, dtype: str) -> Float32:
@@ -73,32 +87,29 @@ def quantized(rows: Float32, scale: float, dtype: str) -> Float32:
     return LEVELS[dtype].round(rows / factor) * factor
 
 
-def _maximum(rows: Float32, maximum: float, levels: Levels) -> float:
+def _maximum(rows: Float32, maximum: float, levels: Levels, importance: Float32) -> float:
     return maximum
 
 
-def _percentile(rows: Float32, maximum: float, levels: Levels) -> float:
+def _percentile(rows: Float32, maximum: float, levels: Levels, importance: Float32) -> float:
     return min(float(np.percentile(np.abs(rows), PERCENTILE)), maximum) or maximum
 
 
-def _least_error(rows: Float32, maximum: float, levels: Levels) -> float:
+def _least_error(rows: Float32, maximum: float, levels: Levels, importance: Float32) -> float:
     if not maximum:
         return 0.0
-    scales = [np.float32(maximum * share / levels.most) for share in SHARES]
+    scales = [np.float32(maximum * share * levels.headroom / levels.most) for share in SHARES]
     errors = np.zeros(len(scales))
-    for piece in _pieces(rows):
+    count = max(1, _PIECE // rows.shape[1])
+    for piece in (rows[first : first + count] for first in range(0, len(rows), count)):
         for index, scale in enumerate(scales):
-            errors[index] += np.square(levels.round(piece / scale) * scale - piece).sum(dtype=np.float64)
+            changes = np.square(levels.round(piece / scale) * scale - piece).sum(axis=0, dtype=np.float64)
+            errors[index] += changes @ importance
     return maximum * SHARES[int(errors.argmin())]
 
 
-def _pieces(rows: Float32) -> Iterator[Float32]:
-    flat = rows.reshape(-1)
-    return (flat[first : first + _PIECE] for first in range(0, flat.size, _PIECE))
-
-
 #: The range that each method chooses.
-METHODS: dict[str, Callable[[Float32, float, Levels], float]] = {
+METHODS: dict[str, Callable[[Float32, float, Levels, Float32], float]] = {
     "max": _maximum,
     "percentile": _percentile,
     "mse": _least_error,

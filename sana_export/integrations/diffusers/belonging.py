@@ -1,7 +1,8 @@
 """Whether a pipeline and a bundle are of one checkpoint, found by comparing weights and outputs, not names.
 
 Transformer and ControlNet: rows of every layer that the bundle can find in its files. Text encoder: the states of a short text.
-Autoencoder: the image of a few latents. The weights of a quantized bundle may differ by half a step of their scales.
+Autoencoder: the image of a few latents. The weights of a quantized bundle may differ by half a step of their scales; those that
+were not rounded to the nearest number are not compared.
 """
 
 from __future__ import annotations

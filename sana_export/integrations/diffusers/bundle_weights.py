@@ -38,11 +38,11 @@ class BundleWeights:
         """Rows [k, n] of the weight `name` of `shape`, and how far each number may be from the checkpoint's.
 
         dtype: what it is stored in if it is not quantized. None: the bundle's dtype. transposed: columns instead of rows.
-        The distance is half a step of a quantized weight's scale, and 0 for others.
+        The distance is half a step of a quantized weight, infinite if its numbers are not the nearest ones, and 0 for others.
         """
         if (weight := self._quantized.get(name)) is not None:
             numbers, steps = self._dequantized(weight, list(rows), columns=transposed or weight.transposed)
-            return numbers, steps * np.float32(0.5)
+            return numbers, steps * np.float32(0.5 if weight.nearest else np.inf)
         kind = self._dtype if dtype is None else WEIGHT_DTYPES[dtype]
         array = self._tensors[name].view(kind.numpy).reshape(shape)
         part = array[:, list(rows)].T if transposed else array[list(rows)]
@@ -58,6 +58,8 @@ class BundleWeights:
         values = values[:, places] if columns else values[places]
         numbers = dequantize(values, scales, weight.axis, weight.block)
         steps = np.broadcast_to(spread(scales, values.ndim, weight.axis, weight.block), numbers.shape)
+        if weight.dtype == "fp8":  # three bits of mantissa, down to a least step
+            steps = np.maximum(np.abs(numbers) * np.float32(2.0**-3), steps * np.float32(2.0**-9))
         turned = (array.T if columns else array for array in (numbers, steps))
         first, second = (np.ascontiguousarray(array).reshape(len(places), -1) for array in turned)
         return first, second

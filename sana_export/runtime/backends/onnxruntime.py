@@ -21,7 +21,7 @@ from sana_export.formats.arrays import Array
 from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.linked_files import pass_linked_files
 from sana_export.formats.onnx_weights import check_external_data
-from sana_export.formats.quantized import WHOLE_ACTIVATIONS
+from sana_export.formats.quantized import DEQUANTIZED_ONCE, WHOLE_ACTIVATIONS
 from sana_export.installation import install_command
 from sana_export.known_files import check_known_files
 from sana_export.machine import find_cuda_error
@@ -190,6 +190,9 @@ class OnnxRuntimeBackend(Backend):
         path, *data = check_known_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
         check_external_data(path, data, fix=self._fix)
         options = session_options(self._onnxruntime, self._settings.threads)
+        quantized = self.manifest.graphs[graph].quantized
+        if self.device == "cpu" and quantized and not any(weight.inputs for weight in quantized):
+            options.add_session_config_entry(*DEQUANTIZED_ONCE)
         maps = pass_linked_files(options, path.read_bytes(), path.parent, path.resolve().parent)
         for name, value in self._settings.options.get(SESSION_OPTIONS, {}).items():
             if "." in name:

@@ -45,9 +45,10 @@ def read_quantized(
 
 def layer_tensors(weight: QuantizedWeight) -> tuple[str, ...]:
     """The ends of the names of the tensors that the layer has besides its weight."""
-    ends = (
-        (("input.scale",), bool(weight.inputs)),
-        (("input.factor",), weight.rescaled),
-        (("low_rank.down", "low_rank.up"), weight.rank),
-    )
-    return tuple(end for names, present in ends if present for end in names)
+    present = {
+        "input.scale": weight.inputs,
+        "input.factor": weight.rescaled,
+        "low_rank.down": weight.rank,
+        "low_rank.up": weight.rank,
+    }
+    return tuple(end for end, there in present.items() if there)

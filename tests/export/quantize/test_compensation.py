@@ -7,7 +7,6 @@ import pytest
 
 from sana_export.export.quantize.compensation import (
     BATCH,
-    DAMPING,
     inverse_factor,
     round_with_compensation,
     second_moments,
@@ -16,7 +15,9 @@ from sana_export.export.quantize.rounding import round_to_nearest, round_with_se
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.formats.quantized import spread
 
+MODULE = "sana_export.export.quantize.compensation"
 DTYPE = WEIGHT_DTYPES["float16"]
+DAMPING = 0.1
 SCHEMES = [(4, 32), (4, 0), (8, 0)]
 
 
@@ -55,7 +56,9 @@ def solved(weight: np.ndarray, moments: np.ndarray, scales: np.ndarray, bits: in
 
 
 @pytest.mark.parametrize(("bits", "block"), SCHEMES)
-def test_the_later_inputs_minimize_the_error(bits: int, block: int) -> None:
+def test_the_later_inputs_minimize_the_error(bits: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{MODULE}.DAMPINGS", (DAMPING,))
+    monkeypatch.setattr(f"{MODULE}._COLUMNS", 16)  # several pieces, the last one shorter
     weight, rows, _ = layer(3 * BATCH // 2, 40, 500)
     rounded = round_with_compensation(weight, rows, bits, block, DTYPE)
     moments = second_moments(rows)
@@ -93,12 +96,36 @@ def test_no_output_channel_is_worse_than_rounded_to_nearest(bits: int, block: in
 
 def test_an_output_channel_that_gets_worse_is_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, rows, _ = layer(64, 30, 200)
-    monkeypatch.setattr("sana_export.export.quantize.compensation.search_scales", lambda *_: np.full((2, 30), 1e3, np.float16))
+    monkeypatch.setattr(f"{MODULE}.search_scales", lambda *_: np.full((2, 30), 1e3, np.float16))
     nearest = round_to_nearest(weight, 4, 0, 32, DTYPE)
     rounded = round_with_compensation(weight, rows, 4, 32, DTYPE)
     assert (rounded.values == nearest.values).all()
     assert (rounded.scales == nearest.scales).all()
     assert (rounded.numbers == nearest.numbers).all()
+
+
+@pytest.mark.parametrize(("bits", "block"), SCHEMES)
+def test_the_last_rows_choose_the_damping(bits: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the last rows are like the others, little damping is best. If the correlations were chance, much damping is."""
+    weight, rows, fresh = layer(128, 64, 1024)
+    fresh[:, 3] = 0
+    random = np.random.default_rng(6)
+    shuffled = np.stack([random.permutation(column) for column in fresh.T], axis=1)
+    errors: dict[float, dict[str, float]] = {}
+    samples = {"alike": np.concatenate([rows, fresh[:340]]), "chance": np.concatenate([rows, shuffled[:340]])}
+    for damping in (0.1, 10.0):
+        monkeypatch.setattr(f"{MODULE}.DAMPINGS", (damping,))
+        errors[damping] = {
+            kind: error(weight, round_with_compensation(weight, sample[:1024], bits, block, DTYPE).numbers, sample[1024:]).sum()
+            for kind, sample in samples.items()
+        }
+    assert errors[0.1]["alike"] < errors[10.0]["alike"]
+    assert errors[10.0]["chance"] < errors[0.1]["chance"]
+    for kind, damping in (("alike", 0.1), ("chance", 10.0)):
+        monkeypatch.setattr(f"{MODULE}.DAMPINGS", (damping,))
+        wanted = round_with_compensation(weight, samples[kind], bits, block, DTYPE)
+        monkeypatch.setattr(f"{MODULE}.DAMPINGS", (0.1, 10.0))
+        assert (round_with_compensation(weight, samples[kind], bits, block, DTYPE).values == wanted.values).all(), kind
 
 
 def test_inputs_that_the_sample_does_not_show_are_rounded_to_nearest() -> None:
@@ -115,7 +142,7 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     assert np.abs(moments - rows.astype(np.float64).T @ rows / len(rows)).max() <= 1e-9 * moments.max()
     damped = moments.copy()
     np.fill_diagonal(damped, np.where(moments.diagonal() > 0, moments.diagonal() * (1 + DAMPING), 1.0))
-    factor = inverse_factor(moments).astype(np.float64)
+    factor = inverse_factor(moments, DAMPING).astype(np.float64)
     assert not np.tril(factor, -1).any()
     root = np.sqrt(damped.diagonal())
     assert np.abs((factor.T @ factor @ damped) * root[:, None] / root - np.eye(200)).max() < 1e-4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sana_export.export.quantize.ranges import METHODS, SHARES, activation_scale, quantized, round_fp8
+from sana_export.export.quantize.ranges import METHODS, SHARES, activation_scale, input_importance, quantized, round_fp8
 
 FP8_MOST = 448.0
 
@@ -52,7 +52,7 @@ def test_quantized_inputs_are_those_of_torch(dtype: str) -> None:
     assert np.abs(quantized(rows, 0.25, dtype) - reference(rows, 0.25, dtype)).max() <= 1e-6
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("int8", 127), ("fp8", 448)])
+@pytest.mark.parametrize(("dtype", "most"), [("int8", 127), ("fp8", 448 / 4)])
 def test_each_method_finds_its_range(dtype: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sana_export.export.quantize.ranges._PIECE", 1000)  # several pieces, the last one shorter
     rows = rows_with_outliers()
@@ -65,6 +65,30 @@ def test_each_method_finds_its_range(dtype: str, most: int, monkeypatch: pytest.
     assert scales["percentile"] * most == pytest.approx(ordered[low] * (1 - share) + ordered[low + 1] * share, rel=1e-6)
     errors = [np.square(reference(rows, maximum * part / most, dtype) - rows).sum(dtype=np.float64) for part in SHARES]
     assert scales["mse"] * most / maximum == pytest.approx(SHARES[int(np.argmin(errors))], rel=1e-12)
+    importance = np.exp(np.random.default_rng(1).standard_normal(96)).astype(np.float32)
+    importance[7] = 1e-4
+    errors = [(np.square(reference(rows, maximum * part / most, dtype) - rows) @ importance).sum() for part in SHARES]
+    weighed = activation_scale(rows, maximum, dtype, "mse", importance)
+    assert weighed * most / maximum == pytest.approx(SHARES[int(np.argmin(errors))], rel=1e-12)
+
+
+def test_what_has_small_weights_may_saturate() -> None:
+    """An outlier channel with small weights: the error of the outputs falls if the range leaves it out."""
+    random = np.random.default_rng(4)
+    rows, weight = random.standard_normal((512, 96)).astype(np.float32), random.standard_normal((96, 40)).astype(np.float32)
+    rows[:, 7] *= 100
+    weight[7] /= 100
+    weight[:, 3] *= 1000
+    importance = input_importance(weight, rows)
+    squares = np.square(rows @ weight).mean(axis=0)
+    assert importance == pytest.approx((np.square(weight) / squares).sum(axis=1), rel=1e-5)
+    maximum = float(np.abs(rows).max())
+    wanted = rows @ weight
+    errors = []
+    for weights in (importance, None):
+        inputs = quantized(rows, activation_scale(rows, maximum, "int8", "mse", weights), "int8")
+        errors.append((np.square(inputs @ weight - wanted).mean(axis=0) / squares).mean())
+    assert errors[0] < errors[1] / 2
 
 
 def test_an_outlier_costs_less_with_the_least_error() -> None:

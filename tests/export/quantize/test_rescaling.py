@@ -20,6 +20,7 @@ def layer() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows = random.standard_normal((200, 128)).astype(np.float32)
     rows[:, [3, 37, 64, 90, 127]] *= 50
     rows[:, 11] = weight[12] = 0
+    weight[:, 20] *= 100
     return weight, rows, np.abs(rows).max(axis=0) * 1.1
 
 
@@ -50,7 +51,9 @@ KINDS = {
 def output_error(factors, weight, rows, maximum, quantize_weight, quantize_rows) -> float:
     inputs = rows / factors
     inputs = inputs if quantize_rows is None else quantize_rows(inputs, maximum / factors)
-    return float(np.square(inputs @ quantize_weight(weight * factors[:, None]) - rows @ weight).sum(dtype=np.float64))
+    wanted = rows @ weight
+    errors = np.square(inputs @ quantize_weight(weight * factors[:, None]) - wanted).sum(axis=0, dtype=np.float64)
+    return float((errors / np.square(wanted).sum(axis=0, dtype=np.float64)).sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)
