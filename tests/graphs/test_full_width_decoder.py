@@ -25,7 +25,13 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+#: Of the Lite decoders, the hot one runs every time. The others have the same widths, with weights that are easier to compute with.
+SLOW = ("normal Lite", "quiet Lite")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(kind, marks=[pytest.mark.slow] if kind in SLOW else []) for kind in KINDS], ids=str
+)
 @torch.no_grad()
 def case(request):
     """A decoder with latents and diffusers' image. The stream of the hot decoders is far beyond the range of fp16."""
