@@ -45,5 +45,10 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
                 own = target.with_name(f"{target.name}-{os.getpid()}")
                 shutil.rmtree(own, ignore_errors=True)
                 make(own)
-                own.rename(target)
+                try:
+                    own.rename(target)
+                except OSError:  # a process on another machine, or where files cannot be locked, was faster
+                    if not target.exists():
+                        raise
+                    shutil.rmtree(own)
     return target
