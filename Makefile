@@ -58,9 +58,9 @@ bench: $(STAMP) ## latency against eager diffusers, on a checkpoint with 100 mil
 	$(BIN)/sana-export engines $(BENCH_RECIPE)
 
 test: $(STAMP) ## run every test that needs no GPU and is not slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --dist loadfile $(TEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
 
-test-slow: $(STAMP) ## run the slowest tests (4 minutes)
+test-slow: $(STAMP) ## run the slowest tests (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(TEST_FLAGS)
 
 test-browser: $(STAMP) ## draw with examples/javascript in headless Chromium (needs npm and a browser)

@@ -18,9 +18,14 @@ from tests.support import cuda_driver
 from tests.support.bundles import sprint_bundle_in, tiny_bundle_in
 from tests.support.command_line import Cli, Ran
 from tests.support.hashes import Hashes
+from tests.support.longest import longest_first
 from tests.support.small_bundles import write_bundle
 
 KEPT_SECONDS = 24 * 3600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = longest_first(items)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import http.client
 import io
 import os
@@ -45,11 +46,22 @@ def environment() -> dict[str, str]:
 
 
 def run(program: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own, as a user does."""
     done = subprocess.run(
         command(program, *arguments), env=environment(), capture_output=True, text=True, encoding="utf-8", timeout=120
     )
     assert done.returncode == code, done.stderr
     return done
+
+
+def run_here(program: str, *arguments: object) -> list[str]:
+    """Run a program in this process, where its libraries are loaded already, and return the lines that it prints."""
+    path, printed, interrupts = ROOT / "examples" / program, io.StringIO(), signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        runpy.run_path(str(path), run_name="__main__")
+    signal.signal(signal.SIGINT, interrupts)
+    return printed.getvalue().splitlines()
 
 
 def definitions(name: str) -> dict[str, Any]:
@@ -79,8 +91,8 @@ def test_generate(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) 
 
 
 def test_generate_prints_the_seed_that_it_drew(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
-    done = run("generate.py", tiny_bundle, PROMPT, "-o", tmp_path / "x.png", "--steps", 2)
-    seed = int(re.findall(r"seed (\d+)", done.stdout)[0])
+    lines = run_here("generate.py", tiny_bundle, PROMPT, "-o", tmp_path / "x.png", "--steps", 2)
+    seed = int(re.findall(r"seed (\d+)", lines[0])[0])
     np.testing.assert_array_equal(pixels(tmp_path / "x.png"), drawn(tiny_runtime, seed=seed)[0])
 
 
@@ -92,10 +104,10 @@ def test_generate_shows_an_error_without_a_traceback(tmp_path: Path) -> None:
 
 def test_batch(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
     prompts = ["a red apple", "a green pear"]
-    done = run("batch.py", tiny_bundle, *prompts, "--images", 2, "--seed", 7, "--steps", 2, "-o", tmp_path / "fruit")
+    lines = run_here("batch.py", tiny_bundle, *prompts, "--images", 2, "--seed", 7, "--steps", 2, "-o", tmp_path / "fruit")
     files = sorted((tmp_path / "fruit").iterdir())
     assert [file.name for file in files] == [f"{index:03d}-seed-{7 + index}.png" for index in range(4)]
-    assert done.stdout.splitlines() == [f"{file}: seed {7 + index}, {prompts[index // 2]}" for index, file in enumerate(files)]
+    assert lines == [f"{file}: seed {7 + index}, {prompts[index // 2]}" for index, file in enumerate(files)]
     together = drawn(tiny_runtime, prompts, num_images_per_prompt=2, seed=[7, 8, 9, 10])
     for file, wanted in zip(files, together, strict=True):
         np.testing.assert_array_equal(pixels(file), wanted)
@@ -107,28 +119,26 @@ def test_batch(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -> 
 
 def test_preview(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
     output = tmp_path / "apple.png"
-    done = run("preview.py", tiny_bundle, PROMPT, "-o", output, "--seed", 3, "--steps", 3)
+    lines = run_here("preview.py", tiny_bundle, PROMPT, "-o", output, "--seed", 3, "--steps", 3)
     request = Request(PROMPT, num_inference_steps=3, seed=3)
     plan = tiny_runtime.plan(request)
     steps = list(tiny_runtime.steps(plan, tiny_runtime.encode(plan)))
-    assert done.stdout.splitlines() == [f"step {step.index}, timestep {step.timestep:.1f}" for step in steps]
+    assert lines == [f"step {step.index}, timestep {step.timestep:.1f}" for step in steps]
     np.testing.assert_array_equal(pixels(output), drawn(tiny_runtime, seed=3, num_inference_steps=3)[0])
     assert len(list(tmp_path.iterdir())) == 4
     for step in steps:
         wanted = tiny_runtime.preview(step.x0)[0]
         assert wanted.size == (16, 16)
         np.testing.assert_array_equal(pixels(tmp_path / f"apple-{step.index:02d}.png"), pixels(wanted))
-    run("preview.py", tiny_bundle, PROMPT, "-o", output, "--seed", 3, "--steps", 1, "--whole")
+    run_here("preview.py", tiny_bundle, PROMPT, "-o", output, "--seed", 3, "--steps", 1, "--whole")
     np.testing.assert_array_equal(pixels(tmp_path / "apple-00.png"), pixels(output))
 
 
 def test_blend(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
     prompts = ("a red apple", "a very long green pear on a small table")
-    done = run("blend.py", tiny_bundle, *prompts, "--images", 3, "--seed", 7, "--steps", 2, "-o", tmp_path / "blend")
+    lines = run_here("blend.py", tiny_bundle, *prompts, "--images", 3, "--seed", 7, "--steps", 2, "-o", tmp_path / "blend")
     files = sorted((tmp_path / "blend").iterdir())
-    assert done.stdout.splitlines() == [
-        f"{file}: {share} of the second prompt" for file, share in zip(files, ("0%", "50%", "100%"), strict=True)
-    ]
+    assert lines == [f"{file}: {share} of the second prompt" for file, share in zip(files, ("0%", "50%", "100%"), strict=True)]
     first, middle, last = map(pixels, files)
     np.testing.assert_array_equal(first, drawn(tiny_runtime, prompts[0], seed=7)[0])
     np.testing.assert_array_equal(last, drawn(tiny_runtime, prompts[1], seed=7)[0])
@@ -154,31 +164,32 @@ def test_preview_is_cancelled_by_ctrl_c(tiny_bundle: Path, tmp_path: Path) -> No
 
 def test_lora(tiny_bundle: Path, tiny_checkpoint: Any, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
     lora = diffusers_lora(load_transformer(tiny_checkpoint), tmp_path / "style", r=4, lora_alpha=7)
-    done = run("lora.py", tiny_bundle, lora, PROMPT, "--scale", 0.7, "--seed", 7, "--steps", 2, "-o", tmp_path)
+    lines = run_here("lora.py", tiny_bundle, lora, PROMPT, "--scale", 0.7, "--seed", 7, "--steps", 2, "-o", tmp_path)
     plain = drawn(tiny_runtime, seed=7)[0]
     np.testing.assert_array_equal(pixels(tmp_path / "plain.png"), plain)
     with SanaRuntime.from_pretrained(tiny_bundle, backend="onnxruntime") as runtime:
         runtime.load_lora(lora, 0.7)
         np.testing.assert_array_equal(pixels(tmp_path / "with-lora.png"), drawn(runtime, seed=7)[0])
     assert np.abs(pixels(tmp_path / "with-lora.png").astype(int) - plain).mean() > 5
-    assert done.stdout.splitlines() == [
+    assert lines == [
         f"{tmp_path / 'with-lora.png'}: LoRAs ['style']",
         f"{tmp_path / 'plain.png'}: LoRAs []",
     ]
 
 
 def test_own_backend(tiny_bundle: Path, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
-    done = run("own_backend.py", tiny_bundle, PROMPT, tmp_path / "x.png")
+    lines = run_here("own_backend.py", tiny_bundle, PROMPT, tmp_path / "x.png")
     np.testing.assert_array_equal(pixels(tmp_path / "x.png"), drawn(tiny_runtime, seed=42, num_inference_steps=None)[0])
-    graphs = re.findall(r"^(\w+) +\d+\.\d ms$", done.stdout, re.MULTILINE)
+    graphs = [found[1] for line in lines if (found := re.fullmatch(r"(\w+) +\d+\.\d ms", line))]
     steps = tiny_runtime.manifest.model.default_steps
     assert (graphs.count("denoiser"), graphs.count("sampler"), graphs.count("vae_decoder")) == (steps, steps, 1)
 
 
 def test_diffusers_pipeline(tiny_bundle: Path, tiny_checkpoint: Any, tiny_runtime: SanaRuntime, tmp_path: Path) -> None:
     words = ("--seed", 5, "--steps", 2, "--size", 96)
-    done = run("diffusers_pipeline.py", tiny_bundle, tiny_checkpoint.folder, PROMPT, "-o", tmp_path / "pandas", *words)
-    assert re.findall(r"^(\S+) +\d+\.\d\d s$", done.stdout, re.MULTILINE) == ["diffusers", "use_bundle", "bundle-alone"]
+    lines = run_here("diffusers_pipeline.py", tiny_bundle, tiny_checkpoint.folder, PROMPT, "-o", tmp_path / "pandas", *words)
+    times = [found[1] for line in lines if (found := re.fullmatch(r"(\S+) +\d+\.\d\d s", line))]
+    assert times == ["diffusers", "use_bundle", "bundle-alone"]
     wanted = drawn(tiny_runtime, seed=5, height=96, width=96, use_resolution_binning=False)[0]
     for name in ("diffusers", "use_bundle", "bundle-alone"):
         difference = np.abs(pixels(tmp_path / "pandas" / f"{name}.png").astype(int) - wanted)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.longest import LONGEST, TESTS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "sana_export").rglob("*.py"))
 DOCUMENTS = sorted(
@@ -119,3 +121,7 @@ def test_plain_english(path: Path) -> None:
         for match in re.finditer(word, text, re.IGNORECASE)
     ]
     assert found == []
+
+
+def test_the_test_files_that_run_first_exist() -> None:
+    assert [name for name in LONGEST if not (TESTS / name).is_file()] == []

@@ -32,6 +32,12 @@ FAILING = (
 )
 
 
+@pytest.fixture
+def no_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs whose ceiling takes no time. test_ceiling.py measures it, and so does the run of `report`."""
+    monkeypatch.setattr(Worker, "rates", lambda worker, precision: None)
+
+
 @pytest.fixture(scope="module")
 def report(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> BenchReport:
     """Eager, ours, ours with another seed, and four that fail."""
@@ -101,7 +107,7 @@ def test_failures_are_reported_and_the_rest_goes_on(report: BenchReport) -> None
     assert all(not report.backends[name].stages for name in FAILING)
 
 
-def test_pag_agrees_with_the_pag_pipeline(tiny_bundle: Path, tiny_checkpoint: Any) -> None:
+def test_pag_agrees_with_the_pag_pipeline(tiny_bundle: Path, tiny_checkpoint: Any, no_ceiling: None) -> None:
     work = Workload("pag", 64, 96, 2, 4.5, ("a cute 🐼",), pag_scale=2.0, repeats=1, threads=2)
     found = run_bench(tiny_bundle, tiny_checkpoint, workload=work, threads=1)
     assert found.threads == found.workload.threads == 1
@@ -111,7 +117,9 @@ def test_pag_agrees_with_the_pag_pipeline(tiny_bundle: Path, tiny_checkpoint: An
     assert found.agrees
 
 
-def test_backends_take_turns(tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_take_turns(
+    tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_ceiling: None
+) -> None:
     monkeypatch.setenv("FAKE_BACKENDS_LOG", str(tmp_path / "turns"))
     work = Workload("turns", 64, 64, 1, 1.0, ("x", "y"), warmup=1, repeats=2)
     steps: list[Progress] = []
@@ -148,7 +156,7 @@ def test_the_load_of_others_leaves_out_what_the_run_itself_uses(monkeypatch: pyt
 
 
 def test_all_leaves_out_what_cannot_run_and_says_why(
-    tiny_bundle: Path, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch, no_ceiling: None
 ) -> None:
     """A row that lacks something is skipped under `all` and fails if it was named; one that crashes fails in both cases."""
     rows = {
@@ -158,7 +166,6 @@ def test_all_leaves_out_what_cannot_run_and_says_why(
         "slow": Row("tests.support.fake_candidates:notes_turns", slow_on_cpu="takes minutes"),
     }
     monkeypatch.setattr(candidates, "ROWS", rows)
-    monkeypatch.setattr(Worker, "rates", lambda worker, precision: None)
     monkeypatch.setattr(Worker, "load", in_this_process)
     work = Workload("all", 64, 64, 1, 1.0, ("x",), repeats=1)
     found = run_bench(tiny_bundle, tiny_checkpoint, backends=("all",), workload=work)
@@ -200,7 +207,7 @@ def test_a_point_of_the_sweep_is_a_run_of_its_own(tiny_bundle: Path, tiny_checkp
 
 
 def test_no_process_is_left_when_the_run_is_interrupted(
-    tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_ceiling: None
 ) -> None:
     monkeypatch.setenv("FAKE_BACKENDS_LOG", str(tmp_path / "turns"))
     started: list[Worker] = []

@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import Gemma2Model
 
+from sana_export.bench.gpu_check.bundles import without_onnx
+from sana_export.bench.gpu_check.check import PartContext
 from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.export.bundle import model_info
 from sana_export.graphs.builders import build_graph
@@ -19,7 +21,6 @@ from sana_export.graphs.text_encoder import encode_instruction
 from sana_export.manifest import Options
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.schedule import make_schedule
-from tests.support.bundles import exported
 from tests.support.checkpoint_edits import LEFT_OUT, edit_config, linked_copy
 
 OPTIONS = Options("fp32", clamp=False)
@@ -144,17 +145,18 @@ def test_the_scheduler_is_the_one_that_diffusers_loads(folder: Path, name: str, 
     np.testing.assert_allclose(sigmas, scheduler.sigmas[:-1].numpy(), rtol=1e-6)
 
 
-def test_a_bundle_of_such_configs_gives_the_images_of_diffusers(folder: Path, build_cache: Path) -> None:
-    """The whole way: another scheduler in the index, and keys left out in every config."""
+def test_a_bundle_of_such_configs_gives_the_images_of_diffusers(folder: Path, tmp_path: Path) -> None:
+    """The whole way but for ONNX: another scheduler in the index, and keys left out in every config."""
     edit_config(folder, "index", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
     edit_config(folder, "transformer", **left_out("norm_eps", "in_channels", "out_channels", "timestep_scale"))
     edit_config(folder, "text_encoder", **left_out("attn_logit_softcapping", "rope_parameters", "sliding_window"))
     edit_config(folder, "vae", **left_out("decoder_act_fns", "decoder_norm_types"))
-    bundle = exported(open_checkpoint(str(folder)), build_cache / "left-out-fp32")
+    context = PartContext(tmp_path, "cpu", lambda found: None)
+    bundle = without_onnx(context, open_checkpoint(str(folder)), "left-out", "fp32")
     pipeline = diffusers.SanaPipeline.from_pretrained(folder)
     pipeline.text_encoder.set_attn_implementation("eager")
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"height": 96, "width": 160, "use_resolution_binning": False, "num_inference_steps": 3}
     wanted = pipeline("a fox", generator=torch.Generator().manual_seed(4), output_type="latent", **options).images
-    found = SanaRuntime.from_pretrained(bundle, backend="onnxruntime")("a fox", seed=4, output_type="latent", **options)
+    found = SanaRuntime.from_pretrained(bundle, backend="torch")("a fox", seed=4, output_type="latent", **options)
     assert error(torch.from_numpy(np.asarray(found.images)), wanted) <= 1e-4

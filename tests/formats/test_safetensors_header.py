@@ -92,9 +92,11 @@ def test_the_library_takes_what_the_table_says(case: str) -> None:
             safetensors.deserialize(content(header, values))
 
 
-@pytest.mark.parametrize("piece", ['"%d":{},', "[[],[]],", "0,", '"%d":0,', '"%d":"",', "{", "["])
+@pytest.mark.parametrize("piece", ['"%d":"",', "0,", "{", "["])
 def test_too_many_values_are_refused_before_they_are_parsed(tmp_path: Path, piece: str) -> None:
-    text = "".join(piece.replace("%d", str(number)) for number in range(12 * MIB // len(piece))).rstrip(",")
+    """Strings, commas, objects and lists: each is a kind of token that is counted."""
+    count = 5 * MIB // len(piece)
+    text = ("".join(piece.replace("%d", str(number)) for number in range(count)) if "%d" in piece else piece * count).rstrip(",")
     header = "{" + text + "}" if '":' in piece else '{"a":{"dtype":"U8","shape":[' + text + "]}}"
     path = tmp_path / "a.safetensors"
     path.write_bytes(content(header, b""))

@@ -22,7 +22,7 @@ CHECKPOINTS = {
     "sana-sprint-0-6b-1024px": (4, cool_stream),
 }
 #: Latent height and width.
-SIZES = ((6, 6), (3, 13), (9, 4))
+SIZES = ((6, 6), (3, 13))
 #: Prompt tokens of the two guidance branches.
 LENGTHS = (3, 77)
 

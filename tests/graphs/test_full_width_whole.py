@@ -12,6 +12,9 @@ from tests.support.full_width import assert_equal, assert_near, build, run_half
 from tests.support.heat import heat_attention
 from tests.support.transformer_cases import Graphs, draw_inputs, quieten, run_reference
 
+#: test_full_width.py computes three blocks of this width in every run.
+pytestmark = pytest.mark.slow
+
 VARIANT = VARIANTS["sana-600m-512px"]
 #: Latent height and width, and the prompt's tokens. test_full_width.py covers several branches and sizes.
 SIZE, LENGTHS = (16, 16), (120,)

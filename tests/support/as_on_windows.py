@@ -1,7 +1,8 @@
-"""Runs a command line in a process that lacks what Windows lacks: functions of `os`, modules, signals."""
+"""Runs command lines, given as JSON, in a process that lacks what Windows lacks: functions of `os`, modules, signals."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess  # noqa: F401  (the standard library does not expect this)
@@ -18,14 +19,14 @@ MODULES = ("fcntl", "pwd", "grp", "resource", "termios")
 SIGNALS = ("SIGKILL", "SIGHUP", "SIGALRM", "SIGCHLD", "SIGUSR1")
 
 
-def main(arguments: list[str]) -> int:
+def main(lines: list[list[str]]) -> int:
+    # These libraries know that this is no Windows, and ask for its functions when they are imported.
     import numpy  # noqa: F401
     import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
+    from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel  # noqa: F401
+    from transformers import Gemma2Model  # noqa: F401
 
-    if arguments[0] == "export":  # these libraries know that this is no Windows, and ask for its functions when they are imported
-        import onnxscript  # noqa: F401
-        from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel  # noqa: F401
-        from transformers import Gemma2Model  # noqa: F401
     for name in FUNCTIONS:
         if hasattr(os, name):
             delattr(os, name)
@@ -39,8 +40,8 @@ def main(arguments: list[str]) -> int:
     sys.modules["msvcrt"] = msvcrt
     from sana_export.cli.main import main as run
 
-    return run(arguments)
+    return next(filter(None, map(run, lines)), 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(json.loads(sys.argv[1])))

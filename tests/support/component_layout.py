@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,22 +15,19 @@ import transformers
 from torch import Tensor
 
 from sana_export.environment import import_digest
+from tests.support.bundles import made_once
 
 
 def layout_in(folder: Path) -> Path:
     """The float32 layout of `tiny-random`, exported to `folder` unless it is there."""
-    layout = folder / f"tiny-fp32-components-{import_digest('sana_export.export.component_layout')[:16]}"
-    if not layout.exists():
+
+    def export(own: Path) -> None:
         from sana_export.checkpoint.checkpoint import open_checkpoint
         from sana_export.export.component_layout import export_components
 
-        own = layout.with_name(f"{layout.name}-{os.getpid()}")
         export_components(open_checkpoint("tiny-random"), own, precision="fp32")
-        try:
-            own.rename(layout)
-        except OSError:  # another test run was faster
-            shutil.rmtree(own)
-    return layout
+
+    return made_once(folder / f"tiny-fp32-components-{import_digest('sana_export.export.component_layout')[:16]}", export)
 
 
 class OnnxComponent:

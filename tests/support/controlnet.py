@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sana_export.manifest import Manifest
-from tests.support.bundles import PAG_LAYER, exported
+from tests.support.bundles import PAG_LAYER, exported, made_once
 
 ALIAS = "tiny-random-controlnet"
 
@@ -20,15 +20,14 @@ ALIAS = "tiny-random-controlnet"
 def with_controlnet(checkpoint: Any, bundle: Path, folder: Path) -> Path:
     """A copy in `folder` of `bundle`, which has the graphs of the group img2img, with the ControlNet of `checkpoint`."""
     graphs = exported(checkpoint, folder / "tiny-controlnet", graphs=["denoiser", "control"], pag_layers=[PAG_LAYER])
-    target = folder / f"{bundle.name}-controlnet"
-    if not target.exists():
-        own = target.with_name(f"{target.name}-{folder.stat().st_ino}")
+
+    def make(own: Path) -> None:
         shutil.copytree(bundle, own)
         shutil.copytree(graphs / "onnx", own / "onnx", dirs_exist_ok=True)
         plain, controlled = Manifest.load(bundle), Manifest.load(graphs)
         replace(plain, checkpoint=controlled.checkpoint, graphs={**plain.graphs, **controlled.graphs}).save(own)
-        own.rename(target)
-    return target
+
+    return made_once(folder / f"{bundle.name}-controlnet", make)
 
 
 @contextmanager

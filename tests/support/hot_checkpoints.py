@@ -7,6 +7,7 @@ the activations get (`measure_ranges`).
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,14 @@ HOT_CHECKPOINTS = {
     "text_encoder": make_hot_text_encoder,
     "vae": make_hot_vae,
 }
+
+
+def make_all_hot(folder: Path) -> Path:
+    """The checkpoint with hot attention and with the hot components of the two others."""
+    make_hot_attention(folder)
+    for component in ("text_encoder", "vae"):
+        other = HOT_CHECKPOINTS[component](folder.with_name(f"{folder.name}-{component}"))
+        shutil.rmtree(folder / component)
+        shutil.move(other / component, folder / component)
+        shutil.rmtree(other)
+    return folder

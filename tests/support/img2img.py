@@ -18,15 +18,14 @@ from diffusers.utils import load_image
 from diffusers.utils.torch_utils import randn_tensor
 
 from sana_export.manifest import Manifest
-from tests.support.bundles import exported
+from tests.support.bundles import exported, made_once
 
 
 def with_encoder(bundle: Path, folder: Path) -> Path:
     """A copy of `bundle` in `folder` with the graphs of the group img2img. `tiny-random` and `tiny-sprint` have one autoencoder."""
     graphs = exported("tiny-random", folder / "tiny-img2img", graphs=["img2img"])
-    target = folder / f"{bundle.name}-img2img"
-    if not target.exists():
-        own = target.with_name(f"{target.name}-{folder.stat().st_ino}")
+
+    def make(own: Path) -> None:
         shutil.copytree(bundle, own)
         shutil.copytree(graphs / "onnx", own / "onnx", dirs_exist_ok=True)
         text, image = Manifest.load(bundle), Manifest.load(graphs)
@@ -36,8 +35,8 @@ def with_encoder(bundle: Path, folder: Path) -> Path:
             encoder_tile_scale=image.model.encoder_tile_scale,
         )
         replace(text, model=model, graphs={**text.graphs, **image.graphs}).save(own)
-        own.rename(target)
-    return target
+
+    return made_once(folder / f"{bundle.name}-img2img", make)
 
 
 def generators(seeds: Sequence[int] | int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +15,15 @@ from sana_export.export.graph_files import export_graphs
 from sana_export.export.text_files import write_text_files
 from sana_export.files import file_entry
 from sana_export.manifest import Manifest
+from tests.support.bundles import made_once
 
 SCHEMES = {"embeddings": "int8-weight", "text_encoder": "int8-weight", "denoiser": "int4-weight"}
 
 
 def quantized_bundle_in(folder: Path, bundle: Path, checkpoint: Any) -> Path:
     """A copy of `bundle`, of `checkpoint`, in `folder` whose text encoder, denoiser and embedding table are quantized."""
-    target = folder / f"{bundle.name}-quantized"
-    if not target.exists():
-        own = target.with_name(f"{target.name}-{os.getpid()}")
+
+    def make(own: Path) -> None:
         shutil.copytree(bundle, own)
         manifest = Manifest.load(own)
         options = replace(manifest.options, quantize=SCHEMES)
@@ -34,13 +33,8 @@ def quantized_bundle_in(folder: Path, bundle: Path, checkpoint: Any) -> Path:
         write_text_files(checkpoint, own, quantized=True)
         files = tuple(file_entry(own, own / file.path) for file in manifest.files)
         replace(manifest, options=options, graphs=graphs, files=files).save(own)
-        try:
-            own.rename(target)
-        except OSError:  # another process of the test run has made it meanwhile
-            if not target.exists():
-                raise
-            shutil.rmtree(own)
-    return target
+
+    return made_once(folder / f"{bundle.name}-quantized", make)
 
 
 def read_weights(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""`sana-export verify`: compares a bundle with diffusers, or looks into its graphs (ranges, layers, Polygraphy)."""
+"""`sana-export verify`: compares a bundle with diffusers, or looks into its graphs (ranges, layers, sensitivity, Polygraphy)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from sana_export.cli.verb import (
     reference_options,
 )
 from sana_export.cli.verbs.verify_debugging import add_debugging, check_debugging, debug
+from sana_export.cli.verbs.verify_sensitivity import add_sensitivity, sensitivity
 from sana_export.errors import ParityError, UsageError
 from sana_export.runtime.memory import AUTO
 
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompts and the reconstruction PSNR of the decoder",
     )
     add_debugging(parser, either)
+    add_sensitivity(parser, either)
     add_intervals(parser, "with --quality, also what it costs to have ")
     parser.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="prompts to compare (default: a fixed set)")
     add_size(parser, "the image (default: 256, or the native size if smaller)")
@@ -85,6 +87,8 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         raise UsageError(f"--{name} belongs to --quality", found=f"--{name} without --quality", wanted="both", fix=fix)
     if options.layers or options.polygraphy:
         return debug(bundle_to_read(options, backend=options.backend), options, settings, console)
+    if options.sensitivity:
+        return sensitivity(bundle_to_read(options), options, settings, console)
     if options.ranges:
         require("", "export")
         from sana_export.verify.bundle import Sampling, measure_ranges
@@ -97,7 +101,7 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         raise UsageError(
             "verify needs the checkpoint to compare with",
             found="no --reference",
-            wanted="--reference MODEL, or --ranges, --layers or --polygraphy",
+            wanted="--reference MODEL, or --ranges, --layers, --sensitivity or --polygraphy",
             fix=f"sana-export verify {shlex.quote(options.bundle)} {reference_options(Path(options.bundle))}",
         )
     opening = model_options(options, options)

@@ -22,6 +22,9 @@ BELONGS = {
     "against": ("layers",),
     "reproducer": ("layers",),
     "profile": ("polygraphy",),
+    "scheme": ("sensitivity",),
+    "graphs": ("sensitivity",),
+    "worst": ("sensitivity",),
 }
 
 
@@ -80,7 +83,7 @@ def add_debugging(parser: argparse.ArgumentParser, either: Any) -> None:
 def check_debugging(options: argparse.Namespace) -> None:
     """Raise UsageError for an option without the one that it belongs to."""
     for name, owners in BELONGS.items():
-        if getattr(options, name) is not None and not any(getattr(options, owner) for owner in owners):
+        if getattr(options, name) not in (None, []) and not any(getattr(options, owner) for owner in owners):
             wanted = " or ".join(f"--{owner}" for owner in owners)
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} belongs to {wanted}", found=f"{option} alone", wanted="both", fix=f"add {wanted}")

@@ -72,9 +72,9 @@ def quantize_layers(
 def _input_scale(matrix: Float32, weight: QuantizedWeight, method: Method, inputs: LayerInputs | None, dtype: DType) -> float:
     """The step of the rounded inputs."""
     assert inputs is not None  # choose_quantization asks for a calibration
-    importance = input_importance(matrix, inputs.rows)
+    importance = input_importance(_summed_taps(matrix, inputs), inputs.rows)
     scale = activation_scale(inputs.rows, float(inputs.maximum.max()), weight.inputs, method.ranges, importance)
-    return float(_stored(np.full((), scale, np.float32), dtype))
+    return float(dtype.widen(dtype.round(np.array([scale], np.float32)))[0])
 
 
 def _factor(
