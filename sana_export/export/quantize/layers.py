@@ -85,7 +85,7 @@ def _factor(
     together = np.concatenate([_summed_taps(matrix, inputs) for matrix in matrices.values()], axis=1)
     round_inputs = partial(_quantize_rows, dtype=weight.inputs) if weight.inputs else None
     factors = rescaling(together, inputs.maximum, inputs.rows, lambda matrix: _nearest(matrix, weight, dtype).numbers, round_inputs)
-    stored = _stored(1 / factors, dtype)
+    stored = _stored((1 / factors).astype(np.float32), dtype)
     return None if (stored == 1).all() else stored
 
 
