@@ -58,7 +58,7 @@ SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("int8-weight", "int8", 0, 19, _ALL_RTX, 30.0, 1.0, cosine_limit=0.998, psnr_limit=25.0),
-        Scheme("int4-weight", "int4", 32, 21, _ALL_RTX[1:], 22.0, 3.0, cosine_limit=0.95, psnr_limit=12.0),
+        Scheme("int4-weight", "int4", 32, 21, _ALL_RTX[1:], 25.0, 3.0, cosine_limit=0.95, psnr_limit=12.0),
         Scheme("int8", "int8", 0, 19, _ALL_RTX[1:], 30.0, 1.0, missing=_NEEDS_RANGES),
         Scheme("fp8", "fp8", 0, 19, ("8.9", "12.0", "12.1"), 30.0, 1.0, missing=_NEEDS_RANGES),
         Scheme("nvfp4", "fp4", 16, 23, ("12.0", "12.1"), 22.0, 3.0, missing=_NEEDS_RANGES),

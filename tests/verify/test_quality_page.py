@@ -20,7 +20,7 @@ from PIL import Image
 from sana_export.verify.quality import perceptual
 from sana_export.verify.quality.histogram import LEFT, RIGHT, WIDTH, histogram
 from sana_export.verify.quality.page import AMPLIFIED, SHOWN, amplified, shown_samples, write_page
-from sana_export.verify.quality.result import DIFFUSERS, Comparison, Limits, Quality, Sample, Spread
+from sana_export.verify.quality.result import DIFFUSERS, Likeness, Limits, Quality, Sample, Spread
 
 #: Of the images of the bundle, of the other bundle and of diffusers.
 LEVELS = (100, 110, 105)
@@ -38,7 +38,7 @@ def sample(number: int, ratio: float, fault: str | None = None) -> Sample:
 def quality() -> Quality:
     samples = [sample(number, 20.0 + number) for number in range(30)]
     samples[25] = sample(25, 45.0, "blank: 100% is flat")
-    rows = (Comparison("a<b", SPREAD, Spread(0.75, 0.5, 0.25), top1=99.5), Comparison(DIFFUSERS, SPREAD, SPREAD, top1=98.5))
+    rows = (Likeness("a<b", SPREAD, Spread(0.75, 0.5, 0.25), top1=99.5), Likeness(DIFFUSERS, SPREAD, SPREAD, top1=98.5))
     return Quality("the <bundle>", tuple(samples), rows, Limits(1.0, 30.0), "there is none", 97.5, 100.0, 24.5, 24.75)
 
 

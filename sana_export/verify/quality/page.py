@@ -15,7 +15,7 @@ from sana_export.files import disk_errors, write_whole
 from sana_export.formats.arrays import Array
 from sana_export.machine import describe_machine, describe_versions
 from sana_export.verify.quality.histogram import histogram
-from sana_export.verify.quality.result import DIFFUSERS, Comparison, Quality, Sample, worst_first
+from sana_export.verify.quality.result import DIFFUSERS, Likeness, Quality, Sample, worst_first
 
 PAGE_NAME = "quality.html"
 #: Images that are shown side by side: those with a fault, up to so many, and as many of the others with the lowest PSNR.
@@ -90,7 +90,7 @@ def _conditions(quality: Quality) -> list[str]:
 def _figures(quality: Quality) -> list[list[str]]:
     """A row for each measure, with a cell for each comparison."""
 
-    def cells(row: Comparison) -> dict[str, str]:
+    def cells(row: Likeness) -> dict[str, str]:
         top1 = None if row.top1 is None else f"{quality.top1:.1f} %, reference {row.top1:.1f} %"
         return {
             "PSNR, mean": f"{row.psnr_db.mean:.1f} dB" + ("" if quality.psnr_passes(row) else ", MISSED"),

@@ -88,7 +88,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Likeness:
     """The bundle's images compared with those of one reference."""
 
     #: `DIFFUSERS`, or the path of a bundle.
@@ -126,7 +126,7 @@ class Quality:
     #: One row for each prompt.
     samples: tuple[Sample, ...]
     #: With the bundle of `--against` first, if there is one, then with diffusers.
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[Likeness, ...]
     limits: Limits = NOT_QUANTIZED
     #: Why there is no LPIPS. None: there is.
     lpips_missing: str | None = None
@@ -149,10 +149,10 @@ class Quality:
         """Whether no image has a fault and every comparison meets the limits."""
         return not self.faults and all(self.psnr_passes(row) and self.top1_passes(row) for row in self.comparisons)
 
-    def psnr_passes(self, row: Comparison) -> bool:
+    def psnr_passes(self, row: Likeness) -> bool:
         return self.limits.psnr_db is None or row.psnr_db.mean >= self.limits.psnr_db
 
-    def top1_passes(self, row: Comparison) -> bool:
+    def top1_passes(self, row: Likeness) -> bool:
         return self.top1 is None or row.top1 is None or abs(self.top1 - row.top1) <= self.limits.top1_points
 
     def as_json(self, samples: bool = True) -> dict[str, Any]:
