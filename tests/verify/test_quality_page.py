@@ -88,18 +88,26 @@ def test_a_difference_is_amplified_and_clipped() -> None:
 
 
 def test_bars_have_the_counts_of_the_values() -> None:
-    """Widths and places follow the values, which all are in a bar, and the limit has its place on the axis."""
-    values = [30.0, 30.4, 35.9, 50.0, float("inf"), -float("inf")]
-    drawn = histogram(values, [values, [40.0]], 30.0, "first")
-    assert sum(map(int, re.findall(r"<title>(\d+) images", drawn))) == len(values)
-    assert "<title>2 images from 28 to 32 dB" in drawn or "<title>2 images from 30 to 3" in drawn
-    first, last = 0.0, 104.0  # 0 to 100 dB in steps of 4, and the bin that begins with 100
-    x = LEFT + 30.0 / (last - first) * (WIDTH - LEFT - RIGHT)
+    """From 30 to 51 dB in steps of 1: heights and places follow the values, and the limit has its place on the same axis."""
+    values = [30.0, 30.4, 35.9, 50.0]
+    drawn = histogram(values, [values, [40.0]], 32.0, "first")
+    titles = re.findall(r"<title>(\d+) images from ([\d.]+) to ([\d.]+) dB", drawn)
+    assert titles == [("2", "30", "31"), ("1", "35", "36"), ("1", "50", "51")]
+    across = (WIDTH - LEFT - RIGHT) / 21
+    places = [float(x) for x in re.findall(r'<rect class="first" x="([\d.]+)"', drawn)]
+    assert places == pytest.approx([LEFT + 1 + number * across for number in (0, 5, 20)], abs=0.1)
+    heights = [float(height) for height in re.findall(r'height="([\d.]+)"', drawn)]
+    assert heights == pytest.approx([2 * heights[1], heights[1], heights[1]], abs=0.2)
     limit = re.search(r'class="limit" x1="([\d.]+)"', drawn)
     assert limit is not None
-    assert float(limit[1]) == pytest.approx(x, abs=0.1)
-    heights = [float(height) for height in re.findall(r'height="([\d.]+)"', drawn)]
-    assert max(heights) == pytest.approx(2 * min(heights), abs=0.2)
+    assert float(limit[1]) == pytest.approx(LEFT + 2 * across, abs=0.1)
+
+
+def test_equal_images_and_failed_ones_are_in_the_outer_bars() -> None:
+    values = [float("inf"), 120.0, 100.0, 50.0, -float("inf")]
+    drawn = histogram(values, [values], None, "first")
+    assert re.findall(r"<title>(\d+) images from ([\d.]+) to", drawn) == [("1", "0"), ("1", "48"), ("3", "100")]
+    assert 'class="limit"' not in drawn
 
 
 def test_lpips_is_measured_only_with_what_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
