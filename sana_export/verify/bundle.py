@@ -102,13 +102,14 @@ def verify_bundle(
 
     `backend`, `device` and `threads` are those of `open_runtime`. `quality` also measures what the images show (quality/), compared
     with diffusers and with those of the bundle `against`, if there is one. `intervals`, unless they are all steps, also measures
-    what guidance in them costs (intervals.py). A bundle with PAG layers is also sampled
-    with PAG. Every file that it loads is hashed. The report is stored in the bundle's manifest, except in the hub's cache.
-    Raises UsageError if the bundle was not exported from `checkpoint`.
+    what guidance in them costs (intervals.py). A bundle with PAG layers is also sampled with PAG. Every file that it loads is
+    hashed. The report is stored in the bundle's manifest, except in the hub's cache. Raises UsageError if a bundle was not exported
+    from `checkpoint`.
     """
     bundle = user_path(bundle, "the bundle")
     open_with = partial(open_runtime, backend=backend, device=device, threads=threads)
-    with hash_always(), open_with(bundle) as runtime, nullcontext() if against is None else open_with(against) as base:
+    other = nullcontext() if against is None else open_with(user_path(against, "the bundle to compare with"))
+    with hash_always(), open_with(bundle) as runtime, other as base:
         for opened in filter(None, (runtime, base)):
             check_origin(opened.bundle, opened.manifest, checkpoint)
         measure = partial(_measure_quality, base) if quality else None

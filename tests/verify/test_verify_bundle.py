@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -116,7 +117,7 @@ def test_quality_decides_as_parity_does(tiny_bundle, tiny_checkpoint, tmp_path, 
 
 
 def test_the_other_bundle_is_of_the_same_checkpoint(tiny_bundle, sprint_bundle, tiny_checkpoint):
-    with pytest.raises(UsageError, match=f"{sprint_bundle} was not exported from"):
+    with pytest.raises(UsageError, match=re.escape(f"{sprint_bundle} was not exported from")):
         verify_bundle(tiny_bundle, tiny_checkpoint, QUICK, quality=True, against=sprint_bundle)
 
 
