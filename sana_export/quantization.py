@@ -45,6 +45,10 @@ class Scheme:
     cosine_limit: float = 0.0
     #: The least PSNR in dB of an image against diffusers'.
     psnr_limit: float = 0.0
+    #: The least mean PSNR in dB of the images of `verify --quality`. Plain rounding gives `tiny` 50.5 dB in 8 bits, 29.3 dB in 4.
+    quality_psnr: float = 30.0
+    #: The largest difference in percentage points between the top-1 of `verify --quality` and the reference's.
+    quality_top1: float = 1.0
     #: Why it cannot be exported yet. None: it can.
     missing: str | None = None
 
@@ -64,10 +68,12 @@ SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("int8-weight", "int8", 0, 19, _ALL_RTX, cosine_limit=0.998, psnr_limit=25.0),
-        Scheme("int4-weight", "int4", 32, 21, _ALL_RTX[1:], cosine_limit=0.95, psnr_limit=12.0),
+        Scheme(
+            "int4-weight", "int4", 32, 21, _ALL_RTX[1:], cosine_limit=0.95, psnr_limit=12.0, quality_psnr=25.0, quality_top1=3.0
+        ),
         Scheme("int8", "int8", 0, 19, _ALL_RTX, "int8", Method(rescale=True), cosine_limit=0.99, psnr_limit=15.0),
         Scheme("fp8", "fp8", 0, 19, ("8.9", "12.0", "12.1"), "fp8", cosine_limit=0.99, psnr_limit=15.0),
-        Scheme("nvfp4", "fp4", 16, 23, ("12.0", "12.1"), "fp4", missing=_NO_KERNELS),
+        Scheme("nvfp4", "fp4", 16, 23, ("12.0", "12.1"), "fp4", quality_psnr=25.0, quality_top1=3.0, missing=_NO_KERNELS),
     )
 }
 #: The schemes that can be exported.

@@ -7,7 +7,8 @@ overflows.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,6 @@ from sana_export.errors import UsageError
 from sana_export.export.evaluator import RangeMeter
 from sana_export.export.parity import Parity, compare_images, compare_tensors
 from sana_export.files import locked, manifest_lock
-from sana_export.formats.arrays import Array
 from sana_export.hub.origin import origin_of
 from sana_export.known_files import hash_always
 from sana_export.manifest import Manifest, ModelInfo
@@ -31,14 +31,18 @@ from sana_export.quantization import EMBEDDINGS
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.guidance import WHOLE
 from sana_export.runtime.memory import AUTO
-from sana_export.runtime.request import Request, bins_resolution
+from sana_export.runtime.request import Request
 from sana_export.user_paths import user_path
+from sana_export.verify.drawing import Pair, draw, draw_reference, sample_both
 from sana_export.verify.evaluator_backend import EvaluatorBackend, evaluator_backend, open_runtime
 from sana_export.verify.graph_checks import GRAPH_CHECKS
 from sana_export.verify.intervals import ALL_STEPS, IntervalCost, Intervals, measure_intervals
-from sana_export.verify.quality import Meter, Quality, measure_quality
+from sana_export.verify.quality.faults import image_fault
+from sana_export.verify.quality.measure import NOT_FINITE, Reference, measure_quality
+from sana_export.verify.quality.meter import Meter
+from sana_export.verify.quality.result import DIFFUSERS, Limits, Quality
 from sana_export.verify.quantized import check_stored
-from sana_export.verify.reference import call_reference, load_reference
+from sana_export.verify.reference import load_reference
 from sana_export.verify.report import RangeReport, VerifyReport
 
 PROMPTS = ("a red apple on a table", "一只可爱的熊猫在吃竹子", "A cute 🐼 eating 🎋, ink drawing style", "")
@@ -90,23 +94,30 @@ def verify_bundle(
     device: int | None = None,
     threads: int | None = None,
     quality: bool = False,
+    against: Path | None = None,
     intervals: Intervals = ALL_STEPS,
     on_progress: OnProgress = ignore_progress,
 ) -> VerifyReport:
     """Compare every graph on fresh inputs, then sample every prompt with both and compare latents and images.
 
-    `backend`, `device` and `threads` are those of `open_runtime`. `quality` also measures what the images show (quality.py), and
-    `intervals`, unless they are all steps, what guidance in them costs (intervals.py). A bundle with PAG layers is also sampled
-    with PAG. Every file that it loads is hashed. The report is stored in the bundle's manifest, except in the hub's cache.
-    Raises UsageError if the bundle was not exported from `checkpoint`.
+    `backend`, `device` and `threads` are those of `open_runtime`. `quality` also measures what the images show (quality/), compared
+    with diffusers and with those of the bundle `against`, if there is one. `intervals`, unless they are all steps, also measures
+    what guidance in them costs (intervals.py). A bundle with PAG layers is also sampled with PAG. Every file that it loads is
+    hashed. The report is stored in the bundle's manifest, except in the hub's cache. Raises UsageError if a bundle was not exported
+    from `checkpoint`.
     """
     bundle = user_path(bundle, "the bundle")
-    with hash_always(), open_runtime(bundle, backend, device=device, threads=threads) as runtime:
-        report = _compare(runtime, checkpoint, sampling, quality, intervals, on_progress)
+    open_with = partial(open_runtime, backend=backend, device=device, threads=threads)
+    other = nullcontext() if against is None else open_with(user_path(against, "the bundle to compare with"))
+    with hash_always(), open_with(bundle) as runtime, other as base:
+        for opened in filter(None, (runtime, base)):
+            check_origin(opened.bundle, opened.manifest, checkpoint)
+        measure = partial(_measure_quality, base) if quality else None
+        report = _compare(runtime, checkpoint, sampling, measure, intervals, on_progress)
     origin = origin_of(bundle)
     if origin is None or origin.folder is not None:  # the hub's cache stays as it was downloaded
         with locked(manifest_lock(bundle)):
-            replace(Manifest.load(bundle), parity=report.as_json()).save(bundle)
+            replace(Manifest.load(bundle), parity=report.as_json(samples=False)).save(bundle)
     return report
 
 
@@ -114,13 +125,12 @@ def _compare(
     runtime: SanaRuntime,
     checkpoint: SanaCheckpoint,
     sampling: Sampling,
-    quality: bool,
+    measure: Callable[..., Quality] | None,
     intervals: Intervals,
     on_progress: OnProgress,
 ) -> VerifyReport:
-    """The report of `verify_bundle` for the bundle in `runtime`."""
+    """The report of `verify_bundle` for the bundle in `runtime`. `measure` is `_measure_quality`, if quality is measured."""
     bundle, manifest, prompts = runtime.bundle, runtime.manifest, sampling.prompts
-    check_origin(bundle, manifest, checkpoint)
     for prompt in prompts:  # checks the values before anything is computed
         sampling.request(prompt, manifest.model)
     # Before the long comparison, so that intervals that the bundle cannot sample are reported at once.
@@ -146,10 +156,9 @@ def _compare(
             on_progress(Progress(doing, len(graphs) + len(images), total))
             pair = sample_both(runtime, reference, sampling.request(prompt, manifest.model, scale))
             name = f"{prompt[:24]!r}" + (f" pag {scale:g}" if scale else "")
-            latents.append(compare_tensors(f"latents {name}", *pair.latents, manifest.options.precision))
-            schemes = manifest.options.quantize.values()
-            images.append(compare_images(f"image {name}", *pair.images, manifest.options.precision, schemes))
-    measured = _measure_quality(runtime, pipeline, checkpoint, sampling, on_progress) if quality else None
+            latents.append(_latents_row(f"latents {name}", pair))
+            images.append(_image_row(f"image {name}", pair, manifest))
+    measured = None if measure is None else measure(runtime, pipeline, checkpoint, sampling, on_progress)
     return VerifyReport(
         str(bundle),
         checkpoint.source,
@@ -157,11 +166,26 @@ def _compare(
         runtime.backend.name,
         runtime.backend.device,
         tuple(graphs),
-        tuple(replace(row, passed=True, limit="none: the image counts") for row in latents),
+        tuple(latents),
         tuple(images),
         measured,
         cost,
     )
+
+
+def _latents_row(name: str, pair: Pair) -> Parity:
+    """Latents have no limit, but they must be finite."""
+    passed = bool(np.isfinite(pair.found.latents).all())
+    row = compare_tensors(name, *pair.latents, "fp32")
+    return replace(row, passed=passed, limit="none: the image counts" if passed else NOT_FINITE)
+
+
+def _image_row(name: str, pair: Pair, manifest: Manifest) -> Parity:
+    """An image that is not finite, is blank or is saturated fails, however wide the limit of PSNR is."""
+    row = compare_images(name, *pair.images, manifest.options.precision, manifest.options.quantize.values())
+    faults = [image_fault(*images) for images in zip(*pair.images, strict=True)] if pair.found.finite.all() else [NOT_FINITE]
+    fault = next(filter(None, faults), None)
+    return row if fault is None else replace(row, passed=False, limit=f"{row.limit}; found {fault}")
 
 
 def _scheme(manifest: Manifest, graph: str) -> str | None:
@@ -182,13 +206,24 @@ def check_origin(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, v
 
 
 def _measure_quality(
-    runtime: SanaRuntime, pipeline: Any, checkpoint: SanaCheckpoint, sampling: Sampling, on_progress: OnProgress
+    base: SanaRuntime | None,
+    runtime: SanaRuntime,
+    pipeline: Any,
+    checkpoint: SanaCheckpoint,
+    sampling: Sampling,
+    on_progress: OnProgress,
 ) -> Quality:
+    """Compared with the bundle in `base`, if there is one, and with diffusers."""
+    references = [Reference(DIFFUSERS, partial(draw_reference, runtime, pipeline))]
+    if base is not None:
+        references.insert(0, Reference(str(base.bundle), partial(draw, base)))
     return measure_quality(
         runtime,
         pipeline,
         Meter.find(checkpoint.folder),
-        lambda request: sample_both(runtime, pipeline, request).images,
+        partial(draw, runtime),
+        references,
+        limits=Limits.of(runtime.manifest.options.quantize.values()),
         prompts=tuple(sampling.prompts),
         steps=sampling.steps,
         on_progress=on_progress,
@@ -210,32 +245,6 @@ def _measure_intervals(
         on_progress=on_progress,
     )
     return cost
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """The bundle's and diffusers' results for one request."""
-
-    #: Latents [B, C, h, w] of both.
-    latents: tuple[Array, Array]
-    #: Images uint8 [B, H, W, 3] of both.
-    images: tuple[Array, Array]
-
-
-@torch.no_grad()
-def sample_both(runtime: SanaRuntime, pipeline: Any, request: Request) -> Pair:
-    """Sample one request with the bundle and with diffusers. It must be as complete as `call_reference` needs it."""
-    plan = runtime.plan(request)
-    *_, last = runtime.steps(plan, runtime.encode(plan))
-    found = np.array(runtime.backend.to_host(last.latents))
-    images = runtime.decode(plan, last.latents)
-
-    wanted = call_reference(pipeline, request, plan.seeds[0], output_type="latent")
-    image = pipeline.vae.decode(wanted / pipeline.vae.config.scaling_factor).sample
-    if bins_resolution(request, runtime.manifest.model.sample_size):
-        image = pipeline.image_processor.resize_and_crop_tensor(image, plan.output_width, plan.output_height)
-    reference = pipeline.image_processor.postprocess(image, output_type="pil")
-    return Pair((found, wanted.numpy()), (np.stack([*map(np.asarray, images)]), np.stack([*map(np.asarray, reference)])))
 
 
 @torch.no_grad()

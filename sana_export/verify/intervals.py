@@ -16,7 +16,8 @@ from sana_export.runtime import SanaRuntime
 from sana_export.runtime.guidance import WHOLE, Interval
 from sana_export.runtime.inputs import checked_interval
 from sana_export.runtime.plan import Plan
-from sana_export.verify.quality import BATCH, Meter, finite, quality_requests, share
+from sana_export.verify.quality.meter import BATCH, Meter, percent, quality_requests
+from sana_export.verify.quality.result import finite
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def measure_intervals(
 ) -> list[IntervalCost]:
     """Sample the meter's prompts, or `prompts` without one, in all steps and in each of `intervals`, which alternate.
 
-    Requests are those of `quality.measure_quality`, with `pag_scale`, and with `guidance_scale` unless it is None. Raises
+    Requests are those of `measure_quality`, with `pag_scale`, and with `guidance_scale` unless it is None. Raises
     UsageError if the bundle cannot meet them, before anything is sampled.
     """
     samples = [(text, -1) for text in prompts] if meter is None else meter.prompts
@@ -119,7 +120,7 @@ def measure_intervals(
             seconds[number].append(result.timings.denoise_loop / len(result.images))
             found[number] += [np.asarray(image) for image in result.images]
     concepts = np.array([concept for _, concept in samples])
-    top1 = [None if meter is None else share(meter.classify(np.stack(images)), concepts) for images in found]
+    top1 = [None if meter is None else percent(meter.classify(np.stack(images)) == concepts) for images in found]
     costs = []
     for number, setting in enumerate(intervals, start=1):
         pairs = list(zip(found[number], found[0], strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 from sana_export.export.evaluator import Range
 from sana_export.export.parity import Parity
 from sana_export.verify.intervals import IntervalCost
-from sana_export.verify.quality import Quality
+from sana_export.verify.quality.result import Quality
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class VerifyReport:
     device: str
     #: One row for each graph.
     graphs: tuple[Parity, ...]
-    #: One row for each sampled prompt. They have no limit.
+    #: One row for each sampled prompt. They have no limit, but values that are not finite fail.
     latents: tuple[Parity, ...]
     #: One row for each sampled prompt.
     images: tuple[Parity, ...]
@@ -39,13 +39,15 @@ class VerifyReport:
     @property
     def passed(self) -> bool:
         """Whether no limit was missed."""
-        return all(row.passed for row in (*self.graphs, *self.images)) and (self.quality is None or self.quality.passed)
+        rows = (*self.graphs, *self.latents, *self.images)
+        return all(row.passed for row in rows) and (self.quality is None or self.quality.passed)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, samples: bool = True) -> dict[str, Any]:
+        """`samples`: with a row for each image of `quality`, too."""
         rows = {kind: [row.as_json() for row in getattr(self, kind)] for kind in ("graphs", "latents", "images")}
         head = {key: getattr(self, key) for key in ("bundle", "reference", "precision", "backend", "device", "passed")}
-        measured = {"quality": self.quality, "intervals": self.intervals}
-        return {**head, **rows, **{key: value.as_json() for key, value in measured.items() if value is not None}}
+        quality = {} if self.quality is None else {"quality": self.quality.as_json(samples)}
+        return {**head, **rows, **quality, **({} if self.intervals is None else {"intervals": self.intervals.as_json()})}
 
     def as_text(self) -> str:
         rows = [*self.graphs, *self.latents, *self.images]

@@ -13,7 +13,7 @@ from sana_export.verify.intervals import Intervals
 from sana_export.verify.layers import LayerCheck
 from tests.support.command_line import Cli
 
-DEFAULTS = {"backend": "auto", "device": None, "threads": None, "quality": False, "intervals": Intervals()}
+DEFAULTS = {"backend": "auto", "device": None, "threads": None, "quality": False, "against": None, "intervals": Intervals()}
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,7 @@ class Report:
     passed: bool = True
     agrees: bool = True
     failed: dict[str, str] = field(default_factory=dict)
+    quality: Any = None
 
     def as_json(self) -> dict[str, Any]:
         return {"passed": self.passed}
@@ -96,6 +97,43 @@ def test_verify_leaves_the_defaults_to_the_check(tiny_checkpoint: Any, cli: Cli,
     ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder)
     ((_, _, sampling), settings) = calls.seen[0]
     assert (ran.code, sampling, settings) == (0, Sampling(), DEFAULTS)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_quality_against_a_bundle_with_a_report(
+    passed: bool, tiny_checkpoint: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The page is written even if a limit is missed: it shows why."""
+    calls = replaced(monkeypatch, "sana_export.verify.bundle.verify_bundle", passed=passed)
+    calls.report.quality = "measured"
+    written = []
+    monkeypatch.setattr("sana_export.verify.quality.page.page", lambda quality: written.append(quality) or "the page")
+    options = ("--quality", "--against", "base", "--report", tmp_path / "new" / "report")
+    ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder, *options)
+    page = tmp_path / "new" / "report" / "quality.html"
+    assert ran.code == (0 if passed else 5)
+    assert ran.out.splitlines() == ["the report", "", str(page)]
+    assert (written, page.read_text()) == (["measured"], "the page")
+    assert calls.seen[0][1] == {**DEFAULTS, "quality": True, "against": Path("base")}
+    ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder, *options, "--json")
+    assert ran.json == {"passed": passed, "report": str(page)}
+
+
+@pytest.mark.parametrize(("option", "owners"), [("--report", "--quality"), ("--against", "--layers or --quality")])
+def test_options_of_quality_belong_to_it(option: str, owners: str, cli: Cli) -> None:
+    ran = cli("verify", "bundle", "--reference", "tiny", option, "folder")
+    assert ran.code == 2
+    assert f"{option} belongs to {owners}" in ran.err
+    assert f"fix:    add {owners}" in ran.err
+    assert not Path("folder").exists()
+
+
+def test_a_report_that_cannot_be_written_is_found_before_measuring(tiny_checkpoint: Any, cli: Cli, monkeypatch: Any) -> None:
+    calls = replaced(monkeypatch, "sana_export.verify.bundle.verify_bundle")
+    Path("file").write_text("")
+    ran = cli("verify", "bundle", "--reference", tiny_checkpoint.folder, "--quality", "--report", "file")
+    assert (ran.code, calls.seen) == (3, [])
+    assert "file cannot be written" in ran.err
 
 
 @pytest.mark.parametrize("option", ["--guidance-interval", "--pag-interval"])

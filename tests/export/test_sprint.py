@@ -15,7 +15,8 @@ from sana_export.export.parity import compare_images
 from sana_export.manifest import Manifest
 from sana_export.synth.checkpoint import make_checkpoint
 from sana_export.synth.recipes import RECIPES
-from sana_export.verify.bundle import Sampling, sample_both, verify_bundle
+from sana_export.verify.bundle import Sampling, verify_bundle
+from sana_export.verify.drawing import sample_both
 from sana_export.verify.graph_checks import GRAPH_CHECKS
 from sana_export.verify.reference import load_reference
 

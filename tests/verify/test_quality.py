@@ -16,11 +16,14 @@ import pytest
 import sana_export
 from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.errors import ArtifactError
-from sana_export.export.parity import ssim
+from sana_export.export.parity import psnr, ssim
+from sana_export.quantization import SCHEMES
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.request import Request
-from sana_export.verify.bundle import sample_both
-from sana_export.verify.quality import Meter, Quality, measure_quality
+from sana_export.verify.drawing import Drawing, sample_both
+from sana_export.verify.quality.measure import NOT_FINITE, Reference, measure_quality
+from sana_export.verify.quality.meter import Meter
+from sana_export.verify.quality.result import DIFFUSERS, NOT_QUANTIZED, Likeness, Limits, Quality, Sample, Spread
 from sana_export.verify.reference import load_reference
 from tests.support.bundles import exported
 
@@ -93,37 +96,89 @@ def test_the_classifier_recognizes_the_real_renders(meter: Meter) -> None:
     assert np.mean(meter.classify(meter.renders) == meter.render_concepts) >= 0.98
 
 
+def drawing_of(images: Any, finite: Any = True) -> Drawing:
+    """Images uint8 [B, H, W, 3] as something drew them."""
+    return Drawing(np.zeros((len(images), 1, 1, 1), np.float32), images, np.full(len(images), finite))
+
+
 def test_measures_follow_the_images(drawing: tuple[SanaRuntime, Any], meter: Meter) -> None:
     """A sampler that returns the right renders is always right. One that returns the next concept's is never right."""
     runtime, pipeline = drawing
     right = [meter.renders[concept] for _, concept in meter.prompts]
     wrong = [meter.renders[(concept + 1) % len(meter.concepts)] for _, concept in meter.prompts]
-    position = iter(range(0, len(right), 20))
+    near = [np.clip(image.astype(int) + 1, 0, 255).astype(np.uint8) for image in right]
 
-    def sample(request: Request) -> tuple[Any, Any]:
-        start = next(position)
-        assert list(request.prompt) == [text for text, _ in meter.prompts[start : start + 20]]
-        return np.stack(wrong[start : start + 20]), np.stack(right[start : start + 20])
+    def drawn(images: list[Any]) -> Any:
+        position = iter(range(0, len(images), 20))
 
-    measured = measure_quality(runtime, pipeline, meter, sample)
-    assert measured.reference_top1 == pytest.approx(100, abs=0.5)
+        def draw(request: Request) -> Drawing:
+            start = next(position)
+            assert list(request.prompt) == [text for text, _ in meter.prompts[start : start + 20]]
+            assert request.seed == start // 20
+            return drawing_of(np.stack(images[start : start + 20]))
+
+        return draw
+
+    references = [Reference("base", drawn(near)), Reference(DIFFUSERS, drawn(right))]
+    measured = measure_quality(runtime, pipeline, meter, drawn(wrong), references)
+    base, diffusers = measured.comparisons
+    assert (base.top1, diffusers.top1) == (pytest.approx(100, abs=0.5), pytest.approx(100, abs=0.5))
     assert measured.top1 == pytest.approx(0, abs=0.5)
     assert not measured.passed
-    assert measured.image_ssim < 0.9
+    assert base.ssim.mean < 0.9
+    ratios = [psnr(ours, theirs, peak=255.0) for ours, theirs in zip(wrong, near, strict=True)]
+    assert (base.psnr_db.mean, base.psnr_db.worst) == (pytest.approx(np.mean(ratios)), min(ratios))
+    assert base.psnr_db.low == sorted(ratios)[9]  # 10 of 200 images are no better
+    assert [sample.psnr_db[0] for sample in measured.samples] == ratios
+    assert measured.samples[27].prompt == meter.prompts[27][0]
+    assert (measured.samples[27].seed, measured.samples[27].place) == (1, 7)
+    assert [sample.references_recognized[1] for sample in measured.samples].count(True) >= 199
     assert measured.reconstruction_psnr_db == pytest.approx(measured.reference_reconstruction_psnr_db, abs=0.05)
     assert measured.reconstruction_psnr_db is not None
     assert measured.reconstruction_psnr_db > 20
+    document = json.loads(json.dumps(measured.as_json(), allow_nan=False))
+    assert (document["against"]["reference"], document["against"]["low_image_psnr_db"]) == ("base", base.psnr_db.low)
+    assert (document["reference"], document["image_psnr_db"]) == (DIFFUSERS, diffusers.psnr_db.mean)
+    assert document["images"][27]["psnr_db"] == list(measured.samples[27].psnr_db)
+    assert "images" not in measured.as_json(samples=False)
 
 
 def test_without_a_meter_only_distances_are_measured(drawing: tuple[SanaRuntime, Any], tmp_path: Path) -> None:
     runtime, pipeline = drawing
     assert Meter.find(tmp_path) is None
-    image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
-    measured = measure_quality(runtime, pipeline, None, lambda request: (image, image), prompts=("a cat",))
+    same = drawing_of(np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8))
+    references = [Reference(DIFFUSERS, lambda request: same)]
+    measured = measure_quality(runtime, pipeline, None, lambda request: same, references, prompts=("a cat",))
+    (row,) = measured.comparisons
     assert (measured.top1, measured.reconstruction_psnr_db, measured.passed) == (None, None, True)
-    assert (measured.image_ssim, measured.image_psnr_db, measured.least_image_psnr_db) == (pytest.approx(1), 100.0, math.inf)
-    assert "not measured" in measured.as_text()
-    assert json.loads(json.dumps(measured.as_json(), allow_nan=False))["least_image_psnr_db"] == "inf"
+    assert (row.ssim.mean, row.psnr_db) == (pytest.approx(1), Spread(100.0, math.inf, math.inf))
+    assert "top-1 and reconstruction: not measured" in measured.as_text()
+    document = json.loads(json.dumps(measured.as_json(), allow_nan=False))
+    assert (document["least_image_psnr_db"], document["images"][0]["psnr_db"]) == ("inf", ["inf"])
+
+
+@pytest.mark.parametrize(("finite", "fault"), [(True, "blank"), (False, NOT_FINITE)])
+def test_one_bad_image_fails_whatever_the_scheme_and_without_a_meter(
+    drawing: tuple[SanaRuntime, Any], finite: bool, fault: str
+) -> None:
+    runtime, pipeline = drawing
+    right = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    found = right.copy()
+    found[1] = 0
+    own, theirs = drawing_of(found, [True, finite, True]), drawing_of(right)
+    measured = measure_quality(
+        runtime,
+        pipeline,
+        None,
+        lambda request: own,
+        [Reference(DIFFUSERS, lambda request: theirs)],
+        limits=Limits(100.0, 0.0),
+        prompts=("a cat", "a dog", "a hen"),
+    )
+    assert not measured.passed
+    assert [(sample.prompt, sample.place) for sample in measured.faults] == [("a dog", 1)]
+    assert f"'a dog' (seed 0, image 2): {fault}" in measured.as_text()
+    assert "MISSED blank, saturated or not finite: 1 images" in measured.as_text()
 
 
 def test_a_damaged_meter_is_named(meter: Meter, tmp_path: Path) -> None:
@@ -133,9 +188,44 @@ def test_a_damaged_meter_is_named(meter: Meter, tmp_path: Path) -> None:
         Meter.find(tmp_path)
 
 
+def quality(limits: Limits, psnr_db: float, ours: float, *references: float) -> Quality:
+    """One whose images have a mean PSNR of `psnr_db` and a top-1 of `ours`, against references with theirs."""
+    spread, image = Spread(psnr_db, 20.0, 10.0), np.zeros((1, 1, 3), np.uint8)
+    rows = tuple(Likeness(f"{index}", spread, Spread(1.0, 1.0, 1.0), top1=top1) for index, top1 in enumerate(references))
+    sample = Sample("a cat", 0, 0, image, (image,), (10.0,), (1.0,))
+    return Quality("b", (sample,), rows, limits, None, ours, 100.0, 20.0, 20.0)
+
+
 @pytest.mark.parametrize(("ours", "theirs", "passed"), [(90.0, 91.0, True), (90.0, 91.5, False), (93.0, 91.5, False)])
 def test_a_bundle_may_differ_from_diffusers_by_one_point(ours: float, theirs: float, passed: bool) -> None:
-    assert Quality(200, 40, 30, 1, 1, top1=ours, reference_top1=theirs).passed is passed
+    assert quality(NOT_QUANTIZED, 1.0, ours, theirs).passed is passed
+
+
+@pytest.mark.parametrize(
+    ("schemes", "psnr_db", "ours", "references", "passed"),
+    [
+        (["int8-weight"], 30.0, 99.0, [100.0, 98.5], True),
+        (["int8-weight"], 29.9, 99.0, [99.0, 99.0], False),
+        (["int8-weight"], 50.0, 98.9, [99.0, 100.0], False),  # the limits count for every reference
+        (["int8-weight"], 50.0, 98.9, [100.0, 99.0], False),
+        (["int4-weight"], 25.0, 97.0, [100.0, 99.0], True),
+        (["int4-weight"], 50.0, 96.9, [100.0, 99.0], False),
+        (["int8-weight", "int4-weight"], 25.0, 97.0, [100.0], True),  # the widest limits of the parts
+        (["int8-weight", "int4-weight"], 24.9, 97.0, [100.0], False),
+    ],
+)
+def test_a_scheme_has_limits(schemes: list[str], psnr_db: float, ours: float, references: list[float], passed: bool) -> None:
+    measured = quality(Limits.of(schemes), psnr_db, ours, *references)
+    assert measured.passed is passed
+    assert ("MISSED" in measured.as_text()) is not passed
+
+
+def test_every_scheme_meets_what_its_bits_promise() -> None:
+    for scheme in SCHEMES.values():
+        limits = Limits.of([scheme.name])
+        assert limits.top1_points <= (1.0 if scheme.bits == 8 else 3.0), scheme
+        assert limits.psnr_db is not None
+        assert limits.psnr_db >= (30.0 if scheme.bits == 8 else 20.0), scheme
 
 
 def test_ssim() -> None:

@@ -50,7 +50,7 @@ def real_renders(bitmaps: Bitmaps) -> np.ndarray:
 
 
 def write_meter(folder: Path, classifier: torch.nn.Module, bitmaps: Bitmaps) -> None:
-    """Write what sana_export/verify/quality.py reads."""
+    """Write what sana_export/verify/quality/meter.py reads."""
     folder.mkdir(parents=True, exist_ok=True)
     train_classifier.export(classifier, folder / "classifier.onnx")
     renders = real_renders(bitmaps)

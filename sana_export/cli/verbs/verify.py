@@ -23,12 +23,14 @@ from sana_export.cli.verb import (
     bundle_to_read,
     given_intervals,
     model_options,
+    path_named,
     positive,
     reference_options,
 )
 from sana_export.cli.verbs.verify_debugging import add_debugging, check_debugging, debug
 from sana_export.cli.verbs.verify_sensitivity import add_sensitivity, sensitivity
 from sana_export.errors import ParityError, UsageError
+from sana_export.files import disk_errors
 from sana_export.runtime.memory import AUTO
 
 
@@ -51,8 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     either.add_argument(
         "--quality",
         action="store_true",
-        help="also measure image quality: PSNR and SSIM against fp32, and for `tiny` the top-1 accuracy of a classifier over 200 "
-        "prompts and the reconstruction PSNR of the decoder",
+        help="also measure image quality: PSNR and SSIM against diffusers in fp32 and the bundle of --against, blank and saturated "
+        "images, and for `tiny` the top-1 accuracy of a classifier over 200 prompts and the reconstruction PSNR of the decoder",
+    )
+    parser.add_argument(
+        "--report",
+        metavar="DIR",
+        type=path_named("--report"),
+        help="with --quality, the folder for quality.html: figures, a table of the prompts, and the worst images side by side",
     )
     add_debugging(parser, either)
     add_sensitivity(parser, either)
@@ -114,6 +122,8 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         device=options.device,
         threads=options.threads,
         quality=options.quality,
+        against=options.against,
+        report_folder=options.report,
         intervals=intervals,
         **settings,
     )
@@ -129,19 +139,27 @@ def compare(
     device: int | None = None,
     threads: int | None = None,
     quality: bool = False,
+    against: Path | None = None,
+    report_folder: Path | None = None,
     intervals: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     **settings: Any,
 ) -> Answer:
     """The parity report of `bundle` against the checkpoint `model`, which is opened with `opening` (`model_options`).
 
-    `settings` are those of `Sampling`, `intervals` those of `Intervals`. Exit code 5 if a limit is missed.
+    `settings` are those of `Sampling`, `intervals` those of `Intervals`. With `quality`, `against` is a bundle to compare with too,
+    and the folder `report_folder` gets a page, whose path is the last line of the text and `report` in the document. Exit code 5 if
+    a limit is missed.
     """
     require("", "export")
     from sana_export.checkpoint.checkpoint import open_checkpoint
     from sana_export.verify.bundle import Sampling, verify_bundle
     from sana_export.verify.intervals import Intervals
+    from sana_export.verify.quality.page import write_page
 
     checkpoint = open_checkpoint(model, **opening)
+    if report_folder is not None:
+        with disk_errors(report_folder):  # now, not after minutes of measuring
+            report_folder.mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext() if console.live else _without_progress_bars():
         report = verify_bundle(
             bundle,
@@ -151,10 +169,15 @@ def compare(
             device=device,
             threads=threads,
             quality=quality,
+            against=against,
             intervals=Intervals(**intervals),
             on_progress=console.show,
         )
-    return Answer(report.as_json(), report.as_text(), 0 if report.passed else ParityError.exit_code)
+    document, text = report.as_json(), report.as_text()
+    if report_folder is not None and report.quality is not None:
+        path = write_page(report.quality, report_folder)
+        document, text = {**document, "report": str(path)}, f"{text}\n{path}"
+    return Answer(document, text, 0 if report.passed else ParityError.exit_code)
 
 
 @contextlib.contextmanager

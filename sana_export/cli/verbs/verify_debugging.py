@@ -19,7 +19,8 @@ BELONGS = {
     "step": ("layers", "polygraphy"),
     "random_inputs": ("layers",),
     "limit": ("layers",),
-    "against": ("layers",),
+    "against": ("layers", "quality"),
+    "report": ("quality",),
     "reproducer": ("layers",),
     "profile": ("polygraphy",),
     "scheme": ("sensitivity",),
@@ -64,7 +65,7 @@ def add_debugging(parser: argparse.ArgumentParser, either: Any) -> None:
         metavar="BUNDLE",
         type=path_named("--against"),
         help="with --layers, a bundle of the same structure whose graph is right: finds wrong weights too (default: the bundle "
-        "itself in float32)",
+        "itself in float32); with --quality, a bundle to compare with besides diffusers, such as the one without quantization",
     )
     parser.add_argument(
         "--limit", type=decibels, metavar="DB", help="with --layers, the lowest signal-to-noise ratio (default: verify's own limit)"
