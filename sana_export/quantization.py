@@ -69,7 +69,16 @@ SCHEMES: dict[str, Scheme] = {
     for scheme in (
         Scheme("int8-weight", "int8", 0, 19, _ALL_RTX, cosine_limit=0.998, psnr_limit=25.0),
         Scheme(
-            "int4-weight", "int4", 32, 21, _ALL_RTX[1:], cosine_limit=0.95, psnr_limit=12.0, quality_psnr=25.0, quality_top1=3.0
+            "int4-weight",
+            "int4",
+            32,
+            21,
+            _ALL_RTX[1:],
+            method=Method(search=True, rank=32),
+            cosine_limit=0.95,
+            psnr_limit=12.0,
+            quality_psnr=25.0,
+            quality_top1=3.0,
         ),
         Scheme("int8", "int8", 0, 19, _ALL_RTX, "int8", Method(rescale=True), cosine_limit=0.99, psnr_limit=15.0),
         Scheme("fp8", "fp8", 0, 19, ("8.9", "12.0", "12.1"), "fp8", cosine_limit=0.99, psnr_limit=15.0),

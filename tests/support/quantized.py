@@ -46,7 +46,7 @@ def read_weights(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     found = {}
     for node in model.graph.node:
-        if node.op_type != "DequantizeLinear":
+        if node.op_type != "DequantizeLinear" or node.input[0] not in tensors:  # of a layer's input
             continue
         values, scales = (numpy_helper.to_array(tensors[name]).astype(np.float64) for name in node.input)
         attributes = {attribute.name: attribute.i for attribute in node.attribute}

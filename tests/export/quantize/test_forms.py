@@ -1,0 +1,141 @@
+"""Exported denoisers with rounded inputs, factors and branches: what the file contains and what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import numpy_helper
+
+from sana_export.calibration.run import Calibration, calibrate
+from sana_export.errors import ParityError
+from sana_export.export.graph_files import export_graphs
+from sana_export.export.quantize import weights as weights_module
+from sana_export.export.quantize.plan import plan_weights
+from sana_export.export.quantize.statistics import CalibrationFile
+from sana_export.formats.quantized import FP8_MAX
+from sana_export.graphs.builders import build_graph, shape_graph
+from sana_export.manifest import GraphEntry, Options, QuantizedWeight
+from tests.support.quantized import read_weights
+
+#: Scheme and method. The last one has every step.
+KINDS = {
+    "int8": ("int8", ()),
+    "fp8": ("fp8", ("ranges=mse",)),
+    "int4": ("int4-weight", ("rescale", "gptq", "low-rank=4")),
+}
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> CalibrationFile:
+    path = tmp_path_factory.mktemp("calibration") / "measured.safetensors"
+    drawn = Calibration(prompts=["a red apple", "a cat on a wall"], steps=2, rows=128)
+    return calibrate(tiny_checkpoint, path, drawn, parts=("text_encoder", "denoiser"), precision="fp32")
+
+
+class Exported:
+    """One exported denoiser."""
+
+    def __init__(self, folder: Path, kind: str, checkpoint: Any, calibration: CalibrationFile) -> None:
+        scheme, method = KINDS[kind]
+        self.options = Options("fp32", False, (1,), quantize={"denoiser": scheme}, quantize_method=method)
+        self.checkpoint, self.folder = checkpoint, folder
+        self.entry: GraphEntry = export_graphs("denoiser", ["denoiser"], checkpoint, self.options, folder, calibration)["denoiser"]
+        self.path = folder / self.entry.onnx.path
+        self.model = onnx.load(self.path)
+        self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+
+    def array(self, name: str) -> np.ndarray:
+        return numpy_helper.to_array(self.tensors[name]).astype(np.float64)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def exported(
+    request: Any, tiny_checkpoint: Any, calibration: CalibrationFile, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
+    return Exported(tmp_path_factory.mktemp(request.param), request.param, tiny_checkpoint, calibration)
+
+
+def reconstructed(exported: Exported, weight: QuantizedWeight) -> np.ndarray:
+    """The weight [in, out] that a layer stands for without its rounding: diag(factor) (W' + down up)."""
+    if weight.dtype == "fp8":
+        codes = exported.tensors[f"{weight.name}.quantized"]
+        numbers = numpy_helper.to_array(codes).astype(np.float64) * exported.array(f"{weight.name}.scale")
+    else:
+        numbers, _ = read_weights(exported.path)[weight.name]
+    if weight.rank:
+        numbers = numbers + exported.array(f"{weight.name}.low_rank.down") @ exported.array(f"{weight.name}.low_rank.up")
+    if weight.rescaled:
+        numbers = numbers * exported.array(f"{weight.name}.input.factor").reshape(-1, 1)
+    return numbers
+
+
+def test_every_layer_stands_for_the_checkpoints_weight(exported: Exported) -> None:
+    """Up to rounding, whatever was divided or taken out. An error in a factor or a branch would be as large as the weight."""
+    module = build_graph("denoiser", exported.checkpoint, replace(exported.options, quantize={}))
+    limit = {"int8": 0.012, "fp8": 0.04, "int4": 0.2}
+    for weight in exported.entry.quantized:
+        wanted = module.get_parameter(weight.name).data.double().numpy()
+        wanted = wanted.reshape(len(wanted), -1).T if weight.transposed else wanted
+        error = np.linalg.norm(reconstructed(exported, weight) - wanted) / np.linalg.norm(wanted)
+        assert 0 < error < limit[weight.dtype], weight.name
+
+
+def test_the_manifest_says_what_the_file_has(exported: Exported) -> None:
+    scheme = exported.options.scheme("denoiser")
+    planned = plan_weights(shape_graph("denoiser", exported.checkpoint, exported.options), "denoiser", exported.options)
+    assert [weight.name for weight in exported.entry.quantized] == list(planned)
+    kinds = [node.op_type for node in exported.model.graph.node]
+    rounding = [weight for weight in exported.entry.quantized if weight.inputs]
+    assert kinds.count("QuantizeLinear") == len(rounding) == (0 if scheme == "int4-weight" else 18)
+    assert any(weight.rescaled for weight in exported.entry.quantized) == (scheme != "fp8")
+    assert {weight.rank for weight in exported.entry.quantized} == ({4} if scheme == "int4-weight" else {0})
+    assert all(weight.nearest == (scheme == "fp8") for weight in exported.entry.quantized)
+    for weight in rounding:  # the layer whose input is a gated product keeps it whole
+        assert not weight.name.endswith("point.weight")
+        assert exported.array(f"{weight.name}.input.scale") > 0
+
+
+def test_ranges_contain_what_was_seen(exported: Exported, calibration: CalibrationFile) -> None:
+    for weight in exported.entry.quantized:
+        if weight.inputs != "int8":
+            continue
+        seen = calibration.inputs("denoiser", weight.name)
+        assert seen is not None
+        factor = exported.array(f"{weight.name}.input.factor").ravel() if weight.rescaled else 1.0
+        reach = 127 * exported.array(f"{weight.name}.input.scale")
+        assert reach >= (seen.maximum * factor).max() * 0.9999, weight.name
+
+
+def test_onnx_runtime_takes_integer_kernels_for_every_rounded_layer(exported: Exported, tmp_path: Path) -> None:
+    rounding = sum(weight.inputs == "int8" for weight in exported.entry.quantized)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(exported.path), options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
+    assert [node.op_type for node in optimized.graph.node].count("MatMulIntegerToFloat") == rounding
+
+
+def test_the_export_checks_the_rounding(
+    tiny_checkpoint: Any, calibration: CalibrationFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module whose inputs are rounded in other steps than the file's."""
+    form = weights_module.product_form
+    monkeypatch.setattr(
+        weights_module, "product_form", lambda weight, tensors: form(weight, {**tensors, "input.scale": tensors["scale"][0] * 20})
+    )
+    with pytest.raises(ParityError, match="differs on random inputs"):
+        Exported(tmp_path, "fp8", tiny_checkpoint, calibration)
+
+
+def test_fp8_numbers_use_the_whole_range(tiny_checkpoint: Any, calibration: CalibrationFile, tmp_path: Path) -> None:
+    exported = Exported(tmp_path, "fp8", tiny_checkpoint, calibration)
+    for weight in exported.entry.quantized:
+        if weight.dtype == "fp8":
+            largest = np.abs(numpy_helper.to_array(exported.tensors[f"{weight.name}.quantized"]).astype(np.float64)).max(axis=0)
+            assert (largest == FP8_MAX).all(), weight.name
