@@ -30,12 +30,13 @@ class Activations:
 #: The number of blocks does not matter: they run one after the other. So some rows are those of models with two blocks.
 ACTIVATIONS = (
     Activations("text_encoder", 0, 100 * 10**6, source="computed: the widest tensors of one layer, two prompts of 520 tokens"),
-    Activations("context", 0, 24 * 10**6),
-    Activations("denoiser", 1024, 121 * 10**6, 2240),
-    Activations("denoiser", 4096, 864 * 2**20, 1152),
-    Activations("vae_decoder", 1024, 810 * 10**6),
-    Activations("vae_decoder_head", 4096, 3100 * 10**6),
-    Activations("vae_decoder_tail", 1024, 1000 * 10**6),
+    Activations("context", 0, 24 * 10**6, source=f"{BUILDER}, that of a ControlNet"),
+    Activations("denoiser", 1024, 121 * 10**6, 2240, f"{BUILDER}, two blocks, with the inputs of a ControlNet"),
+    Activations("denoiser", 4096, 864 * 2**20, 1152, "an earlier build of TensorRT-RTX, version not recorded"),
+    Activations("vae_decoder", 1024, 813_498_368),
+    Activations("vae_decoder", 2048, 3_229_417_472),
+    Activations("vae_decoder_head", 4096, 2_296_385_536, source=f"{BUILDER}, with bands of rows only"),
+    Activations("vae_decoder_tail", 1024, 999_292_928),
 )
 
 
