@@ -68,3 +68,13 @@ def test_targets(plans, case, limit):
 def test_staged_is_never_more_than_resident(plans):
     for plan in plans.values():
         assert [plan.bytes(mode) for mode in MODES] == sorted((plan.bytes(mode) for mode in MODES), reverse=True)
+
+
+def test_the_command_prints_the_plan_and_the_sources_of_its_figures(cli, monkeypatch):
+    stages = {"text": StageMemory(4 * 10**9, 0, 0), "denoising": StageMemory(10**9, 10**9, 5 * 10**8)}
+    monkeypatch.setattr("sana_export.bench.work.memory.memory_plans", lambda: [MemoryPlan("600M", 1024, "fp16", stages)])
+    row = cli("variants", "--memory").out.splitlines()[1]
+    assert row.split("  ")[-2:] == ["6.9 GB: 8 GB", "4.4 GB: 6 GB"]
+    document = cli("variants", "--memory", "--json").json
+    assert document["memory"][0]["modes"]["resident"] == {"bytes": 6_900_000_000, "card_gib": 8}
+    assert {row["graph"] for row in document["activations"]} == {row.graph for row in ACTIVATIONS}
