@@ -248,3 +248,4 @@ def test_patches_read_their_neighborhood_and_nothing_else(bands, halo):
         assert torch.equal(patch.read, read)
         assert torch.equal(patch.own(patch.read), x[..., row : row + rows, column : column + columns])
     assert torch.equal(in_patches(x, bands, halo, lambda patch: patch.own(patch.read) * 2), x * 2)
+    assert [patch.read.shape[3] for patch in patches_of(x.half(), bands, halo)] == [12] * bands
