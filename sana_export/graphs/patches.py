@@ -42,7 +42,7 @@ def in_patches(x: Tensor, bands: int, halo: int, compute: Callable[[Patch], Tens
 
 
 def patches_of(x: Tensor, bands: int, halo: int) -> Iterator[Patch]:
-    """x [B, C, H, W] as `bands` times `bands` patches, row by row; in half precision as `bands` bands of rows. `bands` divides H, W.
+    """x [B, C, H, W] as `bands` times `bands` patches, row by row; in half precision as `bands` bands. `bands` divides H and W.
 
     A patch has at least `halo` rows and columns, the number of pixels that the layer reads beyond it.
     """
