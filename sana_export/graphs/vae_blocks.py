@@ -23,6 +23,7 @@ from sana_export.graphs.numerics import (
     rms_norm,
     silu,
 )
+from sana_export.graphs.patches import Patch, in_patches, patches_of
 
 NORM_EPS = 1e-5
 #: For each output parity, which of the kernel's three taps read the first and which the second low-resolution pixel.
@@ -111,7 +112,7 @@ class ResBlock(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
-    """Multi-scale linear attention, then a gated convolution, each with a residual. Both run in `bands` bands of rows."""
+    """Multi-scale linear attention, then a gated convolution, each with a residual. Both run in `bands` x `bands` patches."""
 
     def __init__(self, stage: VaeStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
         super().__init__()
@@ -119,8 +120,8 @@ class EfficientViTBlock(nn.Module):
         self.feed_forward = GatedConv(weights, f"{name}conv_out.", numerics, bands)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
-        return x + self.feed_forward(x)
+        out: Tensor = self.feed_forward(self.attention(x))
+        return out
 
 
 class Aggregation(nn.Module):
@@ -142,13 +143,13 @@ class Aggregation(nn.Module):
 
 
 class MultiscaleAttention(nn.Module):
-    """ReLU linear attention over pixels, on q, k, v and on depthwise aggregations of them.
+    """x + the ReLU linear attention over the pixels of x [B, C, H, W], on q, k, v and on depthwise aggregations of them.
 
     For images of at most `head_dim` pixels diffusers computes the products in another order. The results differ only by rounding.
 
-    Of k and v, linear attention needs only sums over pixels. So to save memory the block runs in bands of rows, which must divide
-    the height: first it adds up the sums of all bands, then it applies them to each band's q. An aggregation also reads the
-    neighboring rows. A band has at least as many rows as that, so there may be fewer bands than `bands`.
+    Of k and v, linear attention needs only sums over pixels. So to save memory the block runs in patches (patches.py): first it
+    adds up the sums of all patches, then it applies them to each patch's q. An aggregation also reads the pixels around the patch.
+    A patch has at least as many rows as that, so there may be fewer bands than `bands`.
     """
 
     def __init__(self, stage: VaeStage, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
@@ -165,8 +166,9 @@ class MultiscaleAttention(nn.Module):
         self.out = parameter(gain(weights[f"{name}to_out.weight"]), numerics.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bands > 1:
-            return self.in_bands(x)
+        return self.in_patches(x) if self.bands > 1 else x + self.whole(x)
+
+    def whole(self, x: Tensor) -> Tensor:
         qkv = (self.qkv @ x.flatten(2)).unflatten(-1, x.shape[2:])
         # Heads are independent, so each scale is finished before the next one is computed.
         scales = [self.attend(qkv), *(self.attend(aggregate(qkv)) for aggregate in self.aggregations)]
@@ -181,31 +183,28 @@ class MultiscaleAttention(nn.Module):
         """[B, C, H W] for each scale -> [B, C, H, W]."""
         return self.norm((self.out @ torch.cat(scales, dim=1)).unflatten(-1, size))
 
-    def in_bands(self, x: Tensor) -> Tensor:
-        rows = x.shape[2] // self.bands
-        parts = [self.sums(self.scales_of(x, band, slice(1, 3))) for band in range(self.bands)]
+    def in_patches(self, x: Tensor) -> Tensor:
+        parts = [self.sums(self.scales_of(patch, slice(1, 3))) for patch in patches_of(x, self.bands, self.halo)]
         sums = [joined_sums(scale, self.numerics) for scale in zip(*parts, strict=True)]
-        done = []
-        for band in range(self.bands):
-            queries = [query.flatten(2).unflatten(1, (-1, self.dim)) for query in self.scales_of(x, band, slice(1))]
+
+        def compute(patch: Patch) -> Tensor:
+            queries = [query.flatten(2).unflatten(1, (-1, self.dim)) for query in self.scales_of(patch, slice(1))]
             attended = [attend(query, part, self.numerics).flatten(1, 2) for query, part in zip(queries, sums, strict=True)]
-            done.append(self.finish(attended, (rows, x.shape[3])))
-        return torch.cat(done, dim=2)
+            own = patch.own(patch.read)
+            return own + self.finish(attended, own.shape[2:])
+
+        return in_patches(x, self.bands, self.halo, compute)
 
     def sums(self, scales: list[Tensor]) -> list[AttentionSums]:
-        """The sums of k and v [B, 2 C, h, W], for each scale."""
+        """The sums of k and v [B, 2 C, h, w], for each scale."""
         pairs = (scale.flatten(2).unflatten(1, (-1, 2, self.dim)).unbind(2) for scale in scales)
         return [attention_sums(key, value, self.numerics) for key, value in pairs]
 
-    def scales_of(self, x: Tensor, band: int, kinds: slice) -> list[Tensor]:
-        """`kinds` of q, k and v (0, 1, 2) of one band at every scale, each [B, kinds C, h, W]."""
-        rows = x.shape[2] // self.bands
-        above, below = self.halo * (band > 0), self.halo * (band < self.bands - 1)
-        read = x[:, :, band * rows - above : (band + 1) * rows + below]
-        values = (self.kinds(self.qkv, kinds) @ read.flatten(2)).unflatten(-1, read.shape[2:])
+    def scales_of(self, patch: Patch, kinds: slice) -> list[Tensor]:
+        """`kinds` of q, k and v (0, 1, 2) of a patch at every scale, each [B, kinds C, h, w]."""
+        values = (self.kinds(self.qkv, kinds) @ patch.read.flatten(2)).unflatten(-1, patch.read.shape[2:])
         select = partial(self.kinds, kinds=kinds)
-        scales = [values, *(aggregation(values, select) for aggregation in self.aggregations)]
-        return [scale[:, :, above : above + rows] for scale in scales]
+        return [patch.own(values), *(patch.own(aggregation(values, select)) for aggregation in self.aggregations)]
 
     def kinds(self, weight: Tensor, kinds: slice) -> Tensor:
         """The rows of `weight` [3 C, ...] that belong to `kinds` of q, k and v."""
@@ -213,11 +212,10 @@ class MultiscaleAttention(nn.Module):
 
 
 class GatedConv(nn.Module):
-    """Inverted bottleneck with a gate and a norm over channels (diffusers `GLUMBConv`).
+    """x + an inverted bottleneck with a gate and a norm over channels (diffusers `GLUMBConv`) of x [B, C, H, W].
 
-    Each half is four times as wide as the input, so to save memory the block runs in `bands` bands of rows, which must divide the
-    height. For the depthwise 3x3, a band also reads the neighboring row on each side, unless that side is a border of the image,
-    and drops the outputs of these rows. The result is the same for any number of bands.
+    Each half is four times as wide as the input, so to save memory the block runs in patches (patches.py). For the depthwise 3x3 a
+    patch also reads the pixels next to it and drops the outputs there. The result is the same for any number of patches.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], name: str, numerics: Numerics, bands: int) -> None:
@@ -228,14 +226,9 @@ class GatedConv(nn.Module):
         self.norm = ChannelNorm(weights, f"{name}norm", numerics, scaled_input=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, done = x.shape[2] // self.bands, []
-        for band in range(self.bands):
-            above, below = int(band > 0), int(band < self.bands - 1)
-            read = x[:, :, band * rows - above : (band + 1) * rows + below]
-            done.append(self.band(read)[:, :, above : above + rows])
-        return torch.cat(done, dim=2)
+        return in_patches(x, self.bands, 1, lambda patch: patch.own(patch.read) + patch.own(self.branch(patch.read)))
 
-    def band(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Tensor:
         scale = self.numerics.scale
         y, gate = self.halves["value"](x), self.halves["gate"](x)
         if not self.numerics.narrow_range:

@@ -24,7 +24,8 @@ from sana_export.graphs.vae_blocks import (
     with_shortcut,
 )
 
-#: The largest number of bands in which the head computes a gated convolution. A stage with fewer rows per latent row has fewer.
+#: The largest number of bands of rows and of columns that the head computes a gated convolution in (patches.py). A stage with fewer
+#: rows per latent row has fewer.
 MAX_BANDS = 4
 
 
@@ -48,7 +49,7 @@ class VaeDecoderHead(nn.Module):
 
     Features are in the graph's precision and stored multiplied by its scale. In the published decoder C' = 512 and f = 4, which is
     1/8 of the image. In a decoder without attention (DC-AE-Lite) the head is the first convolution alone, and f = 1. `bands` save
-    memory (see `GatedConv`). A decoder that decodes images in one piece has enough without them.
+    memory (patches.py). A decoder that decodes images in one piece has enough without them.
     """
 
     def __init__(

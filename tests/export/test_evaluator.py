@@ -8,8 +8,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from onnx import helper
 
-from sana_export.export.evaluator import RangeMeter, StorageEvaluator, TensorEvaluator, typed_model
+from sana_export.export.evaluator import RangeMeter, StorageEvaluator, TensorEvaluator, typed_model, weights_when_needed
 
 
 class Overflowing(torch.nn.Module):
@@ -128,3 +129,18 @@ def test_chosen_tensors_in_each_arithmetic(tmp_path):
     assert [(name, value.dtype, value.shape) for name, value in one.items()] == [(product, np.float32, (4, 16))]
     shapes = TensorEvaluator(path, [quotient, product], arithmetic="stored", shapes=True).run(feeds)
     assert {name: value.tolist() for name, value in shapes.items()} == {quotient: [4, 16], product: [4, 16]}
+
+
+def test_weights_are_computed_right_before_their_first_reader():
+    """And what several layers read, once. All weights at the start of the file would all be in memory at the same time."""
+    weights = [helper.make_node("DequantizeLinear", [f"q{layer}", f"s{layer}"], [f"w{layer}"]) for layer in range(3)]
+    turned = helper.make_node("Transpose", ["w1"], ["w1t"])
+    layers = [
+        helper.make_node("MatMul", ["x", "w0"], ["a"]),
+        helper.make_node("MatMul", ["a", "w1t"], ["b"]),
+        helper.make_node("Add", ["b", "w0"], ["c"]),
+        helper.make_node("MatMul", ["c", "w2"], ["y"]),
+    ]
+    names = {f"{kind}{layer}" for kind in "qs" for layer in range(3)}
+    ordered = weights_when_needed([*weights, turned, *layers], names)
+    assert [node.output[0] for node in ordered] == ["w0", "a", "w1", "w1t", "b", "c", "w2", "y"]

@@ -9,6 +9,7 @@ import torch
 from sana_export.architectures import AUTOENCODER, AUTOENCODER_DEFAULTS, LITE
 from sana_export.graphs import vae_blocks
 from sana_export.graphs.numerics import NUMERICS
+from sana_export.graphs.patches import in_patches, patches_of
 from sana_export.graphs.vae_blocks import MultiscaleAttention
 from sana_export.graphs.vae_decoder import VaeDecoder, VaeDecoderHead, VaeDecoderTail, feature_channels, tile_halo, tile_scale
 from sana_export.runtime.decoding import assemble, plan_windows
@@ -212,11 +213,39 @@ def test_head_and_tail_equal_the_decoder_in_half_precision(precision, config, sc
 @pytest.mark.parametrize("precision", NUMERICS)
 @torch.no_grad()
 def test_bands_change_only_the_order_of_sums(precision, height):
-    """Down to a single row of latents. In half precision, sums of another order are now and then rounded to the next number."""
+    """Down to a single row of latents. In half precision, sums of another order are now and then rounded to the next number.
+
+    On patches of a few pixels torch uses other kernels, so a single latent has a test of its own.
+    """
     vae = build_vae({})
     parts = dict(vae.config), vae.state_dict(), NUMERICS[precision]
     plain, banded = VaeDecoderHead(*parts, bands=1), VaeDecoderHead(*parts)
     assert {module.bands for module in banded.modules() if isinstance(module, MultiscaleAttention)} == {1, 2}
-    latents = torch.randn(1, 32, height, 2)
+    latents = torch.randn(1, 32, height, 5)
     wanted, found = plain(latents).float(), banded(latents).float()
     assert (found - wanted).abs().max() <= 2 * torch.finfo(NUMERICS[precision].dtype).eps * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_a_single_latent_in_patches():
+    vae = build_vae({})
+    parts = dict(vae.config), vae.state_dict(), NUMERICS["float32"]
+    latents = torch.randn(1, 32, 1, 1)
+    wanted, found = VaeDecoderHead(*parts, bands=1)(latents), VaeDecoderHead(*parts)(latents)
+    assert (found - wanted).abs().max() <= ROUNDING * wanted.abs().max()
+
+
+@pytest.mark.parametrize(("bands", "halo"), [(1, 2), (2, 2), (4, 1), (4, 2)])
+def test_patches_read_their_neighborhood_and_nothing_else(bands, halo):
+    """Each patch is its own part of x, read with the pixels around it, and the results are put where the patch was."""
+    x = torch.arange(2 * 8 * 12.0).reshape(1, 2, 8, 12)
+    found = list(patches_of(x, bands, halo))
+    assert len(found) == bands**2
+    rows, columns = 8 // bands, 12 // bands
+    for index, patch in enumerate(found):
+        row, column = index // bands * rows, index % bands * columns
+        read = x[..., max(row - halo, 0) : row + rows + halo, max(column - halo, 0) : column + columns + halo]
+        assert torch.equal(patch.read, read)
+        assert torch.equal(patch.own(patch.read), x[..., row : row + rows, column : column + columns])
+    assert torch.equal(in_patches(x, bands, halo, lambda patch: patch.own(patch.read) * 2), x * 2)
+    assert [patch.read.shape[3] for patch in patches_of(x.half(), bands, halo)] == [12] * bands

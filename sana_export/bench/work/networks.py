@@ -38,6 +38,10 @@ class MetaWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.shapes)
 
+    def on_meta(self) -> MetaWeights:
+        """As `CheckpointWeights.on_meta`: itself."""
+        return self
+
 
 class MetaCheckpoint:
     """A stand-in for a checkpoint in `build_graph`, made from the configs of "transformer", "vae" and "text_encoder"."""

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import table
 from sana_export.cli.verb import Answer, Verb
@@ -20,14 +21,49 @@ _NOTES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Only the common ones."""
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="print how much GPU memory an image takes, for every model, size, quantization scheme and memory mode, computed",
+    )
 
 
 def run(options: argparse.Namespace, console: Console) -> Answer:
+    if options.memory:
+        return _memory()
     licenses = dict.fromkeys(variant.license for variant in VARIANTS.values())
     notes = [*_NOTES, *(f"{_names(text)}: {text}." for text in licenses)]
     document = {"variants": [_document(variant) for variant in VARIANTS.values()]}
     return Answer(document, table(map(_row, VARIANTS.values()), _HEADER) + "\n\n" + "\n".join(notes))
+
+
+def _memory() -> Answer:
+    """The memory plan of every model, size, scheme and mode."""
+    require("", "export")
+    from sana_export.bench.work.activations import ACTIVATIONS
+    from sana_export.bench.work.memory import CUDA_BYTES, MODES, memory_plans
+
+    plans = list(memory_plans())
+    rows = []
+    for plan in plans:
+        stages = [f"{stage.weights / 1e9:.2f} + {(stage.activations + stage.tensors) / 1e9:.2f}" for stage in plan.stages.values()]
+        needs = [f"{plan.bytes(mode) / 1e9:.1f} GB: {_card(plan.card(mode))}" for mode in MODES]
+        rows.append((plan.model, f"{plan.side} px", plan.scheme, *stages, *needs))
+    header = ("model", "size", "quantization", *plans[0].stages, *MODES)
+    notes = [
+        "Computed, not measured. A stage: its weights + what it works in, GB. A mode: the most at a time, and the smallest card.",
+        f"Included: {CUDA_BYTES / 1e9:.1f} GB for CUDA, an assumption. Not included: what other programs and the display use.",
+        "Activations are those of fp16 engines for one image with guidance, as the builder of TensorRT-RTX states them.",
+    ]
+    document = {
+        "memory": [plan.as_json() for plan in plans],
+        "activations": [dataclasses.asdict(row) for row in ACTIVATIONS],
+    }
+    return Answer(document, table(rows, header) + "\n\n" + "\n".join(notes))
+
+
+def _card(gigabytes: int | None) -> str:
+    return "none" if gigabytes is None else f"{gigabytes} GB"
 
 
 def _row(variant: Variant) -> tuple[object, ...]:
@@ -80,7 +116,10 @@ def _names(license: str) -> str:
 VERB = Verb(
     name="variants",
     summary="list the checkpoints that are known by name",
-    description="Lists the checkpoints that are known by name, with their architecture and defaults.",
+    description=(
+        "Lists the checkpoints that are known by name, with their architecture and defaults. With --memory: how much GPU memory "
+        "their images take."
+    ),
     example="sana-export variants --json",
     add_arguments=add_arguments,
     run=run,

@@ -1,0 +1,80 @@
+"""The plan of GPU memory: sums by hand, weights as the export stores them, and the targets that the schemes were made for."""
+
+from __future__ import annotations
+
+import pytest
+
+from sana_export.bench.work.activations import ACTIVATIONS, activations
+from sana_export.bench.work.memory import CUDA_BYTES, MODELS, MODES, QUANTIZED, SIDES, MemoryPlan, StageMemory, memory_plans
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return {(plan.model, plan.side, plan.scheme): plan for plan in memory_plans()}
+
+
+def test_every_combination_has_a_plan(plans):
+    assert set(plans) == {(model, side, scheme) for model in MODELS for side in SIDES for scheme in QUANTIZED}
+
+
+def test_resident_keeps_all_weights_and_one_block_of_work():
+    stages = {"text": StageMemory(4, 1, 2), "denoising": StageMemory(10, 5, 0), "decoding": StageMemory(3, 9, 1)}
+    stages = {
+        name: StageMemory(*(10**9 * value for value in (stage.weights, stage.activations, stage.tensors)))
+        for name, stage in stages.items()
+    }
+    plan = MemoryPlan("600M", 1024, "fp16", stages)
+    assert plan.bytes("resident") == (4 + 10 + 3 + 9 + 1) * 10**9 + CUDA_BYTES
+    assert plan.bytes("staged") == 15 * 10**9 + CUDA_BYTES
+    assert (plan.card("resident"), plan.card("staged")) == (None, 16)
+
+
+def test_weights_are_those_of_the_parameters(plans):
+    """The transformer of 600M has 591.75 million parameters in fp16, apart from tables that the graphs leave out or add."""
+    plan = plans["600M", 1024, "fp16"]
+    context = plan.stages["text"].weights - plans["4.8B", 1024, "fp16"].stages["text"].weights
+    assert context < 0
+    assert plan.stages["denoising"].weights == pytest.approx(2 * 591.7e6 - 0.16e9, rel=0.01)
+    assert plans["600M", 1024, "int8-weight"].stages["denoising"].weights < 0.53 * plan.stages["denoising"].weights
+    assert plans["600M", 1024, "int4-weight"].stages["denoising"].weights < 0.31 * plan.stages["denoising"].weights
+
+
+def test_activations_scale_with_pixels_and_channels():
+    row = next(row for row in ACTIVATIONS if row.graph == "denoiser")
+    assert activations("denoiser", row.side, row.channels) is row
+    other = activations("denoiser", 2 * row.side, row.channels)
+    assert other.bytes == 4 * row.bytes
+    assert "scaled" in other.source
+    assert activations("sampler", 1024, 2240).bytes == 0
+
+
+#: Model, size, scheme and mode to the most bytes that it may take.
+TARGETS = {
+    ("1600M", 1024, "int8-weight", "resident"): 6e9,
+    ("1600M", 1024, "int8-weight, text encoder int4-weight", "staged"): 3.5e9,
+    ("600M", 1024, "int8-weight, text encoder int4-weight", "resident"): 4e9,
+    ("4.8B", 1024, "int8-weight", "resident"): 12e9,
+    ("600M", 4096, "int8-weight", "resident"): 8e9,
+    ("1600M", 4096, "int8-weight", "resident"): 8e9,
+    ("4.8B", 4096, "int8-weight", "staged"): 8e9,
+}
+
+
+@pytest.mark.parametrize(("case", "limit"), TARGETS.items(), ids=map(str, TARGETS))
+def test_targets(plans, case, limit):
+    assert plans[case[:3]].bytes(case[3]) <= limit
+
+
+def test_staged_is_never_more_than_resident(plans):
+    for plan in plans.values():
+        assert [plan.bytes(mode) for mode in MODES] == sorted((plan.bytes(mode) for mode in MODES), reverse=True)
+
+
+def test_the_command_prints_the_plan_and_the_sources_of_its_figures(cli, monkeypatch):
+    stages = {"text": StageMemory(4 * 10**9, 0, 0), "denoising": StageMemory(10**9, 10**9, 5 * 10**8)}
+    monkeypatch.setattr("sana_export.bench.work.memory.memory_plans", lambda: [MemoryPlan("600M", 1024, "fp16", stages)])
+    row = cli("variants", "--memory").out.splitlines()[1]
+    assert row.split("  ")[-2:] == ["6.9 GB: 8 GB", "4.4 GB: 6 GB"]
+    document = cli("variants", "--memory", "--json").json
+    assert document["memory"][0]["modes"]["resident"] == {"bytes": 6_900_000_000, "card_gib": 8}
+    assert {row["graph"] for row in document["activations"]} == {row.graph for row in ACTIVATIONS}
