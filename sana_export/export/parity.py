@@ -14,9 +14,10 @@ from sana_export.quantization import SCHEMES
 
 #: Minimum cosine similarity of a graph's output with its reference, by precision.
 COSINE_LIMITS = {"fp32": 0.999999, "fp16": 0.9999, "bf16": 0.998}
-#: The same for two graphs that round the inputs of their layers to 8 bits: an error of the last bit moves a value at the border
-#: between two steps by a whole step.
-ROUNDED_INPUTS_LIMIT = 0.999
+#: The same for two graphs that round the inputs of their layers to 8 bits. An error of the last bit moves a value at the border
+#: between two steps by a whole step, and half precision has such errors in one of 100 values. Without the rounding, the limits
+#: above hold (graph_files.py).
+ROUNDED_INPUTS_LIMITS = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.98}
 #: Minimum PSNR in dB of an image against the float32 reference, by precision. fp32 images must meet the stricter limits below.
 IMAGE_PSNR_LIMITS = {"fp32": 60.0, "fp16": 40.0, "bf16": 25.0}
 #: Minimum fraction of identical values in an fp32 image.
@@ -60,7 +61,7 @@ def compare_tensors(
     two vectors of equal length at the cosine's limit.
     """
     limit = COSINE_LIMITS[precision] if scheme is None else SCHEMES[scheme].cosine_limit
-    limit = min(limit, ROUNDED_INPUTS_LIMIT) if rounded_inputs else limit
+    limit = min(limit, ROUNDED_INPUTS_LIMITS[precision]) if rounded_inputs else limit
     relative_limit = math.sqrt(2.0 * (1.0 - limit))
     measured, relative = cosine(found, wanted), relative_error(found, wanted)
     passed = bool(np.isfinite(found).all()) and measured >= limit and relative <= relative_limit
