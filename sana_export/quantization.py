@@ -17,6 +17,8 @@ from sana_export.quantization_method import Method, parse_method
 _ALL_RTX = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 #: The bits of one value of each type.
 BITS = {"int8": 8, "fp8": 8, "int4": 4, "fp4": 4}
+#: Bytes of one scale of the types whose scales do not have the bundle's precision. NVFP4 stores its own in FP8.
+SCALE_BYTES = {"fp4": 1}
 #: The name of the embedding table among the parts. It belongs to no graph.
 EMBEDDINGS = "embeddings"
 #: In place of a scheme: the part keeps the bundle's precision.
