@@ -134,11 +134,16 @@ class _Layer:
         assert other is not None
         rank = len(_shape(result))
         order = [*range(rank - 2), rank - 1, rank - 2]
-        flipped = self._node(product, "Transpose", [other], f"{product.name}.input", _permuted(_shape(other), order), perm=order)
+        flipped = _undone(other, order)
+        if flipped is None:
+            flipped = self._node(
+                product, "Transpose", [other], f"{product.name}.input", _permuted(_shape(other), order), perm=order
+            )
         swapped = self._node(product, "MatMul", [flipped, matrix], f"{product.name}.product", _permuted(_shape(result), order))
         back = self._node(product, "Transpose", [swapped], f"{product.name}.output", _shape(result), perm=order)
         result.replace_all_uses_with(back, replace_graph_outputs=True)
         self._graph.remove(product, safe=True)
+        self._remove_unused(other)
 
     def _replace_convolution(self, conv: Node, matrix: Value) -> None:
         """A 1x1 convolution becomes a product over the last axis: ONNX Runtime has integer products, but convolutions with integers
@@ -162,7 +167,11 @@ class _Layer:
             back = self._node(conv, "Transpose", [y], f"{conv.name}.channels", _shape(result), perm=_CHANNELS_FIRST)
             result.replace_all_uses_with(back, replace_graph_outputs=True)
         self._graph.remove(conv, safe=True)
-        if (producer := given.producer()) is not None and not given.uses() and not given.is_graph_output():
+        self._remove_unused(given)
+
+    def _remove_unused(self, value: Value) -> None:
+        """Remove the node that computes `value` if nothing reads it any more."""
+        if (producer := value.producer()) is not None and not value.uses() and not value.is_graph_output():
             self._graph.remove(producer, safe=True)
 
     def _kernel(self, before: Node, matrix: Value, shape: tuple[int, ...]) -> Value:
