@@ -76,7 +76,6 @@ def test_tiles_are_what_600m_in_8_bits_needs_for_4_gb(plans):
     assert plans["600M", 1024, 0, "int8-weight"].bytes("resident") > 4e9
 
 
-
 def test_staged_is_never_more_than_resident(plans):
     for plan in plans.values():
         assert [plan.bytes(mode) for mode in MODES] == sorted((plan.bytes(mode) for mode in MODES), reverse=True)
