@@ -20,7 +20,7 @@ def quantized(tiny_bundle: Path, tiny_checkpoint: Any, build_cache: Path) -> Pat
 @pytest.mark.parametrize(
     ("words", "texts"),
     [
-        (["fp8"], ["the quantization scheme fp8 is not available yet", "--quantize int8-weight"]),
+        (["nvfp4"], ["the quantization scheme nvfp4 is not available yet", "--quantize int8-weight"]),
         (["int8-weight,unet=int8-weight"], ["nothing of 'unet' can be quantized"]),
         (["vae_encoder=int8-weight"], ["the graph vae_encoder is not exported"]),
     ],

@@ -15,6 +15,9 @@ from sana_export.manifest import Options, QuantizedWeight
 from sana_export.quantization import BITS, FALLBACK, SCALE_BYTES, SCHEMES, Scheme, layer_rule, layer_scheme, method_of, part_of
 from sana_export.quantization_method import Method
 
+#: A branch has at most one rank for so many channels on the narrower side of its layer. With more it would not save much.
+NARROWEST = 32
+
 
 def quantizable(module: nn.Module, graph: str) -> dict[str, Tensor]:
     """The weights of `module`, which is the graph `graph`, that some scheme quantizes, by name."""
@@ -58,7 +61,7 @@ def _layout(name: str, parameter: Tensor, scheme: Scheme, linear: bool, method: 
         nearest=not method.moves_weights,
         inputs=scheme.inputs,
         rescaled=method.rescale and scheme is not FALLBACK,
-        rank=min(method.rank, *shape[:2]) if scheme.block else 0,
+        rank=min(method.rank, min(shape) // NARROWEST) if scheme.block else 0,
     )
 
 
