@@ -136,7 +136,7 @@ def _stages(transformer: Mapping[str, Any], side: int, tile: int, weights: Mappi
 
     def stage(graphs: tuple[str, ...], tensors: int) -> StageMemory:
         sides = {"vae_decoder_tail": tile}
-        work = max(activations(graph, sides.get(graph, side), channels).bytes for graph in graphs)
+        work = max(activations(graph, sides.get(graph, side), channels, transformer["num_layers"]).bytes for graph in graphs)
         return StageMemory(sum(weights[graph] for graph in graphs), work, tensors)
 
     return {
