@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BUILDER = "TensorRT-RTX 1.7.1.116"
+_EIGHT = f"{BUILDER}, weights in 8 bits"
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Activations:
 
 #: Apart from `fixed`, the number of blocks does not matter: they run one after the other.
 ACTIVATIONS = (
-    # Its weights are in 8 bits.
-    Activations("text_encoder", 0, 60_889_600),
+    Activations("text_encoder", 0, 60_889_600, source=_EIGHT),
     Activations("context", 0, 89_036_800, 1152, 28, fixed=89_036_800),
+    Activations("context", 0, 121_088_000, 2240, 20, fixed=121_088_000),
     Activations("denoiser", 1024, 130_563_584, 1152, 28, fixed=83_900_000),
     Activations("denoiser", 2048, 264_076_800, 1152, 28, fixed=83_900_000),
     Activations("denoiser", 4096, 830_307_840, 1152, 28, fixed=83_900_000),
+    Activations("denoiser", 1024, 224_543_744, 2240, 20, fixed=134_200_000, source=_EIGHT),
+    Activations("denoiser", 4096, 1_579_168_256, 2240, 20, fixed=134_200_000, source=_EIGHT),
     Activations("vae_decoder", 1024, 813_498_368),
     Activations("vae_decoder", 2048, 3_229_417_472),
     Activations("vae_decoder_head", 1024, 154_540_032),
