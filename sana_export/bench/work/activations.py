@@ -26,8 +26,8 @@ class Activations:
     channels: int = 0
     #: Blocks of the transformer. 0 for graphs of other components.
     layers: int = 0
-    #: Bytes of it that grow with channels and blocks, not with pixels: mostly a copy of the prompt's keys and values. For the denoiser,
-    #: what is left of the figures for 1024 and 4096 px at no pixels.
+    #: Bytes of it that grow with channels and blocks, not with pixels: mostly a copy of the prompt's keys and values. For the
+    #: denoiser, what the figures for 1024 and 4096 px leave for an image without pixels.
     fixed: int = 0
     #: Where the figure comes from.
     source: str = BUILDER
