@@ -24,7 +24,6 @@ from sana_export.manifest import QuantizedWeight
 from sana_export.quantization import BITS
 from sana_export.quantization_method import Method
 
-
 #: The least positive numbers: no step is 0.
 _LEAST = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24}
 

@@ -49,8 +49,11 @@ def _layout(name: str, parameter: Tensor, scheme: Scheme, linear: bool, method: 
     Runtime has integer products for right factors only.
     """
     shape, transposed = tuple(parameter.shape), False
+    rescaled = method.rescale and scheme is not FALLBACK
     if not linear and (scheme.block or scheme.inputs):
         shape, transposed = (math.prod(shape[1:]), shape[0]), True
+    rank = min(method.rank, min(shape) // NARROWEST) if scheme.block else 0
+    moves = rescaled or rank > 0 or ((method.search or method.gptq) and scheme.weights != "fp8")
     return QuantizedWeight(
         name,
         scheme.weights,
@@ -58,10 +61,10 @@ def _layout(name: str, parameter: Tensor, scheme: Scheme, linear: bool, method: 
         axis=0 if scheme.block or not (linear or transposed) else 1,
         block=scheme.block,
         transposed=transposed,
-        nearest=not method.moves_weights,
+        nearest=not moves,
         inputs=scheme.inputs,
-        rescaled=method.rescale and scheme is not FALLBACK,
-        rank=min(method.rank, min(shape) // NARROWEST) if scheme.block else 0,
+        rescaled=rescaled,
+        rank=rank,
     )
 
 
