@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from sana_export.formats.arrays import Array
+from sana_export.json_records import json_value
 from sana_export.quantization import SCHEMES
 from sana_export.verify.quality.meter import FOLDER
 
@@ -83,7 +84,7 @@ class Sample:
 
     def as_json(self) -> dict[str, Any]:
         names = ("prompt", "seed", "place", "recognized", "fault")
-        numbers = {"psnr_db": [*map(_finite, self.psnr_db)], "ssim": list(self.ssim)}
+        numbers = {"psnr_db": [*map(json_value, self.psnr_db)], "ssim": list(self.ssim)}
         return {**{name: getattr(self, name) for name in names}, **numbers}
 
 
@@ -114,7 +115,7 @@ class Likeness:
         }
         if self.lpips is not None:
             document |= {"image_lpips": self.lpips[0], "largest_image_lpips": self.lpips[1]}
-        return finite(document)
+        return {key: json_value(value) for key, value in document.items()}
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Quality:
         document = {
             "prompts": len(self.samples),
             **diffusers.as_json(),
-            **finite({name: getattr(self, name) for name in names}),
+            **{name: json_value(getattr(self, name)) for name in names},
             "against": against[0].as_json() if against else None,
             "faults": [sample.as_json() for sample in self.faults],
             "psnr_limit_db": self.limits.psnr_db,
@@ -197,15 +198,6 @@ class Quality:
 def shown(sample: Sample) -> str:
     """Which image a sample is."""
     return f"{sample.prompt[:40]!r} (seed {sample.seed}, image {sample.place + 1})"
-
-
-def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with infinite numbers as text: JSON has none."""
-    return {key: _finite(value) for key, value in values.items()}
-
-
-def _finite(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mark(passed: bool) -> str:
