@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,24 @@ class Spread:
 
     def as_text(self, digits: int) -> str:
         return f"mean {self.mean:.{digits}f}, 5th percentile {self.low:.{digits}f}, worst {self.worst:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How the bundle drew its images."""
+
+    #: Sampling steps.
+    steps: int
+    #: The bundle's precision.
+    precision: str
+    #: The scheme of each part that is quantized.
+    quantize: Mapping[str, str]
+    #: What ran the bundle.
+    backend: str
+
+    def as_text(self) -> str:
+        parts = "".join(f", {part} {scheme}" for part, scheme in self.quantize.items())
+        return f"{self.steps} step{'' if self.steps == 1 else 's'}, {self.precision} on {self.backend}{parts}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +142,7 @@ class Quality:
 
     #: The bundle's path.
     bundle: str
+    drawn: Drawn
     #: One row for each prompt.
     samples: tuple[Sample, ...]
     #: With the bundle of `--against` first, if there is one, then with diffusers.
@@ -162,6 +181,10 @@ class Quality:
         names = ("top1", "renders_top1", "reconstruction_psnr_db", "reference_reconstruction_psnr_db", "lpips_missing")
         document = {
             "prompts": len(self.samples),
+            "steps": self.drawn.steps,
+            "precision": self.drawn.precision,
+            "quantize": dict(self.drawn.quantize),
+            "backend": self.drawn.backend,
             **diffusers.as_json(),
             **{name: json_value(getattr(self, name)) for name in names},
             "against": against[0].as_json() if against else None,
@@ -173,7 +196,7 @@ class Quality:
         return document | ({"images": [sample.as_json() for sample in self.samples]} if samples else {})
 
     def as_text(self) -> str:
-        lines = [f"quality over {len(self.samples)} prompts"]
+        lines = [f"quality over {len(self.samples)} prompts, {self.drawn.as_text()}"]
         for row in self.comparisons:
             lines.append(f"  against {row.reference}")
             limit = "" if self.limits.psnr_db is None else f"  (limit: mean {self.limits.psnr_db:g} dB)"
