@@ -54,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quality",
         action="store_true",
         help="also measure image quality: PSNR and SSIM against diffusers in fp32 and the bundle of --against, blank and saturated "
-        "images, and for `tiny` the top-1 accuracy of a classifier over 200 prompts and the reconstruction PSNR of the decoder; at the native size, with the "
-        "checkpoint's guidance scale and seeds from 0 on",
+        "images, and for `tiny` the top-1 accuracy of a classifier over 200 prompts and the reconstruction PSNR of the decoder",
     )
     parser.add_argument(
         "--report",
