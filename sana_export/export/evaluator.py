@@ -3,7 +3,8 @@
 ONNX Runtime's CPU provider computes most float16 nodes in float32 and drops the casts between neighbors, so an overflow that a GPU
 would hit never shows. So a graph is rewritten (evaluator_graphs.py) to compute in float32 and to round every intermediate tensor to
 the dtype that the graph declares for it. That is what a GPU stores, with wider accumulation in products. Without the rounding, the
-same rewriting measures how large every intermediate tensor gets. Both can also return intermediate tensors, to find where they begin to differ.
+same rewriting measures how large every intermediate tensor gets. Both can also return intermediate tensors, to find where they
+begin to differ.
 """
 
 from __future__ import annotations
