@@ -67,7 +67,7 @@ _NO_KERNELS = "no runtime that its files could be checked with has kernels for i
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        Scheme("int8-weight", "int8", 0, 19, _ALL_RTX, cosine_limit=0.998, psnr_limit=25.0),
+        Scheme("int8-weight", "int8", 0, 20, _ALL_RTX, cosine_limit=0.998, psnr_limit=25.0),
         Scheme(
             "int4-weight",
             "int4",
@@ -80,8 +80,8 @@ SCHEMES: dict[str, Scheme] = {
             quality_psnr=25.0,
             quality_top1=3.0,
         ),
-        Scheme("int8", "int8", 0, 19, _ALL_RTX, "int8", Method(rescale=True), cosine_limit=0.99, psnr_limit=15.0),
-        Scheme("fp8", "fp8", 0, 19, ("8.9", "12.0", "12.1"), "fp8", cosine_limit=0.99, psnr_limit=15.0),
+        Scheme("int8", "int8", 0, 20, _ALL_RTX, "int8", Method(rescale=True), cosine_limit=0.99, psnr_limit=15.0),
+        Scheme("fp8", "fp8", 0, 20, ("8.9", "12.0", "12.1"), "fp8", cosine_limit=0.99, psnr_limit=15.0),
         Scheme("nvfp4", "fp4", 16, 23, ("12.0", "12.1"), "fp4", quality_psnr=25.0, quality_top1=3.0, missing=_NO_KERNELS),
     )
 }

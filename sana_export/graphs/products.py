@@ -6,6 +6,7 @@ through `product`.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,11 @@ class ProductForm:
     down: Tensor | None = None
     up: Tensor | None = None
 
+    def to(self, device: torch.device) -> ProductForm:
+        """The same on `device`."""
+        moved = (None if tensor is None else tensor.to(device) for tensor in (self.factor, self.down, self.up))
+        return ProductForm(self.inputs, self.scale, *moved)
+
 
 class QuantizedProducts(ProductMode):
     """Computes the layers of `module` that have a form, by the names of their weights."""
@@ -127,17 +133,23 @@ def product_form(weight: QuantizedWeight, tensors: Mapping[str, Tensor]) -> Prod
 
 def compute_quantized(module: nn.Module, forms: Mapping[str, ProductForm]) -> None:
     """Make `module` compute the layers in `forms`, by the names of their weights, in these forms, and all others as they are."""
-    forward = partial(type(module).forward, module)
+    module.__dict__.pop("forward", None)
+    if not forms:
+        return
+    reference, placed = weakref.ref(module), dict[torch.device, Mapping[str, ProductForm]]()
 
     def quantized(*args: Any, **kwargs: Any) -> Any:
-        placed = {name: _beside(form, module.get_parameter(name)) for name, form in forms.items()}
-        with QuantizedProducts(module, placed):
-            return forward(*args, **kwargs)
+        own = reference()  # the module holds this function, and would hold itself
+        assert own is not None
+        device = own.get_parameter(next(iter(forms))).device
+        if device not in placed:  # once: a copy to a GPU cannot be captured
+            placed[device] = {name: form.to(device) for name, form in forms.items()}
+        with QuantizedProducts(own, placed[device]):
+            return type(own).forward(own, *args, **kwargs)
 
     module.forward = quantized
 
 
-def _beside(form: ProductForm, weight: Tensor) -> ProductForm:
-    """`form` on the device of `weight`."""
-    moved = (None if tensor is None else tensor.to(weight.device) for tensor in (form.factor, form.down, form.up))
-    return ProductForm(form.inputs, form.scale, *moved)
+def has_forms(module: nn.Module) -> bool:
+    """Whether `compute_quantized` gave forms to layers of `module`."""
+    return "forward" in module.__dict__

@@ -25,6 +25,10 @@ from sana_export.quantization import BITS
 from sana_export.quantization_method import Method
 
 
+#: The least positive numbers: no step is 0.
+_LEAST = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24}
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedLayer:
     """What takes the place of a weight [in, out]. All numbers are of the graph's dtype, as float32."""
@@ -71,17 +75,17 @@ def quantize_layers(
 
 def _input_scale(matrix: Float32, weight: QuantizedWeight, method: Method, inputs: LayerInputs | None, dtype: DType) -> float:
     """The step of the rounded inputs."""
-    assert inputs is not None  # choose_quantization asks for a calibration
+    assert inputs is not None  # an export asks for a calibration
     importance = input_importance(_summed_taps(matrix, inputs), inputs.rows)
     scale = activation_scale(inputs.rows, float(inputs.maximum.max()), weight.inputs, method.ranges, importance)
-    return float(dtype.widen(dtype.round(np.array([scale], np.float32)))[0])
+    return max(float(dtype.widen(dtype.round(np.array([scale], np.float32)))[0]), _LEAST[dtype.name])
 
 
 def _factor(
     matrices: Mapping[str, Float32], weights: Mapping[str, QuantizedWeight], inputs: LayerInputs, dtype: DType
 ) -> Float32 | None:
     """What to multiply the inputs by, for all layers that read them. None: nothing."""
-    weight = next(iter(weights.values()))
+    weight = weights[next(iter(matrices))]
     together = np.concatenate([_summed_taps(matrix, inputs) for matrix in matrices.values()], axis=1)
     round_inputs = partial(_quantize_rows, dtype=weight.inputs) if weight.inputs else None
     factors = rescaling(together, inputs.maximum, inputs.rows, lambda matrix: _nearest(matrix, weight, dtype).numbers, round_inputs)

@@ -107,7 +107,7 @@ def _largest(magnitudes: Float32, axis: int, block: int) -> Float32:
     return blocks.max(axis=axis + 1).reshape(scale_shape(shape, axis, block))
 
 
-def _at_least(largest: Float32, most: int, dtype: DType) -> Array:
+def _at_least(largest: Float32, most: float, dtype: DType) -> Array:
     """The stored scales. Among tiny numbers of half precision, the nearest one may be much too small: then take the next one."""
     stored = dtype.round(np.where(largest > 0, largest / np.float32(most), np.float32(1)))
     bits = np.ascontiguousarray(stored).view(f"<u{dtype.bytes}")  # the next larger positive number has the next bits
@@ -118,7 +118,7 @@ def _at_least(largest: Float32, most: int, dtype: DType) -> Array:
 def round_to_fp8(weight: Float32, dtype: DType) -> Rounded:
     """`weight` [in, out] in FP8 (E4M3), with one scale for each output channel: its largest magnitude over FP8's."""
     largest = np.abs(weight).max(axis=0)
-    stored = dtype.round(np.where(largest > 0, largest / np.float32(FP8_MAX), np.float32(1)))
+    stored = _at_least(largest, FP8_MAX, dtype)
     scales = dtype.widen(stored)
     codes = (weight / scales).clip(-FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn).view(np.int8)
     return Rounded(codes, stored, dequantize(decode_fp8(codes), scales, axis=1, block=0))

@@ -28,7 +28,7 @@ from sana_export.errors import ArtifactError, DependencyError, UsageError, first
 from sana_export.formats.arrays import Array
 from sana_export.graphs.builders import build_graph
 from sana_export.graphs.denoiser import Block
-from sana_export.graphs.products import compute_quantized, product_form
+from sana_export.graphs.products import compute_quantized, has_forms, product_form
 from sana_export.graphs.vae_blocks import EfficientViTBlock, ResBlock, Upsample
 from sana_export.manifest import Checkpoint, Manifest
 from sana_export.runtime.backends.base import (
@@ -145,9 +145,12 @@ class TorchBackend(Backend):
         except RuntimeError as error:
             raise_out_of_memory(error, f"loading {graph}", self.device)
             raise
-        if self.compiled:
+        compiled = self.compiled and not has_forms(module)
+        if compiled:
             compile_blocks(module)
-        return TorchSession(self.manifest.graphs[graph].spec, module, self.torch_device, self._threads, compiled=self.compiled)
+        elif self.compiled:
+            log.warning("%s has layers that torch.compile would compile one by one, so it runs eager", graph)
+        return TorchSession(self.manifest.graphs[graph].spec, module, self.torch_device, self._threads, compiled=compiled)
 
     def to_device(self, array: Array) -> Tensor:
         return place(array, self.torch_device)
