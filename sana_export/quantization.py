@@ -137,7 +137,7 @@ _TRANSFORMER = (
     LayerRule(r"\.inverted\.weight", 4, _TOLERATES, inputs=4),
     LayerRule(r"\.point\.weight", 4, f"{_TOLERATES}; its input has outliers of 50 times its root mean square"),
     LayerRule(r"\.depthwise\.weight", 16, "nine weights for each channel: little to save, and published 4-bit Sana keeps it"),
-    LayerRule(r"time_embed\..*\.weight", 16, "its output scales and shifts every block"),
+    LayerRule(r"time_embed\..*\.weight", 16, "small: little to save"),
     LayerRule(r"(patch_embed|latents_embed|control_embed|control_in|proj_out|outputs\.\d+)\.weight", 16, _SMALL),
 )
 _CONTEXT = (LayerRule(r"\.weight", 16, "cross-attention's keys and values: published 4-bit Sana keeps them in 16 bits"),)
@@ -183,19 +183,21 @@ def layer_rule(part: str, parameter: str) -> LayerRule:
     return next(found, _EVERYTHING_ELSE)
 
 
-def layer_scheme(scheme: Scheme, rule: LayerRule, inputs: int) -> Scheme | None:
-    """What a layer with `rule` and so many `inputs` takes of `scheme`; None if it keeps the bundle's precision.
+def layer_scheme(part: str, rule: LayerRule, scheme: Scheme, inputs: int) -> Scheme | None:
+    """What a layer of `part` with `rule` and so many `inputs` takes of `scheme`; None if it keeps the bundle's precision.
 
-    A layer that does not tolerate the scheme's bits, or whose inputs its blocks do not divide, takes `FALLBACK`.
+    A layer takes `FALLBACK` if it does not tolerate the scheme's bits, if the scheme's blocks do not divide its inputs, or if the
+    scheme rounds inputs that calibration does not see.
     """
     if rule.bits > FALLBACK.bits:
         return None
-    fits = _tolerates(rule, scheme) and (not scheme.block or inputs % scheme.block == 0)
+    fits = _tolerates(part, rule, scheme) and (not scheme.block or inputs % scheme.block == 0)
     return scheme if fits else FALLBACK
 
 
-def _tolerates(rule: LayerRule, scheme: Scheme) -> bool:
-    return scheme.bits >= rule.bits and scheme.input_bits >= rule.inputs
+def _tolerates(part: str, rule: LayerRule, scheme: Scheme) -> bool:
+    seen = not scheme.inputs or part in CALIBRATED_PARTS
+    return seen and scheme.bits >= rule.bits and scheme.input_bits >= rule.inputs
 
 
 def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[str, str]:
@@ -230,9 +232,7 @@ def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[s
 
 def _tolerated(part: str, name: str) -> str:
     """The scheme `name`, or `FALLBACK` if no layer of `part` takes it."""
-    scheme = SCHEMES[name]
-    seen = not scheme.inputs or part in CALIBRATED_PARTS
-    return name if seen and any(_tolerates(rule, scheme) for rule in LAYERS[part]) else FALLBACK.name
+    return name if any(_tolerates(part, rule, SCHEMES[name]) for rule in LAYERS[part]) else FALLBACK.name
 
 
 def _reason(part: str, scheme: Scheme) -> str:

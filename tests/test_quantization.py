@@ -185,10 +185,12 @@ def test_each_layer_has_its_rule(part: str, parameter: str, bits: int) -> None:
 
 def test_a_layer_that_the_blocks_do_not_fit_takes_8_bits() -> None:
     rule, four = layer_rule("denoiser", "blocks.0.out.weight"), SCHEMES["int4-weight"]
-    assert layer_scheme(four, rule, 64) is four
-    assert layer_scheme(four, rule, 48) is FALLBACK
-    assert layer_scheme(four, layer_rule("vae_decoder", "tail.stages.0.1.conv1.weight"), 64) is FALLBACK
-    assert layer_scheme(four, layer_rule("denoiser", "proj_out.weight"), 64) is None
+    assert layer_scheme("denoiser", rule, four, 64) is four
+    assert layer_scheme("denoiser", rule, four, 48) is FALLBACK
+    assert layer_scheme("vae_decoder", layer_rule("vae_decoder", "tail.stages.0.1.conv1.weight"), four, 64) is FALLBACK
+    assert layer_scheme("denoiser", layer_rule("denoiser", "proj_out.weight"), four, 64) is None
+    assert layer_scheme("denoiser", rule, SCHEMES["int8"], 64) is SCHEMES["int8"]
+    assert layer_scheme("controlnet", rule, SCHEMES["int8"], 64) is FALLBACK
 
 
 def test_a_target_without_the_type_is_refused() -> None:
