@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 
 from sana_export.contract import WEIGHTS_OF
 from sana_export.errors import UsageError
+from sana_export.gpu_support import RTX_CAPABILITIES, RTX_PORTABLE
 from sana_export.quantization_method import Method, parse_method
 
-_ALL_RTX = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 #: The bits of one value of each type.
 BITS = {"int8": 8, "fp8": 8, "int4": 4, "fp4": 4}
+#: Bytes of one scale of the types whose scales do not have the bundle's precision. NVFP4 stores its own in FP8.
+SCALE_BYTES = {"fp4": 1}
 #: The name of the embedding table among the parts. It belongs to no graph.
 EMBEDDINGS = "embeddings"
 #: In place of a scheme: the part keeps the bundle's precision.
@@ -69,13 +71,13 @@ _NO_KERNELS = "no runtime that its files could be checked with has kernels for i
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        Scheme("int8-weight", "int8", 0, 20, _ALL_RTX, cosine_limit=0.998, psnr_limit=25.0),
+        Scheme("int8-weight", "int8", 0, 20, RTX_CAPABILITIES, cosine_limit=0.998, psnr_limit=25.0),
         Scheme(
             "int4-weight",
             "int4",
             32,
             21,
-            _ALL_RTX[1:],
+            RTX_CAPABILITIES[1:],
             method=Method(search=True, rank=32),
             steps=("search", "gptq", "rescale", "low-rank"),
             cosine_limit=0.95,
@@ -88,7 +90,7 @@ SCHEMES: dict[str, Scheme] = {
             "int8",
             0,
             20,
-            _ALL_RTX,
+            RTX_CAPABILITIES,
             inputs="int8",
             method=Method(rescale=True),
             steps=("search", "gptq", "rescale", "ranges"),
@@ -295,18 +297,21 @@ def _check_scheme(name: str) -> None:
         )
 
 
-def check_target(part: str, name: str, backend: str, capabilities: Collection[str], *, fix: str) -> None:
+def check_target(part: str, name: str, backend: str, capabilities: Collection[str], *, fix: str, named: str) -> None:
     """Raise UsageError unless engines of `backend` for these compute capabilities can have the scheme `name` of `part`.
 
-    No compute capability means a portable engine. `fix` is the command that exports `part` with `FALLBACK`, which has every target.
-    For TensorRT the table is an assumption: it was never run.
+    No compute capability means a portable engine. TensorRT-RTX compiles one without the GPUs that lack the type, and says nothing,
+    so it is refused if one that a portable engine contains is missing. `fix` is the command that exports `part` with `FALLBACK`,
+    which has every target, and `named` the one that builds for the GPUs that have the type. For TensorRT the table is an
+    assumption: it was never run.
     """
-    possible = SCHEMES[name].capabilities
-    refused = [capability for capability in capabilities if capability in _ALL_RTX and capability not in possible]
-    if refused:
+    possible, portable = SCHEMES[name].capabilities, not capabilities and backend == "tensorrt-rtx"
+    wanted = RTX_PORTABLE if portable else capabilities
+    if refused := [capability for capability in wanted if capability in RTX_CAPABILITIES and capability not in possible]:
         raise UsageError(
-            f"{backend} has no {SCHEMES[name].weights} for compute capability {', '.join(refused)}",
+            f"{backend} has no {SCHEMES[name].weights} for compute capability {', '.join(refused)}"
+            + (", which a portable engine is for too" if portable else ""),
             found=f"{part} quantized with {name}",
             wanted=f"compute capability {', '.join(possible)}, or another scheme for {part}",
-            fix=fix,
+            fix=named if portable else fix,
         )

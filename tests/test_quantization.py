@@ -194,14 +194,26 @@ def test_a_layer_that_the_blocks_do_not_fit_takes_8_bits() -> None:
 
 
 def test_a_target_without_the_type_is_refused() -> None:
-    check_target("denoiser", "int8-weight", "tensorrt-rtx", ("7.5", "12.0"), fix="")
-    check_target("denoiser", "int4-weight", "tensorrt-rtx", (), fix="")
-    with pytest.raises(UsageError, match=r"tensorrt-rtx has no int4 for compute capability 7\.5") as error:
-        check_target("denoiser", "int4-weight", "tensorrt-rtx", ("7.5", "8.9"), fix="export it again")
+    fixes = {"fix": "export it again", "named": "name the GPUs"}
+    for scheme in ("int8-weight", "int8"):
+        check_target("denoiser", scheme, "tensorrt-rtx", RTX_CAPABILITIES, **fixes)
+        check_target("denoiser", scheme, "tensorrt-rtx", (), **fixes)
+    check_target("denoiser", "int4-weight", "tensorrt-rtx", (), **fixes)
+    check_target("denoiser", "fp8", "tensorrt-rtx", ("8.9", "12.0", "12.1"), **fixes)
+    with pytest.raises(UsageError, match=r"tensorrt-rtx has no int4 for compute capability 7\.5\n") as error:
+        check_target("denoiser", "int4-weight", "tensorrt-rtx", ("7.5", "8.9"), **fixes)
     assert error.value.fix == "export it again"
     with pytest.raises(UsageError, match=r"no fp4 for compute capability 8\.9"):
-        check_target("denoiser", "nvfp4", "tensorrt-rtx", ("8.9",), fix="")
+        check_target("denoiser", "nvfp4", "tensorrt-rtx", ("8.9",), **fixes)
     assert set(FALLBACK.capabilities) == set(RTX_CAPABILITIES), "the fix has every target"
+
+
+def test_a_portable_engine_needs_the_type_on_every_gpu_that_it_is_for() -> None:
+    """TensorRT-RTX would compile one that lacks the others, without a word."""
+    with pytest.raises(UsageError, match=r"no fp8 for compute capability 8\.0, 8\.6, which a portable engine is for too") as error:
+        check_target("denoiser", "fp8", "tensorrt-rtx", (), fix="export it again", named="name the GPUs")
+    assert error.value.fix == "name the GPUs"
+    check_target("denoiser", "fp8", "tensorrt", (), fix="", named="")
 
 
 def test_the_export_command_repeats_the_schemes() -> None:

@@ -21,7 +21,7 @@ from sana_export.machine import find_gpus
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import Profile, Range
 from sana_export.progress import OnProgress, Progress
-from sana_export.quantization import FALLBACK, check_target, part_of
+from sana_export.quantization import FALLBACK, SCHEMES, check_target, part_of
 from sana_export.trt.build import Built
 from sana_export.trt.compatibility import not_for_here
 from sana_export.trt.flavour import flavour_of, load, target_for
@@ -119,7 +119,8 @@ def _check_quantized(bundle: Path, manifest: Manifest, engine: PlannedEngine) ->
             fix=engines_command(bundle, spec.backend),
         )
     again = export_command(bundle, manifest, quantize={**manifest.options.quantize, part: FALLBACK.name})
-    check_target(part, scheme, spec.backend, spec.compute_capabilities, fix=again)
+    named = engines_command(bundle, spec.backend, "--compute-capability", *SCHEMES[scheme].capabilities)
+    check_target(part, scheme, spec.backend, spec.compute_capabilities, fix=again, named=named)
 
 
 def read_instruction_tokens(bundle: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BUILDER = "TensorRT-RTX 1.7.1.116"
+_EIGHT = f"{BUILDER}, weights in 8 bits"
 
 
 @dataclass(frozen=True)
@@ -23,37 +24,47 @@ class Activations:
     bytes: int
     #: Channels of the transformer's stream. 0 for graphs of other components.
     channels: int = 0
+    #: Blocks of the transformer. 0 for graphs of other components.
+    layers: int = 0
+    #: Bytes of it that grow with channels and blocks, not with pixels: mostly a copy of the prompt's keys and values. For the
+    #: denoiser, what the figures for 1024 and 4096 px leave for an image without pixels.
+    fixed: int = 0
     #: Where the figure comes from.
     source: str = BUILDER
 
 
-#: The number of blocks does not matter: they run one after the other. So some rows are those of models with two blocks.
+#: Apart from `fixed`, the number of blocks does not matter: they run one after the other.
 ACTIVATIONS = (
-    Activations("text_encoder", 0, 100 * 10**6, source="computed: the widest tensors of one layer, two prompts of 520 tokens"),
-    Activations("context", 0, 24 * 10**6, source=f"{BUILDER}, that of a ControlNet"),
-    Activations("denoiser", 1024, 121 * 10**6, 2240, f"{BUILDER}, two blocks, with the inputs of a ControlNet"),
-    Activations("denoiser", 4096, 864 * 2**20, 1152, "an earlier build of TensorRT-RTX, version not recorded"),
+    Activations("text_encoder", 0, 60_889_600, source=_EIGHT),
+    Activations("context", 0, 89_036_800, 1152, 28, fixed=89_036_800),
+    Activations("context", 0, 121_088_000, 2240, 20, fixed=121_088_000),
+    Activations("denoiser", 1024, 130_563_584, 1152, 28, fixed=83_900_000),
+    Activations("denoiser", 2048, 264_076_800, 1152, 28, fixed=83_900_000),
+    Activations("denoiser", 4096, 830_307_840, 1152, 28, fixed=83_900_000),
+    Activations("denoiser", 1024, 224_543_744, 2240, 20, fixed=134_200_000, source=_EIGHT),
+    Activations("denoiser", 4096, 1_579_168_256, 2240, 20, fixed=134_200_000, source=_EIGHT),
     Activations("vae_decoder", 1024, 813_498_368),
     Activations("vae_decoder", 2048, 3_229_417_472),
-    Activations("vae_decoder_head", 4096, 2_296_385_536, source=f"{BUILDER}, with bands of rows only"),
+    Activations("vae_decoder_head", 1024, 154_540_032),
+    Activations("vae_decoder_head", 2048, 577_769_472),
+    Activations("vae_decoder_head", 4096, 2_296_385_536),
+    Activations("vae_decoder_tail", 512, 307_232_768),
     Activations("vae_decoder_tail", 1024, 999_292_928),
 )
 
 
-def activations(graph: str, side: int, channels: int) -> Activations:
-    """The row of `graph` for an image of `side` pixels and a transformer of `channels`; 0 bytes for a graph without one.
+def activations(graph: str, side: int, channels: int, layers: int) -> Activations:
+    """The row of `graph` for an image of `side` pixels and a transformer of so many `channels` and `layers`.
 
-    If no row is for this size and width, the nearest one, with its bytes multiplied by the ratio of pixels and of channels.
+    If no row is for this size and width, the nearest one, scaled. A graph without a row has 0 bytes.
     """
     rows = [row for row in ACTIVATIONS if row.graph == graph]
     if not rows:
-        return Activations(graph, side, 0, channels, "computed: less than the tensors that it reads and writes")
-    row = min(rows, key=lambda row: (row.channels not in (0, channels), abs(row.side - side)))
-    ratio = 1.0
-    if row.side:
-        ratio *= (side / row.side) ** 2
-    if row.channels:
-        ratio *= channels / row.channels
-    if ratio == 1.0:
+        return Activations(graph, side, 0, channels, layers, source="computed: less than the tensors that it reads and writes")
+    row = min(rows, key=lambda row: (row.channels not in (0, channels), row.layers not in (0, layers), abs(row.side - side)))
+    wide = channels / row.channels if row.channels else 1.0
+    work = (row.bytes - row.fixed) * wide * ((side / row.side) ** 2 if row.side else 1.0)
+    fixed = row.fixed * wide * (layers / row.layers if row.layers else 1.0)
+    if (scaled := round(work + fixed)) == row.bytes:
         return row
-    return Activations(graph, side, round(row.bytes * ratio), channels, f"{row.source}, scaled by pixels and channels")
+    return Activations(graph, side, scaled, channels, layers, round(fixed), f"{row.source}, scaled by pixels, channels and blocks")

@@ -14,15 +14,18 @@ from typing import Any, cast
 from sana_export.bench.work.activations import activations
 from sana_export.bench.work.networks import MetaCheckpoint
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.contract import DECODERS
 from sana_export.export.quantize.plan import stored_bytes
 from sana_export.manifest import Options
-from sana_export.profiles import DECODER_TILE, UNTILED_AREA
+from sana_export.profiles import DECODER_TILE
 from sana_export.quantization import PARTS, SCHEMES, part_of
 from sana_export.synth.recipes import RECIPES
 
 #: Label to the recipe with the model's widths.
 MODELS = {"600M": "sana-600m-1024px", "1600M": "sana-1600m-1024px", "4.8B": "sana1-5-4-8b-1024px"}
-SIDES = (1024, 2048, 4096)
+#: Height and width of an image, and the side of a decoder tile, in pixels. 0: the decoder runs in one piece. The first of each
+#: size is what happens without `--decoder-tile`.
+SIZES = ((1024, 0), (1024, 512), (2048, 0), (2048, DECODER_TILE), (4096, DECODER_TILE))
 #: What is quantized: label to the scheme of each part.
 QUANTIZED: dict[str, dict[str, str]] = {
     "fp16": {},
@@ -67,6 +70,8 @@ class MemoryPlan:
     model: str
     #: Height and width in pixels.
     side: int
+    #: Side of a decoder tile in pixels, without its halo. 0: the decoder runs in one piece.
+    tile: int
     #: A key of `QUANTIZED`.
     scheme: str
     #: "text", "denoising" and "decoding" to what that stage needs.
@@ -88,6 +93,7 @@ class MemoryPlan:
             "computed": True,
             "model": self.model,
             "side": self.side,
+            "tile": self.tile,
             "scheme": self.scheme,
             "stages": {name: dataclasses.asdict(stage) for name, stage in self.stages.items()},
             "cuda_bytes": CUDA_BYTES,
@@ -100,13 +106,13 @@ def memory_plans() -> Iterator[MemoryPlan]:
     for model, name in MODELS.items():
         recipe = RECIPES[name]
         for scheme, parts in QUANTIZED.items():
-            for side in SIDES:
+            for side, tile in SIZES:
                 weights = {
                     # The text encoder and the decoder are those of every model.
                     graph: _weight_bytes(graph, name if graph in _TRANSFORMER else _ANY, parts.get(part_of(graph)))
                     for graph in (*_TRANSFORMER, *_SHARED)
                 }
-                yield MemoryPlan(model, side, scheme, _stages(recipe.transformer, side, weights))
+                yield MemoryPlan(model, side, tile, scheme, _stages(recipe.transformer, side, tile, weights))
 
 
 @cache
@@ -118,25 +124,24 @@ def _weight_bytes(graph: str, model: str, scheme: str | None) -> int:
     return stored_bytes(graph, cast(SanaCheckpoint, checkpoint), options)
 
 
-def _stages(transformer: Mapping[str, Any], side: int, weights: Mapping[str, int]) -> dict[str, StageMemory]:
+def _stages(transformer: Mapping[str, Any], side: int, tile: int, weights: Mapping[str, int]) -> dict[str, StageMemory]:
     channels = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     cross = transformer["num_cross_attention_heads"] * transformer["cross_attention_head_dim"]
-    tiled = side * side > UNTILED_AREA
-    decoders = ("vae_decoder_head", "vae_decoder_tail") if tiled else ("vae_decoder",)
+    decoders = tuple(sorted(DECODERS[tile > 0]))
     context = transformer["num_layers"] * 2 * BRANCHES * TOKENS * cross * 2
     prompt = BRANCHES * TOKENS * transformer["caption_channels"] * 4
     latents = transformer["in_channels"] * (side // 32) ** 2 * 4
-    features = 512 * (side // 8) ** 2 * 2 if tiled else 0
+    features = 512 * (side // 8) ** 2 * 2
     image = 3 * side**2 * 4 + 3 * side**2
 
     def stage(graphs: tuple[str, ...], tensors: int) -> StageMemory:
-        sides = {"vae_decoder_tail": DECODER_TILE}
-        work = max(activations(graph, sides.get(graph, side), channels).bytes for graph in graphs)
+        sides = {"vae_decoder_tail": tile}
+        work = max(activations(graph, sides.get(graph, side), channels, transformer["num_layers"]).bytes for graph in graphs)
         return StageMemory(sum(weights[graph] for graph in graphs), work, tensors)
 
     return {
         "text": stage(("text_encoder", "context"), prompt + context),
         "denoising": stage(("denoiser",), context + _LATENTS * latents),
-        # Above 2048 px the tiles are put together on the host, after the features are no longer needed.
-        "decoding": stage(decoders, latents + (max(features, image) if tiled else image)),
+        # Tiles are put together on the host, after the features are no longer needed.
+        "decoding": stage(decoders, latents + (max(features, image) if tile else image)),
     }

@@ -48,7 +48,7 @@ def _memory() -> Answer:
     for plan in plans:
         stages = [f"{stage.weights / 1e9:.2f} + {(stage.activations + stage.tensors) / 1e9:.2f}" for stage in plan.stages.values()]
         needs = [f"{plan.bytes(mode) / 1e9:.1f} GB: {_card(plan.card(mode))}" for mode in MODES]
-        rows.append((plan.model, f"{plan.side} px", plan.scheme, *stages, *needs))
+        rows.append((plan.model, _size(plan.side, plan.tile), plan.scheme, *stages, *needs))
     header = ("model", "size", "quantization", *plans[0].stages, *MODES)
     notes = [
         "Computed, not measured. A stage: its weights + what it works in, GB. A mode: the most at a time, and the smallest card.",
@@ -60,6 +60,10 @@ def _memory() -> Answer:
         "activations": [dataclasses.asdict(row) for row in ACTIVATIONS],
     }
     return Answer(document, table(rows, header) + "\n\n" + "\n".join(notes))
+
+
+def _size(side: int, tile: int) -> str:
+    return f"{side} px" + (f", tiles of {tile}" if tile else "")
 
 
 def _card(gigabytes: int | None) -> str:

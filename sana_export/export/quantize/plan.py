@@ -12,7 +12,7 @@ from sana_export.formats.quantized import scale_shape
 from sana_export.graphs.builders import shape_graph
 from sana_export.graphs.numerics import Linear
 from sana_export.manifest import Options, QuantizedWeight
-from sana_export.quantization import BITS, FALLBACK, SCHEMES, Scheme, layer_rule, layer_scheme, method_of, part_of
+from sana_export.quantization import BITS, FALLBACK, SCALE_BYTES, SCHEMES, Scheme, layer_rule, layer_scheme, method_of, part_of
 from sana_export.quantization_method import Method
 
 #: A branch has at most one rank for so many channels on the narrower side of its layer. With more it would not save much.
@@ -76,6 +76,6 @@ def stored_bytes(name: str, checkpoint: SanaCheckpoint, options: Options) -> int
             total += value.numel() * value.element_size()
         else:
             scales = math.prod(scale_shape(weight.shape, weight.axis, weight.block))
-            total += value.numel() * BITS[weight.dtype] // 8 + scales * wide
+            total += value.numel() * BITS[weight.dtype] // 8 + scales * SCALE_BYTES.get(weight.dtype, wide)
             total += weight.rank * sum(weight.shape[:2]) * wide
     return total

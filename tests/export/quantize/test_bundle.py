@@ -20,11 +20,12 @@ from sana_export.calibration.run import Calibration
 from sana_export.cli.bundle_text import bundle_summary
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.bundle import export_bundle
-from sana_export.export.quantize.plan import stored_bytes
+from sana_export.export.quantize.plan import plan_weights, stored_bytes
 from sana_export.files import file_entry
+from sana_export.graphs.builders import shape_graph
 from sana_export.graphs.storage import ALIGNMENT
 from sana_export.hub.origin import HubOrigin
-from sana_export.manifest import FILE_NAME, Manifest, seal
+from sana_export.manifest import FILE_NAME, Manifest, Options, seal
 from sana_export.profiles import custom_profile, profile_named
 from sana_export.quantization import AVAILABLE
 from sana_export.runtime import SanaRuntime
@@ -165,7 +166,8 @@ def test_a_lora_on_a_quantized_layer_is_refused(quantized: Path, tmp_path: Path)
         with pytest.raises(UsageError) as error:
             runtime.load_lora(lora)
         assert "transformer_blocks.0.attn1.to_q in int4-weight" in str(error.value)
-        words = f"--quantize embeddings=int8-weight,text_encoder=int8-weight,denoiser=int4-weight --quantize-method nearest --lora {lora}:1"
+        words = "--quantize embeddings=int8-weight,text_encoder=int8-weight,denoiser=int4-weight --quantize-method nearest"
+        words += f" --lora {lora}:1"
         assert words in str(error.value.fix)
         assert not runtime.loras
         # Cross-attention's keys and values are in the graph `context`, which is not quantized.
@@ -220,6 +222,16 @@ def test_the_size_is_known_before_the_export(quantized: Path, tiny_checkpoint: A
     tensors = len(onnx.load(model(quantized, graph), load_external_data=False).graph.initializer)
     (data,) = manifest.graphs[graph].data
     assert expected <= data.bytes <= expected + tensors * ALIGNMENT
+
+
+def test_a_scale_of_nvfp4_takes_one_byte(tiny_checkpoint: Any) -> None:
+    """A weight takes 1/2 byte and 1/16 for its share of a scale, instead of a byte; an output channel has no scale of two bytes."""
+    eight, four = (Options("fp16", clamp=False, quantize={"denoiser": name}) for name in ("int8-weight", "nvfp4"))
+    planned = plan_weights(shape_graph("denoiser", tiny_checkpoint, four), "denoiser", four)
+    shapes = [weight.shape for weight in planned.values() if weight.dtype == "fp4"]
+    assert shapes
+    saved = stored_bytes("denoiser", tiny_checkpoint, eight) - stored_bytes("denoiser", tiny_checkpoint, four)
+    assert saved == sum(7 * inputs * outputs // 16 + 2 * outputs for inputs, outputs in shapes)
 
 
 @pytest.mark.parametrize(
