@@ -1,6 +1,6 @@
 """What each way to quantize a layer costs: the error of its outputs, for the layers of a transformer of published width.
 
-python benchmarks/quantization_layers.py -o benchmarks/results/quantization-layers.md
+python benchmarks/quantization_layers.py -o benchmarks/out/quantization-layers.md
 
 Two blocks of each transformer with the weights of `sana-export synth --hot`, and inputs from diffusers' network: latents between
 smooth images and noise at several timesteps. What a method learns comes from other latents than those it is measured on.
@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the Markdown file to write")
     parser.add_argument("--variants", nargs="+", default=VARIANT_NAMES, choices=VARIANT_NAMES)
     options = parser.parse_args()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     tables = "\n".join(measure(alias) for alias in options.variants)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

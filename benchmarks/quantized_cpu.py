@@ -1,6 +1,6 @@
 """Quantized bundles on a CPU: eager diffusers, torch.compile, our runtime on each bundle, and OpenVINO, in turns in one process.
 
-python benchmarks/quantized_cpu.py mid --bundle fp32=B --bundle int8=Q -o benchmarks/results/mid-cpu-quantized
+python benchmarks/quantized_cpu.py mid --bundle fp32=B --bundle int8=Q -o benchmarks/out/mid-cpu-quantized
 
 The first bundle is also what OpenVINO runs: as it is, and with the denoiser and the decoder quantized by NNCF, OpenVINO's own
 tool, if that is installed (pip install openvino nncf). Times are seconds of this process's own CPU time, so that other programs on
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-openvino", action="store_true")
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
 
     torch.set_num_threads(1)
     words = {

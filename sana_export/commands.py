@@ -67,6 +67,8 @@ def export_command(
         words += ["--quantize", quantization_words(schemes)]
     if schemes and exported.options.quantize_method:
         words += ["--quantize-method", ",".join(exported.options.quantize_method)]
+    if schemes and exported.options.calibration_file:
+        words += ["--calibration", exported.options.calibration_file]
     for lora in loras:
         words += ["--lora", f"{lora.path}:{scales_text(lora.scale, lora.layer_scales)}"]
     present = {*groups, *(OPTIONAL_GRAPHS[name] for name in exported.graphs if name in OPTIONAL_GRAPHS)}

@@ -1,8 +1,9 @@
-"""Turns JSON values into frozen dataclasses, checking the type of every value: the inverse of `dataclasses.asdict`."""
+"""Turns JSON values into frozen dataclasses, checking the type of every value: the inverse of `dataclasses.asdict`. And back."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +17,11 @@ T = TypeVar("T")
 _SCALARS: dict[Any, tuple[type, ...]] = {str: (str,), bool: (bool,), int: (int,), float: (int, float)}
 #: The largest magnitude of a number. Other programs have no larger integers.
 _MOST = 2**63 - 1
+
+
+def json_value(value: Any) -> Any:
+    """`value`, with infinity and NaN as text, because JSON has neither."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def record_from_json(kind: type[T], value: Any, where: str = "it") -> T:

@@ -43,6 +43,8 @@ class Scheme:
     inputs: str = ""
     #: How its numbers are chosen if the user does not say.
     method: Method = field(default_factory=Method)
+    #: The steps of a method that it can take.
+    steps: tuple[str, ...] = ("search", "gptq")
     #: The least cosine of a graph's outputs with those of the same graph of diffusers.
     cosine_limit: float = 0.0
     #: The least PSNR in dB of an image against diffusers'.
@@ -77,13 +79,35 @@ SCHEMES: dict[str, Scheme] = {
             21,
             RTX_CAPABILITIES[1:],
             method=Method(search=True, rank=32),
+            steps=("search", "gptq", "rescale", "low-rank"),
             cosine_limit=0.95,
             psnr_limit=12.0,
             quality_psnr=25.0,
             quality_top1=3.0,
         ),
-        Scheme("int8", "int8", 0, 20, RTX_CAPABILITIES, "int8", Method(rescale=True), cosine_limit=0.99, psnr_limit=15.0),
-        Scheme("fp8", "fp8", 0, 20, ("8.9", "12.0", "12.1"), "fp8", cosine_limit=0.99, psnr_limit=15.0),
+        Scheme(
+            "int8",
+            "int8",
+            0,
+            20,
+            RTX_CAPABILITIES,
+            inputs="int8",
+            method=Method(rescale=True),
+            steps=("search", "gptq", "rescale", "ranges"),
+            cosine_limit=0.99,
+            psnr_limit=15.0,
+        ),
+        Scheme(
+            "fp8",
+            "fp8",
+            0,
+            20,
+            ("8.9", "12.0", "12.1"),
+            inputs="fp8",
+            steps=("rescale", "ranges"),
+            cosine_limit=0.99,
+            psnr_limit=15.0,
+        ),
         Scheme("nvfp4", "fp4", 16, 23, ("12.0", "12.1"), "fp4", quality_psnr=25.0, quality_top1=3.0, missing=_NO_KERNELS),
     )
 }
@@ -115,16 +139,16 @@ _TRANSFORMER = (
     LayerRule(r"\.inverted\.weight", 4, _TOLERATES, inputs=4),
     LayerRule(r"\.point\.weight", 4, f"{_TOLERATES}; its input has outliers of 50 times its root mean square"),
     LayerRule(r"\.depthwise\.weight", 16, "nine weights for each channel: little to save, and published 4-bit Sana keeps it"),
-    LayerRule(r"time_embed\..*\.weight", 16, "its output scales and shifts every block"),
+    LayerRule(r"time_embed\..*\.weight", 16, "small: little to save"),
     LayerRule(r"(patch_embed|latents_embed|control_embed|control_in|proj_out|outputs\.\d+)\.weight", 16, _SMALL),
 )
 _CONTEXT = (LayerRule(r"\.weight", 16, "cross-attention's keys and values: published 4-bit Sana keeps them in 16 bits"),)
 _AUTOENCODER = (
     LayerRule(
-        r"\.qkv|\.attention\.out", 8, "4 bits were never tried; few operations, so there is little to gain from rounded inputs"
+        r"\.qkv|\.attention\.out|\.inverted\.weight|\.point\.weight|\.conv[12]\.weight",
+        8,
+        "4 bits were never tried; rounded inputs would make most of it, the 3x3 convolutions, slower on a CPU",
     ),
-    LayerRule(r"\.inverted\.weight|\.point\.weight", 8, "4 bits were never tried", inputs=8),
-    LayerRule(r"\.conv[12]\.weight", 8, "4 bits were never tried; on a CPU, rounded inputs make 3x3 convolutions slower"),
     LayerRule(r"\.depthwise\.weight|\.aggregations\.\d+\.\w+\.weight", 16, "few weights for each channel"),
     LayerRule(
         r"stages\.\d+\.\d+\.weight",
@@ -146,8 +170,8 @@ LAYERS: dict[str, tuple[LayerRule, ...]] = {
 }
 #: The parts of a bundle that take a scheme.
 PARTS = tuple(part for part, rules in LAYERS.items() if any(rule.bits < 16 for rule in rules))
-#: The parts whose inputs calibration sees, because it draws images from text.
-CALIBRATED_PARTS = ("text_encoder", "denoiser", "vae_decoder")
+#: The parts whose inputs calibration sees. It makes latents from text, and decodes none.
+CALIBRATED_PARTS = ("text_encoder", "denoiser")
 
 
 def part_of(graph: str) -> str:
@@ -161,19 +185,21 @@ def layer_rule(part: str, parameter: str) -> LayerRule:
     return next(found, _EVERYTHING_ELSE)
 
 
-def layer_scheme(scheme: Scheme, rule: LayerRule, inputs: int) -> Scheme | None:
-    """What a layer with `rule` and so many `inputs` takes of `scheme`; None if it keeps the bundle's precision.
+def layer_scheme(part: str, rule: LayerRule, scheme: Scheme, inputs: int) -> Scheme | None:
+    """What a layer of `part` with `rule` and so many `inputs` takes of `scheme`; None if it keeps the bundle's precision.
 
-    A layer that does not tolerate the scheme's bits, or whose inputs its blocks do not divide, takes `FALLBACK`.
+    A layer takes `FALLBACK` if it does not tolerate the scheme's bits, if the scheme's blocks do not divide its inputs, or if the
+    scheme rounds inputs that calibration does not see.
     """
     if rule.bits > FALLBACK.bits:
         return None
-    fits = _tolerates(rule, scheme) and (not scheme.block or inputs % scheme.block == 0)
+    fits = _tolerates(part, rule, scheme) and (not scheme.block or inputs % scheme.block == 0)
     return scheme if fits else FALLBACK
 
 
-def _tolerates(rule: LayerRule, scheme: Scheme) -> bool:
-    return scheme.bits >= rule.bits and scheme.input_bits >= rule.inputs
+def _tolerates(part: str, rule: LayerRule, scheme: Scheme) -> bool:
+    seen = not scheme.inputs or part in CALIBRATED_PARTS
+    return seen and scheme.bits >= rule.bits and scheme.input_bits >= rule.inputs
 
 
 def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[str, str]:
@@ -208,9 +234,7 @@ def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[s
 
 def _tolerated(part: str, name: str) -> str:
     """The scheme `name`, or `FALLBACK` if no layer of `part` takes it."""
-    scheme = SCHEMES[name]
-    seen = not scheme.inputs or part in CALIBRATED_PARTS
-    return name if seen and any(_tolerates(rule, scheme) for rule in LAYERS[part]) else FALLBACK.name
+    return name if any(_tolerates(part, rule, SCHEMES[name]) for rule in LAYERS[part]) else FALLBACK.name
 
 
 def _reason(part: str, scheme: Scheme) -> str:
@@ -218,8 +242,26 @@ def _reason(part: str, scheme: Scheme) -> str:
     rule = min(LAYERS[part], key=lambda rule: rule.bits)
     if scheme.bits >= rule.bits and scheme.inputs:
         seen = part in CALIBRATED_PARTS
-        return "its layers' inputs keep the bundle's precision" if seen else "calibration, which draws from text, does not run it"
+        return (
+            "its layers' inputs keep the bundle's precision"
+            if seen
+            else "calibration, which makes latents from text, does not run it"
+        )
     return rule.reason
+
+
+def check_method(chosen: Mapping[str, str], words: Iterable[str]) -> tuple[str, ...]:
+    """`words` of `--quantize-method` in one order. Raises UsageError for an unknown one, or one that nothing in `chosen` takes."""
+    method = parse_method(words)
+    if method is None:
+        return ()
+    taken = {step for scheme in chosen.values() for step in SCHEMES[scheme].steps}
+    if unused := [step for step in method.steps if step not in taken]:
+        found = ", ".join(sorted(set(chosen.values()))) or "nothing quantized"
+        raise UsageError(
+            f"no scheme here takes the step {unused[0]}", found=found, wanted=f"a scheme with {unused[0]}, or other steps"
+        )
+    return method.words
 
 
 def calibrated_parts(chosen: Mapping[str, str], words: Iterable[str]) -> tuple[str, ...]:

@@ -33,14 +33,27 @@ class Method:
     ranges: str = "max"
 
     @property
+    def steps(self) -> tuple[str, ...]:
+        """The names of its steps."""
+        given = {
+            "rescale": self.rescale,
+            "search": self.search,
+            "gptq": self.gptq,
+            "low-rank": self.rank,
+            "ranges": self.ranges != "max",
+        }
+        return tuple(name for name, there in given.items() if there)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What `--quantize-method` takes for it."""
+        values = {"low-rank": f"low-rank={self.rank}", "ranges": f"ranges={self.ranges}"}
+        return tuple(values.get(name, name) for name in self.steps) or (NEAREST,)
+
+    @property
     def looks_at_data(self) -> bool:
         """Whether a step needs calibration, apart from the ranges of activations."""
         return self.rescale or self.gptq
-
-    @property
-    def moves_weights(self) -> bool:
-        """Whether a stored number may be further from the checkpoint's than half a step of its scale."""
-        return self.rescale or self.search or self.gptq or bool(self.rank)
 
 
 def parse_method(words: Iterable[str]) -> Method | None:

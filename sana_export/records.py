@@ -210,6 +210,8 @@ class Options:
     quantize_method: tuple[str, ...] = ()
     #: Hash of the calibration that they were chosen with. "": none.
     calibration: str = ""
+    #: The file with the calibration, as the user named it. "": the export measured it.
+    calibration_file: str = ""
 
     def scheme(self, graph: str) -> str | None:
         """The scheme of a graph's weights. None: the precision."""

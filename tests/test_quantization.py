@@ -19,6 +19,7 @@ from sana_export.quantization import (
     PARTS,
     SCHEMES,
     calibrated_parts,
+    check_method,
     check_target,
     choose_quantization,
     layer_rule,
@@ -94,9 +95,9 @@ def test_wrong_words_are_named(words: list[str], texts: list[str]) -> None:
 
 def test_a_part_that_calibration_does_not_run_keeps_its_inputs() -> None:
     chosen = choose_quantization(["int8"], [*DEFAULT, "controlnet"])
-    assert chosen["denoiser"] == chosen["vae_decoder"] == "int8"
-    assert chosen["controlnet"] == chosen["text_encoder"] == chosen["embeddings"] == "int8-weight"
-    with pytest.raises(UsageError, match="calibration, which draws from text, does not run it"):
+    assert chosen["denoiser"] == "int8"
+    assert {chosen[part] for part in ("vae_decoder", "controlnet", "text_encoder", "embeddings")} == {"int8-weight"}
+    with pytest.raises(UsageError, match="calibration, which makes latents from text, does not run it"):
         choose_quantization(["controlnet=fp8"], ["controlnet"])
 
 
@@ -105,7 +106,7 @@ def test_a_part_that_calibration_does_not_run_keeps_its_inputs() -> None:
     [
         (["int8-weight"], [], ()),
         (["int8-weight"], ["search"], ()),
-        (["int8-weight"], ["gptq"], ("text_encoder", "denoiser", "vae_decoder")),
+        (["int8-weight"], ["gptq"], ("text_encoder", "denoiser")),
         (["denoiser=int8"], ["nearest"], ("denoiser",)),
         (["denoiser=int4-weight"], ["nearest"], ()),
         (["text_encoder=int4-weight"], ["low-rank=16"], ()),
@@ -114,6 +115,29 @@ def test_a_part_that_calibration_does_not_run_keeps_its_inputs() -> None:
 )
 def test_what_needs_a_calibration(words: list[str], method: list[str], parts: tuple[str, ...]) -> None:
     assert calibrated_parts(choose_quantization(words, DEFAULT), method) == parts
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words", "text"),
+    [
+        ({"denoiser": "int8-weight"}, ["rescale"], "no scheme here takes the step rescale"),
+        ({"denoiser": "int8"}, ["gptq", "low-rank=8"], "no scheme here takes the step low-rank"),
+        ({"denoiser": "fp8"}, ["search"], "no scheme here takes the step search"),
+        ({}, ["gptq"], "no scheme here takes the step gptq"),
+        ({}, ["foo"], "unknown step"),
+    ],
+)
+def test_a_step_that_nothing_takes_is_refused(chosen: dict[str, str], words: list[str], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        check_method(chosen, words)
+
+
+def test_words_are_kept_in_one_order() -> None:
+    mixed = {"text_encoder": "int4-weight", "denoiser": "int8"}
+    words = ("rescale", "search", "low-rank=8", "ranges=mse")
+    assert check_method(mixed, reversed(words)) == check_method(mixed, words) == words
+    assert check_method(mixed, []) == ()
+    assert check_method(mixed, ["nearest"]) == ("nearest",)
 
 
 def test_the_words_of_a_method() -> None:
@@ -161,10 +185,12 @@ def test_each_layer_has_its_rule(part: str, parameter: str, bits: int) -> None:
 
 def test_a_layer_that_the_blocks_do_not_fit_takes_8_bits() -> None:
     rule, four = layer_rule("denoiser", "blocks.0.out.weight"), SCHEMES["int4-weight"]
-    assert layer_scheme(four, rule, 64) is four
-    assert layer_scheme(four, rule, 48) is FALLBACK
-    assert layer_scheme(four, layer_rule("vae_decoder", "tail.stages.0.1.conv1.weight"), 64) is FALLBACK
-    assert layer_scheme(four, layer_rule("denoiser", "proj_out.weight"), 64) is None
+    assert layer_scheme("denoiser", rule, four, 64) is four
+    assert layer_scheme("denoiser", rule, four, 48) is FALLBACK
+    assert layer_scheme("vae_decoder", layer_rule("vae_decoder", "tail.stages.0.1.conv1.weight"), four, 64) is FALLBACK
+    assert layer_scheme("denoiser", layer_rule("denoiser", "proj_out.weight"), four, 64) is None
+    assert layer_scheme("denoiser", rule, SCHEMES["int8"], 64) is SCHEMES["int8"]
+    assert layer_scheme("controlnet", rule, SCHEMES["int8"], 64) is FALLBACK
 
 
 def test_a_target_without_the_type_is_refused() -> None:

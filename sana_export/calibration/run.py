@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from sana_export.calibration.observer import GraphInputs, ObservedProducts
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.contract import GRAPH_GROUPS
-from sana_export.errors import UsageError
+from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.bundle import choose_options, model_info
 from sana_export.export.example_inputs import graph_spec
 from sana_export.export.half import WideProducts
@@ -52,14 +53,16 @@ class ObservingBackend(TorchBackend):
 
     def load(self, graph: str) -> TorchSession:
         session = super().load(graph)
-        forward = session.module.forward
+        reference = weakref.ref(session.module)
         mode: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if graph in self.seen:
             mode = ObservedProducts(quantizable(session.module, graph), self.seen[graph])
 
-        def observed(*args: torch.Tensor, **kwargs: torch.Tensor) -> object:
+        def observed(*args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+            module = reference()  # the module holds this function, and would hold itself
+            assert module is not None
             with mode, WideProducts():
-                return forward(*args, **kwargs)
+                return type(module).forward(module, *args, **kwargs)
 
         session.module.forward = observed
         return session
@@ -79,22 +82,26 @@ class Calibration:
     rows: int = ROWS
 
     def key(self, checkpoint: SanaCheckpoint, options: Options, parts: Sequence[str]) -> str:
-        return self._record(checkpoint, options, parts).key
+        return self.record(checkpoint, options, parts).key
 
     def open(
         self, checkpoint: SanaCheckpoint, options: Options, parts: Sequence[str], folder: Path, on_progress: OnProgress
     ) -> CalibrationFile:
-        path, record = folder / MEASURED, self._record(checkpoint, options, parts)
+        path, record = folder / MEASURED, self.record(checkpoint, options, parts)
         if not path.exists():
             _measure(checkpoint, options, record, path, on_progress)
         return CalibrationFile(path)
 
-    def _record(self, checkpoint: SanaCheckpoint, options: Options, parts: Sequence[str]) -> CalibrationRecord:
-        """Raises UsageError for a value that does not fit."""
+    def record(self, checkpoint: SanaCheckpoint, options: Options, parts: Sequence[str]) -> CalibrationRecord:
+        """What a measurement of `parts` is made of. Raises UsageError for a value that does not fit."""
+        if not parts or (unknown := set(parts) - set(CALIBRATED_PARTS)):
+            found = min(unknown) if parts else "no parts"
+            raise UsageError("a graph that calibration does not run", found=found, wanted=f"some of {', '.join(CALIBRATED_PARTS)}")
+        parts = [part for part in CALIBRATED_PARTS if part in parts]
         rows = integer("rows", self.rows, 1, MOST_ROWS)
-        prompts = tuple(self.prompts)
+        prompts = () if isinstance(self.prompts, str) else tuple(self.prompts)
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise UsageError("there is nothing to calibrate with", found=repr(prompts)[:80], wanted="a list of prompts")
+            raise UsageError("there is nothing to calibrate with", found=repr(self.prompts)[:80], wanted="a list of prompts")
         own = model_info(checkpoint, "")
         steps = own.default_steps if self.steps is None else integer("steps", self.steps, 1, 1000)
         size = own.native_size if self.size is None else integer("size", self.size, own.vae_scale_factor, MAX_SIDE)
@@ -128,8 +135,10 @@ def calibrate(
     argument that does not fit, DependencyError if the disk is full.
     """
     place = user_path(output, "the calibration file")
+    if place.is_dir():
+        raise UsageError(f"{place} is a folder", found="a folder", wanted="the name of a file", fix=f"-o {place / MEASURED}")
     options = choose_options(checkpoint, precision, (), clamp)
-    record = calibration._record(checkpoint, options, parts)
+    record = calibration.record(checkpoint, options, parts)
     _measure(checkpoint, options, record, place, on_progress)
     return CalibrationFile(place)
 
@@ -137,6 +146,8 @@ def calibrate(
 def _measure(checkpoint: SanaCheckpoint, options: Options, record: CalibrationRecord, path: Path, on_progress: OnProgress) -> None:
     """Measure what `record` says and write it to `path`."""
     plain = replace(options, quantize={}, pag_layers=())
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path), tempfile.TemporaryDirectory(prefix="tmp-", dir=path.parent) as folder:
         manifest = _manifest(checkpoint, plain, Path(folder))
         backend = ObservingBackend(Path(folder), manifest, checkpoint, record.parts, record.rows)
@@ -172,6 +183,7 @@ def _draw(runtime: SanaRuntime, record: CalibrationRecord, on_progress: OnProgre
             width=record.size,
             seed=index,
             use_resolution_binning=False,
+            output_type="latent",
         )
     on_progress(Progress("calibrating", len(record.prompts), len(record.prompts)))
 
@@ -185,10 +197,20 @@ def _numbered(seen: dict[str, GraphInputs]) -> dict[str, dict[str, int]]:
 
 def _write(path: Path, record: CalibrationRecord, seen: dict[str, GraphInputs]) -> None:
     tensors: dict[str, np.ndarray] = {}
-    for sample in (sample for inputs in seen.values() for sample in inputs.samples.values()):
+    for graph, layer, sample in ((graph, *found) for graph, inputs in seen.items() for found in inputs.samples.items()):
+        if not np.isfinite(sample.maximum).all():
+            raise ArtifactError(
+                f"the input of {layer} of the {graph} is not finite",
+                found=f"infinity or NaN in {record.precision}",
+                wanted="finite numbers",
+                fix="--dtype bf16, or --dtype fp32",
+            )
         index = len(tensors) // 2
         tensors[f"{index}.maximum"], tensors[f"{index}.rows"] = sample.maximum, sample.rows
     partial, stated = partial_path(path), {"record": asdict(record), "layers": _numbered(seen)}
-    save_file(tensors, partial, metadata={METADATA: json.dumps(stated)})
-    partial.chmod(0o644)  # save_file makes it readable for the owner only
-    partial.replace(path)
+    try:
+        save_file(tensors, partial, metadata={METADATA: json.dumps(stated)})
+        partial.chmod(0o644)  # save_file makes it readable for the owner only
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -39,8 +39,8 @@ from sana_export.graphs.vae_encoder import VaeEncoderHead, encoder_halo, encoder
 from sana_export.manifest import FILE_NAME, PRECISIONS, GraphEntry, Manifest, ModelInfo, Options, parse_graph
 from sana_export.output_folder import OutputFolder
 from sana_export.progress import OnProgress, ignore_progress
+from sana_export.quantization import CALIBRATED_PARTS, calibrated_parts, check_method, choose_quantization
 from sana_export.quantization import EMBEDDINGS as QUANTIZED_EMBEDDINGS
-from sana_export.quantization import calibrated_parts, choose_quantization
 from sana_export.user_paths import user_path
 from sana_export.variants import SPRINT_STEPS, STEPS
 
@@ -73,8 +73,10 @@ def export_bundle(
     the stored weights).
     `graphs`: the graphs to export, and groups of them (contract.GRAPH_GROUPS): ["default", "img2img"] adds image-to-image and
     inpainting. Empty: "default", and all groups for a checkpoint that was opened with a ControlNet.
-    `quantize`: schemes that store weights in few bits (quantization.py): ["int8-weight"] for all parts of the bundle that take one,
+    `quantize`: schemes (quantization.py): ["int8-weight"] for all parts of the bundle that take one,
     or ["text_encoder=int4-weight"] for one part. Several are combined.
+    `quantize_method`: the steps that choose the numbers (quantization_method.py). Empty: each scheme's own.
+    `calibration`: what layers read, if the quantization takes that: how to measure it (`sana_export.Calibration()`), or a file.
     `on_progress`: is called with a `Progress` at every step.
 
     If `output` already is the result of this export, it is kept, with its engines. Waits if another process is exporting to
@@ -141,6 +143,7 @@ def _export(
         manifest.save(partial)
         journal.path.unlink()
         (partial / MEASURED).unlink(missing_ok=True)
+        remove_temporary(partial)
         place.put(last=FILE_NAME)
     meter.done()
     log.info("exported in %.0f s with a peak of %.2f GB of memory", meter.seconds, peak_rss_bytes() / 1e9)
@@ -156,20 +159,27 @@ def _quantized(
     calibration: CalibrationSource | Path | None,
 ) -> tuple[Options, CalibrationSource | None]:
     """`options` with what is quantized and how, and the calibration if it takes one. Raises UsageError if there is none for it."""
-    chosen, words = choose_quantization(quantize, names), tuple(method)
-    parts = calibrated_parts(chosen, words)
-    options = dataclasses.replace(options, quantize=chosen, quantize_method=words if chosen else ())
+    chosen = choose_quantization(quantize, names)
+    words = check_method(chosen, method)
+    options = dataclasses.replace(options, quantize=chosen, quantize_method=words)
+    parts, given = calibrated_parts(chosen, words), isinstance(calibration, str | Path)
+    if given and not parts:  # steps that can do without look at it too
+        parts = tuple(part for part in CALIBRATED_PARTS if part in chosen)
+    if not parts and given:
+        wanted = f"a scheme for {' or '.join(CALIBRATED_PARTS)}, or no calibration"
+        raise UsageError("nothing that is quantized takes a calibration", found=str(calibration), wanted=wanted)
     if not parts:
         return options, None
     if calibration is None:
         raise UsageError(
             f"{', '.join(parts)} cannot be quantized like this without a calibration",
             found=", ".join(f"{part}={chosen[part]}" for part in parts),
-            wanted="calibration=sana_export.Calibration(), or a file of `sana-export calibrate`",
-            fix="quantize_method=['nearest'] stores weights in 8 or 4 bits without one",
+            wanted="how to measure one, or a file of `sana-export calibrate`",
+            fix="calibration=sana_export.Calibration()",
         )
     source = CalibrationFile(user_path(calibration, "the calibration file")) if isinstance(calibration, str | Path) else calibration
-    return dataclasses.replace(options, calibration=source.key(checkpoint, options, parts)), source
+    file = str(calibration) if given else ""
+    return dataclasses.replace(options, calibration=source.key(checkpoint, options, parts), calibration_file=file), source
 
 
 def choose_options(checkpoint: SanaCheckpoint, precision: str, pag_layers: Iterable[str | int], clamp: bool | None) -> Options:
@@ -276,10 +286,12 @@ class Journal:
             document = {}
         if document.get("key") == key:
             self.graphs = {name: parse_graph(entry) for name, entry in document["graphs"].items()}
-            log.info("continuing after %s", ", ".join(self.graphs))
+            log.info("continuing after %s", ", ".join(self.graphs) or "the start")
+            remove_temporary(partial)
         else:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+            self.add({})  # a calibration is kept even if no graph is finished
 
     def finished(self, names: Iterable[str]) -> dict[str, GraphEntry] | None:
         """The entries of the graphs `names`, which share a folder. None unless all are finished and their files are undamaged."""
@@ -298,6 +310,12 @@ class Journal:
         self.graphs |= entries
         document = {"key": self.key, "graphs": {name: dataclasses.asdict(graph) for name, graph in self.graphs.items()}}
         write_whole(self.path, json.dumps(document))
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what a killed process left in the folder of an export, and what Windows keeps while it is mapped."""
+    for path in [*folder.glob("tmp-*"), *folder.glob("onnx/*/tmp-*")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def model_info(checkpoint: SanaCheckpoint, instruction: str, *, encoder: bool = False) -> ModelInfo:

@@ -1,14 +1,15 @@
 """Half precision on a CPU: what a GPU would store, and how large each tensor gets.
 
 ONNX Runtime's CPU provider computes most float16 nodes in float32 and drops the casts between neighbors, so an overflow that a GPU
-would hit never shows. This module rewrites a graph to compute in float32 and to round every intermediate tensor to the dtype that
-the graph declares for it. That is what a GPU stores, with wider accumulation in products. Without the rounding, the same rewriting
-measures how large every intermediate tensor gets. Both can also return intermediate tensors, to find where they begin to differ.
+would hit never shows. So a graph is rewritten (evaluator_graphs.py) to compute in float32 and to round every intermediate tensor to
+the dtype that the graph declares for it. That is what a GPU stores, with wider accumulation in products. Without the rounding, the
+same rewriting measures how large every intermediate tensor gets. Both can also return intermediate tensors, to find where they
+begin to differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import NodeProto, TensorProto, helper
+from onnx import TensorProto, helper
 
+from sana_export.export.evaluator_graphs import HALF, cut, half_values, read_unrounded_inputs, typed_model, widen, with_shapes
 from sana_export.formats.arrays import Array
 from sana_export.formats.linked_files import pass_linked_files
-from sana_export.formats.quantized import WHOLE_ACTIVATIONS
+from sana_export.formats.quantized import UNROUNDED_ACTIVATIONS
 
-HALF: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 CPU = ("CPUExecutionProvider",)
 LARGEST = {"float16": 65504.0, "bfloat16": float(np.finfo(np.float32).max)}
-#: Operators that only move values. Their outputs are rounded already.
-MOVES = {
-    *("Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "Pad"),
-    *("Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
-}
 
 
 @dataclass(frozen=True)
@@ -65,20 +61,13 @@ class StorageEvaluator:
         #: Whether the graph rounds inputs of layers.
         self.rounds_inputs = round_inputs and any(node.op_type == "QuantizeLinear" for node in model.graph.node)
         if not round_inputs:
-            _read_whole_inputs(model)
-        if not _half_values(model) and not round_inputs:
-            self._dtypes: Mapping[str, int] = {}
-            self._session = _session(model, path.parent, threads, optimized=True)
-            return
-        if not _half_values(model):
-            options = _options(threads)
-            maps = pass_linked_files(options, path.read_bytes(), path.parent, path.resolve().parent)
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            del maps  # the session has copied them
-            self._dtypes = {}
+            read_unrounded_inputs(model)
+        self._dtypes: Mapping[str, int] = {}
+        if not half_values(model):
+            self._session = _file_session(path, threads) if round_inputs else _session(model, path.parent, threads, optimized=True)
             return
         self._dtypes = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
-        self._session = _session(_widen(model, store=True), path.parent, threads)
+        self._session = _session(widen(model, store=True), path.parent, threads)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         names = [output.name for output in self._session.get_outputs()]
@@ -96,10 +85,10 @@ class RangeMeter:
         model = typed_model(path)
         self._graph = model.graph.name
         self._outputs = [output.name for output in model.graph.output]
-        self._values = _half_values(model)
+        self._values = half_values(model)
         self._operators = {name: node.op_type for node in model.graph.node for name in node.output}
         measured = [name for name in self._values if name in self._operators]
-        widened = _widen(model, store=False)
+        widened = widen(model, store=False)
         # An overflow becomes NaN further on, so NaN counts as an overflow. (ReduceMax ignores it.)
         widened.graph.initializer.append(onnx.numpy_helper.from_array(np.array(np.inf, np.float32), "//infinity"))
         for name in measured:
@@ -152,9 +141,9 @@ class TensorEvaluator:
     ) -> None:
         model = cut(typed_model(path), tensors)
         native = arithmetic == "native"
-        model = model if native else _widen(model, store=arithmetic == "stored")
+        model = model if native else widen(model, store=arithmetic == "stored")
         if shapes:
-            model = _with_shapes(model)
+            model = with_shapes(model)
         self._tensors = tuple(tensors)
         self._session = _session(model, path.parent, threads, optimized=native, providers=providers)
 
@@ -171,137 +160,22 @@ class TensorEvaluator:
         }
 
 
-def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """The part of `model` that computes `tensors`, which become its outputs. Each is computed by a node and has a known dtype."""
-    types = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
-    needed, nodes = set(tensors), []
-    for node in reversed(model.graph.node):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            nodes.append(node)
-    part = onnx.ModelProto()
-    part.CopyFrom(model)
-    for kept in (part.graph.node, part.graph.output, part.graph.initializer, part.graph.value_info):
-        del kept[:]
-    part.graph.node.extend(reversed(nodes))
-    part.graph.output.extend(types[name] for name in tensors)
-    part.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in needed)
-    part.graph.value_info.extend(value for value in model.graph.value_info if value.name in needed)
-    return part
-
-
-def typed_model(path: Path) -> onnx.ModelProto:
-    """The model with the dtype of every value inferred. Its weights stay on disk."""
-    model = onnx.load(path, load_external_data=False)
-    return onnx.shape_inference.infer_shapes(model)
-
-
-def _read_whole_inputs(model: onnx.ModelProto) -> None:
-    """Remove every pair of QuantizeLinear and DequantizeLinear from `model`."""
-    rounded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    whole = {node.output[0]: rounded[node.input[0]] for node in model.graph.node if node.input and node.input[0] in rounded}
-    kept = [node for node in model.graph.node if not {*rounded, *whole}.intersection(node.output)]
-    for node in kept:
-        node.input[:] = [whole.get(name, name) for name in node.input]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
-
-
-def _half_values(model: onnx.ModelProto) -> dict[str, int]:
-    """Name to dtype of every half-precision input, output and intermediate tensor."""
-    graph = model.graph
-    values = (*graph.input, *graph.value_info, *graph.output)
-    typed = {value.name: value.type.tensor_type.elem_type for value in values}
-    return {name: dtype for name, dtype in typed.items() if dtype in HALF}
-
-
-def _widen(model: onnx.ModelProto, *, store: bool) -> onnx.ModelProto:
-    """The model, computing in float32. With `store`, every half-precision value is rounded to its dtype when it is computed."""
-    half = _half_values(model)
-    graph = onnx.GraphProto()
-    graph.CopyFrom(model.graph)
-    del graph.node[:], graph.value_info[:]
-    nodes: list[NodeProto] = []
-    for tensor in graph.initializer:
-        if tensor.data_type in HALF:
-            nodes.append(_cast(f"{tensor.name}//stored", tensor.name, TensorProto.FLOAT))
-            tensor.name = f"{tensor.name}//stored"
-    for value in (*graph.input, *graph.output):
-        if value.name in half:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
-    for original in model.graph.node:
-        node = NodeProto()
-        node.CopyFrom(original)
-        _widen_attributes(node)
-        rounded = [name for name in node.output if store and name in half and node.op_type not in MOVES]
-        node.output[:] = [f"{name}//wide" if name in rounded else name for name in node.output]
-        nodes.append(node)
-        for name in rounded:
-            nodes.append(_cast(f"{name}//wide", f"{name}//stored", half[name]))
-            nodes.append(_cast(f"{name}//stored", name, TensorProto.FLOAT))
-    graph.node.extend(weights_when_needed(nodes, {tensor.name for tensor in graph.initializer}))
-    widened = onnx.ModelProto()
-    widened.CopyFrom(model)
-    widened.graph.CopyFrom(graph)
-    return widened
-
-
-def weights_when_needed(nodes: Sequence[NodeProto], weights: Collection[str]) -> list[NodeProto]:
-    """`nodes` in an order in which a node that computes from `weights` alone comes right before the first one that reads it.
-
-    Sessions run the nodes in this order. So a weight is in float32 only while its layer runs: all weights at once would take twice
-    the memory of a file in half precision, and eight times that of one in 4 bits.
-    """
-    constant, waiting, ordered = set(weights), dict[str, NodeProto](), list[NodeProto]()
-
-    def place(node: NodeProto) -> None:
-        for name in node.input:
-            if name in waiting:
-                place(waiting.pop(name))
-        ordered.append(node)
-
-    for node in nodes:
-        if node.input and constant.issuperset(node.input) and len(node.output) == 1:
-            constant.add(node.output[0])
-            waiting[node.output[0]] = node
-        else:
-            place(node)
-    return [*ordered, *waiting.values()]
-
-
-def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model`, in place, with the shape of each output in its place, int64 [rank]. Each is measured when it is computed."""
-    measured, nodes = [value.name for value in model.graph.output], list(model.graph.node)
-    del model.graph.node[:], model.graph.output[:]
-    for node in nodes:
-        model.graph.node.append(node)
-        model.graph.node.extend(helper.make_node("Shape", [name], [f"{name}//shape"]) for name in node.output if name in measured)
-    outputs = (helper.make_tensor_value_info(f"{name}//shape", TensorProto.INT64, [None]) for name in measured)
-    model.graph.output.extend(outputs)
-    return model
-
-
-def _widen_attributes(node: NodeProto) -> None:
-    """Make half-precision constants and cast targets float32."""
-    for attribute in node.attribute:
-        if node.op_type == "Cast" and attribute.name == "to" and attribute.i in HALF:
-            attribute.i = TensorProto.FLOAT
-        if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type in HALF:
-            wide = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
-            attribute.t.CopyFrom(onnx.numpy_helper.from_array(wide, attribute.t.name))
-
-
-def _cast(source: str, target: str, dtype: int) -> NodeProto:
-    return helper.make_node("Cast", [source], [target], to=dtype)
-
-
 def _options(threads: int | None) -> onnxruntime.SessionOptions:
     """The options of a session. ONNX Runtime chooses the number of threads if `threads` is None."""
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    options.add_session_config_entry(*WHOLE_ACTIVATIONS)
+    options.add_session_config_entry(*UNROUNDED_ACTIVATIONS)
     return options
+
+
+def _file_session(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    """A session of the file as it is, which ONNX Runtime optimizes and whose weights it maps."""
+    options = _options(threads)
+    maps = pass_linked_files(options, path.read_bytes(), path.parent, path.resolve().parent)
+    session = onnxruntime.InferenceSession(path, options, providers=[*CPU])
+    del maps  # the session has copied them
+    return session
 
 
 def _session(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sana_export.formats.arrays import Array
+from sana_export.json_records import json_value
 from sana_export.quantization import SCHEMES
 
 #: Minimum cosine similarity of a graph's output with its reference, by precision.
@@ -47,7 +48,7 @@ class Parity:
 
     def as_json(self) -> dict[str, Any]:
         """The fields that have a value, ready for JSON."""
-        return {key: _finite(value) for key, value in asdict(self).items() if value is not None}
+        return {key: json_value(value) for key, value in asdict(self).items() if value is not None}
 
 
 def compare_tensors(
@@ -135,8 +136,3 @@ def ssim(found: Array, wanted: Array) -> float:
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
     return float(similarity.mean())
-
-
-def _finite(value: Any) -> Any:
-    """`value`, with infinity and NaN as strings, because JSON has neither."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,7 +15,7 @@ ONNX_TYPES = {"int8": 3, "int4": 22, "fp8": 17}
 FP8_MAX = 448.0
 #: A configuration entry of ONNX Runtime's sessions. By default it rounds the activations before 4-bit weights to 8 bits; with this
 #: entry it computes in float32.
-WHOLE_ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "1")
+UNROUNDED_ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "1")
 #: The same: weights are dequantized when the session is created. By default it dequantizes them in every run, which on a CPU takes
 #: 1.1 to 1.4 times as long.
 DEQUANTIZED_ONCE = ("session.disable_quant_qdq", "1")

@@ -21,7 +21,7 @@ def _columns(x: Tensor, bands: int) -> int:
 class Patch:
     """One of the equal parts of x [B, C, H, W], with the pixels around it that its layer reads."""
 
-    #: The patch, and on every side that is no border of x as many more pixels as the layer reads, [B, C, h, w].
+    #: The patch, and on every side that is not a border of x as many more pixels as the layer reads, [B, C, h, w].
     read: Tensor
     #: The rows of `read` that are the patch's own.
     rows: slice

@@ -9,7 +9,7 @@ import onnx
 
 from sana_export.commands import repair_command
 from sana_export.errors import UsageError
-from sana_export.export.evaluator import typed_model
+from sana_export.export.evaluator_graphs import typed_model
 from sana_export.files import check_files
 from sana_export.formats.onnx_weights import check_external_data
 from sana_export.known_files import hash_always

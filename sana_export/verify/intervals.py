@@ -10,6 +10,7 @@ import numpy as np
 
 from sana_export.export.parity import psnr, ssim
 from sana_export.formats.arrays import Array
+from sana_export.json_records import json_value
 from sana_export.manifest import Manifest
 from sana_export.progress import OnProgress, Progress, ignore_progress
 from sana_export.runtime import SanaRuntime
@@ -17,7 +18,6 @@ from sana_export.runtime.guidance import WHOLE, Interval
 from sana_export.runtime.inputs import checked_interval
 from sana_export.runtime.plan import Plan
 from sana_export.verify.quality.meter import BATCH, Meter, percent, quality_requests
-from sana_export.verify.quality.result import finite
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class IntervalCost:
     full_top1: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return finite(vars(self))
+        return {key: json_value(value) for key, value in vars(self).items()}
 
     def as_text(self) -> str:
         ms, full = 1e3 * self.seconds, 1e3 * self.full_seconds

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from sana_export.json_records import json_value
 from sana_export.verify.graph_layers import TensorOrigin
 
 
@@ -37,7 +38,7 @@ class TensorRow:
         return "ok" if self.passed else "DRIFTS" if self.drifts else "recovers"
 
     def as_json(self) -> dict[str, Any]:
-        measured = {key: _json(value) for key, value in vars(self).items() if key != "origin"}
+        measured = {key: json_value(value) for key, value in vars(self).items() if key != "origin"}
         return {**vars(self.origin), "place": self.origin.place, **measured, "shape": list(self.shape)}
 
     def as_text(self) -> str:
@@ -66,7 +67,7 @@ class Reproducer:
     command: str
 
     def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "snr_db": _json(self.snr_db)}
+        return {**vars(self), "snr_db": json_value(self.snr_db)}
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,13 @@ class LayerReport:
         found = {"first": self.first, "reproducer": self.reproducer}
         answers = {key: None if value is None else value.as_json() for key, value in found.items()}
         versions = {name: version(name) for name in ("polygraphy", "onnxruntime", "onnx")}
-        return {**head, "sides": list(self.sides), **answers, "versions": versions, "tensors": [row.as_json() for row in self.rows]}
+        return {
+            **head,
+            "sides": list(self.sides),
+            **answers,
+            "versions": versions,
+            "tensors": [row.as_json() for row in self.rows],
+        }
 
     def as_text(self, before: int = 3, after: int = 5) -> str:
         """The rows around the first tensor that drifts, its place, and the reproducer. If none drifts, the worst rows."""
@@ -141,8 +148,3 @@ def _verdict(reproducer: Reproducer) -> str:
 
 def _ratio(row: TensorRow) -> float:
     return row.snr_db if math.isfinite(row.snr_db) else math.copysign(math.inf, row.snr_db)
-
-
-def _json(value: Any) -> Any:
-    """`value`, with infinity and NaN as strings, because JSON has neither."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,16 +22,18 @@ from sana_export.calibration.observer import GraphInputs, ObservedProducts
 from sana_export.commands import export_command
 from sana_export.errors import UsageError
 from sana_export.export.quantize.layers import quantize_layers
+from sana_export.export.quantize.plan import layer_layout
 from sana_export.export.quantize.statistics import LayerInputs
+from sana_export.formats.arrays import Float32
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.formats.quantized import as_stored, as_used
 from sana_export.graphs.builders import build_graph
 from sana_export.graphs.numerics import Linear
 from sana_export.graphs.products import ProductForm, QuantizedProducts
 from sana_export.graphs.storage import WeightFile, stored_in
-from sana_export.manifest import Manifest, QuantizedWeight
+from sana_export.manifest import Manifest
 from sana_export.progress import OnProgress, Progress, ignore_progress
-from sana_export.quantization import AVAILABLE, LAYERS, SCHEMES, Scheme, layer_rule, part_of
+from sana_export.quantization import AVAILABLE, LAYERS, SCHEMES, Scheme, layer_rule, layer_scheme, part_of
 from sana_export.runtime.backends.torch import cpu_threads, exact_products, reopen
 from sana_export.user_paths import user_path
 from sana_export.verify.bundle import STEPS, Sampling
@@ -65,7 +67,7 @@ def measure_sensitivity(
     threads: int | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> SensitivityReport:
-    """Quantize each layer of each graph alone, with each scheme, and compare the graph's outputs with those of the whole graph.
+    """Quantize each layer of each graph alone, with each scheme, and compare the outputs with those of the unquantized graph.
 
     Every prompt of `sampling` gives one set of inputs. For a graph of the loop they come from steps that are spread over the run.
     Raises UsageError for a quantized bundle, for a graph without layers and for an unknown scheme, ArtifactError if the checkpoint
@@ -103,7 +105,7 @@ def _choose_graphs(bundle: Path, manifest: Manifest, check: SensitivityCheck) ->
             "--sensitivity measures layers that are not quantized",
             found=f"{bundle}, which is quantized already",
             wanted="a bundle without quantized layers",
-            fix=export_command(bundle.with_name(f"{bundle.name}-whole"), manifest, quantize={}),
+            fix=export_command(bundle.with_name(f"{bundle.name}-unquantized"), manifest, quantize={}),
         )
     for name in check.schemes:
         if name not in AVAILABLE:
@@ -146,49 +148,49 @@ class GraphLayers:
             yield self._damage(name, scheme)
 
     def _damage(self, name: str, scheme: Scheme) -> LayerDamage:
-        parameter, rule = self._weights[name], layer_rule(part_of(self._graph), name)
-        whole = parameter.data
-        parameter.data, form = self._quantized(name, scheme)
+        parameter, part = self._weights[name], part_of(self._graph)
+        original = parameter.data
+        matrix = as_stored(original.numpy(), not self._linear(name))
+        parameter.data, form = self._quantized(name, matrix, scheme)
         try:
-            with QuantizedProducts(self._module, {} if form is None else {name: form}):
+            with QuantizedProducts(self._module, {name: form}):
                 error = _relative_error(self._outputs(), self._wanted)
         finally:
-            parameter.data = whole
-        return LayerDamage(self._graph, name, tuple(whole.shape), scheme.name, error, form is not None, rule.bits, rule.inputs)
+            parameter.data = original
+        taken = layer_scheme(part, layer_rule(part, name), scheme, len(matrix)) is scheme
+        return LayerDamage(self._graph, name, tuple(original.shape), scheme.name, error, bool(form.inputs), taken)
 
-    def _quantized(self, name: str, scheme: Scheme) -> tuple[Tensor, ProductForm | None]:
-        """The layer's numbers as `scheme` stores them, and how it computes if its inputs are rounded."""
-        parameter = self._weights[name]
-        linear = isinstance(self._module.get_submodule(name.rpartition(".")[0]), Linear)
-        matrix = as_stored(parameter.data.numpy(), not linear)
-        block = 0 if not scheme.block or len(matrix) % scheme.block else scheme.block
-        inputs = self._inputs(name, len(matrix)) if scheme.inputs else None
-        weight = QuantizedWeight(
-            name,
-            scheme.weights,
-            matrix.shape,
-            axis=0 if block else 1,
-            block=block,
-            inputs=scheme.inputs if inputs else "",
-            rescaled=scheme.method.rescale and inputs is not None,
-        )
+    def _quantized(self, name: str, matrix: Float32, scheme: Scheme) -> tuple[Tensor, ProductForm]:
+        """The layer's numbers as `scheme` stores them, and how it computes. `matrix` is its weight as [in, out]."""
+        parameter, linear = self._weights[name], self._linear(name)
+        sample = self._seen.samples[self._seen.owners[name]]
+        scheme = _fitting(scheme, len(matrix), len(sample.maximum))
+        inputs = LayerInputs(0, sample.maximum, sample.rows) if scheme.inputs else None
+        weight = layer_layout(name, parameter, scheme, linear, scheme.method)
         layer = quantize_layers({name: matrix}, {name: weight}, scheme.method, inputs, self._dtype)[name]
         numbers = torch.from_numpy(as_used(layer.rounded.numbers, not linear, tuple(parameter.shape)))
-        if layer.input_scale is None:
-            return numbers, None
         factor = None if layer.factor is None else torch.from_numpy(layer.factor)
-        return numbers, ProductForm(scheme.inputs, layer.input_scale, factor)
+        branch = () if layer.branch is None else map(torch.from_numpy, layer.branch)
+        return numbers, ProductForm(weight.inputs, layer.input_scale or 1.0, factor, *branch)
 
-    def _inputs(self, name: str, rows: int) -> LayerInputs | None:
-        """What the layer reads. None if it is no product over all channels, such as a depthwise convolution."""
-        sample = self._seen.samples[self._seen.owners[name]]
-        return None if rows % len(sample.maximum) else LayerInputs(0, sample.maximum, sample.rows)
+    def _linear(self, name: str) -> bool:
+        return isinstance(self._module.get_submodule(name.rpartition(".")[0]), Linear)
 
     @torch.no_grad()
     def _outputs(self) -> list[tuple[Tensor, ...]]:
         """The outputs of each run."""
         found = [self._module(**inputs) for inputs in self._runs]
         return [outputs if isinstance(outputs, tuple) else (outputs,) for outputs in found]
+
+
+def _fitting(scheme: Scheme, inputs: int, channels: int) -> Scheme:
+    """What a layer takes of `scheme`, with so many inputs of each output, from pixels or rows with so many channels.
+
+    The inputs of a depthwise convolution are fewer than the channels, those of a 3x3 convolution more.
+    """
+    method = scheme.method if inputs == channels else replace(scheme.method, rank=0)
+    block = 0 if scheme.block and inputs % scheme.block else scheme.block
+    return replace(scheme, block=block, inputs="" if inputs % channels else scheme.inputs, method=method)
 
 
 def _relative_error(found: Sequence[tuple[Tensor, ...]], wanted: Sequence[tuple[Tensor, ...]]) -> float:

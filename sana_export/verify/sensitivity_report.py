@@ -10,7 +10,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
-from sana_export.quantization import SCHEMES
+from sana_export.json_records import json_value
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,8 @@ class LayerDamage:
     error: float
     #: Whether the layer's inputs are rounded too.
     rounded_inputs: bool
-    #: The fewest bits of the layer's weights in the table of quantization.py; 16 keeps the bundle's precision.
-    table_bits: int
-    #: The fewest bits of its inputs there.
-    table_input_bits: int
+    #: Whether an export with the scheme quantizes the layer so.
+    taken: bool
 
     @property
     def snr_db(self) -> float:
@@ -44,15 +42,9 @@ class LayerDamage:
         """The layer's name without the numbers of blocks."""
         return re.sub(r"\d+", "*", self.layer)
 
-    @property
-    def taken(self) -> bool:
-        """Whether an export with the scheme quantizes the layer so."""
-        scheme = SCHEMES[self.scheme]
-        return scheme.bits >= self.table_bits and scheme.input_bits >= self.table_input_bits
-
     def as_json(self) -> dict[str, Any]:
-        derived = {"snr_db": finite(self.snr_db), "kind": self.kind, "taken": self.taken}
-        return {**vars(self), "shape": list(self.shape), "error": finite(self.error), **derived}
+        derived = {"snr_db": json_value(self.snr_db), "kind": self.kind}
+        return {**vars(self), "shape": list(self.shape), "error": json_value(self.error), **derived}
 
     def as_text(self) -> str:
         """One line."""
@@ -77,7 +69,7 @@ class KindDamage:
     taken: bool
 
     def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "mean_db": finite(self.mean_db), "worst_db": finite(self.worst_db)}
+        return {**vars(self), "mean_db": json_value(self.mean_db), "worst_db": json_value(self.worst_db)}
 
     def as_text(self) -> str:
         """One line."""
@@ -123,7 +115,7 @@ class SensitivityReport:
 
     def as_text(self, most: int = 10) -> str:
         """For each graph and scheme, the `most` worst layers and all kinds of layers."""
-        lines = [f"{self.bundle}: each layer quantized alone; the graph's outputs against those of the whole graph, in float32"]
+        lines = [f"{self.bundle}: each layer quantized alone; outputs against those of the unquantized graph, in float32"]
         for graph, scheme in self._pairs():
             worst = self.worst(graph, scheme)
             lines += ["", f"{graph}, {scheme}: the worst of {len(worst)} layers"]
@@ -139,10 +131,5 @@ class SensitivityReport:
         return dict.fromkeys((row.graph, row.scheme) for row in self.rows)
 
 
-def finite(value: float) -> float | str:
-    """`value`, with infinity and NaN as text, because JSON has neither."""
-    return value if math.isfinite(value) else str(value)
-
-
 def _note(taken: bool) -> str:
-    return "" if taken else " (not in an export)"
+    return "" if taken else " (an export does not quantize it)"

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sana_export.calibration import run
+from sana_export.calibration.run import Calibration, calibrate
+from sana_export.errors import UsageError
+from sana_export.export import bundle
+from sana_export.export.bundle import export_bundle
 from sana_export.export.quantize.statistics import MEASURED, CalibrationFile
 from tests.support.command_line import Cli
 
@@ -64,7 +70,7 @@ def test_wrong_arguments_write_nothing(cli: Cli, tmp_path: Path, arguments: list
 
 
 def test_an_export_measures_what_it_needs_and_leaves_no_trace(cli: Cli, tmp_path: Path) -> None:
-    bundle = tmp_path / "bundle"
+    output = tmp_path / "bundle"
     command = [
         "export",
         "tiny-random",
@@ -81,7 +87,7 @@ def test_an_export_measures_what_it_needs_and_leaves_no_trace(cli: Cli, tmp_path
     assert ran.code == 0, ran.err
     assert ran.json["options"]["quantize_method"] == ["gptq"]
     assert len(ran.json["options"]["calibration"]) == 64
-    assert not [path for path in bundle.rglob("*") if path.name in (MEASURED, "export.json")]
+    assert not [path for path in output.rglob("*") if path.name in (MEASURED, "export.json")]
     again = cli(*command, "--quantize-method", "gptq")
     assert (again.code, "is up to date" in again.err) == (0, True), again.err
 
@@ -91,11 +97,59 @@ def test_a_calibration_of_something_else_is_refused(cli: Cli, prompts: Path, tmp
     assert cli("calibrate", "tiny-random", "-o", path, "--prompts", prompts, *SHORT).code == 0
     export = ["export", "tiny-random", "-o", tmp_path / "bundle", "--calibration", path]
     other = cli(*export, "--quantize", "denoiser=int8", "--dtype", "fp32")
-    assert (other.code, "was measured with another part" in other.err) == (2, True), other.err
+    assert (other.code, "does not cover the denoiser" in other.err) == (2, True), other.err
     half = cli(*export, "--quantize", "text_encoder=int8-weight", "--quantize-method", "gptq")
     assert (half.code, "was measured with another precision" in half.err) == (2, True), half.err
-    assert f"fix:    sana-export calibrate tiny-random -o {path} --dtype fp16" in half.err
+    assert f"measure it again: sana-export calibrate tiny-random -o {path} --dtype fp16 --no-clamp" in half.err
+    unused = cli(*export, "--quantize", "vae_decoder=int8-weight", "--dtype", "fp32")
+    assert (unused.code, "nothing that is quantized takes a calibration" in unused.err) == (2, True), unused.err
+    folder = cli("calibrate", "tiny-random", "-o", tmp_path, *SHORT)
+    assert (folder.code, "is a folder" in folder.err) == (2, True), folder.err
     path.write_bytes(b"{}")
     damaged = cli(*export, "--quantize", "denoiser=int8", "--dtype", "fp32")
     assert damaged.code == 4, damaged.err
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_calibration_outlives_a_killed_export(tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrating a published checkpoint takes hours."""
+    measured: list[Path] = []
+    measure = run._measure
+
+    def count(*arguments: Any) -> None:
+        measured.append(arguments[3])
+        measure(*arguments)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"precision": "fp32", "graphs": ["text_encoder"], "quantize": ["text_encoder=int8-weight"]}
+    options |= {"quantize_method": ["gptq"], "calibration": Calibration(prompts=["a red apple"], rows=16)}
+    monkeypatch.setattr(run, "_measure", count)
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle, "export_graphs", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_bundle(tiny_checkpoint, tmp_path / "bundle", **options)
+    left = measured[0].parent / "tmp-left"
+    left.mkdir()
+    export_bundle(tiny_checkpoint, tmp_path / "bundle", **options)
+    assert len(measured) == 1
+    assert not [*(tmp_path / "bundle").rglob("tmp-*")]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "text"),
+    [
+        (Calibration(prompts="a red apple"), "nothing to calibrate with"),
+        (Calibration(prompts=()), "nothing to calibrate with"),
+        (Calibration(rows=0), "rows"),
+        (Calibration(steps=0), "steps"),
+        (Calibration(size=1), "size"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(tiny_checkpoint: Any, tmp_path: Path, calibration: Calibration, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        calibrate(tiny_checkpoint, tmp_path / "measured.safetensors", calibration)
+    for parts in ((), ("vae_decoder",)):
+        with pytest.raises(UsageError, match="a graph that calibration does not run"):
+            calibrate(tiny_checkpoint, tmp_path / "measured.safetensors", parts=parts)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from onnx import helper
 
-from sana_export.export.evaluator import RangeMeter, StorageEvaluator, TensorEvaluator, typed_model, weights_when_needed
+from sana_export.export.evaluator import RangeMeter, StorageEvaluator, TensorEvaluator
+from sana_export.export.evaluator_graphs import typed_model, weights_when_needed
 
 
 class Overflowing(torch.nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from sana_export.graphs.numerics import NUMERICS, Conv, Linear, parameter
-from sana_export.graphs.products import ProductForm, ProductMode, compute_quantized, rounded
+from sana_export.graphs.products import ProductForm, ProductMode, compute_quantized, has_forms, rounded
 
 
 class Layers(nn.Module):
@@ -87,3 +89,25 @@ def test_forms_replace_each_other() -> None:
     assert (coarse - plain).abs().max() > 0.1
     compute_quantized(module, {})
     assert torch.equal(module(x), plain)
+
+
+def test_a_module_with_forms_is_freed_with_its_last_user() -> None:
+    """In staged memory a graph must go before the next one comes."""
+    module = Layers()
+    compute_quantized(module, {"left": ProductForm("int8", 0.5)})
+    module(torch.zeros(1, 8, 2, 3))
+    freed = weakref.ref(module)
+    gc.disable()
+    try:
+        del module
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_without_forms_a_module_is_as_it_was() -> None:
+    module = Layers()
+    compute_quantized(module, {})
+    assert not has_forms(module)
+    compute_quantized(module, {"left": ProductForm("int8", 0.5)})
+    assert has_forms(module)

@@ -26,7 +26,7 @@ def quantized_bundle_in(folder: Path, bundle: Path, checkpoint: Any) -> Path:
     def make(own: Path) -> None:
         shutil.copytree(bundle, own)
         manifest = Manifest.load(own)
-        options = replace(manifest.options, quantize=SCHEMES)
+        options = replace(manifest.options, quantize=SCHEMES, quantize_method=("nearest",))
         graphs = dict(manifest.graphs)
         for graph in ("text_encoder", "denoiser"):
             graphs |= export_graphs(graph, [graph], checkpoint, options, own)

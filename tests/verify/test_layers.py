@@ -16,7 +16,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from sana_export.errors import DependencyError, ParityError, UsageError
-from sana_export.export.evaluator import typed_model
+from sana_export.export.evaluator_graphs import typed_model
 from sana_export.export.parity import COSINE_LIMITS, compare_tensors
 from sana_export.manifest import Manifest
 from sana_export.verify import layers

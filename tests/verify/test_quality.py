@@ -23,7 +23,7 @@ from sana_export.runtime.request import Request
 from sana_export.verify.drawing import Drawing, sample_both
 from sana_export.verify.quality.measure import NOT_FINITE, Reference, measure_quality
 from sana_export.verify.quality.meter import Meter
-from sana_export.verify.quality.result import DIFFUSERS, NOT_QUANTIZED, Likeness, Limits, Quality, Sample, Spread
+from sana_export.verify.quality.result import DIFFUSERS, NOT_QUANTIZED, Drawn, Likeness, Limits, Quality, Sample, Spread
 from sana_export.verify.reference import load_reference
 from tests.support.bundles import exported
 
@@ -153,7 +153,9 @@ def test_without_a_meter_only_distances_are_measured(drawing: tuple[SanaRuntime,
     assert (measured.top1, measured.reconstruction_psnr_db, measured.passed) == (None, None, True)
     assert (row.ssim.mean, row.psnr_db) == (pytest.approx(1), Spread(100.0, math.inf, math.inf))
     assert "top-1 and reconstruction: not measured" in measured.as_text()
+    assert f"over 1 prompts, {runtime.manifest.model.default_steps} steps, fp32 on onnxruntime" in measured.as_text()
     document = json.loads(json.dumps(measured.as_json(), allow_nan=False))
+    assert (document["steps"], document["quantize"]) == (runtime.manifest.model.default_steps, {})
     assert (document["least_image_psnr_db"], document["images"][0]["psnr_db"]) == ("inf", ["inf"])
 
 
@@ -193,7 +195,7 @@ def quality(limits: Limits, psnr_db: float, ours: float, *references: float) -> 
     spread, image = Spread(psnr_db, 20.0, 10.0), np.zeros((1, 1, 3), np.uint8)
     rows = tuple(Likeness(f"{index}", spread, Spread(1.0, 1.0, 1.0), top1=top1) for index, top1 in enumerate(references))
     sample = Sample("a cat", 0, 0, image, (image,), (10.0,), (1.0,))
-    return Quality("b", (sample,), rows, limits, None, ours, 100.0, 20.0, 20.0)
+    return Quality("b", Drawn(2, "fp32", {}, "onnxruntime"), (sample,), rows, limits, None, ours, 100.0, 20.0, 20.0)
 
 
 @pytest.mark.parametrize(("ours", "theirs", "passed"), [(90.0, 91.0, True), (90.0, 91.5, False), (93.0, 91.5, False)])

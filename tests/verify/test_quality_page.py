@@ -20,10 +20,11 @@ from PIL import Image
 from sana_export.verify.quality import perceptual
 from sana_export.verify.quality.histogram import LEFT, RIGHT, WIDTH, histogram
 from sana_export.verify.quality.page import AMPLIFIED, SHOWN, amplified, shown_samples, write_page
-from sana_export.verify.quality.result import DIFFUSERS, Likeness, Limits, Quality, Sample, Spread
+from sana_export.verify.quality.result import DIFFUSERS, Drawn, Likeness, Limits, Quality, Sample, Spread
 
 #: Of the images of the bundle, of the other bundle and of diffusers.
 LEVELS = (100, 110, 105)
+DRAWN = Drawn(20, "fp32", {"denoiser": "int8"}, "onnxruntime")
 SPREAD = Spread(31.25, 22.5, 11.75)
 
 
@@ -39,7 +40,7 @@ def quality() -> Quality:
     samples = [sample(number, 20.0 + number) for number in range(30)]
     samples[25] = sample(25, 45.0, "blank: 100% is flat")
     rows = (Likeness("a<b", SPREAD, Spread(0.75, 0.5, 0.25), top1=99.5), Likeness(DIFFUSERS, SPREAD, SPREAD, top1=98.5))
-    return Quality("the <bundle>", tuple(samples), rows, Limits(1.0, 30.0), "there is none", 97.5, 100.0, 24.5, 24.75)
+    return Quality("the <bundle>", DRAWN, tuple(samples), rows, Limits(1.0, 30.0), "there is none", 97.5, 100.0, 24.5, 24.75)
 
 
 def test_the_page_shows_the_figures_and_needs_nothing_else(quality: Quality, tmp_path: Path) -> None:
@@ -58,6 +59,8 @@ def test_the_page_shows_the_figures_and_needs_nothing_else(quality: Quality, tmp
         "a&lt;b",
         "24.50 dB",
         "there is none",
+        "32x48 px, 20 steps, fp32 on onnxruntime, denoiser int8.",
+        "27.0 dB against the bundle, 28.0 dB against diffusers",
     ):
         assert words in text, words
     assert "<cat>" not in text.replace("&lt;cat&gt;", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,18 @@ def test_fewer_bits_damage_more(report: SensitivityReport) -> None:
     for row in report.rows:
         if row.scheme == "int4-weight":
             assert row.error > 3 * damage(report, row.layer, "int8-weight").error, row.layer
+
+
+def test_layers_in_four_bits_have_their_branch(runs: list[dict[str, torch.Tensor]], tiny_checkpoint: Any) -> None:
+    """As in an export. Kernels and layers with few channels have none, so nothing changes for them."""
+    four = SCHEMES["int4-weight"]
+    module = build_graph("denoiser", tiny_checkpoint, OPTIONS)
+    schemes = [four, replace(four, method=replace(four.method, rank=0))]
+    rows = [*GraphLayers(module, "denoiser", runs[:1], "float32").measure(schemes)]
+    ratios = {ours.layer: ours.error / plain.error for ours, plain in zip(rows[::2], rows[1::2], strict=True)}
+    assert ratios["blocks.1.qkv"] < 0.95
+    assert ratios["blocks.1.halves.value.inverted.weight"] != 1
+    assert ratios["blocks.1.halves.gate.depthwise.weight"] == 1
 
 
 def test_inputs_are_rounded_where_a_layer_reads_all_channels(report: SensitivityReport) -> None:

@@ -21,7 +21,7 @@ from sana_export.verify.bundle import Sampling, measure_ranges, verify_bundle
 from sana_export.verify.drawing import Drawing, Pair
 from sana_export.verify.graph_checks import GRAPH_CHECKS
 from sana_export.verify.quality.measure import NOT_FINITE
-from sana_export.verify.quality.result import DIFFUSERS, Likeness, Limits, Quality, Sample, Spread
+from sana_export.verify.quality.result import DIFFUSERS, Drawn, Likeness, Limits, Quality, Sample, Spread
 
 QUICK = Sampling(prompts=["a red apple"], height=96, width=128, steps=3)
 
@@ -103,7 +103,8 @@ def test_quality_decides_as_parity_does(tiny_bundle, tiny_checkpoint, tmp_path, 
         assert 0 < np.abs(images[0] - images[2]).max() <= 1
         rows = [Likeness(reference.name, Spread(90.0, 90.0, 90.0), Spread(1.0, 1.0, 1.0), top1=97.0) for reference in references]
         sample = Sample("a red apple", 0, 0, image, (image, image), (90.0, 90.0), (1.0, 1.0))
-        return Quality(str(bundle), (sample,), tuple(rows), Limits(), None, top1, 99.0, 25.0, 25.1)
+        drawn = Drawn(3, "fp32", {}, "onnxruntime")
+        return Quality(str(bundle), drawn, (sample,), tuple(rows), Limits(), None, top1, 99.0, 25.0, 25.1)
 
     monkeypatch.setattr("sana_export.verify.bundle.measure_quality", measured)
     report = verify_bundle(bundle, tiny_checkpoint, QUICK, quality=True, against=base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from sana_export.bench.report.result import BackendResult, BenchReport, SweepPoi
 from sana_export.bench.stages import END_TO_END, STAGES, StageResult
 from sana_export.bench.work.count import Achieved, Work
 from sana_export.bench.workload import Workload
+from sana_export.json_records import json_value
 
 SCHEMA_VERSION = 2
 
@@ -61,7 +61,7 @@ def _backend(report: BenchReport, name: str, result: BackendResult) -> dict[str,
         "peak_memory": {"rss_bytes": result.peak_rss_bytes, "device_bytes": result.peak_device_bytes},
         "gpu": result.gpu and dict(result.gpu),
         "agreement": agreement
-        and {"psnr_db": _finite(agreement.psnr_db), "limit_db": agreement.limit_db, "agrees": agreement.agrees},
+        and {"psnr_db": json_value(agreement.psnr_db), "limit_db": agreement.limit_db, "agrees": agreement.agrees},
         "speedup": result.speedup,
         "work": result.work,
         "stages": {stage: _stage(result.stages.get(stage), report.achieved(name, stage)) for stage in STAGES},
@@ -98,11 +98,6 @@ def _brief(result: BackendResult) -> dict[str, Any]:
         "failed": result.failed,
         "end_to_end": whole,
         "speedup": result.speedup,
-        "psnr_db": None if result.agreement is None else _finite(result.agreement.psnr_db),
+        "psnr_db": None if result.agreement is None else json_value(result.agreement.psnr_db),
         "peak_memory": {"rss_bytes": result.peak_rss_bytes, "device_bytes": result.peak_device_bytes},
     }
-
-
-def _finite(value: float) -> float | str:
-    """JSON has no infinity. It is written as Python's string for it."""
-    return value if math.isfinite(value) else str(value)

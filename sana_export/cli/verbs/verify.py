@@ -67,7 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_intervals(parser, "with --quality, also what it costs to have ")
     parser.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="prompts to compare (default: a fixed set)")
     add_size(parser, "the image (default: 256, or the native size if smaller)")
-    parser.add_argument("--steps", type=positive, metavar="N", help="sampling steps (default: 8, or the checkpoint's if fewer)")
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="sampling steps (default: 8, or the checkpoint's if fewer; for the images of --quality the checkpoint's)",
+    )
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="guidance scale (default: the checkpoint's)")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the images (default: 42)")
     add_model_options(parser)

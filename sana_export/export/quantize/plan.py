@@ -31,17 +31,16 @@ def plan_weights(module: nn.Module, graph: str, options: Options) -> dict[str, Q
     if name is None:
         return {}
     scheme, planned = SCHEMES[name], dict[str, QuantizedWeight]()
-    method = method_of(scheme, options.quantize_method)
+    method, part = method_of(scheme, options.quantize_method), part_of(graph)
     for weight, parameter in module.named_parameters(remove_duplicate=False):
         linear = isinstance(module.get_submodule(weight.rpartition(".")[0]), Linear)
-        rule = layer_rule(part_of(graph), weight)
         inputs = parameter.shape[0] if linear else math.prod(parameter.shape[1:])
-        if (own := layer_scheme(scheme, rule, inputs)) is not None:
-            planned[weight] = _layout(weight, parameter, own, linear, method)
+        if (own := layer_scheme(part, layer_rule(part, weight), scheme, inputs)) is not None:
+            planned[weight] = layer_layout(weight, parameter, own, linear, method)
     return planned
 
 
-def _layout(name: str, parameter: Tensor, scheme: Scheme, linear: bool, method: Method) -> QuantizedWeight:
+def layer_layout(name: str, parameter: Tensor, scheme: Scheme, linear: bool, method: Method) -> QuantizedWeight:
     """How a weight may be stored: as it is with a scale for each output channel, or as blocks of inputs.
 
     A `linear` layer's weight is [in, out], every other one [out, in, ...]. TensorRT-RTX 1.7 takes blocks along the first axis of
@@ -49,8 +48,11 @@ def _layout(name: str, parameter: Tensor, scheme: Scheme, linear: bool, method: 
     Runtime has integer products for right factors only.
     """
     shape, transposed = tuple(parameter.shape), False
+    rescaled = method.rescale and scheme is not FALLBACK
     if not linear and (scheme.block or scheme.inputs):
         shape, transposed = (math.prod(shape[1:]), shape[0]), True
+    rank = min(method.rank, min(shape) // NARROWEST) if scheme.block else 0
+    moves = rescaled or rank > 0 or ((method.search or method.gptq) and scheme.weights != "fp8")
     return QuantizedWeight(
         name,
         scheme.weights,
@@ -58,10 +60,10 @@ def _layout(name: str, parameter: Tensor, scheme: Scheme, linear: bool, method: 
         axis=0 if scheme.block or not (linear or transposed) else 1,
         block=scheme.block,
         transposed=transposed,
-        nearest=not method.moves_weights,
+        nearest=not moves,
         inputs=scheme.inputs,
-        rescaled=method.rescale and scheme is not FALLBACK,
-        rank=min(method.rank, min(shape) // NARROWEST) if scheme.block else 0,
+        rescaled=rescaled,
+        rank=rank,
     )
 
 

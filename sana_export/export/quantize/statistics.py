@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Protocol
 
 from sana_export import __version__
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.commands import model_words
 from sana_export.errors import ArtifactError, UsageError
+from sana_export.files import hash_file
 from sana_export.formats.arrays import Float32
 from sana_export.formats.safetensors_file import TensorFile
 from sana_export.json_records import record_from_json
@@ -91,23 +94,33 @@ class CalibrationFile:
             self.record = record_from_json(CalibrationRecord, stated["record"])
             #: Graph -> weight -> the number of its layer's input.
             self.layers: dict[str, dict[str, int]] = {graph: dict(numbers) for graph, numbers in stated["layers"].items()}
+            for index in {index for numbers in self.layers.values() for index in numbers.values()}:
+                if not {f"{index}.maximum", f"{index}.rows"} <= self._file.keys():
+                    raise KeyError(f"{index}.rows")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path} is not a calibration", found=error, wanted="a file of `sana-export calibrate`") from error
 
     def key(self, checkpoint: SanaCheckpoint, options: Options, parts: Sequence[str]) -> str:
-        """Raises UsageError unless the file is of this checkpoint, with these options, and saw the graphs `parts`."""
+        """Hash of the file. Raises UsageError unless it is of this checkpoint, with these options, and saw the graphs `parts`."""
+        command = ["sana-export", "calibrate", *model_words(checkpoint.record()), "-o", str(self.path)]
+        command += ["--dtype", options.precision, "--clamp" if options.clamp else "--no-clamp"]
         wanted = {"checkpoint": checkpoint.sha256, "precision": options.precision, "clamp": options.clamp}
-        found = {name: getattr(self.record, name) for name in wanted} | {"parts": ", ".join(self.record.parts)}
-        wanted["parts"] = found["parts"] if set(parts) <= set(self.record.parts) else ", ".join(parts)
         for name, value in wanted.items():
-            if found[name] != value:
+            if (found := getattr(self.record, name)) != value:
                 raise UsageError(
-                    f"{self.path} was measured with another {name.removesuffix('s')}",
-                    found=str(found[name])[:64],
-                    wanted=str(value)[:64],
-                    fix=f"sana-export calibrate {checkpoint.source} -o {self.path} --dtype {options.precision}",
+                    f"{self.path} was measured with another {name}",
+                    found=str(found)[:16],
+                    wanted=str(value)[:16],
+                    fix=f"omit --calibration, or measure it again: {shlex.join(command)}",
                 )
-        return self.record.key
+        if missing := [part for part in parts if part not in self.record.parts]:
+            raise UsageError(
+                f"{self.path} does not cover the {missing[0]}",
+                found=", ".join(self.record.parts),
+                wanted=", ".join(parts),
+                fix=f"omit --calibration, or measure it again: {shlex.join(command)}",
+            )
+        return hash_file(self.path)
 
     def open(
         self, checkpoint: SanaCheckpoint, options: Options, parts: Sequence[str], folder: Path, on_progress: OnProgress

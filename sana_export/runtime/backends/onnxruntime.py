@@ -21,7 +21,7 @@ from sana_export.formats.arrays import Array
 from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.linked_files import pass_linked_files
 from sana_export.formats.onnx_weights import check_external_data
-from sana_export.formats.quantized import DEQUANTIZED_ONCE, WHOLE_ACTIVATIONS
+from sana_export.formats.quantized import DEQUANTIZED_ONCE, UNROUNDED_ACTIVATIONS
 from sana_export.installation import install_command
 from sana_export.known_files import check_known_files
 from sana_export.machine import find_cuda_error
@@ -280,7 +280,7 @@ def session_options(onnxruntime: Any, threads: int | None = None) -> Any:
     options.enable_mem_reuse = False
     # Each session has its own threads. By default they wait for work in a busy loop and take cores from the next graph's threads.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry(*WHOLE_ACTIVATIONS)
+    options.add_session_config_entry(*UNROUNDED_ACTIVATIONS)
     return options
 
 

@@ -1,4 +1,4 @@
-"""Faults of single images that averages hide: an image that is blank, or saturated, where the reference's is not.
+"""Faults of single images that averages hide: an image that is blank, or saturated, although the reference's is not.
 
 Both are measured against the reference, because real images have flat and white areas too.
 """
@@ -23,7 +23,7 @@ BLANK_LIMIT = 0.9
 #: Tiles that show something that a half needs for that: one alone may be empty because its object has moved.
 LEAST_TILES = 2
 _HALVES = (np.s_[: TILES // 2], np.s_[TILES // 2 :], np.s_[:, : TILES // 2], np.s_[:, TILES // 2 :])
-#: Levels from 0 or 255 within which a value of the reference counts as clipped: white that turns from 250 to 255 is no fault.
+#: Levels from 0 or 255 within which a value of the reference counts as clipped: white that turns from 250 to 255 is not a fault.
 NEAR = 16
 #: An image is saturated if this share of the values that are not clipped in the reference is 0 or 255.
 SATURATED_LIMIT = 0.5
@@ -64,7 +64,7 @@ def tile_contrasts(image: Array, tiles: int) -> Array:
 def saturated_share(image: Array, reference: Array) -> float:
     """How many of the values that are not clipped in the reference are clipped in the image, as a share of all of the former.
 
-    Only counts matter, not places, so an object that has moved is no fault. 0 if the image has no more clipped values.
+    Only counts matter, not places, so an object that has moved is not a fault. 0 if the image has no more clipped values.
     """
     clipped = float(((image == 0) | (image == 255)).mean())
     expected = float(((reference <= NEAR) | (reference >= 255 - NEAR)).mean())

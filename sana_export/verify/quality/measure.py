@@ -18,7 +18,7 @@ from sana_export.verify.drawing import Drawing
 from sana_export.verify.quality import perceptual
 from sana_export.verify.quality.faults import image_fault
 from sana_export.verify.quality.meter import BATCH, Meter, percent, quality_requests
-from sana_export.verify.quality.result import EQUAL_DB, NOT_QUANTIZED, Likeness, Limits, Quality, Sample, Spread
+from sana_export.verify.quality.result import EQUAL_DB, NOT_QUANTIZED, Drawn, Likeness, Limits, Quality, Sample, Spread
 
 #: Draws the images of a request.
 Draw = Callable[[Request], Drawing]
@@ -70,7 +70,9 @@ def measure_quality(
             far = [distance(sample.image, sample.references[index]) for sample in samples]
             lpips = float(np.mean(far)), max(far)
         comparisons.append(Likeness(reference.name, Spread.of(ratios, EQUAL_DB), Spread.of(likeness), lpips))
-    quality = Quality(str(runtime.bundle), tuple(samples), tuple(comparisons), limits, missing)
+    options = runtime.manifest.options
+    conditions = Drawn(steps or model.default_steps, options.precision, options.quantize, runtime.backend.name)
+    quality = Quality(str(runtime.bundle), conditions, tuple(samples), tuple(comparisons), limits, missing)
     return quality if meter is None else _metered(quality, meter, runtime, pipeline)
 
 

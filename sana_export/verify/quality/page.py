@@ -81,7 +81,7 @@ def _conditions(quality: Quality) -> list[str]:
     machine, versions = describe_machine(), describe_versions()
     height, width = quality.samples[0].image.shape[:2]
     return [
-        f"{len(quality.samples)} prompts, one image each, {height}x{width} px.",
+        f"{len(quality.samples)} prompts, one image each, {height}x{width} px, {quality.drawn.as_text()}.",
         f"{machine['cpu']}, {machine['cores']} cores; {machine['os']}; Python {machine['python']}, "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}.",
     ]
@@ -139,7 +139,7 @@ def _side_by_side(quality: Quality, sample: Sample) -> str:
         f'<figure><img src="{_source(image)}" alt="{escape(name)}"><figcaption>{escape(name)}</figcaption></figure>'
         for name, image in named
     )
-    numbers = ", ".join(f"{ratio:.1f} dB" for ratio in sample.psnr_db)
+    numbers = ", ".join(f"{ratio:.1f} dB against {name}" for ratio, name in zip(sample.psnr_db, _short_names(quality), strict=True))
     fault = "" if sample.fault is None else f"; <b>{escape(sample.fault)}</b>"
     head = f"<b>{escape(sample.prompt) or '(empty prompt)'}</b> seed {sample.seed}, image {sample.place + 1}: {numbers}{fault}"
     return f'<div>{head}</div><div class="row">{figures}</div>'
@@ -154,9 +154,12 @@ def _source(pixels: Array) -> str:
 
 
 def _columns(quality: Quality) -> list[str]:
-    short = ["diffusers" if row.reference == DIFFUSERS else "the bundle" for row in quality.comparisons]
-    measures = [f"{measure} against {name}" for name in short for measure in ("dB", "SSIM")]
+    measures = [f"{measure} against {name}" for name in _short_names(quality) for measure in ("dB", "SSIM")]
     return ["prompt", "seed", "image", *measures, *(["recognized"] if quality.top1 is not None else []), "fault"]
+
+
+def _short_names(quality: Quality) -> list[str]:
+    return ["diffusers" if row.reference == DIFFUSERS else "the bundle" for row in quality.comparisons]
 
 
 def _row(quality: Quality, sample: Sample) -> list[str]:

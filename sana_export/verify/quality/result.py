@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sana_export.formats.arrays import Array
+from sana_export.json_records import json_value
 from sana_export.quantization import SCHEMES
 from sana_export.verify.quality.meter import FOLDER
 
@@ -62,6 +63,24 @@ class Spread:
         return f"mean {self.mean:.{digits}f}, 5th percentile {self.low:.{digits}f}, worst {self.worst:.{digits}f}"
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """How the bundle drew its images."""
+
+    #: Sampling steps.
+    steps: int
+    #: The bundle's precision.
+    precision: str
+    #: The scheme of each part that is quantized.
+    quantize: Mapping[str, str]
+    #: What ran the bundle.
+    backend: str
+
+    def as_text(self) -> str:
+        parts = "".join(f", {part} {scheme}" for part, scheme in self.quantize.items())
+        return f"{self.steps} step{'' if self.steps == 1 else 's'}, {self.precision} on {self.backend}{parts}"
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One prompt with its images, uint8 [H, W, 3]. The values of each reference are in the order of `Quality.comparisons`."""
@@ -83,7 +102,7 @@ class Sample:
 
     def as_json(self) -> dict[str, Any]:
         names = ("prompt", "seed", "place", "recognized", "fault")
-        numbers = {"psnr_db": [*map(_finite, self.psnr_db)], "ssim": list(self.ssim)}
+        numbers = {"psnr_db": [*map(json_value, self.psnr_db)], "ssim": list(self.ssim)}
         return {**{name: getattr(self, name) for name in names}, **numbers}
 
 
@@ -114,7 +133,7 @@ class Likeness:
         }
         if self.lpips is not None:
             document |= {"image_lpips": self.lpips[0], "largest_image_lpips": self.lpips[1]}
-        return finite(document)
+        return {key: json_value(value) for key, value in document.items()}
 
 
 @dataclass(frozen=True)
@@ -123,6 +142,7 @@ class Quality:
 
     #: The bundle's path.
     bundle: str
+    drawn: Drawn
     #: One row for each prompt.
     samples: tuple[Sample, ...]
     #: With the bundle of `--against` first, if there is one, then with diffusers.
@@ -161,8 +181,12 @@ class Quality:
         names = ("top1", "renders_top1", "reconstruction_psnr_db", "reference_reconstruction_psnr_db", "lpips_missing")
         document = {
             "prompts": len(self.samples),
+            "steps": self.drawn.steps,
+            "precision": self.drawn.precision,
+            "quantize": dict(self.drawn.quantize),
+            "backend": self.drawn.backend,
             **diffusers.as_json(),
-            **finite({name: getattr(self, name) for name in names}),
+            **{name: json_value(getattr(self, name)) for name in names},
             "against": against[0].as_json() if against else None,
             "faults": [sample.as_json() for sample in self.faults],
             "psnr_limit_db": self.limits.psnr_db,
@@ -172,7 +196,7 @@ class Quality:
         return document | ({"images": [sample.as_json() for sample in self.samples]} if samples else {})
 
     def as_text(self) -> str:
-        lines = [f"quality over {len(self.samples)} prompts"]
+        lines = [f"quality over {len(self.samples)} prompts, {self.drawn.as_text()}"]
         for row in self.comparisons:
             lines.append(f"  against {row.reference}")
             limit = "" if self.limits.psnr_db is None else f"  (limit: mean {self.limits.psnr_db:g} dB)"
@@ -197,15 +221,6 @@ class Quality:
 def shown(sample: Sample) -> str:
     """Which image a sample is."""
     return f"{sample.prompt[:40]!r} (seed {sample.seed}, image {sample.place + 1})"
-
-
-def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with infinite numbers as text: JSON has none."""
-    return {key: _finite(value) for key, value in values.items()}
-
-
-def _finite(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mark(passed: bool) -> str:

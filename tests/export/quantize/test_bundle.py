@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from sana_export.bench.profile.profile import run_profile
 from sana_export.bench.workload import Workload
+from sana_export.calibration.run import Calibration
 from sana_export.cli.bundle_text import bundle_summary
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.bundle import export_bundle
@@ -165,7 +166,8 @@ def test_a_lora_on_a_quantized_layer_is_refused(quantized: Path, tmp_path: Path)
         with pytest.raises(UsageError) as error:
             runtime.load_lora(lora)
         assert "transformer_blocks.0.attn1.to_q in int4-weight" in str(error.value)
-        words = f"--quantize embeddings=int8-weight,text_encoder=int8-weight,denoiser=int4-weight --lora {lora}:1"
+        words = "--quantize embeddings=int8-weight,text_encoder=int8-weight,denoiser=int4-weight --quantize-method nearest"
+        words += f" --lora {lora}:1"
         assert words in str(error.value.fix)
         assert not runtime.loras
         # Cross-attention's keys and values are in the graph `context`, which is not quantized.
@@ -274,7 +276,7 @@ def test_a_half_precision_bundle_passes_verify_and_compiles(tiny_checkpoint: Any
     """Every scheme in fp16: parity of the whole bundle, an image through the runtime, and engines of TensorRT-RTX."""
     for scheme in AVAILABLE:
         bundle = tmp_path / scheme
-        manifest = export_bundle(tiny_checkpoint, bundle, precision="fp16", quantize=[scheme])
+        manifest = export_bundle(tiny_checkpoint, bundle, precision="fp16", quantize=[scheme], calibration=Calibration(steps=4))
         report = verify_bundle(bundle, tiny_checkpoint, Sampling(prompts=("a red apple",), steps=2))
         assert report.passed, report.as_text()
         assert sum("stored weights" in row.name for row in report.graphs) == 5

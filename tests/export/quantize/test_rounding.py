@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sana_export.export.quantize.rounding import SHARES, round_to_nearest, round_with_search
+from sana_export.export.quantize.rounding import SHARES, round_to_fp8, round_to_nearest, round_with_search
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 
 FINEST = {"float32": np.finfo(np.float32).smallest_subnormal, "float16": 2.0**-24, "bfloat16": 2.0**-133}
@@ -117,3 +117,17 @@ def test_a_search_keeps_zeros_and_works_with_any_unit() -> None:
     assert not plain.values[:32, 2].any()
     assert plain.scales[0, 2] == 1
     assert round_with_search(weight, 4, 0, 32, dtype, np.zeros(64, np.float32)).scales.all()
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "bfloat16"])
+def test_fp8_scales_fit_channels_of_every_size(name: str) -> None:
+    dtype = WEIGHT_DTYPES[name]
+    weight = np.random.default_rng(3).standard_normal((64, 6)).astype(np.float32) * np.array(
+        [0, 1e-6, 1e-5, 3e-5, 1, 100], np.float32
+    )
+    weight[0] = 0
+    rounded = round_to_fp8(weight, dtype)
+    assert np.isfinite(rounded.numbers).all()
+    error = np.abs(rounded.numbers - weight).max(axis=0)
+    scales = dtype.widen(rounded.scales)
+    assert (error <= np.abs(weight).max(axis=0) / 16 + scales * 2.0**-9).all()
