@@ -124,7 +124,10 @@ def _export(
         with meter.step("", "tokenizer, instruction and embeddings"):
             instruction = write_text_files(checkpoint, partial, quantized=QUANTIZED_EMBEDDINGS in options.quantize)
         parts = calibrated_parts(options.quantize, options.quantize_method)
-        calibration = None if source is None else source.open(checkpoint, options, parts, partial, on_progress)
+        calibration = None
+        if source is not None:
+            journal.add({})  # a killed export keeps its calibration even if no graph is finished
+            calibration = source.open(checkpoint, options, parts, partial, on_progress)
         entries: dict[str, GraphEntry] = {}
         for owner, group in grouped.items():
             if owner not in finished:
@@ -291,7 +294,6 @@ class Journal:
         else:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            self.add({})  # a calibration is kept even if no graph is finished
 
     def finished(self, names: Iterable[str]) -> dict[str, GraphEntry] | None:
         """The entries of the graphs `names`, which share a folder. None unless all are finished and their files are undamaged."""

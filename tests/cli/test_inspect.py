@@ -99,7 +99,8 @@ def test_document(bundle_copy: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) 
     manifest = Manifest.load(bundle_copy)
     assert ran.code == 0
     assert ran.json["checkpoint"]["sha256"] == manifest.checkpoint.sha256
-    assert ran.json["options"] == {"precision": "fp32", "clamp": False, "pag_layers": [1], "quantize": {}}
+    plain = {"quantize": {}, "quantize_method": [], "calibration": "", "calibration_file": ""}
+    assert ran.json["options"] == {"precision": "fp32", "clamp": False, "pag_layers": [1], **plain}
     assert set(ran.json["graphs"]) == set(GRAPH_GROUPS["default"])
     files = [path for path in bundle_copy.rglob("*") if path.is_file() and path.name != "manifest.json"]
     assert ran.json["bytes"] == sum(path.stat().st_size for path in files)

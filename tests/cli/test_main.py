@@ -27,7 +27,21 @@ from sana_export.cli.verb import Answer, Verb
 from sana_export.errors import ArtifactError, DependencyError, ParityError, UsageError
 from tests.support.command_line import Cli, command
 
-DOCUMENTED = ("engines", "export", "build", "verify", "generate", "bench", "inspect", "push", "pull", "doctor", "variants", "synth")
+DOCUMENTED = (
+    "engines",
+    "export",
+    "calibrate",
+    "build",
+    "verify",
+    "generate",
+    "bench",
+    "inspect",
+    "push",
+    "pull",
+    "doctor",
+    "variants",
+    "synth",
+)
 
 
 @pytest.fixture

@@ -81,8 +81,7 @@ VERB = Verb(
     summary="measure what a checkpoint's layers read, for quantized exports",
     description="Draws images with a checkpoint's graphs in PyTorch and writes what their layers read to a file. An export that "
     "needs a calibration makes one by itself; with a file, several exports share it, and you choose the prompts.",
-    example="sana-export calibrate tiny -o calibration.safetensors && "
-    "sana-export export tiny -o bundle --quantize int8 --calibration calibration.safetensors",
+    example="sana-export calibrate tiny -o calibration.safetensors --prompts prompts.txt",
     add_arguments=add_arguments,
     run=run,
     level=VERBOSE,
