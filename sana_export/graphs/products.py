@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 from torch.overrides import TorchFunctionMode
 
+from sana_export.formats.quantized import FP8_MAX
 from sana_export.records import QuantizedWeight
 
-#: The largest finite float8 (E4M3). Larger numbers are rounded to it.
-FP8_MAX = 448.0
 #: A function of torch -> which of its arguments is the weight -> the axis of the other argument that the weight's inputs are on.
 _PRODUCTS: dict[Callable[..., Any], dict[int, int]] = {
     torch.Tensor.matmul: {0: -2, 1: -1},

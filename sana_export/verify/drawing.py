@@ -45,7 +45,7 @@ class Pair:
 
 
 def draw(runtime: SanaRuntime, request: Request) -> Drawing:
-    """Draw a request with a bundle. Unlike `SanaRuntime.__call__`, values that are not finite are no error."""
+    """Draw a request with a bundle. Unlike `SanaRuntime.__call__`, it accepts values that are not finite."""
     plan = runtime.plan(request)
     *_, last = runtime.steps(plan, runtime.encode(plan))
     latents = runtime.to_host(last.latents)

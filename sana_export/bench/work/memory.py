@@ -142,6 +142,6 @@ def _stages(transformer: Mapping[str, Any], side: int, tile: int, weights: Mappi
     return {
         "text": stage(("text_encoder", "context"), prompt + context),
         "denoising": stage(("denoiser",), context + _LATENTS * latents),
-        # Tiles are put together on the host, after the features are no longer needed.
+        # Tiles are put together on the host, when the features have been freed.
         "decoding": stage(decoders, latents + (max(features, image) if tile else image)),
     }

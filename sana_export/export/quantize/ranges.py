@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from sana_export.formats.arrays import Float32
-
-#: The largest number of E4M3, and the least one with three bits of mantissa.
-_FP8_MOST, _FP8_NORMAL = np.float32(448), np.float32(2.0**-6)
-#: The float32 numbers around this one are multiples of 2^-9.
-_FP8_SMALL = np.float32(1.5 * 2**14)
+from sana_export.formats.quantized import FP8_MAX
 
 
 @dataclass(frozen=True)
@@ -37,21 +34,14 @@ def round_int8(values: Float32) -> Float32:
 
 
 def round_fp8(values: Float32) -> Float32:
-    """The nearest numbers of FP8 E4M3 (arXiv 2209.05433), at most 448. Ties go to the number whose last bit is 0.
-
-    E4M3 has 3 bits of mantissa from 2^-6 on. Below that its numbers are the multiples of 2^-9.
-    """
-    inside = np.ascontiguousarray(values).clip(-_FP8_MOST, _FP8_MOST)
-    bits = inside.view(np.uint32)
-    carry = np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1))
-    normal = ((bits + carry) & np.uint32(0xFFF00000)).view(np.float32)
-    small = (inside + _FP8_SMALL) - _FP8_SMALL
-    return np.where(np.abs(inside) < _FP8_NORMAL, np.copysign(small, inside), np.where(np.isnan(inside), inside, normal))
+    """The nearest numbers of FP8 E4M3 (arXiv 2209.05433), at most 448. Ties go to the number whose last bit is 0."""
+    rounded: Float32 = values.clip(-FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return rounded
 
 
 #: A range four times as large costs FP8 two of the 15 powers of two that it covers, and no precision within the others. It would
 #: cost INT8 two bits.
-LEVELS = {"int8": Levels(127.0, round_int8, headroom=1.0), "fp8": Levels(448.0, round_fp8, headroom=4.0)}
+LEVELS = {"int8": Levels(127.0, round_int8, headroom=1.0), "fp8": Levels(FP8_MAX, round_fp8, headroom=4.0)}
 #: The percentile of the magnitudes that "percentile" takes as the range. What exceeds it saturates.
 PERCENTILE = 99.99
 #: The shares of the largest magnitude that "mse" tries. An outlier may be 100 times as large as the other values.
