@@ -35,6 +35,8 @@ GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# With what tests and linters need.
+DEV   := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup engines bench test test-slow test-browser test-comfyui test-lowest test-lowest-export test-newest fuzz bindings lint gpu-check clean
@@ -44,11 +46,15 @@ help: ## list the targets
 	@echo
 	@echo "variables: PYTHON, VENV, RECIPE, BENCH_RECIPE, PIP_FLAGS, TEST_FLAGS, FUZZ_INPUTS, COMFYUI, GPU_REPORT, GPU_FLAGS, WHEELS"
 
-setup: $(STAMP) ## create the virtual environment with the tested versions
+setup: $(DEV) ## create the virtual environment with the tested versions
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[cpu,export,hub,optimum,tensorrt-rtx,bench,dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[cpu,export,hub,optimum,tensorrt-rtx,bench]"
+	@touch $@
+
+$(DEV): $(STAMP)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[serve,demo,ray,dev]"
 	@touch $@
 
 engines: $(STAMP) ## run a recipe: export, build, verify, sample, bench (RECIPE=engines/tiny.toml)
@@ -57,17 +63,17 @@ engines: $(STAMP) ## run a recipe: export, build, verify, sample, bench (RECIPE=
 bench: $(STAMP) ## latency against eager diffusers, on a checkpoint with 100 million parameters
 	$(BIN)/sana-export engines $(BENCH_RECIPE)
 
-test: $(STAMP) ## run every test that needs no GPU and is not slow
+test: $(DEV) ## run every test that needs no GPU and is not slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
 
-test-slow: $(STAMP) ## run the slowest tests (5 minutes)
+test-slow: $(DEV) ## run the slowest tests (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(TEST_FLAGS)
 
-test-browser: $(STAMP) ## draw with examples/javascript in headless Chromium (needs npm and a browser)
+test-browser: $(DEV) ## draw with examples/javascript in headless Chromium (needs npm and a browser)
 	cd examples/javascript && npm install --no-package-lock --no-audit --no-fund
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_example_javascript.py
 
-fuzz: $(STAMP) ## run the property-based tests with many new inputs (FUZZ_INPUTS=2000 for each test)
+fuzz: $(DEV) ## run the property-based tests with many new inputs (FUZZ_INPUTS=2000 for each test)
 	SANA_EXPORT_FUZZ=$(FUZZ_INPUTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(TEST_FLAGS) tests/fuzz
 
 test-lowest: $(LOWEST)/.installed ## run the tests of sampling and of engine builds with the lowest versions that are allowed
@@ -88,33 +94,33 @@ SANA_EXPORT_TEST_BUNDLES=$(abspath $(1)/bundles) OMP_NUM_THREADS=1 $(1)/bin/pyth
 	-p tests.support.runtime_only -m "not gpu" $(TEST_FLAGS) tests/formats tests/fuzz tests/runtime tests/trt
 endef
 
-$(LOWEST)/.installed: pyproject.toml tools/lowest.py | $(STAMP)
+$(LOWEST)/.installed: pyproject.toml tools/lowest.py | $(DEV)
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(BIN)/python -m tools.lowest runtime > $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) -r $(LOWEST)/requirements.txt
 	@touch $@
 
-$(LOWEST_EXPORT)/.installed: pyproject.toml tools/lowest.py | $(STAMP)
+$(LOWEST_EXPORT)/.installed: pyproject.toml tools/lowest.py | $(DEV)
 	test -x $(LOWEST_EXPORT)/bin/python || $(PYTHON) -m venv $(LOWEST_EXPORT)
 	$(BIN)/python -m tools.lowest export > $(LOWEST_EXPORT)/requirements.txt
 	$(LOWEST_EXPORT)/bin/python -m pip install --quiet $(PIP_FLAGS) -r $(LOWEST_EXPORT)/requirements.txt
 	@touch $@
 
-$(NEWEST)/.installed: pyproject.toml | $(STAMP)
+$(NEWEST)/.installed: pyproject.toml | $(DEV)
 	test -x $(NEWEST)/bin/python || $(NEWEST_PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) ".[cpu,tensorrt-rtx]" onnx pytest psutil hypothesis
 	$(NEWEST)/bin/python -m pip uninstall --quiet --yes sana-export
 	@touch $@
 
-test-comfyui: $(STAMP) ## run the tests of the nodes on a real ComfyUI (COMFYUI=DIR, COMFYUI_PYTHON=DIR/venv/bin/python)
+test-comfyui: $(DEV) ## run the tests of the nodes on a real ComfyUI (COMFYUI=DIR, COMFYUI_PYTHON=DIR/venv/bin/python)
 	mkdir -p $(VENV)/comfyui-bundles
 	$(COMFYUI_TESTS) $(BIN)/python -m pytest $(TEST_FLAGS) tests/integrations/test_comfyui.py
 	SANA_EXPORT_COMFYUI=$(COMFYUI) $(COMFYUI_TESTS) $(COMFYUI_PYTHON) -m pytest $(TEST_FLAGS) tests/integrations/test_comfyui.py
 
-bindings: $(STAMP) ## record the interfaces of TensorRT's versions, which tests compare with what the code uses
+bindings: $(DEV) ## record the interfaces of TensorRT's versions, which tests compare with what the code uses
 	$(BIN)/python -m tools.bindings
 
-lint: $(STAMP) ## check style, types and import directions
+lint: $(DEV) ## check style, types and import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
