@@ -34,6 +34,7 @@ DOCUMENTED = (
     "build",
     "verify",
     "generate",
+    "demo",
     "bench",
     "inspect",
     "push",
