@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from sana_export.adapters import Lora
 from sana_export.cli.packages import require
-from sana_export.cli.verb import add_model_options, hub_options, model_options
+from sana_export.cli.terminal.progress_bars import without_progress_bars
+from sana_export.cli.verb import add_model_options, model_options
 from sana_export.commands import model_words
 from sana_export.manifest import Checkpoint, Manifest
 from sana_export.runtime.callbacks import IsCancelled, check_cancelled
@@ -72,7 +73,8 @@ class EagerReference:
             checkpoint = replace(self.checkpoint, loras=(*self.checkpoint.loras, *loras))
             device = "cuda" if torch.cuda.is_available() else "cpu"
             dtypes = recommended_dtypes(checkpoint, device)
-            pipeline = load_reference(checkpoint, self.manifest.options, pag=pag, dtypes=dtypes).to(device)
+            with without_progress_bars():
+                pipeline = load_reference(checkpoint, self.manifest.options, pag=pag, dtypes=dtypes).to(device)
             self._pipeline, self._key = TimedPipeline(pipeline, device, self._check), (pag, loras)
         return self._pipeline
 

@@ -1,1 +1,1 @@
-"""Serving a bundle: over HTTP, on a page, on many machines."""
+"""An image server over bundles: HTTP in the shape of OpenAI's images API. docs/serving.md is its manual."""

@@ -21,11 +21,15 @@ CSS = """
 footer { display: none !important }
 .head h1 { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; margin: 0 }
 .head p { margin: .15rem 0 0; font-size: .9rem; color: var(--body-text-color-subdued) }
-.picture { min-height: 14rem }
+.columns { display: grid !important; grid-template: "ask results" "options results" 1fr / minmax(300px, 2fr) 3fr; gap: 1rem 1.75rem }
+.columns > * { min-width: 0 !important }
+.ask { grid-area: ask } .results { grid-area: results } .options { grid-area: options }
+.form { background: transparent !important; border: 0 !important; box-shadow: none !important; gap: .9rem !important }
+.picture { min-height: 12rem; background: var(--background-fill-secondary); border-radius: .5rem }
 .picture .image-frame, .picture .image-frame img { width: 100% !important; height: auto !important; object-fit: contain }
-.picture .image-frame img { max-height: 70vh; border-radius: .4rem }
-.controls { gap: .6rem !important }
-.controls .row { gap: .75rem }
+.picture .image-frame img { max-height: 72vh; border-radius: .5rem }
+.picture .icon-button-wrapper, .picture label { background: rgb(255 255 255 / .85) !important; color: #44403c !important; border: 0 }
+.picture .icon-button-wrapper button { color: #44403c !important }
 .state { font-size: .9rem; min-height: 1.4rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere }
 .state .problem { display: block; padding: .6rem .8rem; border-radius: .5rem; background: #fbecea; color: #7a2b20 }
 .dark .state .problem { background: #47231e; color: #f6cfc8 }
@@ -42,8 +46,8 @@ footer { display: none !important }
 .times .faster { margin: 0; color: var(--body-text-color) }
 @media (max-width: 600px) {
   .gradio-container { padding: .75rem !important }
-  .columns, .pictures { flex-direction: column !important }
-  .columns > *, .pictures > * { min-width: 0 !important; width: 100% !important }
+  .columns { grid-template: "ask" "results" "options" / 1fr }
+  .pictures { flex-direction: column !important }
   .picture .image-frame img { max-height: none }
 }
 """

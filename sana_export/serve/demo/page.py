@@ -30,35 +30,39 @@ class DemoPage:
         with gr.Blocks(title="Sana", analytics_enabled=False, delete_cache=_DELETE_FILES) as self.blocks:
             gr.HTML(head(studio.manifest, studio.backend, studio.device), elem_classes="head")
             with gr.Row(elem_classes="columns"):
-                with gr.Column(scale=2, min_width=300, elem_classes="controls"):
-                    self._inputs, self._draw, self._stop = self._controls()
-                with gr.Column(scale=3, min_width=300):
+                with gr.Column(elem_classes="ask"):
+                    prompt, self._draw, self._stop = self._ask()
+                with gr.Column(elem_classes="results"):
                     self._outputs = self._results()
+                with gr.Column(elem_classes="options"):
+                    #: The inputs by the names of `Wish`.
+                    self._inputs = {"prompt": prompt, **self._numbers(), **self._options()}
             self._outputs["seed"] = self._inputs["seed"]
             self._listen()
         self.blocks.queue(max_size=studio.settings.limits.waiting, api_open=False)
 
-    def _controls(self) -> tuple[dict[str, Any], Any, Any]:
-        """The inputs by the names of `Wish`, and the buttons."""
-        studio, model = self.studio, self.studio.manifest.model
+    def _ask(self) -> tuple[Any, Any, Any]:
+        """The prompt and the buttons to draw and to stop."""
+        prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, placeholder="A red fox in the snow", elem_id="prompt")
+        with gr.Row():
+            draw = gr.Button("Draw", variant="primary", min_width=100, elem_id="draw")
+            stop = gr.Button("Stop", interactive=False, min_width=100, elem_id="stop")
+        return prompt, draw, stop
+
+    def _numbers(self) -> dict[str, Any]:
+        """The inputs that every bundle has."""
+        model, most = self.studio.manifest.model, self.studio.settings.limits.steps
         slider = partial(gr.Slider, buttons=[])
-        side = partial(slider, *studio.sides, model.native_size, step=32, precision=0)
-        steps = studio.settings.limits.steps
-        inputs: dict[str, Any] = {
-            "prompt": gr.Textbox(label="Prompt", lines=3, max_lines=8, placeholder="A red fox in the snow", elem_id="prompt")
-        }
+        side = partial(slider, *self.studio.sides, model.native_size, step=32, precision=0)
         with gr.Row():
-            draw = gr.Button("Draw", variant="primary", elem_id="draw")
-            stop = gr.Button("Stop", interactive=False, elem_id="stop")
+            inputs: dict[str, Any] = {"width": side(label="Width"), "height": side(label="Height")}
         with gr.Row():
-            inputs["width"], inputs["height"] = side(label="Width"), side(label="Height")
-        with gr.Row():
-            inputs["steps"] = slider(1, steps, min(model.default_steps, steps), step=1, precision=0, label="Steps")
+            inputs["steps"] = slider(1, most, min(model.default_steps, most), step=1, precision=0, label="Steps")
             inputs["guidance_scale"] = slider(1, _MOST_GUIDANCE, model.default_guidance_scale, step=0.1, label="Guidance")
         with gr.Row():
             inputs["seed"] = gr.Number(label="Seed", precision=0, minimum=0, maximum=MOST_SEED, elem_id="seed")
             inputs["new_seed"] = gr.Checkbox(True, label="New seed for each image", elem_id="new-seed")
-        return {**inputs, **self._options()}, draw, stop
+        return inputs
 
     def _options(self) -> dict[str, Any]:
         """The inputs that only some bundles and pages have."""
