@@ -36,7 +36,7 @@ class EagerReference:
     def open(cls, bundle: Path, model: str, options: argparse.Namespace) -> EagerReference:
         """The checkpoint `model` with the weights that the manifest of `bundle` names besides it.
 
-        Raises DependencyError if PyTorch or diffusers is missing, and UsageError if the bundle was exported from another checkpoint.
+        Raises DependencyError if PyTorch or diffusers is missing, and UsageError if the bundle is of another checkpoint.
         """
         require("", "export")
         from sana_export.checkpoint.checkpoint import open_checkpoint

@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[:SCALE]",
         action="append",
         default=[],
-        help="a LoRA that the page offers; SCALE: 0.7, or with other scales for some layers: 0.7,attn2=0.5; can be given several times",
+        help="a LoRA that visitors may choose; SCALE: 0.7, or with other scales for some layers: 0.7,attn2=0.5; can be given "
+        "several times",
     )
     parser.add_argument(
         "--reference",

@@ -19,16 +19,19 @@ _NOT_COMPARED = "previews"
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; padding: 1.25rem !important }
 footer { display: none !important }
+.gradio-container main { padding: 0 !important }
 .head h1 { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; margin: 0 }
 .head p { margin: .15rem 0 0; font-size: .9rem; color: var(--body-text-color-subdued) }
-.columns { display: grid !important; grid-template: "ask results" "options results" 1fr / minmax(300px, 2fr) 3fr; gap: 1rem 1.75rem }
+.columns { display: grid !important; gap: 1rem 1.75rem;
+  grid-template: "ask results" "options results" 1fr / minmax(300px, 2fr) 3fr }
 .columns > * { min-width: 0 !important }
 .ask { grid-area: ask } .results { grid-area: results } .options { grid-area: options }
 .form { background: transparent !important; border: 0 !important; box-shadow: none !important; gap: .9rem !important }
-.picture { min-height: 12rem; background: var(--background-fill-secondary); border-radius: .5rem }
+.picture { min-height: 12rem; background: rgb(120 113 108 / .08) !important; border-radius: .5rem }
 .picture .image-frame, .picture .image-frame img { width: 100% !important; height: auto !important; object-fit: contain }
 .picture .image-frame img { max-height: 72vh; border-radius: .5rem }
-.picture .icon-button-wrapper, .picture label { background: rgb(255 255 255 / .85) !important; color: #44403c !important; border: 0 }
+.picture .icon-button-wrapper, .picture label { border: 0; color: #44403c !important;
+  background: rgb(255 255 255 / .85) !important }
 .picture .icon-button-wrapper button { color: #44403c !important }
 .state { font-size: .9rem; min-height: 1.4rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere }
 .state .problem { display: block; padding: .6rem .8rem; border-radius: .5rem; background: #fbecea; color: #7a2b20 }
@@ -137,7 +140,9 @@ def times(paintings: Sequence[Painting]) -> str:
 def _run(title: str, seconds: Mapping[str, float], longest: float) -> str:
     shown = {stage: value for stage, value in seconds.items() if value > 0}
     colors = {stage: _COLORS.get(stage, _STEPS) for stage in shown}
-    bar = "".join(f'<i style="width:{100 * value / longest:.2f}%;background:{colors[stage]}"></i>' for stage, value in shown.items())
+    bar = "".join(
+        f'<i style="width:{100 * value / longest:.2f}%;background:{colors[stage]}"></i>' for stage, value in shown.items()
+    )
     keys = "".join(
         f'<li><i style="background:{colors[stage]}"></i>{escape(stage)} {duration(value)}</li>' for stage, value in shown.items()
     )
@@ -151,7 +156,8 @@ def _faster(paintings: Sequence[Painting]) -> str:
         return ""
     own, other = (sum(value for stage, value in each.seconds.items() if stage != _NOT_COMPARED) for each in paintings[:2])
     ratio = f"{other / own:.1f} times as fast" if other >= own else f"{own / other:.1f} times as slow"
-    return f'<p class="faster">{ratio} as eager diffusers for this image, previews not counted. <code>sana-export bench</code> measures.</p>'
+    note = "previews not counted. <code>sana-export bench</code> measures over many images."
+    return f'<p class="faster">{ratio} as eager diffusers for this image, {note}</p>'
 
 
 def duration(seconds: float) -> str:

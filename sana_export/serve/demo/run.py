@@ -16,7 +16,7 @@ from sana_export.errors import DependencyError
 from sana_export.installation import install_command
 from sana_export.serve.demo.look import CSS, theme
 from sana_export.serve.demo.settings import LOOPBACK, DemoSettings
-from sana_export.serve.demo.studio import Reference, Studio
+from sana_export.serve.demo.studio import OtherPipeline, Studio
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -40,7 +40,7 @@ _HEADERS = {
 
 
 @contextlib.contextmanager
-def serving(settings: DemoSettings, reference: Reference | None = None) -> Iterator[str]:
+def serving(settings: DemoSettings, reference: OtherPipeline | None = None) -> Iterator[str]:
     """Load the bundle and serve its page while the block runs. Yields the page's address.
 
     Raises the errors of loading a bundle, and DependencyError if Gradio is missing or the address cannot be used.

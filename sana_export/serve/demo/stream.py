@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -15,23 +16,25 @@ def as_they_come(work: Callable[[Callable[[Item], None]], None]) -> Iterator[Ite
 
     If the iterator is closed early, the thread goes on: `work` has to be told to stop by other means.
     """
-    handed: SimpleQueue[Callable[[], Item] | None] = SimpleQueue()
-
-    def put(item: Item) -> None:
-        handed.put(lambda: item)
+    handed = SimpleQueue[Item | _Ended]()
 
     def run() -> None:
+        error: BaseException | None = None
         try:
-            work(put)
-        except BaseException as error:
-            handed.put(lambda error=error: _raise(error))  # type: ignore[misc]
-        finally:
-            handed.put(None)
+            work(handed.put)
+        except BaseException as raised:
+            error = raised
+        handed.put(_Ended(error))
 
     threading.Thread(target=run, daemon=True).start()
-    while (get := handed.get()) is not None:
-        yield get()
+    while not isinstance(item := handed.get(), _Ended):
+        yield item
+    if item.error is not None:
+        raise item.error
 
 
-def _raise(error: BaseException) -> None:
-    raise error
+@dataclass(frozen=True)
+class _Ended:
+    """The last thing that is handed over: the work is done, or failed."""
+
+    error: BaseException | None

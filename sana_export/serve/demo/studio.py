@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import secrets
 import threading
@@ -28,14 +27,14 @@ LOG = logging.getLogger(__name__)
 LEAST_SIDE, MOST_SIDE = 64, 4096
 #: A browser's numbers are exact up to here.
 MOST_SEED = 2**53 - 1
-#: What a backend needs besides the bundle's graphs. Those that are missing here run everywhere.
-_NEEDS: dict[str, Callable[[Manifest], bool]] = {
-    **{name: lambda manifest, name=name: any(entry.backend == name for entry in manifest.engines) for name in ENGINE_BACKENDS},
-    "onnxruntime-cuda-graphs": lambda manifest: installed_version("onnxruntime-gpu") is not None,
-    "onnxruntime-tensorrt-rtx": lambda manifest: installed_version("onnxruntime-ep-nv-tensorrt-rtx") is not None,
-    "torch": lambda manifest: importlib.util.find_spec("torch") is not None,
-    "torch-compile": lambda manifest: False,  # a visitor would wait for minutes
+#: The distributions without which a backend does not run at all.
+_NEEDS = {
+    "onnxruntime-cuda-graphs": "onnxruntime-gpu",
+    "onnxruntime-tensorrt-rtx": "onnxruntime-ep-nv-tensorrt-rtx",
+    "torch": "torch",
 }
+#: Not offered: a visitor would wait for minutes until it is compiled.
+_SLOW_START = ("torch-compile",)
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ Picture = Preview | Painting
 OnPicture = Callable[[Picture], None]
 
 
-class Reference(Protocol):
+class OtherPipeline(Protocol):
     """Another pipeline of the same checkpoint, such as eager diffusers."""
 
     def draw(self, request: Request, seed: int, loras: Sequence[Lora], cancelled: IsCancelled) -> Painting:
@@ -113,7 +112,7 @@ class Reference(Protocol):
 class Studio:
     """Holds at most one runtime. `draw` may be called from several threads: they take turns."""
 
-    def __init__(self, settings: DemoSettings, reference: Reference | None = None) -> None:
+    def __init__(self, settings: DemoSettings, reference: OtherPipeline | None = None) -> None:
         self.settings, self.reference = settings, reference
         self.manifest = Manifest.load(settings.bundle)
         #: The LoRAs by the names that a visitor sees.
@@ -133,7 +132,14 @@ class Studio:
     @property
     def backends(self) -> list[str]:
         """The backends that a visitor may choose."""
-        usable = [name for name in BACKENDS if name not in _NEEDS or _NEEDS[name](self.manifest)]
+        built = {engine.backend for engine in self.manifest.engines}
+        usable = [
+            name
+            for name in BACKENDS
+            if name not in _SLOW_START
+            and (name in built or name not in ENGINE_BACKENDS)
+            and (name not in _NEEDS or installed_version(_NEEDS[name]) is not None)
+        ]
         return list(dict.fromkeys([self.backend, *usable]))
 
     @property
@@ -233,6 +239,4 @@ def _draw(runtime: SanaRuntime, request: Request, show: OnPicture, cancelled: Is
 def _named(loras: Sequence[Lora]) -> dict[str, Lora]:
     """The LoRAs by the names of their files, with their folders if two have the same name."""
     names = [lora.path.stem for lora in loras]
-    return {
-        name if names.count(name) == 1 else lora.path.as_posix(): lora for name, lora in zip(names, loras, strict=True)
-    }
+    return {name if names.count(name) == 1 else lora.path.as_posix(): lora for name, lora in zip(names, loras, strict=True)}
