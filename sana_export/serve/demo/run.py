@@ -74,6 +74,7 @@ def create_app(page: DemoPage) -> FastAPI:
         server_name=settings.host,
         server_port=settings.port,
         footer_links=[],
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         run_history=False,
         max_file_size=_MOST_UPLOAD_BYTES,
         ssr_mode=False,

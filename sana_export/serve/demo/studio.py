@@ -116,7 +116,7 @@ class Studio:
         self.settings, self.reference = settings, reference
         self.manifest = Manifest.load(settings.bundle)
         #: The LoRAs by the names that a visitor sees.
-        self.loras = _named(settings.loras)
+        self.loras = named_loras(settings.loras)
         self._lock = threading.Lock()
         self._runtime: SanaRuntime | None = None
         self._loaded: tuple[str, ...] = ()
@@ -236,7 +236,7 @@ def _draw(runtime: SanaRuntime, request: Request, show: OnPicture, cancelled: Is
     return Painting(result.images[0], title, result.seeds[0], seconds, result.metadata[0])
 
 
-def _named(loras: Sequence[Lora]) -> dict[str, Lora]:
+def named_loras(loras: Sequence[Lora]) -> dict[str, Lora]:
     """The LoRAs by the names of their files, with their folders if two have the same name."""
     names = [lora.path.stem for lora in loras]
     return {name if names.count(name) == 1 else lora.path.as_posix(): lora for name, lora in zip(names, loras, strict=True)}
