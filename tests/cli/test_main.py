@@ -34,6 +34,7 @@ DOCUMENTED = (
     "build",
     "verify",
     "generate",
+    "serve",
     "demo",
     "bench",
     "inspect",

@@ -17,9 +17,9 @@ _STEPS = "#2f6f73"
 _NOT_COMPARED = "previews"
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; padding: 1.25rem !important }
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; padding: 1rem !important }
 footer { display: none !important }
-.gradio-container main { padding: 0 !important }
+.gradio-container .main { padding: 0 !important }
 .head h1 { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; margin: 0 }
 .head p { margin: .15rem 0 0; font-size: .9rem; color: var(--body-text-color-subdued) }
 .columns { display: grid !important; gap: 1rem 1.75rem;
@@ -48,7 +48,6 @@ footer { display: none !important }
 .times li i { display: inline-block; width: .65rem; height: .65rem; border-radius: 2px; margin-right: .35rem }
 .times .faster { margin: 0; color: var(--body-text-color) }
 @media (max-width: 600px) {
-  .gradio-container { padding: .75rem !important }
   .columns { grid-template: "ask" "results" "options" / 1fr }
   .pictures { flex-direction: column !important }
   .picture .image-frame img { max-height: none }

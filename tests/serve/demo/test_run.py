@@ -77,7 +77,9 @@ def test_without_gradio_the_error_names_the_extra(tiny_bundle: Path, monkeypatch
     assert "[demo]" in str(raised.value.fix)
 
 
-@pytest.mark.parametrize(("host", "local"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("a.b", False)])
+@pytest.mark.parametrize(
+    ("host", "local"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("a.b", False)]
+)
 def test_which_addresses_only_this_machine_reaches(host: str, local: bool) -> None:
     assert DemoSettings(Path("b"), host=host).local == local
 

@@ -135,7 +135,9 @@ def test_it_stops_after_the_step_that_runs(studio: Studio) -> None:
 def test_two_visitors_take_turns(studio: Studio) -> None:
     order: list[int] = []
     threads = [
-        threading.Thread(target=studio.draw, args=(replace(WISH, seed=seed), lambda _, seed=seed: order.append(seed), lambda: False))
+        threading.Thread(
+            target=studio.draw, args=(replace(WISH, seed=seed), lambda _, seed=seed: order.append(seed), lambda: False)
+        )
         for seed in (1, 2)
     ]
     for thread in threads:
@@ -165,6 +167,10 @@ def test_a_wish_beyond_the_limits_is_refused(studio: Studio, changes: dict[str, 
 
 
 def test_loras_with_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
-    loras = (Lora(tmp_path / "a" / "style.safetensors"), Lora(tmp_path / "b" / "style.safetensors"), Lora(tmp_path / "ink.safetensors"))
+    loras = (
+        Lora(tmp_path / "a" / "style.safetensors"),
+        Lora(tmp_path / "b" / "style.safetensors"),
+        Lora(tmp_path / "ink.safetensors"),
+    )
     names = list(named_loras(loras))
     assert names == [loras[0].path.as_posix(), loras[1].path.as_posix(), "ink"]
