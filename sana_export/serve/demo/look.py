@@ -91,6 +91,8 @@ def theme() -> Any:
         button_secondary_shadow="none",
         button_large_text_weight="500",
         checkbox_background_color_selected=_STEPS,
+        checkbox_border_width="1px",
+        checkbox_border_color="*neutral_400",
         slider_color=_STEPS,
     )
 
