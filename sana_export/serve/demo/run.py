@@ -28,7 +28,8 @@ LOG = logging.getLogger(__name__)
 _MOST_UPLOAD_BYTES = 1024
 #: Gradio reads these when it is imported.
 _ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-_STOP_SECONDS = 3
+#: Pages that are open keep a connection, which is cut after this time.
+_STOP_SECONDS = 1
 #: The browser loads nothing from another server, whatever Gradio asks it to, and no other page shows this one in a frame.
 _HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -141,7 +142,8 @@ def _uvicorn(app: FastAPI, listener: socket.socket) -> Iterator[None]:
     """Serve `app` in a thread while the block runs. The main thread stays free for signals."""
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_STOP_SECONDS)
+    # Gradio logs what fails in a handler. uvicorn would log a traceback for each page that is open at the end.
+    config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=_STOP_SECONDS)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
@@ -149,7 +151,7 @@ def _uvicorn(app: FastAPI, listener: socket.socket) -> Iterator[None]:
         yield
     finally:
         server.should_exit = True
-        thread.join(2 * _STOP_SECONDS)
+        thread.join(3 * _STOP_SECONDS)
 
 
 def _address(host: str, port: int) -> str:
