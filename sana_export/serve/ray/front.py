@@ -1,0 +1,29 @@
+"""`Front`: a replica with the HTTP application of the single process, over the drawing replicas."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sana_export.serve.app import create_app
+from sana_export.serve.ray.config import RayConfig
+from sana_export.serve.ray.engine import RayEngine
+from sana_export.serve.security import read_keys
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+
+class Front:
+    """A deployment of Ray Serve, with `serve.ingress()`."""
+
+    async def __init__(self, drawing: DeploymentHandle[Any], config: RayConfig) -> None:  # type: ignore[misc]  # Ray awaits it
+        """Wait for the first drawing replica: it knows the models."""
+        self._config = config
+        self._keys = {} if config.keys_file is None else read_keys(config.keys_file)
+        models = await drawing.models.remote()
+        draw = drawing.options(method_name="draw", stream=True)
+        places = config.max_queued_requests
+        self._engine = RayEngine(draw.remote, models, places, key_places=max(1, places // 2) if self._keys else places)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return create_app(self._engine, self._config.in_front(self._keys))

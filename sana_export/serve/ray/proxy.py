@@ -1,0 +1,93 @@
+"""Errors of Serve's own HTTP proxy in OpenAI's form: a front replica that died, no application, a full proxy.
+
+Name `middlewares` in the environment of every Ray process (`ray start`, the pods of KubeRay):
+
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=sana_export.serve.ray.proxy.middlewares
+
+Without it, these rare answers are Ray's plain text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.middleware import Middleware
+
+from sana_export.serve.errors import Refusal, answer
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+#: The code of `CODES` by the status of Ray's plain text.
+CODE_OF = {404: "not_found", 408: "timeout", 429: "queue_full", 503: "not_ready"}
+TEXTS = {
+    "not_found": "there is no such path here",
+    "timeout": "the request took too long",
+    "queue_full": "the queue is full; try again later",
+    "not_ready": "the server cannot answer now; try again later",
+}
+#: Paths of the proxy itself, for health checks of a load balancer.
+OWN_PATHS = "/-/"
+
+
+def middlewares() -> list[Middleware]:
+    """What Serve's proxy wraps its own ASGI application in."""
+    return [Middleware(OpenAIErrors)]
+
+
+class OpenAIErrors:
+    """Replaces plain-text errors, and answers 503 if there is no answer at all: a front replica died."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """As of ASGI."""
+        if scope["type"] != "http" or scope["path"].startswith(OWN_PATHS):
+            await self._app(scope, receive, send)
+            return
+        answering = _Answering(send)
+        await self._app(scope, receive, answering)
+        if not answering.started:
+            await answering.refuse("not_ready")
+
+
+class _Answering:
+    """Passes an answer on, once it is known not to be one of Ray's own."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+        self._replaced = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            code = CODE_OF.get(message["status"]) if _is_text(message) else None
+            if code is not None:
+                self._replaced = True
+                await self.refuse(code)
+                return
+            self.started = True
+        if not self._replaced:
+            await self._send(message)
+
+    async def refuse(self, code: str) -> None:
+        """Answer with an error."""
+        self.started = True
+        refusal = answer(Refusal(code, TEXTS[code]))
+        body = json.dumps(refusal.body).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
+        await self._send({
+            "type": "http.response.start",
+            "status": refusal.status,
+            "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+        })  # fmt: skip
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def _is_text(start: Message) -> bool:
+    return any(name.lower() == b"content-type" and value.startswith(b"text/plain") for name, value in start["headers"])

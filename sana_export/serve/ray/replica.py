@@ -1,0 +1,81 @@
+"""`Drawing`: a replica that draws. It holds the engine of a single process, with its queue, its batches and its models."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from sana_export.serve.engine import Finished, ImageJob, JobEvent, ModelCard
+from sana_export.serve.ray.config import RayConfig
+from sana_export.serve.ray.messages import Failed, ReplicaReport
+from sana_export.serve.worker import LocalEngine
+
+#: The API key of health checks: they take turns with those of requests.
+HEALTH = "health check"
+
+
+class Drawing:
+    """A deployment of Ray Serve. Ray calls its methods from one event loop, and removes a replica whose `check_health` raises."""
+
+    async def __init__(self, config: RayConfig) -> None:  # type: ignore[misc]  # Ray awaits it
+        from ray import serve
+
+        self._config = config
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._engine = LocalEngine(config.in_replica())
+        #: When the last image was finished.
+        self._finished = -math.inf
+        #: Why no image could be drawn since then.
+        self._failure: Exception | None = None
+        self._checking = asyncio.Lock()
+        await self.check_health()  # a replica that cannot draw never becomes ready
+
+    async def models(self) -> tuple[ModelCard, ...]:
+        """The models, for the front."""
+        return self._engine.models()
+
+    async def draw(self, job: ImageJob) -> AsyncGenerator[JobEvent | ReplicaReport | Failed, None]:
+        """The events of a job. If Ray cancels the call, the job loses its place, and sampling stops at the next step."""
+        try:
+            async with aclosing(self._engine.submit(job)) as events:
+                async for event in events:
+                    if isinstance(event, Finished):
+                        self._finished = time.monotonic()
+                        yield ReplicaReport(self._name, self._engine.status().gpu_memory)
+                    yield event
+        except Exception as error:  # any: the front decides what the client sees
+            yield Failed(error)
+
+    async def check_health(self) -> None:
+        """Draw a small image, unless one was finished lately. Raises Refusal if it takes too long, or what drawing it raises.
+
+        After that it raises the same until an image is finished: the next check need not wait as long to fail as this one.
+        """
+        if time.monotonic() - self._finished < self._config.health_image_period:
+            self._failure = None
+            return
+        async with self._checking:  # Ray may ask again before a check has ended
+            if self._failure is not None:
+                raise self._failure
+            try:
+                await self._draw_small_image()
+            except Exception as error:
+                self._failure = error
+                raise
+
+    async def _draw_small_image(self) -> None:
+        config = self._config
+        words: dict[str, object] = {"prompt": "a red apple", "num_inference_steps": 1}
+        if config.health_size is not None:
+            words |= {"height": config.health_size, "width": config.health_size}
+        job = ImageJob(self._engine.models()[0].name, words, seeds=(0,), timeout=config.longest_health_check, key=HEALTH)
+        async with aclosing(self._engine.submit(job)) as events:
+            async for event in events:
+                if isinstance(event, Finished):
+                    self._finished = time.monotonic()
+
+    def __del__(self) -> None:
+        self._engine.close()
