@@ -1,6 +1,6 @@
 """The Ray Serve application: `serve run sana_export.serve.ray_app:build bundle=FOLDER allow_without_keys=true`.
 
-    client -> Serve's proxy -> Front: the HTTP application of `app.py` over RayEngine -> Drawing: LocalEngine -> GPU
+    client -> Serve's proxy -> Front: the HTTP application of app.py over a RayEngine -> Drawing: a LocalEngine -> GPU
 
 Front replicas check requests, choose seeds and encode answers; Drawing replicas draw. docs/ray.md has every argument.
 """
@@ -19,8 +19,8 @@ except ImportError as error:
     ) from error
 
 from sana_export.serve.ray.config import SPARE_SECONDS, RayConfig
-from sana_export.serve.ray.front import Front
-from sana_export.serve.ray.replica import Drawing
+from sana_export.serve.ray.front import FrontReplica
+from sana_export.serve.ray.replica import DrawingReplica
 
 #: A front replica refuses what it has no place for itself, in OpenAI's form. Ray must not do it before.
 MOST_FRONT_REQUESTS = 100_000
@@ -28,8 +28,8 @@ MOST_FRONT_REQUESTS = 100_000
 
 def build(config: RayConfig) -> Application:
     """The application for `serve run` and for the `import_path` of a Serve config file."""
-    drawing = serve.deployment(**_drawing_options(config))(Drawing)
-    front = serve.deployment(**_front_options(config))(serve.ingress()(Front))
+    drawing = serve.deployment(**_drawing_options(config))(DrawingReplica)
+    front = serve.deployment(**_front_options(config))(serve.ingress()(FrontReplica))
     return front.bind(drawing.bind(config), config)
 
 

@@ -189,10 +189,10 @@ def test_a_client_that_leaves_cancels_the_job_in_the_replica_and_is_not_served_b
 
 def test_a_finished_job_is_not_cancelled_and_replicas_report_their_memory():
     async def case() -> None:
-        ray, handle = engine([Accepted(0), ReplicaReport("xy", {"0": (5, 80)}), FINISHED])
+        ray, handle = engine([Accepted(0), ReplicaReport({"10.0.0.7/0": (5, 80)}), FINISHED])
         assert await drawn(ray.submit(JOB)) == [Accepted(0), FINISHED]
         assert handle.cancelled == 0
-        assert ray.status().gpu_memory == {"xy/0": (5, 80)}
+        assert ray.status().gpu_memory == {"10.0.0.7/0": (5, 80)}
 
     run(case)
 

@@ -106,10 +106,6 @@ class RayConfig(BaseModel):
     allow_without_keys: bool = False
     limits: RayLimits = Field(default_factory=RayLimits)  # type: ignore[valid-type]
     content_filters: tuple[str, ...] = ()
-    #: A folder that every front replica shares, for images that are answered as a URL. None: such requests are refused.
-    url_folder: Path | None = None
-    #: The address that these URLs begin with. None: the one that the client used.
-    public_url: str | None = None
     preview: str = "linear"
     image_metadata: bool = False
     log_prompts: bool = False
@@ -136,7 +132,8 @@ class RayConfig(BaseModel):
 
     def in_replica(self) -> ServeConfig:
         """What the engine inside a drawing replica is told."""
-        return self._serve_config(places=self.max_ongoing_requests + 1, keys={})  # one more for the health check
+        images = self.max_ongoing_requests * self.limits.images + 1  # and the health check
+        return self._serve_config(places=images, keys={})
 
     def in_front(self, keys: Mapping[str, str]) -> ServeConfig:
         """What the HTTP application in a front replica is told. `keys`: the API keys by id."""
@@ -145,14 +142,13 @@ class RayConfig(BaseModel):
     def _serve_config(self, places: int, keys: Mapping[str, str]) -> ServeConfig:
         return ServeConfig(
             models=self._models(),
+            host="0.0.0.0",  # Serve's proxies listen, and decide where
             limits=self.limits,
             queue=QueueConfig(places, self.max_batch, self.batch_wait_ms, self.timeout),
             keys=keys,
             allow_without_keys=self.allow_without_keys,
             memory_budget=self.memory_budget,
             content_filters=self.content_filters,
-            url_folder=self.url_folder,
-            public_url=self.public_url,
             preview=self.preview,
             image_metadata=self.image_metadata,
             log_prompts=self.log_prompts,

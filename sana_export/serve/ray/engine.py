@@ -24,7 +24,7 @@ LOG = logging.getLogger(__name__)
 
 #: A job is sent this often: again once, if the replica that draws it dies.
 SENDS = 2
-#: A replica that has reported nothing for this many seconds does not count in `status`.
+#: The memory of a GPU that no replica has reported for this many seconds is not shown.
 REPORT_SECONDS = 300.0
 
 
@@ -61,7 +61,7 @@ class _Progress:
 
 
 class RayEngine:
-    """Implements `Engine` (engine.py) with replicas of `Drawing` (replica.py)."""
+    """Implements `Engine` (engine.py) with drawing replicas (replica.py)."""
 
     def __init__(self, send: Send, models: tuple[ModelCard, ...], places: int, key_places: int) -> None:
         """places: jobs that may wait for a replica. key_places: those of one API key."""
@@ -72,7 +72,8 @@ class RayEngine:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._reports: dict[str, tuple[float, ReplicaReport]] = {}
+        #: When the memory of a GPU was reported, and what.
+        self._gpus: dict[str, tuple[float, tuple[int, int]]] = {}
 
     def models(self) -> tuple[ModelCard, ...]:
         """The models of the drawing replicas, the default one first."""
@@ -98,10 +99,7 @@ class RayEngine:
     def status(self) -> EngineStatus:
         """Jobs are those of this front replica; GPU memory is what replicas reported with their last images."""
         recent = time.monotonic() - REPORT_SECONDS
-        self._reports = {name: entry for name, entry in self._reports.items() if entry[0] > recent}
-        gpu_memory = {
-            f"{name}/{gpu}": memory for name, (_, report) in self._reports.items() for gpu, memory in report.gpu_memory.items()
-        }
+        gpu_memory = {gpu: memory for gpu, (since, memory) in self._gpus.items() if since > recent}
         reason = "shutting down" if self._draining else ""
         return EngineStatus(not self._draining, reason, self._waiting.total(), self._running, self._places, gpu_memory)
 
@@ -153,7 +151,7 @@ class RayEngine:
                 if isinstance(item, Failed):
                     raise item.error
                 if isinstance(item, ReplicaReport):
-                    self._reports[item.replica] = (time.monotonic(), item)
+                    self._gpus |= {gpu: (time.monotonic(), memory) for gpu, memory in item.gpu_memory.items()}
                 elif item is not None:
                     yield item
         finally:

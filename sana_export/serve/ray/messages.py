@@ -20,7 +20,5 @@ class Failed:
 class ReplicaReport:
     """The state of a replica when it has drawn a job."""
 
-    #: The replica's id.
-    replica: str
-    #: Bytes of GPU memory by GPU: (used, total).
+    #: Bytes of memory, (used, total), of the replica's GPUs: by the address of its machine and the index there.
     gpu_memory: Mapping[str, tuple[int, int]]

@@ -10,7 +10,7 @@ Without it, these rare answers are Ray's plain text.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -50,7 +50,7 @@ class OpenAIErrors:
         if scope["type"] != "http" or scope["path"].startswith(OWN_PATHS):
             await self._app(scope, receive, send)
             return
-        answering = _Answering(send)
+        answering = _Answering(send, scope)
         await self._app(scope, receive, answering)
         if not answering.started:
             await answering.refuse("not_ready")
@@ -59,8 +59,8 @@ class OpenAIErrors:
 class _Answering:
     """Passes an answer on, once it is known not to be one of Ray's own."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, scope: Message) -> None:
+        self._send, self._scope = send, scope
         self.started = False
         self._replaced = False
 
@@ -80,13 +80,24 @@ class _Answering:
         self.started = True
         refusal = answer(Refusal(code, TEXTS[code]))
         body = json.dumps(refusal.body).encode()
-        headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            **refusal.headers,
+            **_request_id(self._scope),
+        }
         await self._send({
             "type": "http.response.start",
             "status": refusal.status,
             "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
         })  # fmt: skip
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _request_id(scope: Message) -> Mapping[str, str]:
+    """The header of the answer with the request's id, which Ray adds to requests that have none."""
+    ids = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"x-request-id"]
+    return {"x-request-id": ids[-1]} if ids else {}
 
 
 def _is_text(start: Message) -> bool:

@@ -1,4 +1,4 @@
-"""`Drawing`: a replica that draws. It holds the engine of a single process, with its queue, its batches and its models."""
+"""`DrawingReplica`: a replica that draws. It holds the engine of a single process, with its queue, its batches and its models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+import ray
+
 from sana_export.serve.engine import Finished, ImageJob, JobEvent, ModelCard
+from sana_export.serve.metrics import gpu_memory
 from sana_export.serve.ray.config import RayConfig
 from sana_export.serve.ray.messages import Failed, ReplicaReport
 from sana_export.serve.worker import LocalEngine
@@ -17,14 +20,11 @@ from sana_export.serve.worker import LocalEngine
 HEALTH = "health check"
 
 
-class Drawing:
+class DrawingReplica:
     """A deployment of Ray Serve. Ray calls its methods from one event loop, and removes a replica whose `check_health` raises."""
 
     async def __init__(self, config: RayConfig) -> None:  # type: ignore[misc]  # Ray awaits it
-        from ray import serve
-
         self._config = config
-        self._name = serve.get_replica_context().replica_id.unique_id
         self._engine = LocalEngine(config.in_replica())
         #: When the last image was finished.
         self._finished = -math.inf
@@ -44,7 +44,7 @@ class Drawing:
                 async for event in events:
                     if isinstance(event, Finished):
                         self._finished = time.monotonic()
-                        yield ReplicaReport(self._name, self._engine.status().gpu_memory)
+                        yield ReplicaReport(_gpu_memory())
                     yield event
         except Exception as error:  # any: the front decides what the client sees
             yield Failed(error)
@@ -79,3 +79,9 @@ class Drawing:
 
     def __del__(self) -> None:
         self._engine.close()
+
+
+def _gpu_memory() -> dict[str, tuple[int, int]]:
+    """Of the GPUs that Ray gave this replica."""
+    own, machine = ray.get_runtime_context().get_accelerator_ids().get("GPU", []), ray.util.get_node_ip_address()
+    return {f"{machine}/{gpu}": memory for gpu, memory in gpu_memory().items() if gpu in own}
