@@ -1,9 +1,10 @@
-"""Errors of Serve's own proxy in OpenAI's form."""
+"""What Serve's own proxy is wrapped in: errors in OpenAI's form, and a second try if a front replica dies."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,10 +13,26 @@ pytest.importorskip("ray")
 
 from ray.serve._private.http_util import validate_http_proxy_callback_return
 
-from sana_export.serve.ray.proxy import OpenAIErrors, middlewares
+from sana_export.serve.ray.proxy import KEPT_BYTES, SecondTry, middlewares
 
 SCOPE = {"type": "http", "path": "/v1/images/generations", "headers": [(b"x-request-id", b"r7")]}
 TEXT, JSON = [(b"content-type", b"text/plain"), (b"x-request-id", b"r7")], [(b"content-type", b"application/json")]
+
+
+def exchanged(proxy: Any, parts: Sequence[bytes] = (b"{}",), path: str = "/v1/images/generations") -> list[Any]:
+    """What a client gets that sends a body in these parts."""
+    requests = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    requests[-1]["more_body"] = False
+    messages: list[Any] = []
+
+    async def receive() -> Any:
+        return requests.pop(0) if requests else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    asyncio.run(SecondTry(proxy)({**SCOPE, "path": path}, receive, send))
+    return messages
 
 
 def sent(status: int | None, headers: Any = (), body: bytes = b"", path: str = "/v1/images/generations") -> list[Any]:
@@ -26,13 +43,58 @@ def sent(status: int | None, headers: Any = (), body: bytes = b"", path: str = "
             await send({"type": "http.response.start", "status": status, "headers": list(headers)})
             await send({"type": "http.response.body", "body": body})
 
-    messages: list[Any] = []
+    return exchanged(proxy, path=path)
 
-    async def send(message: Any) -> None:
-        messages.append(message)
 
-    asyncio.run(OpenAIErrors(proxy)({**SCOPE, "path": path}, None, send))
-    return messages
+class Dying:
+    """Ray's proxy whose front replica dies in the first tries, after it read so many messages of the body."""
+
+    def __init__(self, deaths: int, reads: int) -> None:
+        self.deaths, self.reads = deaths, reads
+        self.bodies: list[bytes] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["path"] += "changed"  # Ray changes it, if the application has a prefix
+        if len(self.bodies) < self.deaths:
+            self.bodies.append(b"".join([(await receive()).get("body", b"") for _ in range(self.reads)]))
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message["more_body"]
+        self.bodies.append(body)
+        await send({"type": "http.response.start", "status": 200, "headers": JSON})
+        await send({"type": "http.response.body", "body": scope["path"].encode()})
+
+
+@pytest.mark.parametrize("reads", [0, 1, 3])
+def test_a_request_whose_front_died_goes_to_another_with_the_same_body(reads: int):
+    proxy = Dying(1, reads)
+    messages = exchanged(proxy, (b"a", b"b", b"c"))
+    assert (messages[0]["status"], messages[1]["body"]) == (200, b"/v1/images/generationschanged")
+    assert proxy.bodies == [b"abc"[:reads], b"abc"]
+
+
+def test_there_is_no_third_try():
+    proxy = Dying(2, 1)
+    assert exchanged(proxy)[0]["status"] == 503
+    assert len(proxy.bodies) == 2
+
+
+def test_the_request_of_a_client_that_left_is_not_tried_again():
+    proxy = Dying(1, 2)
+    assert exchanged(proxy) == []
+    assert len(proxy.bodies) == 1
+
+
+def test_a_large_body_passes_but_is_not_kept():
+    parts = [bytes(KEPT_BYTES // 2)] * 4
+    proxy = Dying(0, 0)
+    assert exchanged(proxy, parts)[0]["status"] == 200
+    assert proxy.bodies == [b"".join(parts)]
+    dying = Dying(1, 4)
+    assert exchanged(dying, parts)[0]["status"] == 503
+    assert len(dying.bodies) == 1
 
 
 @pytest.mark.parametrize(
@@ -63,4 +125,4 @@ def test_other_answers_pass_unchanged():
 
 
 def test_ray_takes_the_middlewares():
-    assert validate_http_proxy_callback_return(middlewares())[0].cls is OpenAIErrors
+    assert validate_http_proxy_callback_return(middlewares())[0].cls is SecondTry

@@ -1,26 +1,21 @@
-"""Errors of Serve's own HTTP proxy in OpenAI's form: a front replica that died, no application, a full proxy.
+"""What Serve's own HTTP proxy needs besides: a second try for a request whose front replica died, and OpenAI's form for its errors.
 
 Name `middlewares` in the environment of every Ray process (`ray start`, the pods of KubeRay):
 
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=sana_export.serve.ray.proxy.middlewares
 
-Without it, these rare answers are Ray's plain text.
+Without it, such a request gets Ray's plain text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Mapping
 
 from starlette.middleware import Middleware
 
 from sana_export.serve.errors import Refusal, answer
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+from sana_export.serve.security import Application, Message, Receive, Send
 
 #: The code of `CODES` by the status of Ray's plain text.
 CODE_OF = {404: "not_found", 408: "timeout", 429: "queue_full", 503: "not_ready"}
@@ -34,15 +29,22 @@ TEXTS = {
 OWN_PATHS = "/-/"
 
 
+#: Bytes of a body that is kept for a second try. Requests without images are smaller.
+KEPT_BYTES = 2**20
+
+
 def middlewares() -> list[Middleware]:
     """What Serve's proxy wraps its own ASGI application in."""
-    return [Middleware(OpenAIErrors)]
+    return [Middleware(SecondTry)]
 
 
-class OpenAIErrors:
-    """Replaces plain-text errors, and answers 503 if there is no answer at all: a front replica died."""
+class SecondTry:
+    """Gives a request to another front replica if the first one died before it answered, and answers in OpenAI's form if Ray does.
 
-    def __init__(self, app: App) -> None:
+    Drawing has no side effects, so trying twice is safe. A body larger than `KEPT_BYTES` is not kept: its request gets a 503.
+    """
+
+    def __init__(self, app: Application) -> None:
         self._app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -50,10 +52,42 @@ class OpenAIErrors:
         if scope["type"] != "http" or scope["path"].startswith(OWN_PATHS):
             await self._app(scope, receive, send)
             return
-        answering = _Answering(send, scope)
-        await self._app(scope, receive, answering)
-        if not answering.started:
+        body, answering = _Body(receive), _Answering(send, scope)
+        await self._app(dict(scope), body.receive, answering)
+        if not answering.started and body.again():
+            await self._app(dict(scope), body.receive, answering)
+        if not answering.started and not body.gone:
             await answering.refuse("not_ready")
+
+
+class _Body:
+    """The messages of a client, which can be received again from the first one."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._kept: list[Message] = []
+        self._next = self._bytes = 0
+        #: Whether the client has closed the connection.
+        self.gone = False
+
+    async def receive(self) -> Message:
+        """The next message."""
+        if self._next == len(self._kept):
+            message = await self._receive()
+            self.gone |= message["type"] == "http.disconnect"
+            self._bytes += len(message.get("body", b""))
+            if self._bytes > KEPT_BYTES:
+                self._kept.clear()
+                self._next = 0
+                return message
+            self._kept.append(message)
+        self._next += 1
+        return self._kept[self._next - 1]
+
+    def again(self) -> bool:
+        """Start from the first message. False: the client is gone, or the body was too large to keep."""
+        self._next = 0
+        return not self.gone and self._bytes <= KEPT_BYTES
 
 
 class _Answering:
