@@ -22,8 +22,8 @@ from sana_export.serve.ray.config import SPARE_SECONDS, RayConfig
 from sana_export.serve.ray.front import FrontReplica
 from sana_export.serve.ray.replica import DrawingReplica
 
-#: A front replica refuses what it has no place for itself, in OpenAI's form. Ray must not do it before.
-MOST_FRONT_REQUESTS = 100_000
+#: Ray's own bounds, far above those of the front, which refuses in OpenAI's form what it has no place for.
+NEVER_REACHED = 100_000
 
 
 def build(config: RayConfig) -> Application:
@@ -39,7 +39,7 @@ def _drawing_options(config: RayConfig) -> dict[str, Any]:
         "name": "Drawing",
         "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         "max_ongoing_requests": config.max_ongoing_requests,
-        "max_queued_requests": config.max_queued_requests,
+        "max_queued_requests": NEVER_REACHED,
         "health_check_period_s": config.health_check_period,
         "health_check_timeout_s": config.longest_health_check + SPARE_SECONDS,
         "graceful_shutdown_timeout_s": config.longest_shutdown,
@@ -51,7 +51,8 @@ def _front_options(config: RayConfig) -> dict[str, Any]:
         "name": "Front",
         "num_replicas": config.front_replicas,
         "ray_actor_options": {"num_cpus": config.cpus_per_front},
-        "max_ongoing_requests": MOST_FRONT_REQUESTS,
+        "max_ongoing_requests": NEVER_REACHED,
+        "max_queued_requests": NEVER_REACHED,
         "health_check_period_s": config.health_check_period,
         # A request in the front lasts as long as in the replica that draws it, and once more if that one dies.
         "graceful_shutdown_timeout_s": config.longest_shutdown + SPARE_SECONDS,

@@ -42,6 +42,7 @@ def test_strings_of_a_command_line_become_numbers():
         ({**OPEN, "models": [{"name": "a", "bundle": "b"}]}, "one of bundle and models is needed"),
         ({**OPEN, "models": [{"name": "a", "bundel": "b"}]}, "models.0.bundel"),
         ({**OPEN, "min_replicas": 3, "max_replicas": 2}, "max_replicas is 2: it must be at least min_replicas, 3"),
+        ({**OPEN, "max_replicas": 2, "target_requests": 9}, "replicas have at most max_ongoing_requests, 8"),
         ({"bundle": "tiny"}, "keys_file is missing"),
         ({**OPEN, "max_queued_requests": -1}, "max_queued_requests"),
         ({**OPEN, "replicas": 0}, "replicas"),
@@ -54,10 +55,13 @@ def test_a_wrong_argument_is_named(arguments: dict[str, Any], words: str):
 
 
 def test_the_deployments_have_bounded_queues_and_time_to_drain():
-    made = deployments(**OPEN, replicas=2, max_queued_requests=5, max_ongoing_requests=3, timeout=40, health_check_period=7)
+    made = deployments(**OPEN, replicas=2, max_ongoing_requests=4, timeout=40, health_check_period=7)
     drawing, front = made["Drawing"], made["Front"]
     assert drawing.num_replicas == 2
-    assert (drawing.max_ongoing_requests, drawing.max_queued_requests) == (3, 5)
+    assert drawing.max_ongoing_requests == 4
+    # The front has the bound: Ray's are plain text.
+    assert min(drawing.max_queued_requests, front.max_queued_requests, front.max_ongoing_requests) == 100_000
+    assert RayConfig.model_validate({**OPEN, "max_queued_requests": 5}).in_front({}).queue.places == 5
     assert drawing.ray_actor_options == {"num_cpus": 1.0, "num_gpus": 1.0}
     options = drawing._deployment_config
     # What runs may take 40 s. A health image too, and 30 s more until Ray counts it as failed.
@@ -80,7 +84,7 @@ def test_replicas_and_fronts_are_told_the_same_models_and_limits():
         {"name": "plain", "bundle": "b"},
     ]
     config = RayConfig.model_validate(
-        {"models": models, "allow_without_keys": True, "limits": {"images": 4}, "max_ongoing_requests": 3}
+        {"models": models, "allow_without_keys": True, "limits": {"images": 4}, "max_ongoing_requests": 5}
     )
     replica, front = config.in_replica(), config.in_front({"team": "secret"})
     assert replica.models == front.models
@@ -88,8 +92,8 @@ def test_replicas_and_fronts_are_told_the_same_models_and_limits():
     assert replica.models[0].loras == (Lora(Path("red.safetensors"), 0.5),)
     assert replica.limits == front.limits
     assert front.limits.images == 4
-    # A replica holds 3 requests of 4 images and the one of a health check, so it refuses none that Ray sends.
-    assert replica.queue.places == 13
+    # A replica holds 5 requests of 4 images and the one of a health check, so it refuses none that Ray sends.
+    assert replica.queue.places == 21
     assert front.keys == {"team": "secret"}
     assert not replica.keys
     assert RayConfig.model_validate(OPEN).in_replica().models[0].name == "tiny"

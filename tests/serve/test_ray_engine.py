@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -51,9 +51,9 @@ class Handle:
         return Generator()
 
 
-def engine(*scripts: list[Any], places: int = 2, key_places: int = 2) -> tuple[RayEngine, Handle]:
+def engine(*scripts: list[Any], places: int = 2, keys: Sequence[str] = ()) -> tuple[RayEngine, Handle]:
     handle = Handle(*scripts)
-    return RayEngine(handle.remote, MODELS, places, key_places), handle
+    return RayEngine(handle.remote, MODELS, places, keys), handle
 
 
 async def drawn(events: AsyncIterator[JobEvent]) -> list[JobEvent]:
@@ -133,7 +133,7 @@ def test_what_ray_raises_and_replicas_send_becomes_an_error_of_openai_and_is_not
 
 def test_a_full_queue_refuses_at_once_and_one_key_cannot_fill_it():
     async def case() -> None:
-        ray, handle = engine([1.0, FINISHED], [1.0, FINISHED], [1.0, FINISHED], places=3, key_places=2)
+        ray, handle = engine([1.0, FINISHED], [1.0, FINISHED], [1.0, FINISHED], places=3, keys=("a", "b"))
         a = ImageJob("tiny", {}, (0,), timeout=9.0, key="a")
         b = ImageJob("tiny", {}, (0,), timeout=9.0, key="b")
         waiting = [asyncio.create_task(drawn(ray.submit(job))) for job in (a, a)]

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as checked
 from sana_export.adapters import Lora
 from sana_export.runtime.memory import AUTO
 from sana_export.serve.config import ModelConfig, QueueConfig, RequestLimits, ServeConfig
+from sana_export.serve.keys import read_keys
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 #: How much longer than a request Ray waits for what has to end by itself: a replica that drains, a health check.
@@ -114,8 +115,11 @@ class RayConfig(BaseModel):
     def _check(self) -> Self:
         if (self.bundle is None) == (not self.models):
             raise ValueError("one of bundle and models is needed: bundle=FOLDER, or models with a name and a bundle each")
-        if self.max_replicas is not None and self.max_replicas < max(1, self.min_replicas):
-            raise ValueError(f"max_replicas is {self.max_replicas}: it must be at least min_replicas, {self.min_replicas}")
+        if self.max_replicas is not None:
+            if self.max_replicas < max(1, self.min_replicas):
+                raise ValueError(f"max_replicas is {self.max_replicas}: it must be at least min_replicas, {self.min_replicas}")
+            if self.target_requests > (most := self.max_ongoing_requests):
+                raise ValueError(f"target_requests is {self.target_requests:g}: replicas have at most max_ongoing_requests, {most}")
         if self.keys_file is None and not self.allow_without_keys:
             raise ValueError("keys_file is missing: name a file of API keys, or set allow_without_keys=true")
         return self
@@ -129,6 +133,10 @@ class RayConfig(BaseModel):
     def longest_shutdown(self) -> float:
         """Seconds that a replica has to finish its requests."""
         return self.timeout + SPARE_SECONDS if self.shutdown_seconds is None else self.shutdown_seconds
+
+    def keys(self) -> dict[str, str]:
+        """The API keys by id, of this machine's file. Raises what `read_keys` raises."""
+        return {} if self.keys_file is None else read_keys(self.keys_file)
 
     def in_replica(self) -> ServeConfig:
         """What the engine inside a drawing replica is told."""

@@ -10,20 +10,24 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from sana_export.serve.engine import Accepted, EngineStatus, Finished, ImageJob, JobEvent, ModelCard, Partial
 from sana_export.serve.errors import Refusal
 from sana_export.serve.ray.failures import ReplicaLost, meaning
 from sana_export.serve.ray.messages import Failed, ReplicaReport
+from sana_export.serve.ray.places import Places
 
+Result = TypeVar("Result")
 LOG = logging.getLogger(__name__)
 
 #: A job is sent this often: again once, if the replica that draws it dies.
 SENDS = 2
+#: Jobs that wait in Ray's own queue, which does not let API keys take turns. Enough for replicas to find one when they want it.
+AT_DOOR = 4
 #: The memory of a GPU that no replica has reported for this many seconds is not shown.
 REPORT_SECONDS = 300.0
 
@@ -63,15 +67,13 @@ class _Progress:
 class RayEngine:
     """Implements `Engine` (engine.py) with drawing replicas (replica.py)."""
 
-    def __init__(self, send: Send, models: tuple[ModelCard, ...], places: int, key_places: int) -> None:
-        """places: jobs that may wait for a replica. key_places: those of one API key."""
-        self._send, self._models = send, models
-        self._places, self._key_places = places, key_places
-        self._waiting: Counter[str] = Counter()
-        self._running = 0
+    def __init__(self, send: Send, models: tuple[ModelCard, ...], places: int, keys: Collection[str] = ()) -> None:
+        """places: jobs that may wait for a replica. keys: the ids of all API keys."""
+        self._send, self._models, self._most = send, models, places
+        self._places = Places(places, keys, AT_DOOR)
+        #: Jobs that wait or run, and whether there are none.
+        self._jobs, self._idle = 0, asyncio.Event()
         self._draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
         #: When the memory of a GPU was reported, and what.
         self._gpus: dict[str, tuple[float, tuple[int, int]]] = {}
 
@@ -81,14 +83,16 @@ class RayEngine:
 
     async def submit(self, job: ImageJob) -> AsyncGenerator[JobEvent, None]:
         """As in `Engine`."""
-        deadline = time.monotonic() + job.timeout
-        progress = _Progress()
-        with self._place(job.key) as start:
+        if self._draining:
+            raise Refusal("shutting_down", "the server is shutting down")
+        deadline, progress = time.monotonic() + job.timeout, _Progress()
+        with self._places.take(job.key) as place, self._counted():
+            await _in_time(place.come_to_door(), deadline)
             for send in range(1, SENDS + 1):
                 try:
                     async with aclosing(self._events(job, deadline)) as events:
                         async for event in events:
-                            start()
+                            place.leave()
                             if progress.is_new(event):
                                 yield event
                     return
@@ -98,47 +102,29 @@ class RayEngine:
 
     def status(self) -> EngineStatus:
         """Jobs are those of this front replica; GPU memory is what replicas reported with their last images."""
-        recent = time.monotonic() - REPORT_SECONDS
+        recent, waiting = time.monotonic() - REPORT_SECONDS, len(self._places)
         gpu_memory = {gpu: memory for gpu, (since, memory) in self._gpus.items() if since > recent}
         reason = "shutting down" if self._draining else ""
-        return EngineStatus(not self._draining, reason, self._waiting.total(), self._running, self._places, gpu_memory)
+        return EngineStatus(not self._draining, reason, waiting, self._jobs - waiting, self._most, gpu_memory)
 
     async def drain(self) -> None:
-        """As in `Engine`."""
+        """Refuse new jobs, and return when the others have finished: Ray has taken the front out of its proxies' lists by now."""
         self._draining = True
-        await self._idle.wait()
+        while self._jobs:
+            self._idle.clear()
+            await self._idle.wait()
 
     def close(self) -> None:
         """Nothing: Ray stops the replicas."""
 
     @contextmanager
-    def _place(self, key: str) -> Iterator[Callable[[], None]]:
-        """A place among the jobs that wait. The function that it gives moves the job to those that run.
-
-        Raises Refusal, "queue_full" or "shutting_down", if there is none.
-        """
-        if self._draining:
-            raise Refusal("shutting_down", "the server is shutting down")
-        if self._waiting.total() >= self._places or self._waiting[key] >= self._key_places:
-            raise Refusal("queue_full", "the queue is full; try again later")
-        waits = True
-        self._waiting[key] += 1
-        self._idle.clear()
-
-        def start() -> None:
-            nonlocal waits
-            if waits:
-                self._waiting[key] -= 1
-                self._running += 1
-            waits = False
-
+    def _counted(self) -> Iterator[None]:
+        self._jobs += 1
         try:
-            yield start
+            yield
         finally:
-            start()
-            self._running -= 1
-            if not self._running and not self._waiting.total():
-                self._idle.set()
+            self._jobs -= 1
+            self._idle.set()
 
     async def _events(self, job: ImageJob, deadline: float) -> AsyncGenerator[JobEvent, None]:
         """What one replica yields for a job. Raises ReplicaLost, or what the replica or Ray refuses the job with."""
@@ -162,11 +148,9 @@ class RayEngine:
 async def _next(answers: Answers, deadline: float) -> Any:
     """The next item, or None after the last. Raises ReplicaLost or a Refusal for what Ray raises."""
     try:
-        return await asyncio.wait_for(answers.__anext__(), _seconds_until(deadline))
+        return await _in_time(answers.__anext__(), deadline)
     except StopAsyncIteration:
         return None
-    except TimeoutError as error:
-        raise Refusal("timeout", "the request took too long") from error
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
@@ -174,6 +158,14 @@ async def _next(answers: Answers, deadline: float) -> Any:
         raise ReplicaLost("the replica stopped drawing") from None
     except Exception as error:  # any: what Ray can raise is in failures.py
         raise meaning(error) from error
+
+
+async def _in_time(work: Coroutine[Any, Any, Result], deadline: float) -> Result:
+    """The result of `work`, which is cancelled at the deadline: Refusal "timeout"."""
+    try:
+        return await asyncio.wait_for(work, _seconds_until(deadline))
+    except TimeoutError as error:
+        raise Refusal("timeout", "the image was not ready in time") from error
 
 
 def _seconds_until(deadline: float) -> float:

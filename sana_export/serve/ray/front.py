@@ -19,11 +19,10 @@ class FrontReplica:
     async def __init__(self, drawing: DeploymentHandle[Any], config: RayConfig) -> None:  # type: ignore[misc]  # Ray awaits it
         """Wait for the first drawing replica: it knows the models."""
         self._config = config
-        self._keys: dict[str, str] = {}
+        self._keys = config.keys()
         models = await drawing.models.remote()
         draw = drawing.options(method_name="draw", stream=True)
-        places = config.max_queued_requests
-        self._engine = RayEngine(draw.remote, models, places, key_places=max(1, places // 2) if self._keys else places)
+        self._engine = RayEngine(draw.remote, models, config.max_queued_requests, self._keys)
 
     def __serve_build_asgi_app__(self) -> Application:
         return OneRequestId(create_app(self._engine, self._config.in_front(self._keys)))
