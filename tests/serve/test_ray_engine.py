@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -187,11 +188,12 @@ def test_a_client_that_leaves_cancels_the_job_in_the_replica_and_is_not_served_b
     run(case)
 
 
-def test_a_finished_job_is_not_cancelled_and_replicas_report_their_memory():
+def test_a_finished_job_is_not_cancelled_and_replicas_report_their_state():
     async def case() -> None:
-        ray, handle = engine([Accepted(0), ReplicaReport({"10.0.0.7/0": (5, 80)}), FINISHED])
+        ray, handle = engine([Accepted(0), ReplicaReport(frozenset({"tiny"}), {"10.0.0.7/0": (5, 80)}), FINISHED])
         assert await drawn(ray.submit(JOB)) == [Accepted(0), FINISHED]
         assert handle.cancelled == 0
+        assert ray.models() == (replace(MODELS[0], loaded=True),)
         assert ray.status().gpu_memory == {"10.0.0.7/0": (5, 80)}
 
     run(case)

@@ -21,7 +21,10 @@ STRICT = ConfigDict(extra="forbid", frozen=True)
 #: How much longer than a request Ray waits for what has to end by itself: a replica that drains, a health check.
 SPARE_SECONDS = 30.0
 
-RayLimits = checked(RequestLimits, config=STRICT)
+
+@checked(config=ConfigDict(extra="forbid"), frozen=True)
+class RayLimits(RequestLimits):
+    """The fields of `RequestLimits`, converted and checked."""
 
 
 class RayLora(BaseModel):
@@ -105,7 +108,7 @@ class RayConfig(BaseModel):
     keys_file: Path | None = None
     #: Whether the application may run without keys. Serve's proxies decide who can reach it.
     allow_without_keys: bool = False
-    limits: RayLimits = Field(default_factory=RayLimits)  # type: ignore[valid-type]
+    limits: RayLimits = Field(default_factory=RayLimits)
     content_filters: tuple[str, ...] = ()
     preview: str = "linear"
     image_metadata: bool = False

@@ -78,7 +78,7 @@ class RayEngine:
         self._gpus: dict[str, tuple[float, tuple[int, int]]] = {}
 
     def models(self) -> tuple[ModelCard, ...]:
-        """The models of the drawing replicas, the default one first."""
+        """The models of the drawing replicas, the default one first. Loaded: in the replica that finished the last image."""
         return self._models
 
     async def submit(self, job: ImageJob) -> AsyncGenerator[JobEvent, None]:
@@ -117,6 +117,10 @@ class RayEngine:
     def close(self) -> None:
         """Nothing: Ray stops the replicas."""
 
+    def _note(self, report: ReplicaReport) -> None:
+        self._models = tuple(replace(card, loaded=card.name in report.loaded) for card in self._models)
+        self._gpus |= {gpu: (time.monotonic(), memory) for gpu, memory in report.gpu_memory.items()}
+
     @contextmanager
     def _counted(self) -> Iterator[None]:
         self._jobs += 1
@@ -137,7 +141,7 @@ class RayEngine:
                 if isinstance(item, Failed):
                     raise item.error
                 if isinstance(item, ReplicaReport):
-                    self._gpus |= {gpu: (time.monotonic(), memory) for gpu, memory in item.gpu_memory.items()}
+                    self._note(item)
                 elif item is not None:
                     yield item
         finally:

@@ -20,5 +20,7 @@ class Failed:
 class ReplicaReport:
     """The state of a replica when it has drawn a job."""
 
+    #: The models that are in its memory.
+    loaded: frozenset[str]
     #: Bytes of memory, (used, total), of the replica's GPUs: by the address of its machine and the index there.
     gpu_memory: Mapping[str, tuple[int, int]]

@@ -11,6 +11,7 @@ from contextlib import aclosing
 import ray
 
 from sana_export.serve.engine import Finished, ImageJob, JobEvent, ModelCard
+from sana_export.serve.errors import Refusal
 from sana_export.serve.metrics import gpu_memory
 from sana_export.serve.ray.config import RayConfig
 from sana_export.serve.ray.messages import Failed, ReplicaReport
@@ -28,8 +29,8 @@ class DrawingReplica:
         self._engine = LocalEngine(config.in_replica())
         #: When the last image was finished.
         self._finished = -math.inf
-        #: Why no image could be drawn since then.
-        self._failure: Exception | None = None
+        #: The health check that was too slow, if no image was finished since.
+        self._hangs: Refusal | None = None
         self._checking = asyncio.Lock()
         await self.check_health()  # a replica that cannot draw never becomes ready
 
@@ -43,8 +44,9 @@ class DrawingReplica:
             async with aclosing(self._engine.submit(job)) as events:
                 async for event in events:
                     if isinstance(event, Finished):
-                        self._finished = time.monotonic()
-                        yield ReplicaReport(_gpu_memory())
+                        self._note_finished()
+                        loaded = frozenset(card.name for card in self._engine.models() if card.loaded)
+                        yield ReplicaReport(loaded, _gpu_memory())
                     yield event
         except Exception as error:  # any: the front decides what the client sees
             yield Failed(error)
@@ -52,18 +54,17 @@ class DrawingReplica:
     async def check_health(self) -> None:
         """Draw a small image, unless one was finished lately. Raises Refusal if it takes too long, or what drawing it raises.
 
-        After that it raises the same until an image is finished: the next check need not wait as long to fail as this one.
+        A replica that was too slow raises at once until it finishes an image: Ray replaces it after three failures in a row.
         """
         if time.monotonic() - self._finished < self._config.health_image_period:
-            self._failure = None
             return
         async with self._checking:  # Ray may ask again before a check has ended
-            if self._failure is not None:
-                raise self._failure
+            if self._hangs is not None:
+                raise self._hangs
             try:
                 await self._draw_small_image()
-            except Exception as error:
-                self._failure = error
+            except Refusal as refusal:
+                self._hangs = refusal if refusal.code == "timeout" else None
                 raise
 
     async def _draw_small_image(self) -> None:
@@ -75,7 +76,10 @@ class DrawingReplica:
         async with aclosing(self._engine.submit(job)) as events:
             async for event in events:
                 if isinstance(event, Finished):
-                    self._finished = time.monotonic()
+                    self._note_finished()
+
+    def _note_finished(self) -> None:
+        self._finished, self._hangs = time.monotonic(), None
 
     def __del__(self) -> None:
         self._engine.close()
