@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 #: Triton's data types. A string is an array of bytes objects.
-DTYPES = {"TYPE_STRING": np.object_, "TYPE_INT32": np.int32, "TYPE_INT64": np.int64, "TYPE_FP32": np.float32, "TYPE_UINT8": np.uint8}
+DTYPES = {
+    "TYPE_STRING": np.object_,
+    "TYPE_INT32": np.int32,
+    "TYPE_INT64": np.int64,
+    "TYPE_FP32": np.float32,
+    "TYPE_UINT8": np.uint8,
+}
 
 
 @dataclass(frozen=True)

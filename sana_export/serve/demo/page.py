@@ -93,9 +93,10 @@ class DemoPage:
     def _listen(self) -> None:
         """Connect the events. One image is drawn at a time; the others see their place in the queue."""
         buttons = [self._draw, self._stop]
-        outputs = [*self._outputs.values(), *buttons]
-        drawing = gr.on(
-            [self._draw.click, self._inputs["prompt"].submit],
+        outputs, state = [*self._outputs.values(), *buttons], [self._outputs["state"], *buttons]
+        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        asked = gr.on([self._draw.click, self._inputs["prompt"].submit], self.wait, None, state, **at_once)
+        drawing = asked.then(
             self.draw,
             list(self._inputs.values()),
             outputs,
@@ -103,10 +104,17 @@ class DemoPage:
             concurrency_limit=1,
             api_visibility="private",
         )
-        self._stop.click(
-            self.stop, None, [self._outputs["state"], *buttons], cancels=drawing, queue=False, api_visibility="private"
-        )
+        drawing.failure(self.refuse, None, state, **at_once)
+        self._stop.click(self.stop, None, state, cancels=drawing, **at_once)
         self.blocks.unload(self.leave)
+
+    def wait(self) -> dict[Any, Any]:
+        """A visitor asks for an image."""
+        return self._changes({"state": "Waiting", "busy": True})
+
+    def refuse(self) -> dict[Any, Any]:
+        """The queue is full, or a value is out of its range: Gradio says which."""
+        return self._changes({"state": "Not drawn", "busy": False})
 
     def draw(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         """A visitor draws: the changes of the page as they come."""

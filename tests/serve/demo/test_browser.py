@@ -85,11 +85,18 @@ def test_it_draws_the_runtimes_image_on_a_phone(browser: Any, address: str, tiny
 
 def test_it_stops_and_draws_again(browser: Any, address: str) -> None:
     page, foreign = opened(browser, address, {"width": 1100, "height": 800})
+    other, _ = opened(browser, address, PHONE)
     page.get_by_label("number input for Steps").fill("100")
     page.click("#draw")
     state(page, r"Step \d+ of 100")
+    other.click("#draw")
+    other.get_by_text(re.compile(r"queue: 1/1")).first.wait_for(timeout=30_000)  # another visitor sees the place in the queue
+    other.click("#stop")  # and can leave it
+    state(other, "Stopped")
+    assert re.search(r"Step \d+ of 100", page.inner_text("#state"))
     page.click("#stop")
     state(page, "Stopped")
+    other.close()
     page.get_by_label("number input for Steps").fill("1")
     page.fill("#prompt textarea", "")
     page.click("#draw")
