@@ -156,9 +156,9 @@ def _faster(paintings: Sequence[Painting]) -> str:
     if len(paintings) < 2:
         return ""
     own, other = (sum(value for stage, value in each.seconds.items() if stage != _NOT_COMPARED) for each in paintings[:2])
-    ratio = f"{other / own:.1f} times as fast" if other >= own else f"{own / other:.1f} times as slow"
+    ratio = f"{other / own:.2g} times as fast as" if other >= own else f"{own / other:.2g} times as slow as"
     note = "previews not counted. <code>sana-export bench</code> measures over many images."
-    return f'<p class="faster">{ratio} as eager diffusers for this image, {note}</p>'
+    return f'<p class="faster">{ratio} eager diffusers for this image, {note}</p>'
 
 
 def duration(seconds: float) -> str:

@@ -93,5 +93,5 @@ def test_names_and_stages_are_escaped_and_bars_share_a_scale(tiny_bundle: Path) 
     assert "&lt;b&gt;" in html
     assert [f"width:{share}.00%" in html for share in ("12.50"[:2], "25", "100")] == [False, True, True]
     assert html.count("width:12.50%") == 2
-    assert "4.0 times as fast as eager" in html  # 2 s against 0.5 s without previews
+    assert "4 times as fast as eager" in html  # 2 s against 0.5 s without previews
     assert "random weights, fp32, x on y, trained at 512 × 512 px" in look.head(Manifest.load(tiny_bundle), "x", "y")
