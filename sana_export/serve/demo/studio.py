@@ -175,7 +175,12 @@ class Studio:
             self._drop()
             settings = self.settings
             self._runtime = SanaRuntime.from_pretrained(
-                settings.bundle, backend=backend, memory=settings.memory, device=settings.device, threads=settings.threads
+                settings.bundle,
+                backend=backend,
+                memory=settings.memory,
+                device=settings.device,
+                threads=settings.threads,
+                prompt_cache_bytes=0,  # the page shows what each stage takes; the reference keeps no prompts either
             )
             self._asked, self._loaded = backend, ()
         if loras != self._loaded:
