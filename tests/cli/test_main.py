@@ -34,6 +34,8 @@ DOCUMENTED = (
     "build",
     "verify",
     "generate",
+    "serve",
+    "demo",
     "bench",
     "inspect",
     "push",

@@ -73,8 +73,9 @@ def load_pipeline(job: Job) -> Any:
     from sana_export.verify.reference import load_reference
 
     options = Options("fp32", job.clamp, tuple(job.pag_layers))
-    pipeline = load_reference(open_job(job), options, pag=job.workload.pag_scale > 0, dtypes=_dtypes(job))
-    return pipeline.to(torch_device(job))
+    checkpoint = open_job(job)
+    dtypes = recommended_dtypes(checkpoint, job.workload.device)
+    return load_reference(checkpoint, options, pag=job.workload.pag_scale > 0, dtypes=dtypes).to(torch_device(job))
 
 
 def torch_device(job: Job) -> str:
@@ -96,11 +97,11 @@ def open_job(job: Job) -> SanaCheckpoint:
     )
 
 
-def _dtypes(job: Job) -> Any:
-    """The value of `torch_dtype` for `from_pretrained` on the workload's device."""
+def recommended_dtypes(checkpoint: SanaCheckpoint, device: str) -> Any:
+    """The argument `dtype` of diffusers' `from_pretrained` on "cpu" or "cuda"."""
     import torch
 
-    if job.workload.device == "cpu":
+    if device == "cpu":
         return torch.float32
     if not torch.cuda.is_available():
         raise DependencyError(
@@ -109,43 +110,41 @@ def _dtypes(job: Job) -> Any:
             wanted="a CUDA GPU, and PyTorch built for CUDA",
             fix="--workload cpu",
         )
-    stored = open_job(job).weights("transformer").dtype()
+    stored = checkpoint.weights("transformer").dtype()
     return {"transformer": getattr(torch, GPU_TRANSFORMER[stored]), "default": torch.bfloat16}
 
 
-class PipelineCandidate:
-    """A diffusers pipeline that records the times at which its components are called."""
+class TimedPipeline:
+    """A diffusers pipeline that records the times at which its components are called.
 
-    def __init__(self, job: Job, pipeline: Any, how: str, precision: str) -> None:
-        self.job, self.pipeline, self.precision = job, pipeline, precision
-        self.description = f"diffusers {type(pipeline).__name__}, {how}"
-        self.clock: HostClock | CudaClock = CudaClock(torch_device(job)) if job.workload.device == "cuda" else HostClock()
+    on_step: called before each step. What it raises ends the call.
+    """
+
+    def __init__(self, pipeline: Any, device: str, on_step: Callable[[], None] = lambda: None) -> None:
+        self.pipeline, self._on_step = pipeline, on_step
+        self.clock: HostClock | CudaClock = HostClock() if device == "cpu" else CudaClock(device)
         pipeline.encode_prompt = self._timed(pipeline.encode_prompt, before="encode", after="encoded")
         pipeline.transformer.forward = self._timed(pipeline.transformer.forward, before="step")
         pipeline.vae.decode = self._timed(pipeline.vae.decode, before="decode")
 
-    def generate(self, prompt: str, seed: int) -> Generated:
+    def draw(self, request: Request, seed: int) -> Generated:
+        """The images of a request with one seed (`call_reference`), and the times of the stages."""
         import torch
 
         from sana_export.verify.reference import call_reference
 
-        request = Request(prompt=prompt, **self.job.workload.sampling())
         self.clock.start()
         with torch.inference_mode():
             images = call_reference(self.pipeline, request, seed)
         self.clock.record("done")
         return Generated(images, stage_times(self.clock.read()))
 
-    def peak_device_bytes(self) -> int | None:
-        import torch
-
-        on_gpu = self.job.workload.device == "cuda"
-        return int(torch.cuda.max_memory_reserved(torch_device(self.job))) if on_gpu else None
-
     def _timed(self, function: Callable[..., Any], *, before: str, after: str | None = None) -> Callable[..., Any]:
         """`function`, which records the events `before` and `after` each time it is called."""
 
         def call(*arguments: Any, **options: Any) -> Any:
+            if before == "step":
+                self._on_step()
             self.clock.record(before)
             result = function(*arguments, **options)
             if after is not None:
@@ -153,6 +152,23 @@ class PipelineCandidate:
             return result
 
         return call
+
+
+class PipelineCandidate:
+    """A timed pipeline as a backend of the benchmark."""
+
+    def __init__(self, job: Job, pipeline: Any, how: str, precision: str) -> None:
+        self.job, self.timed, self.precision = job, TimedPipeline(pipeline, torch_device(job)), precision
+        self.description = f"diffusers {type(pipeline).__name__}, {how}"
+
+    def generate(self, prompt: str, seed: int) -> Generated:
+        return self.timed.draw(Request(prompt=prompt, **self.job.workload.sampling()), seed)
+
+    def peak_device_bytes(self) -> int | None:
+        import torch
+
+        on_gpu = self.job.workload.device == "cuda"
+        return int(torch.cuda.max_memory_reserved(torch_device(self.job))) if on_gpu else None
 
 
 class HostClock:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,18 @@ from sana_export.progress import Progress
 #: Log levels of stderr by verbosity. A verb's default is VERBOSE or QUIET.
 VERBOSE, QUIET, SILENT, EVERYTHING = logging.INFO, logging.WARNING, logging.ERROR, logging.DEBUG
 #: Packages whose log records are of no use to our users.
-NOISY = ("torch", "transformers", "diffusers", "onnxscript", "onnx_ir", "huggingface_hub", "httpx", "httpx2", "accelerate")
+NOISY = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "onnxscript",
+    "onnx_ir",
+    "huggingface_hub",
+    "httpx",
+    "httpx2",
+    "accelerate",
+    "uvicorn",
+)
 _REDRAW_SECONDS = 0.1
 
 
@@ -110,7 +122,8 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        self.console.line(prefix + record.getMessage())
+        trace = "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip() if record.exc_info else ""
+        self.console.line(prefix + record.getMessage() + trace)
 
 
 @contextmanager

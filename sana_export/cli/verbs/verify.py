@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import Console
+from sana_export.cli.terminal.progress_bars import without_progress_bars
 from sana_export.cli.verb import (
     Answer,
     Verb,
@@ -165,7 +166,7 @@ def compare(
     if report_folder is not None:
         with disk_errors(report_folder):  # now, not after minutes of measuring
             report_folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.nullcontext() if console.live else _without_progress_bars():
+    with contextlib.nullcontext() if console.live else without_progress_bars():
         report = verify_bundle(
             bundle,
             checkpoint,
@@ -183,20 +184,6 @@ def compare(
         path = write_page(report.quality, report_folder)
         document, text = {**document, "report": str(path)}, f"{text}\n{path}"
     return Answer(document, text, 0 if report.passed else ParityError.exit_code)
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Turn off diffusers' progress bars for the duration of the block."""
-    from diffusers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 VERB = Verb(
