@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app
 
 from sana_export.adapters import Lora
+from sana_export.errors import DependencyError
 from sana_export.serve.ray.config import RayConfig
 from sana_export.serve.ray_app import build
 
@@ -97,3 +100,12 @@ def test_replicas_and_fronts_are_told_the_same_models_and_limits():
     assert front.keys == {"team": "secret"}
     assert not replica.keys
     assert RayConfig.model_validate(OPEN).in_replica().models[0].name == "tiny"
+
+
+def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in sys.modules if name == "ray" or name.startswith(("ray.", "sana_export.serve.ray"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DependencyError, match="Ray Serve is not installed") as caught:
+        importlib.import_module("sana_export.serve.ray_app")
+    assert (caught.value.fix, caught.value.exit_code) == ("pip install 'sana-export[ray]'", 3)
