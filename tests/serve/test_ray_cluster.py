@@ -121,6 +121,8 @@ def test_a_full_queue_a_wrong_field_and_a_wrong_path_are_errors_of_openai(client
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
     wrong = client.post("/v1/images/generations", json={"prompt": "x", "stepz": 1})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "stepz")
+    url = client.post("/v1/images/generations", json={"prompt": "x", "response_format": "url"})
+    assert (url.status_code, url.json()["error"]["param"]) == (400, "response_format")
     assert client.get("/nothing").json()["error"]["code"] == "not_found"
 
 
