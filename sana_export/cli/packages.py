@@ -25,6 +25,7 @@ PURPOSES = {
     "optimum": "our commands in optimum-cli",
     "hub": "push, pull and load bundles of the Hugging Face hub",
     "serve": "serve images over HTTP",
+    "ray": "serve images from many GPUs with Ray Serve",
     "bench": "plots, power and clocks in bench's report",
     "tensorrt-rtx": "build and run TensorRT-RTX engines",
     "tensorrt": "build and run TensorRT engines",
