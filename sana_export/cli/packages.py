@@ -26,6 +26,7 @@ PURPOSES = {
     "hub": "push, pull and load bundles of the Hugging Face hub",
     "demo": "the demo page",
     "serve": "serve images over HTTP",
+    "ray": "serve images from many GPUs with Ray Serve",
     "bench": "plots, power and clocks in bench's report",
     "tensorrt-rtx": "build and run TensorRT-RTX engines",
     "tensorrt": "build and run TensorRT engines",

@@ -99,7 +99,7 @@ class ServeConfig:
     url_folder: Path | None = None
     #: Seconds until such an image is deleted.
     url_seconds: float = 3600.0
-    #: Bytes that these images may take together.
+    #: Bytes that these images may take together. 0: images are never answered as a URL.
     url_bytes: int = 2**30
     #: The address of the server that URLs begin with. None: the one that the client used.
     public_url: str | None = None

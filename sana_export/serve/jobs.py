@@ -66,6 +66,8 @@ def _check_limits(body: GenerationBody, config: ServeConfig) -> None:
     ):
         if value > most:
             raise Refusal("invalid_value", f"{name} is too large: {value} {unit}; at most {most} are allowed", param=name)
+    if body.response_format == "url" and not config.url_bytes:
+        raise Refusal("invalid_value", "this server keeps no image files: ask for b64_json", param="response_format")
 
 
 def _check_combinations(body: GenerationBody) -> None:

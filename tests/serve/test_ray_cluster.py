@@ -38,6 +38,7 @@ CONFIG = {
     "health_image_period": 1,
     "health_check_period": 1,
     "allow_without_keys": True,
+    "timeout": 240,
     "limits": {"steps": 500},
 }
 
@@ -66,7 +67,7 @@ def client(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": PORT})
             serve.run(build(RayConfig.model_validate({"bundle": str(tiny_bundle), **CONFIG})), name="sana")
-            with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as client:
+            with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=240) as client:
                 yield client
         finally:
             serve.shutdown()
@@ -120,17 +121,19 @@ def test_a_full_queue_a_wrong_field_and_a_wrong_path_are_errors_of_openai(client
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
     wrong = client.post("/v1/images/generations", json={"prompt": "x", "stepz": 1})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "stepz")
+    url = client.post("/v1/images/generations", json={"prompt": "x", "response_format": "url"})
+    assert (url.status_code, url.json()["error"]["param"]) == (400, "response_format")
     assert client.get("/nothing").json()["error"]["code"] == "not_found"
 
 
 def test_a_request_survives_the_death_of_its_replica_and_of_its_front(client: httpx.Client, tiny_runtime: Any):
-    body = {"prompt": "a red apple", "seed": 7, "num_inference_steps": 400}
-    wanted = np.asarray(tiny_runtime("a red apple", seed=7, num_inference_steps=400).images[0])
+    body = {"prompt": "a red apple", "seed": 7, "num_inference_steps": 200}
+    wanted = np.asarray(tiny_runtime("a red apple", seed=7, num_inference_steps=200).images[0])
     for deployment in ("Drawing", "Front"):
         answers: list[httpx.Response] = []
         asking = threading.Thread(target=lambda into=answers: into.append(client.post("/v1/images/generations", json=body)))
         asking.start()
-        time.sleep(0.7)
+        time.sleep(0.5)
         (victim,) = (process for process in psutil.Process().children(recursive=True) if f":sana:{deployment}" in _title(process))
         assert asking.is_alive()
         os.kill(victim.pid, signal.SIGKILL)

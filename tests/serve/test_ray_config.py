@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,14 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app
 
 from sana_export.adapters import Lora
+from sana_export.errors import DependencyError
+from sana_export.serve.engine import ModelCard
+from sana_export.serve.errors import Refusal
+from sana_export.serve.jobs import image_job
 from sana_export.serve.ray.config import RayConfig
 from sana_export.serve.ray_app import build
+from sana_export.serve.schema import GenerationBody
+from sana_export.serve.security import Caller
 
 OPEN = {"bundle": "models/tiny", "allow_without_keys": True}
 
@@ -26,6 +34,11 @@ def deployments(**arguments: Any) -> dict[str, Any]:
     app = call_user_app_builder_with_args_if_necessary(build, arguments)
     assert isinstance(app, Application)
     return {item.name: item for item in build_app(app, name="sana").deployments}
+
+
+def test_every_argument_is_documented():
+    table = (Path(__file__).parents[2] / "docs" / "ray.md").read_text("utf-8").partition("## Arguments")[2].partition("\n### ")[0]
+    assert [name for name in RayConfig.model_fields if f"`{name}`" not in table] == []
 
 
 def test_strings_of_a_command_line_become_numbers():
@@ -97,3 +110,19 @@ def test_replicas_and_fronts_are_told_the_same_models_and_limits():
     assert front.keys == {"team": "secret"}
     assert not replica.keys
     assert RayConfig.model_validate(OPEN).in_replica().models[0].name == "tiny"
+
+
+def test_a_front_refuses_urls_before_anything_is_drawn():
+    body, caller = GenerationBody(prompt="x", response_format="url"), Caller("", "r1")
+    with pytest.raises(Refusal, match="ask for b64_json") as caught:
+        image_job(body, (ModelCard("tiny", 0, False, 128),), RayConfig.model_validate(OPEN).in_front({}), caller, timeout=5)
+    assert caught.value.param == "response_format"
+
+
+def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in sys.modules if name == "ray" or name.startswith(("ray.", "sana_export.serve.ray"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DependencyError, match="Ray Serve is not installed") as caught:
+        importlib.import_module("sana_export.serve.ray_app")
+    assert (caught.value.fix, caught.value.exit_code) == ("pip install 'sana-export[ray]'", 3)

@@ -215,3 +215,20 @@ def test_draining_refuses_new_jobs_and_waits_for_those_that_run():
         await asyncio.wait_for(drained, 1.0)
 
     run(case)
+
+
+def test_a_full_queue_asks_to_come_back_when_half_of_it_is_drawn():
+    async def case() -> None:
+        report = ReplicaReport(frozenset(), {})
+        ray, _ = engine(*[[Accepted(0), 0.05, report, FINISHED]] * 4, [5.0], *[[5.0]] * 80, places=80)
+        for _ in range(4):
+            await drawn(ray.submit(JOB))
+        clients = [asyncio.create_task(drawn(ray.submit(JOB))) for _ in range(80)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(Refusal) as caught:
+            await drawn(ray.submit(JOB))
+        assert 2.0 <= caught.value.retry_after < 4.0  # 40 jobs, 0.05 s and a little more each
+        for client in clients:
+            client.cancel()
+
+    run(case)

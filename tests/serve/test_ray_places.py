@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("ray")
 
 from sana_export.serve.errors import Refusal
-from sana_export.serve.ray.places import Place, Places
+from sana_export.serve.ray.places import Places, WaitingJob
 
 
 def run(case: Callable[[], Awaitable[None]]) -> None:
@@ -22,7 +22,7 @@ class Jobs:
 
     def __init__(self, places: Places) -> None:
         self.places, self.order = places, list[str]()
-        self.at_door: list[Place] = []
+        self.at_door: list[WaitingJob] = []
 
     def come(self, name: str) -> asyncio.Task[None]:
         """A job; its key is the first letter of its name."""

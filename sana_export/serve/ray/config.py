@@ -160,6 +160,7 @@ class RayConfig(BaseModel):
             allow_without_keys=self.allow_without_keys,
             memory_budget=self.memory_budget,
             content_filters=self.content_filters,
+            url_bytes=0,  # another front replica could not find the file
             preview=self.preview,
             image_metadata=self.image_metadata,
             log_prompts=self.log_prompts,

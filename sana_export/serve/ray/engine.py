@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,6 +28,8 @@ LOG = logging.getLogger(__name__)
 SENDS = 2
 #: Jobs that wait in Ray's own queue, which does not let API keys take turns. Enough for replicas to find one when they want it.
 AT_DOOR = 4
+#: The longest time after which a refused client is asked to come back.
+MOST_RETRY_SECONDS = 60.0
 #: The memory of a GPU that no replica has reported for this many seconds is not shown.
 REPORT_SECONDS = 300.0
 
@@ -74,6 +76,8 @@ class RayEngine:
         #: Jobs that wait or run, and whether there are none.
         self._jobs, self._idle = 0, asyncio.Event()
         self._draining = False
+        #: When the last jobs were finished.
+        self._finished: deque[float] = deque(maxlen=16)
         #: When the memory of a GPU was reported, and what.
         self._gpus: dict[str, tuple[float, tuple[int, int]]] = {}
 
@@ -86,7 +90,7 @@ class RayEngine:
         if self._draining:
             raise Refusal("shutting_down", "the server is shutting down")
         deadline, progress = time.monotonic() + job.timeout, _Progress()
-        with self._places.take(job.key) as place, self._counted():
+        with self._places.take(job.key, self._retry_after()) as place, self._counted():
             await _in_time(place.come_to_door(), deadline)
             for send in range(1, SENDS + 1):
                 try:
@@ -117,7 +121,13 @@ class RayEngine:
     def close(self) -> None:
         """Nothing: Ray stops the replicas."""
 
+    def _retry_after(self) -> float | None:
+        """Seconds until half of the queue is drawn, by the last jobs that were finished. None: too few were."""
+        times = self._finished
+        return None if len(times) < 2 else min((times[-1] - times[0]) / (len(times) - 1) * self._most / 2, MOST_RETRY_SECONDS)
+
     def _note(self, report: ReplicaReport) -> None:
+        self._finished.append(time.monotonic())
         self._models = tuple(replace(card, loaded=card.name in report.loaded) for card in self._models)
         self._gpus |= {gpu: (time.monotonic(), memory) for gpu, memory in report.gpu_memory.items()}
 

@@ -7,7 +7,6 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
-    RayTaskError,
     TaskCancelledError,
     WorkerCrashedError,
 )
@@ -35,8 +34,6 @@ class ReplicaLost(Exception):
 
 def meaning(error: Exception) -> Exception:
     """ReplicaLost if the job can be sent again, a Refusal for the client, or else the error itself."""
-    if isinstance(error, RayTaskError):  # raised by the replica's code; its class can be one of the others too
-        return error
     if isinstance(error, LOST):
         return ReplicaLost(f"the replica is gone: {first_line(error)}")
     if isinstance(error, BackPressureError):

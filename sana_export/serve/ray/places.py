@@ -30,13 +30,15 @@ class Places:
     def __len__(self) -> int:
         return self._by_key.total()
 
-    def take(self, key: str) -> Place:
-        """A place for a job of a key. Raises Refusal "queue_full"."""
+    def take(self, key: str, retry_after: float | None = None) -> WaitingJob:
+        """A place for a job of a key. Raises Refusal "queue_full", which asks to come back after so many seconds."""
         kept = len(self._keys - self._by_key.keys() - {key}) if key in self._by_key else 0
         if len(self) + kept >= self._places:
-            raise Refusal("queue_full", f"all {self._places} places in the queue are taken; try again later")
+            raise Refusal(
+                "queue_full", f"all {self._places} places in the queue are taken; try again later", retry_after=retry_after
+            )
         self._by_key[key] += 1
-        return Place(self, key)
+        return WaitingJob(self, key)
 
     async def come_to_door(self, key: str) -> None:
         """Wait until Ray may get a job of this key."""
@@ -73,7 +75,7 @@ class Places:
             del self._by_key[key]
 
 
-class Place:
+class WaitingJob:
     """The place of one job, for a `with` block: at its end, the job waits no more."""
 
     def __init__(self, places: Places, key: str) -> None:
@@ -95,7 +97,7 @@ class Place:
             self._places.leave_door()
         self.waits = self._at_door = False
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> WaitingJob:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
