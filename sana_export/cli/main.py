@@ -37,6 +37,7 @@ from sana_export.cli.verbs import (
     inspect,
     pull,
     push,
+    serve,
     synth,
     variants,
     verify,
@@ -47,7 +48,7 @@ from sana_export.user_paths import check_unicode
 
 VERBS: dict[str, Verb] = {
     module.VERB.name: module.VERB
-    for module in (engines, export, calibrate, build, verify, generate, bench, inspect, push, pull, doctor, variants, synth)
+    for module in (engines, export, calibrate, build, verify, generate, serve, bench, inspect, push, pull, doctor, variants, synth)
 }
 #: Log level by the number of -v minus the number of -q. 0 is the verb's own level.
 LEVELS = {-1: SILENT, 1: VERBOSE, 2: EVERYTHING}

@@ -24,6 +24,7 @@ PURPOSES = {
     "export": "export, verify, bench, engines",
     "optimum": "our commands in optimum-cli",
     "hub": "push, pull and load bundles of the Hugging Face hub",
+    "serve": "serve images over HTTP",
     "bench": "plots, power and clocks in bench's report",
     "tensorrt-rtx": "build and run TensorRT-RTX engines",
     "tensorrt": "build and run TensorRT engines",

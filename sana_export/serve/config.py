@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.adapters import Lora
+from sana_export.hub.client import Hub
 from sana_export.runtime.memory import AUTO
 
 
@@ -47,6 +48,8 @@ class RequestLimits:
     json_bytes: int = 256 * 1024
     #: Bytes of a body with images.
     body_bytes: int = 32 * 1024 * 1024
+    #: Bytes of all bodies that are held at a time.
+    held_bytes: int = 512 * 1024 * 1024
     #: Pixels of an image that a client sends, checked before it is decoded.
     source_pixels: int = 2**24
     #: Bytes of a request line with its headers.
@@ -106,5 +109,7 @@ class ServeConfig:
     image_metadata: bool = False
     #: Whether prompts are logged.
     log_prompts: bool = False
+    #: How models on the hub are fetched.
+    hub: Hub = field(default_factory=Hub)
     #: Seconds that running requests have to finish after SIGTERM.
     shutdown_seconds: float = 120.0

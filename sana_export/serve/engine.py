@@ -5,7 +5,7 @@ Jobs and events are frozen and can be pickled.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -116,8 +116,8 @@ class Engine(Protocol):
         """The models, the default one first. The same names for the whole life of the engine."""
         ...
 
-    def submit(self, job: ImageJob) -> AsyncIterator[JobEvent]:
-        """An async generator of `Accepted`, any number of `Partial` and `Finished`.
+    def submit(self, job: ImageJob) -> AsyncGenerator[JobEvent, None]:
+        """Yield `Accepted`, any number of `Partial`, and `Finished`.
 
         Close it (`aclose`), or cancel the task that waits for it, and the job loses its place in the queue; if it is being drawn,
         sampling stops at the next step.

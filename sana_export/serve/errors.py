@@ -39,6 +39,10 @@ CODES: Mapping[str, tuple[int, str]] = {
     "timeout": (504, "server_error"),
     "disk_full": (507, "server_error"),
 }
+#: Fields of a body that an error of the runtime begins with.
+PARAMETERS = frozenset(
+    {"prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "pag_scale", "scheduler", "strength", "seed"}
+)
 #: Seconds after which a client may try again, by code.
 RETRY_AFTER = {"queue_full": 1, "out_of_resources": 5, "too_many_connections": 1, "shutting_down": 5, "not_ready": 5}
 
@@ -99,11 +103,22 @@ def _answer(refusal: Refusal, *, ours: bool) -> ErrorAnswer:
     return ErrorAnswer(status, body, {**retry, **refusal.headers}, ours)
 
 
+def usage_refusal(error: UsageError, hidden: Mapping[str, str] | None = None) -> Refusal:
+    """A wrong request as a client sees it, without the command that fixes it on the server.
+
+    hidden: paths of the server that may be in the error's texts, and what to write in place of each.
+    """
+    shown = (("found", error.found), ("wanted", error.wanted))
+    text = "; ".join([error.message, *(f"{name}: {value}" for name, value in shown if value is not None)])
+    for path, name in (hidden or {}).items():
+        text = text.replace(path, name)
+    first = error.message.partition(" ")[0]
+    return Refusal("invalid_value", text, param=first if first in PARAMETERS else None)
+
+
 def _as_refusal(error: BaseException, model: str) -> Refusal:
-    if isinstance(error, UsageError):  # not str(error): its fix is a command
-        shown = (("found", error.found), ("wanted", error.wanted))
-        texts = [error.message, *(f"{name}: {value}" for name, value in shown if value is not None)]
-        return Refusal("invalid_value", "; ".join(texts))
+    if isinstance(error, UsageError):
+        return usage_refusal(error)
     if isinstance(error, Cancelled):
         return Refusal("client_closed", "the request was cancelled")
     if isinstance(error, ArtifactError):

@@ -25,7 +25,7 @@ class Fields(BaseModel):
 class GenerationBody(Fields):
     """The body of POST /v1/images/generations."""
 
-    prompt: str = Field(description="What to draw.", examples=["a red apple"])
+    prompt: str = Field(min_length=1, description="What to draw.", examples=["a red apple"])
     model: str | None = Field(None, max_length=200, description="A name of /v1/models. Default: the server's first model.")
     n: Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None = Field(
         None, description="Images. They have the seeds seed, seed + 1, ... Default: 1."

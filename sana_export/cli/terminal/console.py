@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -110,7 +111,8 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        self.console.line(prefix + record.getMessage())
+        trace = "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip() if record.exc_info else ""
+        self.console.line(prefix + record.getMessage() + trace)
 
 
 @contextmanager

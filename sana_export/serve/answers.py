@@ -1,0 +1,90 @@
+"""From what an engine yields to OpenAI's answers: one document, or a stream of server-sent events."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from time import time
+from typing import Any
+
+from sana_export.serve.engine import Engine, Finished, ImageJob, JobEvent, Partial
+from sana_export.serve.errors import answer
+from sana_export.serve.images import OUTPUTS
+from sana_export.serve.metrics import Metrics
+from sana_export.serve.schema import GenerationBody, ImageItem, ImagesAnswer
+
+#: Stores an image file and its media type; returns its URL.
+Store = Callable[[bytes, str], str]
+
+
+async def accepted(events: AsyncGenerator[JobEvent, None]) -> None:
+    """Wait until the engine has accepted a job. Raises what it raises for one that it refuses."""
+    await anext(events)
+
+
+async def finished(engine: Engine, job: ImageJob) -> Finished:
+    """Draw a job to its end. Raises what the engine raises."""
+    async with aclosing(engine.submit(job)) as events:
+        async for event in events:
+            if isinstance(event, Finished):
+                return event
+    raise RuntimeError("the engine ended a job without its images")
+
+
+def document(body: GenerationBody, job: ImageJob, result: Finished, store: Store) -> ImagesAnswer:
+    """The answer to a request. Raises Refusal "disk_full" if the images are asked for as URLs and cannot be stored."""
+    output = body.output_format or "png"
+
+    def item(content: bytes, seed: int) -> ImageItem:
+        if body.response_format == "url":
+            return ImageItem(url=store(content, OUTPUTS[output][1]), seed=seed)
+        return ImageItem(b64_json=base64.b64encode(content).decode(), seed=seed)
+
+    return ImagesAnswer(
+        created=int(time()),
+        data=[item(content, seed) for content, seed in zip(result.images, result.seeds, strict=True)],
+        output_format=output,
+        quality=body.quality or "auto",
+        size=f"{result.width}x{result.height}",
+        model=job.model,
+        timings={name: round(seconds, 6) for name, seconds in result.seconds.items()},
+    )
+
+
+async def stream(
+    kind: str, body: GenerationBody, job: ImageJob, events: AsyncGenerator[JobEvent, None], metrics: Metrics
+) -> AsyncIterator[str]:
+    """Server-sent events of a job that has been accepted.
+
+    kind: "image_generation" or "image_edit", the first part of the events' types. `partial_image` and `completed` follow as in
+    OpenAI's API, or one `error`.
+    """
+    shared = {"output_format": body.output_format or "png", "quality": body.quality or "auto", "background": "opaque"}
+    async with aclosing(events):
+        try:
+            async for event in events:
+                created = {"created_at": int(time()), **shared}
+                if isinstance(event, Partial):
+                    size = {"size": body.size or "auto"}
+                    numbers = {"partial_image_index": event.index, "image_index": event.image, "seed": job.seeds[event.image]}
+                    yield _event(f"{kind}.partial_image", {**_b64(event.content), **numbers, **created, **size})
+                elif isinstance(event, Finished):
+                    metrics.drew(job, event)
+                    size = {"size": f"{event.width}x{event.height}"}
+                    for index, (content, seed) in enumerate(zip(event.images, event.seeds, strict=True)):
+                        numbers = {"image_index": index, "seed": seed}
+                        yield _event(f"{kind}.completed", {**_b64(content), **numbers, **created, **size, "usage": None})
+        except Exception as error:  # any: the answer has begun, so the error is a part of it
+            found = answer(error, job.model)
+            metrics.failed(found.code)
+            yield _event("error", found.body)
+
+
+def _event(kind: str, fields: Mapping[str, Any]) -> str:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n"
+
+
+def _b64(content: bytes) -> dict[str, str]:
+    return {"b64_json": base64.b64encode(content).decode()}

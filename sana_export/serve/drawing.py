@@ -1,0 +1,183 @@
+"""The thread that draws: it takes what can be drawn together from the queue and hands the images to the threads that encode."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass, field
+from time import monotonic, perf_counter
+from typing import Any
+
+from PIL import Image
+
+from sana_export.errors import Cancelled, DependencyError, UsageError
+from sana_export.runtime import Request, SanaResult
+from sana_export.serve.config import ServeConfig
+from sana_export.serve.engine import ImageJob, Partial
+from sana_export.serve.errors import usage_refusal
+from sana_export.serve.filters import ContentFilters
+from sana_export.serve.images import encode_image
+from sana_export.serve.models import ModelStore
+from sana_export.serve.previews import preview_callback
+from sana_export.serve.queue import FairQueue, Ticket
+
+LOG = logging.getLogger(__name__)
+#: The weight of the last batch in the average of seconds for an image.
+_NEWEST = 0.2
+#: The stages of `Timings` that are reported.
+STAGES = ("text_encoder", "context", "vae_encoder", "denoise_loop", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image file of a job."""
+
+    image: int
+    content: bytes = field(repr=False)
+    height: int
+    width: int
+    #: Seconds by stage, as in `Finished`.
+    seconds: Mapping[str, float]
+    #: Images that were drawn together.
+    batch: int
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """One image of a job, to be drawn."""
+
+    job: ImageJob
+    #: Which one.
+    image: int
+    request: Request
+    #: Of its plan.
+    steps: int
+    size: tuple[int, int]
+    #: Hands what became of it to whoever waits, from any thread: a `Partial`, then `Drawn` or an error.
+    post: Callable[[Partial | Drawn | BaseException], None]
+
+
+class DrawingThread:
+    """Draws what is in a queue until the queue is closed."""
+
+    def __init__(
+        self, config: ServeConfig, queue: FairQueue[Drawing], store: ModelStore, filters: ContentFilters, helpers: Executor
+    ) -> None:
+        self._config, self._queue, self._store, self._filters, self._helpers = config, queue, store, filters, helpers
+        #: The tickets that are being drawn.
+        self.running: tuple[Ticket[Drawing], ...] = ()
+        #: Seconds for an image, an average of the last batches.
+        self.seconds_per_image = 1.0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="sana-export-draw", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Stop what runs at its next step, and wait for that. The queue has to be closed."""
+        self._stopping = True
+        self._thread.join()
+
+    def _work(self) -> None:
+        queue = self._config.queue
+        while batch := self._queue.take(queue.max_batch, queue.batch_wait_ms / 1000):
+            self.running = tuple(ticket for ticket in batch if not ticket.left)
+            if self.running:
+                started = perf_counter()
+                self._draw(self.running)
+                mine = (perf_counter() - started) / len(self.running)
+                self.seconds_per_image += _NEWEST * (mine - self.seconds_per_image)
+            self.running = ()
+
+    def _draw(self, tickets: Sequence[Ticket[Drawing]]) -> None:
+        """Draw tickets of one group and post what became of each. Raises nothing."""
+        model, waited = tickets[0].payload.job.model, [monotonic() - ticket.since for ticket in tickets]
+        try:
+            started = perf_counter()
+            runtime = self._store.use(model)
+            loading = perf_counter() - started
+            outcomes = runtime.generate_many(
+                [ticket.payload.request for ticket in tickets],
+                batch_size=len(tickets),
+                callback_on_step_end=self._callback(tickets),
+                cancelled=lambda: self._stopping or all(ticket.left for ticket in tickets),
+                return_errors=True,
+            )
+            for ticket, queued, outcome in zip(tickets, waited, outcomes, strict=True):
+                if isinstance(outcome, SanaResult):
+                    self._helpers.submit(self._finish, ticket, outcome, {"queue": queued, "load": loading}, len(tickets))
+                else:
+                    self._failed(ticket, outcome)
+        except Cancelled as error:
+            for ticket in tickets:
+                ticket.payload.post(error)
+        except Exception as error:  # any: the server lives on
+            self._retry(tickets, error)
+
+    def _retry(self, tickets: Sequence[Ticket[Drawing]], error: Exception) -> None:
+        """After `error` ended a batch: the next one loads the model again. What did not fit into memory together is drawn alone."""
+        for ticket in tickets[:1]:
+            self._log(ticket, error)
+        self._store.discard(tickets[0].payload.job.model)
+        if isinstance(error, DependencyError) and len(tickets) > 1:
+            for ticket in tickets:
+                if not ticket.left:
+                    self._draw([ticket])
+            return
+        for ticket in tickets:
+            ticket.payload.post(error)
+
+    def _failed(self, ticket: Ticket[Drawing], error: Exception) -> None:
+        """One image of a batch has an error of its own."""
+        job = ticket.payload.job
+        if isinstance(error, UsageError):
+            ticket.payload.post(usage_refusal(error, {str(self._store[job.model].folder): job.model}))
+            return
+        self._log(ticket, error)
+        self._store.discard(job.model)
+        ticket.payload.post(error)
+
+    def _log(self, ticket: Ticket[Drawing], error: Exception) -> None:
+        job = ticket.payload.job
+        unexpected = not hasattr(error, "exit_code")
+        LOG.error("request %s: the model %s failed: %s", job.request_id, job.model, error, exc_info=error if unexpected else None)
+
+    def _callback(self, tickets: Sequence[Ticket[Drawing]]) -> Callable[..., None] | None:
+        """The callback that makes partial images. A job that asks for them is drawn alone."""
+        ticket, drawing = tickets[0], tickets[0].payload
+        job = drawing.job
+        if not job.partial_images:
+            return None
+
+        def show(index: int, preview: Image.Image) -> None:
+            try:
+                self._filters.check_image(preview, str(job.words.get("prompt", "")))
+                drawing.post(Partial(drawing.image, index, encode_image(preview, job.output_format, job.quality)))
+            except Exception as error:  # any: a filter refuses it, or fails
+                drawing.post(error)
+                ticket.left = True
+
+        return preview_callback(drawing.steps, job.partial_images, self._config.preview, drawing.size, show)
+
+    def _finish(self, ticket: Ticket[Drawing], result: SanaResult, seconds: dict[str, float], batch: int) -> None:
+        """Check and encode an image, in a helper thread."""
+        drawing = ticket.payload
+        job = drawing.job
+        if ticket.left:
+            return
+        try:
+            self._filters.check_image(result.images[0], str(job.words.get("prompt", "")))
+            started = perf_counter()
+            metadata = result.metadata[0] if self._config.image_metadata else None
+            content = encode_image(result.images[0], job.output_format, job.quality, metadata)
+        except Exception as error:  # any: of a filter, or of Pillow
+            drawing.post(error)
+            return
+        stages: dict[str, Any] = asdict(result.timings)
+        seconds |= {name: stages[name] for name in STAGES} | {"encode": perf_counter() - started}
+        drawing.post(Drawn(drawing.image, content, result.height, result.width, seconds, batch))

@@ -1,0 +1,79 @@
+"""Images on their way in and out: uploads, which nobody trusts, and image files in memory."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image, ImageChops
+
+from sana_export.image_files import encode_file
+from sana_export.serve.errors import Refusal
+
+#: The formats of uploads, as Pillow names them.
+UPLOADS = ("PNG", "JPEG", "WEBP")
+#: Our word for each format of OpenAI's API, and its media type.
+OUTPUTS: Mapping[str, tuple[str, str]] = {
+    "png": ("png", "image/png"),
+    "jpeg": ("jpg", "image/jpeg"),
+    "webp": ("webp", "image/webp"),
+}
+_DATA_URL = re.compile(r"data:image/[a-z+.-]{1,20};base64,", re.IGNORECASE)
+
+
+def from_data_url(name: str, text: str) -> bytes:
+    """The bytes in a data URL. Raises Refusal for every other URL, path or text: nothing is opened."""
+    start = _DATA_URL.match(text)
+    if start is None:
+        message = f"{name} is not a file or a data URL (data:image/png;base64,...); other URLs are never opened"
+        raise Refusal("invalid_image", message, param=name)
+    try:
+        return base64.b64decode(text[start.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refusal("invalid_image", f"the data URL in {name} is not base64", param=name) from error
+
+
+def read_upload(name: str, content: bytes, most_pixels: int) -> Image.Image:
+    """The image in an uploaded file, decoded. Raises Refusal if it is none, is damaged, or has more than `most_pixels` pixels.
+
+    Its size is read from its first bytes, before anything is decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
+            image = Image.open(io.BytesIO(content), formats=UPLOADS)
+        if image.width * image.height > most_pixels:
+            raise Refusal(
+                "invalid_image",
+                f"{name} is too large: {image.width}x{image.height} pixels; at most {most_pixels} pixels are allowed",
+                param=name,
+            )
+        image.load()
+        return image
+    except Refusal:
+        raise
+    except Exception as error:  # any: whatever a decoder raises for a file of another kind
+        raise Refusal("invalid_image", f"{name} is not a whole image file ({', '.join(UPLOADS)})", param=name) from error
+
+
+def read_mask(name: str, content: bytes, most_pixels: int) -> Image.Image:
+    """A mask as the runtime reads it: white where the image is drawn anew.
+
+    With an alpha channel, transparent pixels are drawn anew, as in OpenAI's API; without one, white pixels.
+    """
+    mask = read_upload(name, content, most_pixels)
+    if "A" in mask.getbands() or "transparency" in mask.info:
+        return ImageChops.invert(mask.convert("RGBA").getchannel("A"))
+    return mask
+
+
+def encode_image(image: Image.Image, word: str, quality: int | None, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """An image file in memory. The parameters are those of `image_files.save_image`; `word` is one of `image_files.FORMATS`."""
+    buffer = io.BytesIO()
+    encode_file(image, word, metadata, quality, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,180 @@
+"""Models by name: loaded when they are first needed, closed when others need their memory.
+
+Models over one bundle share one runtime; LoRAs are changed when another of them is drawn.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+
+from sana_export.adapters import Lora, lora_at
+from sana_export.contract import GRAPH_GROUPS
+from sana_export.errors import SanaExportError, UsageError
+from sana_export.hub.bundles.source import find_bundle
+from sana_export.hub.client import Hub
+from sana_export.manifest import Manifest
+from sana_export.runtime import SanaRuntime
+from sana_export.runtime.memory import AUTO
+from sana_export.serve.config import ModelConfig
+from sana_export.serve.engine import ModelCard
+from sana_export.serve.errors import Refusal
+
+LOG = logging.getLogger(__name__)
+#: Opens the runtime of a model, without its LoRAs.
+Opener = Callable[[ModelConfig, Path], SanaRuntime]
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model whose bundle has been found."""
+
+    config: ModelConfig
+    folder: Path
+    manifest: Manifest
+    created: int
+
+    @property
+    def shared(self) -> Hashable:
+        """Equal for models that share a runtime."""
+        config = self.config
+        options = tuple(sorted((name, repr(value)) for name, value in config.backend_options.items()))
+        return self.folder, config.backend, config.memory, config.device, config.threads, options
+
+    @property
+    def edits(self) -> bool:
+        """Whether it can start from an image."""
+        return set(GRAPH_GROUPS["img2img"]) <= set(self.manifest.graphs)
+
+    @property
+    def bytes(self) -> int:
+        """What the loaded model counts in the memory budget: the weights of its graphs, each file once."""
+        if self.config.memory_bytes is not None:
+            return self.config.memory_bytes
+        files = {entry.path: entry.bytes for graph in self.manifest.graphs.values() for entry in graph.files}
+        return sum(files.values())
+
+
+@dataclass
+class _Loaded:
+    runtime: SanaRuntime
+    bytes: int
+    loras: tuple[Lora, ...] = ()
+
+
+class ModelStore:
+    """All models of a server. `use`, `discard` and `close` are for the thread that draws."""
+
+    def __init__(
+        self,
+        configs: Sequence[ModelConfig],
+        budget: int | None = None,
+        *,
+        hub: Hub | None = None,
+        opener: Opener | None = None,
+    ) -> None:
+        """Find the bundles and read their manifests. Nothing is loaded.
+
+        budget: bytes that loaded bundles may take together. None: no limit.
+
+        Raises UsageError for no models, a name that two of them have, or one that is larger than the budget; what `find_bundle`,
+        `Manifest.load` and `lora_at` raise.
+        """
+        self._budget, self._open = budget, opener or open_runtime
+        self._loaded: dict[Hashable, _Loaded] = {}
+        self.known: dict[str, KnownModel] = {}
+        for config in configs:
+            if config.name in self.known:
+                raise UsageError("two models have the same name", found=config.name, wanted="a name for each model")
+            named = None if config.backend == AUTO else config.backend
+            folder = find_bundle(config.bundle, hub=hub or Hub(), backend=named, device=config.device)
+            for lora in config.loras:
+                lora_at(lora.path, lora.scales)
+            model = KnownModel(config, folder, Manifest.load(folder), int(time()))
+            if budget is not None and model.bytes > budget:
+                raise UsageError(
+                    f"the model {config.name} is larger than the memory budget",
+                    found=f"{model.bytes} bytes",
+                    wanted=f"at most {budget}",
+                    fix=f"--memory-budget {-(-model.bytes // 2**20)}M",
+                )
+            self.known[config.name] = model
+        if not self.known:
+            raise UsageError("the server has no models", found="none", wanted="one or more")
+
+    def __getitem__(self, name: str) -> KnownModel:
+        """Raises Refusal for an unknown name."""
+        if name not in self.known:
+            raise Refusal("model_not_found", f"the model {name[:100]!r} does not exist", param="model")
+        return self.known[name]
+
+    def cards(self) -> tuple[ModelCard, ...]:
+        """The models as clients see them."""
+        return tuple(
+            ModelCard(
+                name=name,
+                created=model.created,
+                edits=model.edits,
+                native_size=model.manifest.model.native_size,
+                loaded=model.shared in self._loaded,
+            )
+            for name, model in self.known.items()
+        )
+
+    def use(self, name: str) -> SanaRuntime:
+        """The runtime of a model, with its LoRAs and no others. Loads it, and closes those that were not used for the longest.
+
+        Raises the errors of `SanaRuntime.from_pretrained` and `load_lora`.
+        """
+        model = self[name]
+        loaded = self._loaded.pop(model.shared, None)
+        if loaded is None:
+            self._make_room(model.bytes)
+            LOG.info("loading the model %s from %s", name, model.folder)
+            loaded = _Loaded(self._open(model.config, model.folder), model.bytes)
+        self._loaded[model.shared] = loaded  # the last one is the one that was used last
+        if loaded.loras != model.config.loras:
+            loaded.runtime.unload_lora()
+            loaded.loras = ()
+            for lora in model.config.loras:
+                loaded.runtime.load_lora(lora.path, lora.scales)
+                loaded.loras += (lora,)
+        return loaded.runtime
+
+    def discard(self, name: str) -> None:
+        """Close the runtime of a model after it failed. The next use loads it again."""
+        if (loaded := self._loaded.pop(self[name].shared, None)) is not None:
+            _close(loaded)
+
+    def close(self) -> None:
+        """Close all."""
+        while self._loaded:
+            _close(self._loaded.popitem()[1])
+
+    def _make_room(self, wanted: int) -> None:
+        while self._budget is not None and self._loaded and wanted + sum(m.bytes for m in self._loaded.values()) > self._budget:
+            oldest = next(iter(self._loaded))
+            LOG.info("closing a model to make room: %s", self._loaded[oldest].runtime.bundle)
+            _close(self._loaded.pop(oldest))
+
+
+def open_runtime(config: ModelConfig, folder: Path) -> SanaRuntime:
+    """The runtime of a model, without its LoRAs."""
+    return SanaRuntime.from_pretrained(
+        folder,
+        backend=config.backend,
+        memory=config.memory,
+        device=config.device,
+        threads=config.threads,
+        backend_options=config.backend_options,
+    )
+
+
+def _close(loaded: _Loaded) -> None:
+    try:
+        loaded.runtime.close()
+    except SanaExportError as error:  # its memory is released all the same
+        LOG.warning("closing a model failed: %s", error)

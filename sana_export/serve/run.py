@@ -1,0 +1,134 @@
+"""A server of one process: sockets, signals, and the order in which everything starts and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from sana_export.errors import DependencyError, UsageError
+from sana_export.serve.app import create_app
+from sana_export.serve.config import ServeConfig
+from sana_export.serve.engine import Engine
+from sana_export.serve.protocol import protocol_class
+from sana_export.serve.security import LOOPBACK
+from sana_export.serve.worker import LocalEngine
+
+LOG = logging.getLogger(__name__)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def serve(config: ServeConfig, started: Callable[[str], None] = lambda address: None) -> None:
+    """Serve until SIGTERM or SIGINT: running requests then finish, waiting and new ones get 503. A second signal ends at once.
+
+    started: called with the server's address when it accepts connections.
+
+    Raises UsageError for a configuration that is not safe, DependencyError if the address cannot be used, and what the bundles
+    raise. Needs the main thread.
+    """
+    check_config(config)
+    with listening(config) as listener:
+        engine = LocalEngine(config)
+        try:
+            engine.load()
+            host, port = listener.getsockname()[:2]
+            address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            server = GracefulServer(server_settings(create_app(engine, config), config), engine, lambda: started(address))
+            asyncio.run(server.serve([listener]))
+        finally:
+            engine.close()
+
+
+def check_config(config: ServeConfig) -> None:
+    """Raise UsageError for a server that anyone in the network could use, unless that is wanted, and for limits without sense."""
+    if config.host not in LOOPBACK and not config.keys and not config.allow_without_keys:
+        raise UsageError(
+            "a server without API keys may only listen on loopback",
+            found=f"host {config.host} and no keys",
+            wanted="API keys, or --allow-without-keys if everybody who reaches the address may draw",
+            fix=f"SANA_EXPORT_API_KEYS=me:$(openssl rand -hex 24) sana-export serve {config.models[0].bundle} --host {config.host}",
+        )
+    if config.queue.places < config.limits.images:
+        raise UsageError(
+            "the queue has no room for one request",
+            found=f"{config.queue.places} places",
+            wanted=f"at least {config.limits.images}, the images of one request",
+            fix=f"--queue {config.limits.images}",
+        )
+
+
+@contextlib.contextmanager
+def listening(config: ServeConfig) -> Iterator[socket.socket]:
+    """The socket of the server. Raises DependencyError if the address cannot be used."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise DependencyError(
+            f"the server cannot listen on {config.host}, port {config.port}",
+            found=str(error),
+            wanted="an address of this machine, and a port that no other program uses",
+            fix="--port 0",
+        ) from error
+    with listener:
+        yield listener
+
+
+def server_settings(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    return uvicorn.Config(
+        app,
+        http=protocol_class(config.limits),
+        ws="none",
+        h11_max_incomplete_event_size=config.limits.head_bytes,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=max(1, round(config.shutdown_seconds)),
+    )
+
+
+class GracefulServer(uvicorn.Server):
+    """uvicorn's server, which drains its engine when it is told to end, and then returns."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._engine, self._announce = engine, started
+        self._draining: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._end)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()
+
+    def _end(self) -> None:
+        """Refuse what waits and what comes, let what runs finish, then close. The second time: close now."""
+        if self._draining is None:
+            LOG.info("shutting down: running requests finish, others get 503")
+            self._draining = asyncio.create_task(self._drain())
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def _drain(self) -> None:
+        try:
+            await asyncio.wait_for(self._engine.drain(), self.config.timeout_graceful_shutdown)
+        except TimeoutError:
+            LOG.warning("requests still run: they are stopped")
+        self.should_exit = True

@@ -1,0 +1,77 @@
+"""Images that are answered as a URL: files under random names that are deleted after a while."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from sana_export.serve.errors import Refusal
+
+LOG = logging.getLogger(__name__)
+#: Random bytes in a name: who does not have the URL cannot guess it.
+_NAME_BYTES = 24
+
+
+@dataclass(frozen=True)
+class UrlFile:
+    """An image file."""
+
+    path: Path
+    media_type: str
+    bytes: int
+    #: When it is deleted, by the clock.
+    until: float
+
+
+class UrlFiles:
+    """The files, the oldest first. Only files that were stored here are ever served, by name."""
+
+    def __init__(self, folder: Path | None, seconds: float, most_bytes: int, clock: Callable[[], float] = monotonic) -> None:
+        """Make a folder of this server's own in `folder`, or in the system's folder of temporary files."""
+        self._seconds, self._most, self._clock = seconds, most_bytes, clock
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="sana-export-images-", dir=folder))
+        self._files: OrderedDict[str, UrlFile] = OrderedDict()
+
+    def store(self, content: bytes, media_type: str) -> str:
+        """Write a file and return its name. Expired files are deleted first.
+
+        Raises Refusal "disk_full" if the disk refuses, or if the files would take more than `most_bytes`.
+        """
+        self.expire()
+        if len(content) + sum(file.bytes for file in self._files.values()) > self._most:
+            raise Refusal("disk_full", "the server has no room for more image files now; ask for b64_json", retry_after=60)
+        name = f"{secrets.token_urlsafe(_NAME_BYTES)}.{media_type.rpartition('/')[2]}"
+        path = self.folder / name
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            LOG.error("an image file cannot be written to %s: %s", self.folder, error)
+            path.unlink(missing_ok=True)
+            raise Refusal("disk_full", "the server cannot store the image file; ask for b64_json", retry_after=60) from error
+        self._files[name] = UrlFile(path, media_type, len(content), self._clock() + self._seconds)
+        return name
+
+    def find(self, name: str) -> UrlFile | None:
+        """The file of a name that `store` returned, unless it has expired."""
+        self.expire()
+        return self._files.get(name)
+
+    def expire(self) -> None:
+        """Delete the files whose time is over."""
+        now = self._clock()
+        while self._files and next(iter(self._files.values())).until <= now:
+            self._files.popitem(last=False)[1].path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Delete all of them."""
+        self._files.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
