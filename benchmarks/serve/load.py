@@ -1,4 +1,4 @@
-"""Load on the image server: how much of the bare runtime's throughput it keeps, its latencies, and whether anything is lost or crossed.
+"""Load on the image server: its share of the bare runtime's throughput, its latencies, and whether anything is lost or crossed.
 
 Rounds of the bare runtime and of the server alternate, because other programs use the machine too. Every image that is answered is
 compared with the runtime's own for its prompt and seed, pixel by pixel.
@@ -30,11 +30,13 @@ import psutil
 from benchmarks.serve.pictures import Rate, References
 from benchmarks.serve.report import conditions, summary, table
 from benchmarks.serve.server import ServerProcess, cpu_seconds, resident_mib, words_of
-from benchmarks.serve.traffic import Client, Outcome
+from benchmarks.serve.traffic import WAYS, Client, Outcome
 
 #: Shares of the kinds of requests.
 MIXED = "valid=7,invalid=1,aborted=1,malformed=1"
 SAMPLE_SECONDS = 0.5
+#: The share of valid requests whose images are drawn alone.
+STREAMED = WAYS["stream"][1] / sum(weight for _, weight in WAYS.values())
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,14 @@ async def sampled(process: psutil.Process | None, since: float) -> AsyncIterator
         task.cancel()
 
 
-async def measured(load: Load, rounds: int, seconds: float, batch: int, client: Client, process: psutil.Process | None) -> list[Round]:
+async def measured(
+    load: Load, rounds: int, seconds: float, batch: int, client: Client, process: psutil.Process | None
+) -> list[Round]:
     """`rounds` rounds that take `seconds` together on the server, and as long on the bare runtime."""
     rng, since, done = random.Random(load.seed), perf_counter(), []
     share = seconds / rounds
     for _ in range(rounds):
-        bare = await asyncio.to_thread(client.references.bare, share, batch)
+        bare = await asyncio.to_thread(client.references.bare, share, batch, STREAMED)
         async with sampled(process, since) as memory:
             start, cpu = perf_counter(), cpu_seconds(process) if process else 0.0
             outcomes = await offered(load, share, rng, client)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
@@ -84,7 +84,7 @@ class References:
         )
 
     def judge(self, item: Drawn, files: Sequence[bytes], most: int = 0) -> str:
-        """"ok", or what is wrong: "crossed" for another request's image, "differs" for none that was drawn.
+        """ "ok", or what is wrong: "crossed" for another request's image, "differs" for none that was drawn.
 
         most: the largest difference of a pixel's value that is still the same image.
         """
@@ -96,20 +96,21 @@ class References:
                 return "crossed" if any(_same(pixels, other, most) for other in self._pixels.values()) else "differs"
         return "ok"
 
-    def bare(self, seconds: float, batch: int) -> Rate:
-        """The same requests back to back, without a server, for at least `seconds`."""
-        images, start, cpu = 0, perf_counter(), process_time()
-        stop = start + seconds
-        for _ in self._runtime.generate_many(self._until(stop), batch_size=batch):
-            images += 1
-        return Rate(images, perf_counter() - start, process_time() - cpu)
+    def bare(self, seconds: float, batch: int, alone: float) -> Rate:
+        """Such requests back to back, without a server, for at least `seconds`.
 
-    def _until(self, stop: float) -> Iterator[Request]:
-        for item in itertools.cycle(self.drawn):
-            if perf_counter() > stop:
-                return
-            for offset in range(item.images):
-                yield self._request(item, item.seed + offset)
+        batch: the most images that are drawn together. alone: the share of the requests whose images are drawn one by one.
+        """
+        images, start, cpu = 0, perf_counter(), process_time()
+        items, owed = itertools.cycle(self.drawn), 0.0
+        while perf_counter() < start + seconds:
+            chosen = list(itertools.islice(items, 2 * batch))
+            owed += alone * len(chosen)
+            single, owed = chosen[: int(owed)], owed % 1
+            for part, size in ((single, 1), (chosen[len(single) :], batch)):
+                requests = [self._request(item, item.seed + offset) for item in part for offset in range(item.images)]
+                images += sum(1 for _ in self._runtime.generate_many(requests, batch_size=size))
+        return Rate(images, perf_counter() - start, process_time() - cpu)
 
 
 def _same(pixels: Array, other: Array, most: int) -> bool:

@@ -26,12 +26,17 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "machine": describe_machine(),
         "versions": {name: version(name) for name in packages},
         "bundle": args.bundle.name,
-        **{name: getattr(args, name) for name in ("clients", "rate", "seconds", "rounds", "mix", "size", "steps", "batch", "threads")},
+        **{
+            name: getattr(args, name)
+            for name in ("clients", "rate", "seconds", "rounds", "mix", "size", "steps", "batch", "threads")
+        },
         "server_options": args.server_options,
     }
 
 
-def summary(rates: Sequence[tuple[Rate, Rate]], outcomes: Sequence[Outcome], memory: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def summary(
+    rates: Sequence[tuple[Rate, Rate]], outcomes: Sequence[Outcome], memory: Sequence[tuple[float, float]]
+) -> dict[str, Any]:
     """The figures of all rounds together. Ratios are medians of the rounds' own."""
     failed = [outcome for outcome in outcomes if outcome.verdict not in FINE]
     seconds = sorted(outcome.seconds for outcome in outcomes if outcome.kind == "valid" and outcome.status == 200)
@@ -65,7 +70,9 @@ def _speed(rate: Rate) -> float:
     return rate.images / rate.seconds
 
 
-def _total(rates: Sequence[tuple[Rate, Rate]], which: int, value: Callable[[Rate], float], *, inverse: bool = False) -> float | None:
+def _total(
+    rates: Sequence[tuple[Rate, Rate]], which: int, value: Callable[[Rate], float], *, inverse: bool = False
+) -> float | None:
     """The sum of a value over all rounds, for each image; or with `inverse`, images for each of it."""
     images = sum(pair[which].images for pair in rates)
     total = sum(value(pair[which]) for pair in rates)

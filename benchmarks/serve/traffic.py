@@ -23,6 +23,12 @@ PATIENCE = 300.0
 #: An aborting client leaves after at most this many seconds.
 ABORT_SECONDS = 0.3
 
+#: What valid requests ask for beside their image, with weights. Images of a stream with previews are drawn alone.
+WAYS: Mapping[str, tuple[Mapping[str, Any], int]] = {
+    "png": ({}, 6),
+    "webp": ({"output_format": "webp"}, 1),
+    "stream": ({"stream": True, "partial_images": 1}, 1),
+}
 #: Bodies that the server has to refuse: what is wrong with them, and the status.
 INVALID: Mapping[str, tuple[Mapping[str, Any], int]] = {
     "no prompt": ({"n": 1}, 400),
@@ -37,15 +43,13 @@ INVALID: Mapping[str, tuple[Mapping[str, Any], int]] = {
 }
 
 
-def _post(body: bytes, *headers: str, length: int | None = None) -> bytes:
-    head = (
-        f"POST {PATH} HTTP/1.1",
-        "Host: 127.0.0.1",
-        "Connection: close",
-        f"Content-Length: {len(body) if length is None else length}",
-        *(headers or ("Content-Type: application/json",)),
-    )
-    return "\r\n".join((*head, "", "")).encode() + body
+def _head(method: str, *headers: str) -> bytes:
+    return "\r\n".join((f"{method} {PATH} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", *headers, "", "")).encode()
+
+
+def _post(body: bytes, *headers: str, length: int | None = None, content_type: str = "application/json") -> bytes:
+    size = len(body) if length is None else length
+    return _head("POST", f"Content-Type: {content_type}", f"Content-Length: {size}", *headers) + body
 
 
 #: Bytes that are not a request, or not one of ours: what they are, and the statuses that fit.
@@ -56,16 +60,16 @@ MALFORMED: Mapping[str, tuple[bytes, tuple[int, ...]]] = {
     "10,000 nested lists": (_post(b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"), (400,)),
     "a JSON document of 1 MiB": (_post(b'{"prompt": "' + b"x" * 2**20 + b'"}'), (413,)),
     "a body that claims 10 GiB": (_post(b'{"prompt": "x"}', length=10 * 2**30), (413,)),
-    "a text": (_post(b"prompt=x", "Content-Type: text/plain"), (400, 415)),
-    "a form": (_post(b"prompt=x", "Content-Type: application/x-www-form-urlencoded"), (400, 415)),
+    "a text": (_post(b"prompt=x", content_type="text/plain"), (400, 415)),
+    "a form": (_post(b"prompt=x", content_type="application/x-www-form-urlencoded"), (400, 415)),
     "a header of 1 MiB": (_post(b"{}", f"X-Long: {'y' * 2**20}"), (400, 431)),
     "5000 headers": (_post(b"{}", *(f"X-{number}: y" for number in range(5000))), (400, 431)),
     "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 a TLS hello\r\n\r\n", (400,)),
     "a wrong length in chunks": (
-        f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{{}}\r\n".encode(),
+        _head("POST", "Content-Type: application/json", "Transfer-Encoding: chunked") + b"zz\r\n{}\r\n",
         (400,),
     ),
-    "a method that no route has": (f"BREW {PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode(), (400, 405)),
+    "a method that no route has": (_head("BREW"), (400, 405)),
 }
 
 
@@ -75,8 +79,8 @@ class Outcome:
 
     #: "valid", "invalid", "aborted" or "malformed".
     kind: str
-    #: "ok", "busy" (429 or 503), "lost" (no answer), "crossed", "differs", "unexpected" (another status) or "form" (an error that is
-    #: not in OpenAI's form).
+    #: "ok", "busy" (429 or 503), "lost" (no answer), "crossed", "differs", "unexpected" (another status) or "form" (an error that
+    #: is not in OpenAI's form).
     verdict: str
     #: Seconds from its arrival to the last byte of the answer.
     seconds: float
@@ -107,11 +111,19 @@ class Client:
         size = self.references.size
         words = {"negative_prompt": item.negative_prompt} if item.negative_prompt else {}
         steps = self.references.steps
-        return {"prompt": item.prompt, "seed": item.seed, "n": item.images, "size": f"{size}x{size}", "num_inference_steps": steps, **words}
+        return {
+            "prompt": item.prompt,
+            "seed": item.seed,
+            "n": item.images,
+            "size": f"{size}x{size}",
+            "num_inference_steps": steps,
+            **words,
+        }
 
     async def _valid(self, rng: random.Random) -> tuple[str, int, int, str]:
         item = rng.choice(self.references.drawn)
-        body = {**self._body(item), **rng.choice(({}, {}, {"output_format": "webp"}, {"stream": True, "partial_images": 1}))}
+        ((way, _),) = rng.choices(tuple(WAYS.values()), [weight for _, weight in WAYS.values()])
+        body = {**self._body(item), **way}
         try:
             answer = await self.http.post(PATH, json=body)
         except httpx.HTTPError as error:

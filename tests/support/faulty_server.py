@@ -1,6 +1,8 @@
-"""`sana-export` with a backend that fails when a file says so: `python -m tests.support.faulty_server serve BUNDLE ...`.
+"""`sana-export` whose slow clients have little time, with a backend that fails when a file says so.
 
-The file is named by $SANA_EXPORT_TEST_FAULT. It is read before each call of a graph and has one of the words in `FAULTS`, or nothing.
+    python -m tests.support.faulty_server serve BUNDLE ...
+
+The file is named by $SANA_EXPORT_TEST_FAULT. It is read before each call of a graph and has a word of `FAULTS`, or nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,12 @@ from sana_export.runtime.backends import BACKENDS
 from sana_export.runtime.backends.base import Backend, BackendSettings, Session
 from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from sana_export.runtime.backends.onnxruntime_provider import cuda_failures
+from sana_export.serve import run
+from sana_export.serve.config import ServeConfig
+from tests.support.serve_clients import VARIABLE
 
-VARIABLE = "SANA_EXPORT_TEST_FAULT"
+#: Seconds that slow clients have, for each of the server's limits.
+SECONDS = 1.0
 #: What ONNX Runtime's CUDA provider raises when its arena cannot grow.
 NO_MEMORY = (
     "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Conv node. "
@@ -56,7 +63,7 @@ class FaultySession(Session):
         self._session, self._graph, self._file = session, graph, file
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        if word := self._file.read_text():
+        if word := self._file.read_text().strip():
             FAULTS[word](self._graph, self._file)
         return self._session.run(feeds)
 
@@ -72,6 +79,14 @@ def _load(bundle: Path, manifest: Manifest, settings: BackendSettings) -> Backen
     return FaultyBackend(bundle, manifest, settings)
 
 
+def _serve(config: ServeConfig, *arguments: Any, **named: Any) -> None:
+    limits = replace(config.limits, head_seconds=SECONDS, body_seconds=SECONDS, read_seconds=SECONDS)
+    SERVE(replace(config, limits=limits), *arguments, **named)
+
+
+SERVE = run.serve
+
 if __name__ == "__main__":
+    run.serve = _serve
     BACKENDS["onnxruntime"] = _load
     sys.exit(main())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import base64
+import io
 import re
+import shutil
 import socket
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,25 +20,46 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.serve.server import ServerProcess
+from benchmarks.serve.traffic import PATH, has_error_form
+from sana_export.manifest import Manifest
+from tests.support.bundles import made_once
 
-PATH = "/v1/images/generations"
+#: Names the file that makes a server fail (faulty_server.py).
+VARIABLE = "SANA_EXPORT_TEST_FAULT"
 #: A request that takes little time.
 QUICK: dict[str, Any] = {"prompt": "a red apple", "seed": 5, "size": "64x64", "num_inference_steps": 2}
 PATIENCE = 60.0
 
 
-def draw(server: ServerProcess, **fields: Any) -> httpx.Response:
+def small_images(bundle: Path, folder: Path) -> Path:
+    """A copy of a bundle whose images may be small: without a table of resolutions, with 128 px as its native size."""
+
+    def copy(target: Path) -> None:
+        shutil.copytree(bundle, target)
+        manifest = Manifest.load(target)
+        replace(manifest, model=replace(manifest.model, sample_size=4)).save(target)
+
+    return made_once(folder / "tiny-fp32-128", copy)
+
+
+@contextmanager
+def faulty_server(bundle: Path, file: Path, *options: object) -> Iterator[ServerProcess]:
+    """A server that fails as `file` says (tests/support/faulty_server.py), and whose slow clients have little time."""
+    file.write_text("")
+    words = {VARIABLE: str(file)}
+    with ServerProcess(bundle, *options, module="tests.support.faulty_server", environment=words) as server:
+        yield server
+
+
+def draw(server: ServerProcess, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
     """The answer to `QUICK` with other fields."""
-    return httpx.post(server.url + PATH, json={**QUICK, **fields}, timeout=PATIENCE)
+    return httpx.post(server.url + PATH, json={**QUICK, **fields}, headers=headers, timeout=PATIENCE)
 
 
 def code(answer: httpx.Response) -> tuple[int, str]:
     """Status and code of an error, whose form is checked."""
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}, error
-    assert "/" not in error["message"] or "application/json" in error["message"] or "multipart" in error["message"], error
-    assert "Traceback" not in answer.text
-    return answer.status_code, error["code"]
+    assert has_error_form(answer.content), answer.text
+    return answer.status_code, answer.json()["error"]["code"]
 
 
 def pixels(answer: httpx.Response, image: int = 0) -> np.ndarray[Any, Any]:
@@ -54,7 +80,7 @@ def metric(server: ServerProcess, name: str) -> float:
     return sum(map(float, found))
 
 
-def wait_for(condition: Any, seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Returns when `condition()` is true. AssertionError if that takes too long."""
     until = time.monotonic() + seconds
     while not condition():
@@ -88,5 +114,5 @@ def parsed(content: bytes) -> httpx.Response:
     head, _, rest = content.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")
     headers = [tuple(line.split(": ", 1)) for line in lines]
-    length = int(dict((name.lower(), value) for name, value in headers).get("content-length", len(rest)))
+    length = int({name.lower(): value for name, value in headers}.get("content-length", len(rest)))
     return httpx.Response(int(first.split()[1]), headers=headers, content=rest[:length])
