@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -96,7 +97,7 @@ class LimitedConnection(H11Protocol):
             found = answer(refusal)
             body = json.dumps(found.body).encode()
             named = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close", **found.headers}
-            response = h11.Response(status_code=found.status, headers=list(named.items()), reason=b"")
+            response = h11.Response(status_code=found.status, headers=list(named.items()), reason=HTTPStatus(found.status).phrase.encode())
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)

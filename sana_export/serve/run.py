@@ -85,6 +85,8 @@ def server_settings(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=protocol_class(config.limits),
+        host=config.host,
+        port=config.port,
         ws="none",
         h11_max_incomplete_event_size=config.limits.head_bytes,
         log_config=None,
