@@ -69,7 +69,8 @@ class References:
         wanted = [(item, item.seed + offset) for item in self.drawn for offset in range(item.images)]
         requests = [self._request(item, seed) for item, seed in wanted]
         results = self._runtime.generate_many(requests, batch_size=1)
-        self._pixels: dict[tuple[Drawn, int], Array] = {
+        #: By the request and the seed: uint8 [height, width, 3].
+        self.pixels: dict[tuple[Drawn, int], Array] = {
             key: np.asarray(result.images[0]) for key, result in zip(wanted, results, strict=True)
         }
 
@@ -92,8 +93,8 @@ class References:
             return "differs"
         for offset, content in enumerate(files):
             pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-            if not _same(pixels, self._pixels[item, item.seed + offset], most):
-                return "crossed" if any(_same(pixels, other, most) for other in self._pixels.values()) else "differs"
+            if not _same(pixels, self.pixels[item, item.seed + offset], most):
+                return "crossed" if any(_same(pixels, other, most) for other in self.pixels.values()) else "differs"
         return "ok"
 
     def bare(self, seconds: float, batch: int, alone: float) -> Rate:

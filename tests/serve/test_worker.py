@@ -33,7 +33,9 @@ class Served:
     def play(self, scene: Scene, *, filters: Any = (), keys: tuple[str, ...] = (), budget: int | None = None, **queue: Any) -> None:
         """Run a scene with an engine and the first runtime, which is loaded."""
         models = tuple(ModelConfig(name, self.bundle, device=index) for index, name in enumerate(("one", "two")))
-        config = ServeConfig(models, queue=replace(QueueConfig(), **queue), keys=dict.fromkeys(keys, "k" * 16), memory_budget=budget)
+        config = ServeConfig(
+            models, queue=replace(QueueConfig(), **queue), keys=dict.fromkeys(keys, "k" * 16), memory_budget=budget
+        )
         store = ModelStore(config.models, budget, opener=self._open)
 
         async def main() -> None:

@@ -39,7 +39,7 @@ def small_images(bundle: Path, folder: Path) -> Path:
         manifest = Manifest.load(target)
         replace(manifest, model=replace(manifest.model, sample_size=4)).save(target)
 
-    return made_once(folder / "tiny-fp32-128", copy)
+    return made_once(folder / f"{bundle.name}-128", copy)
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def running(engine: Engine, config: ServeConfig) -> Iterator[str]:
     thread.start()
     wait_for(lambda: server.started)
     try:
-        yield "http://127.0.0.1:{}".format(server.servers[0].sockets[0].getsockname()[1])
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = server.force_exit = True
         thread.join(10)
