@@ -48,17 +48,19 @@ def read_upload(name: str, content: bytes, most_pixels: int) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
             image = Image.open(io.BytesIO(content), formats=UPLOADS)
         if image.width * image.height > most_pixels:
-            raise Refusal(
-                "invalid_image",
-                f"{name} is too large: {image.width}x{image.height} pixels; at most {most_pixels} pixels are allowed",
-                param=name,
-            )
+            raise _too_large(name, f"{image.width}x{image.height} pixels", most_pixels)
         image.load()
         return image
     except Refusal:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which it knows by the same first bytes
+        raise _too_large(name, "far too many pixels", most_pixels) from error
     except Exception as error:  # any: whatever a decoder raises for a file of another kind
         raise Refusal("invalid_image", f"{name} is not a whole image file ({', '.join(UPLOADS)})", param=name) from error
+
+
+def _too_large(name: str, found: str, most: int) -> Refusal:
+    return Refusal("invalid_image", f"{name} is too large: {found}; at most {most} pixels are allowed", param=name)
 
 
 def read_mask(name: str, content: bytes, most_pixels: int) -> Image.Image:

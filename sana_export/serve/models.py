@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import time
 
-from sana_export.adapters import Lora, lora_at
+from sana_export.adapters import Lora
 from sana_export.contract import GRAPH_GROUPS
 from sana_export.errors import SanaExportError, UsageError
 from sana_export.hub.bundles.source import find_bundle
@@ -81,9 +81,9 @@ class ModelStore:
         budget: bytes that loaded bundles may take together. None: no limit.
 
         Raises UsageError for no models, a name that two of them have, or one that is larger than the budget; what `find_bundle`,
-        `Manifest.load` and `lora_at` raise.
+        `Manifest.load` and `Lora.weights` raise.
         """
-        self._budget, self._open = budget, opener or open_runtime
+        self._budget, self._open = budget, open_runtime if opener is None else opener
         self._loaded: dict[Hashable, _Loaded] = {}
         self.known: dict[str, KnownModel] = {}
         for config in configs:
@@ -92,7 +92,7 @@ class ModelStore:
             named = None if config.backend == AUTO else config.backend
             folder = find_bundle(config.bundle, hub=hub or Hub(), backend=named, device=config.device)
             for lora in config.loras:
-                lora_at(lora.path, lora.scales)
+                LOG.debug("the model %s has the LoRA %s", config.name, lora.weights)
             model = KnownModel(config, folder, Manifest.load(folder), int(time()))
             if budget is not None and model.bytes > budget:
                 raise UsageError(

@@ -97,7 +97,9 @@ class LimitedConnection(H11Protocol):
             found = answer(refusal)
             body = json.dumps(found.body).encode()
             named = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close", **found.headers}
-            response = h11.Response(status_code=found.status, headers=list(named.items()), reason=HTTPStatus(found.status).phrase.encode())
+            response = h11.Response(
+                status_code=found.status, headers=list(named.items()), reason=HTTPStatus(found.status).phrase.encode()
+            )
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.loop.call_later(_LINGER_SECONDS, self.transport.close)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -38,7 +37,8 @@ class UrlFiles:
         self._seconds, self._most, self._clock = seconds, most_bytes, clock
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix="sana-export-images-", dir=folder))
+        self._folder = tempfile.TemporaryDirectory(prefix="sana-export-images-", dir=folder, ignore_cleanup_errors=True)
+        self.folder = Path(self._folder.name)
         self._files: OrderedDict[str, UrlFile] = OrderedDict()
 
     def store(self, content: bytes, media_type: str) -> str:
@@ -74,4 +74,4 @@ class UrlFiles:
     def close(self) -> None:
         """Delete all of them."""
         self._files.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._folder.cleanup()

@@ -42,7 +42,7 @@ class LocalEngine:
         Raises the errors of `ModelStore` and `ContentFilters.load`.
         """
         self._config = config
-        self._store = store or ModelStore(config.models, config.memory_budget, hub=config.hub)
+        self._store = ModelStore(config.models, config.memory_budget, hub=config.hub) if store is None else store
         self._filters = ContentFilters.load(config.content_filters) if filters is None else filters
         self._queue: FairQueue[Drawing] = FairQueue(config.queue.places, config.keys)
         self._helpers = ThreadPoolExecutor(HELPERS, "sana-export-helper")

@@ -1,4 +1,4 @@
-"""The engine of one process, on runtimes whose images have the seeds' colors: nothing lost, nothing crossed, nothing drawn in vain."""
+"""The engine of one process, on runtimes whose images have the seeds' colors: nothing is lost, crossed or drawn in vain."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_deadline_ends_a_request_and_its_sampling(served: Served) -> None:
         assert (first.code, second.code) == ("timeout", "timeout")
         assert str(first) == "the image was not ready after 0.2 seconds"
         await until(lambda: engine.status().running == engine.status().waiting == 0)
-        assert (len(runtime.batches), runtime.steps_taken) == (1, 0)
+        assert runtime.steps_taken == 0
 
     served.play(scene)
 

@@ -139,7 +139,9 @@ def running(engine: Engine, config: ServeConfig) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        server.should_exit = server.force_exit = True
+        server.should_exit = True
+        thread.join(2)
+        server.force_exit = True
         thread.join(10)
 
 

@@ -19,7 +19,18 @@ from sana_export.progress import Progress
 #: Log levels of stderr by verbosity. A verb's default is VERBOSE or QUIET.
 VERBOSE, QUIET, SILENT, EVERYTHING = logging.INFO, logging.WARNING, logging.ERROR, logging.DEBUG
 #: Packages whose log records are of no use to our users.
-NOISY = ("torch", "transformers", "diffusers", "onnxscript", "onnx_ir", "huggingface_hub", "httpx", "httpx2", "accelerate", "uvicorn")
+NOISY = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "onnxscript",
+    "onnx_ir",
+    "huggingface_hub",
+    "httpx",
+    "httpx2",
+    "accelerate",
+    "uvicorn",
+)
 _REDRAW_SECONDS = 0.1
 
 
