@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -32,21 +32,27 @@ from tests.support.serve_clients import (
     wait_for,
 )
 
+LOG = logging.getLogger(__name__)
 #: Steps that take seconds.
 LONG = 1000
 PLACES = 64
 CONNECTIONS = 100
 #: What a client gets that sends to a closed connection.
 CLOSED = (BrokenPipeError, ConnectionResetError)
-#: Requests of the test of aborts; $SANA_EXPORT_ABORTS for more.
-ABORTS = int(os.environ.get("SANA_EXPORT_ABORTS", "500"))
+#: Requests that wait at a time, in the test of clients that leave.
+WAVE = 50
 
 
 @pytest.fixture(scope="module")
-def running(tiny_bundle: Path, build_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def fault(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file whose word slows the server down."""
+    return tmp_path_factory.mktemp("fault") / "word"
+
+
+@pytest.fixture(scope="module")
+def running(tiny_bundle: Path, build_cache: Path, fault: Path) -> Iterator[ServerProcess]:
     options = ("--threads", 1, "--max-steps", LONG, "--queue", PLACES, "--max-connections", CONNECTIONS)
-    file = tmp_path_factory.mktemp("fault") / "word"
-    with faulty_server(small_images(tiny_bundle, build_cache), file, *options) as server:
+    with faulty_server(small_images(tiny_bundle, build_cache), fault, *options) as server:
         yield server
 
 
@@ -181,20 +187,25 @@ def test_a_client_that_leaves_stops_its_sampling(server: ServerProcess) -> None:
     wait_for(lambda: metric(server, "sana_queue_running") == 0, 3)
 
 
-def test_queued_requests_whose_clients_leave(server: ServerProcess) -> None:
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_queued_requests_whose_clients_leave(server: ServerProcess, fault: Path, count: int) -> None:
     """Their places are free at once, memory stays flat, and the request before them gets its image."""
-    contents = request_bytes(json.dumps(QUICK).encode())
+    content = request_bytes(json.dumps(QUICK).encode())
+    expected = pixels(draw(server, num_inference_steps=LONG))
+    fault.write_text("slow")
     with ThreadPoolExecutor(1) as pool:
-        expected = pixels(draw(server, num_inference_steps=LONG))
         first = in_background(pool, server, num_inference_steps=LONG)
         wait_for(lambda: metric(server, "sana_queue_running") == 1)
         memory = []
-        for start in range(0, ABORTS, 50):
+        for _ in range(count // WAVE):
             with ExitStack() as stack:
-                for _ in range(min(50, ABORTS - start)):
-                    stack.enter_context(connect(server)).sendall(contents)
-                wait_for(lambda: metric(server, "sana_queue_waiting") > 0 or first.done())
+                for _ in range(WAVE):
+                    stack.enter_context(connect(server)).sendall(content)
+                wait_for(lambda: metric(server, "sana_queue_waiting") == WAVE)
             wait_for(lambda: metric(server, "sana_queue_waiting") == 0)
             memory.append(resident_mib(server.meter))
+        fault.write_text("")
         assert np.array_equal(pixels(first.result()), expected)
+    tenths = [round(mib) for mib in memory[:: len(memory) // 10]]
+    LOG.info("%d requests whose clients left; MiB of the server after each tenth: %s", count, tenths)
     assert memory[-1] - memory[len(memory) // 5] < 8
