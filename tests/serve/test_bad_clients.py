@@ -51,7 +51,7 @@ def fault(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(tiny_bundle: Path, build_cache: Path, fault: Path) -> Iterator[ServerProcess]:
-    options = ("--threads", 1, "--max-steps", LONG, "--queue", PLACES, "--max-connections", CONNECTIONS)
+    options = ("--threads", 1, "--max-steps", LONG, "--queue", PLACES, "--max-connections", CONNECTIONS, "--timeout", 3600)
     with faulty_server(small_images(tiny_bundle, build_cache), fault, *options) as server:
         yield server
 

@@ -142,9 +142,9 @@ def test_a_request_that_takes_too_long_stops_at_the_next_step(server: ServerProc
 def test_sigterm_under_load(serve_bundle: Path, fault: Path) -> None:
     """What runs is drawn to its end, what waits gets 503, and the exit code is 0."""
     with faulty_server(serve_bundle, fault, "--threads", 1, "--batch", 1) as server, ThreadPoolExecutor(6) as pool:
-        expected = pixels(draw(server, num_inference_steps=5))
+        expected = pixels(draw(server, num_inference_steps=3))
         fault.write_text("slow")
-        first = in_background(pool, server, num_inference_steps=5)
+        first = in_background(pool, server, num_inference_steps=3)
         wait_for(lambda: metric(server, "sana_queue_running") == 1)
         waiting = [in_background(pool, server) for _ in range(4)]
         wait_for(lambda: metric(server, "sana_queue_waiting") == 4)

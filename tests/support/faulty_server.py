@@ -45,14 +45,14 @@ def _hang(graph: str, file: Path) -> None:
 
 
 def _slow(graph: str, file: Path) -> None:
-    time.sleep(0.2)
+    time.sleep(0.5)
 
 
 def _unexpected(graph: str, file: Path) -> None:
     raise RuntimeError(f"cannot read {file}")
 
 
-#: What a call of a graph does before it runs: memory runs out, it does not return, it takes 0.2 seconds, a fault of ours.
+#: What a call of a graph does before it runs: memory runs out, it does not return, it takes half a second, a fault of ours.
 FAULTS: Mapping[str, Callable[[str, Path], None]] = {"memory": _no_memory, "hang": _hang, "slow": _slow, "unexpected": _unexpected}
 
 

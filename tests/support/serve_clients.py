@@ -53,7 +53,7 @@ def faulty_server(bundle: Path, file: Path, *options: object) -> Iterator[Server
 
 def draw(server: ServerProcess, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
     """The answer to `QUICK` with other fields."""
-    return httpx.post(server.url + PATH, json={**QUICK, **fields}, headers=headers, timeout=PATIENCE)
+    return httpx.post(server.url + PATH, json={**QUICK, **fields}, headers=headers, timeout=None)
 
 
 def code(answer: httpx.Response) -> tuple[int, str]:
