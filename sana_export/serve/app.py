@@ -63,6 +63,7 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
     ) -> Response:
         timeout = asked_timeout(request.headers.get("x-request-timeout"), config)
         job = image_job(body, engine.models(), config, request.scope["caller"], timeout=timeout, image=image, mask=mask)
+        request.scope["model"] = job.model  # for errors
         if config.log_prompts:
             LOG.info("request %s: %s", job.request_id, dict(job.words))
         if body.stream:

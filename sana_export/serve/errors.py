@@ -80,8 +80,6 @@ class ErrorAnswer:
     #: {"error": {"message", "type", "param", "code"}}.
     body: Mapping[str, Any]
     headers: Mapping[str, str] = field(default_factory=dict)
-    #: Whether the server's log needs the error itself.
-    ours: bool = False
 
     @property
     def code(self) -> str:
@@ -91,16 +89,11 @@ class ErrorAnswer:
 
 def answer(error: BaseException, model: str | None = None) -> ErrorAnswer:
     """What a client gets for `error` of a request for `model`. It has no path, command or traceback of the server."""
-    if isinstance(error, Refusal):
-        return _answer(error, ours=False)
-    return _answer(_as_refusal(error, model or "?"), ours=not isinstance(error, UsageError | Cancelled))
-
-
-def _answer(refusal: Refusal, *, ours: bool) -> ErrorAnswer:
+    refusal = error if isinstance(error, Refusal) else _as_refusal(error, model or "?")
     status, kind = CODES[refusal.code]
     body = {"error": {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}}
     retry = {} if refusal.retry_after is None else {"Retry-After": str(max(1, round(refusal.retry_after)))}
-    return ErrorAnswer(status, body, {**retry, **refusal.headers}, ours)
+    return ErrorAnswer(status, body, {**retry, **refusal.headers})
 
 
 def usage_refusal(error: UsageError, hidden: Mapping[str, str] | None = None) -> Refusal:

@@ -65,14 +65,17 @@ class FairQueue(Generic[Payload]):
             return before
 
     def take(self, most: int = 1, wait: float = 0.0) -> list[Ticket[Payload]]:
-        """Wait for a ticket and take it, with up to `most` - 1 others of its group. Empty after `close`.
+        """Wait for a ticket and take it, with up to `most` - 1 others of its group.
+
+        Returns an empty list when the queue is closed and empty.
+
 
         wait: seconds that a batch of fewer than `most` waits for more.
         """
         with self._changed:
             while not self._count and not self._closed:
                 self._changed.wait()
-            if self._closed:
+            if not self._count:
                 return []
             first = next(iter(next(iter(self._lanes.values()))))
             self._remove(first, to_the_end=True)
@@ -94,13 +97,11 @@ class FairQueue(Generic[Payload]):
             return True
 
     def close(self) -> list[Ticket[Payload]]:
-        """Refuse tickets from now on. Returns those that waited."""
+        """Refuse tickets from now on. Returns those that wait, which can still be taken or removed."""
         with self._changed:
-            waiting = [ticket for lane in self._lanes.values() for ticket in lane]
-            self._lanes.clear()
-            self._count, self._closed = 0, True
+            self._closed = True
             self._changed.notify_all()
-            return waiting
+            return [ticket for lane in self._lanes.values() for ticket in lane]
 
     def _kept_from(self, key: str, count: int) -> int:
         """Places that `key` leaves free for keys that have no ticket here: none if this is its own first one."""

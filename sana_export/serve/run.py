@@ -25,7 +25,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def serve(config: ServeConfig, started: Callable[[str], None] = lambda address: None) -> None:
-    """Serve until SIGTERM or SIGINT: running requests then finish, waiting and new ones get 503. A second signal ends at once.
+    """Serve until SIGTERM or SIGINT: running requests then finish, waiting and new ones get 503. A second signal stops them.
 
     started: called with the server's address when it accepts connections.
 
@@ -103,7 +103,7 @@ class GracefulServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: Engine, started: Callable[[], None]) -> None:
         super().__init__(config)
         self._engine, self._announce = engine, started
-        self._draining: asyncio.Task[None] | None = None
+        self._signals, self._ending = 0, list[asyncio.Task[None]]()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -121,10 +121,13 @@ class GracefulServer(uvicorn.Server):
         self._announce()
 
     def _end(self) -> None:
-        """Refuse what waits and what comes, let what runs finish, then close. The second time: close now."""
-        if self._draining is None:
-            LOG.info("shutting down: running requests finish, others get 503")
-            self._draining = asyncio.create_task(self._drain())
+        """The first time: refuse what waits and what comes, let what runs finish. The second: stop it. The third: drop everything."""
+        self._signals += 1
+        if self._signals == 1:
+            LOG.info("shutting down: running requests finish, others get 503; again to stop them")
+            self._ending.append(asyncio.create_task(self._drain()))
+        elif self._signals == 2:
+            self._ending.append(asyncio.create_task(self._stop()))
         else:
             self.should_exit = self.force_exit = True
 
@@ -133,4 +136,8 @@ class GracefulServer(uvicorn.Server):
             await asyncio.wait_for(self._engine.drain(), self.config.timeout_graceful_shutdown)
         except TimeoutError:
             LOG.warning("requests still run: they are stopped")
+            await self._stop()
         self.should_exit = True
+
+    async def _stop(self) -> None:
+        await asyncio.to_thread(self._engine.close)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 
+from sana_export.errors import SanaExportError
 from sana_export.serve.config import ServeConfig
 from sana_export.serve.errors import Refusal, answer
 from sana_export.serve.metrics import Metrics
@@ -97,9 +98,9 @@ class Guard:
             scope["caller"] = Caller(key, exchange.request_id)
             await self._app(scope, exchange.receive, exchange.send)
         except Exception as error:  # any: the client gets an answer in OpenAI's form
-            found = answer(error)
+            found = answer(error, scope.get("model"))
             self._metrics.failed(found.code)
-            if found.ours:
+            if not isinstance(error, SanaExportError):  # an engine logs its own
                 LOG.error("request %s failed", exchange.request_id, exc_info=error)
             if not exchange.status:
                 await JSONResponse(found.body, found.status, found.headers)(scope, exchange.receive, exchange.send)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -93,28 +94,35 @@ class LocalEngine:
             self._idle.set()
 
     async def drain(self) -> None:
-        """See `Engine.drain`."""
-        self._refuse_waiting()
+        """See `Engine.drain`. A job with an image that is being drawn, or has been, is running."""
+        self._draining = True
+        waiting = self._queue.close()
+        images = Counter(ticket.payload.post for ticket in waiting)
+        self._refuse(ticket for ticket in waiting if images[ticket.payload.post] == len(ticket.payload.job.seeds))
         while self._jobs:
             self._idle.clear()
             await self._idle.wait()
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._refuse_waiting()
+        self._draining = True
+        running = self._drawing.running
+        self._refuse(self._queue.close())
+        for ticket in running:
+            ticket.payload.post(_ending())
         self._drawing.stop()
         self._helpers.shutdown(cancel_futures=True)
         self._store.close()
 
-    def _refuse_waiting(self) -> None:
-        self._draining = True
-        for ticket in self._queue.close():
-            ticket.payload.post(Refusal("shutting_down", "the server is shutting down"))
+    def _refuse(self, tickets: Iterable[Ticket[Drawing]]) -> None:
+        for ticket in tickets:
+            if self._queue.remove(ticket):
+                ticket.payload.post(_ending())
 
     def _check_open(self, job: ImageJob) -> None:
         """Raise Refusal for a job that has no chance, before anything is computed for it."""
         if self._draining:
-            raise Refusal("shutting_down", "the server is shutting down")
+            raise _ending()
         if len(self._queue) >= self._config.queue.places:
             raise self._with_delay(Refusal("queue_full", "the queue is full; try again later"))
         known = self._store[job.model]
@@ -153,6 +161,10 @@ class LocalEngine:
         most = self._config.limits.source_pixels
         images = {} if job.image is None else {"image": read_upload("image", job.image, most)}
         return images if job.mask is None else {**images, "mask": read_mask("mask", job.mask, most)}
+
+
+def _ending() -> Refusal:
+    return Refusal("shutting_down", "the server is shutting down")
 
 
 def _post(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Any], event: Any) -> None:

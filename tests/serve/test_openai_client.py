@@ -1,119 +1,155 @@
-"""OpenAI's official client, unchanged, with a real server: the images are those of the runtime."""
+"""The official `openai` client, unchanged, against real bundles: its images are those of `SanaRuntime`."""
 
 from __future__ import annotations
 
 import base64
 import io
-import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
+import openai
 import pytest
-from openai import AuthenticationError, BadRequestError, OpenAI
 from PIL import Image
 
-from benchmarks.serve.server import ServerProcess
-from sana_export import SanaRuntime
-from tests.support.serve_clients import small_images
+from sana_export.adapters import Lora
+from sana_export.runtime import SanaRuntime
+from sana_export.serve.config import ModelConfig, ServeConfig
+from sana_export.serve.worker import LocalEngine
+from tests.support.lora_files import diffusers_lora, load_transformer
+from tests.support.serving import image_file, running
 
-ROOT = Path(__file__).parents[2]
-PROGRAM = ROOT / "examples" / "serve" / "openai_client.py"
-KEY = "a-key-of-the-tests-0123456789"
-QUICK = {"num_inference_steps": 2, "seed": 3}
-
-
-@pytest.fixture(scope="module")
-def bundle(img2img_bundle: Path, build_cache: Path) -> Path:
-    return small_images(img2img_bundle, build_cache)
+STEPS = {"num_inference_steps": 2}
+SIZE = {"height": 512, "width": 512}
 
 
-@pytest.fixture(scope="module")
-def runtime(bundle: Path) -> SanaRuntime:
-    return SanaRuntime.from_pretrained(bundle, backend="onnxruntime", threads=1)
+def decoded(b64: str | None) -> Any:
+    with Image.open(io.BytesIO(base64.b64decode(b64 or ""))) as image:
+        return np.asarray(image.convert("RGB"))
 
 
-@pytest.fixture(scope="module")
-def server(bundle: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(bundle, "--threads", 1, "--name", "small", environment={"SANA_EXPORT_API_KEYS": f"tests:{KEY}"}) as started:
-        yield started
+def pixels(image: Image.Image) -> Any:
+    return np.asarray(image)
 
 
 @pytest.fixture(scope="module")
-def client(server: ServerProcess) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+def lora(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return diffusers_lora(load_transformer(tiny_checkpoint), tmp_path_factory.mktemp("lora"), r=2)
 
 
-def pixels(file: bytes | str) -> Any:
-    content = base64.b64decode(file) if isinstance(file, str) else file
-    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+@pytest.fixture(scope="module")
+def client(img2img_bundle: Path, lora: Path) -> Iterator[openai.OpenAI]:
+    models = (ModelConfig("plain", img2img_bundle, threads=1), ModelConfig("styled", img2img_bundle, (Lora(lora, 0.5),), threads=1))
+    config = ServeConfig(models, port=0)
+    engine = LocalEngine(config)
+    try:
+        with running(engine, config) as address:
+            yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    finally:
+        engine.close()
 
 
-def drawn(runtime: SanaRuntime, prompt: str, **words: Any) -> Any:
-    return np.asarray(runtime(prompt, **words).images[0])
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["plain", "styled"]
+    assert client.models.retrieve("styled").owned_by == "sana-export"
 
 
-def test_images(client: OpenAI, runtime: SanaRuntime) -> None:
-    answer = client.images.generate(model="small", prompt="a panda", n=2, size="64x64", extra_body=QUICK)
-    assert answer.size == "64x64"
-    for number, image in enumerate(answer.data):
-        assert image.seed == 3 + number
-        expected = drawn(runtime, "a panda", seed=3 + number, height=64, width=64, num_inference_steps=2)
-        assert np.array_equal(pixels(image.b64_json), expected)
+def test_images_are_the_runtimes(client: openai.OpenAI, img2img_runtime: SanaRuntime) -> None:
+    words = {**STEPS, "negative_prompt": "blurry", "guidance_scale": 3.0, "pag_scale": 1.0, "scheduler": "euler"}
+    answer = client.images.generate(prompt="a 🐼", n=2, size="512x512", quality="high", extra_body={**words, "seed": 6})
+    assert answer.data is not None
+    assert (answer.size, answer.output_format) == ("512x512", "png")
+    for seed, item in zip((6, 7), answer.data, strict=True):
+        expected = img2img_runtime("a 🐼", seed=seed, **SIZE, **words).images[0]
+        assert np.array_equal(decoded(item.b64_json), pixels(expected))
 
 
-def test_a_stream(client: OpenAI, runtime: SanaRuntime) -> None:
-    body = {"num_inference_steps": 6, "seed": 3}
-    events = list(client.images.generate(prompt="a panda", size="64x64", stream=True, partial_images=2, extra_body=body))
-    assert [event.type.partition(".")[2] for event in events] == ["partial_image", "partial_image", "completed"]
-    assert [event.partial_image_index for event in events[:-1]] == [0, 1]
-    expected = drawn(runtime, "a panda", seed=3, height=64, width=64, num_inference_steps=6)
-    assert np.array_equal(pixels(events[-1].b64_json), expected)
+def test_a_stream(client: openai.OpenAI, img2img_runtime: SanaRuntime) -> None:
+    extra = {"seed": 5, "num_inference_steps": 4}
+    events: list[Any] = list(client.images.generate(prompt="a cat", stream=True, partial_images=2, extra_body=extra))
+    assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    final = pixels(img2img_runtime("a cat", seed=5, num_inference_steps=4).images[0])
+    assert np.array_equal(decoded(events[-1].b64_json), final)
+    errors = [np.abs(decoded(event.b64_json).astype(int) - final).mean() for event in events]
+    assert errors[2] == 0 < errors[1] < errors[0] + 40  # previews of the same size, in the final image's place
 
 
-def test_an_edit_with_a_mask(client: OpenAI, runtime: SanaRuntime) -> None:
-    rng = np.random.default_rng(0)
-    source = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
-    opaque = np.full((64, 64), 255, np.uint8)
-    opaque[:32] = 0
-    mask = Image.merge("RGBA", [*Image.new("RGB", (64, 64)).split(), Image.fromarray(opaque)])
-    answer = client.images.edit(
-        image=("source.png", file(source)), mask=("mask.png", file(mask)), prompt="a panda", size="64x64", extra_body=QUICK
+def test_edits_are_the_runtimes(client: openai.OpenAI, img2img_runtime: SanaRuntime) -> None:
+    start = Image.effect_mandelbrot((512, 512), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    mask = Image.new("RGBA", (512, 512), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 256, 512))
+    white = Image.new("L", (512, 512))
+    white.paste(255, (0, 0, 256, 512))
+    extra = {"num_inference_steps": 4, "strength": 0.5, "seed": 3}
+    answer = client.images.edit(image=image_file(start), mask=image_file(mask), prompt="a cat", extra_body=extra)
+    assert answer.data is not None
+    expected = img2img_runtime("a cat", image=start, mask=white, **extra).images[0]
+    assert np.array_equal(decoded(answer.data[0].b64_json), pixels(expected))
+    assert not np.array_equal(decoded(answer.data[0].b64_json), pixels(img2img_runtime("a cat", image=start, **extra).images[0]))
+
+
+def test_a_lora_is_a_model_and_leaves_no_trace(client: openai.OpenAI, img2img_runtime: SanaRuntime, lora: Path) -> None:
+    def drawn(model: str) -> Any:
+        answer = client.images.generate(prompt="a cat", model=model, extra_body={**STEPS, "seed": 1})
+        assert answer.data is not None
+        return decoded(answer.data[0].b64_json)
+
+    plain = pixels(img2img_runtime("a cat", seed=1, **STEPS).images[0])
+    styled = drawn("styled")
+    assert np.array_equal(drawn("plain"), plain)
+    img2img_runtime.load_lora(lora, 0.5)
+    try:
+        assert np.array_equal(styled, pixels(img2img_runtime("a cat", seed=1, **STEPS).images[0]))
+    finally:
+        img2img_runtime.unload_lora()
+    assert not np.array_equal(styled, plain)
+
+
+def test_urls(client: openai.OpenAI) -> None:
+    answer = client.images.generate(
+        prompt="a", response_format="url", output_format="jpeg", output_compression=80, extra_body=STEPS
     )
-    white_is_new = Image.fromarray(255 - opaque)
-    words = {"image": source, "mask": white_is_new, "strength": 0.6, "height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}
-    assert np.array_equal(pixels(answer.data[0].b64_json), drawn(runtime, "a panda", **words))
+    assert answer.data is not None
+    assert answer.data[0].url is not None
+    with Image.open(io.BytesIO(httpx.get(answer.data[0].url).content)) as image:
+        assert (image.format, image.size, image.getexif()) == ("JPEG", (512, 512), {})
 
 
-def file(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
+def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.images.generate(prompt="a", extra_body={"steps": 3})
+    assert (bad.value.code, bad.value.param, bad.value.type) == ("unknown_parameter", "steps", "invalid_request_error")
+    assert bad.value.request_id
+    with pytest.raises(openai.NotFoundError):
+        client.images.generate(prompt="a", model="gpt-image-1")
+    with pytest.raises(openai.APIError, match=r"not ready after 0\.01 seconds"):
+        client.images.generate(prompt="a", extra_headers={"X-Request-Timeout": "0.01"})
 
 
-def test_errors_are_the_clients_own(client: OpenAI, server: ServerProcess) -> None:
-    with pytest.raises(BadRequestError) as refused:
-        client.images.generate(prompt="a panda", extra_body={"colour": "red"})
-    assert (refused.value.code, refused.value.param) == ("unknown_parameter", "colour")
-    with pytest.raises(AuthenticationError) as unknown:
-        OpenAI(base_url=f"{server.url}/v1", api_key="another", max_retries=0).images.generate(prompt="a panda")
-    assert unknown.value.code == "invalid_api_key"
-    assert KEY not in server.log()
-
-
-def test_the_example(server: ServerProcess, runtime: SanaRuntime, tmp_path: Path) -> None:
-    words = ("--url", f"{server.url}/v1", "--output", tmp_path)
-    command = [sys.executable, PROGRAM, *words]
-    ran = subprocess.run(
-        list(map(str, command)), env={**os.environ, "OPENAI_API_KEY": KEY}, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines()[0] == "model: small"
-    assert "404 model_not_found" in ran.stdout
-    for number in range(2):
-        assert np.array_equal(
-            pixels((tmp_path / f"apple-{number}.png").read_bytes()), drawn(runtime, "a red apple", seed=7 + number)
-        )
+def test_a_bundle_that_is_damaged_while_it_is_served(tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    config = ServeConfig((ModelConfig("plain", bundle, threads=1),), port=0)
+    engine = LocalEngine(config)
+    decoder = next((bundle / "onnx" / "vae_decoder").glob("*.data"))
+    whole = decoder.read_bytes()
+    try:
+        engine.load()  # the decoder is loaded with the first image
+        decoder.write_bytes(whole[: len(whole) // 2])
+        with running(engine, config) as address:
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+            for _ in range(2):
+                with pytest.raises(openai.InternalServerError) as caught:
+                    client.images.generate(prompt="a", extra_body=STEPS)
+                assert caught.value.code == "model_damaged"
+                assert "'plain'" in str(caught.value)
+                assert str(tmp_path) not in str(caught.value)
+            assert "the model plain failed: onnx/vae_decoder/model.onnx.data is damaged" in caplog.text
+            decoder.write_bytes(whole)
+            assert client.images.generate(prompt="a", extra_body=STEPS).data
+    finally:
+        engine.close()

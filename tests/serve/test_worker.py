@@ -209,13 +209,30 @@ def test_drain_finishes_what_runs_and_refuses_what_waits(served: Served) -> None
     served.play(scene)
 
 
+def test_drain_finishes_all_images_of_a_request_that_runs(served: Served) -> None:
+    async def scene(engine: LocalEngine, runtime: StandInRuntime) -> None:
+        runtime.gate.clear()
+        running = asyncio.create_task(finished(engine, job(1, 2, 3)))
+        await until(lambda: engine.status().running == 1)
+        waiting = asyncio.create_task(refused(engine, job(4, 5)))
+        await until(lambda: engine.status().waiting == 4)
+        draining = asyncio.create_task(engine.drain())
+        assert (await waiting).code == "shutting_down"
+        runtime.gate.set()
+        assert [pixel(content) for content in (await running).images] == [color(seed) for seed in (1, 2, 3)]
+        await draining
+        assert runtime.batches == [[1], [2], [3]]
+
+    served.play(scene, max_batch=1)
+
+
 def test_close_stops_what_runs(served: Served) -> None:
     async def scene(engine: LocalEngine, runtime: StandInRuntime) -> None:
         runtime.gate.clear()
         running = asyncio.create_task(refused_or_cancelled(engine, job(1)))
         await until(lambda: engine.status().running == 1)
         await asyncio.to_thread(engine.close)
-        assert await running == "client_closed"
+        assert await running == "shutting_down"
         assert runtime.closed
 
     async def refused_or_cancelled(engine: LocalEngine, wanted: ImageJob) -> str:
