@@ -90,16 +90,21 @@ def test_a_model_that_is_damaged_before_it_is_loaded(server: ServerProcess, othe
     assert np.array_equal(pixels(draw(server, model="other")), pixels(draw(server))), "a repaired bundle is loaded"
 
 
-def test_a_loaded_model_that_is_damaged_draws_as_before(server: ServerProcess, other: Path) -> None:
+def test_a_model_that_is_damaged_while_it_is_loaded(server: ServerProcess, other: Path) -> None:
+    """ONNX Runtime maps the weights: it would draw another image, and the process would end if the file were shorter."""
     expected = pixels(draw(server, model="other"))
     file, before = damage(other)
-    try:
-        assert np.array_equal(pixels(draw(server, model="other")), expected)
-        with file.open("r+b") as opened:
-            opened.truncate(10)
-        assert np.array_equal(pixels(draw(server, model="other")), expected)
-    finally:
-        file.write_bytes(before)
+    assert code(draw(server, model="other")) == (500, "model_damaged")
+    file.write_bytes(before)
+    assert np.array_equal(pixels(draw(server, model="other")), expected)
+    with file.open("r+b") as opened:
+        opened.truncate(len(before) // 2)
+    assert code(draw(server, model="other")) == (500, "model_damaged")
+    file.write_bytes(before)
+    assert np.array_equal(pixels(draw(server, model="other")), expected)
+    file.rename(file.with_suffix(".away"))
+    assert np.array_equal(pixels(draw(server, model="other")), expected), "what is deleted stays loaded"
+    file.with_suffix(".away").rename(file)
 
 
 def test_memory_that_runs_out(server: ServerProcess, fault: Path) -> None:
@@ -156,11 +161,11 @@ def test_sigterm_under_load(serve_bundle: Path, fault: Path) -> None:
 
 
 def test_sigterm_while_a_call_does_not_return(serve_bundle: Path, fault: Path) -> None:
-    """The server ends in the time that it was given."""
+    """Its client gets 503 and the server ends, without the call."""
     with faulty_server(serve_bundle, fault, "--threads", 1, "--shutdown-timeout", 1) as server, ThreadPoolExecutor(1) as pool:
         fault.write_text("hang")
         first = in_background(pool, server)
         wait_for(lambda: metric(server, "sana_queue_running") == 1)
-        server.stop(10)
-        with pytest.raises((httpx.HTTPError, AssertionError)):
-            assert first.result().status_code == 200
+        assert server.stop(20) == 0
+        assert code(first.result()) == (503, "shutting_down")
+        assert "a step does not end" in server.log()

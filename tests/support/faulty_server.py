@@ -21,7 +21,7 @@ from sana_export.runtime.backends import BACKENDS
 from sana_export.runtime.backends.base import Backend, BackendSettings, Session
 from sana_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from sana_export.runtime.backends.onnxruntime_provider import cuda_failures
-from sana_export.serve import run
+from sana_export.serve import drawing, run
 from sana_export.serve.config import ServeConfig
 from tests.support.serve_clients import VARIABLE
 
@@ -88,5 +88,6 @@ SERVE = run.serve
 
 if __name__ == "__main__":
     run.serve = _serve
+    drawing.STEP_SECONDS = SECONDS
     BACKENDS["onnxruntime"] = _load
     sys.exit(main())
