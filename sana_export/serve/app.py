@@ -55,7 +55,7 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
     async def not_a_route(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_http")
         metrics.failed(code)
-        found = answer(Refusal(code, f"there is no {request.method} {request.url.path[:200]}", headers=error.headers))
+        found = answer(Refusal(code, f"there is no {request.method} {request.scope['path'][:200]}", headers=error.headers))
         return JSONResponse(found.body, found.status, found.headers)
 
     async def draw(
@@ -72,7 +72,7 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
             return StreamingResponse(answers.stream(kind, body, job, events, metrics), media_type="text/event-stream")
         result = await unless_gone(request, answers.finished(engine, job))
         metrics.drew(job, result)
-        root = (config.public_url or str(request.base_url)).rstrip("/")
+        root = (config.public_url or f"{request.scope['scheme']}://{request.headers.get('host')}").rstrip("/")
         found = answers.document(body, job, result, lambda content, media: f"{root}/images/{files.store(content, media)}")
         return Response(found.model_dump_json(exclude_none=True), media_type="application/json")
 

@@ -33,7 +33,7 @@ STAGES = ("text_encoder", "context", "vae_encoder", "denoise_loop", "vae_decoder
 
 
 @dataclass(frozen=True)
-class Drawn:
+class EncodedImage:
     """One image file of a job."""
 
     image: int
@@ -47,7 +47,7 @@ class Drawn:
 
 
 @dataclass(frozen=True, eq=False)
-class Drawing:
+class ImageTask:
     """One image of a job, to be drawn."""
 
     job: ImageJob
@@ -57,19 +57,19 @@ class Drawing:
     #: Of its plan.
     steps: int
     size: tuple[int, int]
-    #: Hands what became of it to whoever waits, from any thread: a `Partial`, then `Drawn` or an error.
-    post: Callable[[Partial | Drawn | BaseException], None]
+    #: Hands what became of it to whoever waits, from any thread: a `Partial`, then `EncodedImage` or an error.
+    post: Callable[[Partial | EncodedImage | BaseException], None]
 
 
 class DrawingThread:
     """Draws what is in a queue until the queue is closed."""
 
     def __init__(
-        self, config: ServeConfig, queue: FairQueue[Drawing], store: ModelStore, filters: ContentFilters, helpers: Executor
+        self, config: ServeConfig, queue: FairQueue[ImageTask], store: ModelStore, filters: ContentFilters, encoders: Executor
     ) -> None:
-        self._config, self._queue, self._store, self._filters, self._helpers = config, queue, store, filters, helpers
+        self._config, self._queue, self._store, self._filters, self._encoders = config, queue, store, filters, encoders
         #: The tickets that are being drawn.
-        self.running: tuple[Ticket[Drawing], ...] = ()
+        self.running: tuple[Ticket[ImageTask], ...] = ()
         #: Seconds for an image, an average of the last batches.
         self.seconds_per_image = 1.0
         self._stopping = False
@@ -101,7 +101,7 @@ class DrawingThread:
                 self.seconds_per_image += _NEWEST * (mine - self.seconds_per_image)
             self.running = ()
 
-    def _draw(self, tickets: Sequence[Ticket[Drawing]]) -> None:
+    def _draw(self, tickets: Sequence[Ticket[ImageTask]]) -> None:
         """Draw tickets of one group and post what became of each. Raises nothing."""
         model, waited = tickets[0].payload.job.model, [monotonic() - ticket.since for ticket in tickets]
         try:
@@ -115,18 +115,21 @@ class DrawingThread:
                 cancelled=lambda: self._stopping or all(ticket.left for ticket in tickets),
                 return_errors=True,
             )
+            damaged = False
             for ticket, queued, outcome in zip(tickets, waited, outcomes, strict=True):
                 if isinstance(outcome, SanaResult):
-                    self._helpers.submit(self._finish, ticket, outcome, {"queue": queued, "load": loading}, len(tickets))
+                    self._encoders.submit(self._finish, ticket, outcome, {"queue": queued, "load": loading}, len(tickets))
                 else:
-                    self._failed(ticket, outcome)
+                    damaged |= self._failed(ticket, outcome)
+            if damaged:
+                self._store.discard(model)
         except Cancelled as error:
             for ticket in tickets:
                 ticket.payload.post(error)
         except Exception as error:  # any: the server lives on
             self._retry(tickets, error)
 
-    def _retry(self, tickets: Sequence[Ticket[Drawing]], error: Exception) -> None:
+    def _retry(self, tickets: Sequence[Ticket[ImageTask]], error: Exception) -> None:
         """After `error` ended a batch: the next one loads the model again. What did not fit into memory together is drawn alone."""
         for ticket in tickets[:1]:
             self._log(ticket, error)
@@ -139,42 +142,42 @@ class DrawingThread:
         for ticket in tickets:
             ticket.payload.post(error)
 
-    def _failed(self, ticket: Ticket[Drawing], error: Exception) -> None:
-        """One image of a batch has an error of its own."""
+    def _failed(self, ticket: Ticket[ImageTask], error: Exception) -> bool:
+        """One image of a batch has an error of its own. Returns whether the model has to be loaded again."""
         job = ticket.payload.job
         if isinstance(error, UsageError):
             ticket.payload.post(usage_refusal(error, {str(self._store[job.model].folder): job.model}))
-            return
+            return False
         self._log(ticket, error)
-        self._store.discard(job.model)
         ticket.payload.post(error)
+        return True
 
-    def _log(self, ticket: Ticket[Drawing], error: Exception) -> None:
+    def _log(self, ticket: Ticket[ImageTask], error: Exception) -> None:
         job = ticket.payload.job
         unexpected = not hasattr(error, "exit_code")
         LOG.error("request %s: the model %s failed: %s", job.request_id, job.model, error, exc_info=error if unexpected else None)
 
-    def _callback(self, tickets: Sequence[Ticket[Drawing]]) -> Callable[..., None] | None:
+    def _callback(self, tickets: Sequence[Ticket[ImageTask]]) -> Callable[..., None] | None:
         """The callback that makes partial images. A job that asks for them is drawn alone."""
-        ticket, drawing = tickets[0], tickets[0].payload
-        job = drawing.job
+        ticket, task = tickets[0], tickets[0].payload
+        job = task.job
         if not job.partial_images:
             return None
 
         def show(index: int, preview: Image.Image) -> None:
             try:
                 self._filters.check_image(preview, str(job.words.get("prompt", "")))
-                drawing.post(Partial(drawing.image, index, encode_image(preview, job.output_format, job.quality)))
+                task.post(Partial(task.image, index, encode_image(preview, job.output_format, job.quality)))
             except Exception as error:  # any: a filter refuses it, or fails
-                drawing.post(error)
+                task.post(error)
                 ticket.left = True
 
-        return preview_callback(drawing.steps, job.partial_images, self._config.preview, drawing.size, show)
+        return preview_callback(task.steps, job.partial_images, self._config.preview, task.size, show)
 
-    def _finish(self, ticket: Ticket[Drawing], result: SanaResult, seconds: dict[str, float], batch: int) -> None:
-        """Check and encode an image, in a helper thread."""
-        drawing = ticket.payload
-        job = drawing.job
+    def _finish(self, ticket: Ticket[ImageTask], result: SanaResult, seconds: dict[str, float], batch: int) -> None:
+        """Check and encode an image, in a thread of `encoders`."""
+        task = ticket.payload
+        job = task.job
         if ticket.left:
             return
         try:
@@ -183,8 +186,8 @@ class DrawingThread:
             metadata = result.metadata[0] if self._config.image_metadata else None
             content = encode_image(result.images[0], job.output_format, job.quality, metadata)
         except Exception as error:  # any: of a filter, or of Pillow
-            drawing.post(error)
+            task.post(error)
             return
         stages: dict[str, Any] = asdict(result.timings)
         seconds |= {name: stages[name] for name in STAGES} | {"encode": perf_counter() - started}
-        drawing.post(Drawn(drawing.image, content, result.height, result.width, seconds, batch))
+        task.post(EncodedImage(task.image, content, result.height, result.width, seconds, batch))

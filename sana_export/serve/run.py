@@ -121,7 +121,7 @@ class GracefulServer(uvicorn.Server):
         self._announce()
 
     def _end(self) -> None:
-        """The first time: refuse what waits and what comes, let what runs finish. The second: stop it. The third: drop everything."""
+        """The first time, what waits and what comes is refused and what runs finishes. The second time that is stopped, too."""
         self._signals += 1
         if self._signals == 1:
             LOG.info("shutting down: running requests finish, others get 503; again to stop them")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
+from sana_export.files import disk_errors
 from sana_export.serve.errors import Refusal
 
 LOG = logging.getLogger(__name__)
@@ -33,11 +34,15 @@ class UrlFiles:
     """The files, the oldest first. Only files that were stored here are ever served, by name."""
 
     def __init__(self, folder: Path | None, seconds: float, most_bytes: int, clock: Callable[[], float] = monotonic) -> None:
-        """Make a folder of this server's own in `folder`, or in the system's folder of temporary files."""
+        """Make a folder of this server's own in `folder`, or in the system's folder of temporary files.
+
+        Raises DependencyError if the disk refuses.
+        """
         self._seconds, self._most, self._clock = seconds, most_bytes, clock
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(prefix="sana-export-images-", dir=folder, ignore_cleanup_errors=True)
+        with disk_errors(folder or Path(tempfile.gettempdir())):
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._folder = tempfile.TemporaryDirectory(prefix="sana-export-images-", dir=folder, ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name)
         self._files: OrderedDict[str, UrlFile] = OrderedDict()
 

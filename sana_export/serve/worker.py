@@ -21,7 +21,7 @@ from sana_export.runtime import Request
 from sana_export.runtime.batches import batch_key
 from sana_export.runtime.plan import make_plan
 from sana_export.serve.config import ServeConfig
-from sana_export.serve.drawing import Drawing, DrawingThread, Drawn
+from sana_export.serve.drawing import DrawingThread, EncodedImage, ImageTask
 from sana_export.serve.engine import Accepted, EngineStatus, Finished, ImageJob, JobEvent, ModelCard
 from sana_export.serve.errors import Refusal, usage_refusal
 from sana_export.serve.filters import ContentFilters
@@ -30,8 +30,8 @@ from sana_export.serve.models import ModelStore
 from sana_export.serve.queue import FairQueue, Ticket
 
 LOG = logging.getLogger(__name__)
-#: Threads beside the one that draws.
-HELPERS = 2
+#: Threads that read and plan requests, and threads that encode images.
+READERS, ENCODERS = 2, 2
 #: The longest time that a client is told to wait.
 _MOST_RETRY = 3600.0
 
@@ -47,9 +47,10 @@ class LocalEngine:
         self._config = config
         self._store = ModelStore(config.models, config.memory_budget, hub=config.hub) if store is None else store
         self._filters = ContentFilters.load(config.content_filters) if filters is None else filters
-        self._queue: FairQueue[Drawing] = FairQueue(config.queue.places, config.keys)
-        self._helpers = ThreadPoolExecutor(HELPERS, "sana-export-helper")
-        self._drawing = DrawingThread(config, self._queue, self._store, self._filters, self._helpers)
+        self._queue: FairQueue[ImageTask] = FairQueue(config.queue.places, config.keys)
+        self._readers = ThreadPoolExecutor(READERS, "sana-export-read")
+        self._encoders = ThreadPoolExecutor(ENCODERS, "sana-export-encode")
+        self._drawing = DrawingThread(config, self._queue, self._store, self._filters, self._encoders)
         self._draining = False
         self._jobs = 0
         self._idle = asyncio.Event()
@@ -68,20 +69,20 @@ class LocalEngine:
     async def submit(self, job: ImageJob) -> AsyncGenerator[JobEvent, None]:
         """See `Engine.submit`."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        until, tickets = loop.time() + job.timeout, list[Ticket[Drawing]]()
+        until, tickets = loop.time() + job.timeout, list[Ticket[ImageTask]]()
         self._jobs += 1
         try:
             self._check_open(job)
             async with asyncio.timeout_at(until):
-                tickets = await loop.run_in_executor(self._helpers, self._prepare, job, partial(_post, loop, events))
+                tickets = await loop.run_in_executor(self._readers, self._prepare, job, partial(_post, loop, events))
             yield Accepted(self._put(tickets))
-            drawn: dict[int, Drawn] = {}
+            drawn: dict[int, EncodedImage] = {}
             while len(drawn) < len(tickets):
                 async with asyncio.timeout_at(until):
                     event = await events.get()
                 if isinstance(event, BaseException):
                     raise event
-                if isinstance(event, Drawn):
+                if isinstance(event, EncodedImage):
                     drawn[event.image] = event
                 else:
                     yield event
@@ -113,13 +114,14 @@ class LocalEngine:
         for ticket in running:
             ticket.payload.post(_ending())
         stopped = self._drawing.stop()
-        self._helpers.shutdown(cancel_futures=True)
+        for pool in (self._readers, self._encoders):
+            pool.shutdown(cancel_futures=True)
         if stopped:
             self._store.close()
         else:
             LOG.error("a step does not end: the models are not closed")
 
-    def _refuse(self, tickets: Iterable[Ticket[Drawing]]) -> None:
+    def _refuse(self, tickets: Iterable[Ticket[ImageTask]]) -> None:
         for ticket in tickets:
             if self._queue.remove(ticket):
                 ticket.payload.post(_ending())
@@ -134,7 +136,7 @@ class LocalEngine:
         if job.image is not None and not known.edits:
             raise Refusal("invalid_value", f"the model {job.model!r} cannot start from images", param="model")
 
-    def _put(self, tickets: Sequence[Ticket[Drawing]]) -> int:
+    def _put(self, tickets: Sequence[Ticket[ImageTask]]) -> int:
         try:
             return self._queue.put(tickets)
         except Refusal as refusal:
@@ -146,8 +148,8 @@ class LocalEngine:
             refusal.retry_after = min(math.ceil(len(self._queue) * self._drawing.seconds_per_image / 2), _MOST_RETRY)
         return refusal
 
-    def _prepare(self, job: ImageJob, post: Callable[[Any], None]) -> list[Ticket[Drawing]]:
-        """A ticket for each image of a job, in a helper thread. Raises Refusal for what the model cannot draw."""
+    def _prepare(self, job: ImageJob, post: Callable[[Any], None]) -> list[Ticket[ImageTask]]:
+        """A ticket for each image of a job, in a thread of its own. Raises Refusal for what the model cannot draw."""
         known, words = self._store[job.model], job.words
         self._filters.check_prompt(str(words.get("prompt", "")), str(words.get("negative_prompt") or ""))
         try:
@@ -159,8 +161,7 @@ class LocalEngine:
         group = None if key is None else (job.model, key)
         steps, size = len(plan.schedule.timesteps), (plan.output_width, plan.output_height)
         requests = [request, *(replace(request, seed=seed) for seed in job.seeds[1:])]
-        drawings = [Drawing(job, index, own, steps, size, post) for index, own in enumerate(requests)]
-        return [Ticket(job.key, group, drawing) for drawing in drawings]
+        return [Ticket(job.key, group, ImageTask(job, index, own, steps, size, post)) for index, own in enumerate(requests)]
 
     def _uploads(self, job: ImageJob) -> dict[str, Any]:
         most = self._config.limits.source_pixels
@@ -177,7 +178,7 @@ def _post(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Any], event: An
         loop.call_soon_threadsafe(events.put_nowait, event)
 
 
-def _finished(job: ImageJob, drawn: Sequence[Drawn]) -> Finished:
+def _finished(job: ImageJob, drawn: Sequence[EncodedImage]) -> Finished:
     """The last event, with the seconds of the image that took the longest."""
     last = max(drawn, key=lambda image: image.seconds["queue"])
     contents = tuple(image.content for image in drawn)

@@ -34,6 +34,7 @@ DOCUMENTED = (
     "build",
     "verify",
     "generate",
+    "serve",
     "bench",
     "inspect",
     "push",

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sana_export.errors import UsageError
 from sana_export.serve.config import ModelConfig, ServeConfig
@@ -82,6 +83,18 @@ def test_filters_are_objects_classes_or_functions_that_make_one(name: str) -> No
     with pytest.raises(Refusal) as caught:
         filters.check_prompt("a dog")
     assert (caught.value.code, str(caught.value)) == ("content_policy_violation", "not a dog")
+
+
+def test_the_example_refuses_words_and_empty_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "serve"))
+    monkeypatch.setenv("BLOCKED_WORDS", "Dragon, orc")
+    filters = ContentFilters.load(["blocked_words:BlockedWords"])
+    filters.check_prompt("dragonfly", "dragon")
+    filters.check_image(Image.linear_gradient("L"), "x")
+    for check, values in ((filters.check_prompt, ("a DRAGON!", "")), (filters.check_image, (Image.new("RGB", (8, 8), "red"), "x"))):
+        with pytest.raises(Refusal) as caught:
+            check(*values)  # type: ignore[operator]
+        assert caught.value.code == "content_policy_violation"
 
 
 @pytest.mark.parametrize(("name", "text"), [("nothing", "checks nothing"), ("missing", "cannot be imported")])

@@ -349,11 +349,11 @@ def test_a_long_life_keeps_nothing(served: Served) -> None:
 
     async def scene(engine: LocalEngine, runtime: StandInRuntime) -> None:
         before = alive()
-        for round_ in range(3):
-            await asyncio.gather(*(finished(engine, job(seed)) for seed in range(20)))
+        for round_ in range(2):
+            await asyncio.gather(*(finished(engine, job(seed)) for seed in range(12)))
             runtime.gate.clear()
-            leaving = [asyncio.create_task(finished(engine, job(seed))) for seed in range(20)]
-            await until(lambda: engine.status().waiting >= 16)
+            leaving = [asyncio.create_task(finished(engine, job(seed))) for seed in range(12)]
+            await until(lambda: engine.status().waiting >= 8)
             for task in leaving:
                 task.cancel()
             await asyncio.gather(*leaving, return_exceptions=True)
