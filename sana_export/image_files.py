@@ -105,8 +105,13 @@ def save_image(
     write_whole(target, partial(encode_file, image, word, metadata, quality))
 
 
-def encode_file(image: Any, word: str, metadata: Mapping[str, Any] | None, quality: int | None, file: BinaryIO) -> None:
-    """Write an image in the format `word` to an open file. The parameters are those of `save_image`."""
+def encode_file(
+    image: Any, word: str, metadata: Mapping[str, Any] | None, quality: int | None, file: BinaryIO, *, fast: bool = False
+) -> None:
+    """Write an image in the format `word` to an open file. The parameters are those of `save_image`.
+
+    fast: compress PNG files less, in a third of the time or less. They are larger by a fifth to two fifths.
+    """
     kind = FORMATS[word]
     if kind.pillow is None:
         import numpy
@@ -114,6 +119,8 @@ def encode_file(image: Any, word: str, metadata: Mapping[str, Any] | None, quali
         numpy.save(file, image, allow_pickle=False)
         return
     options = dict(kind.options)
+    if fast and kind.pillow == "PNG":
+        options["compress_level"] = 1
     if quality is not None:
         options = {**options, "lossless": False, "quality": quality} if "lossless" in options else {**options, "quality": quality}
     if metadata is not None:

@@ -26,6 +26,8 @@ from sana_export.serve.queue import FairQueue, Ticket
 LOG = logging.getLogger(__name__)
 #: The weight of the last batch in the average of seconds for an image.
 _NEWEST = 0.2
+#: How long the end of a step is waited for when the server ends.
+STEP_SECONDS = 10.0
 #: The stages of `Timings` that are reported.
 STAGES = ("text_encoder", "context", "vae_encoder", "denoise_loop", "vae_decoder")
 
@@ -78,10 +80,15 @@ class DrawingThread:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def stop(self) -> None:
-        """Stop what runs at its next step, and wait for that. The queue has to be closed."""
+    def stop(self) -> bool:
+        """Stop what runs at its next step, and wait for that for a while. The queue has to be closed.
+
+        False: a call of a graph has not returned. The thread is left to itself, and does not keep the process from ending.
+        """
+        seconds = 0.0 if self._stopping else STEP_SECONDS
         self._stopping = True
-        self._thread.join()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         queue = self._config.queue

@@ -75,7 +75,7 @@ def read_mask(name: str, content: bytes, most_pixels: int) -> Image.Image:
 
 
 def encode_image(image: Image.Image, word: str, quality: int | None, metadata: Mapping[str, Any] | None = None) -> bytes:
-    """An image file in memory. The parameters are those of `image_files.save_image`; `word` is one of `image_files.FORMATS`."""
+    """An image file in memory, quickly. The parameters are those of `image_files.save_image`, `word` is one of its `FORMATS`."""
     buffer = io.BytesIO()
-    encode_file(image, word, metadata, quality, buffer)
+    encode_file(image, word, metadata, quality, buffer, fast=True)
     return buffer.getvalue()

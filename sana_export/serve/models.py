@@ -6,7 +6,8 @@ Models over one bundle share one runtime; LoRAs are changed when another of them
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -57,11 +58,26 @@ class KnownModel:
         files = {entry.path: entry.bytes for graph in self.manifest.graphs.values() for entry in graph.files}
         return sum(files.values())
 
+    def stamps(self) -> dict[str, tuple[int, ...]]:
+        """What the file system says of the files of the graphs: device, inode, size, and the time of the last change, by path."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path in {entry.path for graph in self.manifest.graphs.values() for entry in graph.files}:
+            with suppress(OSError):  # a file that was deleted stays mapped
+                status = (self.folder / path).stat()
+                found[path] = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        return found
+
+    def changed_since(self, before: Mapping[str, tuple[int, ...]]) -> str:
+        """A file that exists and is not what it was; "" if there is none."""
+        return next((path for path, stamp in self.stamps().items() if before.get(path) != stamp), "")
+
 
 @dataclass
 class _Loaded:
     runtime: SanaRuntime
     bytes: int
+    #: Of its files, before they were loaded.
+    stamps: dict[str, tuple[int, ...]]
     loras: tuple[Lora, ...] = ()
 
 
@@ -127,14 +143,22 @@ class ModelStore:
     def use(self, name: str) -> SanaRuntime:
         """The runtime of a model, with its LoRAs and no others. Loads it, and closes those that were not used for the longest.
 
+        A model whose files have changed is loaded again, which checks them: ONNX Runtime maps weights, so it would draw with what
+        is in them now, and end the process if they are shorter.
+
         Raises the errors of `SanaRuntime.from_pretrained` and `load_lora`.
         """
         model = self[name]
         loaded = self._loaded.pop(model.shared, None)
+        if loaded is not None and (changed := model.changed_since(loaded.stamps)):
+            LOG.warning("loading the model %s again, because %s has changed", name, changed)
+            _close(loaded)
+            loaded = None
         if loaded is None:
             self._make_room(model.bytes)
             LOG.info("loading the model %s from %s", name, model.folder)
-            loaded = _Loaded(self._open(model.config, model.folder), model.bytes)
+            stamps = model.stamps()
+            loaded = _Loaded(self._open(model.config, model.folder), model.bytes, stamps)
         self._loaded[model.shared] = loaded  # the last one is the one that was used last
         if loaded.loras != model.config.loras:
             loaded.runtime.unload_lora()

@@ -46,6 +46,10 @@ def generation_body(config: ServeConfig, models: Sequence[ModelCard]) -> dict[st
 def edit_body(config: ServeConfig, models: Sequence[ModelCard]) -> dict[str, Any]:
     """`requestBody` of POST /v1/images/edits."""
     schema = _limited(EditFields, config, models)
+    for name, described in schema["properties"].items():  # the texts of a form: none of them is null
+        if "anyOf" in described:
+            own, _null = described.pop("anyOf")
+            schema["properties"][name] = {**own, **{key: value for key, value in described.items() if value is not None}}
     schema["properties"] |= {
         "image": {**_FILE, "description": "The image to start from: a PNG, JPEG or WebP file, or a data URL."},
         "mask": {**_FILE, "description": "Transparent, or without an alpha channel white, where the image is drawn anew."},

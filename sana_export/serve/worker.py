@@ -6,6 +6,7 @@ A second drawing thread would only wait for the runtime, which one call uses at 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -28,6 +29,7 @@ from sana_export.serve.images import read_mask, read_upload
 from sana_export.serve.models import ModelStore
 from sana_export.serve.queue import FairQueue, Ticket
 
+LOG = logging.getLogger(__name__)
 #: Threads that read and plan requests, and threads that encode images.
 READERS, ENCODERS = 2, 2
 #: The longest time that a client is told to wait.
@@ -105,16 +107,19 @@ class LocalEngine:
             await self._idle.wait()
 
     def close(self) -> None:
-        """See `Engine.close`."""
+        """See `Engine.close`. What runs has `drawing.STEP_SECONDS` to reach its next step."""
         self._draining = True
         running = self._drawing.running
         self._refuse(self._queue.close())
         for ticket in running:
             ticket.payload.post(_ending())
-        self._drawing.stop()
+        stopped = self._drawing.stop()
         for pool in (self._readers, self._encoders):
             pool.shutdown(cancel_futures=True)
-        self._store.close()
+        if stopped:
+            self._store.close()
+        else:
+            LOG.error("a step does not end: the models are not closed")
 
     def _refuse(self, tickets: Iterable[Ticket[ImageTask]]) -> None:
         for ticket in tickets:
