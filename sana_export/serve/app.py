@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from sana_export import __version__
 from sana_export.serve import answers, openapi
@@ -127,7 +127,7 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
             raise Refusal("not_ready", f"the server is not ready: {status.reason}")
         return {"status": "ok"}
 
-    @app.get("/metrics", responses=everywhere)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=everywhere)
     async def prometheus() -> Response:
         """Metrics for Prometheus."""
         return Response(await asyncio.to_thread(metrics.text), media_type=MEDIA_TYPE)

@@ -24,6 +24,8 @@ from sana_export.serve.previews import preview_callback
 from sana_export.serve.queue import FairQueue, Ticket
 
 LOG = logging.getLogger(__name__)
+#: Warns about prompts that are too long, with their last words.
+PROMPT_LOG = logging.getLogger("sana_export.runtime.prompt")
 #: The weight of the last batch in the average of seconds for an image.
 _NEWEST = 0.2
 #: The stages of `Timings` that are reported.
@@ -72,6 +74,8 @@ class DrawingThread:
         self.seconds_per_image = 1.0
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="sana-export-draw", daemon=True)
+        if not config.log_prompts:
+            PROMPT_LOG.addFilter(self._shows)
         self._thread.start()
 
     @property
@@ -82,6 +86,11 @@ class DrawingThread:
         """Stop what runs at its next step, and wait for that. The queue has to be closed."""
         self._stopping = True
         self._thread.join()
+        PROMPT_LOG.removeFilter(self._shows)
+
+    def _shows(self, record: logging.LogRecord) -> bool:
+        """Whether a record of `PROMPT_LOG` is logged: those of this thread are not."""
+        return record.thread != self._thread.ident
 
     def _work(self) -> None:
         queue = self._config.queue

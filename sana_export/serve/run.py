@@ -21,6 +21,8 @@ from sana_export.serve.security import LOOPBACK
 from sana_export.serve.worker import LocalEngine
 
 LOG = logging.getLogger(__name__)
+#: Connections that the system keeps until they are accepted; all of them may be accepted at once, beyond the limit.
+_BACKLOG = 256
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -68,7 +70,7 @@ def listening(config: ServeConfig) -> Iterator[socket.socket]:
     """The socket of the server. Raises DependencyError if the address cannot be used."""
     try:
         family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=2048)
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         raise DependencyError(
             f"the server cannot listen on {config.host}, port {config.port}",
@@ -87,6 +89,7 @@ def server_settings(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
         http=protocol_class(config.limits),
         host=config.host,
         port=config.port,
+        backlog=_BACKLOG,
         ws="none",
         h11_max_incomplete_event_size=config.limits.head_bytes,
         log_config=None,
@@ -108,13 +111,15 @@ class GracefulServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, self._end)
+        with contextlib.suppress(NotImplementedError):  # on Windows, Ctrl-C ends the process as it ends other commands
+            for number in _SIGNALS:
+                loop.add_signal_handler(number, self._end)
         try:
             yield
         finally:
-            for number in _SIGNALS:
-                loop.remove_signal_handler(number)
+            with contextlib.suppress(NotImplementedError):
+                for number in _SIGNALS:
+                    loop.remove_signal_handler(number)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
