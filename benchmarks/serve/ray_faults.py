@@ -9,9 +9,6 @@ retries of their own. A request is lost unless it gets status 200 and exactly th
 from __future__ import annotations
 
 import argparse
-import base64
-import io
-import itertools
 import json
 import os
 import signal
@@ -22,16 +19,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import numpy.typing as npt
 import psutil
-from PIL import Image
+from ray_clients import PROMPT, SEEDS, STEPS, Clients, Pixels, rounded, summary
 
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -49,7 +44,6 @@ from sana_export.serve.ray_app import build
 
 APP, PORT = "faults", 8765
 URL = f"http://127.0.0.1:{PORT}"
-PROMPT, SEEDS, STEPS = "a red apple", 32, 20
 #: Clients of every part but the overflow.
 CLIENTS = 6
 CONFIG: dict[str, Any] = {
@@ -67,76 +61,6 @@ CONFIG: dict[str, Any] = {
     "timeout": 60,
     "allow_without_keys": True,
 }
-Pixels = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a client got."""
-
-    request_id: str
-    status: int
-    #: The error's code, or "" for an image.
-    code: str
-    #: Whether the image is the runtime's for its seed.
-    right: bool
-    started: float
-    seconds: float
-    retry_after: str | None = None
-
-    @property
-    def lost(self) -> bool:
-        """Whether the client did not get its image."""
-        return self.status != 200 or not self.right
-
-
-@dataclass
-class Clients:
-    """Clients that send one request after the other until they are stopped."""
-
-    images: Sequence[Pixels]
-    answers: list[Answer] = field(default_factory=list)
-
-    @contextmanager
-    def sending(self, count: int) -> Iterator[None]:
-        """`count` clients, while the block runs. At its end, each finishes the request that it has sent."""
-        seeds, stop = itertools.cycle(range(SEEDS)), threading.Event()
-
-        def work() -> None:
-            with httpx.Client(timeout=120) as client:
-                while not stop.is_set():
-                    self.answers.append(self.ask(client, next(seeds)))
-
-        threads = [threading.Thread(target=work) for _ in range(count)]
-        for thread in threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
-
-    def ask(self, client: httpx.Client, seed: int) -> Answer:
-        """One request."""
-        body = {"prompt": PROMPT, "seed": seed, "num_inference_steps": STEPS}
-        name, started, right, code = f"faults-{next(_NUMBERS)}", time.monotonic(), False, ""
-        try:
-            reply = client.post(f"{URL}/v1/images/generations", json=body, headers={"x-request-id": name})
-        except httpx.HTTPError as error:
-            return Answer(name, 0, type(error).__name__, False, started, time.monotonic() - started)
-        seconds = time.monotonic() - started
-        if reply.status_code == 200:
-            pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(reply.json()["data"][0]["b64_json"]))))
-            right = np.array_equal(pixels, self.images[seed])
-        else:
-            code = reply.json()["error"]["code"]  # not OpenAI's form: the script fails
-        if reply.headers["x-request-id"] != name:
-            raise SystemExit(f"the request {name} was answered as {reply.headers['x-request-id']}")
-        return Answer(name, reply.status_code, code, right, started, seconds, reply.headers.get("retry-after"))
-
-
-_NUMBERS = itertools.count(1)
 
 
 def main() -> int:
@@ -178,12 +102,12 @@ def main() -> int:
 
 def part(images: Sequence[Pixels], faults: Callable[[Clients], Any]) -> dict[str, Any]:
     """The answers to clients that send while `faults` does its work, and what it returns."""
-    clients = Clients(images)
+    clients = Clients(URL, images)
     started = time.monotonic()
     with clients.sending(CLIENTS):
         time.sleep(2)
         found = faults(clients)
-    return {"seconds": _rounded(time.monotonic() - started), **_summary(clients.answers), **({"faults": found} if found else {})}
+    return {"seconds": rounded(time.monotonic() - started), **summary(clients.answers), **({"faults": found} if found else {})}
 
 
 def kill(clients: Clients, deployment: str) -> dict[str, Any]:
@@ -198,8 +122,8 @@ def kill(clients: Clients, deployment: str) -> dict[str, Any]:
     replaced = time.monotonic() - killed
     assert running - before, "no new process"
     time.sleep(3)
-    meanwhile = [answer.seconds for answer in clients.answers if answer.started < killed + replaced and _end(answer) > killed]
-    return {"replaced_after_s": _rounded(replaced), "slowest_request_s": _rounded(max(meanwhile)), "requests": len(meanwhile)}
+    meanwhile = [answer.seconds for answer in clients.answers if answer.started < killed + replaced and answer.ended > killed]
+    return {"replaced_after_s": rounded(replaced), "slowest_request_s": rounded(max(meanwhile)), "requests": len(meanwhile)}
 
 
 def deploy_again(config: dict[str, Any], period: int) -> dict[str, Any]:
@@ -209,12 +133,12 @@ def deploy_again(config: dict[str, Any], period: int) -> dict[str, Any]:
     while before & (replicas("Drawing") | replicas("Front")):
         time.sleep(0.2)
     _note_memory()
-    return {"all_replaced_after_s": _rounded(time.monotonic() - started)}
+    return {"all_replaced_after_s": rounded(time.monotonic() - started)}
 
 
 def overflow(images: Sequence[Pixels], burst: int = 80) -> dict[str, Any]:
     """Send many requests at once. The replicas and the queue have places for some; the others have to be refused quickly."""
-    clients = Clients(images)
+    clients = Clients(URL, images)
     together = threading.Barrier(burst)
 
     def once(seed: int) -> None:
@@ -235,8 +159,8 @@ def overflow(images: Sequence[Pixels], burst: int = 80) -> dict[str, Any]:
         "refused": len(refused),
         "codes": sorted({answer.code for answer in refused}),
         "retry_after": sorted({str(answer.retry_after) for answer in refused}),
-        "slowest_refusal_s": _rounded(max(answer.seconds for answer in refused)),
-        **_summary(drawn),
+        "slowest_refusal_s": rounded(max(answer.seconds for answer in refused)),
+        **summary(drawn),
     }
 
 
@@ -260,7 +184,7 @@ def abort(count: int = 8) -> dict[str, Any]:
     with httpx.Client(timeout=120) as client:
         client.post(f"{URL}/v1/images/generations", json={"prompt": PROMPT, "num_inference_steps": 1}).raise_for_status()
     following = time.monotonic() - left
-    return {"clients": dict(Counter(outcomes)), "images_each": 10, "steps_each": 100, "next_request_s": _rounded(following)}
+    return {"clients": dict(Counter(outcomes)), "images_each": 10, "steps_each": 100, "next_request_s": rounded(following)}
 
 
 @contextmanager
@@ -334,28 +258,6 @@ def _ray_seconds() -> float:
 def sent_again(logs: Path) -> int:
     """Requests that lost their replica and were given to another, by the front replicas' logs."""
     return sum(file.read_text("utf-8", errors="replace").count("(1 of 2)") for file in logs.glob("worker-*.err"))
-
-
-def _summary(answers: Sequence[Answer]) -> dict[str, Any]:
-    seconds = sorted(answer.seconds for answer in answers)
-    return {
-        "requests": len(answers),
-        "lost": sum(answer.lost for answer in answers),
-        "wrong_images": sum(answer.status == 200 and not answer.right for answer in answers),
-        "statuses": dict(Counter(str(answer.status) for answer in answers)),
-        "error_codes": dict(Counter(answer.code for answer in answers if answer.code)),
-        "p50_s": _rounded(seconds[len(seconds) // 2]),
-        "p99_s": _rounded(seconds[int(len(seconds) * 0.99)]),
-        "slowest_s": _rounded(seconds[-1]),
-    }
-
-
-def _end(answer: Answer) -> float:
-    return answer.started + answer.seconds
-
-
-def _rounded(seconds: float) -> float:
-    return round(seconds, 2)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import pytest
 
 pytest.importorskip("ray")
 
-from sana_export.errors import ArtifactError
+from sana_export.errors import ArtifactError, Cancelled, DependencyError, UsageError
 from sana_export.serve.engine import Accepted, Finished, ImageJob, ModelCard
-from sana_export.serve.errors import Refusal
+from sana_export.serve.errors import Refusal, answer
 from sana_export.serve.ray import replica as module
 from sana_export.serve.ray.config import RayConfig
 from sana_export.serve.ray.messages import Failed, ReplicaReport
@@ -136,6 +137,22 @@ def test_errors_are_sent_and_not_raised_and_the_state_comes_with_the_image():
         assert events == [Accepted(0), Failed(engine.error)]
 
     run(case)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Refusal("queue_full", "full", param="n", retry_after=7),
+        UsageError("size", found="7", wanted="a multiple of 32", fix="sana-export build /bundle"),
+        DependencyError("no memory", fix="--memory staged"),
+        ArtifactError("the bundle is damaged"),
+        Cancelled("the request was cancelled"),
+    ],
+)
+def test_errors_of_replicas_mean_the_same_after_their_journey(error: Exception):
+    travelled = pickle.loads(pickle.dumps(Failed(error))).error
+    assert type(travelled) is type(error)
+    assert (answer(travelled), str(travelled)) == (answer(error), str(error))
 
 
 def test_a_call_that_ray_cancels_leaves_the_engine():
