@@ -61,6 +61,13 @@ def served(words: list[str]) -> Any:
     return parse(words)
 
 
+def test_the_proxies_of_ray_answer_errors_in_openais_form(lines: list[tuple[str, str]]) -> None:
+    (words,) = values(lines, "ENV")[-1:]
+    named = dict(word.split("=", 1) for word in words.split())["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
+    module, _, name = named.rpartition(".")
+    assert [middleware.cls.__name__ for middleware in getattr(importlib.import_module(module), name)()] == ["SecondTry"]
+
+
 def test_the_image_runs_as_a_user_without_rights_from_a_base_with_a_version(lines: list[tuple[str, str]]) -> None:
     bases = [rest.split()[0] for rest in values(lines, "FROM")]
     assert all(re.fullmatch(r"python:\$\{PYTHON\}-slim-bookworm", base) for base in bases)
