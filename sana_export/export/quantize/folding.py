@@ -18,11 +18,11 @@ multiplication.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 import onnx_ir
-from onnx_ir import ExternalTensor, Node, TensorType, Value
+from onnx_ir import Node, TensorType, Value
 
 #: A layer's weight -> the weight before it whose last output channels take the layer's factors.
 INTO_WEIGHTS = {r"(blocks\.\d+)\.out\.weight": r"\1.qkv"}
@@ -60,7 +60,7 @@ def into_norm(graph: onnx_ir.Graph, product: Node, factor: Value) -> None:
         return
     # The factors of all products are equal. Both ends are used, because a file keeps only initializers that are read.
     for index, own in ((1, products[0].inputs[1]), (2, products[-1].inputs[1])):
-        _multiply_input(graph, norm, index, own, (-1,))
+        _multiply_input(graph, norm, index, own, [_count(factor)])
     for node in products:
         _remove(graph, node)
 
@@ -73,7 +73,7 @@ def into_values(graph: onnx_ir.Graph, product: Node, factor: Value) -> None:
     if swap is None or attention is None or _permutation(swap) != [0, 2, 1, 3]:
         return
     count, dim = onnx_ir.Shape(_sizes(swap.outputs[0])[-2:]).numpy()
-    _multiply_input(graph, attention, 1, factor, (count, 1, dim))
+    _multiply_input(graph, attention, 1, factor, [count, 1, dim])
     _remove(graph, product)
 
 
@@ -82,10 +82,10 @@ def into_depthwise(graph: onnx_ir.Graph, product: Node, factor: Value) -> None:
     gated = _sole_producer(product.inputs[0], "Mul")
     halves = () if gated is None else gated.inputs
     conv = next((node for node in (_sole_producer(half, "Conv") for half in halves) if node is not None), None)
-    if conv is None or conv.attributes["group"].as_int() != _sizes(factor)[0] or len(conv.inputs) != 3:
+    if conv is None or conv.attributes["group"].as_int() != _count(factor) or len(conv.inputs) != 3:
         return
-    _multiply_input(graph, conv, 1, factor, (-1, 1, 1, 1))
-    _multiply_input(graph, conv, 2, factor, (-1,))
+    _multiply_input(graph, conv, 1, factor, [_count(factor), 1, 1, 1])
+    _multiply_input(graph, conv, 2, factor, [_count(factor)])
     _remove(graph, product)
 
 
@@ -112,12 +112,9 @@ def _norm_before(value: Value | None, axis: int) -> Node | None:
 
 
 def _multiplies(node: Node, factor: Value) -> bool:
-    """Whether `node` multiplies by the same numbers as `factor`: equal ones are one place in the weight file (WeightFile)."""
+    """Whether `node` multiplies by the same numbers as `factor`."""
     own = node.inputs[1].const_value if node.op_type == "Mul" and node.inputs[1] is not None else None
-    given = factor.const_value
-    if not isinstance(own, ExternalTensor) or not isinstance(given, ExternalTensor):
-        return False
-    return (own.offset, own.length) == (given.offset, given.length)
+    return own is not None and factor.const_value is not None and np.array_equal(own.numpy(), factor.const_value.numpy())
 
 
 def _sole_producer(value: Value | None, kind: str) -> Node | None:
@@ -126,7 +123,7 @@ def _sole_producer(value: Value | None, kind: str) -> Node | None:
     return node if value is not None and node is not None and node.op_type == kind and len(value.uses()) == 1 else None
 
 
-def _multiply_input(graph: onnx_ir.Graph, node: Node, index: int, factor: Value | None, shape: Sequence[int]) -> None:
+def _multiply_input(graph: onnx_ir.Graph, node: Node, index: int, factor: Value | None, shape: list[int]) -> None:
     """Multiply input `index` of `node` by `factor` in `shape`."""
     given = node.inputs[index]
     assert given is not None
@@ -136,11 +133,11 @@ def _multiply_input(graph: onnx_ir.Graph, node: Node, index: int, factor: Value 
         sizes = onnx_ir.tensor(np.array(shape, np.int64), name=f"{name}.shape")
         constant = Value(name=sizes.name, type=TensorType(sizes.dtype), shape=onnx_ir.Shape([len(shape)]), const_value=sizes)
         graph.register_initializer(constant)
-        factor = _inserted(graph, node, "Reshape", [factor, constant], f"{name}.reshaped", None)
-    node.replace_input_with(index, _inserted(graph, node, "Mul", [given, factor], name, given.shape))
+        factor = _inserted(graph, node, "Reshape", [factor, constant], f"{name}.reshaped", onnx_ir.Shape(shape))
+    node.replace_input_with(index, _inserted(graph, node, "Mul", [given, factor], name, onnx_ir.Shape(_sizes(given))))
 
 
-def _inserted(graph: onnx_ir.Graph, before: Node, kind: str, inputs: list[Value], name: str, shape: onnx_ir.Shape | None) -> Value:
+def _inserted(graph: onnx_ir.Graph, before: Node, kind: str, inputs: list[Value], name: str, shape: onnx_ir.Shape) -> Value:
     """The output of a new node before another one. Both have the same name."""
     node = onnx_ir.node(kind, inputs, name=name)
     (out,) = node.outputs
@@ -163,3 +160,9 @@ def _permutation(node: Node) -> list[int]:
 def _sizes(value: Value) -> tuple[int | onnx_ir.SymbolicDim, ...]:
     assert value.shape is not None
     return value.shape.dims
+
+
+def _count(factor: Value) -> int:
+    """How many factors there are."""
+    assert factor.const_value is not None
+    return factor.const_value.size
