@@ -25,6 +25,7 @@ from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, AxisSize
 from sana_export.export.half import WideProducts
 from sana_export.export.optimize import optimize
 from sana_export.export.parity import compare_tensors
+from sana_export.export.quantize.folding import fold_factors
 from sana_export.export.quantize.graph import insert_dequantize
 from sana_export.export.quantize.weights import StoredWeight
 from sana_export.export.tracing import dynamic_shapes, trace
@@ -80,6 +81,7 @@ def export_onnx(
     for value, tensor in zip(model.graph.outputs, spec.outputs, strict=True):
         value.shape = onnx_ir.Shape(tensor.shape)
     insert_dequantize(model, quantized, weights.path)
+    fold_factors(model.graph, quantized)
     # Up to 23, the versions after OPSET only allow more types.
     model.graph.opset_imports[""] = max(OPSET, opset)
     _point_to(weights, model, dict(module.named_parameters(remove_duplicate=False)))

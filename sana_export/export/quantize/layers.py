@@ -53,12 +53,9 @@ def quantize_layers(
 
     `inputs` may be None if neither the method nor the weights need them. `dtype` is the graph's.
     """
-    factor = None
-    if inputs is not None and all(weights[name].rescaled for name in matrices):
-        factor = _factor(matrices, weights, inputs, dtype)
-        if factor is not None:
-            inputs = LayerInputs(inputs.index, inputs.maximum * factor * np.float32(HEADROOM), inputs.rows * factor)
-    found = {}
+    factor, found = input_factor(matrices, weights, inputs, dtype), dict[str, QuantizedLayer]()
+    if factor is not None and inputs is not None:
+        inputs = LayerInputs(inputs.index, inputs.maximum * factor * np.float32(HEADROOM), inputs.rows * factor)
     for name, matrix in matrices.items():
         weight = weights[name]
         rest = matrix if factor is None else matrix / _for_each_tap(factor, matrix)[:, None]
@@ -80,10 +77,12 @@ def _input_scale(matrix: Float32, weight: QuantizedWeight, method: Method, input
     return max(float(dtype.widen(dtype.round(np.array([scale], np.float32)))[0]), _LEAST[dtype.name])
 
 
-def _factor(
-    matrices: Mapping[str, Float32], weights: Mapping[str, QuantizedWeight], inputs: LayerInputs, dtype: DType
+def input_factor(
+    matrices: Mapping[str, Float32], weights: Mapping[str, QuantizedWeight], inputs: LayerInputs | None, dtype: DType
 ) -> Float32 | None:
-    """What to multiply the inputs by, for all layers that read them. None: nothing."""
+    """What `quantize_layers` multiplies the inputs by, for all layers that read them. None: nothing."""
+    if inputs is None or not all(weights[name].rescaled for name in matrices):
+        return None
     weight = weights[next(iter(matrices))]
     together = np.concatenate([_summed_taps(matrix, inputs) for matrix in matrices.values()], axis=1)
     round_inputs = partial(_quantize_rows, dtype=weight.inputs) if weight.inputs else None

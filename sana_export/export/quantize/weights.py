@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
-from sana_export.export.quantize.layers import QuantizedLayer, quantize_layers
+from sana_export.export.quantize.folding import weight_before
+from sana_export.export.quantize.layers import QuantizedLayer, input_factor, quantize_layers
 from sana_export.export.quantize.plan import plan_weights
-from sana_export.export.quantize.statistics import CalibrationFile
+from sana_export.export.quantize.statistics import CalibrationFile, LayerInputs
 from sana_export.formats.arrays import Array, Float32
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.formats.quantized import as_stored, as_used, pack
@@ -89,6 +90,8 @@ class _Quantizer:
         scheme = options.scheme(graph)
         assert scheme is not None  # otherwise nothing is quantized
         self._method = method_of(SCHEMES[scheme], options.quantize_method)
+        #: Weight -> the weight of a layer after it whose factors its last output channels take.
+        self._following = {before: name for name in self._plan if (before := weight_before(name, self._plan)) is not None}
 
     def run(self, whole: WeightFile) -> dict[str, StoredWeight]:
         """The quantized weights. The parameters are in `whole`."""
@@ -109,13 +112,26 @@ class _Quantizer:
         return [other for other in self._plan if self._calibration.index(self._graph, other) == index]
 
     def _quantize(self, names: list[str]) -> dict[str, StoredWeight]:
-        matrices = {name: self._matrix(name) for name in names}
-        inputs = None if self._calibration is None else self._calibration.inputs(self._graph, names[0])
-        layers = quantize_layers(matrices, self._plan, self._method, inputs, self._dtype)
+        matrices = {name: self._scaled(name) for name in names}
+        layers = quantize_layers(matrices, self._plan, self._method, self._inputs(names[0]), self._dtype)
         return {name: self._store(name, layer) for name, layer in layers.items()}
 
+    def _inputs(self, name: str) -> LayerInputs | None:
+        return None if self._calibration is None else self._calibration.inputs(self._graph, name)
+
+    def _scaled(self, name: str) -> Float32:
+        """A weight as [in, out], whose last output channels are multiplied by the factors of the layer after it."""
+        matrix, following = self._matrix(name), self._following.get(name)
+        if following is None:
+            return matrix
+        factor = input_factor({following: self._matrix(following)}, self._plan, self._inputs(following), self._dtype)
+        if factor is None:
+            return matrix
+        kept = np.ones(matrix.shape[1] - len(factor), np.float32)
+        return matrix * np.concatenate([kept, factor])
+
     def _matrix(self, name: str) -> Float32:
-        """A weight as [in, out]."""
+        """A weight of the checkpoint as [in, out]."""
         numbers: Float32 = self._module.get_parameter(name).data.float().numpy()
         return numbers if self._linear(name) else as_stored(numbers, True)
 
@@ -130,7 +146,8 @@ class _Quantizer:
         tensors: dict[str, Array] = {"scale": layer.rounded.scales}
         if layer.input_scale is not None:
             tensors["input.scale"] = self._dtype.round(np.array(layer.input_scale, np.float32))
-        if layer.factor is not None:
+        rescaled = layer.factor is not None and name not in self._following.values()
+        if layer.factor is not None and rescaled:
             # For products with the weight on the right, [..., in]; the others read [B, in, H, W] or [B, in, N].
             right = linear or (weight.transposed and (weight.inputs or parameter.dim() == 2))
             after = 0 if right else 2 if parameter.dim() == 4 else 1
@@ -138,7 +155,7 @@ class _Quantizer:
         if layer.branch is not None:
             tensors["low_rank.down"], tensors["low_rank.up"] = map(self._dtype.round, layer.branch)
         places = {key: (self._append(array), array.shape) for key, array in tensors.items()}
-        weight = replace(weight, rescaled=layer.factor is not None)
+        weight = replace(weight, rescaled=rescaled)
         return StoredWeight(weight, self._weights.append(pack(values, weight.dtype)), places)
 
     def _append(self, array: Array) -> Slice:

@@ -49,6 +49,7 @@ class Exported:
         self.path = folder / self.entry.onnx.path
         self.model = onnx.load(self.path)
         self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.module = build_graph("denoiser", checkpoint, replace(self.options, quantize={}))
 
     def array(self, name: str) -> np.ndarray:
         return numpy_helper.to_array(self.tensors[name]).astype(np.float64)
@@ -62,7 +63,7 @@ def exported(
 
 
 def reconstructed(exported: Exported, weight: QuantizedWeight) -> np.ndarray:
-    """The weight [in, out] that a layer stands for without its rounding: diag(factor) (W' + down up)."""
+    """The weight [in, out] that a layer has without its rounding and its factors: W' + down up."""
     if weight.dtype == "fp8":
         codes = exported.tensors[f"{weight.name}.quantized"]
         numbers = numpy_helper.to_array(codes).astype(np.float64) * exported.array(f"{weight.name}.scale")
@@ -70,20 +71,60 @@ def reconstructed(exported: Exported, weight: QuantizedWeight) -> np.ndarray:
         numbers, _ = read_weights(exported.path)[weight.name]
     if weight.rank:
         numbers = numbers + exported.array(f"{weight.name}.low_rank.down") @ exported.array(f"{weight.name}.low_rank.up")
-    if weight.rescaled:
-        numbers = numbers * exported.array(f"{weight.name}.input.factor").reshape(-1, 1)
     return numbers
+
+
+def of_checkpoint(exported: Exported, weight: QuantizedWeight) -> np.ndarray:
+    """The checkpoint's weight, [in, out]."""
+    numbers: np.ndarray = exported.module.get_parameter(weight.name).data.double().numpy()
+    return numbers.reshape(len(numbers), -1).T if weight.transposed else numbers
+
+
+def input_factor(exported: Exported, weight: QuantizedWeight) -> np.ndarray:
+    """What the layer's inputs are multiplied by, [in] or [1]: by itself, or by the layer before."""
+    if weight.rescaled:
+        return exported.array(f"{weight.name}.input.factor").ravel()
+    if weight.name.endswith(".out.weight"):
+        return output_factor(exported, weight.name.replace(".out.weight", ".qkv"))[-weight.shape[0] :]
+    return np.ones(1)
+
+
+def output_factor(exported: Exported, qkv: str) -> np.ndarray:
+    """How many times as large as the checkpoint's the output channels of a weight of q, k, v are, [3 * C]."""
+    weight = next(weight for weight in exported.entry.quantized if weight.name == qkv)
+    wanted = of_checkpoint(exported, weight)
+    found = reconstructed(exported, weight) * input_factor(exported, weight)[:, None]
+    return (found * wanted).sum(axis=0) / np.square(wanted).sum(axis=0)
 
 
 def test_every_layer_stands_for_the_checkpoints_weight(exported: Exported) -> None:
     """Up to rounding, whatever was divided or taken out. An error in a factor or a branch would be as large as the weight."""
-    module = build_graph("denoiser", exported.checkpoint, replace(exported.options, quantize={}))
     limit = {"int8": 0.012, "fp8": 0.04, "int4": 0.2}
     for weight in exported.entry.quantized:
-        wanted = module.get_parameter(weight.name).data.double().numpy()
-        wanted = wanted.reshape(len(wanted), -1).T if weight.transposed else wanted
-        error = np.linalg.norm(reconstructed(exported, weight) - wanted) / np.linalg.norm(wanted)
+        wanted = of_checkpoint(exported, weight)
+        found = reconstructed(exported, weight) * input_factor(exported, weight)[:, None]
+        if weight.name.endswith(".qkv"):
+            found /= output_factor(exported, weight.name)
+        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
         assert 0 < error < limit[weight.dtype], weight.name
+
+
+def test_only_the_channels_of_v_have_factors_of_the_layer_after(exported: Exported) -> None:
+    """The others keep the checkpoint's size, up to rounding."""
+    for block in ("blocks.0", "blocks.1"):
+        query, key, value = np.split(output_factor(exported, f"{block}.qkv"), 3)
+        np.testing.assert_allclose(np.concatenate([query, key]), 1, atol=0.05)
+        assert (np.abs(value - 1) > 0.1).any() == (exported.options.scheme("denoiser") != "fp8")
+        assert not next(weight for weight in exported.entry.quantized if weight.name == f"{block}.out.weight").rescaled
+
+
+def test_only_the_residual_stream_is_multiplied_as_a_whole(exported: Exported) -> None:
+    """All other factors are multiplied to smaller tensors."""
+    products = [node for node in exported.model.graph.node if node.op_type == "Mul" and node.input[1].endswith(".input.factor")]
+    whole = {node.input[1].removesuffix(".input.factor") for node in products if node.output[0].endswith(".multiplied")}
+    rescaled = {weight.name for weight in exported.entry.quantized if weight.rescaled}
+    assert whole == {name for name in rescaled if "cross_query" in name}
+    assert bool(rescaled - whole) == (exported.options.scheme("denoiser") != "fp8")
 
 
 def test_the_manifest_says_what_the_file_has(exported: Exported) -> None:
@@ -109,9 +150,8 @@ def test_ranges_contain_what_was_seen(exported: Exported, calibration: Calibrati
             continue
         seen = calibration.inputs("denoiser", weight.name)
         assert seen is not None
-        factor = exported.array(f"{weight.name}.input.factor").ravel() if weight.rescaled else 1.0
         reach = 127 * exported.array(f"{weight.name}.input.scale")
-        assert reach >= (seen.maximum * factor).max() * 0.9999, weight.name
+        assert reach >= (seen.maximum * input_factor(exported, weight)).max() * 0.9999, weight.name
 
 
 def test_onnx_runtime_takes_integer_kernels_for_every_rounded_layer(exported: Exported, tmp_path: Path) -> None:
