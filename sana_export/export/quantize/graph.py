@@ -14,9 +14,13 @@ import onnx_ir
 from onnx_ir import Node, Value
 
 from sana_export.export.quantize.weights import StoredWeight
+from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.quantized import ONNX_TYPES
 from sana_export.graphs.storage import Slice
+from sana_export.quantization import BLOCK
 
+#: The domain of TensorRT's own operators.
+TENSORRT = "trt"
 #: [B, C, H, W] to [B, H, W, C], and back.
 _CHANNELS_LAST, _CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 #: The operators between a dequantized weight and its products: they take parts of it.
@@ -66,12 +70,23 @@ class _Layer:
         kind = onnx_ir.DataType(ONNX_TYPES[weight.dtype])
         values = self._initializer("quantized", kind, weight.shape, self._place.values)
         attributes = {"axis": weight.axis, **({"block_size": weight.block} if weight.block else {})}
-        node = onnx_ir.node("DequantizeLinear", [values, self._tensor("scale")], attributes, name=f"{self._name}.dequantize")
+        first, scale = self._graph[0], self._tensor("scale")
+        if weight.dtype == "fp4":
+            scale = self._wide_scales(first, scale, self._tensor("tensor_scale"), f"{self._name}.scale")
+        node = onnx_ir.node("DequantizeLinear", [values, scale], attributes, name=f"{self._name}.dequantize")
         (out,) = node.outputs
         out.type, out.shape = self._given.type, onnx_ir.Shape(weight.shape)
-        self._graph.insert_before(self._graph[0], node)
+        self._graph.insert_before(first, node)
         self._given.name, out.name = None, self._name
         return out
+
+    def _wide_scales(self, before: Node, scales: Value, whole: Value, name: str) -> Value:
+        """FP8 `scales` times the float32 number `whole`, in the graph's precision."""
+        shape, wide = _shape(scales), onnx_ir.DataType.FLOAT
+        found = self._node(before, "DequantizeLinear", [scales, whole], f"{name}.wide", shape, wide)
+        if self._dtype == wide:
+            return found
+        return self._node(before, "Cast", [found], f"{name}.cast", shape, self._dtype, to=self._dtype.value)
 
     def _complete(self, product: _Product, known: dict[Value, tuple[Value, Value]]) -> None:
         """Give `product` the layer's own input, and its output the branch. `known`: inputs that have been made already."""
@@ -96,9 +111,29 @@ class _Layer:
             multiplied = self._node(before, "Mul", [given, self._tensor("input.factor")], f"{prefix}.multiplied", shape)
         if not self._weight.inputs:
             return multiplied, multiplied
+        if self._weight.inputs == "fp4":
+            return multiplied, self._round_blocks(before, multiplied, prefix)
         scale, zero = self._tensor("input.scale"), self._zero()
         steps = self._node(before, "QuantizeLinear", [multiplied, scale, zero], f"{prefix}.steps", shape, zero.dtype)
         return multiplied, self._node(before, "DequantizeLinear", [steps, scale, zero], f"{prefix}.rounded", shape, self._dtype)
+
+    def _round_blocks(self, before: Node, given: Value, prefix: str) -> Value:
+        """`given` in FP4, in blocks along its last axis whose scales are found at run time. The operator is TensorRT's."""
+        whole, shape = self._tensor("input.scale"), _shape(given)
+        blocks = onnx_ir.Shape([*shape[:-1], shape[-1] // BLOCK])
+        attributes = {"axis": -1, "block_size": BLOCK, "scale_type": ONNX_TYPES["fp8"]}
+        node = onnx_ir.node(
+            "TRT_FP4DynamicQuantize", [given, whole], attributes, domain=TENSORRT, num_outputs=2, name=f"{prefix}.steps"
+        )
+        steps, scales = node.outputs
+        steps.name, steps.shape, steps.type = f"{prefix}.steps", shape, onnx_ir.TensorType(onnx_ir.DataType.FLOAT4E2M1)
+        scales.name, scales.shape, scales.type = f"{prefix}.scales", blocks, onnx_ir.TensorType(onnx_ir.DataType.FLOAT8E4M3FN)
+        self._graph.insert_before(before, node)
+        self._graph.opset_imports[TENSORRT] = 1
+        wide = self._wide_scales(before, scales, whole, f"{prefix}.scales")
+        return self._node(
+            before, "DequantizeLinear", [steps, wide], f"{prefix}.rounded", shape, self._dtype, axis=-1, block_size=BLOCK
+        )
 
     def _add_branch(self, node: Node, x: Value) -> None:
         """Add x down up to the output of `node`."""
@@ -211,7 +246,9 @@ class _Layer:
     def _tensor(self, end: str) -> Value:
         """The layer's tensor with this end of its name."""
         place, shape = self._place.tensors[end]
-        return self._initializer(end, self._dtype, shape, place)
+        kind = self._weight.tensors(self._dtype.numpy().name)[end]
+        number = ONNX_TYPES[kind] if kind in ONNX_TYPES else DTYPES[kind].onnx
+        return self._initializer(end, onnx_ir.DataType(number), shape, place)
 
     def _initializer(self, end: str, dtype: onnx_ir.DataType, shape: tuple[int, ...], place: Slice) -> Value:
         name = f"{self._name}.{end}"
