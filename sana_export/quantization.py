@@ -17,6 +17,8 @@ from sana_export.quantization_method import Method, parse_method
 
 #: The bits of one value of each type.
 BITS = {"int8": 8, "fp8": 8, "int4": 4, "fp4": 4}
+#: The type that ONNX Runtime has no kernels for.
+NO_KERNELS = "fp4"
 #: How many numbers of FP4 share a scale.
 BLOCK = 16
 #: Bytes of one scale of the types whose scales do not have the bundle's precision. NVFP4 stores its own in FP8.

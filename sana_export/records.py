@@ -69,6 +69,11 @@ class QuantizedWeight:
     #: Rank of the branch that is added to the layer's output, `<name>.low_rank.down` and `.up`. 0: none.
     rank: int = 0
 
+    @property
+    def input_bits(self) -> int:
+        """Bits of the layer's rounded input. 16: it is not rounded."""
+        return BITS.get(self.inputs, 16)
+
     def tensors(self, dtype: str) -> dict[str, str]:
         """The type of each other tensor of its layer in a graph of `dtype`, by the end of its name.
 

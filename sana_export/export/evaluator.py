@@ -19,7 +19,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
-from sana_export.export.evaluator_graphs import HALF, ROUNDING, cut, half_values, typed_model, widen, with_shapes
+from sana_export.export.evaluator_graphs import HALF, cut, half_values, typed_model, widen, with_shapes
 from sana_export.export.plain_fp4 import has_fp4
 from sana_export.formats.arrays import Array
 from sana_export.formats.linked_files import pass_linked_files
@@ -59,8 +59,6 @@ class StorageEvaluator:
 
     def __init__(self, path: Path, threads: int | None = None, *, round_inputs: bool = True) -> None:
         model = typed_model(path, round_inputs=round_inputs)
-        #: Whether the graph rounds inputs of layers.
-        self.rounds_inputs = any(node.op_type in ROUNDING for node in model.graph.node)
         self._dtypes: Mapping[str, int] = {}
         if not half_values(model):
             plain = round_inputs and not has_fp4(model)  # so the model is what the file contains

@@ -61,7 +61,7 @@ GRIDS = {
     "int8": Grid(127, partial(round_integers, most=127), _encode_integers),
     "int4": Grid(7, partial(round_integers, most=7), _encode_integers),
     "fp8": Grid(FP8_MAX, round_fp8, _encode_fp8),
-    "fp4": Grid(FP4_MAX, round_fp4, encode_fp4, shares=(1.0, *(1.5 - step / 40 for step in range(40) if step != 20))),
+    "fp4": Grid(FP4_MAX, round_fp4, encode_fp4, shares=(1.0, *(1.5 - step / 20 for step in range(20) if step != 10))),
 }
 
 

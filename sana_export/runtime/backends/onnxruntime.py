@@ -26,7 +26,7 @@ from sana_export.installation import install_command
 from sana_export.known_files import check_known_files
 from sana_export.machine import find_cuda_error
 from sana_export.manifest import Manifest
-from sana_export.quantization import SCHEMES, quantization_words
+from sana_export.quantization import NO_KERNELS, SCHEMES, quantization_words
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session, check_options
 from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
 from sana_export.runtime.backends.onnxruntime_provider import (
@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 _ERRORS_ONLY = 3
 #: The name of each device's memory arena in the run option that shrinks it.
 _ARENA = {"cpu": "cpu:0", "cuda": "gpu:{}"}
-#: The type of numbers that it has no kernels for, and the scheme that is the nearest one to those with it.
-NO_KERNELS, INSTEAD = "fp4", "int4-weight"
+#: The scheme that comes nearest to those whose type it has no kernels for.
+INSTEAD = "int4-weight"
 #: The keys of `backend_options`.
 OPTIONS = SESSION_OPTIONS, PROVIDER_OPTIONS_KEY = "session_options", "provider_options"
 #: Graphs whose memory is freed after each run: they run once per image and need more memory than the graphs after them.
@@ -265,7 +265,7 @@ class OnnxRuntimeBackend(Backend):
             raise ArtifactError(
                 f"{self.bundle} cannot run on {self.name}, which has no kernels for {NO_KERNELS}",
                 found=quantization_words(missing),
-                wanted=f"another scheme, or another backend: TensorRT's engines, or torch, which computes with the same numbers",
+                wanted="another scheme, or another backend: TensorRT's engines, or torch, which computes with the same numbers",
                 fix=f"--backend torch, or {others}",
             )
 
