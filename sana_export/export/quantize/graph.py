@@ -118,22 +118,32 @@ class _Layer:
         return multiplied, self._node(before, "DequantizeLinear", [steps, scale, zero], f"{prefix}.rounded", shape, self._dtype)
 
     def _round_blocks(self, before: Node, given: Value, prefix: str) -> Value:
-        """`given` in FP4, in blocks along its last axis whose scales are found at run time. The operator is TensorRT's."""
-        whole, shape = self._tensor("input.scale"), _shape(given)
-        blocks = onnx_ir.Shape([*shape[:-1], shape[-1] // BLOCK])
+        """`given` in FP4, in blocks along its last axis whose scales are found at run time.
+
+        The operator is TensorRT's, which takes two or three axes. Around a reshape to them, it takes products of FP4 numbers as well.
+        """
+        whole, shape, rows = self._tensor("input.scale"), _shape(given), given
+        if len(shape) > 3:
+            sizes = self._constant(f"{self._name}.input.rows", np.array([1, -1, shape[-1]], np.int64))
+            rows = self._node(before, "Reshape", [given, sizes], f"{prefix}.rows", onnx_ir.Shape([1, None, shape[-1]]))
+        blocks = onnx_ir.Shape([*_shape(rows)[:-1], shape[-1] // BLOCK])
         attributes = {"axis": -1, "block_size": BLOCK, "scale_type": ONNX_TYPES["fp8"]}
-        node = onnx_ir.node(
-            "TRT_FP4DynamicQuantize", [given, whole], attributes, domain=TENSORRT, num_outputs=2, name=f"{prefix}.steps"
-        )
+        node = onnx_ir.node("TRT_FP4DynamicQuantize", [rows, whole], attributes, domain=TENSORRT, num_outputs=2, name=f"{prefix}.steps")
         steps, scales = node.outputs
-        steps.name, steps.shape, steps.type = f"{prefix}.steps", shape, onnx_ir.TensorType(onnx_ir.DataType.FLOAT4E2M1)
+        steps.name, steps.shape, steps.type = f"{prefix}.steps", _shape(rows), onnx_ir.TensorType(onnx_ir.DataType.FLOAT4E2M1)
         scales.name, scales.shape, scales.type = f"{prefix}.scales", blocks, onnx_ir.TensorType(onnx_ir.DataType.FLOAT8E4M3FN)
         self._graph.insert_before(before, node)
         self._graph.opset_imports[TENSORRT] = 1
-        wide = self._wide_scales(before, scales, whole, f"{prefix}.scales")
-        return self._node(
-            before, "DequantizeLinear", [steps, wide], f"{prefix}.rounded", shape, self._dtype, axis=-1, block_size=BLOCK
+        wide, numbers = self._wide_scales(before, scales, whole, f"{prefix}.scales"), f"{prefix}.rounded"
+        found = self._node(
+            before, "DequantizeLinear", [steps, wide], numbers, _shape(rows), self._dtype, axis=-1, block_size=BLOCK
         )
+        if rows is given:
+            return found
+        sizes = self._node(
+            before, "Shape", [given], f"{prefix}.shape", onnx_ir.Shape([len(shape)]), onnx_ir.DataType.INT64
+        )
+        return self._node(before, "Reshape", [found, sizes], f"{numbers}.back", shape, self._dtype)
 
     def _add_branch(self, node: Node, x: Value) -> None:
         """Add x down up to the output of `node`."""

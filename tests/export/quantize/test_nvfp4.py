@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from sana_export.calibration.run import Calibration, calibrate
-from sana_export.errors import ArtifactError
+from sana_export.errors import ArtifactError, ParityError
 from sana_export.export.evaluator import StorageEvaluator
 from sana_export.export.example_inputs import CHECK_SIZES, random_inputs
 from sana_export.export.graph_files import export_graphs
@@ -28,8 +28,8 @@ from sana_export.export.quantize.rounding import round_to_nearest, round_with_se
 from sana_export.export.quantize.statistics import CalibrationFile
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.formats.quantized import decode_fp4, encode_fp4, pack, unpack
-from sana_export.graphs.products import rounded
-from sana_export.manifest import Manifest, Options
+from sana_export.graphs.products import ProductForm, rounded
+from sana_export.manifest import Manifest, Options, QuantizedWeight
 from sana_export.runtime import SanaRuntime
 from sana_export.verify.evaluator_backend import open_runtime
 from sana_export.verify.quantized import check_stored
@@ -171,6 +171,8 @@ def test_the_file_has_the_form_that_tensorrt_compiles(bundle: Path) -> None:
     operators = [node.op_type for node in model.graph.node]
     rounding = sum(bool(weight.inputs) for weight in entry.quantized)
     assert operators.count("TRT_FP4DynamicQuantize") == rounding > 0
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.value_info}
+    assert all(ranks[node.output[0]] in (2, 3) for node in model.graph.node if node.op_type == "TRT_FP4DynamicQuantize")
     # A weight has two, a rounded input too.
     assert operators.count("DequantizeLinear") == 2 * len(entry.quantized) + 2 * rounding
 
@@ -194,10 +196,13 @@ def test_the_torch_backend_computes_what_the_file_does(bundle: Path, tiny_checkp
 def test_the_export_checks_the_rounding(
     tiny_checkpoint: Any, calibration: CalibrationFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A module whose blocks have scales of another precision than the file's."""
+    """A module that rounds the layers' inputs to FP8."""
     form = weights_module.product_form
-    coarser = lambda weight, tensors, dtype: form(weight, {**tensors, "input.scale": tensors["input.scale"] * 3000}, dtype)  # noqa: E731
-    monkeypatch.setattr(weights_module, "product_form", coarser)
+
+    def wrong(weight: QuantizedWeight, *arguments: Any) -> ProductForm | None:
+        return form(replace(weight, inputs="fp8" if weight.inputs else ""), *arguments)
+
+    monkeypatch.setattr(weights_module, "product_form", wrong)
     options = Options("fp32", False, (), quantize={"denoiser": "nvfp4"}, quantize_method=("nearest",))
-    with pytest.raises(Exception, match="differs on random inputs"):
+    with pytest.raises(ParityError, match="differs on random inputs"):
         export_graphs("denoiser", ["denoiser"], tiny_checkpoint, options, tmp_path, calibration)
