@@ -24,8 +24,8 @@ from accelerate import init_empty_weights
 from diffusers import SanaTransformer2DModel
 
 from sana_export.export.quantize.compensation import round_with_compensation
-from sana_export.export.quantize.low_rank import low_rank_branch
 from sana_export.export.quantize.grids import round_fp8
+from sana_export.export.quantize.low_rank import low_rank_branch
 from sana_export.export.quantize.ranges import activation_scale, input_importance, quantized
 from sana_export.export.quantize.rescaling import rescaling
 from sana_export.export.quantize.rounding import round_to_nearest, round_with_search

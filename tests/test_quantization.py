@@ -200,7 +200,11 @@ def test_a_layer_that_the_blocks_do_not_fit_takes_8_bits() -> None:
 
 def test_a_layer_that_keeps_its_inputs_has_fp4_weights_all_the_same() -> None:
     """But no INT8 weights with the method of the scheme that rounds inputs."""
-    point, out, nvfp4 = layer_rule("denoiser", "blocks.0.point.weight"), layer_rule("denoiser", "blocks.0.out.weight"), SCHEMES["nvfp4"]
+    point, out, nvfp4 = (
+        layer_rule("denoiser", "blocks.0.point.weight"),
+        layer_rule("denoiser", "blocks.0.out.weight"),
+        SCHEMES["nvfp4"],
+    )
     weights_alone = replace(nvfp4, inputs="")
     assert layer_scheme("denoiser", out, nvfp4, 64) is nvfp4
     assert layer_scheme("denoiser", point, nvfp4, 64) == weights_alone

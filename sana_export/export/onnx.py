@@ -163,7 +163,9 @@ def run_module(module: nn.Module, spec: GraphSpec, sizes: AxisSizes = CHECK_SIZE
     return examples
 
 
-def check_values(path: Path, spec: GraphSpec, examples: Iterable[Example], precision: str, *, input_bits: int | None = None) -> None:
+def check_values(
+    path: Path, spec: GraphSpec, examples: Iterable[Example], precision: str, *, input_bits: int | None = None
+) -> None:
     """Compare the file, run with every intermediate stored in its own dtype, with the module's outputs.
 
     `input_bits`, for a file with layers that round their inputs: the bits that the module rounded them to, 16 if it did not.

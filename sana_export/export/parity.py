@@ -15,10 +15,10 @@ from sana_export.quantization import SCHEMES
 
 #: Minimum cosine similarity of a graph's output with its reference, by precision.
 COSINE_LIMITS = {"fp32": 0.999999, "fp16": 0.9999, "bf16": 0.998}
-#: The same for two graphs that round the inputs of their layers, by the bits of these. An error of the last bit moves a value at the
-#: border between two steps by a whole step, and half precision has such errors in one of 100 values. A step of FP4 is four times one
-#: of FP8: two fp16 graphs of `tiny` had a cosine of 0.987, and each one of 0.984 with the same graph in fp32. Without the rounding,
-#: the limits above hold (graph_files.py).
+#: The same for two graphs that round the inputs of their layers, by the bits of these. An error of the last bit moves a value at
+#: the border between two steps by a whole step, and half precision has such errors in one of 100 values. A step of FP4 is four
+#: times one of FP8: two fp16 graphs of `tiny` had a cosine of 0.987, and each one of 0.984 with the same graph in fp32. Without
+#: the rounding, the limits above hold (graph_files.py).
 ROUNDED_INPUTS_LIMITS = {
     8: {"fp32": 0.999, "fp16": 0.99, "bf16": 0.98},
     4: {"fp32": 0.999, "fp16": 0.96, "bf16": 0.9},

@@ -6,7 +6,7 @@ same initializers of the same file: the bits of two FP4 numbers in a byte are tw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -86,7 +86,8 @@ def _round_input(steps: _Steps, node: NodeProto) -> None:
     """The FP4 numbers of an input, in float32 [blocks, numbers of a block], and their FP8 scales [blocks, 1].
 
     The scale of a block is its largest magnitude over 6 and the global scale. The numbers are the nearest ones, and ties go to the
-    number whose last bit is 0: the distance between two is 0.5 up to 2, 1 up to 4, then 2. A block whose scale would be zero is zero.
+    number whose last bit is 0: the distance between two is 0.5 up to 2, 1 up to 4, then 2. A block whose scale would be zero is
+    zero.
     """
     (given, whole), (numbers, scales) = node.input, node.output
 

@@ -114,7 +114,7 @@ def rounded(x: Tensor, dtype: str, scale: float, axis: int = -1) -> Tensor:
 
 
 def _rounded_blocks(steps: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """`steps` [..., channels] times `scale` in FP4, with a scale in FP8 for each block. A block whose scale would be zero is zero."""
+    """`steps` [..., channels] times `scale` in FP4, with a scale in FP8 for each block. A block whose scale is zero is zero."""
     blocks = steps.unflatten(-1, (-1, BLOCK))
     scales = _fp8(blocks.abs().amax(-1, keepdim=True) / FP4_MAX)
     numbers = _fp4(blocks / scales.where(scales > 0, torch.inf))

@@ -15,7 +15,18 @@ from sana_export.errors import ArtifactError
 #: How the message with the list begins.
 HEAD = "Layers:\n"
 #: Bits of a number, by TensorRT's name of its type.
-_BITS = {"Float": 32, "Half": 16, "BFloat16": 16, "Int32": 32, "Int64": 64, "Bool": 8, "Int8": 8, "UInt8": 8, "FP8": 8, "FP4E2M1": 4}
+_BITS = {
+    "Float": 32,
+    "Half": 16,
+    "BFloat16": 16,
+    "Int32": 32,
+    "Int64": 64,
+    "Bool": 8,
+    "Int8": 8,
+    "UInt8": 8,
+    "FP8": 8,
+    "FP4E2M1": 4,
+}
 #: Kinds that are not kernels: they order the streams of an engine, or compute shapes on the host and copy them.
 _BOOKKEEPING = frozenset({"signal", "wait", "shape_call", "ShapeHostToDevice"})
 _KIND = re.compile(r"Name: .*?, LayerType: (\w+), ")

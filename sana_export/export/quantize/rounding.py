@@ -51,9 +51,7 @@ def round_with_search(
     return round_to_scales(weight, found, kind, axis, block, scales)
 
 
-def search_scales(
-    weight: Float32, kind: str, axis: int, block: int, scales: ScaleType, importance: Float32 | None = None
-) -> Array:
+def search_scales(weight: Float32, kind: str, axis: int, block: int, scales: ScaleType, importance: Float32 | None = None) -> Array:
     """The stored scales of `weight` [in, out] with the least squared error, out of shares (`Grid`) of those of `round_to_nearest`.
 
     There is one for each output channel (`axis` 1, `block` 0), or for each `block` of inputs (`axis` 0). `importance` [in] weighs

@@ -79,7 +79,9 @@ def test_the_error_on_unseen_rows_falls(bits: int, block: int) -> None:
     axis = 0 if block else 1
     compensated = error(weight, round_with_compensation(weight, rows, f"int{bits}", block, DTYPE).numbers, fresh).sum()
     nearest = error(weight, round_to_nearest(weight, f"int{bits}", axis, block, DTYPE).numbers, fresh).sum()
-    searched = error(weight, round_with_search(weight, f"int{bits}", axis, block, DTYPE, np.square(rows).mean(axis=0)).numbers, fresh).sum()
+    searched = error(
+        weight, round_with_search(weight, f"int{bits}", axis, block, DTYPE, np.square(rows).mean(axis=0)).numbers, fresh
+    ).sum()
     assert compensated < nearest / 6
     assert compensated < searched / 2.5
 
@@ -116,7 +118,9 @@ def test_the_last_rows_choose_the_damping(bits: int, block: int, monkeypatch: py
     for damping in (0.1, 10.0):
         monkeypatch.setattr(f"{MODULE}.DAMPINGS", (damping,))
         errors[damping] = {
-            kind: error(weight, round_with_compensation(weight, sample[:1024], f"int{bits}", block, DTYPE).numbers, sample[1024:]).sum()
+            kind: error(
+                weight, round_with_compensation(weight, sample[:1024], f"int{bits}", block, DTYPE).numbers, sample[1024:]
+            ).sum()
             for kind, sample in samples.items()
         }
     assert errors[0.1]["alike"] < errors[10.0]["alike"]

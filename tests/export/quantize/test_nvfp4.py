@@ -22,6 +22,7 @@ from sana_export.export.evaluator import StorageEvaluator
 from sana_export.export.example_inputs import CHECK_SIZES, random_inputs
 from sana_export.export.graph_files import export_graphs
 from sana_export.export.quantize import weights as weights_module
+from sana_export.export.quantize.compensation import round_with_compensation
 from sana_export.export.quantize.grids import GRIDS, BlockScales, round_fp4
 from sana_export.export.quantize.ranges import quantized
 from sana_export.export.quantize.rounding import round_to_nearest, round_with_search
@@ -105,6 +106,19 @@ def test_a_search_also_tries_to_make_the_largest_weight_4() -> None:
     assert GRIDS["fp4"].shares[0] == 1
 
 
+def test_compensated_weights_are_fp4_and_have_less_error() -> None:
+    random = np.random.default_rng(4)
+    weight = random.standard_t(5, (64, 24)).astype(np.float32)
+    rows = (random.standard_normal((256, 32)) @ random.standard_normal((32, 64))).astype(np.float32)
+    scales = BlockScales.of(weight, WEIGHT_DTYPES["float16"])
+    found = round_with_compensation(weight, rows, "fp4", 16, scales)
+    nearest = round_to_nearest(weight, "fp4", 0, 16, scales)
+    errors = [np.square(rows @ (one.numbers - weight)).sum() for one in (found, nearest)]
+    assert errors[0] < 0.6 * errors[1]
+    wide = np.repeat(scales.widen(found.scales), 16, axis=0)
+    assert (found.numbers == decode_fp4(found.values) * wide).all()
+
+
 @pytest.mark.parametrize("axis", [-1, -2, -3])
 def test_inputs_are_rounded_as_tensorrt_documents_it(axis: int) -> None:
     """By blocks along the channels, wherever these are, in torch and in the choice of factors."""
@@ -128,14 +142,12 @@ def calibration(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def bundle(
-    tiny_bundle: Path, tiny_checkpoint: Any, calibration: CalibrationFile, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def bundle(tiny_bundle: Path, tiny_checkpoint: Any, calibration: CalibrationFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The float32 bundle of `tiny-random` with its denoiser in NVFP4, with factors and a branch."""
     own = tmp_path_factory.mktemp("nvfp4") / "bundle"
     shutil.copytree(tiny_bundle, own)
     manifest = Manifest.load(own)
-    options = replace(manifest.options, quantize={"denoiser": "nvfp4"}, quantize_method=("rescale", "gptq", "low-rank=4"))
+    options = replace(manifest.options, quantize={"denoiser": "nvfp4"}, quantize_method=("rescale", "search", "low-rank=4"))
     graphs = {**manifest.graphs, **export_graphs("denoiser", ["denoiser"], tiny_checkpoint, options, own, calibration)}
     replace(manifest, options=options, graphs=graphs).save(own)
     return own
