@@ -70,6 +70,11 @@ class QuantizedWeight:
     rank: int = 0
 
     @property
+    def on_the_right(self) -> bool:
+        """Whether the layer is a product with this weight as the right factor, also if it was a 1x1 convolution."""
+        return bool(self.inputs) or self.dtype == "fp4"
+
+    @property
     def input_bits(self) -> int:
         """Bits of the layer's rounded input. 16: it is not rounded."""
         return BITS.get(self.inputs, 16)

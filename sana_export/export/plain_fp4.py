@@ -7,6 +7,7 @@ same initializers of the same file: the bits of two FP4 numbers in a byte are tw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -68,7 +69,7 @@ class _Steps:
         self.nodes: list[NodeProto] = []
         self.constants: dict[str, TensorProto] = {}
 
-    def add(self, kind: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
+    def add(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         """The output of a new node."""
         self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output

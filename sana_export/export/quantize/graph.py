@@ -155,7 +155,7 @@ class _Layer:
         """Let input `index` of `user` read a weight [out, in, ...] of `shape` from `matrix` [in, out]."""
         if (user.op_type, index) == ("MatMul", 0):
             self._swap_factors(user, matrix)
-        elif (user.op_type, index) == ("Conv", 1) and self._weight.inputs:
+        elif (user.op_type, index) == ("Conv", 1) and self._weight.on_the_right:
             self._replace_convolution(user, matrix)
         elif (user.op_type, index) == ("Conv", 1):
             user.replace_input_with(index, self._kernel(user, matrix, shape))
@@ -181,7 +181,7 @@ class _Layer:
 
     def _replace_convolution(self, conv: Node, matrix: Value) -> None:
         """A 1x1 convolution becomes a product over the last axis: ONNX Runtime has integer products, but convolutions with integers
-        only if their outputs are rounded too.
+        only if their outputs are rounded too. TensorRT-RTX 1.7 has products of FP4, and crashes on a convolution with FP4 weights.
         """
         given, result = conv.inputs[0], conv.outputs[0]
         assert given is not None

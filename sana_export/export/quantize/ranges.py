@@ -34,8 +34,9 @@ def round_fp4_blocks(values: Float32) -> Float32:
     global scale of 1. A block whose scale would be zero is zero."""
     blocks = values.reshape(len(values), -1, BLOCK)
     scales = round_fp8(np.abs(blocks).max(axis=2, keepdims=True) / np.float32(FP4_MAX))
-    divisors = np.where(scales > 0, scales, np.float32(np.inf))
-    return (round_fp4(blocks / divisors) * scales).reshape(values.shape)
+    divisors: Float32 = np.where(scales > 0, scales, np.float32(np.inf))
+    levels: Float32 = blocks / divisors
+    return (round_fp4(levels) * scales).reshape(values.shape)
 
 
 #: A range four times as large costs FP8, or FP8 scales of FP4 blocks, two of the 15 powers of two that it covers, and no precision

@@ -38,8 +38,9 @@ def round_to_nearest(weight: Float32, kind: str, axis: int, block: int, scales: 
 
 def round_to_scales(weight: Float32, stored: Array, kind: str, axis: int, block: int, scales: ScaleType) -> Rounded:
     """`weight` as the nearest multiples of the scales `stored`, which are of the type `scales`. Larger weights saturate."""
-    grid, wide = GRIDS[kind], spread(scales.widen(stored), weight.ndim, axis, block)
-    numbers = grid.round(weight / wide)
+    grid = GRIDS[kind]
+    wide: Float32 = spread(scales.widen(stored), weight.ndim, axis, block)
+    numbers = grid.round((weight / wide).astype(np.float32, copy=False))
     return Rounded(grid.encode(numbers), stored, numbers * wide)
 
 

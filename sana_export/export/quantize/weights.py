@@ -135,7 +135,7 @@ class _Quantizer:
             tensors["input.scale"] = kind.round(np.array(layer.input_scale, np.float32))
         if layer.factor is not None:
             # For products with the weight on the right, [..., in]; the others read [B, in, H, W] or [B, in, N].
-            right = linear or (weight.transposed and (weight.inputs or parameter.dim() == 2))
+            right = linear or (weight.transposed and (weight.on_the_right or parameter.dim() == 2))
             after = 0 if right else 2 if parameter.dim() == 4 else 1
             tensors["input.factor"] = self._dtype.round(layer.factor).reshape(-1, *[1] * after)
         if layer.branch is not None:
