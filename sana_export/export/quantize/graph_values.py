@@ -35,10 +35,10 @@ def products(weight: Value) -> Iterator[Product]:
             raise AssertionError(f"{weight.name} is read by input {index} of {user.op_type}")
 
 
-def undone(value: Value, permutation: list[int]) -> Value | None:
-    """What `value` is without the permutation that computed it. None: another operator computes it."""
+def undone(value: Value, order: list[int]) -> Value | None:
+    """What `value` is without the permutation `order` that computed it. None: another operator computes it."""
     node = value.producer()
-    if node is None or node.op_type != "Transpose" or permutation(node) != permutation:
+    if node is None or node.op_type != "Transpose" or permutation(node) != order:
         return None
     return node.inputs[0]
 
