@@ -27,18 +27,25 @@ _CHANNELS_LAST, _CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 
 def insert_dequantize(model: onnx_ir.Model, stored: Mapping[str, StoredWeight], data: Path) -> None:
     """Replace the initializers in `stored` by small numbers and scales in the file `data`, and add what the layers have besides."""
+    shared: _Known = {}
     for name, place in stored.items():
-        _Layer(model.graph, name, place, data).insert()
+        _Layer(model.graph, name, place, data, shared).insert()
+    if shared:
+        model.graph.sort()  # a layer may come before the one whose rounded input it reads
+
+
+#: An input and the places of what multiplies and rounds it -> the multiplied and the rounded input.
+_Known = dict[tuple[Any, ...], tuple[Value, Value]]
 
 
 class _Layer:
-    """One quantized weight of a graph, and its products."""
+    """One quantized weight of a graph, and its products. `shared`: inputs that other layers have rounded to FP4."""
 
-    def __init__(self, graph: onnx_ir.Graph, name: str, place: StoredWeight, data: Path) -> None:
+    def __init__(self, graph: onnx_ir.Graph, name: str, place: StoredWeight, data: Path, shared: _Known) -> None:
         given = graph.initializers.pop(name)
         assert given.dtype is not None
         self._graph, self._name, self._place, self._data = graph, name, place, data
-        self._given, self._dtype, self._weight = given, given.dtype, place.weight
+        self._given, self._dtype, self._weight, self._shared = given, given.dtype, place.weight, shared
 
     def insert(self) -> None:
         """Put the layer into the graph."""
@@ -49,7 +56,7 @@ class _Layer:
         else:
             self._given.replace_all_uses_with(out)
         if self._weight.inputs or self._weight.rescaled or self._weight.rank:
-            known: dict[Value, tuple[Value, Value]] = {}
+            known = self._shared if self._weight.inputs == "fp4" else {}
             for product in products(out):
                 self._complete(product, known)
 
@@ -77,13 +84,14 @@ class _Layer:
             return found
         return self._node(before, "Cast", [found], f"{name}.cast", shape, self._dtype, to=self._dtype.value)
 
-    def _complete(self, product: Product, known: dict[Value, tuple[Value, Value]]) -> None:
+    def _complete(self, product: Product, known: _Known) -> None:
         """Give `product` the layer's own input, and its output the branch. `known`: inputs that have been made already."""
         node, given = product.node, product.node.inputs[product.other]
         assert given is not None
-        if given not in known:
-            known[given] = self._input(node, given)
-        multiplied, rounded = known[given]
+        key = (given, *(self._place.tensors.get(end) for end in ("input.scale", "input.factor")))
+        if key not in known:
+            known[key] = self._input(node, given)
+        multiplied, rounded = known[key]
         node.replace_input_with(product.other, rounded)
         if self._weight.rank:
             self._add_branch(node, multiplied)
@@ -92,7 +100,7 @@ class _Layer:
         """The layer's input multiplied by its factors, and rounded after that.
 
         Each layer has nodes and constants of its own, even if another one reads the same input: ONNX Runtime takes integer kernels
-        only if one layer reads the rounded numbers.
+        only if one layer reads the rounded numbers. Not so with FP4: TensorRT-RTX 1.7 crashes if a tensor is rounded twice.
         """
         prefix, shape = f"{given.name}.{self._name}", shape_of(given)
         multiplied = given
@@ -181,7 +189,7 @@ class _Layer:
 
     def _replace_convolution(self, conv: Node, matrix: Value) -> None:
         """A 1x1 convolution becomes a product over the last axis: ONNX Runtime has integer products, but convolutions with integers
-        only if their outputs are rounded too. TensorRT-RTX 1.7 has products of FP4, and crashes on a convolution with FP4 weights.
+        only if their outputs are rounded too. TensorRT-RTX 1.7 has products of FP4, and no convolutions.
         """
         given, result = conv.inputs[0], conv.outputs[0]
         assert given is not None
