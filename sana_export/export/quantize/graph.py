@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir
 from onnx_ir import Node, Value
 
-from sana_export.export.quantize.graph_values import Product, permutation, permuted, products, shape_of, undone
+from sana_export.export.quantize.graph_values import WeightProduct, permutation, permuted, products, shape_of, undone
 from sana_export.export.quantize.weights import StoredWeight
 from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.quantized import ONNX_TYPES
@@ -84,7 +84,7 @@ class _Layer:
             return found
         return self._node(before, "Cast", [found], f"{name}.cast", shape, self._dtype, to=self._dtype.value)
 
-    def _complete(self, product: Product, known: _Known) -> None:
+    def _complete(self, product: WeightProduct, known: _Known) -> None:
         """Give `product` the layer's own input, and its output the branch. `known`: inputs that have been made already."""
         node, given = product.node, product.node.inputs[product.other]
         assert given is not None

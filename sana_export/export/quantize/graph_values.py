@@ -13,7 +13,7 @@ _PARTS = ("Reshape", "Slice", "Split", "Gather", "Squeeze", "Unsqueeze", "Transp
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
+class WeightProduct:
     """One product of a weight."""
 
     node: Node
@@ -21,13 +21,13 @@ class Product:
     other: int
 
 
-def products(weight: Value) -> Iterator[Product]:
+def products(weight: Value) -> Iterator[WeightProduct]:
     """The matrix products and convolutions that read `weight`, or a part of it."""
     for user, index in tuple(weight.uses()):
         if user.op_type == "MatMul":
-            yield Product(user, 1 - index)
+            yield WeightProduct(user, 1 - index)
         elif user.op_type == "Conv" and index == 1:
-            yield Product(user, 0)
+            yield WeightProduct(user, 0)
         elif user.op_type in _PARTS and index == 0:
             for part in user.outputs:
                 yield from products(part)
