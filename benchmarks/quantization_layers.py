@@ -24,8 +24,9 @@ from accelerate import init_empty_weights
 from diffusers import SanaTransformer2DModel
 
 from sana_export.export.quantize.compensation import round_with_compensation
+from sana_export.export.quantize.grids import round_fp8
 from sana_export.export.quantize.low_rank import low_rank_branch
-from sana_export.export.quantize.ranges import activation_scale, input_importance, quantized, round_fp8
+from sana_export.export.quantize.ranges import activation_scale, input_importance, quantized
 from sana_export.export.quantize.rescaling import rescaling
 from sana_export.export.quantize.rounding import round_to_nearest, round_with_search
 from sana_export.formats.arrays import Float32
@@ -73,16 +74,16 @@ Inputs = Callable[[Layer, Float32], Float32]
 
 
 def near(layer: Layer, bits: int) -> Float32:
-    return round_to_nearest(layer.weight, bits, *_layout(bits), HALF).numbers
+    return round_to_nearest(layer.weight, f"int{bits}", *_layout(bits), HALF).numbers
 
 
 def searched(layer: Layer, bits: int) -> Float32:
     importance = np.square(layer.rows).mean(axis=0)
-    return round_with_search(layer.weight, bits, *_layout(bits), HALF, importance).numbers
+    return round_with_search(layer.weight, f"int{bits}", *_layout(bits), HALF, importance).numbers
 
 
 def compensated(layer: Layer, bits: int) -> Float32:
-    return round_with_compensation(layer.weight, layer.rows, bits, _layout(bits)[1], HALF).numbers
+    return round_with_compensation(layer.weight, layer.rows, f"int{bits}", _layout(bits)[1], HALF).numbers
 
 
 def _layout(bits: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sana_export.contract import WEIGHTS_OF
 from sana_export.errors import UsageError
@@ -17,6 +17,10 @@ from sana_export.quantization_method import Method, parse_method
 
 #: The bits of one value of each type.
 BITS = {"int8": 8, "fp8": 8, "int4": 4, "fp4": 4}
+#: The type that ONNX Runtime has no kernels for.
+NO_KERNELS = "fp4"
+#: How many numbers of FP4 share a scale.
+BLOCK = 16
 #: Bytes of one scale of the types whose scales do not have the bundle's precision. NVFP4 stores its own in FP8.
 SCALE_BYTES = {"fp4": 1}
 #: The name of the embedding table among the parts. It belongs to no graph.
@@ -53,8 +57,6 @@ class Scheme:
     quality_psnr: float = 30.0
     #: The largest difference in percentage points between the top-1 of `verify --quality` and the reference's.
     quality_top1: float = 1.0
-    #: Why it cannot be exported yet. None: it can.
-    missing: str | None = None
 
     @property
     def bits(self) -> int:
@@ -67,7 +69,6 @@ class Scheme:
         return BITS.get(self.inputs, 16)
 
 
-_NO_KERNELS = "no runtime that its files could be checked with has kernels for it"
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -108,11 +109,22 @@ SCHEMES: dict[str, Scheme] = {
             cosine_limit=0.99,
             psnr_limit=15.0,
         ),
-        Scheme("nvfp4", "fp4", 16, 23, ("12.0", "12.1"), "fp4", quality_psnr=25.0, quality_top1=3.0, missing=_NO_KERNELS),
+        Scheme(
+            "nvfp4",
+            "fp4",
+            BLOCK,
+            23,
+            ("12.0", "12.1"),
+            inputs="fp4",
+            method=Method(search=True, rank=32),
+            steps=("search", "gptq", "rescale", "low-rank"),
+            cosine_limit=0.95,
+            psnr_limit=12.0,
+            quality_psnr=25.0,
+            quality_top1=3.0,
+        ),
     )
 }
-#: The schemes that can be exported.
-AVAILABLE = tuple(name for name, scheme in SCHEMES.items() if scheme.missing is None)
 #: What a layer takes that does not tolerate, or does not fit, the blocks of a scheme with fewer bits.
 FALLBACK = SCHEMES["int8-weight"]
 
@@ -188,18 +200,22 @@ def layer_rule(part: str, parameter: str) -> LayerRule:
 def layer_scheme(part: str, rule: LayerRule, scheme: Scheme, inputs: int) -> Scheme | None:
     """What a layer of `part` with `rule` and so many `inputs` takes of `scheme`; None if it keeps the bundle's precision.
 
-    A layer takes `FALLBACK` if it does not tolerate the scheme's bits, if the scheme's blocks do not divide its inputs, or if the
-    scheme rounds inputs that calibration does not see.
+    A layer takes `FALLBACK` if it does not tolerate the scheme's bits, or if the scheme's blocks do not divide its inputs. If the
+    scheme rounds inputs, and the layer does not tolerate that or calibration does not see its inputs, it takes the weights alone.
     """
     if rule.bits > FALLBACK.bits:
         return None
-    fits = _tolerates(part, rule, scheme) and (not scheme.block or inputs % scheme.block == 0)
-    return scheme if fits else FALLBACK
+    return _tolerated_by(part, rule, scheme) if not scheme.block or inputs % scheme.block == 0 else FALLBACK
 
 
-def _tolerates(part: str, rule: LayerRule, scheme: Scheme) -> bool:
+def _tolerated_by(part: str, rule: LayerRule, scheme: Scheme) -> Scheme:
+    """What a layer of `part` with `rule` takes of `scheme`."""
+    if scheme.bits < rule.bits:
+        return FALLBACK
     seen = not scheme.inputs or part in CALIBRATED_PARTS
-    return seen and scheme.bits >= rule.bits and scheme.input_bits >= rule.inputs
+    if seen and scheme.input_bits >= rule.inputs:
+        return scheme
+    return FALLBACK if scheme.bits == FALLBACK.bits else replace(scheme, inputs="")
 
 
 def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[str, str]:
@@ -234,7 +250,7 @@ def choose_quantization(words: Iterable[str], graphs: Collection[str]) -> dict[s
 
 def _tolerated(part: str, name: str) -> str:
     """The scheme `name`, or `FALLBACK` if no layer of `part` takes it."""
-    return name if any(_tolerates(part, rule, SCHEMES[name]) for rule in LAYERS[part]) else FALLBACK.name
+    return name if any(_tolerated_by(part, rule, SCHEMES[name]) is not FALLBACK for rule in LAYERS[part]) else FALLBACK.name
 
 
 def _reason(part: str, scheme: Scheme) -> str:
@@ -269,8 +285,12 @@ def calibrated_parts(chosen: Mapping[str, str], words: Iterable[str]) -> tuple[s
     return tuple(
         part
         for part in CALIBRATED_PARTS
-        if part in chosen and (SCHEMES[chosen[part]].inputs or method_of(SCHEMES[chosen[part]], words).looks_at_data)
+        if part in chosen and (_rounds_inputs(part, SCHEMES[chosen[part]]) or method_of(SCHEMES[chosen[part]], words).looks_at_data)
     )
+
+
+def _rounds_inputs(part: str, scheme: Scheme) -> bool:
+    return any(_tolerated_by(part, rule, scheme).inputs for rule in LAYERS[part])
 
 
 def method_of(scheme: Scheme, words: Iterable[str]) -> Method:
@@ -284,17 +304,8 @@ def quantization_words(chosen: Mapping[str, str]) -> str:
 
 
 def _check_scheme(name: str) -> None:
-    if name == NONE:
-        return
-    if name not in SCHEMES:
-        raise UsageError("unknown quantization scheme", found=name or "nothing", wanted=", ".join((*AVAILABLE, NONE)))
-    if (missing := SCHEMES[name].missing) is not None:
-        raise UsageError(
-            f"the quantization scheme {name} is not available yet: {missing}",
-            found=f"--quantize {name}",
-            wanted=", ".join(AVAILABLE),
-            fix=f"--quantize {FALLBACK.name}",
-        )
+    if name not in (*SCHEMES, NONE):
+        raise UsageError("unknown quantization scheme", found=name or "nothing", wanted=", ".join((*SCHEMES, NONE)))
 
 
 def check_target(part: str, name: str, backend: str, capabilities: Collection[str], *, fix: str, named: str) -> None:

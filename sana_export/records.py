@@ -45,12 +45,12 @@ class LoraTarget:
 class QuantizedWeight:
     """A weight that a graph stores as numbers of a small type, `<name>.quantized`, and scales, `<name>.scale`.
 
-    The other fields say what its layer has besides. The layer's tensors are in the graph's precision (docs/bundle.md).
+    The other fields say what its layer has besides (docs/bundle.md).
     """
 
     #: Its name in the graph, where it is the output of the dequantization.
     name: str
-    #: The type of the small numbers: "int8", "int4" or "fp8".
+    #: The type of the small numbers: "int8", "int4", "fp8" or "fp4".
     dtype: str
     #: The shape of the small numbers.
     shape: tuple[int, ...]
@@ -69,12 +69,38 @@ class QuantizedWeight:
     #: Rank of the branch that is added to the layer's output, `<name>.low_rank.down` and `.up`. 0: none.
     rank: int = 0
 
+    @property
+    def on_the_right(self) -> bool:
+        """Whether the layer is a product with this weight as the right factor, also if it was a 1x1 convolution."""
+        return bool(self.inputs) or self.dtype == "fp4"
+
+    @property
+    def input_bits(self) -> int:
+        """Bits of the layer's rounded input. 16: it is not rounded."""
+        return BITS.get(self.inputs, 16)
+
+    def tensors(self, dtype: str) -> dict[str, str]:
+        """The type of each other tensor of its layer in a graph of `dtype`, by the end of its name.
+
+        The scales of FP4 numbers are FP8 numbers, whose own scale, `<name>.tensor_scale`, is in float32.
+        """
+        blocks = self.dtype == "fp4"
+        present = {
+            "scale": "fp8" if blocks else dtype,
+            "tensor_scale": "float32" if blocks else "",
+            "input.scale": "float32" if self.inputs == "fp4" else dtype if self.inputs else "",
+            "input.factor": dtype if self.rescaled else "",
+            "low_rank.down": dtype if self.rank else "",
+            "low_rank.up": dtype if self.rank else "",
+        }
+        return {end: kind for end, kind in present.items() if kind}
+
 
 def check_weight(weight: QuantizedWeight) -> None:
     """Raise ValueError unless a layer can be stored like this."""
     fits = (
         weight.dtype in BITS
-        and weight.inputs in ("", "int8", "fp8")
+        and weight.inputs in ("", "int8", "fp8", "fp4")
         and 0 <= weight.axis < len(weight.shape)
         and all(size > 0 for size in weight.shape)
         and (weight.block == 0 or (weight.block > 0 and weight.shape[weight.axis] % weight.block == 0))

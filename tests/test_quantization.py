@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,6 @@ from sana_export.errors import UsageError
 from sana_export.gpu_support import RTX_CAPABILITIES
 from sana_export.manifest import Checkpoint, Options
 from sana_export.quantization import (
-    AVAILABLE,
     BITS,
     FALLBACK,
     PARTS,
@@ -36,7 +36,7 @@ def test_the_tables_name_what_exists() -> None:
     for scheme in SCHEMES.values():
         assert set(scheme.capabilities) <= set(RTX_CAPABILITIES)
         assert scheme.bits == BITS[scheme.weights]
-    assert AVAILABLE == ("int8-weight", "int4-weight", "int8", "fp8")
+    assert tuple(SCHEMES) == ("int8-weight", "int4-weight", "int8", "fp8", "nvfp4")
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,10 @@ def test_the_tables_name_what_exists() -> None:
                 "vae_decoder": "int8-weight",
             },
         ),
+        (
+            ["nvfp4"],
+            {"embeddings": "int8-weight", "text_encoder": "nvfp4", "denoiser": "nvfp4", "vae_decoder": "int8-weight"},
+        ),
     ],
 )
 def test_words_choose_schemes(words: list[str], chosen: dict[str, str]) -> None:
@@ -72,8 +76,7 @@ def test_words_choose_schemes(words: list[str], chosen: dict[str, str]) -> None:
         (["nf4"], ["unknown quantization scheme", "nf4", "int8-weight, int4-weight"]),
         ([""], ["unknown quantization scheme", "nothing"]),
         (["denoiser="], ["unknown quantization scheme", "nothing"]),
-        (["nvfp4"], ["nvfp4 is not available yet: no runtime", "--quantize int8-weight"]),
-        (["denoiser=nvfp4"], ["nvfp4 is not available yet"]),
+        (["vae_decoder=nvfp4"], ["vae_decoder does not take nvfp4: 4 bits were never tried", "--quantize vae_decoder=int8-weight"]),
         (["text_encoder=int8"], ["text_encoder does not take int8: its layers' inputs keep", "text_encoder=int8-weight"]),
         (["embeddings=fp8"], ["embeddings does not take fp8", "embeddings=int8-weight"]),
         (["unet=int8-weight"], ["nothing of 'unet' can be quantized", "embeddings, text_encoder, denoiser"]),
@@ -111,6 +114,8 @@ def test_a_part_that_calibration_does_not_run_keeps_its_inputs() -> None:
         (["denoiser=int4-weight"], ["nearest"], ()),
         (["text_encoder=int4-weight"], ["low-rank=16"], ()),
         (["text_encoder=int4-weight"], ["rescale"], ("text_encoder",)),
+        (["nvfp4"], ["nearest"], ("denoiser",)),
+        (["text_encoder=nvfp4"], ["search"], ()),
     ],
 )
 def test_what_needs_a_calibration(words: list[str], method: list[str], parts: tuple[str, ...]) -> None:
@@ -193,6 +198,22 @@ def test_a_layer_that_the_blocks_do_not_fit_takes_8_bits() -> None:
     assert layer_scheme("controlnet", rule, SCHEMES["int8"], 64) is FALLBACK
 
 
+def test_a_layer_that_keeps_its_inputs_has_fp4_weights_all_the_same() -> None:
+    """But no INT8 weights with the method of the scheme that rounds inputs."""
+    point, out, nvfp4 = (
+        layer_rule("denoiser", "blocks.0.point.weight"),
+        layer_rule("denoiser", "blocks.0.out.weight"),
+        SCHEMES["nvfp4"],
+    )
+    weights_alone = replace(nvfp4, inputs="")
+    assert layer_scheme("denoiser", out, nvfp4, 64) is nvfp4
+    assert layer_scheme("denoiser", point, nvfp4, 64) == weights_alone
+    assert layer_scheme("denoiser", point, SCHEMES["int8"], 64) is FALLBACK
+    assert layer_scheme("controlnet", out, nvfp4, 64) == weights_alone
+    assert layer_scheme("text_encoder", layer_rule("text_encoder", "layers.0.down.weight"), nvfp4, 64) == weights_alone
+    assert layer_scheme("denoiser", out, nvfp4, 24) is FALLBACK
+
+
 def test_a_target_without_the_type_is_refused() -> None:
     fixes = {"fix": "export it again", "named": "name the GPUs"}
     for scheme in ("int8-weight", "int8"):
@@ -214,6 +235,9 @@ def test_a_portable_engine_needs_the_type_on_every_gpu_that_it_is_for() -> None:
         check_target("denoiser", "fp8", "tensorrt-rtx", (), fix="export it again", named="name the GPUs")
     assert error.value.fix == "name the GPUs"
     check_target("denoiser", "fp8", "tensorrt", (), fix="", named="")
+    with pytest.raises(UsageError, match=r"no fp4 for compute capability 8\.0, 8\.6, 8\.9, which a portable engine is for too"):
+        check_target("denoiser", "nvfp4", "tensorrt-rtx", (), fix="", named="")
+    check_target("denoiser", "nvfp4", "tensorrt-rtx", ("12.0", "12.1"), fix="", named="")
 
 
 def test_the_export_command_repeats_the_schemes() -> None:

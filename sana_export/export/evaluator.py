@@ -19,7 +19,8 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
-from sana_export.export.evaluator_graphs import HALF, cut, half_values, read_unrounded_inputs, typed_model, widen, with_shapes
+from sana_export.export.evaluator_graphs import HALF, cut, half_values, typed_model, widen, with_shapes
+from sana_export.export.plain_fp4 import has_fp4
 from sana_export.formats.arrays import Array
 from sana_export.formats.linked_files import pass_linked_files
 from sana_export.formats.quantized import UNROUNDED_ACTIVATIONS
@@ -57,14 +58,11 @@ class StorageEvaluator:
     """
 
     def __init__(self, path: Path, threads: int | None = None, *, round_inputs: bool = True) -> None:
-        model = typed_model(path)
-        #: Whether the graph rounds inputs of layers.
-        self.rounds_inputs = round_inputs and any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-        if not round_inputs:
-            read_unrounded_inputs(model)
+        model = typed_model(path, round_inputs=round_inputs)
         self._dtypes: Mapping[str, int] = {}
         if not half_values(model):
-            self._session = _file_session(path, threads) if round_inputs else _session(model, path.parent, threads, optimized=True)
+            plain = round_inputs and not has_fp4(model)  # so the model is what the file contains
+            self._session = _file_session(path, threads) if plain else _session(model, path.parent, threads, optimized=True)
             return
         self._dtypes = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
         self._session = _session(widen(model, store=True), path.parent, threads)

@@ -9,7 +9,11 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from sana_export.export.plain_fp4 import DYNAMIC_QUANTIZE, without_fp4
+
 HALF: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+#: Operators that round inputs of layers.
+ROUNDING = ("QuantizeLinear", DYNAMIC_QUANTIZE)
 #: Operators that only move values. Their outputs are rounded already.
 MOVES = {
     *("Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "Pad"),
@@ -36,19 +40,32 @@ def cut(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
     return part
 
 
-def typed_model(path: Path) -> onnx.ModelProto:
-    """The model with the dtype of every value inferred. Its weights stay on disk."""
+def typed_model(path: Path, *, round_inputs: bool = True) -> onnx.ModelProto:
+    """The model with the dtype of every value inferred, and FP4 in operators that ONNX Runtime has. Its weights stay on disk.
+
+    Without `round_inputs`, layers whose inputs the graph rounds read them as they are.
+    """
     model = onnx.load(path, load_external_data=False)
-    return onnx.shape_inference.infer_shapes(model)
+    if not round_inputs:
+        read_unrounded_inputs(model)
+    return onnx.shape_inference.infer_shapes(without_fp4(model))
 
 
 def read_unrounded_inputs(model: onnx.ModelProto) -> None:
-    """Remove every pair of QuantizeLinear and DequantizeLinear from `model`."""
-    rounded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    unrounded = {node.output[0]: rounded[node.input[0]] for node in model.graph.node if node.input and node.input[0] in rounded}
-    kept = [node for node in model.graph.node if not {*rounded, *unrounded}.intersection(node.output)]
-    for node in kept:
-        node.input[:] = [unrounded.get(name, name) for name in node.input]
+    """Remove every pair of an operator of `ROUNDING` and DequantizeLinear from `model`, and what computes the latter's scales."""
+    whole, gone = dict[str, str](), set[str]()
+    kept = []
+    for node in model.graph.node:
+        if node.op_type in ROUNDING:
+            whole[node.output[0]] = node.input[0]
+            gone.update(node.output)
+        elif node.op_type == "DequantizeLinear" and node.input[0] in whole:
+            whole[node.output[0]] = whole[node.input[0]]
+        elif gone.intersection(node.input):
+            gone.update(node.output)
+        else:
+            node.input[:] = [whole.get(name, name) for name in node.input]
+            kept.append(node)
     del model.graph.node[:]
     model.graph.node.extend(kept)
 

@@ -13,6 +13,7 @@ from sana_export.contract import WEIGHTS_OF, GraphSpec
 from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, fitting, graph_spec
 from sana_export.export.onnx import (
     OPSET,
+    Example,
     check_onnx,
     check_targets,
     check_values,
@@ -60,13 +61,13 @@ def export_graphs(
                 model, targets = check_onnx(path, spec), lora_targets(name, checkpoint, options)
                 check_targets(path, model, targets, stored)
                 exported[name] = spec, model, targets, tuple(place.weight for place in stored.values())
-                examples = {}
-                for rounding in _roundings(stored):
-                    compute_stored(module, stored, weights, round_inputs=rounding)
-                    examples[rounding] = run_module(module, spec, fitting(CHECK_SIZES, name, checkpoint))
+                examples: dict[int | None, list[Example]] = {}
+                for bits in _input_bits(stored):
+                    compute_stored(module, stored, weights, round_inputs=bits != 16)
+                    examples[bits] = run_module(module, spec, fitting(CHECK_SIZES, name, checkpoint))
                 weights.release()
-            for rounding, computed in examples.items():
-                check_values(path, spec, computed, options.precision, round_inputs=rounding)
+            for bits, computed in examples.items():
+                check_values(path, spec, computed, options.precision, input_bits=bits)
     data = (file_entry(bundle, weights.path),) if weights.bytes else ()
     if not data:
         weights.path.unlink()
@@ -84,13 +85,14 @@ def export_graphs(
     }
 
 
-def _roundings(stored: Mapping[str, StoredWeight]) -> tuple[bool, ...]:
-    """Whether to round inputs of layers in the checks of a file with these weights.
+def _input_bits(stored: Mapping[str, StoredWeight]) -> tuple[int | None, ...]:
+    """The bits that inputs of layers are rounded to in each check of a file with these weights. 16: they are not. None: none is.
 
     Without rounding, the file has to equal its module as any other does. With rounding, an error of the last bit moves a value
     at the border between two steps by a whole step.
     """
-    return (False, True) if any(place.weight.inputs for place in stored.values()) else (True,)
+    rounded = [place.weight.input_bits for place in stored.values() if place.weight.inputs]
+    return (16, min(rounded)) if rounded else (None,)
 
 
 def onnx_name(graph: str) -> str:

@@ -165,19 +165,21 @@ def run_module(module: nn.Module, spec: GraphSpec, sizes: AxisSizes = CHECK_SIZE
     return examples
 
 
-def check_values(path: Path, spec: GraphSpec, examples: Iterable[Example], precision: str, *, round_inputs: bool = True) -> None:
+def check_values(
+    path: Path, spec: GraphSpec, examples: Iterable[Example], precision: str, *, input_bits: int | None = None
+) -> None:
     """Compare the file, run with every intermediate stored in its own dtype, with the module's outputs.
 
-    `round_inputs`: as the module did, for a file with layers that round their inputs.
+    `input_bits`, for a file with layers that round their inputs: the bits that the module rounded them to, 16 if it did not.
 
     Raises ParityError if a limit of parity.COSINE_LIMITS is missed.
     """
-    evaluator, least = StorageEvaluator(path, round_inputs=round_inputs), 1.0
+    evaluator, least = StorageEvaluator(path, round_inputs=input_bits != 16), 1.0
     for example in examples:
         found = evaluator.run({name: to_numpy(value) for name, value in example.inputs.items()})
         for tensor, wanted in zip(spec.outputs, example.outputs, strict=True):
             name = f"{spec.name}.{tensor.name}"
-            parity = compare_tensors(name, found[tensor.name], to_numpy(wanted), precision, rounded_inputs=evaluator.rounds_inputs)
+            parity = compare_tensors(name, found[tensor.name], to_numpy(wanted), precision, input_bits=input_bits or 16)
             if not parity.passed:
                 raise ParityError(
                     f"{path} differs on {example.kind} inputs from the graph that it was exported from",

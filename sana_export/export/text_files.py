@@ -50,7 +50,7 @@ def quantize_rows(table: Tensor) -> dict[str, Tensor]:
     values, scales = torch.empty(table.shape, dtype=torch.int8), torch.empty(table.shape[0])
     for first in range(0, len(table), _ROWS):
         part = table[first : first + _ROWS].float().numpy()
-        rounded = round_to_nearest(part, 8, axis=0, block=0, dtype=WEIGHT_DTYPES["float32"])
+        rounded = round_to_nearest(part, "int8", axis=0, block=0, scales=WEIGHT_DTYPES["float32"])
         values[first : first + _ROWS] = torch.from_numpy(rounded.values)
         scales[first : first + _ROWS] = torch.from_numpy(rounded.scales)
     return {"embed_tokens.weight": values, "embed_tokens.scale": scales}

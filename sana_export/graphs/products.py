@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 from torch.overrides import TorchFunctionMode
 
-from sana_export.formats.quantized import FP8_MAX
+from sana_export.formats.quantized import FP4_MAX, FP8_MAX
+from sana_export.quantization import BLOCK
 from sana_export.records import QuantizedWeight
 
 #: A function of torch -> which of its arguments is the weight -> the axis of the other argument that the weight's inputs are on.
@@ -67,9 +68,9 @@ def _multiply(function: Callable[..., Any], args: Sequence[Any], place: int, kwa
 class ProductForm:
     """How a quantized layer computes: y = round(x * factor) W + (x * factor) down up. The weight W is in the graph's module."""
 
-    #: The type that the input is rounded to, "int8" or "fp8". "": it is not rounded.
+    #: The type that the input is rounded to, "int8", "fp8" or "fp4". "": it is not rounded.
     inputs: str = ""
-    #: The number that one step of the rounded input stands for.
+    #: The number that one step of the rounded input stands for. FP4: what the scales of its blocks are multiplied by.
     scale: float = 1.0
     #: Factors of the input's channels [in]. None: 1.
     factor: Tensor | None = None
@@ -94,19 +95,41 @@ class QuantizedProducts(ProductMode):
         form = self._forms[name]
         if form.factor is not None:
             x = x * form.factor.reshape(-1, *[1] * (-axis - 1))
-        y = multiply(rounded(x, form.inputs, form.scale))
+        y = multiply(rounded(x, form.inputs, form.scale, axis))
         if form.down is not None and form.up is not None:
             y = y + _through(form.up, _through(form.down, x, axis), axis)
         return y
 
 
-def rounded(x: Tensor, dtype: str, scale: float) -> Tensor:
-    """`x` in the steps of `dtype` and `scale`, as ONNX's QuantizeLinear and DequantizeLinear compute it."""
+def rounded(x: Tensor, dtype: str, scale: float, axis: int = -1) -> Tensor:
+    """`x`, whose channels are on `axis`, in the steps of `dtype` and `scale`, as ONNX's QuantizeLinear and DequantizeLinear compute
+    it, or for "fp4" TensorRT's TRT_FP4DynamicQuantize and DequantizeLinear."""
     if not dtype:
         return x
     steps = x.float() / scale
-    steps = steps.round().clamp(-128, 127) if dtype == "int8" else steps.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
+    if dtype == "fp4":
+        return _rounded_blocks(steps.movedim(axis, -1), scale, x.dtype).movedim(-1, axis)
+    steps = steps.round().clamp(-128, 127) if dtype == "int8" else _fp8(steps)
     return (steps * scale).to(x.dtype)
+
+
+def _rounded_blocks(steps: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`steps` [..., channels] times `scale` in FP4, with a scale in FP8 for each block. A block whose scale is zero is zero."""
+    blocks = steps.unflatten(-1, (-1, BLOCK))
+    scales = _fp8(blocks.abs().amax(-1, keepdim=True) / FP4_MAX)
+    numbers = _fp4(blocks / scales.where(scales > 0, torch.inf))
+    return (numbers.to(dtype) * (scales * scale).to(dtype)).flatten(-2)
+
+
+def _fp8(x: Tensor) -> Tensor:
+    """The nearest numbers of FP8 E4M3."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
+
+
+def _fp4(x: Tensor) -> Tensor:
+    """The nearest numbers of FP4 E2M1: the distance between two is 0.5 up to 2, 1 up to 4, then 2."""
+    steps = torch.where(x.abs() < 2, 0.5, torch.where(x.abs() < 4, 1.0, 2.0))
+    return ((x / steps).round() * steps).clamp(-FP4_MAX, FP4_MAX)
 
 
 def _through(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
@@ -116,17 +139,20 @@ def _through(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
     return matrix.T @ x if axis == -2 else conv2d(x, matrix.T[..., None, None])
 
 
-def product_form(weight: QuantizedWeight, tensors: Mapping[str, Tensor]) -> ProductForm | None:
-    """The form of the layer with `weight`. None: a plain product. `tensors` are its stored ones, by the end of their names."""
+def product_form(weight: QuantizedWeight, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> ProductForm | None:
+    """The form of the layer with `weight` in a graph of `dtype`. None: a plain product.
+
+    `tensors` are the layer's stored ones, by the end of their names.
+    """
     if not (weight.inputs or weight.rescaled or weight.rank):
         return None
     inputs, outputs = weight.shape[:2]  # a branch belongs to a weight that is stored as [in, out]
     return ProductForm(
         weight.inputs,
         float(tensors["input.scale"]) if weight.inputs else 1.0,
-        tensors["input.factor"].flatten() if weight.rescaled else None,
-        tensors["low_rank.down"].reshape(inputs, weight.rank) if weight.rank else None,
-        tensors["low_rank.up"].reshape(weight.rank, outputs) if weight.rank else None,
+        tensors["input.factor"].flatten().to(dtype) if weight.rescaled else None,
+        tensors["low_rank.down"].reshape(inputs, weight.rank).to(dtype) if weight.rank else None,
+        tensors["low_rank.up"].reshape(weight.rank, outputs).to(dtype) if weight.rank else None,
     )
 
 

@@ -14,8 +14,19 @@ from sana_export.errors import ArtifactError
 
 #: How the message with the list begins.
 HEAD = "Layers:\n"
-#: Bytes of a number, by TensorRT's name of its type.
-_BYTES = {"Float": 4, "Half": 2, "BFloat16": 2, "Int32": 4, "Int64": 8, "Bool": 1, "Int8": 1, "UInt8": 1, "FP8": 1}
+#: Bits of a number, by TensorRT's name of its type.
+_BITS = {
+    "Float": 32,
+    "Half": 16,
+    "BFloat16": 16,
+    "Int32": 32,
+    "Int64": 64,
+    "Bool": 8,
+    "Int8": 8,
+    "UInt8": 8,
+    "FP8": 8,
+    "FP4E2M1": 4,
+}
 #: Kinds that are not kernels: they order the streams of an engine, or compute shapes on the host and copy them.
 _BOOKKEEPING = frozenset({"signal", "wait", "shape_call", "ShapeHostToDevice"})
 _KIND = re.compile(r"Name: .*?, LayerType: (\w+), ")
@@ -51,7 +62,7 @@ class LayerTensor:
         if min(self.shape, default=1) < 0:
             return None
         axes = zip(self.shape, self.strides, strict=True)
-        return math.prod(size if stride else 1 for size, stride in axes) * _BYTES[self.dtype]
+        return math.prod(size if stride else 1 for size, stride in axes) * _BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ def check_stored(runtime: SanaRuntime, checkpoint: SanaCheckpoint, graph: str, s
         wanted = backend.load(graph).run(inputs)
     found = run_graph(runtime, graph, {name: to_numpy(value) for name, value in inputs.items()})
     precision = runtime.manifest.options.precision
-    rounded = any(weight.inputs for weight in runtime.manifest.graphs[graph].quantized)
+    input_bits = min(weight.input_bits for weight in runtime.manifest.graphs[graph].quantized)
     return [
-        compare_tensors(f"{graph}, stored weights", value, to_numpy(wanted[name]), precision, rounded_inputs=rounded)
+        compare_tensors(f"{graph}, stored weights", value, to_numpy(wanted[name]), precision, input_bits=input_bits)
         for name, value in found.items()
     ]

@@ -33,7 +33,7 @@ from sana_export.graphs.products import ProductForm, QuantizedProducts
 from sana_export.graphs.storage import WeightFile, stored_in
 from sana_export.manifest import Manifest
 from sana_export.progress import OnProgress, Progress, ignore_progress
-from sana_export.quantization import AVAILABLE, LAYERS, SCHEMES, Scheme, layer_rule, layer_scheme, part_of
+from sana_export.quantization import LAYERS, SCHEMES, Scheme, layer_rule, layer_scheme, part_of
 from sana_export.runtime.backends.torch import cpu_threads, exact_products, reopen
 from sana_export.user_paths import user_path
 from sana_export.verify.bundle import STEPS, Sampling
@@ -108,8 +108,8 @@ def _choose_graphs(bundle: Path, manifest: Manifest, check: SensitivityCheck) ->
             fix=export_command(bundle.with_name(f"{bundle.name}-unquantized"), manifest, quantize={}),
         )
     for name in check.schemes:
-        if name not in AVAILABLE:
-            raise UsageError("unknown quantization scheme", found=f"--scheme {name}", wanted=", ".join(AVAILABLE))
+        if name not in SCHEMES:
+            raise UsageError("unknown quantization scheme", found=f"--scheme {name}", wanted=", ".join(SCHEMES))
     present = [graph for graph in manifest.graphs if part_of(graph) in LAYERS]
     if unknown := [graph for graph in check.graphs if graph not in present]:
         raise UsageError(f"{unknown[0]!r} has no layers to quantize", found=f"--graphs {unknown[0]}", wanted=", ".join(present))

@@ -113,7 +113,7 @@ def test_the_recipes_of_this_repository(name: str) -> None:
         (HEAD + 'precison = "fp16"', "precison", "precision"),
         (HEAD + 'precision = "int8"', "int8", "fp32, fp16, bf16"),
         (HEAD + "pag_layers = 8", "8", "a list of strings"),
-        (HEAD + 'quantize = ["nvfp4"]', "--quantize nvfp4", "int8-weight, int4-weight, int8, fp8"),
+        (HEAD + 'quantize = ["nf4"]', "nf4", "int8-weight, int4-weight, int8, fp8, nvfp4"),
         (HEAD + "pag_layers = [8]", "[8]", "a list of strings"),
         (HEAD + 'clamp = "yes"', "'yes'", "true or false"),
         (HEAD + "build = 3", "3", "a TOML table"),

@@ -16,7 +16,7 @@ from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, mod
 from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS, Manifest
 from sana_export.progress import Progress
-from sana_export.quantization import AVAILABLE
+from sana_export.quantization import SCHEMES
 from sana_export.quantization_method import WORDS
 
 #: What MODEL may be.
@@ -65,7 +65,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         parser,
         "--quantize",
         "SCHEME",
-        f"store quantized weights: {' or '.join(AVAILABLE)} for all parts of the bundle that take it, or PART=SCHEME, for "
+        f"store quantized weights: {' or '.join(SCHEMES)} for all parts of the bundle that take it, or PART=SCHEME, for "
         "example text_encoder=int4-weight,denoiser=none (default: none)",
     )
     add_names(

@@ -11,7 +11,7 @@ from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import Answer, add_names, positive
 from sana_export.errors import UsageError
-from sana_export.quantization import AVAILABLE
+from sana_export.quantization import SCHEMES
 
 #: Layers of each graph that are printed.
 WORST = 10
@@ -26,7 +26,7 @@ def add_sensitivity(parser: argparse.ArgumentParser, either: Any) -> None:
         "outputs (docs/quantization.md)",
     )
     add_names(
-        parser, "--scheme", "SCHEME", f"with --sensitivity, the schemes: {', '.join(AVAILABLE)} (default: int8-weight,int4-weight)"
+        parser, "--scheme", "SCHEME", f"with --sensitivity, the schemes: {', '.join(SCHEMES)} (default: int8-weight,int4-weight)"
     )
     add_names(
         parser,

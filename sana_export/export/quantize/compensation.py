@@ -14,10 +14,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from sana_export.export.quantize.grids import GRIDS, Grid, ScaleType
 from sana_export.export.quantize.rounding import Rounded, round_to_nearest, search_scales
 from sana_export.formats.arrays import Float32
-from sana_export.formats.dtypes import DType
-from sana_export.formats.quantized import dequantize
+from sana_export.formats.quantized import spread
 
 Float64 = npt.NDArray[np.float64]
 
@@ -37,17 +37,17 @@ _ROWS = 256
 _SMALL = 64
 
 
-def round_with_compensation(weight: Float32, rows: Float32, bits: int, block: int, dtype: DType) -> Rounded:
-    """`weight` [in, out] in `bits` bits, so that the layer's outputs for inputs like `rows` [R, in] change little.
+def round_with_compensation(weight: Float32, rows: Float32, kind: str, block: int, scales: ScaleType) -> Rounded:
+    """`weight` [in, out] in the numbers of `kind`, so that the layer's outputs for inputs like `rows` [R, in] change little.
 
     A scale belongs to an output channel (`block` 0), or to `block` inputs of one. The damping is chosen on the last rows, for which
     the rows should be in the order of the calls that they come from. An output channel whose error on `rows` would be larger than
     with `round_to_nearest` gets the latter. Inputs that are zero in all rows are rounded to the nearest multiple. Needs the memory
     of three float64 arrays [in, in] and of four arrays like `weight`.
     """
-    damping = _chosen_damping(weight, rows, bits, block, dtype)
-    found = _compensated(weight, rows, damping, bits, block, dtype)
-    nearest = round_to_nearest(weight, bits, 0 if block else 1, block, dtype)
+    damping = _chosen_damping(weight, rows, kind, block, scales)
+    found = _compensated(weight, rows, damping, kind, block, scales)
+    nearest = round_to_nearest(weight, kind, 0 if block else 1, block, scales)
     better = _errors(weight, found.numbers, rows) <= _errors(weight, nearest.numbers, rows)
     return Rounded(
         np.where(better, found.values, nearest.values),
@@ -56,7 +56,7 @@ def round_with_compensation(weight: Float32, rows: Float32, bits: int, block: in
     )
 
 
-def _chosen_damping(weight: Float32, rows: Float32, bits: int, block: int, dtype: DType) -> float:
+def _chosen_damping(weight: Float32, rows: Float32, kind: str, block: int, scales: ScaleType) -> float:
     """The one of `DAMPINGS` with the least relative error on the last rows, if the compensation knows only the others."""
     known = len(rows) - int(len(rows) * _HELD_OUT)
     if len(DAMPINGS) == 1 or not 0 < known < len(rows):
@@ -65,25 +65,25 @@ def _chosen_damping(weight: Float32, rows: Float32, bits: int, block: int, dtype
     wanted = np.square(rows[known:] @ some).sum(axis=0, dtype=np.float64)
     errors = []
     for damping in DAMPINGS:
-        numbers = _compensated(some, rows[:known], damping, bits, block, dtype).numbers
+        numbers = _compensated(some, rows[:known], damping, kind, block, scales).numbers
         errors.append((_errors(some, numbers, rows[known:])[wanted > 0] / wanted[wanted > 0]).sum())
     return DAMPINGS[int(np.argmin(errors))]
 
 
-def _compensated(weight: Float32, rows: Float32, damping: float, bits: int, block: int, dtype: DType) -> Rounded:
+def _compensated(weight: Float32, rows: Float32, damping: float, kind: str, block: int, scales: ScaleType) -> Rounded:
     """`weight`, rounded in the order of the mean squares of its inputs."""
     axis, moments = (0 if block else 1), second_moments(rows)
     order = np.argsort(-moments.diagonal(), kind="stable")
     factor = inverse_factor(moments[np.ix_(order, order)], damping)
     importance = np.empty(len(weight), np.float32)
     importance[order] = np.square(1 / factor.diagonal())  # what an error costs after the later inputs made up for it
-    stored = search_scales(weight, bits, axis, block, dtype, importance)
-    scales, values = dtype.widen(stored), np.empty(weight.shape, np.int8)
+    stored = search_scales(weight, kind, axis, block, scales, importance)
+    wide, numbers, grid = scales.widen(stored), np.empty(weight.shape, np.float32), GRIDS[kind]
     for first in range(0, weight.shape[1], _COLUMNS):
         some = slice(first, first + _COLUMNS)
-        scale = np.repeat(scales[:, some], block, axis=0)[order] if block else np.broadcast_to(scales[some], weight[:, some].shape)
-        values[order, some] = _round_in_order(weight[order, some], factor, scale, 2 ** (bits - 1) - 1)
-    return Rounded(values, stored, dequantize(values, scales, axis, block))
+        scale = np.repeat(wide[:, some], block, axis=0)[order] if block else np.broadcast_to(wide[some], weight[:, some].shape)
+        numbers[order, some] = _round_in_order(weight[order, some], factor, scale, grid)
+    return Rounded(grid.encode(numbers), stored, numbers * spread(wide, weight.ndim, axis, block))
 
 
 def second_moments(rows: Float32) -> Float64:
@@ -122,15 +122,14 @@ def _inverse(upper: Float64) -> Float64:
     return found
 
 
-def _round_in_order(rest: Float32, factor: Float32, scales: Float32, most: int) -> npt.NDArray[np.int8]:
-    """The integers of the weights `rest` [in, n] with their `scales` [in, n], from the first input to the last."""
-    values, inputs = np.empty(rest.shape, np.int8), len(rest)
+def _round_in_order(rest: Float32, factor: Float32, scales: Float32, grid: Grid) -> Float32:
+    """The numbers of `grid` for the weights `rest` [in, n] with their `scales` [in, n], from the first input to the last."""
+    values, inputs = np.empty(rest.shape, np.float32), len(rest)
     for first in range(0, inputs, BATCH):
         last = min(first + BATCH, inputs)
         errors = np.empty((last - first, rest.shape[1]), np.float32)
         for index in range(first, last):
-            level = np.rint(rest[index] / scales[index]).clip(-most, most)
-            values[index] = level
+            level = values[index] = grid.round(rest[index] / scales[index])
             error = errors[index - first] = (rest[index] - level * scales[index]) / factor[index, index]
             rest[index + 1 : last] -= np.outer(factor[index, index + 1 : last], error)
         rest[last:] -= factor[first:last, last:].T @ errors

@@ -4,8 +4,7 @@ layers' inputs, multiplies them by factors, and adds the branch to the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +12,52 @@ import numpy as np
 import onnx_ir
 from onnx_ir import Node, Value
 
+from sana_export.export.quantize.graph_values import WeightProduct, permutation, permuted, products, shape_of, undone
 from sana_export.export.quantize.weights import StoredWeight
+from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.quantized import ONNX_TYPES
 from sana_export.graphs.storage import Slice
+from sana_export.quantization import BLOCK
 
+#: The domain of TensorRT's own operators.
+TENSORRT = "trt"
 #: [B, C, H, W] to [B, H, W, C], and back.
 _CHANNELS_LAST, _CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
-#: The operators between a dequantized weight and its products: they take parts of it.
-_PARTS = ("Reshape", "Slice", "Split", "Gather", "Squeeze", "Unsqueeze", "Transpose")
 
 
 def insert_dequantize(model: onnx_ir.Model, stored: Mapping[str, StoredWeight], data: Path) -> None:
     """Replace the initializers in `stored` by small numbers and scales in the file `data`, and add what the layers have besides."""
+    shared: _Known = {}
     for name, place in stored.items():
-        _Layer(model.graph, name, place, data).insert()
+        _Layer(model.graph, name, place, data, shared).insert()
+    if shared:
+        model.graph.sort()  # a layer may come before the one whose rounded input it reads
 
 
-@dataclass(frozen=True, eq=False)
-class _Product:
-    """One product of a weight."""
-
-    node: Node
-    #: The index of the other factor among its inputs.
-    other: int
+#: An input and the places of what multiplies and rounds it -> the multiplied and the rounded input.
+_Known = dict[tuple[Any, ...], tuple[Value, Value]]
 
 
 class _Layer:
-    """One quantized weight of a graph, and its products."""
+    """One quantized weight of a graph, and its products. `shared`: inputs that other layers have rounded to FP4."""
 
-    def __init__(self, graph: onnx_ir.Graph, name: str, place: StoredWeight, data: Path) -> None:
+    def __init__(self, graph: onnx_ir.Graph, name: str, place: StoredWeight, data: Path, shared: _Known) -> None:
         given = graph.initializers.pop(name)
         assert given.dtype is not None
         self._graph, self._name, self._place, self._data = graph, name, place, data
-        self._given, self._dtype, self._weight = given, given.dtype, place.weight
+        self._given, self._dtype, self._weight, self._shared = given, given.dtype, place.weight, shared
 
     def insert(self) -> None:
         """Put the layer into the graph."""
-        shape, out = _shape(self._given).numpy(), self._dequantize()
+        shape, out = shape_of(self._given).numpy(), self._dequantize()
         if self._weight.transposed:
             for user, index in tuple(self._given.uses()):
                 self._read_transposed(user, index, out, shape)
         else:
             self._given.replace_all_uses_with(out)
         if self._weight.inputs or self._weight.rescaled or self._weight.rank:
-            known: dict[Value, tuple[Value, Value]] = {}
-            for product in _products(out):
+            known = self._shared if self._weight.inputs == "fp4" else {}
+            for product in products(out):
                 self._complete(product, known)
 
     def _dequantize(self) -> Value:
@@ -66,20 +66,32 @@ class _Layer:
         kind = onnx_ir.DataType(ONNX_TYPES[weight.dtype])
         values = self._initializer("quantized", kind, weight.shape, self._place.values)
         attributes = {"axis": weight.axis, **({"block_size": weight.block} if weight.block else {})}
-        node = onnx_ir.node("DequantizeLinear", [values, self._tensor("scale")], attributes, name=f"{self._name}.dequantize")
+        first, scale = self._graph[0], self._tensor("scale")
+        if weight.dtype == "fp4":
+            scale = self._wide_scales(first, scale, self._tensor("tensor_scale"), f"{self._name}.scale")
+        node = onnx_ir.node("DequantizeLinear", [values, scale], attributes, name=f"{self._name}.dequantize")
         (out,) = node.outputs
         out.type, out.shape = self._given.type, onnx_ir.Shape(weight.shape)
-        self._graph.insert_before(self._graph[0], node)
+        self._graph.insert_before(first, node)
         self._given.name, out.name = None, self._name
         return out
 
-    def _complete(self, product: _Product, known: dict[Value, tuple[Value, Value]]) -> None:
+    def _wide_scales(self, before: Node, scales: Value, whole: Value, name: str) -> Value:
+        """FP8 `scales` times the float32 number `whole`, in the graph's precision."""
+        shape, wide = shape_of(scales), onnx_ir.DataType.FLOAT
+        found = self._node(before, "DequantizeLinear", [scales, whole], f"{name}.wide", shape, wide)
+        if self._dtype == wide:
+            return found
+        return self._node(before, "Cast", [found], f"{name}.cast", shape, self._dtype, to=self._dtype.value)
+
+    def _complete(self, product: WeightProduct, known: _Known) -> None:
         """Give `product` the layer's own input, and its output the branch. `known`: inputs that have been made already."""
         node, given = product.node, product.node.inputs[product.other]
         assert given is not None
-        if given not in known:
-            known[given] = self._input(node, given)
-        multiplied, rounded = known[given]
+        key = (given, *(self._place.tensors.get(end) for end in ("input.scale", "input.factor")))
+        if key not in known:
+            known[key] = self._input(node, given)
+        multiplied, rounded = known[key]
         node.replace_input_with(product.other, rounded)
         if self._weight.rank:
             self._add_branch(node, multiplied)
@@ -88,17 +100,47 @@ class _Layer:
         """The layer's input multiplied by its factors, and rounded after that.
 
         Each layer has nodes and constants of its own, even if another one reads the same input: ONNX Runtime takes integer kernels
-        only if one layer reads the rounded numbers.
+        only if one layer reads the rounded numbers. Not so with FP4: TensorRT-RTX 1.7 crashes if a tensor is rounded twice.
         """
-        prefix, shape = f"{given.name}.{self._name}", _shape(given)
+        prefix, shape = f"{given.name}.{self._name}", shape_of(given)
         multiplied = given
         if self._weight.rescaled:
             multiplied = self._node(before, "Mul", [given, self._tensor("input.factor")], f"{prefix}.multiplied", shape)
         if not self._weight.inputs:
             return multiplied, multiplied
+        if self._weight.inputs == "fp4":
+            return multiplied, self._round_blocks(before, multiplied, prefix)
         scale, zero = self._tensor("input.scale"), self._zero()
         steps = self._node(before, "QuantizeLinear", [multiplied, scale, zero], f"{prefix}.steps", shape, zero.dtype)
         return multiplied, self._node(before, "DequantizeLinear", [steps, scale, zero], f"{prefix}.rounded", shape, self._dtype)
+
+    def _round_blocks(self, before: Node, given: Value, prefix: str) -> Value:
+        """`given` in FP4, in blocks along its last axis whose scales are found at run time.
+
+        The operator is TensorRT's, and takes two or three axes. Between reshapes to and from them, products are of FP4 numbers too.
+        """
+        whole, shape, rows = self._tensor("input.scale"), shape_of(given), given
+        if len(shape) > 3:
+            sizes = self._constant(f"{self._name}.input.rows", np.array([1, -1, shape[-1]], np.int64))
+            rows = self._node(before, "Reshape", [given, sizes], f"{prefix}.rows", onnx_ir.Shape([1, None, shape[-1]]))
+        blocks = onnx_ir.Shape([*shape_of(rows)[:-1], shape[-1] // BLOCK])
+        attributes = {"axis": -1, "block_size": BLOCK, "scale_type": ONNX_TYPES["fp8"]}
+        node = onnx_ir.node(
+            "TRT_FP4DynamicQuantize", [rows, whole], attributes, domain=TENSORRT, num_outputs=2, name=f"{prefix}.steps"
+        )
+        steps, scales = node.outputs
+        steps.name, steps.shape, steps.type = f"{prefix}.steps", shape_of(rows), onnx_ir.TensorType(onnx_ir.DataType.FLOAT4E2M1)
+        scales.name, scales.shape, scales.type = f"{prefix}.scales", blocks, onnx_ir.TensorType(onnx_ir.DataType.FLOAT8E4M3FN)
+        self._graph.insert_before(before, node)
+        self._graph.opset_imports[TENSORRT] = 1
+        wide, numbers = self._wide_scales(before, scales, whole, f"{prefix}.scales"), f"{prefix}.rounded"
+        found = self._node(
+            before, "DequantizeLinear", [steps, wide], numbers, shape_of(rows), self._dtype, axis=-1, block_size=BLOCK
+        )
+        if rows is given:
+            return found
+        sizes = self._node(before, "Shape", [given], f"{prefix}.shape", onnx_ir.Shape([len(shape)]), onnx_ir.DataType.INT64)
+        return self._node(before, "Reshape", [found, sizes], f"{numbers}.back", shape, self._dtype)
 
     def _add_branch(self, node: Node, x: Value) -> None:
         """Add x down up to the output of `node`."""
@@ -109,11 +151,11 @@ class _Layer:
             inputs, outputs = self._weight.shape
             kind, axis = "Conv", 1
             down, up = self._kernel(before, down, (rank, inputs, 1, 1)), self._kernel(before, up, (outputs, rank, 1, 1))
-        shape = list(_shape(x))
+        shape = list(shape_of(x))
         shape[axis] = rank
         low = self._node(before, kind, [x, down], f"{node.name}.{self._name}.low", onnx_ir.Shape(shape))
-        branch = self._node(before, kind, [low, up], f"{node.name}.{self._name}.branch", _shape(out))
-        total = self._node(before, "Add", [out, branch], f"{node.name}.{self._name}.sum", _shape(out))
+        branch = self._node(before, kind, [low, up], f"{node.name}.{self._name}.branch", shape_of(out))
+        total = self._node(before, "Add", [out, branch], f"{node.name}.{self._name}.sum", shape_of(out))
         for user, index in users:
             user.replace_input_with(index, total)
 
@@ -121,7 +163,7 @@ class _Layer:
         """Let input `index` of `user` read a weight [out, in, ...] of `shape` from `matrix` [in, out]."""
         if (user.op_type, index) == ("MatMul", 0):
             self._swap_factors(user, matrix)
-        elif (user.op_type, index) == ("Conv", 1) and self._weight.inputs:
+        elif (user.op_type, index) == ("Conv", 1) and self._weight.on_the_right:
             self._replace_convolution(user, matrix)
         elif (user.op_type, index) == ("Conv", 1):
             user.replace_input_with(index, self._kernel(user, matrix, shape))
@@ -132,39 +174,39 @@ class _Layer:
         """A product W y of matrices becomes (y^T W^T)^T: TensorRT-RTX 1.7 compiles no 4-bit matrix as a left factor."""
         other, result = product.inputs[1], product.outputs[0]
         assert other is not None
-        rank = len(_shape(result))
+        rank = len(shape_of(result))
         order = [*range(rank - 2), rank - 1, rank - 2]
-        flipped = _undone(other, order)
+        flipped = undone(other, order)
         if flipped is None:
             flipped = self._node(
-                product, "Transpose", [other], f"{product.name}.input", _permuted(_shape(other), order), perm=order
+                product, "Transpose", [other], f"{product.name}.input", permuted(shape_of(other), order), perm=order
             )
-        swapped = self._node(product, "MatMul", [flipped, matrix], f"{product.name}.product", _permuted(_shape(result), order))
-        back = self._node(product, "Transpose", [swapped], f"{product.name}.output", _shape(result), perm=order)
+        swapped = self._node(product, "MatMul", [flipped, matrix], f"{product.name}.product", permuted(shape_of(result), order))
+        back = self._node(product, "Transpose", [swapped], f"{product.name}.output", shape_of(result), perm=order)
         result.replace_all_uses_with(back, replace_graph_outputs=True)
         self._graph.remove(product, safe=True)
         self._remove_unused(other)
 
     def _replace_convolution(self, conv: Node, matrix: Value) -> None:
         """A 1x1 convolution becomes a product over the last axis: ONNX Runtime has integer products, but convolutions with integers
-        only if their outputs are rounded too.
+        only if their outputs are rounded too. TensorRT-RTX 1.7 has products of FP4, and no convolutions.
         """
         given, result = conv.inputs[0], conv.outputs[0]
         assert given is not None
-        last = _undone(given, _CHANNELS_FIRST)
+        last = undone(given, _CHANNELS_FIRST)
         if last is None:
-            shape = _permuted(_shape(given), _CHANNELS_LAST)
+            shape = permuted(shape_of(given), _CHANNELS_LAST)
             last = self._node(conv, "Transpose", [given], f"{conv.name}.pixels", shape, perm=_CHANNELS_LAST)
-        shape = _permuted(_shape(result), _CHANNELS_LAST)
+        shape = permuted(shape_of(result), _CHANNELS_LAST)
         y = self._node(conv, "MatMul", [last, matrix], f"{conv.name}.product", shape)
         if len(conv.inputs) > 2 and (bias := conv.inputs[2]) is not None:
             y = self._node(conv, "Add", [y, bias], f"{conv.name}.biased", shape)
         for user, _ in tuple(result.uses()):
-            if user.op_type == "Transpose" and _permutation(user) == _CHANNELS_LAST:
+            if user.op_type == "Transpose" and permutation(user) == _CHANNELS_LAST:
                 user.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)
                 self._graph.remove(user, safe=True)
         if result.uses() or result.is_graph_output():
-            back = self._node(conv, "Transpose", [y], f"{conv.name}.channels", _shape(result), perm=_CHANNELS_FIRST)
+            back = self._node(conv, "Transpose", [y], f"{conv.name}.channels", shape_of(result), perm=_CHANNELS_FIRST)
             result.replace_all_uses_with(back, replace_graph_outputs=True)
         self._graph.remove(conv, safe=True)
         self._remove_unused(given)
@@ -211,7 +253,9 @@ class _Layer:
     def _tensor(self, end: str) -> Value:
         """The layer's tensor with this end of its name."""
         place, shape = self._place.tensors[end]
-        return self._initializer(end, self._dtype, shape, place)
+        kind = self._weight.tensors(self._dtype.numpy().name)[end]
+        number = ONNX_TYPES[kind] if kind in ONNX_TYPES else DTYPES[kind].onnx
+        return self._initializer(end, onnx_ir.DataType(number), shape, place)
 
     def _initializer(self, end: str, dtype: onnx_ir.DataType, shape: tuple[int, ...], place: Slice) -> Value:
         name = f"{self._name}.{end}"
@@ -227,38 +271,3 @@ class _Layer:
             return known
         self._graph.register_initializer(value)
         return value
-
-
-def _products(weight: Value) -> Iterator[_Product]:
-    """The matrix products and convolutions that read `weight`, or a part of it."""
-    for user, index in tuple(weight.uses()):
-        if user.op_type == "MatMul":
-            yield _Product(user, 1 - index)
-        elif user.op_type == "Conv" and index == 1:
-            yield _Product(user, 0)
-        elif user.op_type in _PARTS and index == 0:
-            for part in user.outputs:
-                yield from _products(part)
-        else:
-            raise AssertionError(f"{weight.name} is read by input {index} of {user.op_type}")
-
-
-def _undone(value: Value, permutation: list[int]) -> Value | None:
-    """What `value` is without the permutation that computed it. None: another operator computes it."""
-    node = value.producer()
-    if node is None or node.op_type != "Transpose" or _permutation(node) != permutation:
-        return None
-    return node.inputs[0]
-
-
-def _permutation(node: Node) -> list[int]:
-    return list(node.attributes["perm"].as_ints())
-
-
-def _shape(value: Value) -> onnx_ir.Shape:
-    assert value.shape is not None
-    return value.shape
-
-
-def _permuted(shape: onnx_ir.Shape, order: list[int]) -> onnx_ir.Shape:
-    return onnx_ir.Shape([shape[axis] for axis in order])

@@ -13,15 +13,15 @@ from functools import partial
 import numpy as np
 
 from sana_export.export.quantize.compensation import round_with_compensation
+from sana_export.export.quantize.grids import BlockScales, ScaleType
 from sana_export.export.quantize.low_rank import low_rank_branch
 from sana_export.export.quantize.ranges import activation_scale, input_importance, quantized
 from sana_export.export.quantize.rescaling import HEADROOM, rescaling
-from sana_export.export.quantize.rounding import Rounded, round_to_fp8, round_to_nearest, round_with_search
+from sana_export.export.quantize.rounding import Rounded, round_to_nearest, round_with_search
 from sana_export.export.quantize.statistics import LayerInputs
 from sana_export.formats.arrays import Float32
-from sana_export.formats.dtypes import DType
+from sana_export.formats.dtypes import WEIGHT_DTYPES, DType
 from sana_export.manifest import QuantizedWeight
-from sana_export.quantization import BITS
 from sana_export.quantization_method import Method
 
 #: The least positive numbers: no step is 0.
@@ -40,6 +40,8 @@ class QuantizedLayer:
     branch: tuple[Float32, Float32] | None = None
     #: The step of the layer's rounded inputs.
     input_scale: float | None = None
+    #: What the scales of the weight are multiplied by, if they are FP8 numbers.
+    tensor_scale: np.float32 | None = None
 
 
 def quantize_layers(
@@ -65,7 +67,9 @@ def quantize_layers(
             branch = _stored(down, dtype), _stored(up, dtype)
             rest = rest - branch[0] @ branch[1]
         scale = None if not weight.inputs else _input_scale(rest, weight, method, inputs, dtype)
-        found[name] = QuantizedLayer(_rounded(rest, weight, method, inputs, dtype), factor, branch, scale)
+        scales = _scale_type(rest, weight, dtype)
+        whole = scales.tensor_scale if isinstance(scales, BlockScales) else None
+        found[name] = QuantizedLayer(_rounded(rest, weight, method, inputs, scales), factor, branch, scale, whole)
     return found
 
 
@@ -74,6 +78,7 @@ def _input_scale(matrix: Float32, weight: QuantizedWeight, method: Method, input
     assert inputs is not None  # an export asks for a calibration
     importance = input_importance(_summed_taps(matrix, inputs), inputs.rows)
     scale = activation_scale(inputs.rows, float(inputs.maximum.max()), weight.inputs, method.ranges, importance)
+    dtype = WEIGHT_DTYPES[weight.tensors(dtype.name)["input.scale"]]
     return max(float(dtype.widen(dtype.round(np.array([scale], np.float32)))[0]), _LEAST[dtype.name])
 
 
@@ -86,7 +91,11 @@ def input_factor(
     weight = weights[next(iter(matrices))]
     together = np.concatenate([_summed_taps(matrix, inputs) for matrix in matrices.values()], axis=1)
     round_inputs = partial(_quantize_rows, dtype=weight.inputs) if weight.inputs else None
-    factors = rescaling(together, inputs.maximum, inputs.rows, lambda matrix: _nearest(matrix, weight, dtype).numbers, round_inputs)
+
+    def round_weight(matrix: Float32) -> Float32:
+        return _nearest(matrix, weight, _scale_type(matrix, weight, dtype)).numbers
+
+    factors = rescaling(together, inputs.maximum, inputs.rows, round_weight, round_inputs)
     stored = _stored((1 / factors).astype(np.float32), dtype)
     return None if (stored == 1).all() else stored
 
@@ -95,24 +104,24 @@ def _quantize_rows(rows: Float32, maximum: Float32, *, dtype: str) -> Float32:
     return quantized(rows, activation_scale(rows, float(maximum.max()), dtype, "max"), dtype)
 
 
-def _rounded(matrix: Float32, weight: QuantizedWeight, method: Method, inputs: LayerInputs | None, dtype: DType) -> Rounded:
-    bits, axis = BITS[weight.dtype], 0 if weight.block else 1
-    if weight.dtype == "fp8":
-        return round_to_fp8(matrix, dtype)
+def _rounded(matrix: Float32, weight: QuantizedWeight, method: Method, inputs: LayerInputs | None, scales: ScaleType) -> Rounded:
     seen = inputs is not None and len(inputs.maximum) == len(matrix)  # a 3x3 convolution reads nine pixels
-    if method.gptq and seen:
+    if method.gptq and seen and weight.dtype != "fp8":
         assert inputs is not None
-        return round_with_compensation(matrix, inputs.rows, bits, weight.block, dtype)
-    if method.search:
+        return round_with_compensation(matrix, inputs.rows, weight.dtype, weight.block, scales)
+    if method.search and weight.dtype != "fp8":
         importance = np.square(inputs.rows).mean(axis=0) if seen and inputs is not None else None
-        return round_with_search(matrix, bits, axis, weight.block, dtype, importance)
-    return _nearest(matrix, weight, dtype)
+        return round_with_search(matrix, weight.dtype, 0 if weight.block else 1, weight.block, scales, importance)
+    return _nearest(matrix, weight, scales)
 
 
-def _nearest(matrix: Float32, weight: QuantizedWeight, dtype: DType) -> Rounded:
-    if weight.dtype == "fp8":
-        return round_to_fp8(matrix, dtype)
-    return round_to_nearest(matrix, BITS[weight.dtype], 0 if weight.block else 1, weight.block, dtype)
+def _nearest(matrix: Float32, weight: QuantizedWeight, scales: ScaleType) -> Rounded:
+    return round_to_nearest(matrix, weight.dtype, 0 if weight.block else 1, weight.block, scales)
+
+
+def _scale_type(matrix: Float32, weight: QuantizedWeight, dtype: DType) -> ScaleType:
+    """How the scales of a weight are stored."""
+    return BlockScales.of(matrix, dtype) if weight.dtype == "fp4" else dtype
 
 
 def _for_each_tap(factor: Float32, matrix: Float32) -> Float32:

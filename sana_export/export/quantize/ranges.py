@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
+from sana_export.export.quantize.grids import GRIDS, round_fp4, round_fp8
 from sana_export.formats.arrays import Float32
-from sana_export.formats.quantized import FP8_MAX
+from sana_export.formats.quantized import FP4_MAX, FP8_MAX
+from sana_export.quantization import BLOCK
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,23 @@ class Levels:
     headroom: float
 
 
-def round_int8(values: Float32) -> Float32:
-    """The nearest integers from -127 to 127. Ties go to the even one."""
-    return np.rint(values).clip(-127, 127)
+def round_fp4_blocks(values: Float32) -> Float32:
+    """`values` [R, in] in FP4, with a scale in FP8 for each 16 inputs of a row: what TensorRT's TRT_FP4DynamicQuantize does with a
+    global scale of 1. A block whose scale would be zero is zero."""
+    blocks = values.reshape(len(values), -1, BLOCK)
+    scales = round_fp8(np.abs(blocks).max(axis=2, keepdims=True) / np.float32(FP4_MAX))
+    divisors: Float32 = np.where(scales > 0, scales, np.float32(np.inf))
+    levels: Float32 = blocks / divisors
+    return (round_fp4(levels) * scales).reshape(values.shape)
 
 
-def round_fp8(values: Float32) -> Float32:
-    """The nearest numbers of FP8 E4M3 (arXiv 2209.05433), at most 448. Ties go to the number whose last bit is 0."""
-    rounded: Float32 = values.clip(-FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    return rounded
-
-
-#: A range four times as large costs FP8 two of the 15 powers of two that it covers, and no precision within the others. It would
-#: cost INT8 two bits.
-LEVELS = {"int8": Levels(127.0, round_int8, headroom=1.0), "fp8": Levels(FP8_MAX, round_fp8, headroom=4.0)}
+#: A range four times as large costs FP8, or FP8 scales of FP4 blocks, two of the 15 powers of two that it covers, and no precision
+#: within the others. It would cost INT8 two bits.
+LEVELS = {
+    "int8": Levels(127.0, GRIDS["int8"].round, headroom=1.0),
+    "fp8": Levels(FP8_MAX, round_fp8, headroom=4.0),
+    "fp4": Levels(FP4_MAX * FP8_MAX, round_fp4_blocks, headroom=4.0),
+}
 #: The percentile of the magnitudes that "percentile" takes as the range. What exceeds it saturates.
 PERCENTILE = 99.99
 #: The shares of the largest magnitude that "mse" tries. An outlier may be 100 times as large as the other values.
@@ -51,7 +55,7 @@ _PIECE = 1 << 20
 
 
 def activation_scale(rows: Float32, maximum: float, dtype: str, method: str, importance: Float32 | None = None) -> float:
-    """The scale of a layer's inputs in `dtype` ("int8" or "fp8").
+    """The scale of a layer's inputs in `dtype`, a key of `LEVELS`. That of "fp4" is the global one of its blocks.
 
     `rows` [R, in] is a sample of them, and `maximum` the largest magnitude of all that were seen. `method` chooses the range:
     "max" takes `maximum`, "percentile" the `PERCENTILE` of the magnitudes of `rows`, and "mse" the one of `SHARES` of `maximum`

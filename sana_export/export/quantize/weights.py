@@ -40,7 +40,7 @@ class StoredWeight:
     weight: QuantizedWeight
     #: Its small numbers, as `formats.quantized.pack` stores them.
     values: Slice
-    #: The place and shape of each other tensor of the layer, by the end of its name, such as "scale". In the graph's precision.
+    #: The place and shape of each other tensor of the layer (QuantizedWeight.tensors), by the end of its name, such as "scale".
     tensors: Mapping[str, tuple[Slice, tuple[int, ...]]]
 
 
@@ -144,12 +144,15 @@ class _Quantizer:
         parameter.data = self._rounded.keep(numbers.to(parameter.dtype))
         values = layer.rounded.values if linear or weight.transposed else layer.rounded.values.T
         tensors: dict[str, Array] = {"scale": layer.rounded.scales}
+        if layer.tensor_scale is not None:
+            tensors["tensor_scale"] = np.array(layer.tensor_scale)
         if layer.input_scale is not None:
-            tensors["input.scale"] = self._dtype.round(np.array(layer.input_scale, np.float32))
+            kind = WEIGHT_DTYPES[weight.tensors(self._dtype.name)["input.scale"]]
+            tensors["input.scale"] = kind.round(np.array(layer.input_scale, np.float32))
         rescaled = layer.factor is not None and name not in self._following.values()
         if layer.factor is not None and rescaled:
             # For products with the weight on the right, [..., in]; the others read [B, in, H, W] or [B, in, N].
-            right = linear or (weight.transposed and (weight.inputs or parameter.dim() == 2))
+            right = linear or (weight.transposed and (weight.on_the_right or parameter.dim() == 2))
             after = 0 if right else 2 if parameter.dim() == 4 else 1
             tensors["input.factor"] = self._dtype.round(layer.factor).reshape(-1, *[1] * after)
         if layer.branch is not None:
@@ -168,8 +171,12 @@ def compute_stored(
     """Make `module`, of `built`, compute as the ONNX file does: with rounded inputs, factors and branches."""
     forms = {}
     for name, place in stored.items():
-        dtype = module.get_parameter(name).dtype
-        tensors = {key: weights.read(where, dtype).view(shape) for key, (where, shape) in place.tensors.items()}
+        kinds = place.weight.tensors(str(module.get_parameter(name).dtype).removeprefix("torch."))
+        tensors = {
+            end: weights.read(where, getattr(torch, kinds[end])).view(shape)
+            for end, (where, shape) in place.tensors.items()
+            if kinds[end] != "fp8"  # scales of weights are in the module's numbers already
+        }
         weight = place.weight if round_inputs else replace(place.weight, inputs="")
-        forms[name] = product_form(weight, tensors)
+        forms[name] = product_form(weight, tensors, module.get_parameter(name).dtype)
     compute_quantized(module, {name: form for name, form in forms.items() if form is not None})

@@ -10,9 +10,10 @@ from sana_export.commands import repair_command
 from sana_export.formats.arrays import Float32
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.formats.onnx_weights import read_tensors
-from sana_export.formats.quantized import dequantize, scale_shape, spread, unpack
+from sana_export.formats.quantized import dequantize, spread, unpack
 from sana_export.known_files import check_known_files
 from sana_export.records import QuantizedWeight
+from sana_export.runtime.backends.quantized_weights import read_scales
 from sana_export.runtime.pipeline import SanaRuntime
 
 
@@ -52,14 +53,15 @@ class BundleWeights:
     def _dequantized(self, weight: QuantizedWeight, places: list[int], *, columns: bool) -> tuple[Float32, Float32]:
         """Rows [k, n] of a quantized weight, and the step of each number. Only these rows are dequantized."""
         values = unpack(self._tensors[f"{weight.name}.quantized"], weight.dtype, weight.shape)
-        stored = self._tensors[f"{weight.name}.scale"].view(self._dtype.numpy)
         # The scales' last axis is the output channels, with and without blocks.
-        scales = self._dtype.widen(stored).reshape(scale_shape(weight.shape, weight.axis, weight.block))[..., places]
+        scales = read_scales(self._tensors, weight, self._dtype)[..., places]
         values = values[:, places] if columns else values[places]
         numbers = dequantize(values, scales, weight.axis, weight.block)
         steps = np.broadcast_to(spread(scales, values.ndim, weight.axis, weight.block), numbers.shape)
         if weight.dtype == "fp8":  # three bits of mantissa, down to a least step
             steps = np.maximum(np.abs(numbers) * np.float32(2.0**-3), steps * np.float32(2.0**-9))
+        elif weight.dtype == "fp4":  # two numbers are at most 2 apart, from 4 to 6
+            steps = steps * np.float32(2)
         turned = (array.T if columns else array for array in (numbers, steps))
         first, second = (np.ascontiguousarray(array).reshape(len(places), -1) for array in turned)
         return first, second

@@ -26,6 +26,7 @@ from sana_export.installation import install_command
 from sana_export.known_files import check_known_files
 from sana_export.machine import find_cuda_error
 from sana_export.manifest import Manifest
+from sana_export.quantization import NO_KERNELS, SCHEMES, quantization_words
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session, check_options
 from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
 from sana_export.runtime.backends.onnxruntime_provider import (
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 _ERRORS_ONLY = 3
 #: The name of each device's memory arena in the run option that shrinks it.
 _ARENA = {"cpu": "cpu:0", "cuda": "gpu:{}"}
+#: The scheme that comes nearest to those whose type it has no kernels for.
+INSTEAD = "int4-weight"
 #: The keys of `backend_options`.
 OPTIONS = SESSION_OPTIONS, PROVIDER_OPTIONS_KEY = "session_options", "provider_options"
 #: Graphs whose memory is freed after each run: they run once per image and need more memory than the graphs after them.
@@ -137,6 +140,7 @@ class OnnxRuntimeBackend(Backend):
         self.device = DEVICES[self._provider.name]
         self._check_device()
         self._check_precision()
+        self._check_quantized()
         self.index = self._provider.number
         self._place = Place(self.device, self.index)
 
@@ -251,6 +255,18 @@ class OnnxRuntimeBackend(Backend):
                 found=f"a bundle in {precision}",
                 wanted=" or ".join(self._provider.precisions),
                 fix=export_command(self.bundle, self.manifest, precision="fp32"),
+            )
+
+    def _check_quantized(self) -> None:
+        """Raise ArtifactError if parts of the bundle are quantized to a type that ONNX Runtime has no kernels for."""
+        schemes = self.manifest.options.quantize
+        if missing := {part: name for part, name in schemes.items() if SCHEMES[name].weights == NO_KERNELS}:
+            others = export_command(self.bundle, self.manifest, quantize={**schemes, **dict.fromkeys(missing, INSTEAD)})
+            raise ArtifactError(
+                f"{self.bundle} cannot run on {self.name}, which has no kernels for {NO_KERNELS}",
+                found=quantization_words(missing),
+                wanted="another scheme, or another backend: TensorRT's engines, or torch, which computes with the same numbers",
+                fix=f"--backend torch, or {others}",
             )
 
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sana_export.formats.arrays import Float32
-from sana_export.formats.dtypes import WEIGHT_DTYPES
+import numpy as np
+
+from sana_export.formats.arrays import Bytes, Float32
+from sana_export.formats.dtypes import WEIGHT_DTYPES, DType
 from sana_export.formats.onnx_weights import read_tensors
-from sana_export.formats.quantized import as_used, dequantize, scale_shape, unpack
+from sana_export.formats.quantized import as_used, dequantize, scale_shape, unpack, widen_block_scales
 from sana_export.known_files import check_known_files
 from sana_export.manifest import GraphEntry, QuantizedWeight
 
@@ -22,7 +24,7 @@ class StoredLayer:
     weight: QuantizedWeight
     #: The numbers that its weight stands for, in the shape in which the graph uses it.
     numbers: Float32
-    #: Its other tensors, such as "input.scale", by the end of their names. Each is one row.
+    #: Its other tensors but the scales of its weight, such as "input.scale", by the end of their names. Each is one row.
     tensors: Mapping[str, Float32]
 
 
@@ -31,24 +33,28 @@ def read_quantized(
 ) -> Iterator[StoredLayer]:
     """The quantized layers of `graph`. `shapes` has the shape of each weight, by name.
 
-    Scales and other tensors are stored in `dtype`. Raises ArtifactError, with `fix`, for damaged files.
+    `dtype` is the graph's. Raises ArtifactError, with `fix`, for damaged files.
     """
     onnx, *data = check_known_files(bundle, graph.files, fix=fix)
     tensors, kind = read_tensors(onnx, data, fix=fix), WEIGHT_DTYPES[dtype]
     for weight in graph.quantized:
         values = unpack(tensors[f"{weight.name}.quantized"], weight.dtype, weight.shape)
-        own = {end: kind.widen(tensors[f"{weight.name}.{end}"].view(kind.numpy)) for end in ("scale", *layer_tensors(weight))}
-        scales = own["scale"].reshape(scale_shape(weight.shape, weight.axis, weight.block))
+        scales = read_scales(tensors, weight, kind)
         numbers = dequantize(values, scales, weight.axis, weight.block)
+        own = {
+            end: WEIGHT_DTYPES[own].widen(tensors[f"{weight.name}.{end}"].view(WEIGHT_DTYPES[own].numpy))
+            for end, own in weight.tensors(dtype).items()
+            if end not in ("scale", "tensor_scale")
+        }
         yield StoredLayer(weight, as_used(numbers, weight.transposed, shapes[weight.name]), own)
 
 
-def layer_tensors(weight: QuantizedWeight) -> tuple[str, ...]:
-    """The ends of the names of the tensors that the layer has besides its weight."""
-    present = {
-        "input.scale": weight.inputs,
-        "input.factor": weight.rescaled,
-        "low_rank.down": weight.rank,
-        "low_rank.up": weight.rank,
-    }
-    return tuple(end for end, there in present.items() if there)
+def read_scales(tensors: Mapping[str, Bytes], weight: QuantizedWeight, dtype: DType) -> Float32:
+    """The scales of `weight` in a graph of `dtype`, of whose files `tensors` are the initializers."""
+    stored = tensors[f"{weight.name}.scale"]
+    if weight.dtype == "fp4":
+        tensor_scale = tensors[f"{weight.name}.tensor_scale"].view("<f4")[0]
+        scales = widen_block_scales(stored.view(np.int8), tensor_scale, dtype)
+    else:
+        scales = dtype.widen(stored.view(dtype.numpy))
+    return scales.reshape(scale_shape(weight.shape, weight.axis, weight.block))

@@ -239,8 +239,8 @@ def stored_graph(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, g
         for layer in read_quantized(bundle, entry, manifest.options.dtype, shapes, fix=fix):
             name, parameter = layer.weight.name, parameters[layer.weight.name]
             parameter.data.copy_(torch.from_numpy(layer.numbers))
-            tensors = {end: torch.from_numpy(np.array(values)).to(parameter.dtype) for end, values in layer.tensors.items()}
-            if (form := product_form(layer.weight, tensors)) is not None:
+            tensors = {end: torch.from_numpy(np.array(values)) for end, values in layer.tensors.items()}
+            if (form := product_form(layer.weight, tensors, parameter.dtype)) is not None:
                 forms[name] = form
         compute_quantized(module, forms)
     return module

@@ -60,7 +60,7 @@ def test_the_later_inputs_minimize_the_error(bits: int, block: int, monkeypatch:
     monkeypatch.setattr(f"{MODULE}.DAMPINGS", (DAMPING,))
     monkeypatch.setattr(f"{MODULE}._COLUMNS", 16)  # several pieces, the last one shorter
     weight, rows, _ = layer(3 * BATCH // 2, 40, 500)
-    rounded = round_with_compensation(weight, rows, bits, block, DTYPE)
+    rounded = round_with_compensation(weight, rows, f"int{bits}", block, DTYPE)
     moments = second_moments(rows)
     np.fill_diagonal(moments, np.where(moments.diagonal() > 0, moments.diagonal() * (1 + DAMPING), 1.0))
     scales = spread(DTYPE.widen(rounded.scales), 2, 0 if block else 1, block) * np.ones_like(weight)
@@ -68,7 +68,7 @@ def test_the_later_inputs_minimize_the_error(bits: int, block: int, monkeypatch:
     assert (rounded.numbers == rounded.values * scales).all()
     # Rounding of float32 decides a few ties the other way, and a different integer changes what follows in its channel.
     assert (rounded.values == wanted).mean() > 0.99
-    nearest = round_to_nearest(weight, bits, 0 if block else 1, block, DTYPE)
+    nearest = round_to_nearest(weight, f"int{bits}", 0 if block else 1, block, DTYPE)
     assert (nearest.values == wanted).mean() < 0.9
 
 
@@ -77,9 +77,11 @@ def test_the_error_on_unseen_rows_falls(bits: int, block: int) -> None:
     weight, rows, fresh = layer(256, 128, 1024)
     fresh[:, 3] = 0
     axis = 0 if block else 1
-    compensated = error(weight, round_with_compensation(weight, rows, bits, block, DTYPE).numbers, fresh).sum()
-    nearest = error(weight, round_to_nearest(weight, bits, axis, block, DTYPE).numbers, fresh).sum()
-    searched = error(weight, round_with_search(weight, bits, axis, block, DTYPE, np.square(rows).mean(axis=0)).numbers, fresh).sum()
+    compensated = error(weight, round_with_compensation(weight, rows, f"int{bits}", block, DTYPE).numbers, fresh).sum()
+    nearest = error(weight, round_to_nearest(weight, f"int{bits}", axis, block, DTYPE).numbers, fresh).sum()
+    searched = error(
+        weight, round_with_search(weight, f"int{bits}", axis, block, DTYPE, np.square(rows).mean(axis=0)).numbers, fresh
+    ).sum()
     assert compensated < nearest / 6
     assert compensated < searched / 2.5
 
@@ -89,16 +91,16 @@ def test_no_output_channel_is_worse_than_rounded_to_nearest(bits: int, block: in
     """With fewer rows than inputs, and independent ones, there is little to gain."""
     random = np.random.default_rng(5)
     weight, rows = random.standard_normal((128, 300)).astype(np.float32), random.standard_normal((16, 128)).astype(np.float32)
-    nearest = error(weight, round_to_nearest(weight, bits, 0 if block else 1, block, DTYPE).numbers, rows)
-    compensated = error(weight, round_with_compensation(weight, rows, bits, block, DTYPE).numbers, rows)
+    nearest = error(weight, round_to_nearest(weight, f"int{bits}", 0 if block else 1, block, DTYPE).numbers, rows)
+    compensated = error(weight, round_with_compensation(weight, rows, f"int{bits}", block, DTYPE).numbers, rows)
     assert (compensated <= nearest * (1 + 1e-5)).all()
 
 
 def test_an_output_channel_that_gets_worse_is_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, rows, _ = layer(64, 30, 200)
     monkeypatch.setattr(f"{MODULE}.search_scales", lambda *_: np.full((2, 30), 1e3, np.float16))
-    nearest = round_to_nearest(weight, 4, 0, 32, DTYPE)
-    rounded = round_with_compensation(weight, rows, 4, 32, DTYPE)
+    nearest = round_to_nearest(weight, "int4", 0, 32, DTYPE)
+    rounded = round_with_compensation(weight, rows, "int4", 32, DTYPE)
     assert (rounded.values == nearest.values).all()
     assert (rounded.scales == nearest.scales).all()
     assert (rounded.numbers == nearest.numbers).all()
@@ -116,23 +118,25 @@ def test_the_last_rows_choose_the_damping(bits: int, block: int, monkeypatch: py
     for damping in (0.1, 10.0):
         monkeypatch.setattr(f"{MODULE}.DAMPINGS", (damping,))
         errors[damping] = {
-            kind: error(weight, round_with_compensation(weight, sample[:1024], bits, block, DTYPE).numbers, sample[1024:]).sum()
+            kind: error(
+                weight, round_with_compensation(weight, sample[:1024], f"int{bits}", block, DTYPE).numbers, sample[1024:]
+            ).sum()
             for kind, sample in samples.items()
         }
     assert errors[0.1]["alike"] < errors[10.0]["alike"]
     assert errors[10.0]["chance"] < errors[0.1]["chance"]
     for kind, damping in (("alike", 0.1), ("chance", 10.0)):
         monkeypatch.setattr(f"{MODULE}.DAMPINGS", (damping,))
-        wanted = round_with_compensation(weight, samples[kind], bits, block, DTYPE)
+        wanted = round_with_compensation(weight, samples[kind], f"int{bits}", block, DTYPE)
         monkeypatch.setattr(f"{MODULE}.DAMPINGS", (0.1, 10.0))
-        assert (round_with_compensation(weight, samples[kind], bits, block, DTYPE).values == wanted.values).all(), kind
+        assert (round_with_compensation(weight, samples[kind], f"int{bits}", block, DTYPE).values == wanted.values).all(), kind
 
 
 def test_inputs_that_the_sample_does_not_show_are_rounded_to_nearest() -> None:
     weight, rows, _ = layer(64, 30, 200)
-    rounded = round_with_compensation(weight, rows, 8, 0, DTYPE)
+    rounded = round_with_compensation(weight, rows, "int8", 0, DTYPE)
     assert np.abs(rounded.numbers[3] - weight[3]).max() <= DTYPE.widen(rounded.scales).max() * 0.501
-    silent = round_with_compensation(weight, np.zeros_like(rows), 8, 0, DTYPE)
+    silent = round_with_compensation(weight, np.zeros_like(rows), "int8", 0, DTYPE)
     assert (np.abs(silent.numbers - weight) <= DTYPE.widen(silent.scales) * 0.501).mean() > 0.99
 
 

@@ -52,7 +52,7 @@ def test_the_rest_has_a_smaller_error_in_4_bits() -> None:
     for name, sample in (("none", None), ("plain", None), ("weighed", rows)):
         down, up = low_rank_branch(weight, sample, 16)
         branch = np.zeros_like(weight) if name == "none" else down @ up
-        numbers = branch + round_to_nearest(weight - branch, 4, 0, 32, dtype).numbers
+        numbers = branch + round_to_nearest(weight - branch, "int4", 0, 32, dtype).numbers
         errors[name] = np.square(rows @ (numbers - weight)).sum()
     assert errors["plain"] < errors["none"] / 2
     assert errors["weighed"] < errors["plain"] / 3

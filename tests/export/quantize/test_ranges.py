@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sana_export.export.quantize.ranges import METHODS, SHARES, activation_scale, input_importance, quantized, round_fp8
+from sana_export.export.quantize.grids import round_fp8
+from sana_export.export.quantize.ranges import METHODS, SHARES, activation_scale, input_importance, quantized
 
 FP8_MOST = 448.0
 

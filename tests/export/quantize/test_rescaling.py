@@ -29,11 +29,11 @@ def int8_rows(inputs: np.ndarray, maximum: np.ndarray) -> np.ndarray:
 
 
 def int8_weight(weight: np.ndarray) -> np.ndarray:
-    return round_to_nearest(weight, 8, 1, 0, DTYPE).numbers
+    return round_to_nearest(weight, "int8", 1, 0, DTYPE).numbers
 
 
 def int4_weight(weight: np.ndarray) -> np.ndarray:
-    return round_to_nearest(weight, 4, 0, 32, DTYPE).numbers
+    return round_to_nearest(weight, "int4", 0, 32, DTYPE).numbers
 
 
 def same_weight(weight: np.ndarray) -> np.ndarray:

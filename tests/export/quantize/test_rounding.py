@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from sana_export.export.quantize.rounding import SHARES, round_to_fp8, round_to_nearest, round_with_search
+from sana_export.export.quantize.grids import GRIDS
+from sana_export.export.quantize.rounding import round_to_nearest, round_with_search
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 
 FINEST = {"float32": np.finfo(np.float32).smallest_subnormal, "float16": 2.0**-24, "bfloat16": 2.0**-133}
@@ -29,7 +30,7 @@ def test_each_weight_is_rounded_to_the_nearest_multiple(
     dtype: str, bits: int, shape: tuple[int, ...], axis: int, block: int
 ) -> None:
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    rounded = round_to_nearest(weight, bits, axis, block, WEIGHT_DTYPES[dtype])
+    rounded = round_to_nearest(weight, f"int{bits}", axis, block, WEIGHT_DTYPES[dtype])
     scales, most = WEIGHT_DTYPES[dtype].widen(rounded.scales).ravel(), 2 ** (bits - 1) - 1
     parts = [groups(array, axis, block) for array in (weight, rounded.values, rounded.numbers)]
     assert len(scales) == len(parts[0])
@@ -48,14 +49,14 @@ def test_each_weight_is_rounded_to_the_nearest_multiple(
 )
 def test_a_scale_among_the_smallest_numbers_is_not_too_small(dtype: str, largest: float) -> None:
     weight = np.full((1, 4), largest * FINEST[dtype] * 127, np.float64).astype(np.float32)
-    rounded = round_to_nearest(weight, 8, 0, 0, WEIGHT_DTYPES[dtype])
+    rounded = round_to_nearest(weight, "int8", 0, 0, WEIGHT_DTYPES[dtype])
     scale = WEIGHT_DTYPES[dtype].widen(rounded.scales)[0]
     assert scale >= FINEST[dtype]
     assert abs(rounded.numbers[0, 0] - weight[0, 0]) <= scale * 0.5000001
 
 
 def test_rows_of_zeros_stay_zeros() -> None:
-    rounded = round_to_nearest(np.zeros((2, 32), np.float32), 8, 0, 0, WEIGHT_DTYPES["float16"])
+    rounded = round_to_nearest(np.zeros((2, 32), np.float32), "int8", 0, 0, WEIGHT_DTYPES["float16"])
     assert not rounded.values.any()
     assert (rounded.scales == 1).all()
 
@@ -74,13 +75,13 @@ def test_a_search_finds_the_scale_with_the_least_error(
     random = np.random.default_rng(1)
     weight = random.standard_t(3, (inputs, 20)).astype(np.float32)
     importance = np.exp(2 * random.standard_normal(inputs)).astype(np.float32)
-    rounded = round_with_search(weight, bits, axis, block, WEIGHT_DTYPES[dtype], importance)
+    rounded = round_with_search(weight, f"int{bits}", axis, block, WEIGHT_DTYPES[dtype], importance)
     most = 2 ** (bits - 1) - 1
     scales = WEIGHT_DTYPES[dtype].widen(rounded.scales).ravel()
     every = np.broadcast_to(importance[:, None], weight.shape)
     parts = [groups(array, axis, block) for array in (weight, rounded.numbers, every)]
     for scale, own, numbers, weigh in zip(scales, *parts, strict=True):
-        exact = np.array([np.abs(own).max() * share / most for share in SHARES], np.float32)
+        exact = np.array([np.abs(own).max() * share / most for share in GRIDS["int8"].shares], np.float32)
         tried = WEIGHT_DTYPES[dtype].widen(WEIGHT_DTYPES[dtype].round(exact))
         errors = [(weigh * (np.rint(own / one).clip(-most, most) * one - own) ** 2).sum(dtype=np.float64) for one in tried]
         assert (weigh * (numbers - own) ** 2).sum(dtype=np.float64) <= min(errors) * (1 + 1e-5)
@@ -96,10 +97,10 @@ def test_a_search_lowers_the_error_of_the_outputs(bits: int, inputs: int, axis: 
     rows = (random.standard_normal((400, inputs)) * np.exp(1.5 * random.standard_normal(inputs))).astype(np.float32)
     importance = np.square(rows).mean(axis=0)
     dtype = WEIGHT_DTYPES["float16"]
-    nearest = round_to_nearest(weight, bits, axis, block, dtype)
-    plain = round_with_search(weight, bits, axis, block, dtype)
-    weighed = round_with_search(weight, bits, axis, block, dtype, importance)
-    same = round_with_search(weight, bits, axis, block, dtype, np.ones(inputs, np.float32))
+    nearest = round_to_nearest(weight, f"int{bits}", axis, block, dtype)
+    plain = round_with_search(weight, f"int{bits}", axis, block, dtype)
+    weighed = round_with_search(weight, f"int{bits}", axis, block, dtype, importance)
+    same = round_with_search(weight, f"int{bits}", axis, block, dtype, np.ones(inputs, np.float32))
     assert (same.values == plain.values).all()
     changes = [np.square(one.numbers - weight).sum() for one in (plain, nearest)]
     assert changes[0] <= (0.97 if bits == 4 else 1.0) * changes[1]
@@ -111,12 +112,12 @@ def test_a_search_keeps_zeros_and_works_with_any_unit() -> None:
     dtype = WEIGHT_DTYPES["float32"]
     weight = np.random.default_rng(3).standard_normal((64, 8)).astype(np.float32)
     weight[:32, 2] = 0
-    plain = round_with_search(weight, 4, 0, 32, dtype, np.full(64, 1e-35, np.float32))
-    large = round_with_search(weight * np.float32(2.0**100), 4, 0, 32, dtype, np.full(64, 1e35, np.float32))
+    plain = round_with_search(weight, "int4", 0, 32, dtype, np.full(64, 1e-35, np.float32))
+    large = round_with_search(weight * np.float32(2.0**100), "int4", 0, 32, dtype, np.full(64, 1e35, np.float32))
     assert (plain.values == large.values).all()
     assert not plain.values[:32, 2].any()
     assert plain.scales[0, 2] == 1
-    assert round_with_search(weight, 4, 0, 32, dtype, np.zeros(64, np.float32)).scales.all()
+    assert round_with_search(weight, "int4", 0, 32, dtype, np.zeros(64, np.float32)).scales.all()
 
 
 @pytest.mark.parametrize("name", ["float16", "float32", "bfloat16"])
@@ -126,7 +127,7 @@ def test_fp8_scales_fit_channels_of_every_size(name: str) -> None:
         [0, 1e-6, 1e-5, 3e-5, 1, 100], np.float32
     )
     weight[0] = 0
-    rounded = round_to_fp8(weight, dtype)
+    rounded = round_to_nearest(weight, "fp8", 1, 0, dtype)
     assert np.isfinite(rounded.numbers).all()
     error = np.abs(rounded.numbers - weight).max(axis=0)
     scales = dtype.widen(rounded.scales)
