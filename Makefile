@@ -48,7 +48,7 @@ setup: $(STAMP) ## create the virtual environment with the tested versions
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[cpu,export,hub,optimum,tensorrt-rtx,bench,dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[cpu,export,hub,optimum,tensorrt-rtx,bench,serve,dev]"
 	@touch $@
 
 engines: $(STAMP) ## run a recipe: export, build, verify, sample, bench (RECIPE=engines/tiny.toml)

@@ -24,6 +24,8 @@ from sana_export.serve.previews import preview_callback
 from sana_export.serve.queue import FairQueue, Ticket
 
 LOG = logging.getLogger(__name__)
+#: Warns about prompts that are too long, with their last words.
+PROMPT_LOG = logging.getLogger("sana_export.runtime.prompt")
 #: The weight of the last batch in the average of seconds for an image.
 _NEWEST = 0.2
 #: How long the end of a step is waited for when the server ends.
@@ -74,6 +76,8 @@ class DrawingThread:
         self.seconds_per_image = 1.0
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="sana-export-draw", daemon=True)
+        if not config.log_prompts:
+            PROMPT_LOG.addFilter(self._shows)
         self._thread.start()
 
     @property
@@ -88,7 +92,14 @@ class DrawingThread:
         seconds = 0.0 if self._stopping else STEP_SECONDS
         self._stopping = True
         self._thread.join(seconds)
-        return not self._thread.is_alive()
+        if self._thread.is_alive():
+            return False
+        PROMPT_LOG.removeFilter(self._shows)
+        return True
+
+    def _shows(self, record: logging.LogRecord) -> bool:
+        """Whether a record of `PROMPT_LOG` is logged: those of this thread are not."""
+        return record.thread != self._thread.ident
 
     def _work(self) -> None:
         queue = self._config.queue

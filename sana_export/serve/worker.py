@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,7 @@ class LocalEngine:
         self._encoders = ThreadPoolExecutor(ENCODERS, "sana-export-encode")
         self._drawing = DrawingThread(config, self._queue, self._store, self._filters, self._encoders)
         self._draining = False
-        self._jobs = 0
+        self._jobs, self._closing = 0, threading.Lock()
         self._idle = asyncio.Event()
 
     def load(self) -> None:
@@ -113,13 +114,14 @@ class LocalEngine:
         self._refuse(self._queue.close())
         for ticket in running:
             ticket.payload.post(_ending())
-        stopped = self._drawing.stop()
-        for pool in (self._readers, self._encoders):
-            pool.shutdown(cancel_futures=True)
-        if stopped:
-            self._store.close()
-        else:
-            LOG.error("a step does not end: the models are not closed")
+        with self._closing:  # from the thread that stops requests, and from the one that ends the process
+            stopped = self._drawing.stop()
+            for pool in (self._readers, self._encoders):
+                pool.shutdown(cancel_futures=True)
+            if stopped:
+                self._store.close()
+            else:
+                LOG.error("a step does not end: the models are not closed")
 
     def _refuse(self, tickets: Iterable[Ticket[ImageTask]]) -> None:
         for ticket in tickets:

@@ -130,6 +130,12 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
         client.images.generate(prompt="a", extra_headers={"X-Request-Timeout": "0.01"})
 
 
+def test_a_prompt_that_is_too_long_is_not_in_the_log(client: openai.OpenAI, caplog: pytest.LogCaptureFixture) -> None:
+    assert client.images.generate(prompt="word " * 700 + "secret", extra_body=STEPS).data
+    assert "secret" not in caplog.text
+    assert "word" not in caplog.text
+
+
 def test_a_bundle_that_is_damaged_while_it_is_served(tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, bundle)
