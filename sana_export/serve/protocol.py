@@ -20,6 +20,8 @@ from sana_export.serve.errors import Refusal, answer
 #: Seconds for which a refused client may go on sending before the connection is closed. Closing at once would make the network
 #: drop the error before the client reads it.
 _LINGER_SECONDS = 1.0
+#: Connections beyond the limit that get an error before they are closed. Others are closed at once.
+_SURPLUS = 64
 
 
 def protocol_class(limits: RequestLimits) -> type[H11Protocol]:
@@ -45,7 +47,7 @@ class LimitedConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         most = self.limits_of_server.connections
-        if len(self.connections) > 2 * most:
+        if len(self.connections) > most + _SURPLUS:
             transport.abort()
         self.surplus = len(self.connections) > most
         self.watch_head()

@@ -21,6 +21,8 @@ from sana_export.serve.security import LOOPBACK
 from sana_export.serve.worker import LocalEngine
 
 LOG = logging.getLogger(__name__)
+#: Connections that the system keeps until they are accepted; all of them may be accepted at once, beyond the limit.
+_BACKLOG = 256
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -68,7 +70,7 @@ def listening(config: ServeConfig) -> Iterator[socket.socket]:
     """The socket of the server. Raises DependencyError if the address cannot be used."""
     try:
         family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=2048)
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         raise DependencyError(
             f"the server cannot listen on {config.host}, port {config.port}",
@@ -87,6 +89,7 @@ def server_settings(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
         http=protocol_class(config.limits),
         host=config.host,
         port=config.port,
+        backlog=_BACKLOG,
         ws="none",
         h11_max_incomplete_event_size=config.limits.head_bytes,
         log_config=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -135,3 +136,22 @@ def test_a_client_that_reads_slowly_is_not(engine: StandInEngine) -> None:
             time.sleep(0.03)
         assert received > 12_000_000
         assert time.monotonic() - started > 2 * LIMITS.read_seconds
+
+
+def test_a_storm_of_clients_that_leave_at_once_keeps_nothing(engine: StandInEngine) -> None:
+    body = b'{"prompt":"a"}'
+    request = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    waiting = StandInEngine()
+    waiting.endless = True
+    with running(waiting, replace(CONFIG, limits=replace(LIMITS, connections=100))) as address:
+        port = int(address.rpartition(":")[2])
+        for _ in range(300):
+            with connected(port) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
+                client.sendall(request)
+        wait_for(lambda: len(waiting.left) == len(waiting.jobs))
+        waiting.endless = False
+        with connected(port) as client:
+            client.sendall(request)
+            assert b"200 OK" in client.recv(65536)
+    assert len(waiting.jobs) > 1

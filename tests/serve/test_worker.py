@@ -345,7 +345,7 @@ def test_filters_see_prompts_before_and_images_after(served: Served) -> None:
 def test_a_long_life_keeps_nothing(served: Served) -> None:
     def alive() -> int:
         gc.collect()
-        return sum(isinstance(each, ImageJob | Partial | Finished) for each in gc.get_objects())
+        return sum(type(each) in (ImageJob, Partial, Finished) for each in gc.get_objects())
 
     async def scene(engine: LocalEngine, runtime: StandInRuntime) -> None:
         before = alive()
