@@ -74,7 +74,7 @@ test-browser: $(DEV) ## draw with examples/javascript in headless Chromium (need
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_example_javascript.py
 
 fuzz: $(DEV) ## run the property-based tests with many new inputs (FUZZ_INPUTS=2000 for each test)
-	SANA_EXPORT_FUZZ=$(FUZZ_INPUTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(TEST_FLAGS) tests/fuzz
+	SANA_EXPORT_FUZZ=$(FUZZ_INPUTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(TEST_FLAGS) tests/fuzz tests/serve/test_openapi.py
 
 test-lowest: $(LOWEST)/.installed ## run the tests of sampling and of engine builds with the lowest versions that are allowed
 	$(call runtime-tests,$(LOWEST))

@@ -29,7 +29,7 @@ import psutil
 
 from benchmarks.serve.pictures import Rate, References
 from benchmarks.serve.report import conditions, summary, table
-from benchmarks.serve.server import ServerProcess, cpu_seconds, resident_mib, words_of
+from benchmarks.serve.server import ServerProcess, cpu_seconds, resident_mib, waited_seconds, words_of
 from benchmarks.serve.traffic import WAYS, Client, Outcome
 
 #: Shares of the kinds of requests.
@@ -105,6 +105,11 @@ async def sampled(process: psutil.Process | None, since: float) -> AsyncIterator
         task.cancel()
 
 
+def usage(process: psutil.Process | None) -> tuple[float, float]:
+    """Processor time of a server, and how long its thread that draws had to wait for a processor."""
+    return (cpu_seconds(process), waited_seconds(process.pid)) if process else (0.0, 0.0)
+
+
 async def measured(
     load: Load, rounds: int, seconds: float, batch: int, client: Client, process: psutil.Process | None
 ) -> list[Round]:
@@ -114,13 +119,10 @@ async def measured(
     for _ in range(rounds):
         bare = await asyncio.to_thread(client.references.bare, share, batch, STREAMED)
         async with sampled(process, since) as memory:
-            start, cpu = perf_counter(), cpu_seconds(process) if process else 0.0
+            start, used = perf_counter(), usage(process)
             outcomes = await offered(load, share, rng, client)
-            served = Rate(
-                sum(outcome.images for outcome in outcomes),
-                perf_counter() - start,
-                cpu_seconds(process) - cpu if process else 0.0,
-            )
+            cpu, waited = (after - before for after, before in zip(usage(process), used, strict=True))
+            served = Rate(sum(outcome.images for outcome in outcomes), perf_counter() - start, cpu, waited)
         done.append(Round(bare, served, outcomes, memory))
     return done
 

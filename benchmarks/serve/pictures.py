@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from time import perf_counter, process_time
 import numpy as np
 from PIL import Image
 
+from benchmarks.serve.server import waited_seconds
 from sana_export import Request, SanaRuntime
 from sana_export.formats.arrays import Array
 
@@ -54,6 +57,8 @@ class Rate:
     seconds: float
     #: Processor time of the process that draws.
     cpu_seconds: float
+    #: How long the thread that draws was ready, but other programs had the processors.
+    waited: float = 0.0
 
 
 class References:
@@ -102,7 +107,8 @@ class References:
 
         batch: the most images that are drawn together. alone: the share of the requests whose images are drawn one by one.
         """
-        images, start, cpu = 0, perf_counter(), process_time()
+        own = os.getpid(), threading.get_native_id()
+        images, start, cpu, waited = 0, perf_counter(), process_time(), waited_seconds(*own)
         items, owed = itertools.cycle(self.drawn), 0.0
         while perf_counter() < start + seconds:
             chosen = list(itertools.islice(items, 2 * batch))
@@ -111,7 +117,7 @@ class References:
             for part, size in ((single, 1), (chosen[len(single) :], batch)):
                 requests = [self._request(item, item.seed + offset) for item in part for offset in range(item.images)]
                 images += sum(1 for _ in self._runtime.generate_many(requests, batch_size=size))
-        return Rate(images, perf_counter() - start, process_time() - cpu)
+        return Rate(images, perf_counter() - start, process_time() - cpu, waited_seconds(*own) - waited)
 
 
 def _same(pixels: Array, other: Array, most: int) -> bool:

@@ -46,6 +46,7 @@ def summary(
         "images_per_second": _total(rates, 1, lambda rate: rate.seconds, inverse=True),
         "bare_images_per_second": _total(rates, 0, lambda rate: rate.seconds, inverse=True),
         "throughput_ratio": statistics.median(_speed(served) / _speed(bare) for bare, served in rates),
+        "undisturbed_ratio": statistics.median(_undisturbed(served) / _undisturbed(bare) for bare, served in rates),
         "cpu_ms_per_image": _total(rates, 1, lambda rate: 1000 * rate.cpu_seconds),
         "bare_cpu_ms_per_image": _total(rates, 0, lambda rate: 1000 * rate.cpu_seconds),
         "p50_seconds": quantile(seconds, 0.5),
@@ -68,6 +69,11 @@ def quantile(ordered: Sequence[float], share: float) -> float | None:
 
 def _speed(rate: Rate) -> float:
     return rate.images / rate.seconds
+
+
+def _undisturbed(rate: Rate) -> float:
+    """Without the time in which other programs kept the thread that draws from going on. What they cost other threads is in it."""
+    return rate.images / (rate.seconds - rate.waited)
 
 
 def _total(
@@ -108,6 +114,7 @@ COLUMNS: Mapping[str, Callable[[dict[str, Any], dict[str, Any]], str]] = {
     "images/s": lambda c, s: _number(s["images_per_second"]),
     "bare": lambda c, s: _number(s["bare_images_per_second"]),
     "of bare": lambda c, s: _number(s["throughput_ratio"], ".0%"),
+    "undisturbed": lambda c, s: _number(s["undisturbed_ratio"], ".0%"),
     "CPU ms/image": lambda c, s: _number(s["cpu_ms_per_image"], ".1f"),
     "bare CPU": lambda c, s: _number(s["bare_cpu_ms_per_image"], ".1f"),
     "p50 s": lambda c, s: _number(s["p50_seconds"]),

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -104,6 +105,20 @@ def cpu_seconds(process: psutil.Process) -> float:
     """Processor time of a process so far."""
     times = process.cpu_times()
     return float(times.user + times.system)
+
+
+def waited_seconds(pid: int, thread: int | None = None) -> float:
+    """How long a thread was ready but other programs had the processors, so far, as Linux counts it. 0 on other systems.
+
+    Without `thread`, that of the process which has computed the most: in a server, the one that draws.
+    """
+    tasks = Path(f"/proc/{pid}/task")
+    found: list[tuple[int, int]] = []
+    for task in tasks.glob("*" if thread is None else str(thread)):
+        with suppress(OSError):  # it has ended
+            computed, waited, _ = map(int, (task / "schedstat").read_text().split())
+            found.append((computed, waited))
+    return max(found, default=(0, 0))[1] / 1e9
 
 
 def resident_mib(process: psutil.Process) -> float:

@@ -60,16 +60,16 @@ MALFORMED: Mapping[str, tuple[bytes, tuple[int, ...]]] = {
     "10,000 nested lists": (_post(b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"), (400,)),
     "a JSON document of 1 MiB": (_post(b'{"prompt": "' + b"x" * 2**20 + b'"}'), (413,)),
     "a body that claims 10 GiB": (_post(b'{"prompt": "x"}', length=10 * 2**30), (413,)),
-    "a text": (_post(b"prompt=x", content_type="text/plain"), (400, 415)),
-    "a form": (_post(b"prompt=x", content_type="application/x-www-form-urlencoded"), (400, 415)),
-    "a header of 1 MiB": (_post(b"{}", f"X-Long: {'y' * 2**20}"), (400, 431)),
-    "5000 headers": (_post(b"{}", *(f"X-{number}: y" for number in range(5000))), (400, 431)),
+    "a text": (_post(b"prompt=x", content_type="text/plain"), (415,)),
+    "a form": (_post(b"prompt=x", content_type="application/x-www-form-urlencoded"), (415,)),
+    "a header of 1 MiB": (_post(b"{}", f"X-Long: {'y' * 2**20}"), (431,)),
+    "5000 headers": (_post(b"{}", *(f"X-{number}: y" for number in range(5000))), (431,)),
     "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 a TLS hello\r\n\r\n", (400,)),
     "a wrong length in chunks": (
         _head("POST", "Content-Type: application/json", "Transfer-Encoding: chunked") + b"zz\r\n{}\r\n",
         (400,),
     ),
-    "a method that no route has": (_head("BREW"), (400, 405)),
+    "a method that no route has": (_head("BREW"), (405,)),
 }
 
 

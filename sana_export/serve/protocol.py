@@ -64,12 +64,20 @@ class LimitedConnection(H11Protocol):
         if self.surplus:
             self.refuse(Refusal("too_many_connections", "the server has too many open connections"))
             return
+        if self.reading_head and len(data.partition(b"\r\n\r\n")[0]) > self.limits_of_server.head_bytes:
+            self.head_too_large()  # h11 limits only heads that come in parts
+            return
         super().data_received(data)
         self.watch_head()
 
+    @property
+    def reading_head(self) -> bool:
+        """Whether the next bytes belong to the head of a request."""
+        return self.cycle is None or self.cycle.response_complete
+
     def watch_head(self) -> None:
         """Wait for the head of a request for a while only."""
-        reading = self.cycle is None or self.cycle.response_complete
+        reading = self.reading_head
         if reading and self.waiting_for_head is None:
             self.waiting_for_head = self.loop.call_later(self.limits_of_server.head_seconds, self.head_missing)
         elif not reading and self.waiting_for_head is not None:
@@ -79,15 +87,18 @@ class LimitedConnection(H11Protocol):
     def head_missing(self) -> None:
         """The head did not come in time."""
         self.waiting_for_head = None
-        if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+        if not self.transport.is_closing() and self.reading_head:
             self.refuse(Refusal("request_timeout", "the head of the request did not arrive in time"))
 
     def send_400_response(self, msg: str) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
-            self.refuse(Refusal("headers_too_large", f"the head has more than {self.limits_of_server.head_bytes} bytes"))
+            self.head_too_large()
         else:
             self.refuse(Refusal("invalid_http", "this is not a valid HTTP/1.1 request"))
+
+    def head_too_large(self) -> None:
+        self.refuse(Refusal("headers_too_large", f"the head has more than {self.limits_of_server.head_bytes} bytes"))
 
     def refuse(self, refusal: Refusal) -> None:
         """Send an error, unless an answer has begun, and close the connection after a moment."""
