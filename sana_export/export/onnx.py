@@ -23,6 +23,7 @@ from sana_export.errors import ParityError
 from sana_export.export.evaluator import StorageEvaluator
 from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, AxisSizes, random_inputs
 from sana_export.export.half import WideProducts
+from sana_export.export.mapped_pages import returning_pages
 from sana_export.export.optimize import optimize
 from sana_export.export.parity import compare_tensors
 from sana_export.export.quantize.graph import insert_dequantize
@@ -172,7 +173,8 @@ def check_values(path: Path, spec: GraphSpec, examples: Iterable[Example], preci
     """
     evaluator, least = StorageEvaluator(path, round_inputs=round_inputs), 1.0
     for example in examples:
-        found = evaluator.run({name: to_numpy(value) for name, value in example.inputs.items()})
+        with returning_pages(path.parent):
+            found = evaluator.run({name: to_numpy(value) for name, value in example.inputs.items()})
         for tensor, wanted in zip(spec.outputs, example.outputs, strict=True):
             name = f"{spec.name}.{tensor.name}"
             parity = compare_tensors(name, found[tensor.name], to_numpy(wanted), precision, rounded_inputs=evaluator.rounds_inputs)
