@@ -1,8 +1,8 @@
 """Returns what was read of mapped files to the system while it is still being read.
 
-Linux counts the pages that a process has read of a mapped file as that process's memory until memory is short. A check of an export
-reads every weight once, so its memory would grow by the whole file. Such pages are copies of the file: returned, they are read again
-if they are needed.
+Linux counts the pages that a process has read of a mapped file as that process's memory until memory is short. A check of an
+export reads every weight once, so its memory would grow by the whole file. Such pages are copies of the file: returned, they are
+read again if they are needed.
 """
 
 from __future__ import annotations

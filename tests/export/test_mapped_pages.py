@@ -21,10 +21,8 @@ SIZE = 32 << 20
 def resident(path):
     """The bytes of the maps of `path` that are in this process's memory."""
     parts = re.split(r"^([0-9a-f]+-[0-9a-f]+ .*)$", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
-    sizes = (
-        re.search(r"^Rss:\s*(\d+) kB", body, re.MULTILINE) for head, body in zip(parts[1::2], parts[2::2]) if str(path) in head
-    )
-    return sum(int(size[1]) << 10 for size in sizes)
+    bodies = (body for head, body in zip(parts[1::2], parts[2::2], strict=True) if str(path) in head)
+    return sum(int(re.search(r"^Rss:\s*(\d+) kB", body, re.MULTILINE)[1]) << 10 for body in bodies)
 
 
 @pytest.fixture
