@@ -109,7 +109,7 @@ class VaeDecoderTail(nn.Module):
         band, features are those of whole latents.
         """
         stages = list(self.stages)
-        last = max((index for index, stage in enumerate(stages) if len(stage)), default=0)
+        last = max((index for index, stage in enumerate(stages) if list(stage.children())), default=0)
         layers = [*(layer for stage in stages[last:] for layer in stage.modules()), *self.conv_out.modules()]
         factor, halo = 2 ** sum(isinstance(layer, Upsample | PixelShuffle) for layer in layers), reach(layers)
         x = _run(stages[:last], features)
