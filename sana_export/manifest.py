@@ -23,7 +23,7 @@ from sana_export.files import FileEntry, check_inside, write_whole
 from sana_export.formats.recognize import not_what_was_wanted, recognize
 from sana_export.hub.names import may_be_hub_id
 from sana_export.json_records import record_from_json
-from sana_export.quantization import PARTS, SCHEMES
+from sana_export.quantization import PARTS, SCHEMES, portable_targets
 from sana_export.quantization_method import parse_method
 from sana_export.records import (
     PRECISIONS,
@@ -284,4 +284,15 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
             raise ValueError(f"manifest.model has tiles of {scale} pixels that do not divide {manifest.model.vae_scale_factor}")
     if manifest.model.sample_size * manifest.model.vae_scale_factor > MAX_NATIVE_SIZE:
         raise ValueError(f"manifest.model has images of {manifest.model.native_size} pixels")
-    return manifest
+    return replace(manifest, engines=tuple(_with_targets(engine, manifest.options) for engine in manifest.engines))
+
+
+def _with_targets(engine: EngineEntry, options: Options) -> EngineEntry:
+    """`engine` with the compute capabilities that it contains.
+
+    `build` refuses a portable engine of a scheme that some of its GPUs lack. Earlier it did not, and TensorRT-RTX left those out.
+    """
+    scheme = options.scheme(engine.graph)
+    if scheme is None or engine.compute_capabilities or engine.backend != "tensorrt-rtx":
+        return engine
+    return replace(engine, compute_capabilities=portable_targets(scheme))

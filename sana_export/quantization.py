@@ -326,3 +326,9 @@ def check_target(part: str, name: str, backend: str, capabilities: Collection[st
             wanted=f"compute capability {', '.join(possible)}, or another scheme for {part}",
             fix=named if portable else fix,
         )
+
+
+def portable_targets(name: str) -> tuple[str, ...]:
+    """The compute capabilities in a portable TensorRT-RTX engine with the scheme. Empty: those of every portable engine."""
+    found = tuple(capability for capability in RTX_PORTABLE if capability in SCHEMES[name].capabilities)
+    return () if found == RTX_PORTABLE else found

@@ -15,7 +15,10 @@ from sana_export import __version__
 from sana_export.contract import GRAPHS, resolve
 from sana_export.errors import ArtifactError, DependencyError
 from sana_export.files import FileEntry, check_files, locked, manifest_lock, read_unlisted
+from sana_export.machine import Gpu
 from sana_export.manifest import FORMAT, EngineEntry, LoraTarget, Manifest, Overlay, seal
+from sana_export.trt.selection import engines_for
+from tests.support.engine_entries import ENGINE, THERE
 
 
 @pytest.fixture
@@ -43,6 +46,31 @@ def test_it_reads_back_what_it_wrote(bundle):
     assert Manifest.load(bundle) == changed
     assert changed.with_engine(dataclasses.replace(engine, build_seconds=2.0)).engines != changed.engines
     assert len(changed.with_engine(dataclasses.replace(engine, build_seconds=2.0)).engines) == 1
+
+
+def test_an_old_portable_engine_runs_only_where_its_types_exist(bundle):
+    """Of a graph in fp8. Those for named GPUs, and of graphs without fp8, stay as they are."""
+    quantized = {"denoiser": "fp8", "vae_decoder": "int8-weight"}
+    manifest = Manifest.load(bundle)
+    manifest = dataclasses.replace(manifest, options=dataclasses.replace(manifest.options, quantize=quantized))
+    engines = {
+        name: dataclasses.replace(ENGINE, graph=graph, key=name, compute_capabilities=capabilities)
+        for name, graph, capabilities in (
+            ("portable", "denoiser", ()),
+            ("named", "denoiser", ("12.0",)),
+            ("decoder", "vae_decoder", ()),
+            ("context", "context", ()),
+        )
+    }
+    for engine in engines.values():
+        manifest = manifest.with_engine(engine)
+    manifest.save(bundle)
+    found = {engine.key: engine for engine in Manifest.load(bundle).engines}
+    assert found.pop("portable") == dataclasses.replace(engines["portable"], compute_capabilities=("8.9", "12.0", "12.1"))
+    assert found == {name: engine for name, engine in engines.items() if name != "portable"}
+    ampere = dataclasses.replace(THERE, gpus=(Gpu("NVIDIA A10", "8.6"),))
+    assert {engine.key for engine in engines_for(Manifest.load(bundle), ampere)} == {"decoder", "context"}
+    assert {engine.key for engine in engines_for(Manifest.load(bundle), THERE)} == {"portable", "decoder", "context"}
 
 
 @pytest.mark.parametrize("change", ["option", "hash", "removed key"])

@@ -24,6 +24,7 @@ from sana_export.quantization import (
     choose_quantization,
     layer_rule,
     layer_scheme,
+    portable_targets,
     quantization_words,
 )
 from sana_export.quantization_method import Method, parse_method
@@ -254,3 +255,8 @@ def test_graphs_that_share_weights_share_the_scheme() -> None:
     options = Options("fp16", clamp=False, quantize={"vae_decoder": "int8-weight"})
     assert [options.scheme(graph) for graph in ("vae_decoder", "vae_decoder_tail", "denoiser")] == ["int8-weight"] * 2 + [None]
     assert Options("fp16", clamp=False).scheme("vae_decoder") is None
+
+
+def test_what_a_portable_engine_contains() -> None:
+    assert portable_targets("int8-weight") == portable_targets("int4-weight") == ()
+    assert portable_targets("fp8") == ("8.9", "12.0", "12.1")

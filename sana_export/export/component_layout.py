@@ -28,6 +28,7 @@ from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.environment import peak_rss_bytes
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.export.bundle import choose_options, export_key
+from sana_export.export.mapped_pages import returning_pages
 from sana_export.export.meter import ExportMeter
 from sana_export.export.onnx import check_onnx, check_values, export_onnx, run_module
 from sana_export.export.size import OVERHEAD, graph_bytes
@@ -182,8 +183,8 @@ def export_component(name: str, spec: GraphSpec, checkpoint: SanaCheckpoint, opt
             module = component.make(config, checkpoint.weights(component.part), options).eval()
         export_onnx(module, spec, folder / ONNX, weights, trace)
         check_onnx(folder / ONNX, spec)
-        examples = run_module(module, spec, check)
-        weights.release()
+        with returning_pages(folder):
+            examples = run_module(module, spec, check)
         check_values(folder / ONNX, spec, examples, options.precision)
     # Programs that load the layout know no defaults of a config.
     complete = {**checkpoint.read(config_name(component.part)), **config}

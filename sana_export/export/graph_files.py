@@ -11,6 +11,7 @@ import onnx
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.contract import WEIGHTS_OF, GraphSpec
 from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, fitting, graph_spec
+from sana_export.export.mapped_pages import returning_pages
 from sana_export.export.onnx import (
     OPSET,
     Example,
@@ -64,8 +65,8 @@ def export_graphs(
                 examples: dict[int | None, list[Example]] = {}
                 for bits in _input_bits(stored):
                     compute_stored(module, stored, weights, round_inputs=bits != 16)
-                    examples[bits] = run_module(module, spec, fitting(CHECK_SIZES, name, checkpoint))
-                weights.release()
+                    with returning_pages(folder):
+                        examples[bits] = run_module(module, spec, fitting(CHECK_SIZES, name, checkpoint))
             for bits, computed in examples.items():
                 check_values(path, spec, computed, options.precision, input_bits=bits)
     data = (file_entry(bundle, weights.path),) if weights.bytes else ()

@@ -23,6 +23,7 @@ from sana_export.errors import ParityError
 from sana_export.export.evaluator import StorageEvaluator
 from sana_export.export.example_inputs import CHECK_SIZES, TRACE_SIZES, AxisSizes, random_inputs
 from sana_export.export.half import WideProducts
+from sana_export.export.mapped_pages import returning_pages
 from sana_export.export.optimize import optimize
 from sana_export.export.parity import compare_tensors
 from sana_export.export.quantize.folding import fold_factors
@@ -176,7 +177,8 @@ def check_values(
     """
     evaluator, least = StorageEvaluator(path, round_inputs=input_bits != 16), 1.0
     for example in examples:
-        found = evaluator.run({name: to_numpy(value) for name, value in example.inputs.items()})
+        with returning_pages(path.parent):
+            found = evaluator.run({name: to_numpy(value) for name, value in example.inputs.items()})
         for tensor, wanted in zip(spec.outputs, example.outputs, strict=True):
             name = f"{spec.name}.{tensor.name}"
             parity = compare_tensors(name, found[tensor.name], to_numpy(wanted), precision, input_bits=input_bits or 16)

@@ -41,6 +41,17 @@ def in_patches(x: Tensor, bands: int, halo: int, compute: Callable[[Patch], Tens
     return _joined(rows, 2)
 
 
+def in_bands(x: Tensor, bands: int, halo: int, factor: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """`compute` of x [B, C, H, W], in `bands` bands of rows. `compute` reads `halo` rows beyond its own and makes `factor` of each.
+
+    `bands` divides H, and a band has at least `halo` rows.
+    """
+    if bands == 1:
+        return compute(x)
+    made = ((compute(read), own) for read, own in _bands(x, 2, bands, halo))
+    return _joined([rows[:, :, factor * own.start : factor * own.stop] for rows, own in made], 2)
+
+
 def patches_of(x: Tensor, bands: int, halo: int) -> Iterator[Patch]:
     """x [B, C, H, W] as `bands` times `bands` patches, row by row; in half precision as `bands` bands. `bands` divides H and W.
 

@@ -6,13 +6,15 @@ stored multiplied by `numerics.scale`. The RMSNorms that read them divide it out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sana_export.checkpoint.vae_config import DecoderConfig, read_decoder
 from sana_export.graphs.numerics import Conv, Numerics
+from sana_export.graphs.patches import in_bands
 from sana_export.graphs.vae_blocks import (
     ACTIVATIONS,
     BLOCKS,
@@ -27,6 +29,9 @@ from sana_export.graphs.vae_blocks import (
 #: The largest number of bands of rows and of columns that the head computes a gated convolution in (patches.py). A stage with fewer
 #: rows per latent row has fewer.
 MAX_BANDS = 4
+#: The number of bands of rows that a decoder of whole images in half precision computes its last blocks in. float32 graphs run on
+#: CPUs, where a small image would take longer.
+LAST_BANDS = 4
 
 
 class VaeDecoder(nn.Module):
@@ -39,9 +44,10 @@ class VaeDecoder(nn.Module):
         super().__init__()
         self.head = VaeDecoderHead(config, weights, numerics, bands=1)
         self.tail = VaeDecoderTail(config, weights, numerics)
+        self.bands = 1 if numerics.dtype == torch.float32 else LAST_BANDS
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.tail.image(self.head(latents))
+        return self.tail.image(self.head(latents), self.bands)
 
 
 class VaeDecoderHead(nn.Module):
@@ -83,6 +89,7 @@ class VaeDecoderTail(nn.Module):
         decoder, weights = read_decoder(config), _decoder_weights(weights)
         stages = range(decoder.local_stages)
         self.stages = nn.Sequential(*(build_stage(decoder, weights, stage, numerics) for stage in reversed(stages)))
+        self.stride = decoder.stride
         # From here on, nothing is multiplied by the scale.
         self.norm_out = ChannelNorm(weights, "norm_out", numerics, scaled_output=False)
         self.activation = ACTIVATIONS[decoder.out_activation]
@@ -95,10 +102,31 @@ class VaeDecoderTail(nn.Module):
     def forward(self, features: Tensor, row_index: Tensor, column_index: Tensor) -> Tensor:
         return self.image(features.index_select(2, row_index).index_select(3, column_index))
 
-    def image(self, features: Tensor) -> Tensor:
-        """The image of the whole of `features`."""
-        image: Tensor = self.conv_out(self.activation(self.norm_out(self.stages(features)), 1.0)).float()
+    def image(self, features: Tensor, bands: int = 1) -> Tensor:
+        """The image of the whole of `features`. Its last stage with blocks runs in at most `bands` bands, one after the other.
+
+        That stage has the widest tensors: without bands, three of them decide how much memory a decoder takes. With more than one
+        band, features are those of whole latents.
+        """
+        stages = list(self.stages)
+        last = max((index for index, stage in enumerate(stages) if list(stage.children())), default=0)
+        layers = [*(layer for stage in stages[last:] for layer in stage.modules()), *self.conv_out.modules()]
+        factor, halo = 2 ** sum(isinstance(layer, Upsample | PixelShuffle) for layer in layers), reach(layers)
+        x = _run(stages[:last], features)
+        while bands > 1 and bands * halo > self.stride // factor:  # an image may have a single row of latents
+            bands //= 2
+        return in_bands(x, bands, halo, factor, lambda band: self.finish(_run(stages[last:], band)))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The output of the last stage -> the image."""
+        image: Tensor = self.conv_out(self.activation(self.norm_out(x), 1.0)).float()
         return image
+
+
+def _run(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
 
 
 def feature_channels(config: Mapping[str, Any]) -> int:
@@ -131,10 +159,15 @@ def tile_halo(tail: VaeDecoderTail) -> int:
     DC-AE-Lite, whose tail is everything after the first convolution: 1 (conv_out at half of the resolution), then 6, 10, 8 and 8
     convolutions, each with an upsampling, 7 -> 5, 15 -> 9, 17 -> 10, 18 -> 10, and 8 more: 18 features, which is 576 image pixels.
     """
-    reach = 0
-    for layer in reversed([module for module in tail.modules() if not list(module.children())]):
-        reach = _REACH[type(layer)](layer, reach)
-    return reach
+    return reach(tail.modules())
+
+
+def reach(modules: Iterable[nn.Module]) -> int:
+    """How far beyond a pixel of its own `modules`, one after the other, read their input. See `tile_halo`."""
+    pixels = 0
+    for layer in reversed([module for module in modules if not list(module.children())]):
+        pixels = _REACH[type(layer)](layer, pixels)
+    return pixels
 
 
 def _decoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,11 +7,19 @@ import pytest
 import torch
 
 from sana_export.architectures import AUTOENCODER, AUTOENCODER_DEFAULTS, LITE
-from sana_export.graphs import vae_blocks
+from sana_export.graphs import vae_blocks, vae_decoder
 from sana_export.graphs.numerics import NUMERICS
-from sana_export.graphs.patches import in_patches, patches_of
+from sana_export.graphs.patches import in_bands, in_patches, patches_of
 from sana_export.graphs.vae_blocks import MultiscaleAttention
-from sana_export.graphs.vae_decoder import VaeDecoder, VaeDecoderHead, VaeDecoderTail, feature_channels, tile_halo, tile_scale
+from sana_export.graphs.vae_decoder import (
+    LAST_BANDS,
+    VaeDecoder,
+    VaeDecoderHead,
+    VaeDecoderTail,
+    feature_channels,
+    tile_halo,
+    tile_scale,
+)
 from sana_export.runtime.decoding import assemble, plan_windows
 from sana_export.supported import VAE_ACTIVATIONS, VAE_BLOCKS, unsupported
 from sana_export.synth.recipes import RECIPES
@@ -233,6 +241,33 @@ def test_a_single_latent_in_patches():
     latents = torch.randn(1, 32, 1, 1)
     wanted, found = VaeDecoderHead(*parts, bands=1)(latents), VaeDecoderHead(*parts)(latents)
     assert (found - wanted).abs().max() <= ROUNDING * wanted.abs().max()
+
+
+#: The number of bands of some of `TAILS` and of a decoder whose last blocks reach further.
+BANDS = {"plain": 4, "published structure": 4, "DC-AE-Lite": 1, "deep": 2}
+DEEP = {"decoder_layers_per_block": (4, 1, 1, 1, 1, 1)}
+
+
+@pytest.mark.parametrize("name", BANDS)
+@torch.no_grad()
+def test_the_last_blocks_in_bands(name, monkeypatch):
+    """In half precision, from a single row of latents on. A halo that is one pixel shorter shows."""
+    parts = *weights_of(DEEP if name == "deep" else TAILS[name][0]), NUMERICS["float32"]
+    decoder = VaeDecoder(*parts)
+    assert decoder.bands == 1
+    assert VaeDecoder(*parts[:2], NUMERICS["float16"]).bands == LAST_BANDS
+    used = []
+    for latents in (torch.randn(2, 32, 1, 1), torch.randn(1, 32, 3, 2)):
+        decoder.bands = 1
+        wanted, decoder.bands = decoder(latents), LAST_BANDS
+        with monkeypatch.context() as patch:
+            patch.setattr(vae_decoder, "in_bands", lambda *args: used.append(args[1]) or in_bands(*args))
+            found = decoder(latents)
+            patch.setattr(vae_decoder, "in_bands", lambda x, bands, halo, *rest: in_bands(x, bands, halo - 1, *rest))
+            wrong = decoder(latents)
+        assert (found - wanted).abs().max() <= ROUNDING * wanted.abs().max()
+        assert ((wrong - wanted).abs().max() > ROUNDING * wanted.abs().max()) == (BANDS[name] > 1)
+    assert used == [BANDS[name]] * 2
 
 
 @pytest.mark.parametrize(("bands", "halo"), [(1, 2), (2, 2), (4, 1), (4, 2)])

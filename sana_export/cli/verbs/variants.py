@@ -52,6 +52,7 @@ def _memory() -> Answer:
     header = ("model", "size", "quantization", *plans[0].stages, *MODES)
     notes = [
         "Computed, not measured. A stage: its weights + what it works in, GB. A mode: the most at a time, and the smallest card.",
+        "GB are 10^9 bytes. Cards are in GiB: one of 6 GiB has 6.4 GB.",
         f"Included: {CUDA_BYTES / 1e9:.1f} GB for CUDA, an assumption. Not included: what other programs and the display use.",
         "Activations are those of fp16 engines for one image with guidance, as the builder of TensorRT-RTX states them.",
     ]
@@ -66,8 +67,8 @@ def _size(side: int, tile: int) -> str:
     return f"{side} px" + (f", tiles of {tile}" if tile else "")
 
 
-def _card(gigabytes: int | None) -> str:
-    return "none" if gigabytes is None else f"{gigabytes} GB"
+def _card(gibibytes: int | None) -> str:
+    return "none" if gibibytes is None else f"{gibibytes} GiB"
 
 
 def _row(variant: Variant) -> tuple[object, ...]:

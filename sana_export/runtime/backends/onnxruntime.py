@@ -50,6 +50,9 @@ INSTEAD = "int4-weight"
 OPTIONS = SESSION_OPTIONS, PROVIDER_OPTIONS_KEY = "session_options", "provider_options"
 #: Graphs whose memory is freed after each run: they run once per image and need more memory than the graphs after them.
 _FREED_AFTER_RUN = ("vae_decoder_head", "vae_encoder", "vae_encoder_head", "vae_encoder_tail")
+#: Those of them that have no arena on a CPU. An arena keeps what a run frees in pieces that other tensors do not fit: 2 GB in the
+#: decoder's head at 4096 px. Without it the system clears the memory of every large tensor, which takes time.
+_WITHOUT_ARENA = ("vae_decoder_head",)
 #: The graphs whose work is captured: they run in every step with the same shapes.
 _CAPTURED = ("denoiser", "sampler")
 
@@ -165,7 +168,7 @@ class OnnxRuntimeBackend(Backend):
     def _load_plain(self, graph: str) -> OnnxRuntimeSession:
         loaded = self._create(graph, {})
         run_options = self._onnxruntime.RunOptions()
-        if graph in _FREED_AFTER_RUN:
+        if graph in _FREED_AFTER_RUN and not (self.device == "cpu" and graph in _WITHOUT_ARENA):
             run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", _ARENA[self.device].format(self._place.number))
         return OnnxRuntimeSession(loaded, graph, self._place, run_options, create=partial(self._create, graph))
 
@@ -194,6 +197,7 @@ class OnnxRuntimeBackend(Backend):
         path, *data = check_known_files(self.bundle, self.manifest.graphs[graph].files, fix=self._fix)
         check_external_data(path, data, fix=self._fix)
         options = session_options(self._onnxruntime, self._settings.threads)
+        options.enable_cpu_mem_arena = graph not in _WITHOUT_ARENA
         quantized = self.manifest.graphs[graph].quantized
         if self.device == "cpu" and quantized and not any(weight.inputs for weight in quantized):
             options.add_session_config_entry(*DEQUANTIZED_ONCE)

@@ -205,6 +205,24 @@ def test_threads_of_a_session_rest_once_its_run_is_over(tiny_bundle: Path) -> No
     assert min(busy) < 0.005  # seconds of all threads in 50 ms; otherwise about 30 ms
 
 
+def test_graphs_that_need_the_most_memory_return_it_at_once(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime's arena would keep memory that their other tensors do not fit."""
+    arenas, create = [], onnxruntime.InferenceSession
+
+    def opened(path: str, options: Any, **words: Any) -> Any:
+        arenas.append(options.enable_cpu_mem_arena)
+        return create(path, options, **words)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    backend = open_backend("onnxruntime", tiny_bundle, Manifest.load(tiny_bundle))
+    head = backend.load("vae_decoder_head")
+    backend.load("vae_decoder_tail")
+    assert arenas == [False, True]
+    latents = np.random.default_rng(0).standard_normal((1, 32, 4, 4), dtype=np.float32)
+    first, again = (backend.to_host(head.run({"latents": latents})["features"]) for _ in range(2))
+    assert np.array_equal(first, again)
+
+
 def test_running_out_of_memory_is_a_dependency_error(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asks for an image of 3 * 2**46 bytes, more than a process can address."""
     backend = open_backend("onnxruntime", tiny_bundle, Manifest.load(tiny_bundle))
