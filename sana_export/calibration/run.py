@@ -19,9 +19,10 @@ from sana_export.calibration.observer import GraphInputs, ObservedProducts
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.contract import GRAPH_GROUPS
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.export.bundle import choose_options, model_info
+from sana_export.export.bundle import model_info
 from sana_export.export.example_inputs import graph_spec
 from sana_export.export.half import WideProducts
+from sana_export.export.options import choose_options
 from sana_export.export.quantize.plan import quantizable
 from sana_export.export.quantize.statistics import MEASURED, METADATA, CalibrationFile, CalibrationRecord
 from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,30 +22,30 @@ from sana_export import __version__
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.checkpoint.checks import check_encoder
 from sana_export.checkpoint.vae_config import read_decoder
-from sana_export.contract import ENCODERS, GRAPH_GROUPS, GRAPHS
 from sana_export.environment import import_digest, peak_rss_bytes
-from sana_export.errors import ArtifactError, UsageError
+from sana_export.errors import ArtifactError
 from sana_export.export.graph_files import export_graphs, groups
+from sana_export.export.journal import Journal, remove_temporary
 from sana_export.export.meter import ExportMeter
 from sana_export.export.onnx import OPSET
-from sana_export.export.quantize.statistics import MEASURED, CalibrationFile, CalibrationSource
+from sana_export.export.options import choose_graphs, choose_options, choose_quantized, uses_encoder
+from sana_export.export.quantize.statistics import MEASURED, CalibrationSource
 from sana_export.export.size import OVERHEAD, graph_bytes, temporary_bytes, text_bytes
 from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
-from sana_export.files import check_files, disk_errors, file_entry, locked, require_free, write_whole
+from sana_export.files import check_files, disk_errors, file_entry, locked, require_free
 from sana_export.graphs.numerics import NUMERICS
 from sana_export.graphs.vae_decoder import VaeDecoderTail, tile_halo, tile_scale
 from sana_export.graphs.vae_encoder import VaeEncoderHead, encoder_halo, encoder_tile_scale
-from sana_export.manifest import FILE_NAME, PRECISIONS, GraphEntry, Manifest, ModelInfo, Options, parse_graph
+from sana_export.manifest import FILE_NAME, GraphEntry, Manifest, ModelInfo, Options
 from sana_export.output_folder import OutputFolder
 from sana_export.progress import OnProgress, ignore_progress
-from sana_export.quantization import CALIBRATED_PARTS, calibrated_parts, check_method, choose_quantization
 from sana_export.quantization import EMBEDDINGS as QUANTIZED_EMBEDDINGS
+from sana_export.quantization import calibrated_parts
 from sana_export.user_paths import user_path
 from sana_export.variants import SPRINT_STEPS, STEPS
 
 log = logging.getLogger(__name__)
 
-JOURNAL = "export.json"
 #: What an export replaces (`OutputFolder.check_replaceable`).
 _REPLACEABLE = FILE_NAME, "a bundle", "-o"
 MAX_SEQUENCE_LENGTH = 300
@@ -87,7 +86,7 @@ def export_bundle(
     place = OutputFolder.of(user_path(output, "the output folder"))
     options = choose_options(checkpoint, precision, pag_layers, clamp)
     names = choose_graphs(graphs, checkpoint)
-    options, source = _quantized(options, names, checkpoint, quantize, quantize_method, calibration)
+    options, source = choose_quantized(options, names, checkpoint, quantize, quantize_method, calibration)
     if uses_encoder(names):
         check_encoder(checkpoint)
     place.check_replaceable(*_REPLACEABLE)  # before anything is written into it
@@ -153,98 +152,6 @@ def _export(
     return manifest
 
 
-def _quantized(
-    options: Options,
-    names: Sequence[str],
-    checkpoint: SanaCheckpoint,
-    quantize: Iterable[str],
-    method: Iterable[str],
-    calibration: CalibrationSource | Path | None,
-) -> tuple[Options, CalibrationSource | None]:
-    """`options` with what is quantized and how, and the calibration if it takes one. Raises UsageError if there is none for it."""
-    chosen = choose_quantization(quantize, names)
-    words = check_method(chosen, method)
-    options = dataclasses.replace(options, quantize=chosen, quantize_method=words)
-    parts, given = calibrated_parts(chosen, words), isinstance(calibration, str | Path)
-    if given and not parts:  # steps that can do without look at it too
-        parts = tuple(part for part in CALIBRATED_PARTS if part in chosen)
-    if not parts and given:
-        wanted = f"a scheme for {' or '.join(CALIBRATED_PARTS)}, or no calibration"
-        raise UsageError("nothing that is quantized takes a calibration", found=str(calibration), wanted=wanted)
-    if not parts:
-        return options, None
-    if calibration is None:
-        raise UsageError(
-            f"{', '.join(parts)} cannot be quantized like this without a calibration",
-            found=", ".join(f"{part}={chosen[part]}" for part in parts),
-            wanted="how to measure one, or a file of `sana-export calibrate`",
-            fix="calibration=sana_export.Calibration()",
-        )
-    source = CalibrationFile(user_path(calibration, "the calibration file")) if isinstance(calibration, str | Path) else calibration
-    file = str(calibration) if given else ""
-    return dataclasses.replace(options, calibration=source.key(checkpoint, options, parts), calibration_file=file), source
-
-
-def choose_options(checkpoint: SanaCheckpoint, precision: str, pag_layers: Iterable[str | int], clamp: bool | None) -> Options:
-    """Check the options against the checkpoint, choose the clamp and log the reason."""
-    if precision not in PRECISIONS:
-        raise UsageError("unknown precision", found=precision, wanted=", ".join(PRECISIONS))
-    trained = checkpoint.trained_with_clamp()
-    if clamp is None:
-        clamp = trained.on
-        level = logging.INFO if trained.certain else logging.WARNING
-        log.log(level, "self-attention outputs are %s: %s", "clipped to +-65504" if clamp else "not clipped", trained.reason)
-        if not trained.certain:
-            log.warning("if the checkpoint was trained in bf16, export it with --no-clamp")
-    elif clamp != trained.on and trained.certain:
-        log.warning("--%sclamp contradicts how this checkpoint was trained: %s", "" if clamp else "no-", trained.reason)
-    transformer, names = checkpoint.config("transformer"), [*map(str, pag_layers)]
-    if names and transformer["guidance_embeds"]:
-        raise UsageError(
-            f"{checkpoint.source} does not support PAG: its guidance is distilled into a single branch (SANA-Sprint)",
-            found=f"--pag-layers {' '.join(names)}",
-            wanted="no PAG layers",
-            fix="omit --pag-layers",
-        )
-    layers = transformer["num_layers"]
-    return Options(precision, clamp, tuple(sorted({parse_pag_layer(name, layers) for name in names})))
-
-
-def parse_pag_layer(name: str, layers: int) -> int:
-    """The number of the block that "transformer_blocks.8", "blocks.8" or "8" names. Raises UsageError if there is no such block."""
-    number = name.removeprefix("transformer_").removeprefix("blocks.").removesuffix(".attn1")
-    if not number.isdecimal() or int(number) >= layers:
-        raise UsageError("unknown PAG layer", found=name, wanted=f"transformer_blocks.0 to transformer_blocks.{layers - 1}")
-    return int(number)
-
-
-def choose_graphs(names: Iterable[str], checkpoint: SanaCheckpoint) -> list[str]:
-    """The graphs to export, in the order of contract.GRAPHS. `names` are graphs and groups.
-
-    None means the group "default", and with a ControlNet all groups. Raises UsageError for an unknown name, and for a ControlNet's
-    graphs without one.
-    """
-    controlled = checkpoint.controlnet is not None
-    given = set(names) or (set(GRAPH_GROUPS) if controlled else {"default"})
-    wanted = set[str]().union(*(GRAPH_GROUPS.get(name, (name,)) for name in given))
-    if unknown := wanted - set(GRAPHS):
-        groups = "; ".join(f"{name}: {', '.join(graphs)}" for name, graphs in GRAPH_GROUPS.items())
-        raise UsageError("unknown graph", found=", ".join(sorted(unknown)), wanted=f"graphs, or groups of them: {groups}")
-    if not controlled and (without := wanted & set(GRAPH_GROUPS["control"])):
-        raise UsageError(
-            "there is no ControlNet to export",
-            found=f"the graph {min(without)}",
-            wanted="a ControlNet, or other graphs",
-            fix="--controlnet controlnet-hed-1600m",
-        )
-    return [name for name in GRAPHS if name in wanted]
-
-
-def uses_encoder(names: Iterable[str]) -> bool:
-    """Whether one of the graphs `names` encodes images."""
-    return not set().union(*ENCODERS.values()).isdisjoint(names)
-
-
 def export_key(checkpoint: SanaCheckpoint, options: Options, names: Iterable[str], module: str = __name__) -> str:
     """Hash of everything that determines what an export by the code in `module` writes."""
     parts = [
@@ -275,49 +182,6 @@ def existing_bundle(place: OutputFolder) -> Manifest | None:
         log.warning("replacing the unusable bundle %s: %s", output, error.message)
         return None
     return manifest
-
-
-class Journal:
-    """The finished graphs of an unfinished export in the folder `partial`. An export with another key is deleted."""
-
-    def __init__(self, partial: Path, key: str) -> None:
-        self.path, self.key = partial / JOURNAL, key
-        self.graphs: dict[str, GraphEntry] = {}
-        try:
-            document = json.loads(self.path.read_text("utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            document = {}
-        if document.get("key") == key:
-            self.graphs = {name: parse_graph(entry) for name, entry in document["graphs"].items()}
-            log.info("continuing after %s", ", ".join(self.graphs) or "the start")
-            remove_temporary(partial)
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-
-    def finished(self, names: Iterable[str]) -> dict[str, GraphEntry] | None:
-        """The entries of the graphs `names`, which share a folder. None unless all are finished and their files are undamaged."""
-        entries = {name: self.graphs[name] for name in names if name in self.graphs}
-        if len(entries) < len(list(names)):
-            return None
-        try:
-            check_files(self.path.parent, {file for entry in entries.values() for file in entry.files}, fix="")
-        except ArtifactError as error:
-            log.warning("exporting %s again: %s", ", ".join(names), error.message)
-            return None
-        return entries
-
-    def add(self, entries: Mapping[str, GraphEntry]) -> None:
-        """Record finished graphs."""
-        self.graphs |= entries
-        document = {"key": self.key, "graphs": {name: dataclasses.asdict(graph) for name, graph in self.graphs.items()}}
-        write_whole(self.path, json.dumps(document))
-
-
-def remove_temporary(folder: Path) -> None:
-    """Remove what a killed process left in the folder of an export, and what Windows keeps while it is mapped."""
-    for path in [*folder.glob("tmp-*"), *folder.glob("onnx/*/tmp-*")]:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def model_info(checkpoint: SanaCheckpoint, instruction: str, *, encoder: bool = False) -> ModelInfo:

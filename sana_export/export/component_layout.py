@@ -27,10 +27,11 @@ from sana_export.checkpoint.vae_config import read_decoder
 from sana_export.contract import GraphSpec, TensorSpec
 from sana_export.environment import peak_rss_bytes
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.export.bundle import choose_options, export_key
+from sana_export.export.bundle import export_key
 from sana_export.export.mapped_pages import returning_pages
 from sana_export.export.meter import ExportMeter
 from sana_export.export.onnx import check_onnx, check_values, export_onnx, run_module
+from sana_export.export.options import choose_options
 from sana_export.export.size import OVERHEAD, graph_bytes
 from sana_export.files import FileEntry, check_files, file_entry, locked, require_free, write_whole
 from sana_export.formats.dtypes import WEIGHT_DTYPES

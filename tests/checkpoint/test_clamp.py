@@ -10,7 +10,7 @@ import pytest
 
 from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.checkpoint.clamp import trained_with_clamp
-from sana_export.export.bundle import choose_options
+from sana_export.export.options import choose_options
 from sana_export.variants import VARIANTS, recognize
 from tests.support.checkpoint_edits import linked_copy
 

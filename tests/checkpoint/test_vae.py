@@ -22,7 +22,8 @@ from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.checkpoint.vae import open_vae
 from sana_export.commands import model_words
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.export.bundle import choose_options, export_key
+from sana_export.export.bundle import export_key
+from sana_export.export.options import choose_options
 from sana_export.hub.client import Hub
 from sana_export.manifest import Manifest, Options
 from sana_export.synth.checkpoint import make_checkpoint

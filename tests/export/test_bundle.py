@@ -17,7 +17,8 @@ from sana_export.contract import GRAPH_GROUPS, GRAPHS
 from sana_export.errors import DependencyError, UsageError
 from sana_export.export import bundle as bundle_module
 from sana_export.export import graph_files
-from sana_export.export.bundle import export_bundle, parse_pag_layer
+from sana_export.export.bundle import export_bundle
+from sana_export.export.options import parse_pag_layer
 from sana_export.export.size import GRAPH_WEIGHTS, OVERHEAD, graph_bytes, text_bytes
 from sana_export.manifest import Manifest
 from sana_export.synth.checkpoint import MARKER, make_checkpoint

@@ -16,9 +16,10 @@ from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
 from sana_export.commands import export_command
 from sana_export.contract import GRAPH_GROUPS, GRAPHS
 from sana_export.errors import ArtifactError, UsageError
-from sana_export.export.bundle import choose_graphs, choose_options, export_bundle, export_key
+from sana_export.export.bundle import export_bundle, export_key
 from sana_export.export.evaluator import RangeMeter, StorageEvaluator
 from sana_export.export.graph_files import export_graphs
+from sana_export.export.options import choose_graphs, choose_options
 from sana_export.export.parity import psnr
 from sana_export.formats.arrays import Array
 from sana_export.graphs.numerics import FP16_MAX

@@ -78,8 +78,9 @@ def without_onnx(
 ) -> Path:
     """A bundle for the torch backend only: its manifest lists the graphs, but there are no ONNX files."""
     from sana_export.contract import GRAPH_GROUPS
-    from sana_export.export.bundle import choose_options, model_info
+    from sana_export.export.bundle import model_info
     from sana_export.export.example_inputs import graph_spec
+    from sana_export.export.options import choose_options
     from sana_export.export.text_files import EMBEDDINGS, INSTRUCTION, TOKENIZER, write_text_files
     from sana_export.files import FileEntry, file_entry
     from sana_export.manifest import GraphEntry, Manifest
