@@ -172,14 +172,14 @@ def _manifest(checkpoint: SanaCheckpoint, options: Options, folder: Path) -> Man
 def _draw(runtime: SanaRuntime, record: CalibrationRecord, on_progress: OnProgress) -> None:
     """Encode all prompts, then draw each. So the text encoder, the largest graph, is loaded once."""
     count, total = len(record.prompts), len(record.prompts) * (2 if record.steps else 1)
-    encoded = []
+    encoded: list[dict[str, Any]] = []
     for index, text in enumerate(record.prompts):
         on_progress(Progress("encoding prompts", index, total))
-        encoded.append(runtime.encode_prompt(text))
+        encoded.append(dict(runtime.encode_prompt(text).arrays))
     for index, embeddings in enumerate(encoded if record.steps else ()):
         on_progress(Progress("calibrating", count + index, total))
         runtime(
-            **embeddings.arrays,
+            **embeddings,
             num_inference_steps=record.steps,
             height=record.size,
             width=record.size,
