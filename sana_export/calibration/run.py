@@ -171,14 +171,16 @@ def _manifest(checkpoint: SanaCheckpoint, options: Options, folder: Path) -> Man
 
 
 def _draw(runtime: SanaRuntime, record: CalibrationRecord, on_progress: OnProgress) -> None:
-    """Draw each prompt, or only encode it."""
+    """Encode all prompts, then draw each. So the text encoder, the largest graph, is loaded once."""
+    count, total = len(record.prompts), len(record.prompts) * (2 if record.steps else 1)
+    encoded: list[dict[str, Any]] = []
     for index, text in enumerate(record.prompts):
-        on_progress(Progress("calibrating", index, len(record.prompts)))
-        if not record.steps:
-            runtime.encode_prompt(text)
-            continue
+        on_progress(Progress("encoding prompts", index, total))
+        encoded.append(dict(runtime.encode_prompt(text).arrays))
+    for index, embeddings in enumerate(encoded if record.steps else ()):
+        on_progress(Progress("calibrating", count + index, total))
         runtime(
-            text,
+            **embeddings,
             num_inference_steps=record.steps,
             height=record.size,
             width=record.size,
@@ -186,7 +188,7 @@ def _draw(runtime: SanaRuntime, record: CalibrationRecord, on_progress: OnProgre
             use_resolution_binning=False,
             output_type="latent",
         )
-    on_progress(Progress("calibrating", len(record.prompts), len(record.prompts)))
+    on_progress(Progress("calibrating", total, total))
 
 
 def _numbered(seen: dict[str, GraphInputs]) -> dict[str, dict[str, int]]:

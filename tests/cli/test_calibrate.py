@@ -111,6 +111,22 @@ def test_a_calibration_of_something_else_is_refused(cli: Cli, prompts: Path, tmp
     assert not (tmp_path / "bundle").exists()
 
 
+def test_the_text_encoder_is_loaded_once(tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a published text encoder takes as long as two steps."""
+    loaded: list[str] = []
+    load = run.ObservingBackend.load
+
+    def count(backend: run.ObservingBackend, graph: str) -> Any:
+        loaded.append(graph)
+        return load(backend, graph)
+
+    monkeypatch.setattr(run.ObservingBackend, "load", count)
+    short = Calibration(prompts=["a red apple", "a cat on a wall"], steps=1, size=64, rows=8)
+    measured = calibrate(tiny_checkpoint, tmp_path / "measured.safetensors", short, precision="fp32")
+    assert set(measured.layers) == {"text_encoder", "denoiser"}
+    assert loaded.count("text_encoder") == 1
+
+
 def test_a_calibration_outlives_a_killed_export(tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrating a published checkpoint takes hours."""
     measured: list[Path] = []
