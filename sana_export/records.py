@@ -68,6 +68,8 @@ class QuantizedWeight:
     rescaled: bool = False
     #: Rank of the branch that is added to the layer's output, `<name>.low_rank.down` and `.up`. 0: none.
     rank: int = 0
+    #: The weight of the layer whose rounded input this one reads too: `input.scale` and `input.factor` have that name. "": none.
+    shares: str = ""
 
     @property
     def on_the_right(self) -> bool:
@@ -94,6 +96,10 @@ class QuantizedWeight:
             "low_rank.up": dtype if self.rank else "",
         }
         return {end: kind for end, kind in present.items() if kind}
+
+    def tensor_name(self, end: str) -> str:
+        """The name in the graph of the layer's tensor with this end, one of `tensors`."""
+        return f"{self.shares if self.shares and end.startswith('input.') else self.name}.{end}"
 
 
 def check_weight(weight: QuantizedWeight) -> None:

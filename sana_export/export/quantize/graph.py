@@ -34,8 +34,8 @@ def insert_dequantize(model: onnx_ir.Model, stored: Mapping[str, StoredWeight], 
         model.graph.sort()  # a layer may come before the one whose rounded input it reads
 
 
-#: An input and the places of what multiplies and rounds it -> the multiplied and the rounded input.
-_Known = dict[tuple[Any, ...], tuple[Value, Value]]
+#: An input and the weight of the first layer that rounds it -> the multiplied and the rounded input.
+_Known = dict[tuple[Value, str], tuple[Value, Value]]
 
 
 class _Layer:
@@ -88,7 +88,7 @@ class _Layer:
         """Give `product` the layer's own input, and its output the branch. `known`: inputs that have been made already."""
         node, given = product.node, product.node.inputs[product.other]
         assert given is not None
-        key = (given, *(self._place.tensors.get(end) for end in ("input.scale", "input.factor")))
+        key = given, self._weight.shares or self._name
         if key not in known:
             known[key] = self._input(node, given)
         multiplied, rounded = known[key]
@@ -258,7 +258,7 @@ class _Layer:
         return self._initializer(end, onnx_ir.DataType(number), shape, place)
 
     def _initializer(self, end: str, dtype: onnx_ir.DataType, shape: tuple[int, ...], place: Slice) -> Value:
-        name = f"{self._name}.{end}"
+        name = self._weight.tensor_name(end)
         tensor = onnx_ir.ExternalTensor(
             self._data.name, place.offset, place.length, dtype, shape=onnx_ir.Shape(shape), name=name, base_dir=self._data.parent
         )

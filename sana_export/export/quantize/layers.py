@@ -67,6 +67,8 @@ def quantize_layers(
             branch = _stored(down, dtype), _stored(up, dtype)
             rest = rest - branch[0] @ branch[1]
         scale = None if not weight.inputs else _input_scale(rest, weight, method, inputs, dtype)
+        if found and weight.inputs == "fp4":  # these layers share their rounded input (graph.py)
+            scale = next(iter(found.values())).input_scale
         scales = _scale_type(rest, weight, dtype)
         whole = scales.tensor_scale if isinstance(scales, BlockScales) else None
         found[name] = QuantizedLayer(_rounded(rest, weight, method, inputs, scales), factor, branch, scale, whole)

@@ -114,7 +114,7 @@ class _Quantizer:
     def _quantize(self, names: list[str]) -> dict[str, StoredWeight]:
         matrices = {name: self._scaled(name) for name in names}
         layers = quantize_layers(matrices, self._plan, self._method, self._inputs(names[0]), self._dtype)
-        return {name: self._store(name, layer) for name, layer in layers.items()}
+        return {name: self._store(name, layer, names[0]) for name, layer in layers.items()}
 
     def _inputs(self, name: str) -> LayerInputs | None:
         return None if self._calibration is None else self._calibration.inputs(self._graph, name)
@@ -138,7 +138,8 @@ class _Quantizer:
     def _linear(self, name: str) -> bool:
         return isinstance(self._module.get_submodule(name.rpartition(".")[0]), Linear)
 
-    def _store(self, name: str, layer: QuantizedLayer) -> StoredWeight:
+    def _store(self, name: str, layer: QuantizedLayer, first: str) -> StoredWeight:
+        """Store a layer. `first`: the first weight whose layer reads the same input."""
         weight, parameter, linear = self._plan[name], self._module.get_parameter(name), self._linear(name)
         numbers = torch.from_numpy(as_used(layer.rounded.numbers, not linear, tuple(parameter.shape)))
         parameter.data = self._rounded.keep(numbers.to(parameter.dtype))
@@ -158,7 +159,8 @@ class _Quantizer:
         if layer.branch is not None:
             tensors["low_rank.down"], tensors["low_rank.up"] = map(self._dtype.round, layer.branch)
         places = {key: (self._append(array), array.shape) for key, array in tensors.items()}
-        weight = replace(weight, rescaled=rescaled)
+        shares = first if weight.inputs == "fp4" and name != first else ""
+        weight = replace(weight, rescaled=rescaled, shares=shares)
         return StoredWeight(weight, self._weights.append(pack(values, weight.dtype)), places)
 
     def _append(self, array: Array) -> Slice:

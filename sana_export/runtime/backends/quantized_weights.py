@@ -42,7 +42,7 @@ def read_quantized(
         scales = read_scales(tensors, weight, kind)
         numbers = dequantize(values, scales, weight.axis, weight.block)
         own = {
-            end: WEIGHT_DTYPES[own].widen(tensors[f"{weight.name}.{end}"].view(WEIGHT_DTYPES[own].numpy))
+            end: WEIGHT_DTYPES[own].widen(tensors[weight.tensor_name(end)].view(WEIGHT_DTYPES[own].numpy))
             for end, own in weight.tensors(dtype).items()
             if end not in ("scale", "tensor_scale")
         }
