@@ -65,6 +65,10 @@ GRIDS = {
 }
 
 
+#: The least positive number of float16: the largest scale of a block is not less.
+_LEAST_SCALE = 2.0**-24
+
+
 class ScaleType(Protocol):
     """How scales are stored. A `DType` is one."""
 
@@ -93,7 +97,7 @@ class BlockScales:
     def of(cls, weight: Float32, dtype: DType) -> BlockScales:
         """Those whose largest FP8 number is for the largest magnitude of `weight`, with room for a scale 1.5 times as large."""
         largest = float(np.abs(weight).max())
-        return cls(np.float32(1.5 * largest / (FP4_MAX * FP8_MAX) if largest else 1.0), dtype)
+        return cls(np.float32(max(1.5 * largest / (FP4_MAX * FP8_MAX), _LEAST_SCALE / FP8_MAX) if largest else 1.0), dtype)
 
     def widen(self, stored: Array) -> Float32:
         return widen_block_scales(stored, self.tensor_scale, self.dtype)

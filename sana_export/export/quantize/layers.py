@@ -21,6 +21,7 @@ from sana_export.export.quantize.rounding import Rounded, round_to_nearest, roun
 from sana_export.export.quantize.statistics import LayerInputs
 from sana_export.formats.arrays import Float32
 from sana_export.formats.dtypes import WEIGHT_DTYPES, DType
+from sana_export.formats.quantized import FP4_MAX, FP8_MAX
 from sana_export.manifest import QuantizedWeight
 from sana_export.quantization_method import Method
 
@@ -80,6 +81,9 @@ def _input_scale(matrix: Float32, weight: QuantizedWeight, method: Method, input
     assert inputs is not None  # an export asks for a calibration
     importance = input_importance(_summed_taps(matrix, inputs), inputs.rows)
     scale = activation_scale(inputs.rows, float(inputs.maximum.max()), weight.inputs, method.ranges, importance)
+    if weight.inputs == "fp4" and dtype.name == "float16":
+        # The scale of a block is rounded twice, to FP8 and to float16, and may be rounded up: its numbers must stay finite.
+        scale = min(scale, 65504 * (1 - 2.0**-10) / (FP4_MAX * FP8_MAX))
     dtype = WEIGHT_DTYPES[weight.tensors(dtype.name)["input.scale"]]
     return max(float(dtype.widen(dtype.round(np.array([scale], np.float32)))[0]), _LEAST[dtype.name])
 

@@ -24,13 +24,15 @@ from sana_export.export.graph_files import export_graphs
 from sana_export.export.quantize import weights as weights_module
 from sana_export.export.quantize.compensation import round_with_compensation
 from sana_export.export.quantize.grids import GRIDS, BlockScales, round_fp4
+from sana_export.export.quantize.layers import quantize_layers
 from sana_export.export.quantize.ranges import quantized
 from sana_export.export.quantize.rounding import round_to_nearest, round_with_search
-from sana_export.export.quantize.statistics import CalibrationFile
+from sana_export.export.quantize.statistics import CalibrationFile, LayerInputs
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.formats.quantized import decode_fp4, encode_fp4, pack, unpack
 from sana_export.graphs.products import ProductForm, rounded
 from sana_export.manifest import Manifest, Options, QuantizedWeight
+from sana_export.quantization_method import parse_method
 from sana_export.runtime import SanaRuntime
 from sana_export.verify.evaluator_backend import open_runtime
 from sana_export.verify.quantized import check_stored
@@ -92,6 +94,32 @@ def test_weights_are_the_nearest_multiples_of_their_scales(dtype: str) -> None:
     assert np.isfinite(found.numbers).all()
     assert not found.numbers[16:32, 3].any()
     assert (np.abs(found.numbers - weight) <= np.maximum(wide, largest / 5)).all()
+
+
+def test_a_nearly_dead_weight_has_scales_that_float16_can_hold() -> None:
+    weight = np.random.default_rng(2).standard_normal((32, 4)).astype(np.float32) * np.float32(1e-8)
+    scales = BlockScales.of(weight, WEIGHT_DTYPES["float16"])
+    found = round_to_nearest(weight, "fp4", 0, 16, scales)
+    assert (scales.widen(found.scales) > 0).all()
+    assert np.abs(found.numbers).max() < 1e-6
+
+
+@pytest.mark.parametrize("words", [["nearest"], ["ranges=mse"]])
+def test_two_layers_of_one_input_round_it_once_and_stay_finite_in_float16(words: list[str]) -> None:
+    """Also if their own steps would differ, and although a block's scale may be rounded up by a sixteenth."""
+    random = np.random.default_rng(3)
+    rows = random.standard_normal((64, 32)).astype(np.float32) * np.float32(64000 / 4)
+    inputs = LayerInputs(0, np.full(32, 64000, np.float32), rows.clip(-64000, 64000))
+    matrices = {name: random.standard_normal((32, 8)).astype(np.float32) * np.float32(size) for name, size in (("a", 1), ("b", 9))}
+    matrices["b"][:16] = 0  # so the importance of its inputs is another one
+    weights = {name: QuantizedWeight(name, "fp4", (32, 8), 0, 16, transposed=True, inputs="fp4") for name in matrices}
+    method = parse_method(words)
+    assert method is not None
+    layers = quantize_layers(matrices, weights, method, inputs, WEIGHT_DTYPES["float16"])
+    step = layers["a"].input_scale
+    assert step is not None
+    assert layers["b"].input_scale == step
+    assert rounded(torch.full((1, 32), 64000.0).half(), "fp4", step).isfinite().all()
 
 
 def test_a_search_also_tries_to_make_the_largest_weight_4() -> None:
