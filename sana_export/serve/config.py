@@ -66,7 +66,7 @@ class RequestLimits:
 class QueueConfig:
     """How requests wait and which are drawn together."""
 
-    #: Requests that wait. The next one gets 429.
+    #: Images that wait. The next one gets 429. At least the images of one request and one for each other API key.
     places: int = 64
     #: Images that are drawn together. 1: each image is exactly what a call of its own gives, on every backend.
     max_batch: int = 4

@@ -56,12 +56,14 @@ def check_config(config: ServeConfig) -> None:
             wanted="API keys, or --allow-without-keys if everybody who reaches the address may draw",
             fix=f"SANA_EXPORT_API_KEYS=me:$(openssl rand -hex 24) sana-export serve {config.models[0].bundle} --host {config.host}",
         )
-    if config.queue.places < config.limits.images:
+    others = max(len(config.keys) - 1, 0)
+    if config.queue.places < (least := config.limits.images + others):
+        kept = f" and one for each of the {others} other API keys" if others else ""
         raise UsageError(
             "the queue has no room for one request",
             found=f"{config.queue.places} places",
-            wanted=f"at least {config.limits.images}, the images of one request",
-            fix=f"--queue {config.limits.images}",
+            wanted=f"at least {least}: {config.limits.images} for the images of one request{kept}",
+            fix=f"--queue {least}",
         )
 
 
