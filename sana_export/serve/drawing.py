@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from sana_export.errors import Cancelled, DependencyError, UsageError
-from sana_export.runtime import Request, SanaResult
+from sana_export.errors import ArtifactError, Cancelled, DependencyError, UsageError
+from sana_export.runtime import Request, SanaResult, SanaRuntime
 from sana_export.serve.config import ServeConfig
 from sana_export.serve.engine import ImageJob, Partial
 from sana_export.serve.errors import Refusal, usage_refusal
@@ -117,7 +117,7 @@ class DrawingThread:
         try:
             requests = [self._request(ticket.payload) for ticket in tickets]
             started = perf_counter()
-            runtime = self._store.use(model)
+            runtime = self._runtime(model)
             loading = perf_counter() - started
             outcomes = runtime.generate_many(
                 requests,
@@ -139,6 +139,16 @@ class DrawingThread:
                 ticket.payload.post(error)
         except Exception as error:  # any: the server lives on
             self._retry(tickets, error)
+
+    def _runtime(self, model: str) -> SanaRuntime:
+        """The loaded model. Raises what `ModelStore.use` raises, but ArtifactError in place of UsageError.
+
+        A LoRA that is gone, for example, is the server's fault, not that of the client's request.
+        """
+        try:
+            return self._store.use(model)
+        except UsageError as error:
+            raise ArtifactError(error.message, found=error.found, wanted=error.wanted, fix=error.fix) from error
 
     def _request(self, task: ImageTask) -> Request:
         """What the runtime is asked for an image, with the job's uploads. Raises Refusal if they are damaged.

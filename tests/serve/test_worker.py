@@ -284,6 +284,25 @@ def test_a_failed_model_is_loaded_again_and_the_server_lives_on(
     assert f"request r1: the model one failed: {error}" in caplog.text
 
 
+def test_a_model_that_cannot_be_loaded_is_the_servers_fault(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def use(store: ModelStore, name: str) -> Any:
+        raise UsageError("there is no LoRA", found="/secret/a.safetensors", wanted="a file")
+
+    async def scene(engine: LocalEngine, runtime: StandInRuntime) -> None:
+        monkeypatch.setattr(ModelStore, "use", use)
+        with pytest.raises(ArtifactError) as caught:
+            await finished(engine, job(1, request_id="r1"))
+        found = answer(caught.value, "one")
+        assert (found.status, found.code) == (500, "model_damaged")
+        assert "secret" not in str(found)
+
+    served.play(scene)
+    assert "request r1: the model one failed: there is no LoRA" in caplog.text
+    assert "/secret/a.safetensors" in caplog.text
+
+
 def test_requests_are_checked_before_they_wait(served: Served, tiny_bundle: Path) -> None:
     async def scene(engine: LocalEngine, runtime: StandInRuntime) -> None:
         for words, text in (
