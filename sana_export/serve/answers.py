@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from time import time
 from typing import Any
 
+from sana_export.errors import SanaExportError
 from sana_export.serve.engine import Engine, Finished, ImageJob, JobEvent, Partial
 from sana_export.serve.errors import answer
 from sana_export.serve.images import OUTPUTS
 from sana_export.serve.metrics import Metrics
 from sana_export.serve.schema import GenerationBody, ImageItem, ImagesAnswer
 
+LOG = logging.getLogger(__name__)
 #: Stores an image file and its media type; returns its URL.
 Store = Callable[[bytes, str], str]
 
@@ -77,6 +80,8 @@ async def stream(
                         numbers = {"image_index": index, "seed": seed}
                         yield _event(f"{kind}.completed", {**_b64(content), **numbers, **created, **size, "usage": None})
         except Exception as error:  # any: the answer has begun, so the error is a part of it
+            if not isinstance(error, SanaExportError):  # an engine logs its own
+                LOG.error("request %s failed", job.request_id, exc_info=error)
             found = answer(error, job.model)
             metrics.failed(found.code)
             yield _event("error", found.body)
