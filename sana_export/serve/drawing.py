@@ -180,7 +180,7 @@ class DrawingThread:
         """One image of a batch has an error of its own. Returns whether the model has to be loaded again."""
         job = ticket.payload.job
         if isinstance(error, UsageError):
-            ticket.payload.post(usage_refusal(error, {str(self._store[job.model].folder): job.model}))
+            ticket.payload.post(usage_refusal(error, {str(self._store.known[job.model].folder): job.model}))
             return False
         self._log(ticket, error)
         ticket.payload.post(error)
