@@ -60,6 +60,8 @@ class RequestLimits:
     head_seconds: float = 10.0
     body_seconds: float = 60.0
     read_seconds: float = 60.0
+    #: Bytes of an answer that a client has to read in each second, if it does not keep up.
+    read_rate: int = 16 * 1024
 
 
 @dataclass(frozen=True)
