@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -139,11 +140,15 @@ class GracefulServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def _drain(self) -> None:
+        seconds, loop = self.config.timeout_graceful_shutdown or 0, asyncio.get_running_loop()
+        until = loop.time() + seconds
         try:
-            await asyncio.wait_for(self._engine.drain(), self.config.timeout_graceful_shutdown)
+            await asyncio.wait_for(self._engine.drain(), seconds)
         except TimeoutError:
             LOG.warning("requests still run: they are stopped")
             await self._stop()
+        # uvicorn waits for the answers in what is left of the time
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(until - loop.time()))
         self.should_exit = True
 
     async def _stop(self) -> None:
