@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from time import time
 from typing import Any
 
+from sana_export.errors import SanaExportError
 from sana_export.serve.engine import Engine, Finished, ImageJob, JobEvent, Partial
 from sana_export.serve.errors import answer
 from sana_export.serve.images import OUTPUTS
 from sana_export.serve.metrics import Metrics
 from sana_export.serve.schema import GenerationBody, ImageItem, ImagesAnswer
 
+LOG = logging.getLogger(__name__)
 #: Stores an image file and its media type; returns its URL.
 Store = Callable[[bytes, str], str]
 
@@ -33,24 +37,31 @@ async def finished(engine: Engine, job: ImageJob) -> Finished:
     raise RuntimeError("the engine ended a job without its images")
 
 
-def document(body: GenerationBody, job: ImageJob, result: Finished, store: Store) -> ImagesAnswer:
-    """The answer to a request. Raises Refusal "disk_full" if the images are asked for as URLs and cannot be stored."""
-    output = body.output_format or "png"
+async def document(body: GenerationBody, job: ImageJob, result: Finished, store: Store) -> str:
+    """The answer to a request, as JSON. Raises Refusal "disk_full" if the images are asked for as URLs and cannot be stored."""
+    if body.response_format == "url":
+        media_type = OUTPUTS[body.output_format or "png"][1]
+        items = [ImageItem(url=store(content, media_type), seed=seed) for content, seed in _seeded(result)]
+        return _document(body, job, result, items)
+    return await asyncio.to_thread(_document_with_images, body, job, result)
 
-    def item(content: bytes, seed: int) -> ImageItem:
-        if body.response_format == "url":
-            return ImageItem(url=store(content, OUTPUTS[output][1]), seed=seed)
-        return ImageItem(b64_json=base64.b64encode(content).decode(), seed=seed)
 
-    return ImagesAnswer(
+def _document_with_images(body: GenerationBody, job: ImageJob, result: Finished) -> str:
+    """The answer with the images in it: up to ten files of several megabytes."""
+    return _document(body, job, result, [ImageItem(**_b64(content), seed=seed) for content, seed in _seeded(result)])
+
+
+def _document(body: GenerationBody, job: ImageJob, result: Finished, items: list[ImageItem]) -> str:
+    found = ImagesAnswer(
         created=int(time()),
-        data=[item(content, seed) for content, seed in zip(result.images, result.seeds, strict=True)],
-        output_format=output,
+        data=items,
+        output_format=body.output_format or "png",
         quality=body.quality or "auto",
         size=f"{result.width}x{result.height}",
         model=job.model,
         timings={name: round(seconds, 6) for name, seconds in result.seconds.items()},
     )
+    return found.model_dump_json(exclude_none=True)
 
 
 async def stream(
@@ -69,21 +80,32 @@ async def stream(
                 if isinstance(event, Partial):
                     size = {"size": body.size or "auto"}
                     numbers = {"partial_image_index": event.index, "image_index": event.image, "seed": job.seeds[event.image]}
-                    yield _event(f"{kind}.partial_image", {**_b64(event.content), **numbers, **created, **size})
+                    yield await _image_event(f"{kind}.partial_image", event.content, {**numbers, **created, **size})
                 elif isinstance(event, Finished):
                     metrics.drew(job, event)
                     size = {"size": f"{event.width}x{event.height}"}
-                    for index, (content, seed) in enumerate(zip(event.images, event.seeds, strict=True)):
+                    for index, (content, seed) in enumerate(_seeded(event)):
                         numbers = {"image_index": index, "seed": seed}
-                        yield _event(f"{kind}.completed", {**_b64(content), **numbers, **created, **size, "usage": None})
+                        yield await _image_event(f"{kind}.completed", content, {**numbers, **created, **size, "usage": None})
         except Exception as error:  # any: the answer has begun, so the error is a part of it
+            if not isinstance(error, SanaExportError):  # an engine logs its own
+                LOG.error("request %s failed", job.request_id, exc_info=error)
             found = answer(error, job.model)
             metrics.failed(found.code)
             yield _event("error", found.body)
 
 
+async def _image_event(kind: str, content: bytes, fields: Mapping[str, Any]) -> str:
+    """An event with an image, which may have megabytes, written in a thread."""
+    return await asyncio.to_thread(lambda: _event(kind, {**_b64(content), **fields}))
+
+
 def _event(kind: str, fields: Mapping[str, Any]) -> str:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n"
+
+
+def _seeded(result: Finished) -> Iterator[tuple[bytes, int]]:
+    return zip(result.images, result.seeds, strict=True)
 
 
 def _b64(content: bytes) -> dict[str, str]:

@@ -73,8 +73,8 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
         result = await unless_gone(request, answers.finished(engine, job))
         metrics.drew(job, result)
         root = (config.public_url or f"{request.scope['scheme']}://{request.headers.get('host')}").rstrip("/")
-        found = answers.document(body, job, result, lambda content, media: f"{root}/images/{files.store(content, media)}")
-        return Response(found.model_dump_json(exclude_none=True), media_type="application/json")
+        found = await answers.document(body, job, result, lambda content, media: f"{root}/images/{files.store(content, media)}")
+        return Response(found, media_type="application/json")
 
     responses: Any = {200: {"content": {"text/event-stream": {}}}, **openapi.error_responses(*_DRAWING)}
     drawing: dict[str, Any] = {"response_model": ImagesAnswer, "responses": responses}

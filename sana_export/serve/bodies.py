@@ -45,7 +45,7 @@ class BodyReader:
         content_type = _check_type(request, "multipart/form-data")
         async with self._body(request, self._limits.body_bytes) as content:
             form = await asyncio.to_thread(parse_form, content_type, content)
-            files = {name: _file(form.pop(name)) for name in FILES if name in form}
+            files = {name: await asyncio.to_thread(_file, form.pop(name)) for name in FILES if name in form}
             if "image" not in files:
                 raise Refusal("missing_required_parameter", "image is missing", param="image")
             yield from_strings(EditFields, {name: field.text for name, field in form.items()}), files["image"], files.get("mask")

@@ -60,13 +60,15 @@ class RequestLimits:
     head_seconds: float = 10.0
     body_seconds: float = 60.0
     read_seconds: float = 60.0
+    #: Bytes of an answer that a client has to read in each second, if it does not keep up.
+    read_rate: int = 16 * 1024
 
 
 @dataclass(frozen=True)
 class QueueConfig:
     """How requests wait and which are drawn together."""
 
-    #: Requests that wait. The next one gets 429.
+    #: Images that wait. The next one gets 429. At least the images of one request and one for each other API key.
     places: int = 64
     #: Images that are drawn together. 1: each image is exactly what a call of its own gives, on every backend.
     max_batch: int = 4

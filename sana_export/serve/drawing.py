@@ -1,4 +1,4 @@
-"""The thread that draws: it takes what can be drawn together from the queue and hands the images to the threads that encode."""
+"""The thread that draws: it takes what can be drawn together from the queue, decodes uploads, and hands images to be encoded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 from PIL import Image
 
-from sana_export.errors import Cancelled, DependencyError, UsageError
-from sana_export.runtime import Request, SanaResult
+from sana_export.errors import ArtifactError, Cancelled, DependencyError, UsageError
+from sana_export.runtime import Request, SanaResult, SanaRuntime
 from sana_export.serve.config import ServeConfig
 from sana_export.serve.engine import ImageJob, Partial
-from sana_export.serve.errors import usage_refusal
+from sana_export.serve.errors import Refusal, usage_refusal
 from sana_export.serve.filters import ContentFilters
-from sana_export.serve.images import encode_image
+from sana_export.serve.images import encode_image, read_uploads
 from sana_export.serve.models import ModelStore
 from sana_export.serve.previews import preview_callback
 from sana_export.serve.queue import FairQueue, Ticket
@@ -55,7 +55,6 @@ class ImageTask:
     job: ImageJob
     #: Which one.
     image: int
-    request: Request
     #: Of its plan.
     steps: int
     size: tuple[int, int]
@@ -116,11 +115,12 @@ class DrawingThread:
         """Draw tickets of one group and post what became of each. Raises nothing."""
         model, waited = tickets[0].payload.job.model, [monotonic() - ticket.since for ticket in tickets]
         try:
+            requests = [self._request(ticket.payload) for ticket in tickets]
             started = perf_counter()
-            runtime = self._store.use(model)
+            runtime = self._runtime(model)
             loading = perf_counter() - started
             outcomes = runtime.generate_many(
-                [ticket.payload.request for ticket in tickets],
+                requests,
                 batch_size=len(tickets),
                 callback_on_step_end=self._callback(tickets),
                 cancelled=lambda: self._stopping or all(ticket.left for ticket in tickets),
@@ -134,11 +134,34 @@ class DrawingThread:
                     damaged |= self._failed(ticket, outcome)
             if damaged:
                 self._store.discard(model)
-        except Cancelled as error:
+        except (Cancelled, Refusal) as error:  # refused: the upload of an edit, which is drawn alone
             for ticket in tickets:
                 ticket.payload.post(error)
         except Exception as error:  # any: the server lives on
             self._retry(tickets, error)
+
+    def _runtime(self, model: str) -> SanaRuntime:
+        """The loaded model. Raises what `ModelStore.use` raises, but ArtifactError in place of UsageError.
+
+        A LoRA that is gone, for example, is the server's fault, not that of the client's request.
+        """
+        try:
+            return self._store.use(model)
+        except UsageError as error:
+            raise ArtifactError(error.message, found=error.found, wanted=error.wanted, fix=error.fix) from error
+
+    def _request(self, task: ImageTask) -> Request:
+        """What the runtime is asked for an image, with the job's uploads. Raises Refusal if they are damaged.
+
+        Uploads are decoded here, one job after the other in the queue's order: images that wait hold no pixels, and a key's
+        large uploads cost the other keys no more than its turns.
+        """
+        job = task.job
+        uploads = read_uploads(job.image, job.mask, self._config.limits.source_pixels)
+        try:
+            return Request(**job.words, **uploads, seed=job.seeds[task.image])
+        except UsageError as error:
+            raise usage_refusal(error) from error
 
     def _retry(self, tickets: Sequence[Ticket[ImageTask]], error: Exception) -> None:
         """After `error` ended a batch: the next one loads the model again. What did not fit into memory together is drawn alone."""
@@ -157,7 +180,7 @@ class DrawingThread:
         """One image of a batch has an error of its own. Returns whether the model has to be loaded again."""
         job = ticket.payload.job
         if isinstance(error, UsageError):
-            ticket.payload.post(usage_refusal(error, {str(self._store[job.model].folder): job.model}))
+            ticket.payload.post(usage_refusal(error, {str(self._store.known[job.model].folder): job.model}))
             return False
         self._log(ticket, error)
         ticket.payload.post(error)

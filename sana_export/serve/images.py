@@ -38,25 +38,46 @@ def from_data_url(name: str, text: str) -> bytes:
         raise Refusal("invalid_image", f"the data URL in {name} is not base64", param=name) from error
 
 
-def read_upload(name: str, content: bytes, most_pixels: int) -> Image.Image:
-    """The image in an uploaded file, decoded. Raises Refusal if it is none, is damaged, or has more than `most_pixels` pixels.
+def check_uploads(image: bytes | None, mask: bytes | None, most_pixels: int) -> None:
+    """Check the kinds and the sizes of uploaded files by their first bytes. Nothing is decoded. Raises Refusal."""
+    for name, content in (("image", image), ("mask", mask)):
+        if content is not None:
+            _opened(name, content, most_pixels)
 
-    Its size is read from its first bytes, before anything is decoded.
-    """
+
+def read_uploads(image: bytes | None, mask: bytes | None, most_pixels: int) -> dict[str, Any]:
+    """The uploaded files that are given, decoded, as parameters of the runtime's `Request`. Raises Refusal as `read_upload`."""
+    images = {} if image is None else {"image": read_upload("image", image, most_pixels)}
+    return images if mask is None else {**images, "mask": read_mask("mask", mask, most_pixels)}
+
+
+def read_upload(name: str, content: bytes, most_pixels: int) -> Image.Image:
+    """The image in an uploaded file, decoded. Raises Refusal if it is none, is damaged, or has more than `most_pixels` pixels."""
+    image = _opened(name, content, most_pixels)
+    try:
+        image.load()
+    except Exception as error:  # any: whatever a decoder raises for a damaged file
+        raise _not_an_image(name) from error
+    return image
+
+
+def _opened(name: str, content: bytes, most_pixels: int) -> Image.Image:
+    """An uploaded file whose kind and size have been read from its first bytes. Raises Refusal."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
             image = Image.open(io.BytesIO(content), formats=UPLOADS)
-        if image.width * image.height > most_pixels:
-            raise _too_large(name, f"{image.width}x{image.height} pixels", most_pixels)
-        image.load()
-        return image
-    except Refusal:
-        raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, which it knows by the same first bytes
         raise _too_large(name, "far too many pixels", most_pixels) from error
     except Exception as error:  # any: whatever a decoder raises for a file of another kind
-        raise Refusal("invalid_image", f"{name} is not a whole image file ({', '.join(UPLOADS)})", param=name) from error
+        raise _not_an_image(name) from error
+    if image.width * image.height > most_pixels:
+        raise _too_large(name, f"{image.width}x{image.height} pixels", most_pixels)
+    return image
+
+
+def _not_an_image(name: str) -> Refusal:
+    return Refusal("invalid_image", f"{name} is not a whole image file ({', '.join(UPLOADS)})", param=name)
 
 
 def _too_large(name: str, found: str, most: int) -> Refusal:

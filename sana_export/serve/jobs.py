@@ -10,7 +10,7 @@ from sana_export.serve.config import ServeConfig
 from sana_export.serve.engine import ImageJob, ModelCard
 from sana_export.serve.errors import Refusal
 from sana_export.serve.images import OUTPUTS
-from sana_export.serve.schema import GenerationBody
+from sana_export.serve.schema import MOST_SEED, GenerationBody
 from sana_export.serve.security import Caller
 
 #: Fields that are parameters of the runtime's `Request`.
@@ -31,12 +31,13 @@ def image_job(
     card = _model(body, models)
     _check_limits(body, config)
     _check_combinations(body)
+    count = body.n or 1
     words = {name: value for name in WORDS if (value := getattr(body, name, None)) is not None}
-    seed = secrets.randbelow(2**32) if body.seed is None else body.seed
+    seed = _first_seed(body.seed, count)
     return ImageJob(
         model=card.name,
         words=words | _size(body.size, config),
-        seeds=tuple(range(seed, seed + (body.n or 1))),
+        seeds=tuple(range(seed, seed + count)),
         timeout=timeout,
         key=caller.key,
         request_id=caller.request_id,
@@ -88,6 +89,16 @@ def _size(size: str | None, config: ServeConfig) -> dict[str, Any]:
     if width * height > most:
         raise Refusal("invalid_value", f"size is too large: {width * height} pixels; at most {most} are allowed", param="size")
     return {"height": height, "width": width}
+
+
+def _first_seed(asked: int | None, count: int) -> int:
+    """The seed of the first of `count` images. Raises Refusal if the last one would have a seed that is too large."""
+    if asked is None:
+        return secrets.randbelow(2**32)
+    if asked + count - 1 > MOST_SEED:
+        message = f"seed is too large: {count} images have the seeds up to {asked + count - 1}; at most {MOST_SEED} is allowed"
+        raise Refusal("invalid_value", message, param="seed")
+    return asked
 
 
 def asked_timeout(header: str | None, config: ServeConfig) -> float:

@@ -8,16 +8,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
 
 from sana_export.adapters import Lora
 from sana_export.contract import GRAPH_GROUPS
-from sana_export.errors import SanaExportError, UsageError
+from sana_export.errors import ArtifactError, SanaExportError, UsageError
 from sana_export.hub.bundles.source import find_bundle
 from sana_export.hub.client import Hub
-from sana_export.manifest import Manifest
+from sana_export.manifest import FILE_NAME, Manifest
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.memory import AUTO
 from sana_export.serve.config import ModelConfig
@@ -27,6 +27,8 @@ from sana_export.serve.errors import Refusal
 LOG = logging.getLogger(__name__)
 #: Opens the runtime of a model, without its LoRAs.
 Opener = Callable[[ModelConfig, Path], SanaRuntime]
+#: What the file system says of a file: device, inode, size, and the time of the last change.
+Stamp = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,25 @@ class KnownModel:
     config: ModelConfig
     folder: Path
     manifest: Manifest
+    #: Of the manifest's file, before it was read.
+    manifest_stamp: Stamp | None
     created: int
+
+    @classmethod
+    def read(cls, config: ModelConfig, folder: Path) -> KnownModel:
+        """Read the manifest in `folder`. Raises what `Manifest.load` raises."""
+        stamp = _stamp(folder / FILE_NAME)
+        return cls(config, folder, Manifest.load(folder), stamp, int(time()))
+
+    def current(self) -> KnownModel:
+        """This model, with the manifest that is in its folder now. One that is missing or damaged changes nothing."""
+        stamp = _stamp(self.folder / FILE_NAME)
+        if stamp in (None, self.manifest_stamp):
+            return self
+        try:
+            return replace(self, manifest=Manifest.load(self.folder), manifest_stamp=stamp)
+        except ArtifactError:  # loading the model says why
+            return self
 
     @property
     def shared(self) -> Hashable:
@@ -58,16 +78,12 @@ class KnownModel:
         files = {entry.path: entry.bytes for graph in self.manifest.graphs.values() for entry in graph.files}
         return sum(files.values())
 
-    def stamps(self) -> dict[str, tuple[int, ...]]:
-        """What the file system says of the files of the graphs: device, inode, size, and the time of the last change, by path."""
-        found: dict[str, tuple[int, ...]] = {}
-        for path in {entry.path for graph in self.manifest.graphs.values() for entry in graph.files}:
-            with suppress(OSError):  # a file that was deleted stays mapped
-                status = (self.folder / path).stat()
-                found[path] = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-        return found
+    def stamps(self) -> dict[str, Stamp]:
+        """The stamps of the manifest and of the files of the graphs, by path. A file that was deleted has none: it stays mapped."""
+        paths = {FILE_NAME, *(entry.path for graph in self.manifest.graphs.values() for entry in graph.files)}
+        return {path: stamp for path in paths if (stamp := _stamp(self.folder / path)) is not None}
 
-    def changed_since(self, before: Mapping[str, tuple[int, ...]]) -> str:
+    def changed_since(self, before: Mapping[str, Stamp]) -> str:
         """A file that exists and is not what it was; "" if there is none."""
         return next((path for path, stamp in self.stamps().items() if before.get(path) != stamp), "")
 
@@ -77,7 +93,7 @@ class _Loaded:
     runtime: SanaRuntime
     bytes: int
     #: Of its files, before they were loaded.
-    stamps: dict[str, tuple[int, ...]]
+    stamps: dict[str, Stamp]
     loras: tuple[Lora, ...] = ()
 
 
@@ -109,7 +125,7 @@ class ModelStore:
             folder = find_bundle(config.bundle, hub=hub or Hub(), backend=named, device=config.device)
             for lora in config.loras:
                 LOG.debug("the model %s has the LoRA %s", config.name, lora.weights)
-            model = KnownModel(config, folder, Manifest.load(folder), int(time()))
+            model = KnownModel.read(config, folder)
             if budget is not None and model.bytes > budget:
                 raise UsageError(
                     f"the model {config.name} is larger than the memory budget",
@@ -122,10 +138,11 @@ class ModelStore:
             raise UsageError("the server has no models", found="none", wanted="one or more")
 
     def __getitem__(self, name: str) -> KnownModel:
-        """Raises Refusal for an unknown name."""
+        """A model, whose manifest is read again if its file has changed. Raises Refusal for an unknown name."""
         if name not in self.known:
             raise Refusal("model_not_found", f"the model {name[:100]!r} does not exist", param="model")
-        return self.known[name]
+        model = self.known[name] = self.known[name].current()
+        return model
 
     def cards(self) -> tuple[ModelCard, ...]:
         """The models as clients see them."""
@@ -137,7 +154,8 @@ class ModelStore:
                 native_size=model.manifest.model.native_size,
                 loaded=model.shared in self._loaded,
             )
-            for name, model in self.known.items()
+            for name in self.known
+            for model in [self[name]]
         )
 
     def use(self, name: str) -> SanaRuntime:
@@ -170,7 +188,7 @@ class ModelStore:
 
     def discard(self, name: str) -> None:
         """Close the runtime of a model after it failed. The next use loads it again."""
-        if (loaded := self._loaded.pop(self[name].shared, None)) is not None:
+        if (loaded := self._loaded.pop(self.known[name].shared, None)) is not None:
             _close(loaded)
 
     def close(self) -> None:
@@ -195,6 +213,14 @@ def open_runtime(config: ModelConfig, folder: Path) -> SanaRuntime:
         threads=config.threads,
         backend_options=config.backend_options,
     )
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """None: there is no such file."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return None
 
 
 def _close(loaded: _Loaded) -> None:

@@ -128,9 +128,9 @@ class LimitedConnection(H11Protocol):
             self.waiting_for_reader = None
 
     def watch_reader(self, before: int | None) -> None:
-        """Cut the connection of a client that reads nothing. `before`: bytes that waited for it a while ago."""
-        waiting = self.transport.get_write_buffer_size()
-        if before is not None and waiting >= before:
+        """Cut the connection of a client that reads nothing, or too slowly. `before`: bytes that waited for it a while ago."""
+        waiting, limits = self.transport.get_write_buffer_size(), self.limits_of_server
+        if before is not None and waiting > before - limits.read_rate * limits.read_seconds:
             self.transport.abort()
             return
-        self.waiting_for_reader = self.loop.call_later(self.limits_of_server.read_seconds, self.watch_reader, waiting)
+        self.waiting_for_reader = self.loop.call_later(limits.read_seconds, self.watch_reader, waiting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -56,12 +57,14 @@ def check_config(config: ServeConfig) -> None:
             wanted="API keys, or --allow-without-keys if everybody who reaches the address may draw",
             fix=f"SANA_EXPORT_API_KEYS=me:$(openssl rand -hex 24) sana-export serve {config.models[0].bundle} --host {config.host}",
         )
-    if config.queue.places < config.limits.images:
+    others = max(len(config.keys) - 1, 0)
+    if config.queue.places < (least := config.limits.images + others):
+        kept = f" and one for each of the {others} other API keys" if others else ""
         raise UsageError(
             "the queue has no room for one request",
             found=f"{config.queue.places} places",
-            wanted=f"at least {config.limits.images}, the images of one request",
-            fix=f"--queue {config.limits.images}",
+            wanted=f"at least {least}: {config.limits.images} for the images of one request{kept}",
+            fix=f"--queue {least}",
         )
 
 
@@ -137,11 +140,15 @@ class GracefulServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def _drain(self) -> None:
+        seconds, loop = self.config.timeout_graceful_shutdown or 0, asyncio.get_running_loop()
+        until = loop.time() + seconds
         try:
-            await asyncio.wait_for(self._engine.drain(), self.config.timeout_graceful_shutdown)
+            await asyncio.wait_for(self._engine.drain(), seconds)
         except TimeoutError:
             LOG.warning("requests still run: they are stopped")
             await self._stop()
+        # uvicorn waits for the answers in what is left of the time
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(until - loop.time()))
         self.should_exit = True
 
     async def _stop(self) -> None:

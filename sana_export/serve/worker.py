@@ -1,4 +1,4 @@
-"""An `Engine` in this process: one thread draws, others read uploads, plan requests and encode images.
+"""An `Engine` in this process: one thread decodes uploads and draws, others plan requests and encode images.
 
 A second drawing thread would only wait for the runtime, which one call uses at a time.
 """
@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
+
+from PIL import Image
 
 from sana_export.errors import UsageError
 from sana_export.runtime import Request
@@ -26,12 +27,12 @@ from sana_export.serve.drawing import DrawingThread, EncodedImage, ImageTask
 from sana_export.serve.engine import Accepted, EngineStatus, Finished, ImageJob, JobEvent, ModelCard
 from sana_export.serve.errors import Refusal, usage_refusal
 from sana_export.serve.filters import ContentFilters
-from sana_export.serve.images import read_mask, read_upload
+from sana_export.serve.images import check_uploads
 from sana_export.serve.models import ModelStore
 from sana_export.serve.queue import FairQueue, Ticket
 
 LOG = logging.getLogger(__name__)
-#: Threads that read and plan requests, and threads that encode images.
+#: Threads that check and plan requests, and threads that encode images.
 READERS, ENCODERS = 2, 2
 #: The longest time that a client is told to wait.
 _MOST_RETRY = 3600.0
@@ -155,20 +156,20 @@ class LocalEngine:
         known, words = self._store[job.model], job.words
         self._filters.check_prompt(str(words.get("prompt", "")), str(words.get("negative_prompt") or ""))
         try:
-            request = Request(**words, **self._uploads(job), seed=job.seeds[0])
-            plan = make_plan(request, known.folder, known.manifest)
+            check_uploads(job.image, job.mask, self._config.limits.source_pixels)
+            plan = make_plan(Request(**words, **_stand_ins(job), seed=job.seeds[0]), known.folder, known.manifest)
         except UsageError as error:
             raise usage_refusal(error, {str(known.folder): job.model}) from error
         key = None if job.partial_images else batch_key(plan)
         group = None if key is None else (job.model, key)
         steps, size = len(plan.schedule.timesteps), (plan.output_width, plan.output_height)
-        requests = [request, *(replace(request, seed=seed) for seed in job.seeds[1:])]
-        return [Ticket(job.key, group, ImageTask(job, index, own, steps, size, post)) for index, own in enumerate(requests)]
+        return [Ticket(job.key, group, ImageTask(job, index, steps, size, post)) for index in range(len(job.seeds))]
 
-    def _uploads(self, job: ImageJob) -> dict[str, Any]:
-        most = self._config.limits.source_pixels
-        images = {} if job.image is None else {"image": read_upload("image", job.image, most)}
-        return images if job.mask is None else {**images, "mask": read_mask("mask", job.mask, most)}
+
+def _stand_ins(job: ImageJob) -> dict[str, Any]:
+    """Black images in place of a job's uploads, which are decoded when their turn to be drawn has come."""
+    size = job.words.get("width", 1), job.words.get("height", 1)
+    return {name: Image.new("L", size) for name, content in (("image", job.image), ("mask", job.mask)) if content is not None}
 
 
 def _ending() -> Refusal:

@@ -107,6 +107,11 @@ def test_the_format_of_the_files(
     assert (engine.jobs[0].output_format, engine.jobs[0].quality) == (word, quality)
 
 
+def test_the_largest_seeds(client: httpx.Client) -> None:
+    items = client.post(GENERATIONS, json={"prompt": "x", "seed": 2**63 - 2, "n": 2}).json()["data"]
+    assert [item["seed"] for item in items] == [2**63 - 2, 2**63 - 1]
+
+
 def test_a_url_leads_to_the_file_under_a_name_nobody_guesses(client: httpx.Client, engine: StandInEngine) -> None:
     item = client.post(GENERATIONS, json={"prompt": "x", "seed": 9, "response_format": "url"}).json()["data"][0]
     assert "b64_json" not in item
@@ -146,6 +151,19 @@ def test_an_error_after_the_stream_began_is_its_last_event(client: httpx.Client,
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_an_unexpected_error_is_logged(
+    client: httpx.Client, engine: StandInEngine, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.error = ZeroDivisionError("/secret")
+    answer = client.post(GENERATIONS, json={"prompt": "x", "stream": stream}, headers={"X-Request-Id": "r7"})
+    assert "internal_error" in answer.text
+    assert "secret" not in answer.text
+    [record] = [record for record in caplog.records if record.getMessage() == "request r7 failed"]
+    assert record.exc_info is not None
+    assert record.exc_info[1] is engine.error
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("error", "status", "code", "retry"),
     [
@@ -179,6 +197,7 @@ BAD_JSON: dict[str, tuple[bytes, str, str | None]] = {
     "overflow": (b'{"prompt":"a","pag_scale":1e999}', "invalid_value", "pag_scale"),
     "huge seed": (b'{"prompt":"a","seed":18446744073709551616}', "invalid_value", "seed"),
     "long number": (b'{"prompt":"a","seed":' + b"9" * 1900 + b"}", "invalid_value", "seed"),
+    "seeds beyond the largest": (b'{"prompt":"a","seed":9223372036854775807,"n":2}', "invalid_value", "seed"),
     "no prompt": (b"{}", "missing_required_parameter", "prompt"),
     "empty prompt": (b'{"prompt":""}', "invalid_value", "prompt"),
     "prompt of a list": (b'{"prompt":["a"]}', "invalid_value", "prompt"),

@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from sana_export.errors import UsageError
-from sana_export.serve.config import ModelConfig, ServeConfig
+from sana_export.serve.config import ModelConfig, QueueConfig, ServeConfig
 from sana_export.serve.errors import Refusal
 from sana_export.serve.filters import ContentFilters, ContentRefused
 from sana_export.serve.keys import VARIABLE, read_keys
 from sana_export.serve.previews import preview_steps
+from sana_export.serve.queue import FairQueue, Ticket
 from sana_export.serve.run import check_config
 
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
@@ -61,6 +62,18 @@ def test_other_addresses_than_loopback_need_keys() -> None:
         check_config(ServeConfig((model,), host, allow_without_keys=True))
     for host in ("localhost", "127.0.0.1", "::1"):
         check_config(ServeConfig((model,), host))
+
+
+def test_the_queue_has_room_for_one_request_and_the_other_keys() -> None:
+    keys, model = {"alice": ALICE, "bob": BOB, "carol": "c" * 20}, ModelConfig("x", "bundle")
+    with pytest.raises(UsageError, match="no room for one request") as caught:
+        check_config(ServeConfig((model,), keys=keys, queue=QueueConfig(places=11)))
+    assert caught.value.fix == "--queue 12"
+    config = ServeConfig((model,), keys=keys, queue=QueueConfig(places=12))
+    check_config(config)
+    FairQueue[int](config.queue.places, config.keys).put([Ticket("bob", None, index) for index in range(10)])
+    with pytest.raises(Refusal):
+        FairQueue[int](11, config.keys).put([Ticket("bob", None, index) for index in range(10)])
 
 
 class NoDogs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,23 @@ def test_a_discarded_model_is_opened_again(tiny_bundle: Path, opened: Opened) ->
     store.discard("x")
     assert store.use("x") is opened[1]
     assert opened[0].closed
+
+
+def test_a_bundle_that_is_replaced_is_read_again(tiny_bundle: Path, img2img_bundle: Path, tmp_path: Path, opened: Opened) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+    store = ModelStore(models(folder, "x"), opener=opened)
+    assert store.use("x") is store.use("x")
+    folder.rename(tmp_path / "old")
+    assert store.use("x") is opened[0], "what is deleted stays loaded"
+    shutil.copytree(img2img_bundle, folder)
+    assert [card.edits for card in store.cards()] == [True]
+    assert store["x"].manifest == Manifest.load(img2img_bundle)
+    assert store.use("x") is store.use("x") is opened[1]
+    assert opened[0].closed
+    (folder / "manifest.json").write_text("{")
+    assert store["x"].manifest == Manifest.load(img2img_bundle)
+    assert store.use("x") is opened[2], "a damaged manifest is the error of loading it"
 
 
 def test_unknown_and_wrong_models(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -121,6 +121,24 @@ def test_a_client_that_does_not_read_is_cut_off(engine: StandInEngine) -> None:
         assert received < 30_000_000
 
 
+def test_a_client_that_drips_is_cut_off() -> None:
+    class Large(StandInEngine):
+        def models(self):  # type: ignore[no-untyped-def]
+            [card, _] = super().models()
+            return (replace(card, name="x" * 60_000_000),)
+
+    config = replace(CONFIG, limits=replace(LIMITS, read_rate=20_000_000))
+    with running(Large(), config) as address, connected(int(address.rpartition(":")[2])) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        received = 0
+        with suppress(ConnectionResetError):
+            while content := client.recv(1 << 17):  # at most 6.5 MB in a second
+                received += len(content)
+                time.sleep(0.02)
+        assert 0 < received < 60_000_000
+
+
 def test_a_client_that_reads_slowly_is_not(engine: StandInEngine) -> None:
     class Large(StandInEngine):
         def models(self):  # type: ignore[no-untyped-def]

@@ -17,7 +17,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app
 
 from sana_export.adapters import Lora
-from sana_export.errors import DependencyError
+from sana_export.errors import DependencyError, UsageError
 from sana_export.serve.engine import ModelCard
 from sana_export.serve.errors import Refusal
 from sana_export.serve.jobs import image_job
@@ -82,6 +82,16 @@ def test_the_deployments_have_bounded_queues_and_time_to_drain():
     assert front.num_replicas == 2
     assert front.ray_actor_options["num_cpus"] == 1.0
     assert front._deployment_config.graceful_shutdown_timeout_s == 100
+
+
+def test_the_queue_of_a_front_has_room_for_every_key(tmp_path: Path):
+    keys = tmp_path / "keys"
+    keys.write_text("".join(f"user{index}:{index:020}\n" for index in range(3)))
+    arguments = {"bundle": "tiny", "keys_file": keys}
+    assert len(RayConfig.model_validate({**arguments, "max_queued_requests": 3}).keys()) == 3
+    with pytest.raises(UsageError, match="one request of each API key") as caught:
+        RayConfig.model_validate({**arguments, "max_queued_requests": 2}).keys()
+    assert caught.value.fix == "max_queued_requests=3"
 
 
 def test_autoscaling_counts_the_requests_that_wait_or_run():

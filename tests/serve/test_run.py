@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -15,11 +16,14 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from sana_export.cli.main import parse
 from sana_export.cli.verbs.serve import serve_config
+from sana_export.serve.config import ModelConfig, ServeConfig
+from sana_export.serve.run import GracefulServer, server_settings
 from tests.support.command_line import Cli, command
-from tests.support.serving import wait_for
+from tests.support.serving import StandInEngine, wait_for
 
 PROMPT = {"prompt": "a cat", "num_inference_steps": 6}
 
@@ -143,8 +147,6 @@ def test_options_become_the_configuration(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_default_configuration_is_that_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sana_export.serve.config import ModelConfig, ServeConfig
-
     monkeypatch.delenv("SANA_EXPORT_API_KEYS", raising=False)
     assert config_of("bundle") == ServeConfig((ModelConfig("bundle", "bundle"),))
 
@@ -154,3 +156,24 @@ def test_bad_options(cli: Cli, arguments: tuple[str, str]) -> None:
     ran = cli("serve", "bundle", *arguments)
     assert ran.code == 2
     assert arguments[1] in ran.err
+
+
+def test_answers_get_the_rest_of_the_time_after_draining() -> None:
+    class Slow(StandInEngine):
+        async def drain(self) -> None:
+            await asyncio.sleep(1.1)
+
+    async def left(seconds: float) -> int | None:
+        config = ServeConfig((ModelConfig("x", "unused"),), shutdown_seconds=seconds)
+        server = GracefulServer(server_settings(FastAPI(), config), Slow(), lambda: None)
+        await server._drain()
+        assert server.should_exit
+        return server.config.timeout_graceful_shutdown
+
+    async def main() -> list[int | None]:
+        return await asyncio.gather(left(100), left(1))
+
+    long, short = asyncio.run(main())
+    assert long is not None
+    assert 50 < long <= 99
+    assert short == 1

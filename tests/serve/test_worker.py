@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from sana_export.errors import ArtifactError, DependencyError, UsageError
+from sana_export.serve import images
 from sana_export.serve.config import ModelConfig, QueueConfig, ServeConfig
 from sana_export.serve.engine import Accepted, Finished, ImageJob, Partial
 from sana_export.serve.errors import Refusal, answer
 from sana_export.serve.filters import ContentFilters, ContentRefused
 from sana_export.serve.models import ModelStore
 from sana_export.serve.worker import LocalEngine
-from tests.support.serving import StandInRuntime, color, pixel
+from tests.support.serving import StandInRuntime, color, image_file, picture, pixel
 
 Scene = Callable[[LocalEngine, Any], Awaitable[None]]
 
@@ -282,6 +284,25 @@ def test_a_failed_model_is_loaded_again_and_the_server_lives_on(
     assert f"request r1: the model one failed: {error}" in caplog.text
 
 
+def test_a_model_that_cannot_be_loaded_is_the_servers_fault(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def use(store: ModelStore, name: str) -> Any:
+        raise UsageError("there is no LoRA", found="/secret/a.safetensors", wanted="a file")
+
+    async def scene(engine: LocalEngine, runtime: StandInRuntime) -> None:
+        monkeypatch.setattr(ModelStore, "use", use)
+        with pytest.raises(ArtifactError) as caught:
+            await finished(engine, job(1, request_id="r1"))
+        found = answer(caught.value, "one")
+        assert (found.status, found.code) == (500, "model_damaged")
+        assert "secret" not in str(found)
+
+    served.play(scene)
+    assert "request r1: the model one failed: there is no LoRA" in caplog.text
+    assert "/secret/a.safetensors" in caplog.text
+
+
 def test_requests_are_checked_before_they_wait(served: Served, tiny_bundle: Path) -> None:
     async def scene(engine: LocalEngine, runtime: StandInRuntime) -> None:
         for words, text in (
@@ -364,3 +385,48 @@ def test_a_long_life_keeps_nothing(served: Served) -> None:
         assert alive() <= before + 2
 
     served.play(scene)
+
+
+def test_uploads_are_decoded_when_their_turn_comes(img2img_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting edits hold no pixels, and the edits of one key do not delay another key's image by more than a turn."""
+    decoded: list[str] = []
+    read = images.read_upload
+
+    def counted(name: str, *others: Any) -> Image.Image:
+        decoded.append(name)
+        return read(name, *others)
+
+    monkeypatch.setattr(images, "read_upload", counted)
+
+    async def scene(engine: LocalEngine, runtime: StandInRuntime) -> None:
+        runtime.gate.clear()
+        files = {"image": image_file(picture(1, (64, 32))), "mask": image_file(Image.new("L", (64, 32)))}
+        edits = [asyncio.create_task(finished(engine, job(seed, key="alice", **files))) for seed in range(4)]
+        await until(lambda: engine.status().running == 1 and engine.status().waiting == 3 and runtime.batches)
+        bob = asyncio.create_task(finished(engine, job(9, key="bob")))
+        await until(lambda: engine.status().waiting == 4)
+        assert decoded == ["image", "mask"]
+        runtime.gate.set()
+        await asyncio.gather(bob, *edits)
+        assert [batch for [batch] in runtime.batches].index(9) <= 2
+        assert decoded == ["image", "mask"] * 4
+
+    Served(img2img_bundle).play(scene, keys=("alice", "bob"))
+
+
+def test_bad_uploads_are_the_clients_error_before_and_after_they_wait(img2img_bundle: Path) -> None:
+    async def scene(engine: LocalEngine, runtime: StandInRuntime) -> None:
+        whole = image_file(picture(1, (64, 64)))
+        with pytest.raises(Refusal) as caught:
+            await anext(engine.submit(job(1, image=b"text")))
+        assert (caught.value.code, caught.value.param) == ("invalid_image", "image")
+        for files in ({"image": whole[:-30]}, {"image": whole, "mask": whole[:-30]}):
+            events = engine.submit(job(1, **files))
+            assert isinstance(await anext(events), Accepted)
+            with pytest.raises(Refusal) as caught:
+                await anext(events)
+            assert (caught.value.code, caught.value.param) == ("invalid_image", "mask" if "mask" in files else "image")
+        assert pixel((await finished(engine, job(2, image=whole))).images[0]) == color(2)
+        assert runtime.batches == [[2]]
+
+    Served(img2img_bundle).play(scene)

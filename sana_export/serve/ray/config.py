@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 from pydantic.dataclasses import dataclass as checked
 
 from sana_export.adapters import Lora
+from sana_export.errors import UsageError
 from sana_export.runtime.memory import AUTO
 from sana_export.serve.config import ModelConfig, QueueConfig, RequestLimits, ServeConfig
 from sana_export.serve.keys import read_keys
@@ -138,8 +139,16 @@ class RayConfig(BaseModel):
         return self.timeout + SPARE_SECONDS if self.shutdown_seconds is None else self.shutdown_seconds
 
     def keys(self) -> dict[str, str]:
-        """The API keys by id, of this machine's file. Raises what `read_keys` raises."""
-        return {} if self.keys_file is None else read_keys(self.keys_file)
+        """The API keys by id, of this machine's file. Raises UsageError for more than can wait, and what `read_keys` raises."""
+        keys = {} if self.keys_file is None else read_keys(self.keys_file)
+        if len(keys) > self.max_queued_requests:
+            raise UsageError(
+                "the queue has no room for one request of each API key",
+                found=f"max_queued_requests {self.max_queued_requests}, and {len(keys)} keys in {self.keys_file}",
+                wanted=f"at least {len(keys)}",
+                fix=f"max_queued_requests={len(keys)}",
+            )
+        return keys
 
     def in_replica(self) -> ServeConfig:
         """What the engine inside a drawing replica is told."""
