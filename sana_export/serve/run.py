@@ -16,8 +16,8 @@ from sana_export.errors import DependencyError, UsageError
 from sana_export.serve.app import create_app
 from sana_export.serve.config import ServeConfig
 from sana_export.serve.engine import Engine
+from sana_export.serve.hosts import LOOPBACK
 from sana_export.serve.protocol import protocol_class
-from sana_export.serve.security import LOOPBACK
 from sana_export.serve.worker import LocalEngine
 
 LOG = logging.getLogger(__name__)

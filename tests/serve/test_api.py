@@ -15,8 +15,10 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from sana_export.errors import ArtifactError, DependencyError
+from sana_export.serve.app import create_app
 from sana_export.serve.config import ModelConfig, RequestLimits, ServeConfig
 from sana_export.serve.errors import CODES, Refusal
 from tests.support.serving import StandInEngine, color, image_file, picture, pixel, running, wait_for
@@ -341,6 +343,18 @@ def test_foreign_pages_and_foreign_names_stay_out(client: httpx.Client, engine: 
     assert client.post(GENERATIONS, json={"prompt": "a"}, headers={"Origin": f"http://{own}"}).status_code == 200
     assert client.get("/v1/models", headers={"Host": "LOCALHOST:9"}).status_code == 200
     assert len(engine.jobs) == 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "Server.example"])
+def test_without_keys_foreign_names_stay_out_on_every_address(engine: StandInEngine, host: str) -> None:
+    def status(name: str) -> int:
+        return client.get("/v1/models", headers={"Host": name}).status_code
+
+    config = replace(CONFIG, host=host, allow_without_keys=True, public_url="https://public.example/sana")
+    with TestClient(create_app(engine, config)) as client:
+        assert [status(name) for name in ("evil.example", "public.example.evil", "")] == [421] * 3
+        assert [status(name) for name in ("10.0.0.7:8000", "[::1]:80", "localhost", "PUBLIC.example")] == [200] * 4
+        assert status("server.example:80") == (200 if host == "Server.example" else 421)
 
 
 def test_keys(engine: StandInEngine, caplog: pytest.LogCaptureFixture) -> None:
