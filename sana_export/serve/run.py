@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from shlex import quote
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,6 +18,7 @@ from sana_export.serve.app import create_app
 from sana_export.serve.config import ServeConfig
 from sana_export.serve.engine import Engine
 from sana_export.serve.hosts import LOOPBACK
+from sana_export.serve.keys import NEW_FILE
 from sana_export.serve.protocol import protocol_class
 from sana_export.serve.worker import LocalEngine
 
@@ -54,7 +56,7 @@ def check_config(config: ServeConfig) -> None:
             "a server without API keys may only listen on loopback",
             found=f"host {config.host} and no keys",
             wanted="API keys, or --allow-without-keys if everybody who reaches the address may draw",
-            fix=f"SANA_EXPORT_API_KEYS=me:$(openssl rand -hex 24) sana-export serve {config.models[0].bundle} --host {config.host}",
+            fix=f"{NEW_FILE}; sana-export serve {quote(str(config.models[0].bundle))} --host {config.host} --api-keys api-keys",
         )
     if config.queue.places < config.limits.images:
         raise UsageError(
