@@ -218,6 +218,9 @@ def test_an_unknown_model(client: httpx.Client) -> None:
 
 def test_other_routes_methods_and_types(client: httpx.Client) -> None:
     checked_error(client.get("/v2/images"), 404, "not_found")
+    checked_error(client.get("/v1/models/"), 404, "not_found")
+    for path in ("/health/live", "/health/ready"):
+        assert (client.head(path).status_code, client.head(path).content) == (200, b"")
     answer = client.get(GENERATIONS)
     checked_error(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "POST"
