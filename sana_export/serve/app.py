@@ -165,8 +165,9 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
 
 async def _expire(files: UrlFiles) -> None:
     while True:
-        await asyncio.sleep(30)
         files.expire()
+        await asyncio.to_thread(files.expire_left)
+        await asyncio.sleep(30)
 
 
 def _item(card: ModelCard) -> ModelItem:
