@@ -27,7 +27,7 @@ from time import perf_counter
 
 import psutil
 
-from benchmarks.serve.pictures import Rate, References
+from benchmarks.serve.images import Rate, References
 from benchmarks.serve.report import conditions, summary, table
 from benchmarks.serve.server import ServerProcess, cpu_seconds, resident_mib, waited_seconds, words_of
 from benchmarks.serve.traffic import WAYS, Client, Outcome

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from benchmarks.serve.pictures import Rate
+from benchmarks.serve.images import Rate
 from benchmarks.serve.traffic import Outcome
 from sana_export.machine import describe_machine
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serve.pictures import Drawn, References
+from benchmarks.serve.images import Drawn, References
 
 PATH = "/v1/images/generations"
 #: Statuses of a server that has too much to do. The client may try again.

@@ -48,7 +48,9 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
         expiring.cancel()
         files.close()
 
-    app = FastAPI(title="sana-export", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="sana-export", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan
+    )
     app.add_middleware(Guard, config=config, metrics=metrics)
 
     @app.exception_handler(HTTPException)
@@ -111,14 +113,16 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
     async def image_file(name: str) -> Response:
         """An image that was asked for as a URL."""
         if (found := files.find(name)) is None or not found.path.is_file():
-            raise Refusal("not_found", "there is no such image, or its time is over")
+            raise Refusal("not_found", "there is no such image, or it has expired")
         return FileResponse(found.path, media_type=found.media_type, headers={"Cache-Control": "private"})
 
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", responses=everywhere)
     async def live() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "ok"}
 
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", responses={**everywhere, **openapi.error_responses("not_ready")})
     async def ready() -> dict[str, str]:
         """Whether new requests are accepted."""
@@ -161,8 +165,9 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
 
 async def _expire(files: UrlFiles) -> None:
     while True:
-        await asyncio.sleep(30)
         files.expire()
+        await asyncio.to_thread(files.expire_left)
+        await asyncio.sleep(30)
 
 
 def _item(card: ModelCard) -> ModelItem:

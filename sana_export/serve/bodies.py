@@ -112,7 +112,7 @@ def _check_type(request: Request, wanted: str) -> str:
     """The content type. Raises Refusal for another one than `wanted`."""
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != wanted:
-        raise Refusal("unsupported_media_type", f"the content type is {content_type[:100]!r}; {wanted} is wanted")
+        raise Refusal("unsupported_media_type", f"unsupported content type {content_type[:100]!r}; send {wanted}")
     return content_type
 
 

@@ -56,7 +56,7 @@ def parse_form(content_type: str, body: bytes) -> dict[str, FormField]:
         if disposition != b"form-data" or not name:
             raise Refusal("invalid_multipart", "a part of the form has no name")
         if name in fields:
-            raise Refusal("invalid_multipart", f"{name[:100]} is there twice; this server takes one", param=name[:100])
+            raise Refusal("invalid_multipart", f"{name[:100]} is repeated; this server takes one", param=name[:100])
         fields[name] = FormField(name, bytes(content), b"filename" in options)
     return fields
 

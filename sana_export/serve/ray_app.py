@@ -9,13 +9,14 @@ Front replicas check requests, choose seeds and encode answers; Drawing replicas
 from typing import Any
 
 from sana_export.errors import DependencyError
+from sana_export.installation import install_command
 
 try:
     from ray import serve
     from ray.serve import Application
 except ImportError as error:
     raise DependencyError(
-        "Ray Serve is not installed", found=str(error), wanted="ray[serve]", fix="pip install 'sana-export[ray]'"
+        "Ray Serve is not installed", found=str(error), wanted="ray[serve]", fix=install_command("ray")
     ) from error
 
 from sana_export.serve.ray.config import SPARE_SECONDS, RayConfig

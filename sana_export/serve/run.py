@@ -9,6 +9,7 @@ import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from shlex import quote
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,8 +18,9 @@ from sana_export.errors import DependencyError, UsageError
 from sana_export.serve.app import create_app
 from sana_export.serve.config import ServeConfig
 from sana_export.serve.engine import Engine
+from sana_export.serve.hosts import LOOPBACK
+from sana_export.serve.keys import NEW_FILE
 from sana_export.serve.protocol import protocol_class
-from sana_export.serve.security import LOOPBACK
 from sana_export.serve.worker import LocalEngine
 
 LOG = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ def check_config(config: ServeConfig) -> None:
             "a server without API keys may only listen on loopback",
             found=f"host {config.host} and no keys",
             wanted="API keys, or --allow-without-keys if everybody who reaches the address may draw",
-            fix=f"SANA_EXPORT_API_KEYS=me:$(openssl rand -hex 24) sana-export serve {config.models[0].bundle} --host {config.host}",
+            fix=f"{NEW_FILE}; sana-export serve {quote(str(config.models[0].bundle))} --host {config.host} --api-keys api-keys",
         )
     others = max(len(config.keys) - 1, 0)
     if config.queue.places < (least := config.limits.images + others):

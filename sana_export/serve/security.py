@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from sana_export.errors import SanaExportError
 from sana_export.serve.config import ServeConfig
 from sana_export.serve.errors import Refusal, answer
+from sana_export.serve.hosts import LOOPBACK, is_own_host
 from sana_export.serve.metrics import Metrics
 
 LOG = logging.getLogger("sana_export.serve.access")
@@ -38,7 +39,6 @@ HEADERS = {
 }
 #: Paths that need no key: probes, the documentation, and images, whose names nobody can guess.
 OPEN = ("/health/", "/docs", "/openapi.json", "/images/")
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -80,9 +80,8 @@ class Guard:
     def __init__(self, app: Application, config: ServeConfig, metrics: Metrics) -> None:
         self._app, self._metrics, self._keys = app, metrics, ApiKeys(config.keys)
         public = urlsplit(config.public_url or "").hostname
-        local = not self._keys and config.host in LOOPBACK
-        #: The names under which a server without keys may be reached. None: any.
-        self._hosts = {*LOOPBACK, config.host, *([public] if public else [])} if local else None
+        #: The names under which a server without keys may be reached, besides IP addresses. None: any.
+        self._hosts = None if self._keys else {*LOOPBACK, config.host.lower(), public or ""} - {""}
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -113,8 +112,8 @@ class Guard:
     def _check(self, path: str, headers: Headers) -> str:
         """The id of the request's key. Raises Refusal for a request that may not come in."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._hosts is not None and _host_name(host) not in self._hosts:  # a foreign page, through a name that leads here
-            raise Refusal("misdirected", "this server answers only as localhost; with API keys it answers under any name")
+        if self._hosts is not None and not is_own_host(host, self._hosts):
+            raise Refusal("misdirected", "without API keys this server answers under IP addresses and its own names only")
         if origin is not None and origin.partition("://")[2] != host:
             raise Refusal("forbidden_origin", "this server takes no requests from other web pages")
         if not self._keys:
@@ -152,11 +151,3 @@ class _Exchange:
             if self.status >= 400 and not self._read:
                 headers["Connection"] = "close"  # the rest of the body is not read
         await self._send(message)
-
-
-def _host_name(host: str) -> str:
-    """The name in a header Host: of "localhost:8000" it is "localhost"."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""

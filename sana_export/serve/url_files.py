@@ -9,12 +9,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 
 from sana_export.files import disk_errors
 from sana_export.serve.errors import Refusal
 
 LOG = logging.getLogger(__name__)
+#: What the names of the servers' own folders begin with.
+_PREFIX = "sana-export-images-"
 #: Random bytes in a name: who does not have the URL cannot guess it.
 _NAME_BYTES = 24
 
@@ -38,11 +40,11 @@ class UrlFiles:
 
         Raises DependencyError if the disk refuses.
         """
-        self._seconds, self._most, self._clock = seconds, most_bytes, clock
+        self._seconds, self._most, self._clock, self._parent = seconds, most_bytes, clock, folder
         with disk_errors(folder or Path(tempfile.gettempdir())):
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-            self._folder = tempfile.TemporaryDirectory(prefix="sana-export-images-", dir=folder, ignore_cleanup_errors=True)
+            self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name)
         self._files: OrderedDict[str, UrlFile] = OrderedDict()
 
@@ -71,12 +73,36 @@ class UrlFiles:
         return self._files.get(name)
 
     def expire(self) -> None:
-        """Delete the files whose time is over."""
+        """Delete the files that have expired. What the disk refuses to delete is logged, and no longer served."""
         now = self._clock()
         while self._files and next(iter(self._files.values())).until <= now:
-            self._files.popitem(last=False)[1].path.unlink(missing_ok=True)
+            _delete(self._files.popitem(last=False)[1].path)
+
+    def expire_left(self) -> None:
+        """Delete what servers that were killed have left in the same folder, if it is as old as expired files are.
+
+        Only in a folder that the operator named: the system's folder of temporary files belongs to others too.
+        """
+        for path in self._parent.glob(f"{_PREFIX}*/*") if self._parent is not None else ():
+            if path.parent != self.folder and not path.parent.is_symlink() and _age(path) > self._seconds:
+                _delete(path)
 
     def close(self) -> None:
         """Delete all of them."""
         self._files.clear()
         self._folder.cleanup()
+
+
+def _delete(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        LOG.error("an image file cannot be deleted: %s", error)
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was written. 0: it is gone."""
+    try:
+        return time() - path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -231,7 +231,9 @@ def test_bands_change_only_the_order_of_sums(precision, height):
     assert {module.bands for module in banded.modules() if isinstance(module, MultiscaleAttention)} == {1, 2}
     latents = torch.randn(1, 32, height, 5)
     wanted, found = plain(latents).float(), banded(latents).float()
-    assert (found - wanted).abs().max() <= 2 * torch.finfo(NUMERICS[precision].dtype).eps * wanted.abs().max()
+    # In float32, the limit is that of every other order of sums: this one changes hundreds of them, one after the other.
+    limit = ROUNDING if precision == "float32" else 2 * torch.finfo(NUMERICS[precision].dtype).eps
+    assert (found - wanted).abs().max() <= limit * wanted.abs().max()
 
 
 @torch.no_grad()
@@ -251,7 +253,7 @@ DEEP = {"decoder_layers_per_block": (4, 1, 1, 1, 1, 1)}
 @pytest.mark.parametrize("name", BANDS)
 @torch.no_grad()
 def test_the_last_blocks_in_bands(name, monkeypatch):
-    """In half precision, from a single row of latents on. A halo that is one pixel shorter shows."""
+    """In half precision, from a single row of latents on. A halo that is one pixel shorter shows, and through many blocks half of one."""
     parts = *weights_of(DEEP if name == "deep" else TAILS[name][0]), NUMERICS["float32"]
     decoder = VaeDecoder(*parts)
     assert decoder.bands == 1
@@ -263,7 +265,8 @@ def test_the_last_blocks_in_bands(name, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(vae_decoder, "in_bands", lambda *args: used.append(args[1]) or in_bands(*args))
             found = decoder(latents)
-            patch.setattr(vae_decoder, "in_bands", lambda x, bands, halo, *rest: in_bands(x, bands, halo - 1, *rest))
+            shorter = (lambda halo: halo // 2) if name == "deep" else (lambda halo: halo - 1)
+            patch.setattr(vae_decoder, "in_bands", lambda x, bands, halo, *rest: in_bands(x, bands, shorter(halo), *rest))  # noqa: B023
             wrong = decoder(latents)
         assert (found - wanted).abs().max() <= ROUNDING * wanted.abs().max()
         assert ((wrong - wanted).abs().max() > ROUNDING * wanted.abs().max()) == (BANDS[name] > 1)

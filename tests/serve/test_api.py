@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
 import re
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,10 +17,13 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from sana_export.errors import ArtifactError, DependencyError
+from sana_export.serve.app import create_app
 from sana_export.serve.config import ModelConfig, RequestLimits, ServeConfig
 from sana_export.serve.errors import CODES, Refusal
+from sana_export.serve.url_files import UrlFiles
 from tests.support.serving import StandInEngine, color, image_file, picture, pixel, running, wait_for
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -235,6 +240,9 @@ def test_an_unknown_model(client: httpx.Client) -> None:
 
 def test_other_routes_methods_and_types(client: httpx.Client) -> None:
     checked_error(client.get("/v2/images"), 404, "not_found")
+    checked_error(client.get("/v1/models/"), 404, "not_found")
+    for path in ("/health/live", "/health/ready"):
+        assert (client.head(path).status_code, client.head(path).content) == (200, b"")
     answer = client.get(GENERATIONS)
     checked_error(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "POST"
@@ -362,6 +370,18 @@ def test_foreign_pages_and_foreign_names_stay_out(client: httpx.Client, engine: 
     assert len(engine.jobs) == 1
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "Server.example"])
+def test_without_keys_foreign_names_stay_out_on_every_address(engine: StandInEngine, host: str) -> None:
+    def status(name: str) -> int:
+        return client.get("/v1/models", headers={"Host": name}).status_code
+
+    config = replace(CONFIG, host=host, allow_without_keys=True, public_url="https://public.example/sana")
+    with TestClient(create_app(engine, config)) as client:
+        assert [status(name) for name in ("evil.example", "public.example.evil", "")] == [421] * 3
+        assert [status(name) for name in ("10.0.0.7:8000", "[::1]:80", "localhost", "PUBLIC.example")] == [200] * 4
+        assert status("server.example:80") == (200 if host == "Server.example" else 421)
+
+
 def test_keys(engine: StandInEngine, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     with running(engine, replace(CONFIG, keys=KEYS)) as address, httpx.Client(base_url=address) as client:
@@ -451,6 +471,35 @@ def test_url_files_expire_and_a_full_disk_is_said(engine: StandInEngine, tmp_pat
         checked_error(ask(), 507, "disk_full")
         assert client.post(GENERATIONS, json={"prompt": "a"}).status_code == 200
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_server_left_is_deleted_when_it_is_old(tmp_path: Path) -> None:
+    left = tmp_path / "sana-export-images-of-another"
+    left.mkdir()
+    old, fresh, other = left / "old.png", left / "fresh.png", tmp_path / "holiday.png"
+    for path in (old, fresh, other):
+        path.write_bytes(PNG)
+    for path in (old, other):
+        os.utime(path, (time.time() - 90, time.time() - 90))
+    files = UrlFiles(tmp_path, 60, 2**20)
+    files.expire_left()
+    assert (old.exists(), fresh.exists(), other.exists()) == (False, True, True)
+    files.close()
+
+
+def test_a_file_that_cannot_be_deleted_is_logged_and_not_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    files = UrlFiles(tmp_path, 60, 2**20, lambda: now[0])
+    names = [files.store(PNG, "image/png") for _ in range(2)]
+    stubborn = files.folder / names[0]
+    stubborn.unlink()
+    stubborn.mkdir()  # unlink raises
+    now[0] = 61.0
+    files.expire()
+    assert "cannot be deleted" in caplog.text
+    assert [files.find(name) for name in names] == [None, None]
+    assert not (files.folder / names[1]).exists()
+    files.close()
 
 
 def test_pixels_of_an_upload_are_counted_before_it_is_decoded() -> None:

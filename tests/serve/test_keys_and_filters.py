@@ -22,17 +22,21 @@ ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
 
 def test_keys_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text(f"# ours\nalice:{ALICE}\n\n{BOB}  # without an id\n")
-    assert read_keys(file, {VARIABLE: "x:" + "y" * 20}) == {"alice": ALICE, "key2": BOB}
+    file.write_text(f"# ours\nalice:{ALICE}\n\n  # bob:is-commented-out-here\nbob:{BOB}#1\n")
+    assert read_keys(file, {VARIABLE: "x:" + "y" * 20}) == {"alice": ALICE, "bob": f"{BOB}#1"}
 
 
 def test_keys_of_the_environment() -> None:
-    assert read_keys(environment={VARIABLE: f"alice:{ALICE},{BOB}"}) == {"alice": ALICE, "key2": BOB}
+    assert read_keys(environment={VARIABLE: f"alice:{ALICE},bob:{BOB}"}) == {"alice": ALICE, "bob": BOB}
     assert read_keys(environment={}) == {}
 
 
 @pytest.mark.parametrize(
-    "text", ["", "short:abc", f"a:{ALICE}\na:{BOB}", f"a b:{ALICE}", f":{ALICE}", "a:" + "ä" * 20, "a:" + "x" * 600]
+    "text",
+    [
+        *("", "short:abc", f"a:{ALICE}\na:{BOB}", f"a b:{ALICE}", f":{ALICE}", "a:" + "ä" * 20, "a:" + "x" * 600),
+        *(BOB, f"a:{ALICE}:{BOB}", f"a:{ALICE} # ours"),
+    ],
 )
 def test_bad_keys_are_named_and_never_shown(tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys"
@@ -52,12 +56,13 @@ def test_a_configuration_does_not_show_its_keys() -> None:
 
 
 def test_other_addresses_than_loopback_need_keys() -> None:
-    model = ModelConfig("x", "bundle")
+    model = ModelConfig("x", "my bundle")
     for host in ("0.0.0.0", "::", "192.168.0.1", "example.com"):
         with pytest.raises(UsageError, match="may only listen on loopback") as caught:
             check_config(ServeConfig((model,), host))
-        assert caught.value.fix is not None
-        assert caught.value.fix.endswith(f"sana-export serve bundle --host {host}")
+        new_key, _, start = (caught.value.fix or "").partition("; ")
+        assert new_key == 'echo "me:$(openssl rand -hex 24)" > api-keys'  # the key can be read afterwards
+        assert start == f"sana-export serve 'my bundle' --host {host} --api-keys api-keys"
         check_config(ServeConfig((model,), host, keys={"alice": ALICE}))
         check_config(ServeConfig((model,), host, allow_without_keys=True))
     for host in ("localhost", "127.0.0.1", "::1"):

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.serve.images import References
 from benchmarks.serve.load import Load, Round, measured, mix
-from benchmarks.serve.pictures import References
 from benchmarks.serve.report import summary
 from benchmarks.serve.server import ServerProcess
 from benchmarks.serve.traffic import Client, Outcome

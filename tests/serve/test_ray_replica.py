@@ -6,6 +6,7 @@ import asyncio
 import pickle
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,19 +69,23 @@ def run(case: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(case(), 10))  # type: ignore[arg-type]
 
 
-def test_a_replica_draws_a_small_image_before_it_takes_requests_and_when_it_is_idle():
+def test_a_replica_draws_a_small_image_before_it_takes_requests_and_when_it_is_idle(monkeypatch: pytest.MonkeyPatch):
+    now = 1000.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+
     async def case() -> None:
-        replica, engine = await started(health_image_period=0.2, health_size=64, health_timeout=9)
+        nonlocal now
+        replica, engine = await started(health_image_period=20, health_size=64, health_timeout=9)
         assert [(job.words["height"], job.words["num_inference_steps"], job.timeout, job.model) for job in engine.jobs] == [
             (64, 1, 9, "tiny")
         ]
         await replica.check_health()
         assert len(engine.jobs) == 1  # the last image is fresh
-        await asyncio.sleep(0.25)
+        now += 25
         await asyncio.gather(replica.check_health(), replica.check_health())
         assert 2 <= len(engine.jobs) <= 3
         before = len(engine.jobs)
-        await asyncio.sleep(0.25)
+        now += 25
         _ = [event async for event in replica.draw(ImageJob("tiny", {}, (0,), 5.0))]
         await replica.check_health()
         assert len(engine.jobs) == before + 1  # a request's image shows the same

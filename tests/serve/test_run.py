@@ -151,7 +151,15 @@ def test_the_default_configuration_is_that_of_the_class(monkeypatch: pytest.Monk
     assert config_of("bundle") == ServeConfig((ModelConfig("bundle", "bundle"),))
 
 
-@pytest.mark.parametrize("arguments", [("--model", "x"), ("--model", "a b=c"), ("--lora", "=x"), ("--memory-budget", "lots")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("--model", "x"), ("--model", "a b=c"), ("--lora", "=x"), ("--memory-budget", "lots"), ("--name", "a/b"), ("--name", "")),
+        *(("--shutdown-timeout", "inf"), ("--timeout", "nan"), ("--timeout", "0"), ("--timeout", "-3"), ("--timeout", "soon")),
+        *(("--batch-wait", "nan"), ("--batch-wait", "-1"), ("--timeout", "1e300")),
+        *(("--public-url", "foo"), ("--public-url", "ftp://a"), ("--public-url", "http://[a"), ("--public-url", "http://a?b=c")),
+    ],
+)
 def test_bad_options(cli: Cli, arguments: tuple[str, str]) -> None:
     ran = cli("serve", "bundle", *arguments)
     assert ran.code == 2
@@ -177,3 +185,17 @@ def test_answers_get_the_rest_of_the_time_after_draining() -> None:
     assert long is not None
     assert 50 < long <= 99
     assert short == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--model", "bundle=other"),
+        ("--model", "large=other", "--model", "large=third"),
+        ("--model", "large=other", "--lora", "large=x.safetensors"),
+        ("--lora", "bundle=x.safetensors"),
+    ],
+)
+def test_a_name_of_two_models_is_refused(cli: Cli, arguments: tuple[str, ...]) -> None:
+    ran = cli("serve", "bundle", *arguments)
+    assert (ran.code, f"two models have the name {arguments[-1].partition('=')[0]}" in ran.err) == (2, True)

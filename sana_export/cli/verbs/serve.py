@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import VERBOSE, Console
@@ -29,6 +32,10 @@ from sana_export.runtime.memory import AUTO
 if TYPE_CHECKING:
     from sana_export.serve.config import ModelConfig, ServeConfig
 
+#: Names of models in requests.
+_NAME = re.compile(r"[\w.-]{1,100}")
+#: Every time in seconds or milliseconds is below this, 11 days, which the clocks of all systems take.
+_LONGEST = 1e6
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -82,7 +89,12 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         help="a file with a line id:key for each API key (default: those in the environment variable SANA_EXPORT_API_KEYS)",
     )
     group.add_argument("--allow-without-keys", action="store_true", help="listen on other addresses than loopback without keys")
-    group.add_argument("--public-url", metavar="URL", help="what the URLs of images begin with (default: the host of the request)")
+    group.add_argument(
+        "--public-url",
+        metavar="URL",
+        type=public_url,
+        help="what the URLs of images begin with, and a name of the server (default: the host of the request)",
+    )
     group.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
 
 
@@ -93,11 +105,11 @@ def _add_queue(parser: argparse.ArgumentParser) -> None:
         "--batch", type=whole(1, MAX_IMAGES), metavar="N", help="images that are drawn together; 1: none (default: 4)"
     )
     group.add_argument(
-        "--batch-wait", type=float, metavar="MS", help="milliseconds that an incomplete batch waits for others (default: 0)"
+        "--batch-wait", type=number(0), metavar="MS", help="milliseconds that an incomplete batch waits for others (default: 0)"
     )
-    group.add_argument("--timeout", type=float, metavar="S", help="seconds until a request gets 504 (default: 120)")
+    group.add_argument("--timeout", type=number(0.1), metavar="S", help="seconds until a request gets 504 (default: 120)")
     group.add_argument(
-        "--shutdown-timeout", type=float, metavar="S", help="seconds that running requests have after SIGTERM (default: 120)"
+        "--shutdown-timeout", type=number(0.1), metavar="S", help="seconds that running requests have after SIGTERM (default: 120)"
     )
 
 
@@ -180,30 +192,77 @@ def serve_config(options: argparse.Namespace) -> ServeConfig:
 
 
 def model_configs(options: argparse.Namespace) -> tuple[ModelConfig, ...]:
-    """BUNDLE, the bundles of --model, and BUNDLE with the LoRAs of --lora. Raises UsageError for an option without a name."""
+    """BUNDLE, the bundles of --model, and BUNDLE with the LoRAs of --lora.
+
+    Raises UsageError for a name with other characters, and for one that two bundles, or a bundle and a LoRA, have.
+    """
     from sana_export.adapters import parse_lora
     from sana_export.serve.config import ModelConfig
 
-    name = options.name or re.sub(r"[^\w.-]", "-", Path(options.bundle.partition("@")[0]).absolute().name)
+    default = re.sub(r"[^\w.-]", "-", Path(options.bundle.partition("@")[0]).absolute().name)[:100] or "model"
+    name = default if options.name is None else _checked("--name", options.name, options.name)
     first = ModelConfig(
         name, options.bundle, backend=options.backend, memory=options.memory, device=options.device, threads=options.threads
     )
-    found = {name: first}
+    bundles, with_loras = {name: first}, dict[str, ModelConfig]()
     for text in options.model:
-        other, bundle = _named("--model", text)
-        found[other] = replace(first, name=other, bundle=bundle)
+        other, bundle = _named("--model", text, bundles)
+        bundles[other] = replace(first, name=other, bundle=bundle)
     for text in options.lora:
-        other, lora = _named("--lora", text)
-        before = found.get(other, replace(first, name=other))
-        found[other] = replace(before, loras=(*before.loras, parse_lora(lora)))
-    return tuple(found.values())
+        other, lora = _named("--lora", text, bundles)
+        before = with_loras.get(other, replace(first, name=other))
+        with_loras[other] = replace(before, loras=(*before.loras, parse_lora(lora)))
+    return (*bundles.values(), *with_loras.values())
 
 
-def _named(option: str, text: str) -> tuple[str, str]:
+def _named(option: str, text: str, taken: Collection[str]) -> tuple[str, str]:
+    """The two parts of NAME=VALUE. Raises UsageError if a part is missing or the name is taken."""
     name, _, value = text.partition("=")
-    if not value or not re.fullmatch(r"[\w.-]{1,100}", name):
-        raise UsageError(f"{option} has no name", found=text, wanted=f"{option} NAME=..., the name in letters, digits, _ . -")
+    if not value:
+        raise UsageError(f"{option} has no name", found=text, wanted=f"{option} NAME=...")
+    if _checked(option, name, text) in taken:
+        raise UsageError(
+            f"two models have the name {name}",
+            found=f"{option} {text}",
+            wanted="a name of its own",
+            fix=f"{option} {name}-2={value}",
+        )
     return name, value
+
+
+def _checked(option: str, name: str, text: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{option} has a name that requests cannot use", found=repr(text), wanted="1 to 100 letters, digits, _ . -"
+        )
+    return name
+
+
+def number(least: float) -> Callable[[str], float]:
+    """A type for argparse: a number from `least` to `_LONGEST`."""
+
+    def parse(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not least <= found <= _LONGEST:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {_LONGEST:.0f}")
+        return found
+
+    return parse
+
+
+def public_url(text: str) -> str:
+    """A URL that others begin with, for argparse."""
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a URL such as https://images.example")
+    return text
 
 
 def size_in_bytes(text: str) -> int:

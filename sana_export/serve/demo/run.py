@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sana_export.environment import default_environment
 from sana_export.errors import DependencyError
 from sana_export.installation import install_command
+from sana_export.serve import hosts
 from sana_export.serve.demo.look import CSS, theme
 from sana_export.serve.demo.settings import LOOPBACK, DemoSettings
 from sana_export.serve.demo.studio import OtherPipeline, Studio
@@ -64,7 +65,6 @@ def create_app(page: DemoPage) -> FastAPI:
     """The page as an application, without pages about its API."""
     import gradio as gr
     from fastapi import FastAPI
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     settings = page.studio.settings
@@ -87,8 +87,8 @@ def create_app(page: DemoPage) -> FastAPI:
         css=CSS,
     )
     app.add_middleware(_Headers)
-    if settings.host in (LOOPBACK, "localhost"):  # a page of another server must not reach this one under its own name
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[LOOPBACK, "localhost"])
+    if settings.local:
+        app.add_middleware(_OwnHosts)
     return app
 
 
@@ -106,6 +106,22 @@ class _Headers:
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
+
+
+class _OwnHosts:
+    """Refuses requests under foreign names, so that no page of another server reaches this one through its own name."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.datastructures import Headers
+        from starlette.responses import PlainTextResponse
+
+        if scope["type"] == "http" and not hosts.is_own_host(Headers(scope=scope).get("host", ""), hosts.LOOPBACK):
+            await PlainTextResponse("This page answers under localhost and IP addresses only.", 421)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 def _page_class() -> type[DemoPage]:

@@ -97,8 +97,8 @@ class Painting:
 
 
 #: What there is to show while an image is drawn.
-Picture = Preview | Painting
-OnPicture = Callable[[Picture], None]
+Shown = Preview | Painting
+OnShown = Callable[[Shown], None]
 
 
 class OtherPipeline(Protocol):
@@ -148,7 +148,7 @@ class Studio:
         most = int(self.manifest.model.native_size * self.settings.limits.native_sizes)
         return min(LEAST_SIDE, self.manifest.model.native_size), max(min(most, MOST_SIDE), self.manifest.model.native_size)
 
-    def draw(self, wish: Wish, show: OnPicture, cancelled: IsCancelled) -> None:
+    def draw(self, wish: Wish, show: OnShown, cancelled: IsCancelled) -> None:
         """Draw what a visitor asks for, and `show` it as it comes: previews, the image, the reference's image.
 
         Raises UsageError for a wish beyond the limits or that the checkpoint or its engines cannot meet, the errors of loading a
@@ -216,7 +216,7 @@ class Studio:
                 raise UsageError(f"there is no {kind} of that name", found=unknown[0], wanted=", ".join(known) or "none")
 
 
-def _draw(runtime: SanaRuntime, request: Request, show: OnPicture, cancelled: IsCancelled) -> Painting:
+def _draw(runtime: SanaRuntime, request: Request, show: OnShown, cancelled: IsCancelled) -> Painting:
     plan = runtime.plan(request)
     steps, showing = len(plan.schedule.timesteps), 0.0
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from time import time
 from typing import Any
 
 from PIL import Image
@@ -15,11 +17,13 @@ from sana_export.errors import Cancelled, SanaExportError
 from sana_export.image_files import save_image
 from sana_export.serve.demo.look import problem, progress, times
 from sana_export.serve.demo.stream import as_they_come
-from sana_export.serve.demo.studio import Painting, Picture, Preview, Studio, Wish
+from sana_export.serve.demo.studio import Painting, Preview, Shown, Studio, Wish
 
 LOG = logging.getLogger(__name__)
 #: Pixels of the longer side of a preview as it is sent. It has one pixel for each latent pixel.
 _PREVIEW_SIDE = 256
+#: Seconds after which a finished image is deleted, when the next one is finished.
+KEEP_SECONDS = 3600
 
 Update = dict[str, Any]
 
@@ -42,12 +46,12 @@ def drawing_updates(studio: Studio, inputs: Mapping[str, Any], stop: threading.E
     try:
         wish = wish_of(inputs)
         yield {"busy": True, "state": "Starting", "times": "", "image": None, "reference": None}
-        draw: Callable[[Callable[[Picture], None]], None] = partial(studio.draw, wish, cancelled=stop.is_set)
-        for picture in as_they_come(draw):
-            if isinstance(picture, Preview):
-                yield {"image": _enlarged(picture.image), "state": progress(picture)}
+        draw: Callable[[Callable[[Shown], None]], None] = partial(studio.draw, wish, cancelled=stop.is_set)
+        for shown in as_they_come(draw):
+            if isinstance(shown, Preview):
+                yield {"image": _enlarged(shown.image), "state": progress(shown)}
             else:
-                finished.append(picture)
+                finished.append(shown)
                 yield _finished(finished, files, more=wish.compare and len(finished) == 1)
     except Cancelled:
         yield {"state": "Stopped"}
@@ -65,6 +69,7 @@ def drawing_updates(studio: Studio, inputs: Mapping[str, Any], stop: threading.E
 def _finished(finished: list[Painting], files: Path, more: bool) -> Update:
     """The last of the finished images, and the times of all. `more`: another one is being drawn."""
     painting = finished[-1]
+    _delete_old(files)
     path = files / f"sana-{painting.seed}{'-diffusers' if painting.reference else ''}.png"
     save_image(painting.image, path, painting.metadata or None)
     return {
@@ -73,6 +78,14 @@ def _finished(finished: list[Painting], files: Path, more: bool) -> Update:
         "times": times(finished),
         "seed": painting.seed,
     }
+
+
+def _delete_old(files: Path) -> None:
+    """Delete the images that are older than `KEEP_SECONDS`."""
+    for path in files.glob("*.png"):
+        with suppress(OSError):
+            if time() - path.stat().st_mtime > KEEP_SECONDS:
+                path.unlink()
 
 
 def _enlarged(preview: Image.Image) -> Image.Image:

@@ -169,7 +169,9 @@ def test_the_export_checks_the_rounding(
     """A module whose inputs are rounded in other steps than the file's."""
     form = weights_module.product_form
     monkeypatch.setattr(
-        weights_module, "product_form", lambda weight, tensors: form(weight, {**tensors, "input.scale": tensors["scale"][0] * 20})
+        weights_module,
+        "product_form",
+        lambda weight, tensors, dtype: form(weight, {**tensors, "input.scale": tensors["scale"][0] * 20}, dtype),
     )
     with pytest.raises(ParityError, match="differs on random inputs"):
         Exported(tmp_path, "fp8", tiny_checkpoint, calibration)

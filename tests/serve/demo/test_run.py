@@ -49,7 +49,15 @@ def test_the_functions_of_the_page_are_no_api(page: str) -> None:
 
 def test_another_name_for_this_machine_is_refused(page: str) -> None:
     """A page of another site whose name leads here (DNS rebinding) reaches nothing."""
-    assert httpx.get(page, headers={"host": "evil.example"}).status_code == 400
+    assert httpx.get(page, headers={"host": "evil.example"}).status_code == 421
+    assert httpx.get(page, headers={"host": "localhost:7860"}).status_code == 200
+
+
+def test_every_loopback_address_refuses_other_names(tiny_bundle: Path) -> None:
+    with serving(DemoSettings(tiny_bundle, "127.0.0.2", port=0, backend="onnxruntime", threads=1)) as address:
+        assert address.startswith("http://127.0.0.2:")
+        assert httpx.get(address).status_code == 200
+        assert httpx.get(address, headers={"host": "evil.example"}).status_code == 421
 
 
 def test_nothing_large_can_be_uploaded(page: str) -> None:

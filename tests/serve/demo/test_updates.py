@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from sana_export.errors import ArtifactError, Cancelled, UsageError
 from sana_export.serve.demo.settings import DemoSettings
 from sana_export.serve.demo.stream import as_they_come
 from sana_export.serve.demo.studio import Painting, Preview, Wish
-from sana_export.serve.demo.updates import drawing_updates, wish_of
+from sana_export.serve.demo.updates import KEEP_SECONDS, drawing_updates, wish_of
 
 INPUTS = {"prompt": "a cat", "width": 64, "height": 32, "steps": 2, "guidance_scale": 4.5, "seed": 3, "new_seed": False}
 METADATA = {
@@ -54,6 +56,15 @@ def test_an_image_comes_with_previews_progress_and_times(tmp_path: Path) -> None
         assert "a cat" in str(saved.info)  # so that `generate --from-image` draws it again
     assert (other["state"], Path(other["reference"]).name) == ("Seed 3", "sana-3-diffusers.png")
     assert "2.5 times as fast as eager" in other["times"]
+
+
+def test_images_older_than_an_hour_are_deleted(tmp_path: Path) -> None:
+    old, fresh = tmp_path / "sana-1.png", tmp_path / "sana-2.png"
+    for path, age in ((old, KEEP_SECONDS + 60), (fresh, KEEP_SECONDS - 60)):
+        path.write_bytes(b"")
+        os.utime(path, (time.time() - age, time.time() - age))
+    updates(lambda wish, show, cancelled: show(OWN), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"sana-2.png", "sana-3.png"}
 
 
 @pytest.mark.parametrize("new_seed", [False, True])

@@ -40,8 +40,8 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """The responses of the requests, whose images are drawn together if their sizes and settings are equal."""
-        wishes = [_wishes(request) for request in requests]
-        flat = [wish for own in wishes if not isinstance(own, UsageError) for wish in own]
+        asked = [_images(request) for request in requests]
+        flat = [image for own in asked if not isinstance(own, UsageError) for image in own]
         drawn = self.runtime.generate_many(
             flat, batch_size=self.batch_size, return_errors=True, cancelled=lambda: all(map(_is_cancelled, requests))
         )
@@ -49,14 +49,14 @@ class TritonPythonModel:
             outcomes = iter(list(drawn))
         except SanaExportError as error:  # memory ran out, or all clients went away
             return [_failure(error) for _ in requests]
-        return [_failure(own) if isinstance(own, UsageError) else _response([next(outcomes) for _ in own]) for own in wishes]
+        return [_failure(own) if isinstance(own, UsageError) else _response([next(outcomes) for _ in own]) for own in asked]
 
     def finalize(self) -> None:
         """Release the memory of the bundle."""
         self.runtime.close()
 
 
-def _wishes(request: Any) -> list[Request] | UsageError:
+def _images(request: Any) -> list[Request] | UsageError:
     """The images that a request asks for, one for each element of its batch, or what is wrong with it."""
     given = {name: pb_utils.get_input_tensor_by_name(request, name) for name in INPUTS}
     try:
