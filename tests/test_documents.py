@@ -156,7 +156,16 @@ def test_the_readme_shows_what_matters_within_two_screens() -> None:
     lines = text_of("README.md").splitlines()
     assert lines.index("## Links") <= 90
     headings = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
-    assert headings == ["Install", "Generate", "Build for your GPU", "Embed", "Links", "In the tools that you use", "License"]
+    assert headings == [
+        "Install",
+        "Generate",
+        "Build for your GPU",
+        "Embed",
+        "Links",
+        "Serve",
+        "In the tools that you use",
+        "License",
+    ]
 
 
 def test_every_verb_and_option_is_documented() -> None:

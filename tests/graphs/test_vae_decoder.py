@@ -253,7 +253,7 @@ DEEP = {"decoder_layers_per_block": (4, 1, 1, 1, 1, 1)}
 @pytest.mark.parametrize("name", BANDS)
 @torch.no_grad()
 def test_the_last_blocks_in_bands(name, monkeypatch):
-    """In half precision, from a single row of latents on. A halo that is one pixel shorter shows, and through many blocks half of one."""
+    """In half precision, from a single row of latents on. A halo one pixel shorter shows; through many blocks, half of one."""
     parts = *weights_of(DEEP if name == "deep" else TAILS[name][0]), NUMERICS["float32"]
     decoder = VaeDecoder(*parts)
     assert decoder.bands == 1
