@@ -56,8 +56,8 @@ class TensorOrigin:
 def tensor_origins(model: onnx.ModelProto, targets: Iterable[LoraTarget] = ()) -> list[TensorOrigin]:
     """The float tensors that the nodes of `model` compute, in the order of the nodes, which is topological.
 
-    `model` has the dtype of every value. `targets` are the manifest's, for the names in diffusers. Values that a rewrite without FP4
-    has added are left out.
+    `model` has the dtype of every value. `targets` are the manifest's, for the names in diffusers. Values that
+    `without_fp4` has added are left out.
     """
     graph = model.graph
     weights = _weights(graph)

@@ -86,7 +86,9 @@ class _Values:
         if node.op_type == DYNAMIC_QUANTIZE:  # onnx has no schema of TensorRT's operator
             *axes, channels = self.shape(inputs[0])
             self.types[node.output[0]] = helper.make_tensor_type_proto(TensorProto.FLOAT4E2M1, [*axes, channels])
-            self.types[node.output[1]] = helper.make_tensor_type_proto(TensorProto.FLOAT8E4M3FN, [*axes, channels // block_of(node)])
+            self.types[node.output[1]] = helper.make_tensor_type_proto(
+                TensorProto.FLOAT8E4M3FN, [*axes, channels // block_of(node)]
+            )
             return
         if all(name in self.known for name in inputs) and (outputs := self._computed(node, inputs)) is not None:
             for name, array in zip(node.output, outputs, strict=True):
