@@ -349,6 +349,11 @@ def common_capabilities(names: Iterable[str]) -> tuple[str, ...]:
     return () if set(RTX_PORTABLE) <= set(found) else found
 
 
+def without_kernels(chosen: Mapping[str, str]) -> dict[str, str]:
+    """Those parts of `chosen`, with their schemes, whose weights ONNX Runtime has no kernels for."""
+    return {part: name for part, name in chosen.items() if SCHEMES[name].weights == NO_KERNELS}
+
+
 def portable_targets(name: str) -> tuple[str, ...]:
     """The compute capabilities in a portable TensorRT-RTX engine with the scheme. Empty: those of every portable engine."""
     found = tuple(capability for capability in RTX_PORTABLE if capability in SCHEMES[name].capabilities)

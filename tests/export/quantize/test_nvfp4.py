@@ -33,7 +33,7 @@ from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.formats.quantized import decode_fp4, encode_fp4, pack, unpack
 from sana_export.graphs.products import ProductForm, rounded
 from sana_export.manifest import Manifest, Options, QuantizedWeight
-from sana_export.runtime import SanaRuntime
+from sana_export.runtime import SanaRuntime, backends
 from sana_export.verify.bundle import Sampling
 from sana_export.verify.evaluator_backend import open_runtime
 from sana_export.verify.layers import LayerCheck, compare_layers
@@ -219,8 +219,17 @@ def test_onnx_runtime_refuses_it_by_name(bundle: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot run on onnxruntime, which has no kernels for fp4") as error:
         SanaRuntime.from_pretrained(bundle, backend="onnxruntime")
     assert error.value.found == "denoiser=nvfp4"
-    assert str(error.value.fix).startswith("--backend torch, or sana-export export tiny-random")
+    draw, _, export = str(error.value.fix).partition(", or ")
+    assert draw == f"sana-export generate {bundle} 'a red apple' -o apple.png --backend torch"
+    assert export.startswith(f"sana-export export tiny-random -o {bundle}")
     assert "--quantize denoiser=int4-weight" in str(error.value.fix)
+
+
+def test_auto_takes_a_backend_that_has_the_scheme(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "BACKENDS", {name: lambda *_, name=name: name for name in backends.BACKENDS})
+    manifest = Manifest.load(bundle)
+    plain = replace(manifest, options=replace(manifest.options, quantize={"denoiser": "int4-weight"}))
+    assert [backends.open_backend("auto", bundle, one) for one in (manifest, plain)] == ["torch", "onnxruntime"]
 
 
 def test_the_torch_backend_computes_what_the_file_does(bundle: Path, tiny_checkpoint: Any) -> None:
