@@ -22,7 +22,7 @@ PERIOD = 0.05
 
 @contextlib.contextmanager
 def returning_pages(folder: Path, period: float = PERIOD) -> Iterator[None]:
-    """While the block runs, return the pages of all files in `folder` and below that are mapped when it begins, every `period` seconds.
+    """While the block runs, every `period` seconds, return the pages of all files in `folder` and below that are mapped now.
 
     They must stay mapped until it ends, because something else could take their place, and must not be written to in it. A private
     map that was written to before keeps its pages, which the file does not have. Systems other than Linux keep all pages.
