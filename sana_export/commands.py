@@ -12,7 +12,7 @@ from sana_export.adapters import Lora
 from sana_export.contract import OPTIONAL_GRAPHS
 from sana_export.hub.origin import origin_of
 from sana_export.lora_scales import scales_text
-from sana_export.quantization import quantization_words
+from sana_export.quantization import common_capabilities, quantization_words, taken_steps
 from sana_export.records import Checkpoint, Options
 from sana_export.variants import find_variant
 
@@ -65,8 +65,8 @@ def export_command(
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
     if schemes:
         words += ["--quantize", quantization_words(schemes)]
-    if schemes and exported.options.quantize_method:
-        words += ["--quantize-method", ",".join(exported.options.quantize_method)]
+    if steps := taken_steps(schemes, exported.options.quantize_method):
+        words += ["--quantize-method", ",".join(steps)]
     if schemes and exported.options.calibration_file:
         words += ["--calibration", exported.options.calibration_file]
     for lora in loras:
@@ -126,6 +126,12 @@ def ranges_command(bundle: Path, exported: Exported) -> str:
 def engines_command(bundle: Path, backend: str, *options: str) -> str:
     """The command that builds a bundle's engines for `backend`, with more options of `build`."""
     return _first_own(bundle, "build", "--backend", backend, *options)
+
+
+def first_engines_command(bundle: Path, exported: Exported) -> str:
+    """The command that builds the TensorRT-RTX engines of a bundle for every GPU that its quantization schemes exist for."""
+    named = common_capabilities(exported.options.quantize.values())
+    return engines_command(bundle, "tensorrt-rtx", *(["--compute-capability", *named] if named else []))
 
 
 def generate_command(bundle: Path, backend: str) -> str:

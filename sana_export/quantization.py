@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from sana_export.contract import WEIGHTS_OF
 from sana_export.errors import UsageError
 from sana_export.gpu_support import RTX_CAPABILITIES, RTX_PORTABLE
-from sana_export.quantization_method import Method, parse_method
+from sana_export.quantization_method import NEAREST, Method, parse_method
 
 #: The bits of one value of each type.
 BITS = {"int8": 8, "fp8": 8, "int4": 4, "fp4": 4}
@@ -298,6 +298,12 @@ def method_of(scheme: Scheme, words: Iterable[str]) -> Method:
     return parse_method(words) or scheme.method
 
 
+def taken_steps(chosen: Mapping[str, str], words: Iterable[str]) -> tuple[str, ...]:
+    """Those of `words` of `--quantize-method` whose steps a scheme in `chosen` takes."""
+    taken = {step for scheme in chosen.values() for step in SCHEMES[scheme].steps}
+    return tuple(word for word in words if word == NEAREST or word.partition("=")[0] in taken)
+
+
 def quantization_words(chosen: Mapping[str, str]) -> str:
     """What `--quantize` takes to choose `chosen`. "" for nothing."""
     return ",".join(f"{part}={chosen[part]}" for part in PARTS if part in chosen)
@@ -316,16 +322,36 @@ def check_target(part: str, name: str, backend: str, capabilities: Collection[st
     which has every target, and `named` the one that builds for the GPUs that have the type. For TensorRT the table is an
     assumption: it was never run.
     """
-    possible, portable = SCHEMES[name].capabilities, not capabilities and backend == "tensorrt-rtx"
-    wanted = RTX_PORTABLE if portable else capabilities
-    if refused := [capability for capability in wanted if capability in RTX_CAPABILITIES and capability not in possible]:
+    portable = not capabilities and backend == "tensorrt-rtx"
+    if refused := lacking(name, backend, capabilities):
         raise UsageError(
             f"{backend} has no {SCHEMES[name].weights} for compute capability {', '.join(refused)}"
             + (", which a portable engine is for too" if portable else ""),
             found=f"{part} quantized with {name}",
-            wanted=f"compute capability {', '.join(possible)}, or another scheme for {part}",
+            wanted=f"compute capability {', '.join(SCHEMES[name].capabilities)}, or another scheme for {part}",
             fix=named if portable else fix,
         )
+
+
+def lacking(name: str, backend: str, capabilities: Collection[str]) -> list[str]:
+    """Those of the compute capabilities of an engine of `backend` that the scheme `name` does not exist for."""
+    wanted = RTX_PORTABLE if not capabilities and backend == "tensorrt-rtx" else capabilities
+    return [capability for capability in wanted if capability in RTX_CAPABILITIES and capability not in SCHEMES[name].capabilities]
+
+
+def common_capabilities(names: Iterable[str]) -> tuple[str, ...]:
+    """The compute capabilities that TensorRT-RTX compiles every one of these schemes for.
+
+    Empty if those of a portable engine are among them: then a build does not have to name any.
+    """
+    own = [SCHEMES[name].capabilities for name in names]
+    found = tuple(capability for capability in RTX_CAPABILITIES if all(capability in possible for possible in own))
+    return () if set(RTX_PORTABLE) <= set(found) else found
+
+
+def without_kernels(chosen: Mapping[str, str]) -> dict[str, str]:
+    """Those parts of `chosen`, with their schemes, whose weights ONNX Runtime has no kernels for."""
+    return {part: name for part, name in chosen.items() if SCHEMES[name].weights == NO_KERNELS}
 
 
 def portable_targets(name: str) -> tuple[str, ...]:

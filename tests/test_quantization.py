@@ -22,6 +22,7 @@ from sana_export.quantization import (
     check_method,
     check_target,
     choose_quantization,
+    common_capabilities,
     layer_rule,
     layer_scheme,
     portable_targets,
@@ -239,6 +240,12 @@ def test_a_portable_engine_needs_the_type_on_every_gpu_that_it_is_for() -> None:
     with pytest.raises(UsageError, match=r"no fp4 for compute capability 8\.0, 8\.6, 8\.9, which a portable engine is for too"):
         check_target("denoiser", "nvfp4", "tensorrt-rtx", (), fix="", named="")
     check_target("denoiser", "nvfp4", "tensorrt-rtx", ("12.0", "12.1"), fix="", named="")
+
+
+def test_the_gpus_that_all_schemes_of_a_bundle_exist_for() -> None:
+    assert common_capabilities([]) == common_capabilities(["int8", "int4-weight"]) == ()
+    assert common_capabilities(["fp8", "int8-weight"]) == ("8.9", "12.0", "12.1")
+    assert common_capabilities(["fp8", "nvfp4"]) == ("12.0", "12.1")
 
 
 def test_the_export_command_repeats_the_schemes() -> None:

@@ -17,10 +17,15 @@ from sana_export.formats.quantized import FP4_MAX, FP4_NUMBERS
 
 #: TensorRT's operator: an input and a global scale -> its FP4 numbers, and the FP8 scales of its blocks.
 DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
+#: What the names of values contain that the rewritten graph has and the file does not.
+ADDED = "//"
 
 
 def without_fp4(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` with FP4 replaced, in place. It then has no dtypes of intermediate values. A model without FP4 stays as it is."""
+    """`model` with FP4 replaced, in place. It then has no dtypes of intermediate values. A model without FP4 stays as it is.
+
+    The names of new values contain `ADDED`. No name in an exported file does.
+    """
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT4E2M1}
     rounded = {node.output[0]: node.input[0] for node in graph.node if node.op_type == DYNAMIC_QUANTIZE}
@@ -36,16 +41,16 @@ def without_fp4(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type == DYNAMIC_QUANTIZE:
             _round_input(steps, node)
         elif node.op_type == "DequantizeLinear" and first in rounded:
-            numbers = steps.add("Cast", [first], f"{first}//cast", to=types[node.input[1]])
+            numbers = steps.add("Cast", [f"{first}//levels"], f"{first}//cast", to=types[node.input[1]])
             product = steps.add("Mul", [numbers, node.input[1]], f"{first}//product")
-            shape = steps.add("Shape", [rounded[first]], f"{first}//shape")
+            shape = steps.add("Shape", [rounded[first]], f"{first}//sizes")
             steps.add("Reshape", [product, shape], node.output[0])
         elif node.op_type == "DequantizeLinear" and first in weights:
             codes = steps.add("Cast", [first], f"{first}//codes", to=TensorProto.INT32)
             table = steps.constant(FP4_NUMBERS, helper.tensor_dtype_to_np_dtype(types[node.input[1]]))
             inputs, outputs = weights[first].dims
             numbers = steps.add("Gather", [table, codes], f"{first}//numbers")
-            blocks = steps.add("Reshape", [numbers, steps.constant([-1, _block(node), outputs])], f"{first}//blocks")
+            blocks = steps.add("Reshape", [numbers, steps.constant([-1, block_of(node), outputs])], f"{first}//blocks")
             scales = steps.add("Unsqueeze", [node.input[1], steps.constant([1])], f"{first}//scales")
             product = steps.add("Mul", [blocks, scales], f"{first}//product")
             steps.add("Reshape", [product, steps.constant([inputs, outputs])], node.output[0])
@@ -71,7 +76,7 @@ class _Steps:
 
     def add(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         """The output of a new node."""
-        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
     def constant(self, values: float | Sequence[float], dtype: np.dtype | None = None) -> str:
@@ -97,7 +102,7 @@ def _round_input(steps: _Steps, node: NodeProto) -> None:
 
     half, one, two, zero = map(steps.constant, (0.5, 1.0, 2.0, 0.0))
     over = add("Div", add("Cast", given, to=TensorProto.FLOAT), whole)
-    blocks = add("Reshape", over, steps.constant([-1, _block(node)]))
+    blocks = add("Reshape", over, steps.constant([-1, block_of(node)]))
     largest = add("ReduceMax", add("Abs", blocks), steps.constant([-1]))
     add("QuantizeLinear", add("Div", largest, steps.constant(FP4_MAX)), one, output=scales, output_dtype=TensorProto.FLOAT8E4M3FN)
     own = add("DequantizeLinear", scales, one)
@@ -106,8 +111,9 @@ def _round_input(steps: _Steps, node: NodeProto) -> None:
     distance = add("Where", add("Less", sizes, steps.constant(4.0)), one, two)
     distance = add("Where", add("Less", sizes, two), half, distance)
     nearest = add("Mul", add("Round", add("Div", levels, distance)), distance)
-    add("Clip", nearest, steps.constant(-FP4_MAX), steps.constant(FP4_MAX), output=numbers)
+    add("Clip", nearest, steps.constant(-FP4_MAX), steps.constant(FP4_MAX), output=f"{numbers}//levels")
 
 
-def _block(node: NodeProto) -> int:
+def block_of(node: NodeProto) -> int:
+    """How many numbers share a scale in what `node` writes or reads."""
     return int(helper.get_node_attr_value(node, "block_size"))

@@ -38,7 +38,11 @@ class Slice:
 
 
 class WeightFile:
-    """Tensors appended to the file `path`, equal ones once, and mapped from it again. Writes to such a tensor stay in memory."""
+    """Tensors appended to the file `path`, equal ones once, and mapped from it again.
+
+    The maps are private: writes to such a tensor do not change the file. Do not write to one while its pages are returned to the
+    system (export/mapped_pages.py): what was written would be lost.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,8 +105,8 @@ class VaeDecoderTail(nn.Module):
     def image(self, features: Tensor, bands: int = 1) -> Tensor:
         """The image of the whole of `features`. Its last stage with blocks runs in at most `bands` bands, one after the other.
 
-        That stage has the widest tensors: without bands, three of them decide how much memory a decoder takes. With more than one
-        band, features are those of whole latents.
+        That stage has the widest tensors: without bands, three of them decide how much memory a decoder takes. With `bands` > 1,
+        the image's height must be a multiple of `stride`: features are those of whole latents.
         """
         stages = list(self.stages)
         last = max((index for index, stage in enumerate(stages) if list(stage.children())), default=0)

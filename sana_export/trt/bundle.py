@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from sana_export.commands import engines_command, export_command, repair_command
+from sana_export.commands import engines_command, export_command, first_engines_command, repair_command
 from sana_export.errors import ArtifactError, UsageError
 from sana_export.files import FileEntry, check_files, disk_errors, locked, manifest_lock, require_free
 from sana_export.formats.onnx_weights import check_external_data
@@ -21,7 +21,7 @@ from sana_export.machine import find_gpus
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import Profile, Range
 from sana_export.progress import OnProgress, Progress
-from sana_export.quantization import FALLBACK, SCHEMES, check_target, part_of
+from sana_export.quantization import FALLBACK, check_target, lacking, part_of
 from sana_export.trt.build import Built
 from sana_export.trt.compatibility import not_for_here
 from sana_export.trt.flavour import flavour_of, load, target_for
@@ -118,9 +118,10 @@ def _check_quantized(bundle: Path, manifest: Manifest, engine: PlannedEngine) ->
             wanted="engines with fixed weights",
             fix=engines_command(bundle, spec.backend),
         )
-    again = export_command(bundle, manifest, quantize={**manifest.options.quantize, part: FALLBACK.name})
-    named = engines_command(bundle, spec.backend, "--compute-capability", *SCHEMES[scheme].capabilities)
-    check_target(part, scheme, spec.backend, spec.compute_capabilities, fix=again, named=named)
+    schemes, target = manifest.options.quantize, (spec.backend, spec.compute_capabilities)
+    again = {other: FALLBACK.name if lacking(name, *target) else name for other, name in schemes.items()}
+    fix = export_command(bundle, manifest, quantize=again)
+    check_target(part, scheme, *target, fix=fix, named=first_engines_command(bundle, manifest))
 
 
 def read_instruction_tokens(bundle: Path) -> int:

@@ -13,7 +13,7 @@ from sana_export.files import check_files
 from sana_export.formats.arrays import Array
 from sana_export.formats.onnx_weights import check_external_data
 from sana_export.manifest import Manifest
-from sana_export.quantization import NO_KERNELS, SCHEMES
+from sana_export.quantization import without_kernels
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.base import Backend, Session
 from sana_export.runtime.memory import AUTO
@@ -77,7 +77,7 @@ def open_runtime(bundle: Path, backend: str = AUTO, *, device: int | None = None
     `device` and `threads` are those of `SanaRuntime.from_pretrained`. With a device, "auto" takes a backend that uses it.
     """
     options = Manifest.load(bundle).options
-    dtype, lacking = options.dtype, any(SCHEMES[name].weights == NO_KERNELS for name in options.quantize.values())
+    dtype, lacking = options.dtype, bool(without_kernels(options.quantize))
     if backend == AUTO and device is None and (dtype != "float32" or lacking):
         evaluator = partial(StorageEvaluator, threads=threads)
         return SanaRuntime.from_pretrained(bundle, backend=evaluator_backend(evaluator, f"cpu, {dtype} intermediates"))

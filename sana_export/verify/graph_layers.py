@@ -14,6 +14,7 @@ from itertools import takewhile
 
 import onnx
 
+from sana_export.export.plain_fp4 import ADDED
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.records import LoraTarget
 
@@ -55,7 +56,8 @@ class TensorOrigin:
 def tensor_origins(model: onnx.ModelProto, targets: Iterable[LoraTarget] = ()) -> list[TensorOrigin]:
     """The float tensors that the nodes of `model` compute, in the order of the nodes, which is topological.
 
-    `model` has the dtype of every value. `targets` are the manifest's, for the names in diffusers.
+    `model` has the dtype of every value. `targets` are the manifest's, for the names in diffusers. Values that
+    `without_fp4` has added are left out.
     """
     graph = model.graph
     weights = _weights(graph)
@@ -77,7 +79,7 @@ def tensor_origins(model: onnx.ModelProto, targets: Iterable[LoraTarget] = ()) -
         )
         for node, module in zip(graph.node, own, strict=True)
         for name in node.output
-        if dtypes.get(name) in _FLOATS
+        if dtypes.get(name) in _FLOATS and ADDED not in name
     ]
 
 

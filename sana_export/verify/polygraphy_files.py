@@ -17,6 +17,7 @@ from sana_export.manifest import Manifest, ModelInfo
 from sana_export.output_folder import OutputFolder
 from sana_export.profiles import Profile, profile_named
 from sana_export.progress import OnProgress, Progress, ignore_progress
+from sana_export.quantization import NO_KERNELS
 from sana_export.trt.build import input_shapes
 from sana_export.trt.bundle import read_instruction_tokens
 from sana_export.trt.plan import profile_ranges
@@ -100,7 +101,8 @@ def write_polygraphy_files(
             save_outputs(partial / graph / OUTPUTS, "float32", outputs)
             engines = {engine.backend: engine.file.path for engine in manifest.engines if engine.graph == graph}
             own = {name: tuple(map(int, value.shape)) for name, value in inputs[graph].items() if name in shapes[graph]}
-            commands.append(GraphCommands(graph, entry.onnx.path, own, shapes[graph], engines))
+            kernels = not any(weight.dtype == NO_KERNELS for weight in entry.quantized)
+            commands.append(GraphCommands(graph, entry.onnx.path, own, shapes[graph], engines, kernels))
         texts = scripts(bundle.resolve(), commands, snr_limit(manifest.options.precision), manifest.options.dtype)
         for name, text in texts.items():
             (partial / name).write_text(text, "utf-8", newline="")

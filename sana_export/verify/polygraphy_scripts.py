@@ -45,6 +45,8 @@ class GraphCommands:
     profile: Shapes
     #: Backend to the path of an engine in the bundle.
     engines: Mapping[str, str]
+    #: Whether ONNX Runtime has kernels for the types of its weights.
+    kernels: bool = True
 
     def inspect(self) -> list[str]:
         return ["polygraphy", "inspect", "model", BundleFile(self.onnx), "--show", "layers"]
@@ -61,6 +63,10 @@ class GraphCommands:
             if self.profile:
                 words += [f"--trt-{kind}-shapes", *(_shape(name, shapes[index]) for name, shapes in self.profile.items())]
         return self.compare(BundleFile(self.onnx), *words, *options)
+
+    def compare_built(self, backend: str, options: Sequence[str]) -> list[str]:
+        """The same with the bundle's engine for `backend`."""
+        return self.compare(BundleFile(self.engines[backend]), *_RUN, *options)
 
     def reduce(self, check: Sequence[str]) -> list[str]:
         """Bisect the graph down to the first node for which `polygraphy run` with the options `check` fails."""
@@ -119,28 +125,33 @@ def _windows(word: str) -> str:
 
 
 def scripts(bundle: Path, graphs: Iterable[GraphCommands], limit: float, dtype: str) -> dict[str, str]:
-    """File name to text. ONNX Runtime's are left out for bfloat16, of which it lacks kernels, and those of engines without engines.
+    """File name to text. Those of ONNX Runtime leave out graphs that it lacks kernels for: all in bfloat16, and those with FP4.
 
-    `limit` is the lowest signal-to-noise ratio in dB.
+    `limit` is the lowest signal-to-noise ratio in dB. Scripts without a command, such as those of engines that were not built, are
+    left out.
     """
     by_name = {graph.graph: graph for graph in graphs}
+    onnxruntime = [name for name, graph in by_name.items() if graph.kernels and dtype != "bfloat16"]
 
-    def script(purpose: str, backend: str, command: Callable[[GraphCommands], Sequence[str]]) -> Script:
-        return Script(purpose, BACKENDS.get(backend, {}), {name: command(graph) for name, graph in by_name.items()})
+    def script(
+        purpose: str, backend: str, command: Callable[[GraphCommands], Sequence[str]], names: Iterable[str] = tuple(by_name)
+    ) -> Script:
+        return Script(purpose, BACKENDS.get(backend, {}), {name: command(by_name[name]) for name in names})
 
     snr = ("--compare", "snr", "--snr-threshold", f"{limit:.1f}")
     table = {"inspect": script("Lists the layers of each graph.", "", GraphCommands.inspect)}
-    if dtype != "bfloat16":
-        table["onnxruntime"] = script(
-            "Runs each graph in ONNX Runtime and compares it with its saved outputs.",
-            "",
-            lambda graph: graph.compare(BundleFile(graph.onnx), "--onnxrt", *snr),
-        )
-        table["reduce-onnxruntime"] = script(
-            f"Bisects each graph down to the first node whose output is not finite. {_SURGEON}",
-            "",
-            lambda graph: graph.reduce(("--onnxrt", "--validate")),
-        )
+    table["onnxruntime"] = script(
+        "Runs each graph in ONNX Runtime and compares it with its saved outputs.",
+        "",
+        lambda graph: graph.compare(BundleFile(graph.onnx), "--onnxrt", *snr),
+        onnxruntime,
+    )
+    table["reduce-onnxruntime"] = script(
+        f"Bisects each graph down to the first node whose output is not finite. {_SURGEON}",
+        "",
+        lambda graph: graph.reduce(("--onnxrt", "--validate")),
+        onnxruntime,
+    )
     for backend in BACKENDS:
         build = build_options(backend)
         table[backend] = script(
@@ -152,11 +163,15 @@ def scripts(bundle: Path, graphs: Iterable[GraphCommands], limit: float, dtype: 
             f"Bisects each graph down to the first node for which an engine differs from ONNX Runtime. {_SURGEON}",
             backend,
             partial(GraphCommands.reduce, check=(*build, "--onnxrt", *snr)),
+            onnxruntime,
         )
-        built = {name: graph.engines[backend] for name, graph in by_name.items() if backend in graph.engines}
-        if built:
-            commands = {name: by_name[name].compare(BundleFile(path), *_RUN, *snr) for name, path in built.items()}
-            purpose = "Compares the bundle's engines with the saved outputs."
-            table[f"engines-{backend}"] = Script(purpose, BACKENDS[backend], commands)
+        table[f"engines-{backend}"] = script(
+            "Compares the bundle's engines with the saved outputs.",
+            backend,
+            partial(GraphCommands.compare_built, backend=backend, options=snr),
+            [name for name, graph in by_name.items() if backend in graph.engines],
+        )
     kinds = {".sh": Script.posix, ".cmd": Script.windows}
-    return {f"{name}{end}": text(script, bundle) for name, script in table.items() for end, text in kinds.items()}
+    return {
+        f"{name}{end}": text(script, bundle) for name, script in table.items() if script.commands for end, text in kinds.items()
+    }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sana_export.manifest import Manifest
 from tests.support.command_line import Cli
 from tests.support.quantized import quantized_bundle_in
 
@@ -56,3 +59,30 @@ def test_build_refuses_a_target_before_it_compiles(cli: Cli, quantized: Path) ->
     assert f"fix:    sana-export export tiny-random -o {quantized} --dtype fp32" in ran.err
     assert "--quantize embeddings=int8-weight,text_encoder=int8-weight,denoiser=int8-weight" in ran.err
     assert not (quantized / "engines").exists()
+
+
+@pytest.fixture
+def blackwell(quantized: Path, tmp_path: Path) -> Path:
+    """A bundle whose manifest says that its text encoder and denoiser are in NVFP4."""
+    own = tmp_path / "blackwell"
+    shutil.copytree(quantized, own)
+    manifest = Manifest.load(own)
+    schemes = {**manifest.options.quantize, "text_encoder": "nvfp4", "denoiser": "nvfp4"}
+    options = dataclasses.replace(manifest.options, quantize=schemes, quantize_method=("search", "low-rank=4"))
+    dataclasses.replace(manifest, options=options).save(own)
+    return own
+
+
+def test_the_command_for_another_target_replaces_every_scheme_that_lacks_it(cli: Cli, blackwell: Path) -> None:
+    ran = cli("build", blackwell, "--backend", "tensorrt-rtx", "--compute-capability", "8.9")
+    assert ran.code == 2
+    schemes = "embeddings=int8-weight,text_encoder=int8-weight,denoiser=int8-weight"
+    assert f"--quantize {schemes} --quantize-method search\n" in ran.err, "no scheme is left that takes low-rank"
+
+
+def test_inspect_names_the_gpus_that_engines_can_be_built_for(cli: Cli, blackwell: Path, quantized: Path) -> None:
+    command = f"sana-export build {blackwell} --backend tensorrt-rtx --compute-capability 12.0 12.1"
+    assert f"to build some: {command}\n" in cli("inspect", blackwell).out
+    refused = cli("build", blackwell, "--backend", "tensorrt-rtx")
+    assert (refused.code, command in refused.err) == (2, True)
+    assert f"to build some: sana-export build {quantized} --backend tensorrt-rtx\n" in cli("inspect", quantized).out

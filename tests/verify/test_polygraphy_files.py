@@ -109,7 +109,17 @@ def test_scripts_of_the_bundles_engines_and_of_bfloat16() -> None:
     assert "BUNDLE=${BUNDLE:-'/x y'}" in found["engines-tensorrt.sh"]
     windows = found["engines-tensorrt.cmd"].split("\r\n")
     assert r'if "%GRAPH%"=="sampler" polygraphy run "%BUNDLE%\engines\tensorrt\key\sampler.engine"' in windows[-3]
-    assert "onnxruntime.sh" not in scripts(Path("/b"), [graph], 24.0, "bfloat16")
+    assert not [name for name in scripts(Path("/b"), [graph], 24.0, "bfloat16") if "onnxruntime" in name]
+
+
+def test_onnx_runtime_is_not_asked_to_run_what_it_has_no_kernels_for() -> None:
+    graphs = [
+        GraphCommands(name, f"onnx/{name}/model.onnx", {}, {}, {}, kernels=name != "denoiser") for name in ("sampler", "denoiser")
+    ]
+    both, one = scripts(Path("/b"), graphs, 24.0, "float32"), scripts(Path("/b"), graphs[1:], 24.0, "float32")
+    assert "--onnxrt" in both["onnxruntime.sh"]
+    assert {name for name, text in both.items() if "onnx/denoiser/model.onnx" in text and "--onnxrt" in text} == set()
+    assert {name for name in one if name.endswith(".sh")} == {"inspect.sh", "tensorrt.sh", "tensorrt-rtx.sh"}
 
 
 @pytest.mark.skipif(sys.platform == "win32" or shutil.which("sh") is None, reason="needs a POSIX shell")

@@ -17,6 +17,7 @@ from onnx.shape_inference import infer_node_outputs
 
 from sana_export.bench.work.count import Product, Work
 from sana_export.errors import ArtifactError
+from sana_export.export.plain_fp4 import DYNAMIC_QUANTIZE, block_of
 
 #: Tensors of at most this many numbers are computed, because shapes are made from them.
 _MOST_NUMBERS = 64
@@ -81,6 +82,13 @@ class _Values:
         inputs = [name for name in node.input if name]
         if node.op_type == "Shape":
             self._keep(node.output[0], np.array(_sliced(node, self.shape(inputs[0])), np.int64))
+            return
+        if node.op_type == DYNAMIC_QUANTIZE:  # onnx has no schema of TensorRT's operator
+            *axes, channels = self.shape(inputs[0])
+            self.types[node.output[0]] = helper.make_tensor_type_proto(TensorProto.FLOAT4E2M1, [*axes, channels])
+            self.types[node.output[1]] = helper.make_tensor_type_proto(
+                TensorProto.FLOAT8E4M3FN, [*axes, channels // block_of(node)]
+            )
             return
         if all(name in self.known for name in inputs) and (outputs := self._computed(node, inputs)) is not None:
             for name, array in zip(node.output, outputs, strict=True):

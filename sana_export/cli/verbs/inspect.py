@@ -23,7 +23,7 @@ from sana_export.cli.bundle_text import (
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.terminal.text import seconds, size, table
 from sana_export.cli.verb import Answer, Verb, add_bundle_to_read, add_hub_options, bundle_to_read
-from sana_export.commands import engines_command, repair_command
+from sana_export.commands import first_engines_command, repair_command
 from sana_export.errors import ArtifactError
 from sana_export.files import FileEntry
 from sana_export.known_files import check_known_files, hash_always
@@ -116,7 +116,7 @@ def _text(bundle: Path, manifest: Manifest, damaged: dict[str, str], engines: Se
     parts.append("files: all match the manifest" if not damaged else "files: DAMAGED")
     parts += [f"  {text}" for text in damaged.values()]
     parts += [f"  fix: {repair_command(bundle, manifest)}"] if damaged else []
-    parts.append(_engines_text(engines) if engines else f"engines: none; to build some: {engines_command(bundle, 'tensorrt-rtx')}")
+    parts.append(_engines_text(engines) if engines else f"engines: none; to build some: {first_engines_command(bundle, manifest)}")
     parts += [memory] if memory else []
     if manifest.parity is not None:
         parts.append(f"parity: {_verdict(manifest.parity.get('passed'))} at the last verification")

@@ -78,8 +78,14 @@ def into_values(graph: onnx_ir.Graph, product: Node, factor: Value) -> None:
 
 
 def into_depthwise(graph: onnx_ir.Graph, product: Node, factor: Value) -> None:
-    """(conv(x) * gate) * factor = conv'(x) * gate, where conv' has the depthwise conv's weights and bias times the factors."""
-    gated = _sole_producer(product.inputs[0], "Mul")
+    """(conv(x) * gate) * factor = conv'(x) * gate, where conv' has the depthwise conv's weights and bias times the factors.
+
+    Between the gate and the factors the channels may be moved to the end, as a matrix product reads them.
+    """
+    value, axis = product.inputs[0], -len(_sizes(factor))
+    if (moved := _sole_producer(value, "Transpose")) is not None:
+        value, axis = moved.inputs[0], _permutation(moved)[axis] - len(_permutation(moved))
+    gated = _sole_producer(value, "Mul") if axis == -3 else None
     halves = () if gated is None else gated.inputs
     conv = next((node for node in (_sole_producer(half, "Conv") for half in halves) if node is not None), None)
     if conv is None or conv.attributes["group"].as_int() != _count(factor) or len(conv.inputs) != 3:

@@ -10,6 +10,7 @@ from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.installation import install_command
 from sana_export.manifest import Manifest
 from sana_export.numeric import shown
+from sana_export.quantization import quantization_words, without_kernels
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendFactory, BackendSettings, Loader
 from sana_export.runtime.memory import AUTO
 
@@ -68,6 +69,8 @@ BACKENDS: dict[str, BackendFactory] = {
 }
 #: The backends that run engines, the best first, and what "auto" takes if no engine runs here.
 ENGINE_BACKENDS, FALLBACK = ("tensorrt", "tensorrt-rtx"), "onnxruntime"
+#: What "auto" takes in place of `FALLBACK` for weights that this has no kernels for.
+EVERY_SCHEME = "torch"
 
 
 def check_backend(backend: str | Loader) -> None:
@@ -112,4 +115,7 @@ def _best(bundle: Path, manifest: Manifest, device: int | None) -> str:
                 log.info("%s is not used: %s", name, error.found)
             else:
                 return name
+    if missing := without_kernels(manifest.options.quantize):
+        log.info("%s is not used: it has no kernels for %s", FALLBACK, quantization_words(missing))
+        return EVERY_SCHEME
     return FALLBACK

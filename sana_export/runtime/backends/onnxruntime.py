@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sana_export.commands import export_command, repair_command
+from sana_export.commands import export_command, generate_command, repair_command
 from sana_export.environment import NO_TELEMETRY, default_environment
 from sana_export.errors import ArtifactError, DependencyError, UsageError, first_line
 from sana_export.formats.arrays import Array
@@ -26,7 +26,7 @@ from sana_export.installation import install_command
 from sana_export.known_files import check_known_files
 from sana_export.machine import find_cuda_error
 from sana_export.manifest import Manifest
-from sana_export.quantization import NO_KERNELS, SCHEMES, quantization_words
+from sana_export.quantization import NO_KERNELS, quantization_words, without_kernels
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session, check_options
 from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
 from sana_export.runtime.backends.onnxruntime_provider import (
@@ -264,13 +264,13 @@ class OnnxRuntimeBackend(Backend):
     def _check_quantized(self) -> None:
         """Raise ArtifactError if parts of the bundle are quantized to a type that ONNX Runtime has no kernels for."""
         schemes = self.manifest.options.quantize
-        if missing := {part: name for part, name in schemes.items() if SCHEMES[name].weights == NO_KERNELS}:
+        if missing := without_kernels(schemes):
             others = export_command(self.bundle, self.manifest, quantize={**schemes, **dict.fromkeys(missing, INSTEAD)})
             raise ArtifactError(
                 f"{self.bundle} cannot run on {self.name}, which has no kernels for {NO_KERNELS}",
                 found=quantization_words(missing),
                 wanted="another scheme, or another backend: TensorRT's engines, or torch, which computes with the same numbers",
-                fix=f"--backend torch, or {others}",
+                fix=f"{generate_command(self.bundle, 'torch')}, or {others}",
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,26 +89,38 @@ def values() -> Case:
     return Case(nodes, inputs, {"sizes": np.array([2, 6, 8]), f"{CROSS_OUT}.input.factor": FACTORS})
 
 
-def depthwise() -> Case:
-    """A gated depthwise convolution. The gate comes first here, so the fold has to find the other half."""
+def depthwise(*, order: Sequence[int] = ()) -> Case:
+    """A gated depthwise convolution. The gate comes first here, so the fold has to find the other half.
+
+    With an `order` of axes, the layer reads the last one of the transposed value.
+    """
     nodes = [
         helper.make_node("Conv", ["x", "kernel", "bias"], ["value"], group=8, pads=[1, 1, 1, 1]),
         helper.make_node("Sigmoid", ["x"], ["sigmoid"]),
         helper.make_node("Mul", ["x", "sigmoid"], ["silu"]),
         helper.make_node("Mul", ["silu", "value"], ["gated"]),
-        *layer("gated", POINT, "y"),
+        *([helper.make_node("Transpose", ["gated"], ["pixels"], perm=order)] if order else []),
+        *layer("pixels" if order else "gated", POINT, "y"),
     ]
-    constants = {"kernel": normal(8, 1, 3, 3), "bias": normal(8), f"{POINT}.input.factor": FACTORS.reshape(8, 1, 1)}
-    return Case(nodes, {"x": normal(2, 8, 5, 5)}, constants)
+    factors = FACTORS if order else FACTORS.reshape(8, 1, 1)
+    constants = {"kernel": normal(8, 1, 3, 3), "bias": normal(8), f"{POINT}.input.factor": factors}
+    return Case(nodes, {"x": normal(2, 8, 8, 8)}, constants)
 
 
-CASES = {"norm": norm(), "norm, channels first": norm(channels_first=True), "values": values(), "depthwise": depthwise()}
+CASES = {
+    "norm": norm(),
+    "norm, channels first": norm(channels_first=True),
+    "values": values(),
+    "depthwise": depthwise(),
+    "depthwise, channels last": depthwise(order=(0, 2, 3, 1)),
+}
 #: What the factors multiply after the fold.
 SMALL = {
     "norm": {"scale", "shift"},
     "norm, channels first": {"scale", "shift"},
     "values": {"values"},
     "depthwise": {"kernel", "bias"},
+    "depthwise, channels last": {"kernel", "bias"},
 }
 
 
@@ -137,6 +150,8 @@ KEPT = {
     "other factors": norm(gate_factors=FACTORS[::-1].copy()),
     "another layer reads the attention": other_reader(values(), "attended"),
     "another layer reads the convolution": other_reader(depthwise(), "value"),
+    "another layer reads the pixels of the convolution": other_reader(depthwise(order=(0, 2, 3, 1)), "pixels"),
+    "the factors are for columns": depthwise(order=(0, 1, 2, 3)),
 }
 
 

@@ -16,7 +16,9 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from sana_export.bench.work.onnx import onnx_products
 from sana_export.calibration.run import Calibration, calibrate
+from sana_export.contract import DYNAMIC_AXES
 from sana_export.errors import ArtifactError, ParityError
 from sana_export.export.evaluator import StorageEvaluator
 from sana_export.export.example_inputs import CHECK_SIZES, random_inputs
@@ -33,8 +35,10 @@ from sana_export.formats.quantized import decode_fp4, encode_fp4, pack, unpack
 from sana_export.graphs.products import ProductForm, rounded
 from sana_export.manifest import Manifest, Options, QuantizedWeight
 from sana_export.quantization_method import parse_method
-from sana_export.runtime import SanaRuntime
+from sana_export.runtime import SanaRuntime, backends
+from sana_export.verify.bundle import Sampling
 from sana_export.verify.evaluator_backend import open_runtime
+from sana_export.verify.layers import LayerCheck, compare_layers
 from sana_export.verify.quantized import check_stored
 
 FP4, FP8 = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn
@@ -216,16 +220,47 @@ def test_the_file_has_the_form_that_tensorrt_compiles(bundle: Path) -> None:
     assert len({node.input[0] for node in quantizers}) == len(quantizers) == rounding - blocks > 0
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.value_info}
     assert all(ranks[node.output[0]] in (2, 3) for node in quantizers)
+    folded = [node.input[0] for node in model.graph.node if any("point.weight.input.factor" in name for name in node.input[1:])]
+    assert len([name for name in folded if "depthwise.bias" in name]) == blocks
+    assert all("depthwise" in name for name in folded), "the factors of `point` multiply the convolution before it alone"
     # A weight has two, a rounded input too.
     assert operators.count("DequantizeLinear") == 2 * len(entry.quantized) + 2 * len(quantizers)
+
+
+def test_its_work_is_that_of_the_file_without_quantization(bundle: Path, tiny_bundle: Path) -> None:
+    sizes = dict.fromkeys(DYNAMIC_AXES, 8)
+    products = onnx_products(denoiser(bundle), sizes)
+    branches = [product.flop for product in products if product.name.endswith((".low", ".branch"))]
+    plain = onnx_products(denoiser(tiny_bundle), sizes)
+    assert sum(product.flop for product in products) - sum(branches) == sum(product.flop for product in plain)
+    assert len(branches) == 2 * len(Manifest.load(bundle).graphs["denoiser"].quantized)
+
+
+def test_every_tensor_of_the_file_is_compared_and_no_other(bundle: Path, tmp_path: Path) -> None:
+    check = LayerCheck("denoiser", random_inputs=True, limit_db=0.0, reproducer=tmp_path / "drift")
+    report = compare_layers(bundle, check, Sampling(("a red apple",), 64, 64, 1), threads=1)
+    model = onnx.load(denoiser(bundle), load_external_data=False)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)}
+    floats = [name for node in model.graph.node for name in node.output if kinds.get(name) == onnx.TensorProto.FLOAT]
+    assert {row.origin.tensor for row in report.rows} == set(floats)
+    assert min(row.snr_db for row in report.rows) > 20
 
 
 def test_onnx_runtime_refuses_it_by_name(bundle: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot run on onnxruntime, which has no kernels for fp4") as error:
         SanaRuntime.from_pretrained(bundle, backend="onnxruntime")
     assert error.value.found == "denoiser=nvfp4"
-    assert str(error.value.fix).startswith("--backend torch, or sana-export export tiny-random")
+    draw, _, export = str(error.value.fix).partition(", or ")
+    assert draw == f"sana-export generate {bundle} 'a red apple' -o apple.png --backend torch"
+    assert export.startswith(f"sana-export export tiny-random -o {bundle}")
     assert "--quantize denoiser=int4-weight" in str(error.value.fix)
+
+
+def test_auto_takes_a_backend_that_has_the_scheme(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "BACKENDS", {name: lambda *_, name=name: name for name in backends.BACKENDS})
+    manifest = Manifest.load(bundle)
+    plain = replace(manifest, options=replace(manifest.options, quantize={"denoiser": "int4-weight"}))
+    assert [backends.open_backend("auto", bundle, one) for one in (manifest, plain)] == ["torch", "onnxruntime"]
 
 
 def test_the_torch_backend_computes_what_the_file_does(bundle: Path, tiny_checkpoint: Any) -> None:
