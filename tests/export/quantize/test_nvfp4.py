@@ -220,7 +220,8 @@ def test_the_file_has_the_form_that_tensorrt_compiles(bundle: Path) -> None:
     assert len({node.input[0] for node in quantizers}) == len(quantizers) == rounding - blocks > 0
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.value_info}
     assert all(ranks[node.output[0]] in (2, 3) for node in quantizers)
-    folded = [node.input[0] for node in model.graph.node if any("point.weight.input.factor" in name for name in node.input[1:])]
+    products = [node.input for node in model.graph.node if node.op_type == "Mul"]
+    folded = [first for first, second in products if "point.weight.input.factor" in second]
     assert len([name for name in folded if "depthwise.bias" in name]) == blocks
     assert all("depthwise" in name for name in folded), "the factors of `point` multiply the convolution before it alone"
     # A weight has two, a rounded input too.
