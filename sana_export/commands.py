@@ -65,7 +65,7 @@ def export_command(
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
     if schemes:
         words += ["--quantize", quantization_words(schemes)]
-    if steps := taken_steps(schemes, exported.options.quantize_method):
+    if schemes and (steps := taken_steps(schemes, exported.options.quantize_method)):
         words += ["--quantize-method", ",".join(steps)]
     if schemes and exported.options.calibration_file:
         words += ["--calibration", exported.options.calibration_file]

@@ -13,6 +13,7 @@ import pytest
 from diffusers.image_processor import PixArtImageProcessor
 from diffusers.utils import load_image
 from PIL import Image
+from PIL import __version__ as pillow_version
 
 from sana_export.errors import UsageError
 from sana_export.runtime import images
@@ -61,6 +62,8 @@ def test_an_array_of_bytes_is_a_pillow_image() -> None:
 def test_every_mode_is_read_as_load_image_does(mode: str, tmp_path: Path) -> None:
     path = tmp_path / ("x.tiff" if mode in ("CMYK", "YCbCr") else "x.png")
     noise(mode).save(path)
+    if mode == "YCbCr" and int(pillow_version.split(".")[0]) < 13:
+        pytest.skip("Pillow 12 cannot read the TIFF files of this mode that it writes")
     for given in (path, str(path), noise(mode)):
         (image,) = given_images("image", given)
         np.testing.assert_array_equal(prepared_image(image, 64, 96), reference(load_image(str(path)), 64, 96))

@@ -18,6 +18,7 @@ from ray.serve._private.build_app import build_app
 
 from sana_export.adapters import Lora
 from sana_export.errors import DependencyError, UsageError
+from sana_export.installation import install_command
 from sana_export.serve.engine import ModelCard
 from sana_export.serve.errors import Refusal
 from sana_export.serve.jobs import image_job
@@ -135,4 +136,4 @@ def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DependencyError, match="Ray Serve is not installed") as caught:
         importlib.import_module("sana_export.serve.ray_app")
-    assert (caught.value.fix, caught.value.exit_code) == ("pip install 'sana-export[ray]'", 3)
+    assert (caught.value.fix, caught.value.exit_code) == (install_command("ray"), 3)

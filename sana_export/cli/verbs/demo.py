@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import threading
 
 from sana_export.cli.packages import require
@@ -87,18 +88,10 @@ def run(options: argparse.Namespace, console: Console) -> Answer:
         device=options.device,
         threads=options.threads,
     )
-    with serving(settings, reference) as address:
+    with serving(settings, reference) as address, contextlib.suppress(KeyboardInterrupt):  # how a page ends, also by SIGTERM
         console.line(f"{address}  (Ctrl-C ends it)")
-        _until_interrupted()
-    return Answer({"address": address}, f"{address} is closed")
-
-
-def _until_interrupted() -> None:
-    """Wait for Ctrl-C or SIGTERM, which are how a page ends."""
-    try:
         threading.Event().wait()
-    except KeyboardInterrupt:
-        return
+    return Answer({"address": address}, f"{address} is closed")
 
 
 VERB = Verb(

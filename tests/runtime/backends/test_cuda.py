@@ -49,7 +49,10 @@ def test_the_device_works(driver_library: Path) -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_found(driver_library: Path, name: str) -> None:
     check = FAULTS[name].found_by
-    run = cuda_driver.run_tests(driver_library, ["-m", "gpu", f"{DEVICE_CHECKS}::{check}"], CUDA_STAND_IN_FAULT=name)
+    for _ in range(3):  # two threads do not meet in every run
+        run = cuda_driver.run_tests(driver_library, ["-m", "gpu", f"{DEVICE_CHECKS}::{check}"], CUDA_STAND_IN_FAULT=name)
+        if run.returncode == 1:
+            break
     assert run.returncode == 1, run.stdout + run.stderr
     assert f"::{check}" in run.stdout
 

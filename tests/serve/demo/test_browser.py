@@ -86,7 +86,8 @@ def test_it_draws_the_runtimes_image_on_a_phone(browser: Any, address: str, tiny
 def test_it_stops_and_draws_again(browser: Any, address: str) -> None:
     page, foreign = opened(browser, address, {"width": 1100, "height": 800})
     other, _ = opened(browser, address, PHONE)
-    page.get_by_label("number input for Steps").fill("100")
+    for label, value in (("Steps", "100"), ("Width", "256"), ("Height", "256")):  # long enough for all that happens meanwhile
+        page.get_by_label(f"number input for {label}").fill(value)
     page.click("#draw")
     state(page, r"Step \d+ of 100")
     other.click("#draw")
