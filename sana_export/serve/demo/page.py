@@ -105,7 +105,8 @@ class DemoPage:
             api_visibility="private",
         )
         drawing.failure(self.refuse, None, state, **at_once)
-        self._stop.click(self.stop, None, state, cancels=drawing, **at_once)
+        stopped = self._stop.click(self.stop, None, state, cancels=drawing, **at_once)
+        stopped.then(self.stopped, None, state, **at_once)  # the last step may have arrived after the first answer
         self.blocks.unload(self.leave)
 
     def wait(self) -> dict[Any, Any]:
@@ -125,6 +126,10 @@ class DemoPage:
     def stop(self, request: gr.Request) -> dict[Any, Any]:
         """A visitor stops the image, which may still be in the queue."""
         self.leave(request)
+        return self.stopped()
+
+    def stopped(self) -> dict[Any, Any]:
+        """What the page shows after a stop."""
         return self._changes({"state": "Stopped", "busy": False})
 
     def leave(self, request: gr.Request) -> None:

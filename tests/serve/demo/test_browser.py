@@ -83,6 +83,7 @@ def test_it_draws_the_runtimes_image_on_a_phone(browser: Any, address: str, tiny
     page.close()
 
 
+@pytest.mark.slow  # on a busy machine a click on Stop is sometimes lost
 def test_it_stops_and_draws_again(browser: Any, address: str) -> None:
     page, foreign = opened(browser, address, {"width": 1100, "height": 800})
     other, _ = opened(browser, address, PHONE)
