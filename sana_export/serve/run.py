@@ -14,18 +14,17 @@ from shlex import quote
 import uvicorn
 from fastapi import FastAPI
 
-from sana_export.errors import DependencyError, UsageError
+from sana_export.errors import UsageError
 from sana_export.serve.app import create_app
 from sana_export.serve.config import ServeConfig
 from sana_export.serve.engine import Engine
 from sana_export.serve.hosts import LOOPBACK
 from sana_export.serve.keys import NEW_FILE
 from sana_export.serve.protocol import protocol_class
+from sana_export.serve.sockets import BACKLOG, listening
 from sana_export.serve.worker import LocalEngine
 
 LOG = logging.getLogger(__name__)
-#: Connections that the system keeps until they are accepted; all of them may be accepted at once, beyond the limit.
-_BACKLOG = 256
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -38,7 +37,7 @@ def serve(config: ServeConfig, started: Callable[[str], None] = lambda address: 
     raise. Needs the main thread.
     """
     check_config(config)
-    with listening(config) as listener:
+    with listening("server", config.host, config.port) as listener:
         engine = LocalEngine(config)
         try:
             engine.load()
@@ -70,23 +69,6 @@ def check_config(config: ServeConfig) -> None:
         )
 
 
-@contextlib.contextmanager
-def listening(config: ServeConfig) -> Iterator[socket.socket]:
-    """The socket of the server. Raises DependencyError if the address cannot be used."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise DependencyError(
-            f"the server cannot listen on {config.host}, port {config.port}",
-            found=str(error),
-            wanted="an address of this machine, and a port that no other program uses",
-            fix="--port 0",
-        ) from error
-    with listener:
-        yield listener
-
-
 def server_settings(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
     """How uvicorn runs the application."""
     return uvicorn.Config(
@@ -94,7 +76,7 @@ def server_settings(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
         http=protocol_class(config.limits),
         host=config.host,
         port=config.port,
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
         ws="none",
         h11_max_incomplete_event_size=config.limits.head_bytes,
         log_config=None,

@@ -162,10 +162,7 @@ def test_rays_own_schema_takes_the_application(manifest: Any) -> None:
     config = schema.ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
     (application,) = config.applications
     module, _, function = application.import_path.partition(":")
-    try:
-        build = getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError:
-        pytest.skip(f"{module} is not here")
+    build = getattr(importlib.import_module(module), function)
     taken = build.__annotations__["config"](**application.args)
     cluster = manifest["spec"]["rayClusterConfig"]
     (workers,) = cluster["workerGroupSpecs"]

@@ -18,6 +18,7 @@ from sana_export.serve import hosts
 from sana_export.serve.demo.look import CSS, theme
 from sana_export.serve.demo.settings import LOOPBACK, DemoSettings
 from sana_export.serve.demo.studio import OtherPipeline, Studio
+from sana_export.serve.sockets import listening
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -50,7 +51,7 @@ def serving(settings: DemoSettings, reference: OtherPipeline | None = None) -> I
     with (
         tempfile.TemporaryDirectory(prefix="sana-demo-") as folder,
         default_environment({**_ENVIRONMENT, "GRADIO_TEMP_DIR": str(Path(folder) / "gradio")}),
-        _listening(settings.host, settings.port) as listener,
+        listening("page", settings.host, settings.port) as listener,
     ):
         page_class = _page_class()
         studio = Studio(settings, reference)
@@ -134,23 +135,6 @@ def _page_class() -> type[DemoPage]:
             "the demo page needs Gradio", found=f"no module {error.name}", wanted="gradio 6", fix=install_command("demo")
         ) from error
     return DemoPage
-
-
-@contextlib.contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens. Raises DependencyError if the address cannot be used."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise DependencyError(
-            f"the page cannot listen on {host}, port {port}",
-            found=error,
-            wanted="an address of this machine and a port that no other program uses",
-            fix=f"--port {port + 1 if port < 65535 else 0}",
-        ) from error
-    with listener:
-        yield listener
 
 
 @contextlib.contextmanager
