@@ -23,7 +23,7 @@ from sana_export.quantization import BLOCK
 from sana_export.records import QuantizedWeight
 
 #: A function of torch -> which of its arguments is the weight -> the axis of the other argument that the weight's inputs are on.
-_PRODUCTS: dict[Callable[..., Any], dict[int, int]] = {
+PRODUCTS: dict[Callable[..., Any], dict[int, int]] = {
     torch.Tensor.matmul: {0: -2, 1: -1},
     torch.matmul: {0: -2, 1: -1},
     torch.conv2d: {1: -3},
@@ -45,7 +45,7 @@ class ProductMode(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for place, axis in _PRODUCTS.get(function, {}).items():
+        for place, axis in PRODUCTS.get(function, {}).items():
             if (name := self._weight_at(args[place].data_ptr())) is not None:
                 return self.product(name, partial(_multiply, function, args, 1 - place, kwargs), args[1 - place], axis)
         return function(*args, **kwargs)
@@ -78,11 +78,6 @@ class ProductForm:
     down: Tensor | None = None
     up: Tensor | None = None
 
-    def to(self, device: torch.device) -> ProductForm:
-        """The same on `device`."""
-        moved = (None if tensor is None else tensor.to(device) for tensor in (self.factor, self.down, self.up))
-        return ProductForm(self.inputs, self.scale, *moved)
-
 
 class QuantizedProducts(ProductMode):
     """Computes the layers of `module` that have a form, by the names of their weights."""
@@ -95,13 +90,15 @@ class QuantizedProducts(ProductMode):
         form = self._forms[name]
         if form.factor is not None:
             x = x * form.factor.reshape(-1, *[1] * (-axis - 1))
-        y = multiply(rounded(x, form.inputs, form.scale, axis))
-        if form.down is not None and form.up is not None:
-            y = y + _through(form.up, _through(form.down, x, axis), axis)
-        return y
+        return add_branch(multiply(rounded(x, form.inputs, form.scale, axis)), x, form.down, form.up, axis)
 
 
-def rounded(x: Tensor, dtype: str, scale: float, axis: int = -1) -> Tensor:
+def add_branch(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor | None, axis: int) -> Tensor:
+    """`y` and what the branch beside the layer makes of its input `x`, whose channels are on `axis`. None: there is no branch."""
+    return y if down is None or up is None else y + _through(up, _through(down, x, axis), axis)
+
+
+def rounded(x: Tensor, dtype: str, scale: float | Tensor, axis: int = -1) -> Tensor:
     """`x`, whose channels are on `axis`, in the steps of `dtype` and `scale`, as ONNX's QuantizeLinear and DequantizeLinear compute
     it, or for "fp4" TensorRT's TRT_FP4DynamicQuantize and DequantizeLinear."""
     if not dtype:
@@ -113,7 +110,7 @@ def rounded(x: Tensor, dtype: str, scale: float, axis: int = -1) -> Tensor:
     return (steps * scale).to(x.dtype)
 
 
-def _rounded_blocks(steps: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def _rounded_blocks(steps: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
     """`steps` [..., channels] times `scale` in FP4, with a scale in FP8 for each block. A block whose scale is zero is zero."""
     blocks = steps.unflatten(-1, (-1, BLOCK))
     scales = _fp8(blocks.abs().amax(-1, keepdim=True) / FP4_MAX)
@@ -161,20 +158,12 @@ def compute_quantized(module: nn.Module, forms: Mapping[str, ProductForm]) -> No
     module.__dict__.pop("forward", None)
     if not forms:
         return
-    reference, placed = weakref.ref(module), dict[torch.device, Mapping[str, ProductForm]]()
+    reference = weakref.ref(module)
 
     def quantized(*args: Any, **kwargs: Any) -> Any:
         own = reference()  # the module holds this function, and would hold itself
         assert own is not None
-        device = own.get_parameter(next(iter(forms))).device
-        if device not in placed:  # once: a copy to a GPU cannot be captured
-            placed[device] = {name: form.to(device) for name, form in forms.items()}
-        with QuantizedProducts(own, placed[device]):
+        with QuantizedProducts(own, forms):
             return type(own).forward(own, *args, **kwargs)
 
     module.forward = quantized
-
-
-def has_forms(module: nn.Module) -> bool:
-    """Whether `compute_quantized` gave forms to layers of `module`."""
-    return "forward" in module.__dict__

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from sana_export.graphs.numerics import NUMERICS, Conv, Linear, parameter
-from sana_export.graphs.products import ProductForm, ProductMode, compute_quantized, has_forms, rounded
+from sana_export.graphs.products import ProductForm, ProductMode, compute_quantized, rounded
 
 
 class Layers(nn.Module):
@@ -103,11 +103,3 @@ def test_a_module_with_forms_is_freed_with_its_last_user() -> None:
         assert freed() is None
     finally:
         gc.enable()
-
-
-def test_without_forms_a_module_is_as_it_was() -> None:
-    module = Layers()
-    compute_quantized(module, {})
-    assert not has_forms(module)
-    compute_quantized(module, {"left": ProductForm("int8", 0.5)})
-    assert has_forms(module)

@@ -16,6 +16,8 @@ from typing import Any
 
 from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 from sana_export.child_process import run_module
+from sana_export.quantization import SCHEMES
+from sana_export.quantization_method import NEAREST
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe
 
 _LARGE = RECIPES["sana-1600m-1024px"]
@@ -41,6 +43,9 @@ MODELS: dict[str, SyntheticRecipe] = {
 STORED = "float16"
 #: Precision of the bundles.
 PRECISION = "fp16"
+#: The schemes that round the inputs of layers, and what they are calibrated with.
+CALIBRATED = tuple(scheme.name for scheme in SCHEMES.values() if scheme.inputs)
+CALIBRATION_PROMPT, CALIBRATION_SIZE = "a red apple on a table", 512
 
 
 def checkpoint_of(context: PartContext, model: str, dtype: str = STORED) -> Any:
@@ -56,6 +61,11 @@ def checkpoint_of(context: PartContext, model: str, dtype: str = STORED) -> Any:
     return open_checkpoint(str(folder.resolve()))
 
 
+def bundle_name(model: str, scheme: str | None) -> str:
+    """The name of a model's bundle, quantized with `scheme` or not."""
+    return model if scheme is None else f"{model}-{scheme}"
+
+
 def exported(
     context: PartContext,
     checkpoint: Any,
@@ -63,13 +73,30 @@ def exported(
     precision: str = PRECISION,
     pag_layers: Iterable[int] = (),
     graphs: Iterable[str] = (),
+    quantize: str | None = None,
 ) -> Path:
-    """Export the bundle `name` of a checkpoint, unless it is up to date. No `graphs` means all of them."""
+    """Export the bundle `name` of a checkpoint, unless it is up to date. No `graphs` means all of them.
+
+    `quantize`: the scheme of all parts that take one, with rounding to the nearest number, and a short calibration if it needs one:
+    other numbers are not faster.
+    """
+    from sana_export.calibration.run import Calibration
     from sana_export.export.bundle import export_bundle
 
     bundle = context.work / "bundles" / name
     bundle.parent.mkdir(parents=True, exist_ok=True)
-    export_bundle(checkpoint, bundle, precision=precision, pag_layers=pag_layers, graphs=graphs)
+    words = [] if quantize is None else [quantize]
+    measured = Calibration(prompts=[CALIBRATION_PROMPT], steps=2, size=CALIBRATION_SIZE) if quantize in CALIBRATED else None
+    export_bundle(
+        checkpoint,
+        bundle,
+        precision=precision,
+        pag_layers=pag_layers,
+        graphs=graphs,
+        quantize=words,
+        quantize_method=[NEAREST] if words else [],
+        calibration=measured,
+    )
     return bundle
 
 
@@ -123,7 +150,7 @@ def make(context: PartContext, *, model: str) -> Mapping[str, Any]:
     return {"parameters": parameters}
 
 
-def export(context: PartContext, *, model: str) -> Mapping[str, Any]:
-    """The part that exports the ONNX files, which all backends except torch run."""
-    bundle = exported(context, checkpoint_of(context, model), model)
+def export(context: PartContext, *, model: str, scheme: str | None = None) -> Mapping[str, Any]:
+    """The part that exports the ONNX files, which all backends except torch run, or those with quantized weights."""
+    bundle = exported(context, checkpoint_of(context, model), bundle_name(model, scheme), quantize=scheme)
     return {"bytes": sum(path.stat().st_size for path in bundle.glob("onnx/**/*") if path.is_file())}

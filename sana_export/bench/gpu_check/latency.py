@@ -15,13 +15,14 @@ import numpy as np
 
 from sana_export.bench.candidates.runtime import WrongDevice
 from sana_export.bench.candidates.table import BASELINE, Job, find_row, resolve
-from sana_export.bench.gpu_check.bundles import PRECISION, build, checkpoint_of, exported, without_onnx
+from sana_export.bench.gpu_check.bundles import PRECISION, build, bundle_name, checkpoint_of, exported, without_onnx
 from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 from sana_export.bench.gpu_check.parity import ENGINES
 from sana_export.bench.gpu_watch import GpuWatch
 from sana_export.bench.stages import summarize
 from sana_export.bench.workload import Workload
 from sana_export.export.parity import IMAGE_PSNR_LIMITS, psnr
+from sana_export.quantization import SCHEMES
 
 PROMPT, SEED = "A cute panda eating bamboo, ink drawing style", 0
 #: Number of warm-up calls, and batch to the number of counted calls.
@@ -35,18 +36,19 @@ def measure(
     model: str,
     backend: str,
     exported: bool,
+    scheme: str | None = None,
     batches: Iterable[int] = (1, 4),
     size: int = 1024,
     steps: int = 20,
 ) -> Mapping[str, Any]:
-    """Time one backend. Returns rows: batch to the times of `STAGES`, the first call, the peak device memory and the PSNR.
+    """Time one backend, with `scheme` on a quantized bundle.
 
-    If a batch fails, the results of the earlier ones are kept. Raises CheckFailed if the images differ from eager's.
+    Returns rows: batch to the times of `STAGES`, the first call, the peak device memory and the PSNR. If a batch fails, the results of the earlier ones are kept. Raises CheckFailed if the images differ from eager's.
     """
     workload = Workload(
         "gpu-check", size, size, steps, 4.5, (PROMPT,), warmup=WARM_UP, repeats=max(COUNTED.values()), device=context.device
     )
-    job, candidate = _job(context, model, backend, exported, workload), None
+    job, candidate = _job(context, model, backend, exported, scheme, workload), None
     found: dict[str, Any] = {"rows": {}}
     wrong: list[str] = []
     for batch in batches:
@@ -60,7 +62,8 @@ def measure(
         row["psnr_db"] = _compare(context, f"{model}-{size}-{steps}-{batch}", backend, images)
         found["rows"][str(batch)] = row
         context.keep(found)
-        limit = min(IMAGE_PSNR_LIMITS[PRECISION], IMAGE_PSNR_LIMITS["bf16"])
+        unquantized = min(IMAGE_PSNR_LIMITS[PRECISION], IMAGE_PSNR_LIMITS["bf16"])
+        limit = unquantized if scheme is None else SCHEMES[scheme].psnr_limit
         if row["psnr_db"] is not None and row["psnr_db"] < limit:
             wrong.append(f"batch {batch}: {row['psnr_db']:.1f} dB against eager (limit {limit:g})")
     if wrong:
@@ -68,9 +71,12 @@ def measure(
     return found
 
 
-def _job(context: PartContext, model: str, backend: str, with_onnx: bool, workload: Workload) -> Job:
+def _job(context: PartContext, model: str, backend: str, with_onnx: bool, scheme: str | None, workload: Workload) -> Job:
     checkpoint = checkpoint_of(context, model)
-    bundle: Path = (exported if with_onnx else without_onnx)(context, checkpoint, model)
+    if with_onnx or scheme is not None:
+        bundle = exported(context, checkpoint, bundle_name(model, scheme), quantize=scheme)
+    else:
+        bundle = without_onnx(context, checkpoint, model)
     clamp = checkpoint.trained_with_clamp().on
     threads = workload.resolved_threads()
     return Job(backend, str(bundle), str(checkpoint.folder), None, PRECISION, clamp, (), threads, workload)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sana_export.bench.gpu_check.settings import SETTINGS
@@ -21,7 +21,10 @@ EXPORTED: dict[str, tuple[str, ...]] = {
 }
 MODELS = ("1600m", "600m")
 #: The files with the tests of the device, and of each backend.
-DEVICE_TESTS, BACKEND_TESTS = "test_gpu_cuda.py", "test_gpu_backends.py"
+DEVICE_TESTS, BACKEND_TESTS, QUANTIZED_TESTS = "test_gpu_cuda.py", "test_gpu_backends.py", "test_gpu_quantized.py"
+#: The quantization schemes that are timed, with torch.compile. `nvfp4` has no kernels in PyTorch, which computes it in fp16.
+QUANTIZED_BACKEND = "torch-compile"
+TIMED_SCHEMES = ("int8-weight", "fp8", "int8", "int4-weight")
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,11 @@ def _judge(backend: str) -> CheckPart:
     return CheckPart(f"judge/{backend}", target, 240, 30, {"backend": backend}, modules, on_gpu=_on_gpu(backend), backend=backend)
 
 
-def _tests(backend: str, *modules: str) -> CheckPart:
+def _tests(backend: str, *modules: str, kind: str = "tests", file: str = BACKEND_TESTS) -> CheckPart:
     needed = (*_BASE, "onnxscript", "pytest", *modules)
-    arguments = {"file": BACKEND_TESTS, "backend": backend}
+    arguments = {"file": file, "backend": backend}
     target = f"{_PACKAGE}.suite:run"
-    return CheckPart(f"tests/{backend}", target, 300, 45, arguments, needed, on_gpu=_on_gpu(backend), backend=backend)
+    return CheckPart(f"{kind}/{backend}", target, 300, 45, arguments, needed, on_gpu=_on_gpu(backend), backend=backend)
 
 
 def _make(model: str) -> CheckPart:
@@ -88,6 +91,18 @@ def _make(model: str) -> CheckPart:
 def _export(model: str) -> CheckPart:
     modules = ("tensorrt", "tensorrt_rtx", "onnxruntime")
     return CheckPart(f"export/{model}", f"{_PACKAGE}.bundles:export", 420, 60, {"model": model}, (*_BASE, "onnxscript"), modules)
+
+
+def _export_quantized(model: str, scheme: str) -> CheckPart:
+    arguments = {"model": model, "scheme": scheme}
+    return CheckPart(
+        f"export/{model}/{scheme}", f"{_PACKAGE}.bundles:export", 420, 60, arguments, (*_BASE, "onnxscript", "onnxruntime")
+    )
+
+
+def _quantized_latency(model: str, scheme: str) -> CheckPart:
+    part = _latency(model, QUANTIZED_BACKEND, "onnxscript", "onnxruntime", most=150, least=40)
+    return replace(part, name=f"{part.name}/{scheme}", arguments={**part.arguments, "scheme": scheme})
 
 
 def _latency(model: str, backend: str, *modules: str, most: float = 80, least: float = 25) -> CheckPart:
@@ -127,6 +142,8 @@ PARTS: tuple[CheckPart, ...] = (
     CheckPart("tests/device", f"{_PACKAGE}.suite:run", 60, 10, {"file": DEVICE_TESTS}, ("torch", "cuda.core", "pytest")),
     _tests("torch"),
     _tests("torch-compile"),
+    *(_tests(backend, kind="quantized", file=QUANTIZED_TESTS) for backend in ("torch", "torch-compile")),
+    *(part for scheme in TIMED_SCHEMES for part in (_export_quantized("1600m", scheme), _quantized_latency("1600m", scheme))),
     *(_tests(backend, *modules) for backend, modules in EXPORTED.items()),
     _parity("torch-compile"),
     *(_parity(backend, *modules) for backend, modules in EXPORTED.items()),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sana_export.bench.gpu_check.check import FAILED
-from sana_export.bench.gpu_check.parts import MODELS, PARTS
+from sana_export.bench.gpu_check.parts import MODELS, PARTS, QUANTIZED_BACKEND, TIMED_SCHEMES
 from sana_export.bench.gpu_check.privacy import Redaction
 from sana_export.bench.gpu_check.runner import Outcome
 from sana_export.errors import DependencyError, ParityError
@@ -41,6 +41,8 @@ BACKENDS = {
     "tensorrt-rtx": "ours: TensorRT-RTX",
     "tensorrt": "ours: TensorRT",
 }
+#: The same for the parts with quantized bundles, whose names have a scheme at the end.
+LABELS = {**BACKENDS, **{f"{QUANTIZED_BACKEND}/{scheme}": f"{BACKENDS[QUANTIZED_BACKEND]}, `{scheme}`" for scheme in TIMED_SCHEMES}}
 
 
 @dataclass
@@ -164,7 +166,7 @@ class Report:
             yield from _table(head, rows)
 
     def _latency_rows(self, model: str) -> Iterator[tuple[object, ...]]:
-        found = {name: self._found(f"latency/{model}/{name}").get("rows", {}) for name in BACKENDS}
+        found = {name: self._found(f"latency/{model}/{name}").get("rows", {}) for name in LABELS}
         for batch in sorted({batch for rows in found.values() for batch in rows}, key=int):
             eager = found["eager"].get(batch)
             for name, rows in found.items():
@@ -178,7 +180,7 @@ class Report:
                     gpu = row.get("gpu") or {}
                     slowed_by = ", ".join(gpu.get("slowed_by", ()))
                     state = (_median(gpu.get("sm_clock_mhz")), _median(gpu.get("power_w")), slowed_by)
-                    yield model, batch, BACKENDS[name], _ms(loop), spread, *stages, memory, *state, ratio, db
+                    yield model, batch, LABELS[name], _ms(loop), spread, *stages, memory, *state, ratio, db
 
     def _parity(self) -> Iterator[str]:
         rows = [

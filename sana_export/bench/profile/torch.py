@@ -6,7 +6,8 @@ from typing import Any
 
 from sana_export.bench.nvtx_ranges import nvtx_range
 from sana_export.bench.profile.profile import GraphRun, LayerTime
-from sana_export.runtime.backends.torch import cpu_threads, stored_graph
+from sana_export.runtime.backends.torch import cpu_threads
+from sana_export.runtime.backends.torch_weights import stored_graph
 
 
 def layers(run: GraphRun) -> list[LayerTime]:
@@ -16,7 +17,7 @@ def layers(run: GraphRun) -> list[LayerTime]:
 
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
-    module = stored_graph(run.bundle, run.manifest, run.checkpoint, run.graph).to(device)
+    module = stored_graph(run.bundle, run.manifest, run.checkpoint, run.graph, device)
     inputs = {name: tensor.to(device) for name, tensor in run.inputs.items()}
     with cpu_threads(run.threads), torch.inference_mode():
         module(**inputs)

@@ -1,4 +1,4 @@
-"""The numbers that the quantized weights of a bundle stand for, for a backend that does not run its ONNX files."""
+"""The quantized weights of a bundle, for a backend that does not run its ONNX files."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ class StoredLayer:
 
     #: Its entry in the manifest.
     weight: QuantizedWeight
-    #: The numbers that its weight stands for, in the shape in which the graph uses it.
-    numbers: Float32
-    #: Its other tensors but the scales of its weight, such as "input.scale", by the end of their names. Each is one row.
+    #: The small numbers of its weight, as they are stored: two 4-bit numbers to a byte.
+    stored: Bytes
+    #: Their scales, in the shape of `formats.quantized.scale_shape`.
+    scales: Float32
+    #: Its other tensors, such as "input.scale", by the end of their names. Each is one row.
     tensors: Mapping[str, Float32]
 
+    def numbers(self, shape: tuple[int, ...]) -> Float32:
+        """The numbers that its weight stands for, in the shape in which the graph uses it."""
+        weight = self.weight
+        values = unpack(self.stored, weight.dtype, weight.shape)
+        return as_used(dequantize(values, self.scales, weight.axis, weight.block), weight.transposed, shape)
 
-def read_quantized(
-    bundle: Path, graph: GraphEntry, dtype: str, shapes: dict[str, tuple[int, ...]], *, fix: str
-) -> Iterator[StoredLayer]:
-    """The quantized layers of `graph`. `shapes` has the shape of each weight, by name.
 
-    `dtype` is the graph's. Raises ArtifactError, with `fix`, for damaged files.
-    """
+def read_quantized(bundle: Path, graph: GraphEntry, dtype: str, *, fix: str) -> Iterator[StoredLayer]:
+    """The quantized layers of `graph`, whose precision is `dtype`. Raises ArtifactError, with `fix`, for damaged files."""
     onnx, *data = check_known_files(bundle, graph.files, fix=fix)
     tensors, kind = read_tensors(onnx, data, fix=fix), WEIGHT_DTYPES[dtype]
     for weight in graph.quantized:
-        values = unpack(tensors[f"{weight.name}.quantized"], weight.dtype, weight.shape)
-        scales = read_scales(tensors, weight, kind)
-        numbers = dequantize(values, scales, weight.axis, weight.block)
         own = {
             end: WEIGHT_DTYPES[own].widen(tensors[weight.tensor_name(end)].view(WEIGHT_DTYPES[own].numpy))
             for end, own in weight.tensors(dtype).items()
             if end not in ("scale", "tensor_scale")
         }
-        yield StoredLayer(weight, as_used(numbers, weight.transposed, shapes[weight.name]), own)
+        yield StoredLayer(weight, tensors[f"{weight.name}.quantized"], read_scales(tensors, weight, kind), own)
 
 
 def read_scales(tensors: Mapping[str, Bytes], weight: QuantizedWeight, dtype: DType) -> Float32:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +21,11 @@ from torch import Tensor, nn
 
 from sana_export.adapters import Lora
 from sana_export.checkpoint.checkpoint import SanaCheckpoint, open_checkpoint
-from sana_export.commands import export_command, repair_command
+from sana_export.commands import export_command
 from sana_export.contract import GraphSpec
 from sana_export.errors import ArtifactError, DependencyError, UsageError, first_line
 from sana_export.formats.arrays import Array
-from sana_export.graphs.builders import build_graph
 from sana_export.graphs.denoiser import Block
-from sana_export.graphs.products import compute_quantized, has_forms, product_form
 from sana_export.graphs.vae_blocks import EfficientViTBlock, ResBlock, Upsample
 from sana_export.manifest import Checkpoint, Manifest
 from sana_export.runtime.backends.base import (
@@ -39,9 +36,7 @@ from sana_export.runtime.backends.base import (
     DeviceTensor,
     EnqueuedSession,
 )
-from sana_export.runtime.backends.quantized_weights import read_quantized
-
-log = logging.getLogger(__name__)
+from sana_export.runtime.backends.torch_weights import stored_graph
 
 #: The repeated blocks of the large graphs and their methods that are compiled, once for all repetitions. That takes seconds;
 #: compiling a whole graph takes minutes.
@@ -141,16 +136,13 @@ class TorchBackend(Backend):
 
     def load(self, graph: str) -> TorchSession:
         try:
-            module = stored_graph(self.bundle, self.manifest, self.checkpoint, graph).to(self.torch_device)
+            module = stored_graph(self.bundle, self.manifest, self.checkpoint, graph, self.torch_device)
         except RuntimeError as error:
             raise_out_of_memory(error, f"loading {graph}", self.device)
             raise
-        compiled = self.compiled and not has_forms(module)
-        if compiled:
+        if self.compiled:
             compile_blocks(module)
-        elif self.compiled:
-            log.warning("%s has layers that torch.compile would compile one by one, so it runs eager", graph)
-        return TorchSession(self.manifest.graphs[graph].spec, module, self.torch_device, self._threads, compiled=compiled)
+        return TorchSession(self.manifest.graphs[graph].spec, module, self.torch_device, self._threads, compiled=self.compiled)
 
     def to_device(self, array: Array) -> Tensor:
         return place(array, self.torch_device)
@@ -223,27 +215,6 @@ class CudaTorchBackend(TorchBackend, CapturingBackend):
     def seconds(self, start: Any, end: Any) -> float:
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
-
-
-def stored_graph(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, graph: str) -> nn.Module:
-    """A graph of the checkpoint, on the CPU, with the bundle's quantized layers.
-
-    Raises ArtifactError if the files with these weights are damaged.
-    """
-    module, entry = build_graph(graph, checkpoint, manifest.options), manifest.graphs[graph]
-    if entry.quantized:
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        shapes = {weight.name: tuple(parameters[weight.name].shape) for weight in entry.quantized}
-        fix = repair_command(bundle, manifest)
-        forms = {}
-        for layer in read_quantized(bundle, entry, manifest.options.dtype, shapes, fix=fix):
-            name, parameter = layer.weight.name, parameters[layer.weight.name]
-            parameter.data.copy_(torch.from_numpy(layer.numbers))
-            tensors = {end: torch.from_numpy(np.array(values)) for end, values in layer.tensors.items()}
-            if (form := product_form(layer.weight, tensors, parameter.dtype)) is not None:
-                forms[name] = form
-        compute_quantized(module, forms)
-    return module
 
 
 def open_torch(bundle: Path, manifest: Manifest, settings: BackendSettings = DEFAULT_SETTINGS, *, compiled: bool) -> TorchBackend:

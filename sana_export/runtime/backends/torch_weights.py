@@ -1,0 +1,86 @@
+"""A bundle's graph in PyTorch, with the quantized weights that the bundle stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sana_export.checkpoint.checkpoint import SanaCheckpoint
+from sana_export.commands import repair_command
+from sana_export.graphs.builders import build_graph
+from sana_export.graphs.quantized_tensor import Layout, QuantizedTensor
+from sana_export.graphs.scaled_products import choose_kernel
+from sana_export.manifest import Manifest
+from sana_export.runtime.backends.quantized_weights import StoredLayer, read_quantized
+
+
+def stored_graph(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, graph: str, device: str) -> nn.Module:
+    """A graph of the checkpoint on `device`, with the bundle's quantized layers.
+
+    On a GPU these weights stay quantized, to save memory. On a CPU they are widened once, to save time. Raises ArtifactError if
+    the files with these weights are damaged.
+    """
+    module, entry = build_graph(graph, checkpoint, manifest.options), manifest.graphs[graph]
+    if entry.quantized:
+        owners = _owners(module)
+        for layer in read_quantized(bundle, entry, manifest.options.dtype, fix=repair_command(bundle, manifest)):
+            replaced = module.get_parameter(layer.weight.name)
+            weight = _on_gpu(layer, replaced, torch.device(device)) if device != "cpu" else _on_cpu(layer, replaced)
+            for owner, name in owners[id(replaced)]:
+                setattr(owner, name, nn.Parameter(weight, requires_grad=False))
+    return module.to(device)
+
+
+def _owners(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """The id of each parameter of `module` to the modules that have it, and its name there."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            found.setdefault(id(parameter), []).append((owner, name))
+    return found
+
+
+def _on_cpu(layer: StoredLayer, replaced: Tensor) -> Tensor:
+    numbers, parts = _tensor(layer.numbers(tuple(replaced.shape)), replaced.dtype), _parts(layer, replaced.dtype)
+    if not parts:
+        return numbers
+    return QuantizedTensor(numbers, numbers, Layout("", tuple(numbers.shape), inputs=layer.weight.inputs), replaced.shape, parts)
+
+
+def _on_gpu(layer: StoredLayer, replaced: Tensor, device: torch.device) -> Tensor:
+    weight, dtype = layer.weight, replaced.dtype
+    kernel = choose_kernel(weight.inputs, weight.dtype, weight.shape, dtype, device)
+    layout = Layout(weight.dtype, weight.shape, weight.axis, weight.block, weight.transposed, weight.inputs, kernel)
+    numbers = torch.from_numpy(np.array(layer.stored)).to(device)
+    if weight.dtype in ("int8", "fp8"):
+        numbers = numbers.view(torch.int8 if weight.dtype == "int8" else torch.float8_e4m3fn).reshape(weight.shape)
+    if kernel:
+        numbers = numbers.T.contiguous().T  # kernels read the inputs of one output channel in a row
+    parts = {name: tensor.to(device) for name, tensor in _parts(layer, dtype).items()}
+    return QuantizedTensor(numbers, _tensor(layer.scales, dtype).to(device), layout, replaced.shape, parts)
+
+
+def _parts(layer: StoredLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a `QuantizedTensor` beside its numbers and scales."""
+    weight, parts = layer.weight, dict[str, Tensor]()
+
+    def add(name: str, end: str, shape: Sequence[int], kind: torch.dtype = dtype) -> None:
+        parts[name] = _tensor(layer.tensors[end], kind).reshape(shape)
+
+    if weight.inputs:
+        add("input_scale", "input.scale", (), torch.float32)
+    if weight.rescaled:
+        add("factor", "input.factor", (-1,))
+    if weight.rank:
+        inputs, outputs = weight.shape  # a branch belongs to a weight that is stored as [in, out]
+        add("down", "low_rank.down", (inputs, weight.rank))
+        add("up", "low_rank.up", (weight.rank, outputs))
+    return parts
+
+
+def _tensor(numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.array(numbers)).to(dtype)

@@ -1,0 +1,129 @@
+"""Quantized weights as tensors: what they stand for, what their products compute, also compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from sana_export.formats.quantized import as_used, dequantize, pack, scale_shape, unpack
+from sana_export.graphs.products import ProductForm, compute_quantized
+from sana_export.graphs.quantized_tensor import Layout, QuantizedTensor
+from sana_export.graphs.scaled_products import KERNELS, choose_kernel
+
+IN, OUT = 64, 32
+#: Type -> how many numbers share a scale.
+TYPES = {"int8": 0, "fp8": 0, "int4": 32, "fp4": 16}
+
+
+def weight(dtype: str, seed: int, *, transposed: bool, shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A random quantized weight of `shape`, whose numbers are stored as [in, out], and the plain one that numpy makes of it."""
+    random, block, inputs = np.random.default_rng(seed), TYPES[dtype], "int8" if "input_scale" in parts else ""
+    codes = random.integers(-7 if dtype == "int4" else -100, 8 if dtype == "int4" else 100, (IN, OUT)).astype(np.int8)
+    codes = codes & 0xF if dtype == "fp4" else codes & ~0x1F if dtype == "fp8" else codes  # no NaN
+    axis = 0 if block else 1
+    scales = random.random(scale_shape((IN, OUT), axis, block)).astype(np.float32)
+    stored = pack(codes, dtype)
+    plain = as_used(dequantize(unpack(stored, dtype, (IN, OUT)), scales, axis, block), transposed, shape)
+    numbers = torch.from_numpy(stored)
+    if not block:
+        numbers = numbers.view(torch.int8 if dtype == "int8" else torch.float8_e4m3fn).reshape(IN, OUT)
+    layout = Layout(dtype, (IN, OUT), axis, block, transposed, inputs)
+    return QuantizedTensor(numbers, torch.from_numpy(scales), layout, shape, parts), torch.from_numpy(plain)
+
+
+class Layers(nn.Module):
+    """Weights on the right, on the left, and as a kernel. x is [B, in, h, w]."""
+
+    def __init__(self, right: Tensor, left: Tensor, kernel: Tensor) -> None:
+        super().__init__()
+        self.right, self.left, self.kernel = (nn.Parameter(w, requires_grad=False) for w in (right, left, kernel))
+        self.bias = nn.Parameter(torch.arange(OUT, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = (x.movedim(1, -1) @ self.right).movedim(-1, 1)
+        z = (self.left @ x.flatten(2)).unflatten(2, x.shape[2:])
+        return y + z + conv2d(x, self.kernel, self.bias), self.left[1:3]
+
+
+def layers(dtype: str, seed: int, *, rounds: bool = True) -> tuple[Layers, Layers, dict[str, ProductForm]]:
+    """The same layers with quantized and with plain weights, and the forms of the plain ones."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = {
+        "factor": torch.rand(IN, generator=generator) + 0.5,
+        "down": torch.randn(IN, 4, generator=generator),
+        "up": torch.randn(4, OUT, generator=generator),
+        **({"input_scale": torch.tensor(0.0625)} if rounds else {}),
+    }
+    shapes = {"right": ((IN, OUT), False), "left": ((OUT, IN), True), "kernel": ((OUT, IN, 1, 1), True)}
+    made = [
+        weight(dtype, seed + index, transposed=transposed, shape=shape, parts=parts)
+        for index, (shape, transposed) in enumerate(shapes.values())
+    ]
+    form = ProductForm("int8" if rounds else "", 0.0625, parts["factor"], parts["down"], parts["up"])
+    return Layers(*(q for q, _ in made)), Layers(*(plain for _, plain in made)), dict.fromkeys(shapes, form)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rounds", [True, False])
+def test_products_are_those_of_the_plain_weight_in_the_layer_s_form(dtype: str, rounds: bool) -> None:
+    found, plain, forms = layers(dtype, 5, rounds=rounds)
+    x = torch.randn(2, IN, 3, 5, generator=torch.Generator().manual_seed(1))
+    rows = plain.left[1:3]
+    compute_quantized(plain, forms)
+    torch.testing.assert_close(found(x)[0], plain(x)[0], rtol=1e-5, atol=1e-4)
+    assert torch.equal(found(x)[1], rows)
+    for name in ("right", "left", "kernel"):
+        assert torch.equal(getattr(found, name).wide(), getattr(plain, name))
+
+
+def test_layers_of_one_kind_are_compiled_once() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    x = torch.randn(2, IN, 3, 5, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for seed in (10, 20, 30):
+            module, _, _ = layers("int4", seed)
+            wanted = module(x)
+            compiled = torch.compile(module.forward, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(x)[0], wanted[0], rtol=1e-5, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_copy_stays_quantized_and_another_dtype_does_not() -> None:
+    quantized, plain = weight("int4", 3, transposed=True, shape=(OUT, IN), parts={"factor": torch.ones(IN)})
+    holder = nn.Module()
+    holder.weight = nn.Parameter(quantized, requires_grad=False)
+    moved = holder.to("cpu").get_parameter("weight")
+    assert isinstance(moved, QuantizedTensor)
+    copied = moved.detach().clone()
+    assert isinstance(copied, QuantizedTensor)
+    assert torch.equal(copied.wide(), plain)
+    assert copied.numbers.data_ptr() != quantized.numbers.data_ptr()
+    assert torch.equal(quantized.to(torch.float64), plain.double())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_multiply_the_rounded_input(kernel: str) -> None:
+    """Where PyTorch has them for the CPU. On a GPU, test_gpu_quantized.py tries them."""
+    generator, inputs = torch.Generator().manual_seed(4), kernel.partition("-")[0]
+    x = torch.randn(48, IN, generator=generator).bfloat16()
+    numbers = (20 * torch.randn(OUT, IN, generator=generator)).round().clamp(-127, 127)
+    numbers = numbers.to(torch.int8 if inputs == "int8" else torch.float8_e4m3fn).T
+    scales, step = (torch.rand(OUT, generator=generator) + 0.5).bfloat16(), torch.tensor(1 / 32)
+    try:
+        found = KERNELS[kernel](x, numbers, step, scales)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"PyTorch has no such kernel for the CPU: {error}")
+    steps = x.float() / step
+    steps = steps.round().clamp(-128, 127) if inputs == "int8" else steps.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    wanted = (steps.double() * step) @ (numbers.double() * scales.double())
+    assert (found.double() - wanted).norm() < 4e-3 * wanted.norm()
+
+
+def test_a_cpu_takes_no_kernel() -> None:
+    assert choose_kernel("int8", "int8", (IN, OUT), torch.float16, torch.device("cpu")) == ""
