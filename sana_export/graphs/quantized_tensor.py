@@ -1,8 +1,8 @@
 """Weights that stay quantized on the device: tensors that a graph's modules multiply like any other.
 
-A `QuantizedTensor` stands for the numbers of a plain weight. A matrix product or a convolution with it computes what the layer of the
-ONNX file computes: it rounds the input, multiplies it by the weight and adds the low-rank branch. Every other use widens it to a plain
-tensor first. torch.compile traces both, as it traces any tensor with inner tensors.
+A `QuantizedTensor` stands for the numbers of a plain weight. A matrix product or a convolution with it computes what the layer of
+the ONNX file computes: it rounds the input, multiplies it by the weight and adds the low-rank branch. Every other use widens it to
+a plain tensor first. torch.compile traces both, as it traces any tensor that consists of others.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sana_export.graphs.fp8_product import LEAST_ROWS, fp8_product
 from sana_export.graphs.products import PRODUCTS, add_branch, rounded
-from sana_export.graphs.scaled_products import LEAST_ROWS, scaled_product
 
 #: The tensors inside of it that may be missing.
 _OPTIONAL = ("input_scale", "factor", "down", "up")
@@ -41,8 +41,8 @@ class Layout:
     transposed: bool = False
     #: The type that the layer's input is rounded to. "": it is not rounded.
     inputs: str = ""
-    #: Which of the `KERNELS` of scaled_products.py multiplies rounded inputs by the small numbers. "": none, so both are widened.
-    kernel: str = ""
+    #: Whether rounded inputs are multiplied by the small numbers (fp8_product.py). If not, both are widened first.
+    kernel: bool = False
 
 
 class QuantizedTensor(Tensor):
@@ -104,7 +104,7 @@ class QuantizedTensor(Tensor):
         if self.factor is not None:
             x = x * self.factor.reshape(-1, *[1] * (-axis - 1))
         if layout.kernel and self.input_scale is not None and x.numel() // x.shape[axis] >= LEAST_ROWS:
-            y = scaled_product(layout.kernel, x, self.numbers, self.input_scale, self.scales, axis)
+            y = fp8_product(x, self.numbers, self.input_scale, self.scales, axis)
             bias = args[2] if len(args) > 2 else None
             y = y if bias is None else y + bias.reshape(-1, *[1] * (-axis - 1))  # only a convolution has one
         else:

@@ -8,19 +8,22 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d
 
 from sana_export.formats.quantized import as_used, dequantize, pack, scale_shape, unpack
+from sana_export.graphs.fp8_product import fp8_product, has_kernel
 from sana_export.graphs.products import ProductForm, compute_quantized
 from sana_export.graphs.quantized_tensor import Layout, QuantizedTensor
-from sana_export.graphs.scaled_products import KERNELS, choose_kernel
 
 IN, OUT = 64, 32
 #: Type -> how many numbers share a scale.
 TYPES = {"int8": 0, "fp8": 0, "int4": 32, "fp4": 16}
 
 
-def weight(dtype: str, seed: int, *, transposed: bool, shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def weight(
+    dtype: str, seed: int, *, transposed: bool, shape: tuple[int, ...], parts: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """A random quantized weight of `shape`, whose numbers are stored as [in, out], and the plain one that numpy makes of it."""
     random, block, inputs = np.random.default_rng(seed), TYPES[dtype], "int8" if "input_scale" in parts else ""
     codes = random.integers(-7 if dtype == "int4" else -100, 8 if dtype == "int4" else 100, (IN, OUT)).astype(np.int8)
@@ -107,23 +110,36 @@ def test_a_copy_stays_quantized_and_another_dtype_does_not() -> None:
     assert torch.equal(quantized.to(torch.float64), plain.double())
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_multiply_the_rounded_input(kernel: str) -> None:
-    """Where PyTorch has them for the CPU. On a GPU, test_gpu_quantized.py tries them."""
-    generator, inputs = torch.Generator().manual_seed(4), kernel.partition("-")[0]
-    x = torch.randn(48, IN, generator=generator).bfloat16()
-    numbers = (20 * torch.randn(OUT, IN, generator=generator)).round().clamp(-127, 127)
-    numbers = numbers.to(torch.int8 if inputs == "int8" else torch.float8_e4m3fn).T
+@pytest.mark.parametrize("axis", [-1, -2, -3])
+def test_the_fp8_product_multiplies_the_rounded_input(axis: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 6, 8, IN, generator=generator).bfloat16().movedim(-1, axis)
+    numbers = (20 * torch.randn(OUT, IN, generator=generator)).to(torch.float8_e4m3fn).T
     scales, step = (torch.rand(OUT, generator=generator) + 0.5).bfloat16(), torch.tensor(1 / 32)
-    try:
-        found = KERNELS[kernel](x, numbers, step, scales)
-    except (RuntimeError, NotImplementedError) as error:
-        pytest.skip(f"PyTorch has no such kernel for the CPU: {error}")
-    steps = x.float() / step
-    steps = steps.round().clamp(-128, 127) if inputs == "int8" else steps.clamp(-448, 448).to(torch.float8_e4m3fn).float()
-    wanted = (steps.double() * step) @ (numbers.double() * scales.double())
+    found = fp8_product(x, numbers, step, scales, axis).movedim(axis, -1)
+    steps = (x.movedim(axis, -1).float() / step).clamp(-448, 448).to(torch.float8_e4m3fn).double()
+    wanted = (steps * step) @ (numbers.double() * scales.double())
     assert (found.double() - wanted).norm() < 4e-3 * wanted.norm()
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_a_gpu_s_kernel_gets_tensors_in_its_layout(place: int) -> None:
+    """PyTorch checks layouts and dtypes on fake tensors of a GPU too. The channels are at any place in memory."""
+    with FakeTensorMode():
+        numbers = torch.empty(OUT, IN, device="cuda", dtype=torch.float8_e4m3fn).T
+        scales, bias = torch.empty(OUT, device="cuda").half(), torch.empty(OUT, device="cuda").half()
+
+        def made(shape: tuple[int, ...], transposed: bool) -> Tensor:
+            layout = Layout("fp8", (IN, OUT), 1, 0, transposed, "fp8", kernel=True)
+            return QuantizedTensor(numbers, scales, layout, shape, {"input_scale": torch.empty((), device="cuda")})
+
+        shape = [1, 6, 8]  # of two images, reshape would make a copy that has the layout
+        shape.insert(1 + place, IN)
+        x = torch.empty(shape, device="cuda").half().movedim(1 + place, 1)
+        assert (x.movedim(1, -1) @ made((IN, OUT), False)).shape == (1, 6, 8, OUT)
+        assert (made((OUT, IN), True) @ x.select(3, 0)).shape == (1, OUT, 6)
+        assert conv2d(x, made((OUT, IN, 1, 1), True), bias).shape == (1, OUT, 6, 8)
+
+
 def test_a_cpu_takes_no_kernel() -> None:
-    assert choose_kernel("int8", "int8", (IN, OUT), torch.float16, torch.device("cpu")) == ""
+    assert not has_kernel("fp8", "fp8", (IN, OUT), torch.float16, torch.device("cpu"))

@@ -43,7 +43,8 @@ def measure(
 ) -> Mapping[str, Any]:
     """Time one backend, with `scheme` on a quantized bundle.
 
-    Returns rows: batch to the times of `STAGES`, the first call, the peak device memory and the PSNR. If a batch fails, the results of the earlier ones are kept. Raises CheckFailed if the images differ from eager's.
+    Returns rows: batch to the times of `STAGES`, the first call, the peak device memory and the PSNR. If a batch fails, those of
+    the earlier ones are kept. Raises CheckFailed if the images differ from eager's.
     """
     workload = Workload(
         "gpu-check", size, size, steps, 4.5, (PROMPT,), warmup=WARM_UP, repeats=max(COUNTED.values()), device=context.device

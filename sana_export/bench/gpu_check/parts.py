@@ -143,7 +143,6 @@ PARTS: tuple[CheckPart, ...] = (
     _tests("torch"),
     _tests("torch-compile"),
     *(_tests(backend, kind="quantized", file=QUANTIZED_TESTS) for backend in ("torch", "torch-compile")),
-    *(part for scheme in TIMED_SCHEMES for part in (_export_quantized("1600m", scheme), _quantized_latency("1600m", scheme))),
     *(_tests(backend, *modules) for backend, modules in EXPORTED.items()),
     _parity("torch-compile"),
     *(_parity(backend, *modules) for backend, modules in EXPORTED.items()),
@@ -160,4 +159,6 @@ PARTS: tuple[CheckPart, ...] = (
     _export("600m"),
     *(_latency("600m", backend, *modules, most=120, least=40) for backend, modules in EXPORTED.items()),
     _latency("600m", "compile", most=180, least=60),
+    # Exports with quantization take minutes.
+    *(part for scheme in TIMED_SCHEMES for part in (_export_quantized("1600m", scheme), _quantized_latency("1600m", scheme))),
 )

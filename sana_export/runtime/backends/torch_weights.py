@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.commands import repair_command
 from sana_export.graphs.builders import build_graph
+from sana_export.graphs.fp8_product import has_kernel
 from sana_export.graphs.quantized_tensor import Layout, QuantizedTensor
-from sana_export.graphs.scaled_products import choose_kernel
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.quantized_weights import StoredLayer, read_quantized
 
@@ -53,13 +53,13 @@ def _on_cpu(layer: StoredLayer, replaced: Tensor) -> Tensor:
 
 def _on_gpu(layer: StoredLayer, replaced: Tensor, device: torch.device) -> Tensor:
     weight, dtype = layer.weight, replaced.dtype
-    kernel = choose_kernel(weight.inputs, weight.dtype, weight.shape, dtype, device)
+    kernel = has_kernel(weight.inputs, weight.dtype, weight.shape, dtype, device)
     layout = Layout(weight.dtype, weight.shape, weight.axis, weight.block, weight.transposed, weight.inputs, kernel)
     numbers = torch.from_numpy(np.array(layer.stored)).to(device)
     if weight.dtype in ("int8", "fp8"):
         numbers = numbers.view(torch.int8 if weight.dtype == "int8" else torch.float8_e4m3fn).reshape(weight.shape)
     if kernel:
-        numbers = numbers.T.contiguous().T  # kernels read the inputs of one output channel in a row
+        numbers = numbers.T.contiguous().T  # the kernel reads the inputs of one output channel in a row
     parts = {name: tensor.to(device) for name, tensor in _parts(layer, dtype).items()}
     return QuantizedTensor(numbers, _tensor(layer.scales, dtype).to(device), layout, replaced.shape, parts)
 

@@ -39,9 +39,7 @@ def quantized(module: nn.Module) -> list[QuantizedTensor]:
     return [parameter for parameter in module.parameters() if isinstance(parameter, QuantizedTensor)]
 
 
-def test_small_weights_compute_what_wide_ones_do(
-    bundle: Path, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_weights_compute_what_wide_ones_do(bundle: Path, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest.load(bundle)
     wide = stored_graph(bundle, manifest, tiny_checkpoint, "denoiser", "cpu")
     monkeypatch.setattr(torch_weights, "_on_cpu", partial(torch_weights._on_gpu, device=torch.device("cpu")))
