@@ -82,7 +82,7 @@ class QuantizedTensor(Tensor):
         """For PyTorch's cache of compiled code on disk."""
         return repr(self)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"QuantizedTensor({tuple(self.shape)}, {self.form})"
 
     def wide(self) -> Tensor:
@@ -126,7 +126,7 @@ class QuantizedTensor(Tensor):
             return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
