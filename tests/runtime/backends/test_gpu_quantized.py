@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from sana_export.bench.gpu_check.suite import BACKEND_VARIABLE
+from sana_export.calibration.run import Calibration
 from sana_export.graphs.fp8_product import fp8_product, fp8_steps, has_kernel
 from sana_export.graphs.quantized_tensor import QuantizedTensor
 from sana_export.manifest import Manifest
+from sana_export.quantization import SCHEMES as QUANTIZATION
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.torch import CudaTorchBackend, TorchBackend, reopen
 from tests.runtime.backends.test_gpu_backends import REQUESTS, draw, psnr, why_not
@@ -46,8 +48,14 @@ def scheme(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def bundle(scheme: str, tiny_checkpoint: Any, build_cache: Path) -> Path:
+    calibrated = {"calibration": Calibration(["a red apple"], steps=2, size=128)} if QUANTIZATION[scheme].inputs else {}
     return exported(
-        tiny_checkpoint, build_cache / f"tiny-fp32-{scheme}", quantize=[scheme], quantize_method=["nearest"], pag_layers=[1]
+        tiny_checkpoint,
+        build_cache / f"tiny-fp32-{scheme}",
+        quantize=[scheme],
+        quantize_method=["nearest"],
+        pag_layers=[1],
+        **calibrated,
     )
 
 
