@@ -20,12 +20,17 @@ from tests.support.command_line import Cli, Ran
 from tests.support.hashes import Hashes
 from tests.support.longest import longest_first
 from tests.support.small_bundles import write_bundle
+from tests.support.translations import keep_translations
 
 KEPT_SECONDS = 24 * 3600
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = longest_first(items)
+
+
+def pytest_runtest_setup() -> None:
+    keep_translations()
 
 
 @pytest.fixture(scope="session", autouse=True)

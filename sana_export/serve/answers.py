@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing
 from time import time
 from typing import Any
@@ -20,7 +20,7 @@ from sana_export.serve.schema import GenerationBody, ImageItem, ImagesAnswer
 
 LOG = logging.getLogger(__name__)
 #: Stores an image file and its media type; returns its URL.
-Store = Callable[[bytes, str], str]
+Store = Callable[[bytes, str], Awaitable[str]]
 
 
 async def accepted(events: AsyncGenerator[JobEvent, None]) -> None:
@@ -41,7 +41,7 @@ async def document(body: GenerationBody, job: ImageJob, result: Finished, store:
     """The answer to a request, as JSON. Raises Refusal "disk_full" if the images are asked for as URLs and cannot be stored."""
     if body.response_format == "url":
         media_type = OUTPUTS[body.output_format or "png"][1]
-        items = [ImageItem(url=store(content, media_type), seed=seed) for content, seed in _seeded(result)]
+        items = [ImageItem(url=await store(content, media_type), seed=seed) for content, seed in _seeded(result)]
         return _document(body, job, result, items)
     return await asyncio.to_thread(_document_with_images, body, job, result)
 

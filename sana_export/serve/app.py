@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainT
 
 from sana_export import __version__
 from sana_export.serve import answers, openapi
-from sana_export.serve.bodies import BodyReader
+from sana_export.serve.bodies import BodyReader, HoldingResponse
 from sana_export.serve.config import ServeConfig
 from sana_export.serve.engine import Engine, ModelCard
 from sana_export.serve.errors import Refusal, answer
@@ -75,8 +75,11 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
         result = await unless_gone(request, answers.finished(engine, job))
         metrics.drew(job, result)
         root = (config.public_url or f"{request.scope['scheme']}://{request.headers.get('host')}").rstrip("/")
-        found = await answers.document(body, job, result, lambda content, media: f"{root}/images/{files.store(content, media)}")
-        return Response(found, media_type="application/json")
+
+        async def store(content: bytes, media_type: str) -> str:
+            return f"{root}/images/{await files.store(content, media_type)}"
+
+        return Response(await answers.document(body, job, result, store), media_type="application/json")
 
     responses: Any = {200: {"content": {"text/event-stream": {}}}, **openapi.error_responses(*_DRAWING)}
     drawing: dict[str, Any] = {"response_model": ImagesAnswer, "responses": responses}
@@ -91,8 +94,10 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
     @app.post("/v1/images/edits", openapi_extra={"requestBody": openapi.edit_body(config, models)}, **drawing)
     async def edits(request: Request) -> Response:
         """Draw images that start from an image, everywhere or where a mask says."""
-        async with bodies.edit(request) as (body, image, mask):
-            return await draw("image_edit", request, body, image, mask)
+        async with AsyncExitStack() as held:
+            body, image, mask = await held.enter_async_context(bodies.edit(request))
+            found = await draw("image_edit", request, body, image, mask)
+            return HoldingResponse(found, held.pop_all()) if body.stream else found
 
     everywhere = openapi.error_responses(*_EVERYWHERE)
 
@@ -125,7 +130,7 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
     @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", responses={**everywhere, **openapi.error_responses("not_ready")})
     async def ready() -> dict[str, str]:
-        """Whether new requests are accepted."""
+        """Whether new requests are accepted and drawn."""
         status = engine.status()
         if not status.ready:
             raise Refusal("not_ready", f"the server is not ready: {status.reason}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from sana_export.serve.config import RequestLimits
 from sana_export.serve.errors import Refusal
@@ -78,6 +80,19 @@ class BodyReader:
             raise Refusal("request_timeout", f"the body did not arrive in {self._limits.body_seconds:g} seconds") from None
         except ClientDisconnect:
             raise Refusal("client_closed", "the client closed the connection") from None
+
+
+class HoldingResponse(Response):
+    """Another response, with what is held until it has been sent or has failed."""
+
+    def __init__(self, response: Response, held: AsyncExitStack) -> None:
+        super().__init__(status_code=response.status_code)
+        self._response, self._held = response, held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As of ASGI."""
+        async with self._held:
+            await self._response(scope, receive, send)
 
 
 def from_json(kind: type[Body], content: bytes) -> Body:

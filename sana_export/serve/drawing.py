@@ -28,7 +28,7 @@ LOG = logging.getLogger(__name__)
 PROMPT_LOG = logging.getLogger("sana_export.runtime.prompt")
 #: The weight of the last batch in the average of seconds for an image.
 _NEWEST = 0.2
-#: How long the end of a step is waited for when the server ends.
+#: How long the end of a step is waited for: when the server ends, and when a request has taken too long.
 STEP_SECONDS = 10.0
 #: The stages of `Timings` that are reported.
 STAGES = ("text_encoder", "context", "vae_encoder", "denoise_loop", "vae_decoder")
@@ -73,6 +73,8 @@ class DrawingThread:
         self.running: tuple[Ticket[ImageTask], ...] = ()
         #: Seconds for an image, an average of the last batches.
         self.seconds_per_image = 1.0
+        #: `monotonic()` of when the tickets that are being drawn were begun.
+        self._begun = 0.0
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="sana-export-draw", daemon=True)
         if not config.log_prompts:
@@ -80,8 +82,17 @@ class DrawingThread:
         self._thread.start()
 
     @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+    def problem(self) -> str:
+        """Why it draws nothing now; "" if it does.
+
+        A call hangs if it has not ended a step after the time that the longest request may take: nobody waits for it any more.
+        """
+        if not self._thread.is_alive():
+            return "the drawing thread has ended"
+        took, longest = monotonic() - self._begun, self._config.queue.timeout
+        if self.running and took > longest + STEP_SECONDS:
+            return f"a call that draws has not returned for {took:.0f} seconds; a request may take {longest:g}"
+        return ""
 
     def stop(self) -> bool:
         """Stop what runs at its next step, and wait for that for a while. The queue has to be closed.
@@ -103,6 +114,7 @@ class DrawingThread:
     def _work(self) -> None:
         queue = self._config.queue
         while batch := self._queue.take(queue.max_batch, queue.batch_wait_ms / 1000):
+            self._begun = monotonic()  # before `running`, which another thread reads with it
             self.running = tuple(ticket for ticket in batch if not ticket.left)
             if self.running:
                 started = perf_counter()
@@ -113,7 +125,8 @@ class DrawingThread:
 
     def _draw(self, tickets: Sequence[Ticket[ImageTask]]) -> None:
         """Draw tickets of one group and post what became of each. Raises nothing."""
-        model, waited = tickets[0].payload.job.model, [monotonic() - ticket.since for ticket in tickets]
+        self._begun = monotonic()
+        model, waited = tickets[0].payload.job.model, [self._begun - ticket.since for ticket in tickets]
         try:
             requests = [self._request(ticket.payload) for ticket in tickets]
             started = perf_counter()

@@ -96,7 +96,7 @@ class ModelCard:
 class EngineStatus:
     """What health checks and metrics show."""
 
-    #: Whether new jobs are accepted.
+    #: Whether new jobs are accepted and drawn.
     ready: bool
     #: Why not; "" if they are.
     reason: str = ""
@@ -130,6 +130,10 @@ class Engine(Protocol):
     def status(self) -> EngineStatus:
         """The state now. Must return at once."""
         ...
+
+
+class EndingEngine(Engine, Protocol):
+    """An engine that its server ends. Ray ends its replicas itself."""
 
     async def drain(self) -> None:
         """Refuse new jobs and those that wait ("shutting_down"), and return when the running ones have finished."""

@@ -20,7 +20,7 @@ except ImportError as error:
     ) from error
 
 from sana_export.serve.ray.config import SPARE_SECONDS, RayConfig
-from sana_export.serve.ray.front import FrontReplica
+from sana_export.serve.ray.front import DRAWING, FrontReplica
 from sana_export.serve.ray.replica import DrawingReplica
 
 #: Ray's own bounds, far above those of the front, which refuses in OpenAI's form what it has no place for.
@@ -37,7 +37,7 @@ def build(config: RayConfig) -> Application:
 def _drawing_options(config: RayConfig) -> dict[str, Any]:
     return {
         **_count(config),
-        "name": "Drawing",
+        "name": DRAWING,
         "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": NEVER_REACHED,

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from sana_export.errors import UsageError
 from sana_export.serve.app import create_app
 from sana_export.serve.config import ServeConfig
-from sana_export.serve.engine import Engine
+from sana_export.serve.engine import EndingEngine
 from sana_export.serve.hosts import LOOPBACK
 from sana_export.serve.keys import NEW_FILE
 from sana_export.serve.protocol import protocol_class
@@ -90,7 +90,7 @@ def server_settings(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
 class GracefulServer(uvicorn.Server):
     """uvicorn's server, which drains its engine when it is told to end, and then returns."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, started: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, engine: EndingEngine, started: Callable[[], None]) -> None:
         super().__init__(config)
         self._engine, self._announce = engine, started
         self._signals, self._ending = 0, list[asyncio.Task[None]]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import tempfile
@@ -33,7 +34,7 @@ class UrlFile:
 
 
 class UrlFiles:
-    """The files, the oldest first. Only files that were stored here are ever served, by name."""
+    """The files, the oldest first. Only files that were stored here are ever served, by name. For one event loop."""
 
     def __init__(self, folder: Path | None, seconds: float, most_bytes: int, clock: Callable[[], float] = monotonic) -> None:
         """Make a folder of this server's own in `folder`, or in the system's folder of temporary files.
@@ -47,23 +48,25 @@ class UrlFiles:
             self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name)
         self._files: OrderedDict[str, UrlFile] = OrderedDict()
+        #: Bytes of the files that are being written.
+        self._writing = 0
 
-    def store(self, content: bytes, media_type: str) -> str:
-        """Write a file and return its name. Expired files are deleted first.
+    async def store(self, content: bytes, media_type: str) -> str:
+        """Write a file in a thread, and return its name. Expired files are deleted first.
 
         Raises Refusal "disk_full" if the disk refuses, or if the files would take more than `most_bytes`.
         """
         self.expire()
-        if len(content) + sum(file.bytes for file in self._files.values()) > self._most:
+        stored = sum(file.bytes for file in self._files.values())
+        if len(content) + stored + self._writing > self._most:
             raise Refusal("disk_full", "the server has no room for more image files now; ask for b64_json", retry_after=60)
         name = f"{secrets.token_urlsafe(_NAME_BYTES)}.{media_type.rpartition('/')[2]}"
         path = self.folder / name
+        self._writing += len(content)
         try:
-            path.write_bytes(content)
-        except OSError as error:
-            LOG.error("an image file cannot be written to %s: %s", self.folder, error)
-            path.unlink(missing_ok=True)
-            raise Refusal("disk_full", "the server cannot store the image file; ask for b64_json", retry_after=60) from error
+            await asyncio.to_thread(_write, path, content)
+        finally:
+            self._writing -= len(content)
         self._files[name] = UrlFile(path, media_type, len(content), self._clock() + self._seconds)
         return name
 
@@ -91,6 +94,16 @@ class UrlFiles:
         """Delete all of them."""
         self._files.clear()
         self._folder.cleanup()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all. Raises Refusal "disk_full"."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        LOG.error("an image file cannot be written to %s: %s", path.parent, error)
+        path.unlink(missing_ok=True)
+        raise Refusal("disk_full", "the server cannot store the image file; ask for b64_json", retry_after=60) from error
 
 
 def _delete(path: Path) -> None:

@@ -65,7 +65,7 @@ class LocalEngine:
         return self._store.cards()
 
     def status(self) -> EngineStatus:
-        reason = "shutting down" if self._draining else "" if self._drawing.alive else "the drawing thread has ended"
+        reason = "shutting down" if self._draining else self._drawing.problem
         return EngineStatus(not reason, reason, len(self._queue), len(self._drawing.running), self._config.queue.places)
 
     async def submit(self, job: ImageJob) -> AsyncGenerator[JobEvent, None]:
@@ -99,7 +99,7 @@ class LocalEngine:
             self._idle.set()
 
     async def drain(self) -> None:
-        """See `Engine.drain`. A job with an image that is being drawn, or has been, is running."""
+        """See `EndingEngine.drain`. A job with an image that is being drawn, or has been, is running."""
         self._draining = True
         waiting = self._queue.close()
         images = Counter(ticket.payload.post for ticket in waiting)
@@ -109,7 +109,7 @@ class LocalEngine:
             await self._idle.wait()
 
     def close(self) -> None:
-        """See `Engine.close`. What runs has `drawing.STEP_SECONDS` to reach its next step."""
+        """See `EndingEngine.close`. What runs has `drawing.STEP_SECONDS` to reach its next step."""
         self._draining = True
         running = self._drawing.running
         self._refuse(self._queue.close())

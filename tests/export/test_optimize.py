@@ -11,7 +11,7 @@ import torch
 
 from sana_export.export.example_inputs import TRACE_SIZES, graph_spec, random_inputs
 from sana_export.export.onnx import OPSET
-from sana_export.export.optimize import optimize
+from sana_export.export.optimize import RULES, optimize
 from sana_export.export.tracing import dynamic_shapes, trace
 from sana_export.graphs.builders import build_graph
 from sana_export.manifest import Options
@@ -43,3 +43,10 @@ def test_it_equals_the_whole_optimizer(tiny_checkpoint: Any, name: str, precisio
     onnxscript.optimizer.optimize_ir(theirs)
     assert nodes(ours) == nodes(theirs)
     assert nodes(ours) != nodes(model)
+
+
+def test_each_rule_stands_under_the_operator_that_its_pattern_ends_with() -> None:
+    """Under another one it would never match."""
+    found = [(operator, str(rule._target_pattern.output_node.op)) for operator, rules in RULES.items() for rule in rules]
+    assert [pair for pair in found if pair[0] != pair[1]] == []
+    assert len(found) == 33

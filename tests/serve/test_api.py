@@ -264,6 +264,20 @@ def test_all_bodies_together_have_a_size(engine: StandInEngine) -> None:
         assert httpx.post(address + EDITS, data={"prompt": "a"}, files={"image": PNG}).status_code == 200  # nothing is held now
 
 
+def test_the_body_of_a_streamed_edit_is_held_until_the_stream_ends(engine: StandInEngine) -> None:
+    one_body = 2 * len(PNG) + 1500  # with the form around it
+    fields, files = {"prompt": "a", "stream": "true"}, {"image": PNG + bytes(len(PNG) + 600)}
+    with running(engine, replace(CONFIG, limits=replace(LIMITS, held_bytes=one_body))) as address, httpx.Client() as client:
+        engine.endless = True
+        with client.stream("POST", address + EDITS, data=fields, files=files) as stream:
+            assert stream.status_code == 200
+            checked_error(httpx.post(address + EDITS, data=fields, files=files), 503, "out_of_resources")
+        wait_for(lambda: len(engine.left) == 1)  # the client went away
+        engine.endless = False
+        for _ in range(3):
+            assert events_of(httpx.post(address + EDITS, data=fields, files=files).text)[-1][0] == "image_edit.completed"
+
+
 def test_an_edit_hands_over_the_image_the_mask_and_the_fields(client: httpx.Client, engine: StandInEngine) -> None:
     mask = image_file(Image.new("RGBA", (8, 8)))
     fields = {"prompt": "ä cat", "strength": "0.5", "seed": "4", "n": "2", "guidance_scale": "3", "size": "64x64"}

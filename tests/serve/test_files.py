@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -34,7 +36,7 @@ def test_what_a_killed_server_left_is_deleted_when_it_is_old(tmp_path: Path) -> 
 def test_a_file_that_cannot_be_deleted_is_logged_and_not_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     files = UrlFiles(tmp_path, 60, 2**20, lambda: now[0])
-    names = [files.store(PNG, "image/png") for _ in range(2)]
+    names = [asyncio.run(files.store(PNG, "image/png")) for _ in range(2)]
     stubborn = files.folder / names[0]
     stubborn.unlink()
     stubborn.mkdir()  # unlink raises
@@ -44,6 +46,30 @@ def test_a_file_that_cannot_be_deleted_is_logged_and_not_served(tmp_path: Path, 
     assert [files.find(name) for name in names] == [None, None]
     assert not (files.folder / names[1]).exists()
     files.close()
+
+
+def test_a_slow_disk_holds_up_no_other_request_and_counts_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, write = threading.Event(), Path.write_bytes
+
+    def slow(path: Path, content: bytes) -> int:
+        go_on.wait(10)
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", slow)
+
+    async def case() -> None:
+        files = UrlFiles(tmp_path, 60, 2 * len(PNG))
+        writing = [asyncio.create_task(files.store(PNG, "image/png")) for _ in range(2)]
+        await asyncio.sleep(0.05)  # returns: the loop is free
+        assert not any(task.done() for task in writing)
+        with pytest.raises(Refusal, match="no room"):
+            await files.store(b"x", "image/png")
+        go_on.set()
+        names = [await task for task in writing]
+        assert [found.path.read_bytes() for name in names if (found := files.find(name))] == [PNG, PNG]
+        files.close()
+
+    asyncio.run(case())
 
 
 def test_pixels_of_an_upload_are_counted_before_it_is_decoded() -> None:

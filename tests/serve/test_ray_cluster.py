@@ -143,7 +143,10 @@ def test_a_request_survives_the_death_of_its_replica_and_of_its_front(client: ht
         (victim,) = (process for process in psutil.Process().children(recursive=True) if f":sana:{deployment}" in _title(process))
         assert asking.is_alive()
         os.kill(victim.pid, signal.SIGKILL)
+        if deployment == "Drawing":
+            wait_for(lambda: client.get("/health/ready").status_code == 503)  # the only one is gone
         asking.join()
+        wait_for(lambda: client.get("/health/ready").status_code == 200)
         assert np.array_equal(pixels(answers[0])[0], wanted)
 
 

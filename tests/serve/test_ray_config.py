@@ -102,6 +102,11 @@ def test_autoscaling_counts_the_requests_that_wait_or_run():
     assert (policy.upscale_delay_s, policy.downscale_delay_s) == (10.0, 60.0)
 
 
+def test_the_least_number_of_replicas():
+    cases = ({"replicas": 3}, 3), ({"max_replicas": 4}, 1), ({"min_replicas": 0, "max_replicas": 4, "replicas": 2}, 0)
+    assert [RayConfig.model_validate({**OPEN, **arguments}).least_replicas for arguments, _ in cases] == [3, 1, 0]
+
+
 def test_replicas_and_fronts_are_told_the_same_models_and_limits():
     models = [
         {"name": "apple", "bundle": "b", "loras": [{"path": "red.safetensors", "scale": 0.5}]},

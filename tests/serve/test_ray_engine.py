@@ -199,20 +199,14 @@ def test_a_finished_job_is_not_cancelled_and_replicas_report_their_state():
     run(case)
 
 
-def test_draining_refuses_new_jobs_and_waits_for_those_that_run():
+def test_without_a_running_replica_it_is_not_ready_and_says_why():
     async def case() -> None:
-        ray, _ = engine([Accepted(0), 0.2, FINISHED])
-        client = asyncio.create_task(drawn(ray.submit(JOB)))
-        await asyncio.sleep(0.05)
-        drained = asyncio.create_task(ray.drain())
-        await asyncio.sleep(0.05)
-        assert not drained.done()
-        assert not ray.status().ready
-        with pytest.raises(Refusal) as caught:
-            await drawn(ray.submit(JOB))
-        assert caught.value.code == "shutting_down"
-        assert (await client)[-1] == FINISHED
-        await asyncio.wait_for(drained, 1.0)
+        ray, _ = engine()
+        assert ray.status().ready
+        for running in (0, 2, 0):
+            ray.note_running(running)
+            assert (ray.status().ready, bool(ray.status().reason)) == (running > 0, running == 0)
+        assert "no drawing replica runs" in ray.status().reason
 
     run(case)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 from sana_export.errors import ArtifactError, DependencyError, UsageError
-from sana_export.serve import images
+from sana_export.serve import drawing, images
 from sana_export.serve.config import ModelConfig, QueueConfig, ServeConfig
 from sana_export.serve.engine import Accepted, Finished, ImageJob, Partial
 from sana_export.serve.errors import Refusal, answer
@@ -175,6 +177,24 @@ def test_a_deadline_ends_a_request_and_its_sampling(served: Served) -> None:
         assert runtime.steps_taken == 0
 
     served.play(scene)
+
+
+def test_a_call_that_does_not_return_makes_the_server_not_ready(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "STEP_SECONDS", 0.3)
+
+    async def scene(engine: LocalEngine, runtime: StandInRuntime) -> None:
+        returns = threading.Event()
+        monkeypatch.setattr(runtime, "generate_many", lambda *_, **__: returns.wait(20) and [])
+        assert (await refused(engine, job(1, timeout=0.2))).code == "timeout"
+        assert engine.status().ready  # its step may still end
+        await until(lambda: not engine.status().ready)
+        assert re.fullmatch(r"a call that draws has not returned for \d+ seconds; a request may take 0.2", engine.status().reason)
+        monkeypatch.undo()
+        returns.set()
+        await until(lambda: engine.status().ready)
+        assert pixel((await finished(engine, job(2))).images[0]) == color(2)
+
+    served.play(scene, timeout=0.2)
 
 
 def test_a_full_queue_says_when_to_come_again(served: Served) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sana_export.errors import SanaExportError
 from sana_export.manifest import Manifest
-from sana_export.serve.demo.studio import Painting, Preview
+from sana_export.serve.demo.studio import Painting, Preview, Waiting
 
 #: Stage to the color of its part of the bar. Any other is a step.
 _COLORS = {"text encoder": "#6d8fb3", "context": "#9bb8c9", "decoder": "#d9a05b", "previews": "#c9c6bd", "other": "#e4e1d8"}
@@ -103,6 +103,11 @@ def head(manifest: Manifest, backend: str, device: str) -> str:
     random = "random weights, " if manifest.checkpoint.synthetic else ""
     facts = f"{random}{manifest.options.precision}, {backend} on {device}, trained at {side} × {side} px"
     return f"<h1>{escape(manifest.checkpoint.source)}</h1><p>{escape(facts)}</p>"
+
+
+def queued(waiting: Waiting) -> str:
+    """The place in the queue."""
+    return f"Waiting for {waiting.before} other {'image' if waiting.before == 1 else 'images'}"
 
 
 def progress(preview: Preview) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ from sana_export.serve.demo.updates import Update, drawing_updates
 _DELETE_FILES = (600, 3600)
 #: The largest guidance scale and PAG scale that the sliders offer.
 _MOST_GUIDANCE, _MOST_PAG = 20, 10
+#: Shown from the click until the drawing has ended. The browser writes it, so it cannot come after "Stopped".
+_STOPPING = "() => 'Stopping'"
+
+
+@dataclass(eq=False)
+class _Drawing:
+    """The image that a visitor has asked for."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    begun: bool = False
 
 
 class DemoPage:
@@ -25,8 +36,9 @@ class DemoPage:
 
     def __init__(self, studio: Studio, files: Path) -> None:
         self.studio, self.files = studio, files
-        #: Stops the image that a session draws.
-        self._stops: dict[str, threading.Event] = {}
+        #: What each session waits for or draws: one image at a time.
+        self._drawings: dict[str, _Drawing] = {}
+        self._changing = threading.Lock()
         with gr.Blocks(title="Sana", analytics_enabled=False, delete_cache=_DELETE_FILES) as self.blocks:
             gr.HTML(head(studio.manifest, studio.backend, studio.device), elem_classes="head")
             with gr.Row(elem_classes="columns"):
@@ -39,7 +51,7 @@ class DemoPage:
                     self._inputs = {"prompt": prompt, **self._numbers(), **self._options()}
             self._outputs["seed"] = self._inputs["seed"]
             self._listen()
-        self.blocks.queue(max_size=studio.settings.limits.waiting, api_open=False)
+        self.blocks.queue(api_open=False)
 
     def _ask(self) -> tuple[Any, Any, Any]:
         """The prompt and the buttons to draw and to stop."""
@@ -91,56 +103,84 @@ class DemoPage:
         return {"image": own, "reference": other, "state": state, "times": gr.HTML("", elem_id="times")}
 
     def _listen(self) -> None:
-        """Connect the events. One image is drawn at a time; the others see their place in the queue."""
-        buttons = [self._draw, self._stop]
-        outputs, state = [*self._outputs.values(), *buttons], [self._outputs["state"], *buttons]
+        """Connect the events.
+
+        What a visitor sees of a drawing comes from `draw` alone, in its order, its end too. With Gradio's own way of stopping it
+        (`cancels`), the answer to the click, the last steps, and `failure`, which Gradio then calls too, come in any order, and the
+        last one stays on the page. For the same reason, the visitors take turns in the studio, not in Gradio's queue.
+        """
+        state, buttons = self._outputs["state"], [self._draw, self._stop]
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        asked = gr.on([self._draw.click, self._inputs["prompt"].submit], self.wait, None, state, **at_once)
+        asked = gr.on([self._draw.click, self._inputs["prompt"].submit], self.wait, None, [state, *buttons], **at_once)
         drawing = asked.then(
             self.draw,
             list(self._inputs.values()),
-            outputs,
+            [*self._outputs.values(), *buttons],
             show_progress_on=self._outputs["image"],
-            concurrency_limit=1,
+            concurrency_limit=None,
+            trigger_mode="multiple",  # the browser may not have noticed yet that the last one has ended
             api_visibility="private",
         )
-        drawing.failure(self.refuse, None, state, **at_once)
-        stopped = self._stop.click(self.stop, None, state, cancels=drawing, **at_once)
-        stopped.then(self.stopped, None, state, **at_once)  # the last step may have arrived after the first answer
+        drawing.failure(self.refuse, None, [state, *buttons], **at_once)
+        self._stop.click(None, None, state, js=_STOPPING, api_visibility="private")
+        self._stop.click(self.stop, None, None, trigger_mode="multiple", **at_once)
         self.blocks.unload(self.leave)
 
-    def wait(self) -> dict[Any, Any]:
-        """A visitor asks for an image."""
+    def wait(self, request: gr.Request) -> dict[Any, Any]:
+        """A visitor asks for an image. One who has an image already keeps that one."""
+        with self._changing:
+            if _session(request) in self._drawings:
+                return gr.skip()
+            self._drawings[_session(request)] = _Drawing()
         return self._changes({"state": "Waiting", "busy": True})
 
-    def refuse(self) -> dict[Any, Any]:
-        """The queue is full, or a value is out of its range: Gradio says which."""
+    def refuse(self, request: gr.Request) -> dict[Any, Any]:
+        """A drawing did not begin, because a value is out of its range: Gradio says which."""
+        with self._changing:
+            found = self._drawings.get(_session(request))
+            if found is not None and found.begun:
+                return gr.skip()
+            self._drawings.pop(_session(request), None)
         return self._changes({"state": "Not drawn", "busy": False})
 
     def draw(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         """A visitor draws: the changes of the page as they come."""
-        stop = self._stops[_session(request)] = threading.Event()
-        for update in drawing_updates(self.studio, dict(zip(self._inputs, values, strict=True)), stop, self.files):
-            yield self._changes(update)
+        with self._changing:
+            mine = self._drawings.get(_session(request))
+            if mine is None or mine.begun:
+                return
+            mine.begun = True
+        try:
+            inputs = dict(zip(self._inputs, values, strict=True))
+            for update in drawing_updates(self.studio, inputs, mine.stop, self.files):
+                if update.get("busy") is False:
+                    self._forget(request, mine)  # before the visitor can ask again
+                yield self._changes(update)
+        finally:
+            self._forget(request, mine)
 
-    def stop(self, request: gr.Request) -> dict[Any, Any]:
-        """A visitor stops the image, which may still be in the queue."""
-        self.leave(request)
-        return self.stopped()
-
-    def stopped(self) -> dict[Any, Any]:
-        """What the page shows after a stop."""
-        return self._changes({"state": "Stopped", "busy": False})
+    def stop(self, request: gr.Request) -> None:
+        """A visitor stops the image: it ends at its next step, or leaves the queue, and `draw` says so."""
+        if (found := self._drawings.get(_session(request))) is not None:
+            found.stop.set()
 
     def leave(self, request: gr.Request) -> None:
-        """A visitor closes the page: what is drawn for nobody ends at its next step."""
-        if (stop := self._stops.pop(_session(request), None)) is not None:
-            stop.set()
+        """A visitor closes the page."""
+        self.stop(request)
+        with self._changing:
+            found = self._drawings.get(_session(request))
+            if found is not None and not found.begun:  # it never will
+                del self._drawings[_session(request)]
 
     def stop_all(self) -> None:
         """End every image at its next step."""
-        for stop in list(self._stops.values()):
-            stop.set()
+        for drawing in list(self._drawings.values()):
+            drawing.stop.set()
+
+    def _forget(self, request: gr.Request, drawing: _Drawing) -> None:
+        with self._changing:
+            if self._drawings.get(_session(request)) is drawing:
+                del self._drawings[_session(request)]
 
     def _changes(self, update: Update) -> dict[Any, Any]:
         """An update as Gradio takes it: new values by component."""

@@ -21,6 +21,7 @@ from sana_export.runtime import Request, SanaRuntime
 from sana_export.runtime.backends import BACKENDS, ENGINE_BACKENDS
 from sana_export.runtime.callbacks import IsCancelled
 from sana_export.serve.demo.settings import DemoSettings
+from sana_export.serve.demo.turns import Turns
 
 LOG = logging.getLogger(__name__)
 #: The smallest side in pixels that the page offers, and the largest that it offers for any checkpoint.
@@ -96,8 +97,16 @@ class Painting:
     reference: bool = False
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """Other visitors draw first."""
+
+    #: How many.
+    before: int
+
+
 #: What there is to show while an image is drawn.
-Shown = Preview | Painting
+Shown = Waiting | Preview | Painting
 OnShown = Callable[[Shown], None]
 
 
@@ -117,7 +126,7 @@ class Studio:
         self.manifest = Manifest.load(settings.bundle)
         #: The LoRAs by the names that a visitor sees.
         self.loras = named_loras(settings.loras)
-        self._lock = threading.Lock()
+        self._turns, self._lock = Turns(settings.limits.waiting), threading.Lock()
         self._runtime: SanaRuntime | None = None
         self._loaded: tuple[str, ...] = ()
         self._asked: str = settings.backend
@@ -149,16 +158,16 @@ class Studio:
         return min(LEAST_SIDE, self.manifest.model.native_size), max(min(most, MOST_SIDE), self.manifest.model.native_size)
 
     def draw(self, wish: Wish, show: OnShown, cancelled: IsCancelled) -> None:
-        """Draw what a visitor asks for, and `show` it as it comes: previews, the image, the reference's image.
+        """Draw what a visitor asks for, and `show` it as it comes: places in the queue, previews, the image, the reference's image.
 
-        Raises UsageError for a wish beyond the limits or that the checkpoint or its engines cannot meet, the errors of loading a
-        backend or a LoRA, and Cancelled.
+        Raises UsageError for a wish beyond the limits or that the checkpoint or its engines cannot meet, or if too many wait, the
+        errors of loading a backend or a LoRA, and Cancelled.
         """
         self._check(wish)
         seed = secrets.randbelow(2**32) if wish.seed is None else wish.seed
         request = wish.request(seed)
         chosen = [self.loras[name] for name in wish.loras]
-        with self._lock:
+        with self._turns.take(cancelled, lambda before: show(Waiting(before))), self._lock:
             runtime = self._with(wish.backend or self.backend, wish.loras)
             show(_draw(runtime, request, show, cancelled))
             if wish.compare and self.reference is not None:

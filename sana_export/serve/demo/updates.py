@@ -15,9 +15,9 @@ from PIL import Image
 
 from sana_export.errors import Cancelled, SanaExportError
 from sana_export.image_files import save_image
-from sana_export.serve.demo.look import problem, progress, times
+from sana_export.serve.demo.look import problem, progress, queued, times
 from sana_export.serve.demo.stream import as_they_come
-from sana_export.serve.demo.studio import Painting, Preview, Shown, Studio, Wish
+from sana_export.serve.demo.studio import Painting, Preview, Shown, Studio, Waiting, Wish
 
 LOG = logging.getLogger(__name__)
 #: Pixels of the longer side of a preview as it is sent. It has one pixel for each latent pixel.
@@ -48,7 +48,9 @@ def drawing_updates(studio: Studio, inputs: Mapping[str, Any], stop: threading.E
         yield {"busy": True, "state": "Starting", "times": "", "image": None, "reference": None}
         draw: Callable[[Callable[[Shown], None]], None] = partial(studio.draw, wish, cancelled=stop.is_set)
         for shown in as_they_come(draw):
-            if isinstance(shown, Preview):
+            if isinstance(shown, Waiting):
+                yield {"state": queued(shown)}
+            elif isinstance(shown, Preview):
                 yield {"image": _enlarged(shown.image), "state": progress(shown)}
             else:
                 finished.append(shown)

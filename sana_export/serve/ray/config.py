@@ -129,6 +129,11 @@ class RayConfig(BaseModel):
         return self
 
     @property
+    def least_replicas(self) -> int:
+        """The drawing replicas that Ray always keeps running."""
+        return self.replicas if self.max_replicas is None else self.min_replicas
+
+    @property
     def longest_health_check(self) -> float:
         """Seconds that the image of a health check may take."""
         return self.timeout if self.health_timeout is None else self.health_timeout

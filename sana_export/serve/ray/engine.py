@@ -73,9 +73,10 @@ class RayEngine:
         """places: jobs that may wait for a replica. keys: the ids of all API keys."""
         self._send, self._models, self._most = send, models, places
         self._places = Places(places, keys, AT_DOOR)
-        #: Jobs that wait or run, and whether there are none.
-        self._jobs, self._idle = 0, asyncio.Event()
-        self._draining = False
+        #: Jobs that wait or run.
+        self._jobs = 0
+        #: Whether a drawing replica ran when Ray was last asked.
+        self._any_runs = True
         #: When the last jobs were finished.
         self._finished: deque[float] = deque(maxlen=16)
         #: When the memory of a GPU was reported, and what.
@@ -87,8 +88,6 @@ class RayEngine:
 
     async def submit(self, job: ImageJob) -> AsyncGenerator[JobEvent, None]:
         """As in `Engine`."""
-        if self._draining:
-            raise Refusal("shutting_down", "the server is shutting down")
         deadline, progress = time.monotonic() + job.timeout, _Progress()
         with self._places.take(job.key, self._retry_after()) as place, self._counted():
             await _in_time(place.come_to_door(), deadline)
@@ -108,18 +107,14 @@ class RayEngine:
         """Jobs are those of this front replica; GPU memory is what replicas reported with their last images."""
         recent, waiting = time.monotonic() - REPORT_SECONDS, len(self._places)
         gpu_memory = {gpu: memory for gpu, (since, memory) in self._gpus.items() if since > recent}
-        reason = "shutting down" if self._draining else ""
-        return EngineStatus(not self._draining, reason, waiting, self._jobs - waiting, self._most, gpu_memory)
+        reason = "" if self._any_runs else "no drawing replica runs; `serve status` says why"
+        return EngineStatus(not reason, reason, waiting, self._jobs - waiting, self._most, gpu_memory)
 
-    async def drain(self) -> None:
-        """Refuse new jobs, and return when the others have finished: Ray has taken the front out of its proxies' lists by now."""
-        self._draining = True
-        while self._jobs:
-            self._idle.clear()
-            await self._idle.wait()
-
-    def close(self) -> None:
-        """Nothing: Ray stops the replicas."""
+    def note_running(self, replicas: int) -> None:
+        """How many drawing replicas run. With none, jobs wait for one, and the engine is not ready."""
+        if bool(replicas) != self._any_runs:
+            LOG.warning("drawing replicas that run: %d", replicas)
+        self._any_runs = bool(replicas)
 
     def _retry_after(self) -> float | None:
         """Seconds until half of the queue is drawn, by the last jobs that were finished. None: too few were."""
@@ -138,7 +133,6 @@ class RayEngine:
             yield
         finally:
             self._jobs -= 1
-            self._idle.set()
 
     async def _events(self, job: ImageJob, deadline: float) -> AsyncGenerator[JobEvent, None]:
         """What one replica yields for a job. Raises ReplicaLost, or what the replica or Ray refuses the job with."""

@@ -15,11 +15,12 @@ from sana_export.adapters import Lora
 from sana_export.errors import Cancelled, UsageError
 from sana_export.runtime import Request, SanaRuntime
 from sana_export.serve.demo.settings import DemoLimits, DemoSettings
-from sana_export.serve.demo.studio import Painting, Preview, Studio, Wish, named_loras
+from sana_export.serve.demo.studio import Painting, Preview, Studio, Waiting, Wish, named_loras
 from tests.support.lora_files import diffusers_lora, load_transformer
+from tests.support.serving import wait_for
 
 WISH = Wish("a red circle", width=256, height=256, steps=3, guidance_scale=4.5, seed=7)
-LIMITS = DemoLimits(prompt_characters=12, steps=4)
+LIMITS = DemoLimits(prompt_characters=12, steps=4, waiting=1)
 SIZE = {"height": 256, "width": 256}
 
 
@@ -134,17 +135,53 @@ def test_it_stops_after_the_step_that_runs(studio: Studio) -> None:
 
 def test_two_visitors_take_turns(studio: Studio) -> None:
     order: list[int] = []
-    threads = [
-        threading.Thread(
-            target=studio.draw, args=(replace(WISH, seed=seed), lambda _, seed=seed: order.append(seed), lambda: False)
-        )
-        for seed in (1, 2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert order in ([1, 1, 1, 2, 2, 2], [2, 2, 2, 1, 1, 1])
+    begun, seen = threading.Event(), list[Any]()
+
+    def first(shown: Any) -> None:
+        order.append(1)
+        begun.set()
+        if len(order) == 1:
+            wait_for(lambda: seen == [Waiting(1)])
+
+    def second(shown: Any) -> None:
+        (seen if isinstance(shown, Waiting) else order).append(shown if isinstance(shown, Waiting) else 2)
+
+    one = threading.Thread(target=studio.draw, args=(replace(WISH, seed=1), first, lambda: False))
+    one.start()
+    assert begun.wait(20)
+    studio.draw(replace(WISH, seed=2), second, lambda: False)
+    one.join()
+    assert order == [1, 1, 1, 2, 2, 2]
+
+
+def test_who_leaves_the_queue_does_not_draw_and_more_than_the_places_are_refused(studio: Studio) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def first(shown: Any) -> None:
+        begun.set()
+        go_on.wait(20)
+
+    one = threading.Thread(target=studio.draw, args=(WISH, first, lambda: False))
+    one.start()
+    assert begun.wait(20)
+    left, seen = threading.Event(), list[Any]()
+
+    def wait_and_leave() -> None:
+        with pytest.raises(Cancelled):
+            studio.draw(WISH, seen.append, left.is_set)
+        seen.append("left")
+
+    two = threading.Thread(target=wait_and_leave)
+    two.start()
+    wait_for(lambda: seen == [Waiting(1)])
+    with pytest.raises(UsageError, match="1 images wait already"):
+        studio.draw(WISH, seen.append, lambda: False)
+    left.set()
+    two.join(5)
+    assert seen == [Waiting(1), "left"]
+    go_on.set()
+    one.join()
+    assert len(drawn(studio, WISH)) == 3
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from PIL import Image
 from sana_export.errors import ArtifactError, Cancelled, UsageError
 from sana_export.serve.demo.settings import DemoSettings
 from sana_export.serve.demo.stream import as_they_come
-from sana_export.serve.demo.studio import Painting, Preview, Wish
+from sana_export.serve.demo.studio import Painting, Preview, Waiting, Wish
 from sana_export.serve.demo.updates import KEEP_SECONDS, drawing_updates, wish_of
 
 INPUTS = {"prompt": "a cat", "width": 64, "height": 32, "steps": 2, "guidance_scale": 4.5, "seed": 3, "new_seed": False}
@@ -56,6 +56,14 @@ def test_an_image_comes_with_previews_progress_and_times(tmp_path: Path) -> None
         assert "a cat" in str(saved.info)  # so that `generate --from-image` draws it again
     assert (other["state"], Path(other["reference"]).name) == ("Seed 3", "sana-3-diffusers.png")
     assert "2.5 times as fast as eager" in other["times"]
+
+
+def test_the_place_in_the_queue_is_shown(tmp_path: Path) -> None:
+    def draw(wish: Wish, show: Any, cancelled: Any) -> None:
+        for before in (2, 1):
+            show(Waiting(before))
+
+    assert [each["state"] for each in updates(draw, tmp_path)[1:3]] == ["Waiting for 2 other images", "Waiting for 1 other image"]
 
 
 def test_images_older_than_an_hour_are_deleted(tmp_path: Path) -> None:
