@@ -33,7 +33,7 @@ from sana_export.errors import SanaExportError
 from sana_export.export.parity import psnr
 from sana_export.machine import describe_machine, describe_versions
 from sana_export.manifest import Manifest
-from sana_export.quantization import quantization_words
+from sana_export.quantization.choice import quantization_words
 from sana_export.runtime.backends.base import BackendSettings, Session
 from sana_export.verify.reference import load_reference
 

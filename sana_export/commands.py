@@ -12,7 +12,8 @@ from sana_export.adapters import Lora
 from sana_export.contract import OPTIONAL_GRAPHS
 from sana_export.hub.origin import origin_of
 from sana_export.lora_scales import scales_text
-from sana_export.quantization import common_capabilities, quantization_words, taken_steps
+from sana_export.quantization.choice import quantization_words, taken_steps
+from sana_export.quantization.targets import common_capabilities
 from sana_export.records import Checkpoint, Options
 from sana_export.variants import find_variant
 

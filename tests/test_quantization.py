@@ -13,22 +13,11 @@ from sana_export.contract import GRAPHS
 from sana_export.errors import UsageError
 from sana_export.gpu_support import RTX_CAPABILITIES
 from sana_export.manifest import Checkpoint, Options
-from sana_export.quantization import (
-    BITS,
-    FALLBACK,
-    PARTS,
-    SCHEMES,
-    calibrated_parts,
-    check_method,
-    check_target,
-    choose_quantization,
-    common_capabilities,
-    layer_rule,
-    layer_scheme,
-    portable_targets,
-    quantization_words,
-)
-from sana_export.quantization_method import Method, parse_method
+from sana_export.quantization.choice import calibrated_parts, check_method, choose_quantization, quantization_words
+from sana_export.quantization.layers import PARTS, layer_rule, layer_scheme
+from sana_export.quantization.method import Method, parse_method
+from sana_export.quantization.schemes import BITS, FALLBACK, SCHEMES
+from sana_export.quantization.targets import check_target, common_capabilities, portable_targets
 
 DEFAULT = ["text_encoder", "context", "denoiser", "sampler", "vae_decoder", "vae_decoder_head", "vae_decoder_tail", "postprocess"]
 

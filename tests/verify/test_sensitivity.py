@@ -15,7 +15,7 @@ import torch
 from sana_export.errors import UsageError
 from sana_export.graphs.builders import build_graph
 from sana_export.manifest import Options
-from sana_export.quantization import SCHEMES
+from sana_export.quantization.schemes import SCHEMES
 from sana_export.verify.bundle import Sampling
 from sana_export.verify.recorded_inputs import record_inputs
 from sana_export.verify.sensitivity import GraphLayers, SensitivityCheck, measure_sensitivity
