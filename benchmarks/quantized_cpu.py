@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from drawing import STAGES, WORDS, draw_with_diffusers, draw_with_runtime, random_prompt, request_words
 from PIL import Image
-from use_bundle import STAGES, WORDS, draw_with_diffusers, draw_with_runtime
 
 from sana_export import SanaRuntime, open_checkpoint
 from sana_export.bench.candidates.openvino import OpenVinoBackend
@@ -33,7 +33,7 @@ from sana_export.errors import SanaExportError
 from sana_export.export.parity import psnr
 from sana_export.machine import describe_machine, describe_versions
 from sana_export.manifest import Manifest
-from sana_export.quantization import quantization_words
+from sana_export.quantization.choice import quantization_words
 from sana_export.runtime.backends.base import BackendSettings, Session
 from sana_export.verify.reference import load_reference
 
@@ -142,19 +142,13 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
     torch.set_num_threads(1)
-    words = {
-        "height": args.size,
-        "width": args.size,
-        "num_inference_steps": args.steps,
-        "guidance_scale": 4.5,
-        "use_resolution_binning": False,
-    }
+    words = request_words(args.size, args.steps)
     rng, times, likeness = np.random.default_rng(0), dict[str, list[Any]](), dict[str, list[float]]()
     with contextlib.ExitStack() as stack:
         drawing = subjects(args, words, stack)
         meter = LoadMeter(lambda: 0.0)
         for number in range(args.rounds + 1):
-            prompt, images = ", ".join(rng.choice(WORDS, 4, replace=False)), dict[str, Any]()
+            prompt, images = random_prompt(rng), dict[str, Any]()
             for name, draw in drawing.items():
                 image, seconds = draw(prompt, number)
                 images[name] = np.asarray(image)

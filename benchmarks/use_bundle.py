@@ -11,89 +11,20 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from time import process_time
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from drawing import STAGES, draw_with_diffusers, draw_with_runtime, random_prompt, request_words
 
-from sana_export import Request, SanaRuntime, open_checkpoint
+from sana_export import SanaRuntime, open_checkpoint
 from sana_export.bench.load_meter import LoadMeter
 from sana_export.errors import SanaExportError
 from sana_export.integrations.diffusers import use_bundle
 from sana_export.machine import describe_machine, describe_versions
 from sana_export.verify.reference import load_reference
-
-WORDS = (
-    "a panda",
-    "a lighthouse",
-    "in the snow",
-    "under a red tree",
-    "ink drawing",
-    "oil painting",
-    "at night",
-    "of glass",
-    "very old",
-)
-STAGES = ("text", "steps", "decoder", "whole")
-
-
-class Clock:
-    """CPU seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = process_time()
-        try:
-            yield
-        finally:
-            self.seconds[name] += process_time() - start
-
-    def timed(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.stage(name):
-                return method(*args, **kwargs)
-
-        return call
-
-
-def draw_with_diffusers(pipe: Any, prompt: str, seed: int, words: dict[str, Any]) -> tuple[Image.Image, dict[str, float]]:
-    """The image of a pipeline, and its seconds: prompts, transformer, decoder, everything."""
-    clock, parts = (
-        Clock(),
-        ((pipe, "encode_prompt", "text"), (pipe.transformer, "forward", "steps"), (pipe.vae, "decode", "decoder")),
-    )
-    for owner, method, stage in parts:
-        owner.__dict__[method] = clock.timed(stage, getattr(owner, method))
-    try:
-        with clock.stage("whole"):
-            image = pipe(prompt, generator=torch.Generator().manual_seed(seed), **words).images[0]
-    finally:
-        for owner, method, _ in parts:
-            del owner.__dict__[method]
-    return image, clock.seconds
-
-
-def draw_with_runtime(runtime: SanaRuntime, prompt: str, seed: int, words: dict[str, Any]) -> tuple[Image.Image, dict[str, float]]:
-    """The image of the runtime, and its seconds. The context is in "text", the sampler in "steps", resizing in "decoder"."""
-    clock = Clock()
-    with clock.stage("whole"):
-        plan = runtime.plan(Request(prompt, seed=seed, **words))
-        with clock.stage("text"):
-            conditioning = runtime.encode(plan)
-        with clock.stage("steps"):
-            *_, last = runtime.steps(plan, conditioning)
-        with clock.stage("decoder"):
-            images: Any = runtime.decode(plan, last.latents)
-    return images[0], clock.seconds
 
 
 def main() -> None:
@@ -107,13 +38,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    words = {
-        "height": args.size,
-        "width": args.size,
-        "num_inference_steps": args.steps,
-        "guidance_scale": 4.5,
-        "use_resolution_binning": False,
-    }
+    words = request_words(args.size, args.steps)
     rng = np.random.default_rng(0)
     times: dict[str, list[dict[str, float]]] = {"eager": [], "use_bundle": [], "runtime": []}
     identical: dict[str, list[float]] = {"use_bundle": [], "runtime": []}
@@ -121,7 +46,7 @@ def main() -> None:
     with SanaRuntime.from_pretrained(args.bundle, backend="onnxruntime", threads=1, prompt_cache_bytes=0) as runtime:
         pipe = load_reference(open_checkpoint(args.checkpoint), runtime.manifest.options, pag=False)
         for number in range(args.rounds + 1):
-            prompt, images = ", ".join(rng.choice(WORDS, 4, replace=False)), {}
+            prompt, images = random_prompt(rng), {}
             for name in times:
                 if name == "runtime":
                     images[name], seconds = draw_with_runtime(runtime, prompt, number, words)

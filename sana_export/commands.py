@@ -12,7 +12,8 @@ from sana_export.adapters import Lora
 from sana_export.contract import OPTIONAL_GRAPHS
 from sana_export.hub.origin import origin_of
 from sana_export.lora_scales import scales_text
-from sana_export.quantization import common_capabilities, quantization_words, taken_steps
+from sana_export.quantization.choice import calibrated_parts, quantization_words, taken_steps
+from sana_export.quantization.targets import common_capabilities
 from sana_export.records import Checkpoint, Options
 from sana_export.variants import find_variant
 
@@ -46,11 +47,11 @@ def export_command(
 ) -> str:
     """The command that exports `bundle` again.
 
-    It repeats the bundle's own options, except for those given here. `loras` are added to its LoRAs, `groups`
-    (contract.GRAPH_GROUPS) to its graphs, `controlnet` names its ControlNet. A bundle that lacks graphs of its groups gets them.
-    A bundle in the hub's cache is exported beside it, to the current folder.
+    It repeats the bundle's own options, except for those given here and for a calibration file that does not fit them. `loras` are
+    added to its LoRAs, `groups` (contract.GRAPH_GROUPS) to its graphs, `controlnet` names its ControlNet. A bundle that lacks
+    graphs of its groups gets them. A bundle in the hub's cache is exported beside it, to the current folder.
     """
-    precision = exported.options.precision if precision is None else precision
+    loras, precision = [*loras], exported.options.precision if precision is None else precision
     layers = exported.options.pag_layers if pag_layers is None else pag_layers
     schemes = exported.options.quantize if quantize is None else quantize
     model, *model_options = model_words(exported.checkpoint)
@@ -59,7 +60,8 @@ def export_command(
         words += ["--dtype", precision]
     if exported.options.clamp != exported.checkpoint.clamp:
         words.append("--clamp" if exported.options.clamp else "--no-clamp")
-    if controlnet is not None and exported.checkpoint.controlnet is None:
+    controlled = controlnet is not None and exported.checkpoint.controlnet is None
+    if controlnet is not None and controlled:
         words += ["--controlnet", controlnet]
     if layers:
         words += ["--pag-layers", ",".join(f"transformer_blocks.{layer}" for layer in layers)]
@@ -67,7 +69,8 @@ def export_command(
         words += ["--quantize", quantization_words(schemes)]
     if schemes and (steps := taken_steps(schemes, exported.options.quantize_method)):
         words += ["--quantize-method", ",".join(steps)]
-    if schemes and exported.options.calibration_file:
+    same = precision == exported.options.precision and not loras and not controlled
+    if same and exported.options.calibration_file and _takes_calibration(exported.options, schemes):
         words += ["--calibration", exported.options.calibration_file]
     for lora in loras:
         words += ["--lora", f"{lora.path}:{scales_text(lora.scale, lora.layer_scales)}"]
@@ -75,6 +78,14 @@ def export_command(
     if present:
         words += ["--graphs", ",".join(["default", *sorted(present)])]
     return shlex.join(words)
+
+
+def _takes_calibration(options: Options, schemes: Mapping[str, str]) -> bool:
+    """Whether the calibration file of an export with `options` is also one for `schemes`. It may have seen no other parts."""
+    if schemes == options.quantize:
+        return True
+    needed, own = (calibrated_parts(chosen, taken_steps(chosen, options.quantize_method)) for chosen in (schemes, options.quantize))
+    return bool(needed) and set(needed) <= set(own)
 
 
 def repair_command(bundle: Path, exported: Exported) -> str:

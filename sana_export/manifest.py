@@ -23,8 +23,10 @@ from sana_export.files import FileEntry, check_inside, write_whole
 from sana_export.formats.recognize import not_what_was_wanted, recognize
 from sana_export.hub.names import may_be_hub_id
 from sana_export.json_records import record_from_json
-from sana_export.quantization import PARTS, SCHEMES, portable_targets
-from sana_export.quantization_method import parse_method
+from sana_export.quantization.layers import PARTS
+from sana_export.quantization.method import parse_method
+from sana_export.quantization.schemes import SCHEMES
+from sana_export.quantization.targets import portable_targets
 from sana_export.records import (
     PRECISIONS,
     Checkpoint,

@@ -8,7 +8,8 @@ from typing import Any
 
 from sana_export.contract import GraphSpec
 from sana_export.files import FileEntry
-from sana_export.quantization import BITS, part_of
+from sana_export.quantization.layers import part_of
+from sana_export.quantization.schemes import BITS
 
 #: The precisions that a bundle can be exported in, with the dtype of each.
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -236,7 +237,7 @@ class Options:
     clamp: bool
     #: The transformer blocks that can sample with perturbed attention guidance.
     pag_layers: tuple[int, ...] = ()
-    #: The quantization scheme of each part that has one (quantization.py).
+    #: The quantization scheme of each part that has one (quantization/).
     quantize: Mapping[str, str] = field(default_factory=dict)
     #: How quantized numbers were chosen, in the words of `--quantize-method`. Empty: by each scheme's own method.
     quantize_method: tuple[str, ...] = ()

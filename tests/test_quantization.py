@@ -5,30 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from sana_export.adapters import Lora
 from sana_export.commands import export_command
 from sana_export.contract import GRAPHS
 from sana_export.errors import UsageError
 from sana_export.gpu_support import RTX_CAPABILITIES
 from sana_export.manifest import Checkpoint, Options
-from sana_export.quantization import (
-    BITS,
-    FALLBACK,
-    PARTS,
-    SCHEMES,
-    calibrated_parts,
-    check_method,
-    check_target,
-    choose_quantization,
-    common_capabilities,
-    layer_rule,
-    layer_scheme,
-    portable_targets,
-    quantization_words,
-)
-from sana_export.quantization_method import Method, parse_method
+from sana_export.quantization.choice import calibrated_parts, check_method, choose_quantization, quantization_words
+from sana_export.quantization.layers import PARTS, layer_rule, layer_scheme
+from sana_export.quantization.method import Method, parse_method
+from sana_export.quantization.schemes import BITS, FALLBACK, SCHEMES
+from sana_export.quantization.targets import check_target, common_capabilities, portable_targets
 
 DEFAULT = ["text_encoder", "context", "denoiser", "sampler", "vae_decoder", "vae_decoder_head", "vae_decoder_tail", "postprocess"]
 
@@ -256,6 +247,31 @@ def test_the_export_command_repeats_the_schemes() -> None:
     )
     command = export_command(Path("b"), exported)
     assert command == "sana-export export tiny -o b --quantize text_encoder=int4-weight,denoiser=int8-weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "repeated"),
+    [
+        ({}, True),
+        ({"pag_layers": (1,)}, True),
+        ({"quantize": {"denoiser": "fp8", "text_encoder": "int4-weight"}}, True),
+        ({"quantize": {"denoiser": "int8-weight", "text_encoder": "int4-weight"}}, False),
+        ({"quantize": {}}, False),
+        ({"loras": [Lora(Path("style"), 0.7)]}, False),
+        ({"precision": "fp32"}, False),
+        ({"controlnet": "controlnet-hed-1600m"}, False),
+    ],
+    ids=str,
+)
+def test_the_export_command_repeats_a_calibration_file_that_fits(changes: dict[str, Any], repeated: bool) -> None:
+    """It belongs to one checkpoint, with its LoRAs, and one precision, and a scheme has to take it: `export` refuses any other."""
+    quantize = {"denoiser": "nvfp4", "text_encoder": "int4-weight"}
+    exported = SimpleNamespace(
+        checkpoint=Checkpoint("tiny", None, "0" * 64, "tiny", synthetic=False),
+        options=Options("fp16", clamp=False, quantize=quantize, calibration_file="measured.safetensors"),
+        graphs=DEFAULT,
+    )
+    assert ("--calibration measured.safetensors" in export_command(Path("b"), exported, **changes)) == repeated
 
 
 def test_graphs_that_share_weights_share_the_scheme() -> None:

@@ -30,7 +30,7 @@ from sana_export.files import FileEntry, disk_errors, file_entry, partial_path
 from sana_export.manifest import GraphEntry, Manifest, Options
 from sana_export.numeric import MAX_SIDE, integer
 from sana_export.progress import OnProgress, Progress, ignore_progress
-from sana_export.quantization import CALIBRATED_PARTS
+from sana_export.quantization.layers import CALIBRATED_PARTS
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.torch import TorchBackend, TorchSession
 from sana_export.runtime.prompt import PromptEncoder

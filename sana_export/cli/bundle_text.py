@@ -11,7 +11,7 @@ from sana_export.cli.terminal.text import plural, seconds, size, table
 from sana_export.contract import GRAPHS
 from sana_export.lora_scales import scales_text
 from sana_export.manifest import EngineEntry, Manifest
-from sana_export.quantization import PARTS
+from sana_export.quantization.layers import PARTS
 from sana_export.runtime.memory import MemoryRequirement, memory_requirements
 from sana_export.trt.selection import engine_set
 

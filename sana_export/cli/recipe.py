@@ -13,8 +13,9 @@ from sana_export.image_files import SUFFIXES
 from sana_export.manifest import PRECISIONS
 from sana_export.numeric import MAX_IMAGES, MAX_SIDE, MOST_DEVICES, MOST_THREADS, integer
 from sana_export.profiles import profile_named
-from sana_export.quantization import PARTS, choose_quantization
-from sana_export.quantization_method import parse_method
+from sana_export.quantization.choice import choose_quantization
+from sana_export.quantization.layers import PARTS
+from sana_export.quantization.method import parse_method
 from sana_export.toml_tables import parse_table, read_toml
 from sana_export.trt.flavour import flavour_of
 from sana_export.trt.options import BUILD_OPTIONS, BuildOptions

@@ -39,8 +39,8 @@ from sana_export.graphs.vae_encoder import VaeEncoderHead, encoder_halo, encoder
 from sana_export.manifest import FILE_NAME, GraphEntry, Manifest, ModelInfo, Options
 from sana_export.output_folder import OutputFolder
 from sana_export.progress import OnProgress, ignore_progress
-from sana_export.quantization import EMBEDDINGS as QUANTIZED_EMBEDDINGS
-from sana_export.quantization import calibrated_parts
+from sana_export.quantization.choice import calibrated_parts
+from sana_export.quantization.layers import EMBEDDINGS as QUANTIZED_EMBEDDINGS
 from sana_export.user_paths import user_path
 from sana_export.variants import SPRINT_STEPS, STEPS
 
@@ -72,9 +72,9 @@ def export_bundle(
     the stored weights).
     `graphs`: the graphs to export, and groups of them (contract.GRAPH_GROUPS): ["default", "img2img"] adds image-to-image and
     inpainting. Empty: "default", and all groups for a checkpoint that was opened with a ControlNet.
-    `quantize`: schemes (quantization.py): ["int8-weight"] for all parts of the bundle that take one,
+    `quantize`: schemes (quantization/schemes.py): ["int8-weight"] for all parts of the bundle that take one,
     or ["text_encoder=int4-weight"] for one part. Several are combined.
-    `quantize_method`: the steps that choose the numbers (quantization_method.py). Empty: each scheme's own.
+    `quantize_method`: the steps that choose the numbers (quantization/method.py). Empty: each scheme's own.
     `calibration`: what layers read, if the quantization takes that: how to measure it (`sana_export.Calibration()`), or a file.
     `on_progress`: is called with a `Progress` at every step.
 

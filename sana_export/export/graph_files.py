@@ -29,7 +29,7 @@ from sana_export.formats.onnx_weights import external_locations
 from sana_export.graphs.builders import lora_targets
 from sana_export.graphs.storage import WeightFile
 from sana_export.manifest import GraphEntry, LoraTarget, Options, QuantizedWeight
-from sana_export.quantization import SCHEMES
+from sana_export.quantization.schemes import SCHEMES
 
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:

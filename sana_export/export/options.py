@@ -12,7 +12,8 @@ from sana_export.contract import ENCODERS, GRAPH_GROUPS, GRAPHS
 from sana_export.errors import UsageError
 from sana_export.export.quantize.statistics import CalibrationFile, CalibrationSource
 from sana_export.manifest import PRECISIONS, Options
-from sana_export.quantization import CALIBRATED_PARTS, calibrated_parts, check_method, choose_quantization
+from sana_export.quantization.choice import calibrated_parts, check_method, choose_quantization
+from sana_export.quantization.layers import CALIBRATED_PARTS
 from sana_export.user_paths import user_path
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import numpy as np
 
 from sana_export.formats.arrays import Array
 from sana_export.json_records import json_value
-from sana_export.quantization import SCHEMES
+from sana_export.quantization.schemes import SCHEMES
 
 #: Minimum cosine similarity of a graph's output with its reference, by precision.
 COSINE_LIMITS = {"fp32": 0.999999, "fp16": 0.9999, "bf16": 0.998}

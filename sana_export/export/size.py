@@ -10,7 +10,7 @@ from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.export.quantize.plan import stored_bytes
 from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.manifest import Options
-from sana_export.quantization import EMBEDDINGS
+from sana_export.quantization.layers import EMBEDDINGS
 
 _TEXT = r"caption_|.*\.attn2\.(to_k|to_v|norm_k)\."
 

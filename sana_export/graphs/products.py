@@ -19,7 +19,7 @@ from torch.nn.functional import conv2d
 from torch.overrides import TorchFunctionMode
 
 from sana_export.formats.quantized import FP4_MAX, FP8_MAX
-from sana_export.quantization import BLOCK
+from sana_export.quantization.schemes import BLOCK
 from sana_export.records import QuantizedWeight
 
 #: A function of torch -> which of its arguments is the weight -> the axis of the other argument that the weight's inputs are on.

@@ -25,7 +25,7 @@ from sana_export.formats.safetensors_file import TensorFile
 from sana_export.formats.tokenizer_file import read_tokenizer
 from sana_export.known_files import check_known_files
 from sana_export.manifest import Manifest
-from sana_export.quantization import EMBEDDINGS
+from sana_export.quantization.layers import EMBEDDINGS
 from sana_export.runtime.embedding_table import ROWS, SCALES, EmbeddingTable
 from sana_export.runtime.embeddings_cache import EmbeddingsCache
 from sana_export.runtime.unpicklable import OfThisProcess

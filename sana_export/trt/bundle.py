@@ -21,7 +21,9 @@ from sana_export.machine import find_gpus
 from sana_export.manifest import EngineEntry, Manifest
 from sana_export.profiles import Profile, Range
 from sana_export.progress import OnProgress, Progress
-from sana_export.quantization import FALLBACK, check_target, lacking, part_of
+from sana_export.quantization.layers import part_of
+from sana_export.quantization.schemes import FALLBACK
+from sana_export.quantization.targets import check_target, lacking
 from sana_export.trt.build import Built
 from sana_export.trt.compatibility import not_for_here
 from sana_export.trt.flavour import flavour_of, load, target_for

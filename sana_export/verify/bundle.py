@@ -27,7 +27,7 @@ from sana_export.hub.origin import origin_of
 from sana_export.known_files import hash_always
 from sana_export.manifest import Manifest, ModelInfo
 from sana_export.progress import OnProgress, Progress, ignore_progress
-from sana_export.quantization import EMBEDDINGS
+from sana_export.quantization.layers import EMBEDDINGS
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.guidance import WHOLE
 from sana_export.runtime.memory import AUTO

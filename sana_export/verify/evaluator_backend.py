@@ -13,7 +13,7 @@ from sana_export.files import check_files
 from sana_export.formats.arrays import Array
 from sana_export.formats.onnx_weights import check_external_data
 from sana_export.manifest import Manifest
-from sana_export.quantization import without_kernels
+from sana_export.quantization.targets import without_kernels
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.base import Backend, Session
 from sana_export.runtime.memory import AUTO

@@ -17,7 +17,7 @@ from sana_export.manifest import Manifest, ModelInfo
 from sana_export.output_folder import OutputFolder
 from sana_export.profiles import Profile, profile_named
 from sana_export.progress import OnProgress, Progress, ignore_progress
-from sana_export.quantization import NO_KERNELS
+from sana_export.quantization.targets import NO_KERNELS
 from sana_export.trt.build import input_shapes
 from sana_export.trt.bundle import read_instruction_tokens
 from sana_export.trt.plan import profile_ranges

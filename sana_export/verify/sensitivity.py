@@ -2,7 +2,7 @@
 
 The graph runs in torch in float32 on inputs that runs of the runtime gave it. One layer at a time gets the numbers of its rounded
 weights, and rounds its inputs if the scheme does; then the layer is as it was. So the damage of a layer is not hidden by that of
-others, and the layers that the table of quantization.py leaves in 16 bits are measured like all others.
+others, and the layers that quantization/layers.py leaves in 16 bits are measured like all others.
 
 Memory is bounded: the weights lie in a temporary file, and one layer at a time is in memory twice.
 """
@@ -33,7 +33,8 @@ from sana_export.graphs.products import ProductForm, QuantizedProducts
 from sana_export.graphs.storage import WeightFile, stored_in
 from sana_export.manifest import Manifest
 from sana_export.progress import OnProgress, Progress, ignore_progress
-from sana_export.quantization import LAYERS, SCHEMES, Scheme, layer_rule, layer_scheme, part_of
+from sana_export.quantization.layers import LAYERS, layer_rule, layer_scheme, part_of
+from sana_export.quantization.schemes import SCHEMES, Scheme
 from sana_export.runtime.backends.torch import cpu_threads, exact_products, reopen
 from sana_export.user_paths import user_path
 from sana_export.verify.bundle import STEPS, Sampling

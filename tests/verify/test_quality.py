@@ -17,7 +17,7 @@ import sana_export
 from sana_export.checkpoint.checkpoint import open_checkpoint
 from sana_export.errors import ArtifactError
 from sana_export.export.parity import psnr, ssim
-from sana_export.quantization import SCHEMES
+from sana_export.quantization.schemes import SCHEMES
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.request import Request
 from sana_export.verify.drawing import Drawing, sample_both

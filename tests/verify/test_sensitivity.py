@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,8 @@ import torch
 from sana_export.errors import UsageError
 from sana_export.graphs.builders import build_graph
 from sana_export.manifest import Options
-from sana_export.quantization import SCHEMES
+from sana_export.quantization.method import Method
+from sana_export.quantization.schemes import SCHEMES
 from sana_export.verify.bundle import Sampling
 from sana_export.verify.recorded_inputs import record_inputs
 from sana_export.verify.sensitivity import GraphLayers, SensitivityCheck, measure_sensitivity
@@ -28,7 +30,7 @@ OPTIONS = Options("fp32", clamp=False, pag_layers=(1,))
 
 @pytest.fixture(scope="module")
 def report(tiny_bundle: Path) -> SensitivityReport:
-    check = SensitivityCheck(("denoiser",), ("int8-weight", "int4-weight", "int8"))
+    check = SensitivityCheck(("denoiser",), ("int8-weight", "int4-weight", "int8", "nvfp4"))
     return measure_sensitivity(tiny_bundle, check, SHORT, threads=1)
 
 
@@ -85,7 +87,7 @@ def test_the_damage_is_that_of_this_layer_alone(
 def test_every_matrix_is_measured_and_nothing_else(report: SensitivityReport, tiny_checkpoint: Any) -> None:
     module = build_graph("denoiser", tiny_checkpoint, OPTIONS)
     matrices = {name for name, value in module.named_parameters() if value.dim() in (2, 4) and "table" not in name}
-    for scheme in ("int8-weight", "int4-weight", "int8"):
+    for scheme in ("int8-weight", "int4-weight", "int8", "nvfp4"):
         assert {row.layer for row in report.rows if row.scheme == scheme} == matrices
     left_out = {row.kind for row in report.rows if row.scheme == "int4-weight" and not row.taken}
     assert {
@@ -99,13 +101,14 @@ def test_every_matrix_is_measured_and_nothing_else(report: SensitivityReport, ti
 
 def test_fewer_bits_damage_more(report: SensitivityReport) -> None:
     for row in report.rows:
-        if row.scheme == "int4-weight":
+        if row.scheme in ("int4-weight", "nvfp4"):
             assert row.error > 3 * damage(report, row.layer, "int8-weight").error, row.layer
 
 
-def test_layers_in_four_bits_have_their_branch(runs: list[dict[str, torch.Tensor]], tiny_checkpoint: Any) -> None:
+@pytest.mark.parametrize("scheme", ["int4-weight", "nvfp4"])
+def test_layers_in_four_bits_have_their_branch(runs: list[dict[str, torch.Tensor]], tiny_checkpoint: Any, scheme: str) -> None:
     """As in an export. Kernels and layers with few channels have none, so nothing changes for them."""
-    four = SCHEMES["int4-weight"]
+    four = SCHEMES[scheme]
     module = build_graph("denoiser", tiny_checkpoint, OPTIONS)
     schemes = [four, replace(four, method=replace(four.method, rank=0))]
     rows = [*GraphLayers(module, "denoiser", runs[:1], "float32").measure(schemes)]
@@ -121,7 +124,39 @@ def test_inputs_are_rounded_where_a_layer_reads_all_channels(report: Sensitivity
     assert layer.error > damage(report, "blocks.1.qkv", "int8-weight").error
     depthwise = damage(report, "blocks.1.halves.gate.depthwise.weight", "int8")
     assert not depthwise.rounded_inputs
+    assert not damage(report, depthwise.layer, "nvfp4").rounded_inputs
     assert depthwise.error == damage(report, depthwise.layer, "int8-weight").error
+
+
+def in_fp4(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """`values` [..., n] in FP4 by the library: 16 along the last axis share a scale, which is an FP8 number times `step`."""
+    blocks = values.numpy().reshape(*values.shape[:-1], -1, 16)
+    scales = np.abs(blocks).max(axis=-1, keepdims=True) / 6 / step.numpy()
+    scales = scales.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * step.numpy()
+    numbers = (blocks / scales).clip(-6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    return torch.from_numpy((numbers * scales).reshape(values.shape))
+
+
+def test_a_layer_in_nvfp4_multiplies_fp4_numbers(
+    report: SensitivityReport, runs: list[dict[str, torch.Tensor]], tiny_checkpoint: Any
+) -> None:
+    """Weights and inputs, computed here without the project's rounding. The own method has less error."""
+    layer = "blocks.1.cross_query"
+    module = build_graph("denoiser", tiny_checkpoint, OPTIONS)
+    nearest = replace(SCHEMES["nvfp4"], method=Method())
+    (found,) = (
+        row for row in GraphLayers(module, "denoiser", runs, "float32").measure([nearest]) if row.layer == f"{layer}.weight"
+    )
+    largest: list[torch.Tensor] = []
+    with module.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: largest.append(inputs[0].abs().max())):
+        wanted = run(module, runs)
+    weight, step = module.get_parameter(f"{layer}.weight"), 4 * torch.stack(largest).max() / (6 * 448)
+    weight.data = in_fp4(weight.data.T.contiguous(), 1.5 * weight.data.abs().max() / (6 * 448)).T.contiguous()
+    with module.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: (in_fp4(inputs[0], step), *inputs[1:])):
+        error = relative(run(module, runs), wanted)
+    assert found.rounded_inputs
+    assert found.error == pytest.approx(error, rel=1e-3)
+    assert 0.3 * error < damage(report, f"{layer}.weight", "nvfp4").error < error
 
 
 def test_outliers_make_a_layer_sensitive(runs: list[dict[str, torch.Tensor]], tiny_checkpoint: Any) -> None:

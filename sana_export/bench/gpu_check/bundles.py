@@ -16,8 +16,8 @@ from typing import Any
 
 from sana_export.bench.gpu_check.check import CheckFailed, PartContext
 from sana_export.child_process import run_module
-from sana_export.quantization import SCHEMES
-from sana_export.quantization_method import NEAREST
+from sana_export.quantization.method import NEAREST
+from sana_export.quantization.schemes import SCHEMES
 from sana_export.synth.recipes import RECIPES, SyntheticRecipe
 
 _LARGE = RECIPES["sana-1600m-1024px"]

@@ -22,7 +22,7 @@ from sana_export.bench.gpu_watch import GpuWatch
 from sana_export.bench.stages import summarize
 from sana_export.bench.workload import Workload
 from sana_export.export.parity import IMAGE_PSNR_LIMITS, psnr
-from sana_export.quantization import SCHEMES
+from sana_export.quantization.schemes import SCHEMES
 
 PROMPT, SEED = "A cute panda eating bamboo, ink drawing style", 0
 #: Number of warm-up calls, and batch to the number of counted calls.

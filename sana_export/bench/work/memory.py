@@ -18,7 +18,8 @@ from sana_export.contract import DECODERS
 from sana_export.export.quantize.plan import stored_bytes
 from sana_export.manifest import Options
 from sana_export.profiles import DECODER_TILE
-from sana_export.quantization import PARTS, SCHEMES, part_of
+from sana_export.quantization.layers import PARTS, part_of
+from sana_export.quantization.schemes import SCHEMES
 from sana_export.synth.recipes import RECIPES
 
 #: Label to the recipe with the model's widths.

@@ -14,7 +14,7 @@ from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, mod
 from sana_export.cli.verbs.export import MODEL_HELP
 from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS
-from sana_export.quantization import CALIBRATED_PARTS
+from sana_export.quantization.layers import CALIBRATED_PARTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

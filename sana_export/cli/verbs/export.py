@@ -16,8 +16,8 @@ from sana_export.cli.verb import Answer, Verb, add_model_options, add_names, mod
 from sana_export.errors import UsageError
 from sana_export.manifest import PRECISIONS, Manifest
 from sana_export.progress import Progress
-from sana_export.quantization import SCHEMES
-from sana_export.quantization_method import WORDS
+from sana_export.quantization.method import WORDS
+from sana_export.quantization.schemes import SCHEMES
 
 #: What MODEL may be.
 MODEL_HELP = "alias (see variants), hub id, or local folder in diffusers' format"

@@ -11,7 +11,7 @@ from sana_export.cli.packages import require
 from sana_export.cli.terminal.console import Console
 from sana_export.cli.verb import Answer, add_names, positive
 from sana_export.errors import UsageError
-from sana_export.quantization import SCHEMES
+from sana_export.quantization.schemes import SCHEMES
 
 #: Layers of each graph that are printed.
 WORST = 10

@@ -17,7 +17,7 @@ from sana_export.export.quantize.weights import StoredWeight
 from sana_export.formats.dtypes import DTYPES
 from sana_export.formats.quantized import ONNX_TYPES
 from sana_export.graphs.storage import Slice
-from sana_export.quantization import BLOCK
+from sana_export.quantization.schemes import BLOCK
 
 #: The domain of TensorRT's own operators.
 TENSORRT = "trt"

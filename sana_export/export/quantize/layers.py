@@ -23,7 +23,7 @@ from sana_export.formats.arrays import Float32
 from sana_export.formats.dtypes import WEIGHT_DTYPES, DType
 from sana_export.formats.quantized import FP4_MAX, FP8_MAX
 from sana_export.manifest import QuantizedWeight
-from sana_export.quantization_method import Method
+from sana_export.quantization.method import Method
 
 #: The least positive numbers: no step is 0.
 _LEAST = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-24}

@@ -12,8 +12,10 @@ from sana_export.formats.quantized import scale_shape
 from sana_export.graphs.builders import shape_graph
 from sana_export.graphs.numerics import Linear
 from sana_export.manifest import Options, QuantizedWeight
-from sana_export.quantization import BITS, FALLBACK, SCALE_BYTES, SCHEMES, Scheme, layer_rule, layer_scheme, method_of, part_of
-from sana_export.quantization_method import Method
+from sana_export.quantization.choice import method_of
+from sana_export.quantization.layers import layer_rule, layer_scheme, part_of
+from sana_export.quantization.method import Method
+from sana_export.quantization.schemes import BITS, FALLBACK, SCALE_BYTES, SCHEMES, Scheme
 
 #: A branch has at most one rank for so many channels on the narrower side of its layer. With more it would not save much.
 NARROWEST = 32

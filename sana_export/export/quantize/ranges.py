@@ -14,7 +14,7 @@ import numpy as np
 from sana_export.export.quantize.grids import GRIDS, round_fp4, round_fp8
 from sana_export.formats.arrays import Float32
 from sana_export.formats.quantized import FP4_MAX, FP8_MAX
-from sana_export.quantization import BLOCK
+from sana_export.quantization.schemes import BLOCK
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from sana_export.formats.safetensors_file import TensorFile
 from sana_export.json_records import record_from_json
 from sana_export.manifest import Options
 from sana_export.progress import OnProgress
-from sana_export.quantization import part_of
+from sana_export.quantization.layers import part_of
 
 #: The key of the file's metadata.
 METADATA = "sana_export.calibration"

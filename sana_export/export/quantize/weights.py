@@ -30,7 +30,8 @@ from sana_export.graphs.numerics import Linear
 from sana_export.graphs.products import compute_quantized, product_form
 from sana_export.graphs.storage import Slice, WeightFile, stored_in
 from sana_export.manifest import Options, QuantizedWeight
-from sana_export.quantization import SCHEMES, method_of
+from sana_export.quantization.choice import method_of
+from sana_export.quantization.schemes import SCHEMES
 
 
 @dataclass(frozen=True)

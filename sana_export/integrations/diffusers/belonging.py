@@ -25,7 +25,7 @@ from sana_export.integrations.diffusers.bundle_weights import BundleWeights
 from sana_export.integrations.diffusers.module import hooked, members
 from sana_export.integrations.diffusers.transformer import attentions, check_pag_layers, pag_layers, unknown_processor
 from sana_export.manifest import LoraTarget
-from sana_export.quantization import SCHEMES
+from sana_export.quantization.schemes import SCHEMES
 from sana_export.runtime.pipeline import SanaRuntime
 
 LOG = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from sana_export.errors import ArtifactError, DependencyError, UsageError
 from sana_export.installation import install_command
 from sana_export.manifest import Manifest
 from sana_export.numeric import shown
-from sana_export.quantization import quantization_words, without_kernels
+from sana_export.quantization.choice import quantization_words
+from sana_export.quantization.targets import without_kernels
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendFactory, BackendSettings, Loader
 from sana_export.runtime.memory import AUTO
 

@@ -26,7 +26,8 @@ from sana_export.installation import install_command
 from sana_export.known_files import check_known_files
 from sana_export.machine import find_cuda_error
 from sana_export.manifest import Manifest
-from sana_export.quantization import NO_KERNELS, quantization_words, without_kernels
+from sana_export.quantization.choice import quantization_words
+from sana_export.quantization.targets import NO_KERNELS, without_kernels
 from sana_export.runtime.backends.base import DEFAULT_SETTINGS, Backend, BackendSettings, Session, check_options
 from sana_export.runtime.backends.onnxruntime_graphs import PROVIDER_OPTIONS, GraphedSession
 from sana_export.runtime.backends.onnxruntime_provider import (

@@ -11,7 +11,7 @@ import numpy as np
 
 from sana_export.formats.arrays import Array
 from sana_export.json_records import json_value
-from sana_export.quantization import SCHEMES
+from sana_export.quantization.schemes import SCHEMES
 from sana_export.verify.quality.meter import FOLDER
 
 #: The name of the reference that every bundle is compared with.

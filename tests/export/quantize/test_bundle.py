@@ -27,7 +27,7 @@ from sana_export.graphs.storage import ALIGNMENT
 from sana_export.hub.origin import HubOrigin
 from sana_export.manifest import FILE_NAME, Manifest, Options, seal
 from sana_export.profiles import custom_profile, profile_named
-from sana_export.quantization import SCHEMES as ALL_SCHEMES
+from sana_export.quantization.schemes import SCHEMES as ALL_SCHEMES
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends import quantized_weights
 from sana_export.runtime.backends.torch import TorchBackend

@@ -34,7 +34,7 @@ from sana_export.formats.dtypes import WEIGHT_DTYPES
 from sana_export.formats.quantized import decode_fp4, encode_fp4, pack, unpack
 from sana_export.graphs.products import ProductForm, rounded
 from sana_export.manifest import Manifest, Options, QuantizedWeight
-from sana_export.quantization_method import parse_method
+from sana_export.quantization.method import parse_method
 from sana_export.runtime import SanaRuntime, backends
 from sana_export.verify.bundle import Sampling
 from sana_export.verify.evaluator_backend import open_runtime

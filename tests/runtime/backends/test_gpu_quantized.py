@@ -17,7 +17,7 @@ from sana_export.calibration.run import Calibration
 from sana_export.graphs.fp8_product import fp8_product, fp8_steps, has_kernel
 from sana_export.graphs.quantized_tensor import QuantizedTensor
 from sana_export.manifest import Manifest
-from sana_export.quantization import SCHEMES as QUANTIZATION
+from sana_export.quantization.schemes import SCHEMES as QUANTIZATION
 from sana_export.runtime import SanaRuntime
 from sana_export.runtime.backends.torch import CudaTorchBackend, TorchBackend, reopen
 from tests.runtime.backends.test_gpu_backends import REQUESTS, draw, psnr, why_not

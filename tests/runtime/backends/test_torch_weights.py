@@ -16,7 +16,7 @@ from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.export.example_inputs import TRACE_SIZES, random_inputs
 from sana_export.graphs.quantized_tensor import QuantizedTensor
 from sana_export.manifest import Manifest
-from sana_export.quantization import SCHEMES
+from sana_export.quantization.schemes import SCHEMES
 from sana_export.runtime.backends import torch_weights
 from sana_export.runtime.backends.torch_weights import stored_graph
 from tests.support.bundles import exported
