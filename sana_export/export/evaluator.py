@@ -185,6 +185,8 @@ def _session(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         # In the order of the file: a node that measures a tensor runs before the tensor's memory is needed for others.
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        # From the second run of a shape on, all intermediate tensors would share one block, beside the arena of the first run.
+        options.enable_mem_pattern = False
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     options.log_severity_level = 3
     content = model.SerializeToString()

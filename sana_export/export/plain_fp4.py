@@ -105,7 +105,9 @@ def _round_input(steps: _Steps, node: NodeProto) -> None:
     blocks = add("Reshape", over, steps.constant([-1, block_of(node)]))
     largest = add("ReduceMax", add("Abs", blocks), steps.constant([-1]))
     add("QuantizeLinear", add("Div", largest, steps.constant(FP4_MAX)), one, output=scales, output_dtype=TensorProto.FLOAT8E4M3FN)
-    own = add("DequantizeLinear", scales, one)
+    # A DequantizeLinear with two readers would cost memory: ONNX Runtime copies it for the second one, and runs what reads the copy
+    # after all other nodes that are ready. Those decode weights, so all weights would be in memory at once, in float32.
+    own = add("Cast", scales, to=TensorProto.FLOAT)
     levels = add("Div", blocks, add("Where", add("Greater", own, zero), own, steps.constant(np.inf)))
     sizes = add("Abs", levels)
     distance = add("Where", add("Less", sizes, steps.constant(4.0)), one, two)

@@ -1,7 +1,7 @@
 """The GPU memory that engines work in, as TensorRT-RTX's builder states it for one image (data only).
 
 Made without a GPU by `sana-export build BUNDLE --backend tensorrt-rtx --profile static-SIDE`, which records the figure of each
-engine in the manifest as `activation_bytes`. To repeat it, see docs/full-size.md. fp16 graphs, portable engines.
+engine in the manifest as `activation_bytes`. To repeat it, see docs/full-size.md. fp16 graphs, portable engines, one build each.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Activations:
     #: Bytes of it that grow with channels and blocks, not with pixels: mostly a copy of the prompt's keys and values. For the
     #: denoiser, what the figures for 1024 and 4096 px leave for an image without pixels.
     fixed: int = 0
+    #: Whether its weights are quantized. A graph without such a row has the same figures in both cases.
+    quantized: bool = False
     #: Where the figure comes from.
     source: str = BUILDER
 
@@ -45,6 +47,8 @@ ACTIVATIONS = (
     Activations("denoiser", 4096, 1_571_262_976, 2240, 20, fixed=103_300_000),
     Activations("vae_decoder", 1024, 572_522_496),
     Activations("vae_decoder", 2048, 2_287_992_832),
+    Activations("vae_decoder", 1024, 656_934_912, quantized=True, source=_EIGHT),
+    Activations("vae_decoder", 2048, 2_577_074_176, quantized=True, source=_EIGHT),
     Activations("vae_decoder_head", 1024, 154_540_032),
     Activations("vae_decoder_head", 2048, 577_769_472),
     Activations("vae_decoder_head", 4096, 2_296_385_536),
@@ -53,12 +57,14 @@ ACTIVATIONS = (
 )
 
 
-def activations(graph: str, side: int, channels: int, layers: int) -> Activations:
+def activations(graph: str, side: int, channels: int, layers: int, *, quantized: bool = False) -> Activations:
     """The row of `graph` for an image of `side` pixels and a transformer of so many `channels` and `layers`.
 
-    If no row is for this size and width, the nearest one, scaled. A graph without a row has 0 bytes.
+    `quantized`: whether the graph's weights are. If no row is for this size and width, the nearest one, scaled. A graph without a
+    row has 0 bytes.
     """
     rows = [row for row in ACTIVATIONS if row.graph == graph]
+    rows = [row for row in rows if row.quantized == quantized] or rows
     if not rows:
         return Activations(graph, side, 0, channels, layers, source="computed: less than the tensors that it reads and writes")
     row = min(rows, key=lambda row: (row.channels not in (0, channels), row.layers not in (0, layers), abs(row.side - side)))
@@ -67,4 +73,5 @@ def activations(graph: str, side: int, channels: int, layers: int) -> Activation
     fixed = row.fixed * wide * (layers / row.layers if row.layers else 1.0)
     if (scaled := round(work + fixed)) == row.bytes:
         return row
-    return Activations(graph, side, scaled, channels, layers, round(fixed), f"{row.source}, scaled by pixels, channels and blocks")
+    source = f"{row.source}, scaled by pixels, channels and blocks"
+    return Activations(graph, side, scaled, channels, layers, round(fixed), row.quantized, source)

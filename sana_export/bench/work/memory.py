@@ -113,7 +113,7 @@ def memory_plans() -> Iterator[MemoryPlan]:
                     graph: _weight_bytes(graph, name if graph in _TRANSFORMER else _ANY, parts.get(part_of(graph)))
                     for graph in (*_TRANSFORMER, *_SHARED)
                 }
-                yield MemoryPlan(model, side, tile, scheme, _stages(recipe.transformer, side, tile, weights))
+                yield MemoryPlan(model, side, tile, scheme, _stages(recipe.transformer, side, tile, weights, parts))
 
 
 @cache
@@ -125,7 +125,10 @@ def _weight_bytes(graph: str, model: str, scheme: str | None) -> int:
     return stored_bytes(graph, cast(SanaCheckpoint, checkpoint), options)
 
 
-def _stages(transformer: Mapping[str, Any], side: int, tile: int, weights: Mapping[str, int]) -> dict[str, StageMemory]:
+def _stages(
+    transformer: Mapping[str, Any], side: int, tile: int, weights: Mapping[str, int], schemes: Mapping[str, str]
+) -> dict[str, StageMemory]:
+    """The stages. `weights`: the bytes of each graph's. `schemes`: the quantization scheme of each part that has one."""
     channels = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     cross = transformer["num_cross_attention_heads"] * transformer["cross_attention_head_dim"]
     decoders = tuple(sorted(DECODERS[tile > 0]))
@@ -135,10 +138,12 @@ def _stages(transformer: Mapping[str, Any], side: int, tile: int, weights: Mappi
     features = 512 * (side // 8) ** 2 * 2
     image = 3 * side**2 * 4 + 3 * side**2
 
+    def work(graph: str) -> int:
+        shown = tile if graph == "vae_decoder_tail" else side
+        return activations(graph, shown, channels, transformer["num_layers"], quantized=part_of(graph) in schemes).bytes
+
     def stage(graphs: tuple[str, ...], tensors: int) -> StageMemory:
-        sides = {"vae_decoder_tail": tile}
-        work = max(activations(graph, sides.get(graph, side), channels, transformer["num_layers"]).bytes for graph in graphs)
-        return StageMemory(sum(weights[graph] for graph in graphs), work, tensors)
+        return StageMemory(sum(weights[graph] for graph in graphs), max(map(work, graphs)), tensors)
 
     return {
         "text": stage(("text_encoder", "context"), prompt + context),

@@ -55,6 +55,7 @@ def _memory() -> Answer:
         "GB are 10^9 bytes. Cards are in GiB: one of 6 GiB has 6.4 GB.",
         f"Included: {CUDA_BYTES / 1e9:.1f} GB for CUDA, an assumption. Not included: what other programs and the display use.",
         "Activations are those of fp16 engines for one image with guidance, as the builder of TensorRT-RTX states them.",
+        "Those of a decoder in one piece are of its own scheme.",
     ]
     document = {
         "memory": [plan.as_json() for plan in plans],

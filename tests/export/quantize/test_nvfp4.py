@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -20,7 +22,7 @@ from sana_export.bench.work.onnx import onnx_products
 from sana_export.calibration.run import Calibration, calibrate
 from sana_export.contract import DYNAMIC_AXES
 from sana_export.errors import ArtifactError, ParityError
-from sana_export.export.evaluator import StorageEvaluator
+from sana_export.export.evaluator import StorageEvaluator, TensorEvaluator
 from sana_export.export.example_inputs import CHECK_SIZES, random_inputs
 from sana_export.export.graph_files import export_graphs
 from sana_export.export.quantize import weights as weights_module
@@ -199,6 +201,36 @@ def test_the_file_computes_what_onnx_defines(bundle: Path) -> None:
     scale = np.abs(wanted).max()
     assert np.abs(found - wanted).max() < 1e-4 * scale
     assert np.abs(whole - wanted).max() > 1e-2 * scale
+
+
+def _kind(event: dict[str, Any]) -> str:
+    """D for a node that decodes a weight, P for a product."""
+    return "D" if "//numbers_" in event["name"] else "P" if event["args"]["op_name"] in ("MatMul", "Conv") else ""
+
+
+def test_one_weight_at_a_time_is_decoded_although_inputs_are_rounded(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order in which ONNX Runtime runs the nodes. It used to decode all weights before the first product."""
+    options = onnxruntime.SessionOptions
+
+    def profiled() -> onnxruntime.SessionOptions:
+        made = options()
+        made.enable_profiling, made.profile_file_prefix = True, str(tmp_path / "profile")
+        return made
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", profiled)
+    entry = Manifest.load(bundle).graphs["denoiser"]
+    evaluator = TensorEvaluator(denoiser(bundle), [entry.spec.outputs[0].name], threads=1, arithmetic="stored")
+    evaluator.run({name: value.numpy() for name, value in random_inputs(entry.spec, CHECK_SIZES, seed=8).items()})
+    del evaluator  # which writes the profile
+    (profile,) = tmp_path.glob("profile*.json")
+    events = [event for event in json.loads(profile.read_text()) if event["name"].endswith("_kernel_time")]
+    events.sort(key=lambda event: event["ts"])
+    order = "".join(map(_kind, events))
+    assert order.count("D") == len(entry.quantized)
+    # Two layers can read one tensor.
+    assert max(run.count("D") for run in order.split("P")) <= 2
 
 
 def test_the_file_has_the_form_that_tensorrt_compiles(bundle: Path) -> None:
