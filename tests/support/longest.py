@@ -11,7 +11,9 @@ TESTS = Path(__file__).parents[1]
 LONGEST = (
     "verify/test_hot_checkpoints.py",
     "bench/test_run.py",
-    "test_example_cpp.py",
+    "runtime/backends/test_tensorrt.py",
+    "bench/test_gpu_check_parts.py",
+    "runtime/backends/test_cuda.py",
     "verify/test_quality.py",
     "export/test_sprint.py",
     "graphs/test_full_width_decoder.py",
@@ -24,6 +26,8 @@ LONGEST = (
     "synth/test_full_size.py",
     "verify/test_layers.py",
     "test_examples.py",
+    "test_example_cpp.py",
+    "tools/test_gpu_check.py",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -74,5 +75,6 @@ def test_only_what_needs_the_missing_packages_is_skipped(tmp_path: Path) -> None
         "def test_right(): assert True\n"
     )
     command = (sys.executable, "-m", "pytest", "-p", "tests.support.runtime_only", "--rootdir", tmp_path, tmp_path)
-    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "2 failed, 1 passed, 2 skipped" in done.stdout, done.stdout

@@ -7,7 +7,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.serve.schema import ReplicaState
 
 from sana_export.serve.app import create_app
 from sana_export.serve.ray.config import RayConfig
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 #: The name of the deployment of drawing replicas.
 DRAWING = "Drawing"
+#: What Ray calls the state of a replica that takes requests.
+RUNNING = "RUNNING"
 #: Seconds between two questions to Ray about them.
 WATCH_SECONDS = 2.0
 
@@ -53,7 +54,7 @@ class FrontReplica:
 def running_replicas(application: str) -> int:
     """How many drawing replicas of an application run, as Ray's controller says. May take a while."""
     states = serve.status().applications[application].deployments[DRAWING].replica_states
-    return states.get(ReplicaState.RUNNING, 0)
+    return sum(count for state, count in states.items() if state == RUNNING)
 
 
 class OneRequestId:
