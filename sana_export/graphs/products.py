@@ -71,12 +71,19 @@ class ProductForm:
     #: The type that the input is rounded to, "int8", "fp8" or "fp4". "": it is not rounded.
     inputs: str = ""
     #: The number that one step of the rounded input stands for. FP4: what the scales of its blocks are multiplied by.
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     #: Factors of the input's channels [in]. None: 1.
     factor: Tensor | None = None
     #: The branch beside the layer, [in, rank] and [rank, out]. None: there is none.
     down: Tensor | None = None
     up: Tensor | None = None
+
+    def product(self, multiply: Callable[[Tensor], Tensor], x: Tensor, axis: int) -> Tensor:
+        """y for the input `x`, whose channels are on `axis`. `multiply` rounds its argument and multiplies it by W."""
+        if self.factor is not None:
+            x = x * self.factor.reshape(-1, *[1] * (-axis - 1))
+        y = multiply(x)
+        return y if self.down is None or self.up is None else y + _through(self.up, _through(self.down, x, axis), axis)
 
 
 class QuantizedProducts(ProductMode):
@@ -88,14 +95,7 @@ class QuantizedProducts(ProductMode):
 
     def product(self, name: str, multiply: Callable[[Tensor], Tensor], x: Tensor, axis: int) -> Tensor:
         form = self._forms[name]
-        if form.factor is not None:
-            x = x * form.factor.reshape(-1, *[1] * (-axis - 1))
-        return add_branch(multiply(rounded(x, form.inputs, form.scale, axis)), x, form.down, form.up, axis)
-
-
-def add_branch(y: Tensor, x: Tensor, down: Tensor | None, up: Tensor | None, axis: int) -> Tensor:
-    """`y` and what the branch beside the layer makes of its input `x`, whose channels are on `axis`. None: there is no branch."""
-    return y if down is None or up is None else y + _through(up, _through(down, x, axis), axis)
+        return form.product(lambda x: multiply(rounded(x, form.inputs, form.scale, axis)), x, axis)
 
 
 def rounded(x: Tensor, dtype: str, scale: float | Tensor, axis: int = -1) -> Tensor:

@@ -1,8 +1,8 @@
 """Weights that stay quantized on the device: tensors that a graph's modules multiply like any other.
 
 A `QuantizedTensor` stands for the numbers of a plain weight. A matrix product or a convolution with it computes what the layer of
-the ONNX file computes: it rounds the input, multiplies it by the weight and adds the low-rank branch. Every other use widens it to
-a plain tensor first. torch.compile traces both, as it traces any tensor that consists of others.
+the ONNX file computes: it rounds the input, multiplies it by the weight and adds the low-rank branch. Every other use reads
+a plain tensor, which only a weight without such extras can give. torch.compile traces both, as any tensor that consists of others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sana_export.graphs.fp8_product import LEAST_ROWS, fp8_product
-from sana_export.graphs.products import PRODUCTS, add_branch, rounded
+from sana_export.graphs.products import PRODUCTS, ProductForm, rounded
 
 #: The tensors inside of it that may be missing.
 _OPTIONAL = ("input_scale", "factor", "down", "up")
@@ -79,8 +79,10 @@ class QuantizedTensor(Tensor):
         return QuantizedTensor(inner["numbers"], inner["scales"], layout, size, parts)
 
     def _stable_hash_for_caching(self) -> str:
-        """For PyTorch's cache of compiled code on disk."""
-        return repr(self)
+        """What compiled code depends on, for PyTorch's cache of it."""
+        inner = {name: getattr(self, name) for name in self.__tensor_flatten__()[0]}
+        kinds = [(name, part.dtype, tuple(part.shape), part.stride(), str(part.device)) for name, part in inner.items()]
+        return repr((tuple(self.shape), self.form, kinds))
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"QuantizedTensor({tuple(self.shape)}, {self.form})"
@@ -99,20 +101,21 @@ class QuantizedTensor(Tensor):
         return (values.T if layout.transposed else values).reshape(self.shape)
 
     def product(self, function: Callable[..., Any], args: Sequence[Any], place: int, axis: int, kwargs: Any) -> Tensor:
-        """`function` of `args`, of which this tensor is at `place`; the channels of the other one are on `axis`."""
-        layout, x = self.form, args[1 - place]
-        if self.factor is not None:
-            x = x * self.factor.reshape(-1, *[1] * (-axis - 1))
-        if layout.kernel and self.input_scale is not None and x.numel() // x.shape[axis] >= LEAST_ROWS:
-            y = fp8_product(x, self.numbers, self.input_scale, self.scales, axis)
-            bias = args[2] if len(args) > 2 else None
-            y = y if bias is None else y + bias.reshape(-1, *[1] * (-axis - 1))  # only a convolution has one
-        else:
-            within = x if self.input_scale is None else rounded(x, layout.inputs, self.input_scale, axis)
+        """`function` of `args`, of which this tensor is at `place`; the channels of the other factor are on `axis`."""
+        layout, scale = self.form, self.input_scale
+        form = ProductForm(layout.inputs, 1.0 if scale is None else scale, self.factor, self.down, self.up)
+
+        def multiply(x: Tensor) -> Tensor:
+            if layout.kernel and scale is not None and x.numel() // x.shape[axis] >= LEAST_ROWS:
+                y = fp8_product(x, self.numbers, scale, self.scales, axis)
+                bias = args[2] if len(args) > 2 else None  # of a convolution
+                return y if bias is None else y + bias.reshape(-1, *[1] * (-axis - 1))
             arguments = [*args]
-            arguments[place], arguments[1 - place] = self.wide(), within
-            y = function(*arguments, **kwargs)
-        return add_branch(y, x, self.down, self.up, axis)
+            arguments[place], arguments[1 - place] = self.wide(), rounded(x, form.inputs, form.scale, axis)
+            found: Tensor = function(*arguments, **kwargs)
+            return found
+
+        return form.product(multiply, args[1 - place], axis)
 
     @classmethod
     def __torch_function__(
@@ -135,7 +138,9 @@ class QuantizedTensor(Tensor):
             names, layout = whole.__tensor_flatten__()
             inner = {name: function(getattr(whole, name), *args[1:], **kwargs) for name in names}
             return cls.__tensor_unflatten__(inner, layout, whole.shape, None)
-        return function(*(widened(value) for value in args), **{key: widened(value) for key, value in kwargs.items()})
+        if function._schema.is_mutable:
+            raise RuntimeError(f"{function} cannot write into a quantized weight")
+        return function(*(_plain(value) for value in args), **{key: _plain(value) for key, value in kwargs.items()})
 
 
 def small_numbers(stored: Tensor, layout: Layout) -> Tensor:
@@ -155,8 +160,10 @@ def _fp4_numbers(codes: Tensor) -> Tensor:
     return torch.where(codes < 8, size, -size)
 
 
-def widened(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """`value`, as a plain tensor if it is quantized, also in lists."""
     if isinstance(value, QuantizedTensor):
+        if layer := [name for name in _OPTIONAL if getattr(value, name) is not None]:
+            raise RuntimeError(f"a layer with {', '.join(layer)} is more than its weight: only a whole product can use it")
         return value.wide()
-    return type(value)(map(widened, value)) if isinstance(value, (list, tuple)) else value
+    return type(value)(map(_plain, value)) if isinstance(value, (list, tuple)) else value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d
 
 from sana_export.formats.quantized import as_used, dequantize, pack, scale_shape, unpack
+from sana_export.graphs import fp8_product as fp8_product_module
 from sana_export.graphs.fp8_product import fp8_product, has_kernel
 from sana_export.graphs.products import ProductForm, compute_quantized
 from sana_export.graphs.quantized_tensor import Layout, QuantizedTensor
@@ -47,10 +50,10 @@ class Layers(nn.Module):
         self.right, self.left, self.kernel = (nn.Parameter(w, requires_grad=False) for w in (right, left, kernel))
         self.bias = nn.Parameter(torch.arange(OUT, dtype=torch.float32), requires_grad=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         y = (x.movedim(1, -1) @ self.right).movedim(-1, 1)
         z = (self.left @ x.flatten(2)).unflatten(2, x.shape[2:])
-        return y + z + conv2d(x, self.kernel, self.bias), self.left[1:3]
+        return y + z + conv2d(x, self.kernel, self.bias)
 
 
 def layers(dtype: str, seed: int, *, rounds: bool = True) -> tuple[Layers, Layers, dict[str, ProductForm]]:
@@ -76,10 +79,8 @@ def layers(dtype: str, seed: int, *, rounds: bool = True) -> tuple[Layers, Layer
 def test_products_are_those_of_the_plain_weight_in_the_layer_s_form(dtype: str, rounds: bool) -> None:
     found, plain, forms = layers(dtype, 5, rounds=rounds)
     x = torch.randn(2, IN, 3, 5, generator=torch.Generator().manual_seed(1))
-    rows = plain.left[1:3]
     compute_quantized(plain, forms)
-    torch.testing.assert_close(found(x)[0], plain(x)[0], rtol=1e-5, atol=1e-4)
-    assert torch.equal(found(x)[1], rows)
+    torch.testing.assert_close(found(x), plain(x), rtol=1e-5, atol=1e-4)
     for name in ("right", "left", "kernel"):
         assert torch.equal(getattr(found, name).wide(), getattr(plain, name))
 
@@ -93,21 +94,46 @@ def test_layers_of_one_kind_are_compiled_once() -> None:
             module, _, _ = layers("int4", seed)
             wanted = module(x)
             compiled = torch.compile(module.forward, fullgraph=True, backend="aot_eager")
-            torch.testing.assert_close(compiled(x)[0], wanted[0], rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(compiled(x), wanted, rtol=1e-5, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_copy_stays_quantized_and_another_dtype_does_not() -> None:
-    quantized, plain = weight("int4", 3, transposed=True, shape=(OUT, IN), parts={"factor": torch.ones(IN)})
-    holder = nn.Module()
-    holder.weight = nn.Parameter(quantized, requires_grad=False)
-    moved = holder.to("cpu").get_parameter("weight")
-    assert isinstance(moved, QuantizedTensor)
-    copied = moved.detach().clone()
+def test_compiled_code_of_a_layer_is_not_that_of_a_layer_with_other_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PyTorch keeps compiled code on disk, by what `QuantizedTensor` says of itself."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(3, IN, generator=generator)
+
+    def branch(rank: int) -> dict[str, Tensor]:
+        return {"down": torch.randn(IN, rank, generator=generator), "up": torch.randn(rank, OUT, generator=generator)}
+
+    for parts in ({}, {"factor": torch.rand(IN, generator=generator) + 2}, branch(4), branch(8)):
+        made, plain = weight("int8", 8, transposed=False, shape=(IN, OUT), parts=parts)
+        layer = nn.Module()
+        layer.weight = nn.Parameter(made, requires_grad=False)
+        wanted = (x * parts.get("factor", 1)) @ plain
+        wanted = wanted + x @ parts["down"] @ parts["up"] if "down" in parts else wanted
+        torch._dynamo.reset()
+        found = torch.compile(lambda x, layer=layer: x @ layer.weight)(x)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-2)
+
+
+def test_a_copy_and_another_dtype() -> None:
+    quantized, plain = weight("int4", 3, transposed=True, shape=(OUT, IN), parts={})
+    copied = quantized.detach().clone()
     assert isinstance(copied, QuantizedTensor)
     assert torch.equal(copied.wide(), plain)
     assert copied.numbers.data_ptr() != quantized.numbers.data_ptr()
     assert torch.equal(quantized.to(torch.float64), plain.double())
+    assert torch.equal(quantized[1:3], plain[1:3])
+
+
+def test_what_would_lose_something_is_refused() -> None:
+    quantized, _ = weight("int8", 3, transposed=True, shape=(OUT, IN), parts={"factor": torch.ones(IN)})
+    with pytest.raises(RuntimeError, match="a layer with factor is more than its weight"):
+        quantized[1:3]
+    with pytest.raises(RuntimeError, match="cannot write into a quantized weight"):
+        quantized.copy_(torch.zeros(OUT, IN))
 
 
 @pytest.mark.parametrize("axis", [-1, -2, -3])
@@ -143,3 +169,28 @@ def test_a_gpu_s_kernel_gets_tensors_in_its_layout(place: int) -> None:
 
 def test_a_cpu_takes_no_kernel() -> None:
     assert not has_kernel("fp8", "fp8", (IN, OUT), torch.float16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, NotImplementedError])
+def test_a_kernel_that_pytorch_refuses_is_not_taken(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Tensor:
+        raise error("only bf16")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    assert not fp8_product_module._is_right.__wrapped__(torch.float16, torch.device("cpu"))
+
+
+def test_out_of_memory_says_nothing_about_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "_scaled_mm", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fp8_product_module._is_right.__wrapped__(torch.float16, torch.device("cpu"))
+
+
+def test_a_right_kernel_is_taken_and_a_wrong_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_right, scaled = fp8_product_module._is_right.__wrapped__, torch._scaled_mm
+    assert is_right(torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: 1.01 * scaled(*args, **kwargs))
+    assert not is_right(torch.bfloat16, torch.device("cpu"))

@@ -78,7 +78,7 @@ def exported(
     """Export the bundle `name` of a checkpoint, unless it is up to date. No `graphs` means all of them.
 
     `quantize`: the scheme of all parts that take one, with rounding to the nearest number, and a short calibration if it needs one:
-    other numbers are not faster.
+    the method does not change the speed.
     """
     from sana_export.calibration.run import Calibration
     from sana_export.export.bundle import export_bundle

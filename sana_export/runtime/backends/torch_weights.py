@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,12 @@ from sana_export.checkpoint.checkpoint import SanaCheckpoint
 from sana_export.commands import repair_command
 from sana_export.graphs.builders import build_graph
 from sana_export.graphs.fp8_product import has_kernel
+from sana_export.graphs.products import product_form
 from sana_export.graphs.quantized_tensor import Layout, QuantizedTensor
 from sana_export.manifest import Manifest
 from sana_export.runtime.backends.quantized_weights import StoredLayer, read_quantized
+
+log = logging.getLogger(__name__)
 
 
 def stored_graph(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, graph: str, device: str) -> nn.Module:
@@ -32,6 +35,9 @@ def stored_graph(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, g
             weight = _on_gpu(layer, replaced, torch.device(device)) if device != "cpu" else _on_cpu(layer, replaced)
             for owner, name in owners[id(replaced)]:
                 setattr(owner, name, nn.Parameter(weight, requires_grad=False))
+        in_fp8 = sum(isinstance(weight, QuantizedTensor) and weight.form.kernel for weight in module.parameters())
+        if any(weight.inputs == "fp8" for weight in entry.quantized) and device != "cpu":
+            log.info("%s: %d layers multiply in FP8, the others in %s", graph, in_fp8, manifest.options.dtype)
     return module.to(device)
 
 
@@ -66,20 +72,12 @@ def _on_gpu(layer: StoredLayer, replaced: Tensor, device: torch.device) -> Tenso
 
 def _parts(layer: StoredLayer, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a `QuantizedTensor` beside its numbers and scales."""
-    weight, parts = layer.weight, dict[str, Tensor]()
-
-    def add(name: str, end: str, shape: Sequence[int], kind: torch.dtype = dtype) -> None:
-        parts[name] = _tensor(layer.tensors[end], kind).reshape(shape)
-
-    if weight.inputs:
-        add("input_scale", "input.scale", (), torch.float32)
-    if weight.rescaled:
-        add("factor", "input.factor", (-1,))
-    if weight.rank:
-        inputs, outputs = weight.shape  # a branch belongs to a weight that is stored as [in, out]
-        add("down", "low_rank.down", (inputs, weight.rank))
-        add("up", "low_rank.up", (weight.rank, outputs))
-    return parts
+    form = product_form(layer.weight, {end: _tensor(values, torch.float32) for end, values in layer.tensors.items()}, dtype)
+    if form is None:
+        return {}
+    scale = torch.tensor(form.scale, dtype=torch.float32) if form.inputs else None
+    parts = {"input_scale": scale, "factor": form.factor, "down": form.down, "up": form.up}
+    return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
 
 def _tensor(numbers: np.ndarray, dtype: torch.dtype) -> Tensor:

@@ -102,9 +102,9 @@ def layers(bundle: Path, checkpoint: SanaCheckpoint) -> dict[str, tuple[torch.Te
     module = shape_graph("denoiser", checkpoint, manifest.options)
     shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
     found = {}
-    for layer in read_quantized(bundle, manifest.graphs["denoiser"], "float32", shapes, fix=""):
+    for layer in read_quantized(bundle, manifest.graphs["denoiser"], "float32", fix=""):
         found[layer.weight.name] = (
-            torch.from_numpy(layer.numbers),
+            torch.from_numpy(layer.numbers(shapes[layer.weight.name])),
             {end: torch.from_numpy(values).flatten() for end, values in layer.tensors.items()},
         )
     return found

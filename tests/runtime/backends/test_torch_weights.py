@@ -27,27 +27,35 @@ METHODS = {"int8": ["rescale"], "int4-weight": ["low-rank=8"], "nvfp4": ["rescal
 
 @pytest.fixture(scope="module", params=SCHEMES)
 def bundle(request: pytest.FixtureRequest, tiny_checkpoint: SanaCheckpoint, build_cache: Path) -> Path:
-    """The float32 bundle of `tiny-random` with a denoiser in one scheme."""
+    """The float32 bundle of `tiny-random` in one scheme."""
     scheme = request.param
-    words = {"quantize": [f"denoiser={scheme}"], "quantize_method": METHODS.get(scheme, ["nearest"])}
+    words = {"quantize": [scheme], "quantize_method": METHODS.get(scheme, ["nearest"])}
     calibration = Calibration(["a red apple"], steps=1, size=128)
     needs = {} if scheme == "int8-weight" else {"calibration": calibration}
-    return exported(tiny_checkpoint, build_cache / f"denoiser-{scheme}", **words, **needs)
+    return exported(tiny_checkpoint, build_cache / f"tiny-fp32-{scheme}-small", **words, **needs)
 
 
 def quantized(module: nn.Module) -> list[QuantizedTensor]:
     return [parameter for parameter in module.parameters() if isinstance(parameter, QuantizedTensor)]
 
 
-def test_small_weights_compute_what_wide_ones_do(bundle: Path, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("graph", ["denoiser", "text_encoder", "vae_decoder"])
+def test_small_weights_compute_what_wide_ones_do(
+    graph: str, bundle: Path, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = Manifest.load(bundle)
-    wide = stored_graph(bundle, manifest, tiny_checkpoint, "denoiser", "cpu")
+    wide = stored_graph(bundle, manifest, tiny_checkpoint, graph, "cpu")
     monkeypatch.setattr(torch_weights, "_on_cpu", partial(torch_weights._on_gpu, device=torch.device("cpu")))
-    small = stored_graph(bundle, manifest, tiny_checkpoint, "denoiser", "cpu")
-    entries = manifest.graphs["denoiser"].quantized
-    assert len(quantized(small)) == len(entries)
+    small = stored_graph(bundle, manifest, tiny_checkpoint, graph, "cpu")
+    entries = manifest.graphs[graph].quantized
+    assert len(quantized(small)) == len(entries) > 0
     assert len(quantized(wide)) == sum(bool(entry.inputs or entry.rescaled or entry.rank) for entry in entries)
-    inputs = random_inputs(manifest.graphs["denoiser"].spec, replace(TRACE_SIZES, branches=2, text_branches=2), 7)
+    inputs = random_inputs(manifest.graphs[graph].spec, replace(TRACE_SIZES, branches=2, text_branches=2), 7)
     with torch.no_grad():
-        wanted, found = wide(**inputs), small(**inputs)
-    assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+        wanted, found = (tuple_of(module(**inputs)) for module in (wide, small))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+def tuple_of(results: Any) -> tuple[torch.Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
