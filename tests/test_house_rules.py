@@ -25,8 +25,18 @@ DOCUMENTS = sorted(
 )
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in PACKAGE}
 #: What starts with an underscore but has no public name: a documented function of the standard library, ATen operators, and what
-#: PyTorch's own extension points hand over.
-FOREIGN = {"os._exit", "torch._ops", "_unsafe_view", "_to_copy", "_overloadpacket", "_schema"}
+#: PyTorch's own extension points hand over or ask for. `torch.nn.functional.scaled_mm` is newer than the oldest PyTorch that is supported.
+FOREIGN = {
+    "os._exit",
+    "torch._ops",
+    "_unsafe_view",
+    "_to_copy",
+    "_overloadpacket",
+    "_schema",
+    "Tensor._make_wrapper_subclass",
+    "torch._C",
+    "torch._scaled_mm",
+}
 #: Words of a command line's usage that stand for a value. A fix knows the value.
 PLACEHOLDERS = re.compile(r"\b(MODEL|BUNDLE|BACKEND|PATH|FILE|DIR)\b")
 #: What no native speaker writes, and what to write instead.

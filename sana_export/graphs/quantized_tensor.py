@@ -123,7 +123,7 @@ class QuantizedTensor(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         for place, axis in PRODUCTS.get(function, {}).items():
-            if isinstance(args[place], QuantizedTensor):
+            if place < len(args) and isinstance(args[place], QuantizedTensor):
                 return args[place].product(function, args, place, axis, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
