@@ -25,7 +25,7 @@ DOCUMENTS = sorted(
 )
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in PACKAGE}
 #: What starts with an underscore but has no public name: a documented function of the standard library, ATen operators, and what
-#: PyTorch's own extension points hand over or ask for. `torch.nn.functional.scaled_mm` is newer than the oldest PyTorch that is supported.
+#: PyTorch's own extension points hand over or ask for. `torch.nn.functional.scaled_mm` is newer than the oldest supported PyTorch.
 FOREIGN = {
     "os._exit",
     "torch._ops",
