@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sana_export.formats.quantized import FP8_MAX
+from sana_export.graphs.products import to_fp8
 
 #: For fewer rows of inputs than this, FP16 is used.
 LEAST_ROWS = 32
@@ -23,7 +23,7 @@ _TOLERANCE = 5e-3
 
 def fp8_steps(x: Tensor, input_scale: Tensor) -> Tensor:
     """`x` in steps of `input_scale`, in FP8."""
-    return (x.float() / input_scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return to_fp8(x.float() / input_scale)
 
 
 def fp8_product(x: Tensor, numbers: Tensor, input_scale: Tensor, scales: Tensor, axis: int = -1) -> Tensor:

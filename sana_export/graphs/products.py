@@ -118,9 +118,13 @@ def _rounded_blocks(steps: Tensor, scale: float | Tensor, dtype: torch.dtype) ->
     return (numbers.to(dtype) * (scales * scale).to(dtype)).flatten(-2)
 
 
+def to_fp8(x: Tensor) -> Tensor:
+    """The nearest numbers of FP8 E4M3, in that type."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
 def _fp8(x: Tensor) -> Tensor:
-    """The nearest numbers of FP8 E4M3."""
-    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()
+    return to_fp8(x).float()
 
 
 def _fp4(x: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Layout:
 class QuantizedTensor(Tensor):
     """A weight of shape `size` as `numbers` and `scales`, with the tensors of its layer (`ProductForm`)."""
 
-    form: Layout
+    stored_as: Layout
     numbers: Tensor
     scales: Tensor
     input_scale: Tensor | None
@@ -65,13 +65,13 @@ class QuantizedTensor(Tensor):
         return made
 
     def __init__(self, numbers: Tensor, scales: Tensor, layout: Layout, size: Sequence[int], parts: Mapping[str, Tensor]) -> None:
-        self.numbers, self.scales, self.form = numbers, scales, layout
+        self.numbers, self.scales, self.stored_as = numbers, scales, layout
         for name in _OPTIONAL:
             setattr(self, name, parts.get(name))
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         present = [name for name in _OPTIONAL if getattr(self, name) is not None]
-        return ["numbers", "scales", *present], self.form
+        return ["numbers", "scales", *present], self.stored_as
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], layout: Layout, size: Sequence[int], stride: Any) -> QuantizedTensor:
@@ -82,14 +82,14 @@ class QuantizedTensor(Tensor):
         """What compiled code depends on, for PyTorch's cache of it."""
         inner = {name: getattr(self, name) for name in self.__tensor_flatten__()[0]}
         kinds = [(name, part.dtype, tuple(part.shape), part.stride(), str(part.device)) for name, part in inner.items()]
-        return repr((tuple(self.shape), self.form, kinds))
+        return repr((tuple(self.shape), self.stored_as, kinds))
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"QuantizedTensor({tuple(self.shape)}, {self.form})"
+        return f"QuantizedTensor({tuple(self.shape)}, {self.stored_as})"
 
     def wide(self) -> Tensor:
         """The plain weight."""
-        layout = self.form
+        layout = self.stored_as
         if not layout.dtype:
             return self.numbers
         values = small_numbers(self.numbers, layout).to(self.scales.dtype)
@@ -102,7 +102,7 @@ class QuantizedTensor(Tensor):
 
     def product(self, function: Callable[..., Any], args: Sequence[Any], place: int, axis: int, kwargs: Any) -> Tensor:
         """`function` of `args`, of which this tensor is at `place`; the channels of the other factor are on `axis`."""
-        layout, scale = self.form, self.input_scale
+        layout, scale = self.stored_as, self.input_scale
         form = ProductForm(layout.inputs, 1.0 if scale is None else scale, self.factor, self.down, self.up)
 
         def multiply(x: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ def exported(
 ) -> Path:
     """Export the bundle `name` of a checkpoint, unless it is up to date. No `graphs` means all of them.
 
-    `quantize`: the scheme of all parts that take one, with rounding to the nearest number, and a short calibration if it needs one:
-    the method does not change the speed.
+    `quantize`: the scheme of all parts that take one, with rounding to the nearest number, which exports fastest and adds no
+    branches, and a short calibration if it needs one.
     """
     from sana_export.calibration.run import Calibration
     from sana_export.export.bundle import export_bundle

@@ -22,8 +22,9 @@ EXPORTED: dict[str, tuple[str, ...]] = {
 MODELS = ("1600m", "600m")
 #: The files with the tests of the device, and of each backend.
 DEVICE_TESTS, BACKEND_TESTS, QUANTIZED_TESTS = "test_gpu_cuda.py", "test_gpu_backends.py", "test_gpu_quantized.py"
-#: The quantization schemes that are timed, with torch.compile. `nvfp4` has no kernels in PyTorch, which computes it in fp16.
+#: The backend that quantized bundles are timed with.
 QUANTIZED_BACKEND = "torch-compile"
+#: The quantization schemes that are timed. PyTorch has no kernels for `nvfp4` and computes it in fp16.
 TIMED_SCHEMES = ("int8-weight", "fp8", "int8", "int4-weight")
 
 

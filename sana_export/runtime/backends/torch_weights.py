@@ -35,7 +35,7 @@ def stored_graph(bundle: Path, manifest: Manifest, checkpoint: SanaCheckpoint, g
             weight = _on_gpu(layer, replaced, torch.device(device)) if device != "cpu" else _on_cpu(layer, replaced)
             for owner, name in owners[id(replaced)]:
                 setattr(owner, name, nn.Parameter(weight, requires_grad=False))
-        in_fp8 = sum(isinstance(weight, QuantizedTensor) and weight.form.kernel for weight in module.parameters())
+        in_fp8 = sum(isinstance(weight, QuantizedTensor) and weight.stored_as.kernel for weight in module.parameters())
         if any(weight.inputs == "fp8" for weight in entry.quantized) and device != "cpu":
             log.info("%s: %d layers multiply in FP8, the others in %s", graph, in_fp8, manifest.options.dtype)
     return module.to(device)
